@@ -1,0 +1,159 @@
+"""The plain dataclasses and protocols that the stages exchange. Shapes are documented here, once.
+
+Letters used everywhere: ``B`` batch rows, ``L`` columns of a sequence, ``N`` visual tokens of one media item,
+``D`` hidden size, ``H`` query heads, ``Hk`` key/value heads, ``G = H // Hk``, ``Dh`` head size, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+class UserError(ValueError):
+    """Bad input: one line that names what came in, what is supported, and the way out (exit code 2 in the CLI)."""
+
+
+class Unsupported(UserError):
+    """A request that this model, family or stage cannot honour; never a silent fallback."""
+
+
+class StageDidNotFire(RuntimeError):
+    """A stage that was asked for had work to do and did not run: the accelerated call is not what it claims."""
+
+
+class Kind:
+    """Column kinds, stored as int8: what a column of the sequence holds."""
+
+    PAD, SYSTEM, VISUAL, TEXT = 0, 1, 2, 3  # SYSTEM = text before the first visual column, TEXT = text after it
+
+
+@dataclass
+class VisualTokens:
+    """The visual tokens of one media item (an image or a video) of one batch row, at the point of pruning."""
+
+    features: Tensor  # (N, D), the rows that the language model would read (or tower rows, inside the tower)
+    frame: Tensor  # (N,) int64, index of the frame (or image tile) each token belongs to, ascending
+    grid: tuple[int, int, int]  # (t, h, w) in tokens; t * h * w == N unless separators or tiles break the grid
+    video: bool = False
+    protected: Tensor | None = None  # (N,) bool, separator rows (newlines) that must survive; None = none
+    positions: Tensor | None = None  # (A, N) int64, A = 1, or 3 axes (t, h, w) under M-RoPE; None inside the tower
+    timestamps: Tensor | None = None  # (t,) float64 seconds, where known
+    question: Tensor | None = None  # (Q, D), embeddings of the text after the last visual column, or None
+    attention: Tensor | None = None  # (N,) tower attention received, when the pruner's `needs` asks for it
+
+    @property
+    def n(self) -> int:
+        return self.features.shape[0]
+
+    @property
+    def frames(self) -> int:
+        """Number of frames (video) or tiles (image); host-side, no sync."""
+        return self.grid[0]
+
+    @property
+    def rectangular(self) -> bool:
+        """True when features can be viewed as (t, h * w, D)."""
+        t, h, w = self.grid
+        return t * h * w == self.n
+
+
+@runtime_checkable
+class TokenPruner(Protocol):
+    """What the runtime asks of a pruner. `keep` in (0, 1]; `after_block` None = at the tower's output."""
+
+    keep: float
+    after_block: int | None
+    needs: tuple[str, ...]
+
+    def select(self, tokens: VisualTokens) -> Tensor:
+        """Return the kept indices, (K,) int64, strictly ascending."""
+        ...
+
+
+@dataclass
+class LayerView:
+    """One layer's cache right after its prefill attention, as a KV policy sees it."""
+
+    keys: Tensor  # (B, Hk, L, Dh), RoPE applied
+    values: Tensor  # (B, Hk, L, Dh)
+    kinds: Tensor  # (B, L) int8, `Kind`
+    window: Tensor | None  # (B, H, W, L) float32 softmax weights of the last W text queries; None if not asked for
+    layer: int
+    layers: int
+    positions: Tensor | None = None  # (B, L) int64 logical column of each physical one, -1 on padding
+
+
+@dataclass
+class CompressedLayer:
+    """What a policy keeps of one layer. Every (row, head) may keep a different number of columns.
+
+    `keep[b * Hk + h]` is an ascending int64 tensor of kept columns. Heads named in `dynamic` keep all their columns
+    in host memory, in chunks of `chunk`, and read `budget[b * Hk + h]` of them per step.
+    """
+
+    keep: list[Tensor]
+    dynamic: Tensor | None = None  # (B * Hk,) bool
+    budget: Tensor | None = None  # (B * Hk,) int64 columns read per step by dynamic heads
+    int8: Tensor | None = None  # (B * Hk,) bool, heads stored as int8 with scales
+    stats: dict[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """What the runtime asks of a KV policy."""
+
+    def window(self) -> int:
+        """Number of text queries whose attention it needs (0 = attention-free)."""
+        ...
+
+    def compress(self, view: LayerView) -> CompressedLayer | None:
+        """Choose what stays; None = the context fits the budget, leave the layer as it is."""
+        ...
+
+
+class Draft(Protocol):
+    """A source of guesses for the draft-verify loop (decode)."""
+
+    def propose(self, ids: Tensor, k: int) -> tuple[Tensor, Tensor | None]:
+        """Guess up to k tokens after `ids` (1, L): tokens (k',) int64 and their logits (k', V), or None if it has none."""
+        ...
+
+    def rewind(self, n: int) -> None:
+        """Forget the last n proposed tokens (they were refused)."""
+        ...
+
+
+def to_json(obj: Any) -> Any:
+    """Plain-JSON form of a method object: {"method": name, field: value, ...}; nested objects likewise."""
+    if obj is None or isinstance(obj, (bool, int, float, str)):
+        return obj
+    if isinstance(obj, (list, tuple)):
+        return [to_json(x) for x in obj]
+    if isinstance(obj, dict):
+        return {str(k): to_json(v) for k, v in obj.items()}
+    if isinstance(obj, torch.nn.Module):
+        name = getattr(getattr(obj, "config", None), "_name_or_path", "") or ""
+        if not name:
+            raise UserError(
+                f"a {type(obj).__name__} without a name cannot be saved in a plan: load it with from_pretrained, "
+                "or name it by its path or id instead of passing the object"
+            )
+        return name
+    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
+        out: dict[str, Any] = {"method": getattr(type(obj), "name", type(obj).__name__.lower())}
+        for f in dataclasses.fields(obj):
+            if f.init:
+                out[f.name] = to_json(getattr(obj, f.name))
+        return out
+    raise UserError(f"{type(obj).__name__} cannot be written to JSON: use numbers, strings, lists or method objects")
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Raise unless 0 < value <= 1."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= 1:
+        raise UserError(f"{name}={value!r} is outside (0, 1]: {name} is the fraction kept, e.g. {name}=0.25")

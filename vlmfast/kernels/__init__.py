@@ -1,0 +1,1 @@
+"""Kernels: `reference` is the specification in plain torch, `triton_*` its CUDA twins, chosen by dispatch."""
