@@ -1,4 +1,4 @@
-"""Tiny random models of every family, inputs for them and checkpoint folders: offline, fp32, a fraction of a second.
+"""Tiny random models of every family, inputs for them and checkpoint folders: offline, fp32, in no time.
 
 One vocabulary serves all families, so hand-built ids, the tokenizer and the models agree:
 0 pad, 1 bos, 2 eos, 3 vision start, 4 vision end, 5 image placeholder, 6 video placeholder, 7... text.
@@ -7,8 +7,8 @@ One vocabulary serves all families, so hand-built ids, the tokenizer and the mod
     batch = tiny.inputs("qwen2_5_vl", media=("image", "video"), batch=2)
     model.generate(**batch, max_new_tokens=4, do_sample=False)
 
-Weights are drawn large (randn / sqrt(fan_in) * 1.5): with the usual 0.02 every model says the same token for ever and
-equality tests prove nothing.
+Weights are drawn large (randn / sqrt(fan_in) * 1.5): with the usual 0.02 every model says the same token for
+ever and equality tests prove nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 
 VOCAB, HIDDEN, PATCH = 320, 64, 4
 PAD, BOS, EOS, VISION_START, VISION_END, IMAGE, VIDEO, FIRST_TEXT = range(8)
@@ -36,8 +35,9 @@ PINPOINTS = [[16, 32], [32, 16], [32, 32]]
 PINPOINTS_ONEVISION = [[16, 16], *PINPOINTS]
 SIZES = [(24, 32), (16, 24), (32, 16)]  # (height, width) of the first, second, third image of a row
 CLASS = {
-    "qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL", "llava": "Llava", "llava_next": "LlavaNext",
-    "llava_next_video": "LlavaNextVideo", "llava_onevision": "LlavaOnevision",
+    "qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL",
+    "llava": "Llava", "llava_next": "LlavaNext", "llava_next_video": "LlavaNextVideo",
+    "llava_onevision": "LlavaOnevision",
 }  # fmt: skip
 
 
@@ -46,13 +46,15 @@ CLASS = {
 
 def _config(family: str, text: dict[str, Any], vision: dict[str, Any], top: dict[str, Any]) -> Any:
     txt: dict[str, Any] = {
-        "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 4096, "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD,
+        "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": 96, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
+        "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD,
     }  # fmt: skip
     vis: dict[str, Any]
     if family in QWEN:
         rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
-        vis = {"depth": 2, "num_heads": 2, "in_channels": 3, "patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2}
+        vis = {"depth": 2, "num_heads": 2, "in_channels": 3, "patch_size": PATCH}
+        vis |= {"spatial_merge_size": 2, "temporal_patch_size": 2}
         if family == "qwen2_vl":
             vis |= {"embed_dim": 32, "hidden_size": HIDDEN, "mlp_ratio": 2}
         else:
@@ -64,13 +66,13 @@ def _config(family: str, text: dict[str, Any], vision: dict[str, Any], top: dict
             rope |= {"mrope_section": [4, 2, 2], "mrope_interleaved": True}
             vis |= {"depth": 3, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
         txt["rope_parameters"] = rope
-        cfg = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": VISION_START,
-                   "vision_end_token_id": VISION_END}  # fmt: skip
+        cfg = {"image_token_id": IMAGE, "video_token_id": VIDEO}
+        cfg |= {"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
     else:
         onevision = family == "llava_onevision"
-        vis = {"model_type": "siglip_vision_model" if onevision else "clip_vision_model", "hidden_size": 32,
-                   "intermediate_size": 48, "num_hidden_layers": 2 if onevision else 3, "num_attention_heads": 2,
-                   "patch_size": PATCH, "image_size": TILE}  # fmt: skip
+        vis = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2 if onevision else 3}
+        vis |= {"num_attention_heads": 2, "patch_size": PATCH, "image_size": TILE}
+        vis |= {"model_type": "siglip_vision_model" if onevision else "clip_vision_model"}
         vis |= {"vision_use_head": False} if onevision else {"projection_dim": 32}
         txt["model_type"] = "qwen2" if onevision else "llama"
         cfg = {"image_token_index": IMAGE}
@@ -86,7 +88,7 @@ def _config(family: str, text: dict[str, Any], vision: dict[str, Any], top: dict
 
 
 def _rescale(model: torch.nn.Module, seed: int) -> None:
-    """Draws every parameter anew, in name order, so that the weights depend on the seed and on nothing else."""
+    """Draws every parameter anew, in name order: the weights depend on the seed and nothing else."""
     gen = torch.Generator().manual_seed(seed)
     for name, p in sorted(model.named_parameters()):
         x = torch.randn(p.shape, generator=gen)
@@ -102,7 +104,8 @@ def _rescale(model: torch.nn.Module, seed: int) -> None:
 @cache
 def _master(family: str, seed: int, key: str) -> Any:
     text, vision, config = json.loads(key)
-    model = getattr(transformers, CLASS[family] + "ForConditionalGeneration")(_config(family, text, vision, config))
+    cls = getattr(transformers, CLASS[family] + "ForConditionalGeneration")
+    model = cls(_config(family, text, vision, config))
     _rescale(model, seed)
     model.lm_head.weight.data[:FIRST_TEXT] = 0  # so that no placeholder or EOS is ever said
     model.generation_config.eos_token_id = None  # fixed lengths
@@ -110,11 +113,13 @@ def _master(family: str, seed: int, key: str) -> Any:
     return model.float().eval().requires_grad_(False)
 
 
-def build(family: str, seed: int = 0, *, vision: dict | None = None, config: dict | None = None, **text: Any) -> Any:
+def build(
+    family: str, seed: int = 0, *, vision: dict | None = None, config: dict | None = None, **text: Any
+) -> Any:
     """A fresh copy of the tiny `family` model with the weights of `seed`: fp32, eval, no gradients, no EOS.
 
     `**text`, `vision` and `config` override fields of the text, vision and top-level config, e.g.
-    `build("llava", num_hidden_layers=2)`. Every call returns its own copy: hooks and edits stay with the caller.
+    `build("llava", num_hidden_layers=2)`. Every call returns its own copy: hooks and edits stay there.
     """
     return copy.deepcopy(_master(family, seed, json.dumps([text, vision or {}, config or {}])))
 
@@ -123,8 +128,8 @@ def build(family: str, seed: int = 0, *, vision: dict | None = None, config: dic
 
 
 def _anyres(family: str, size: tuple[int, int]) -> tuple[int, int]:
-    """(tiles, placeholders) of one image of `size` (height, width), LLaVA-NeXT and OneVision: one base tile, the tiles
-    of the best-fitting grid without the padding, and a newline after every row."""
+    """(tiles, placeholders) of one image of `size` (height, width), LLaVA-NeXT and OneVision: one base tile,
+    the tiles of the best-fitting grid without the padding, and a newline after every row."""
     from transformers.image_processing_utils import select_best_resolution
 
     pins = PINPOINTS_ONEVISION if family == "llava_onevision" else PINPOINTS
@@ -138,26 +143,25 @@ def _anyres(family: str, size: tuple[int, int]) -> tuple[int, int]:
     return 1 + best_h // TILE * (best_w // TILE), side * side + rows * (cols + 1)
 
 
-def _pixels(gen: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=gen)
-
-
 def _text(gen: torch.Generator, n: int) -> list[int]:
     return torch.randint(FIRST_TEXT, VOCAB, (n,), generator=gen).tolist()
 
 
-def _image(family: str, gen: torch.Generator, size: tuple[int, int], alone: bool) -> tuple[list[int], dict[str, Any]]:
-    """Ids and tensors of one image; `alone` says that it is the only one of its row (OneVision tiles only those)."""
+def _image(
+    family: str, gen: torch.Generator, size: tuple[int, int], single: bool
+) -> tuple[list[int], dict[str, Any]]:
+    """Ids and tensors of one image; `single`: the only one of its row (OneVision tiles only those)."""
     h, w = size
     if family in QWEN:
         gh, gw = h // PATCH, w // PATCH
-        one = _pixels(gen, gh * gw, 3, 1, PATCH * PATCH).expand(-1, -1, 2, -1)  # an image is one frame shown twice
+        # an image is one frame shown twice
+        one = torch.randn(gh * gw, 3, 1, PATCH * PATCH, generator=gen).expand(-1, -1, 2, -1)
         ids = [VISION_START, *[IMAGE] * (gh * gw // 4), VISION_END]
         return ids, {"pixel_values": one.reshape(gh * gw, -1), "image_grid_thw": torch.tensor([[1, gh, gw]])}
     if family == "llava":
-        return [IMAGE] * 16, {"pixel_values": _pixels(gen, 1, 3, TILE, TILE)}
-    tiles, n = _anyres(family, size) if alone or family != "llava_onevision" else (1, 17)
-    px = _pixels(gen, 1, tiles, 3, TILE, TILE)
+        return [IMAGE] * 16, {"pixel_values": torch.randn(1, 3, TILE, TILE, generator=gen)}
+    tiles, n = _anyres(family, size) if single or family != "llava_onevision" else (1, 17)
+    px = torch.randn(1, tiles, 3, TILE, TILE, generator=gen)
     return [IMAGE] * n, {"pixel_values": px, "image_sizes": torch.tensor([[h, w]])}
 
 
@@ -166,10 +170,13 @@ def _video(
 ) -> tuple[list[int], dict[str, Any]]:
     """Ids and tensors of one video of `frames` frames sampled at `fps`."""
     if family not in QWEN:
-        n = frames * 4 + (family == "llava_onevision")  # 4 x 4 patches pooled 2 x 2; OneVision ends with a newline
-        return [VIDEO] * n, {"pixel_values_videos": _pixels(gen, 1, frames, 3, TILE, TILE)}
+        # 4 x 4 patches pooled 2 x 2; OneVision ends with a newline
+        n = frames * 4 + (family == "llava_onevision")
+        return [VIDEO] * n, {"pixel_values_videos": torch.randn(1, frames, 3, TILE, TILE, generator=gen)}
     gt, gh, gw = frames // 2, size[0] // PATCH, size[1] // PATCH
-    out: dict[str, Any] = {"pixel_values_videos": _pixels(gen, gt * gh * gw, 3 * 2 * PATCH * PATCH)}
+    out: dict[str, Any] = {
+        "pixel_values_videos": torch.randn(gt * gh * gw, 3 * 2 * PATCH * PATCH, generator=gen)
+    }
     out["video_grid_thw"] = torch.tensor([[gt, gh, gw]])
     per = gh * gw // 4
     if family == "qwen3_vl":  # each frame pair: the timestamp as text, then its own start and end
@@ -181,33 +188,30 @@ def _video(
 
 
 def _row(
-    family: str, media: Sequence[str], text: int, size: tuple[int, int] | None, frames: int, fps: float, seed: int
+    family: str, media: Sequence[str], text: int, size: Any, frames: int, fps: float, seed: int
 ) -> dict[str, Any]:
     gen = torch.Generator().manual_seed(seed)
     ids, parts = [BOS, *_text(gen, 2)], []
+    single = list(media).count("image") == 1
     for k, kind in enumerate(media):
         if kind == "image":
-            new, part = _image(family, gen, size or SIZES[k % len(SIZES)], alone=list(media).count("image") == 1)
+            new, part = _image(family, gen, size or SIZES[k % len(SIZES)], single)
         else:
             new, part = _video(family, gen, size or (16, 24), frames, fps)
         parts.append(part)
         ids += [*new, *_text(gen, 1)]
     ids += _text(gen, text)
-    row = _join(family, parts)
+    row = _join(parts)
     if family == "llava_onevision" and "pixel_values" in row:
         row["batch_num_images"] = torch.tensor([list(media).count("image")])
     row["input_ids"] = torch.tensor([ids])
     row["attention_mask"] = torch.ones_like(row["input_ids"])
     if family in QWEN:
-        row["mm_token_type_ids"] = _types(row["input_ids"])
+        row["mm_token_type_ids"] = (row["input_ids"] == IMAGE).long() + 2 * (row["input_ids"] == VIDEO).long()
     return row
 
 
-def _types(ids: Tensor) -> Tensor:
-    return (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
-
-
-def _join(family: str, parts: list[dict[str, Any]]) -> dict[str, Any]:
+def _join(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """Media tensors of several items one after the other; tile stacks are zero-padded to the longest."""
     out: dict[str, Any] = {}
     for key in {k: None for p in parts for k in p}:
@@ -223,39 +227,41 @@ def rows(
     family: str, media: Sequence[Any] = ("image",), batch: int = 1, text: int | Sequence[int] = 6,
     size: tuple[int, int] | None = None, frames: int = 4, fps: float = 2.0, seed: int = 0,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """The rows of `inputs(...)` with the same arguments, each as inputs of its own without padding."""
-    per_row = list(media) if media and not isinstance(media[0], str) else [media] * batch
-    lengths = [text + 2 * r for r in range(len(per_row))] if isinstance(text, int) else list(text)
-    assert family in FAMILIES, f"no tiny model of {family!r}; there are {FAMILIES}"
-    assert all(m in ("image", "video") for r in per_row for m in r), f"media are 'image' and 'video', got {media}"
-    assert family in VIDEO_FAMILIES or not any("video" in r for r in per_row), f"{family} takes no video"
-    assert frames % 2 == 0 and (size is None or size[0] % 8 == size[1] % 8 == 0), "even frames, sizes in steps of 8"
-    return [_row(family, m, n, size, frames, fps, 1000 * seed + r) for r, (m, n) in enumerate(zip(per_row, lengths))]
+    """The rows of `inputs(...)` with the same arguments, each as inputs of its own without padding.
 
-
-def inputs(
-    family: str, media: Sequence[Any] = ("image",), batch: int = 1, pad: int = 0, text: int | Sequence[int] = 6,
-    size: tuple[int, int] | None = None, frames: int = 4, fps: float = 2.0, seed: int = 0,
-) -> dict[str, Any]:  # fmt: skip
-    """What the family's processor would hand to `generate`: ids (B, S) int64, attention_mask, media tensors.
-
-    media   kinds in order, such as ("image", "video") or (); a list of such tuples gives one per row (then `batch`
-            is its length)
-    batch   rows; row r carries `text + 2 * r` text tokens after its media, so rows differ in length and the shorter
-            ones are padded on the LEFT, attention_mask 0
-    pad     further left padding columns on every row
-    text    text tokens at the end (or one number per row)
+    media   kinds in order, such as ("image", "video") or (); a list of such tuples gives one per row
+            (then `batch` does not count)
+    text    text tokens after the media: row r has `text + 2 * r`, or one number per row
     size    (height, width) in pixels, multiples of 8, of every item; default: images differ
     frames  frames per video (even), sampled at `fps` per second
     """
-    alone = rows(family, media, batch, text, size, frames, fps, seed)
+    per_row = list(media) if media and not isinstance(media[0], str) else [media] * batch
+    lengths = [text + 2 * r for r in range(len(per_row))] if isinstance(text, int) else list(text)
+    assert family in FAMILIES, f"no tiny model of {family!r}; there are {FAMILIES}"
+    assert {m for r in per_row for m in r} <= {"image", "video"}, f"image or video, got {media}"
+    assert family in VIDEO_FAMILIES or not any("video" in r for r in per_row), f"{family} takes no video"
+    assert frames % 2 == 0, f"an even number of frames, got {frames}"
+    assert size is None or size[0] % 8 == size[1] % 8 == 0, f"a size in steps of 8, got {size}"
+    zipped = enumerate(zip(per_row, lengths, strict=True))
+    return [_row(family, m, n, size, frames, fps, 1000 * seed + r) for r, (m, n) in zipped]
+
+
+def inputs(
+    family: str, media: Sequence[Any] = ("image",), batch: int = 1, pad: int = 0, **more: Any
+) -> dict[str, Any]:
+    """What the family's processor would hand to `generate`: ids (B, S) int64, attention_mask, media tensors.
+
+    Arguments as in `rows`. Rows differ in length; shorter ones are padded on the LEFT with attention_mask 0,
+    and `pad` adds that many further padding columns to every row.
+    """
+    alone = rows(family, media, batch, **more)
     longest = max(r["input_ids"].shape[1] for r in alone) + pad
     row_keys = ("input_ids", "attention_mask", "mm_token_type_ids")
-    out = _join(family, [{k: v for k, v in r.items() if k not in row_keys} for r in alone])
+    out = _join([{k: v for k, v in r.items() if k not in row_keys} for r in alone])
     for key in row_keys:
         if key in alone[0]:
             fill = [r[key].new_full((1, longest - r[key].shape[1]), PAD) for r in alone]
-            out[key] = torch.cat([torch.cat([f, r[key]], 1) for f, r in zip(fill, alone)])
+            out[key] = torch.cat([torch.cat([f, r[key]], 1) for f, r in zip(fill, alone, strict=True)])
     return out
 
 
@@ -267,7 +273,8 @@ _CORPUS = [
     "the quick brown fox jumps over the lazy dog 0 1 2 3 4 5 6 7 8 9 user assistant system",
 ] * 20
 _TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}"
     "{% for c in m['content'] %}{% if c['type'] == 'image' %}IMAGE{% elif c['type'] == 'video' %}VIDEO"
     "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -275,7 +282,7 @@ _TEMPLATE = (
 
 
 def tokenizer(family: str) -> Any:
-    """A byte-level BPE tokenizer of VOCAB tokens whose special ids are the constants at the top; pads left."""
+    """A byte-level BPE tokenizer of VOCAB tokens whose special ids are the constants above; pads left."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     image, video = ("<|image_pad|>", "<|video_pad|>") if family in QWEN else ("<image>", "<video>")
@@ -288,7 +295,8 @@ def tokenizer(family: str) -> Any:
     )  # fmt: skip
     tok.train_from_iterator(_CORPUS, trainer)
     fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tok, padding_side="left", pad_token=_NAMES[0], bos_token=_NAMES[1], eos_token=_NAMES[2],
+        tokenizer_object=tok, padding_side="left",
+        pad_token=_NAMES[0], bos_token=_NAMES[1], eos_token=_NAMES[2],
         extra_special_tokens={"image_token": image, "video_token": video},
     )  # fmt: skip
     assert len(fast) == VOCAB, f"the tokenizer came out with {len(fast)} tokens"
@@ -299,22 +307,25 @@ def processor(family: str) -> Any:
     """A real HF processor that fits `build(family)`, chat template included."""
     t, tok = transformers, tokenizer(family)
     vision = "<|vision_start|>{}<|vision_end|>" if family in QWEN else "{}\n"
-    around = "{}" if family == "qwen3_vl" else vision  # Qwen3-VL's processor writes start and end for every frame
+    # Qwen3-VL's processor writes start and end for every frame
+    around = "{}" if family == "qwen3_vl" else vision
     template = _TEMPLATE.replace("IMAGE", vision.format(tok.image_token))
     template = template.replace("VIDEO", around.format(tok.video_token))
     kwargs: dict[str, Any] = {"tokenizer": tok, "chat_template": template}
     if family in QWEN:
-        pixels = {"patch_size": PATCH, "size": {"shortest_edge": 256, "longest_edge": 1024}}
+        pixels: dict[str, Any] = {"patch_size": PATCH, "size": {"shortest_edge": 256, "longest_edge": 1024}}
         clip = t.Qwen3VLVideoProcessor if family == "qwen3_vl" else t.Qwen2VLVideoProcessor
-        kwargs |= {"image_processor": t.Qwen2VLImageProcessor(**pixels), "video_processor": clip(
-            **pixels | {"size": {"shortest_edge": 256, "longest_edge": 16384}})}  # fmt: skip
+        kwargs["image_processor"] = t.Qwen2VLImageProcessor(**pixels)
+        pixels["size"] = {"shortest_edge": 256, "longest_edge": 16384}  # of a whole clip, not of a frame
+        kwargs["video_processor"] = clip(**pixels)
         return getattr(t, CLASS[family] + "Processor")(**kwargs)
     if family == "llava_onevision":
         kwargs |= {"num_image_tokens": 16, "vision_feature_select_strategy": "full"}
         square: dict[str, Any] = {"size": {"height": TILE, "width": TILE}}
         pins = {"image_grid_pinpoints": PINPOINTS_ONEVISION}
     else:
-        kwargs |= {"patch_size": PATCH, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+        kwargs |= {"patch_size": PATCH, "vision_feature_select_strategy": "default"}
+        kwargs |= {"num_additional_image_tokens": 1}
         square = {"size": {"shortest_edge": TILE}, "crop_size": {"height": TILE, "width": TILE}}
         pins = {"image_grid_pinpoints": PINPOINTS}
     if family == "llava":
@@ -328,7 +339,7 @@ def processor(family: str) -> Any:
 
 
 def save(family: str, folder: str | Path, seed: int = 0, **overrides: Any) -> Path:
-    """Writes model and processor of `family` to `folder`, loadable offline by the Auto classes; returns the folder."""
+    """Writes model and processor to `folder`, loadable offline by the Auto classes; returns the folder."""
     build(family, seed, **overrides).save_pretrained(folder)
     processor(family).save_pretrained(folder)
     return Path(folder)
