@@ -1,1 +1,53 @@
-"""Kernels: `reference` is the specification in plain torch, `triton_*` its CUDA twins, chosen by dispatch."""
+"""Kernels: `reference` is the specification, `cpu` and `triton_ragged` are its fast twins, chosen here by device."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from vlmfast.core import UserError
+from vlmfast.kernels import cpu, reference
+from vlmfast.kernels.reference import Ragged, chunk_scores, dequantise, quantise
+
+Backend = Literal["reference", "cpu", "triton"]
+
+
+def ragged_attention(
+    query: Tensor, kv: Ragged, scaling: float, out: Tensor, backend: Backend | None = None
+) -> Tensor:
+    """Attention of (B, H, q, D) queries over ragged rows, see `reference.ragged_attention`.
+
+    backend None picks Triton on CUDA where it takes the shapes (up to 16 query tokens), else grouped dense calls.
+    Raises UserError for a backend that does not exist or does not take these shapes.
+    """
+    if not len(kv):
+        return out
+    if backend is None:
+        backend = "cpu"
+        if query.is_cuda:
+            from vlmfast.kernels import triton_ragged
+
+            backend = "triton" if triton_ragged.supports(query, kv) else "cpu"
+    if backend == "reference":
+        return reference.ragged_attention(query, kv, scaling, out)
+    if backend == "cpu":
+        return cpu.ragged_attention(query, kv, scaling, out)
+    if backend == "triton":
+        from vlmfast.kernels import triton_ragged
+
+        if not triton_ragged.supports(query, kv):
+            raise UserError(
+                f"the Triton kernel takes up to {triton_ragged.MAX_QUERIES} query tokens, 128 grouped queries and heads "
+                f"of 256 in float16, bfloat16 or float32; got {tuple(query.shape)} {query.dtype}: use backend='cpu'"
+            )
+        return triton_ragged.ragged_attention(query, kv, scaling, out)
+    raise UserError(f"backend={backend!r} does not exist: choose reference, cpu or triton")
+
+
+def window_attention(query: Tensor, keys: Tensor, scaling: float, visible: Tensor | None = None) -> Tensor:
+    """(B, H, W, L) float32 weights of the last W queries, see `reference.window_attention`."""
+    return cpu.window_attention(query, keys, scaling, visible)
+
+
+__all__ = ["Backend", "Ragged", "chunk_scores", "dequantise", "quantise", "ragged_attention", "window_attention"]

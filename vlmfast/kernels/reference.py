@@ -1,0 +1,93 @@
+"""Plain-torch specification of every kernel: short, exact (float32 or better inside), slow. Others are tested against it.
+
+Ragged storage. A *row* is one (batch row, key/value head) pair, ``r = b * Hk + h``. Rows of different lengths lie one
+after the other in flat buffers; whatever lies between the end of one row and the start of the next is never read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Ragged:
+    """Keys and values of some rows in flat storage; entry i describes row ``rows[i]``."""
+
+    keys: Tensor  # (T, D), in the model's dtype, or int8
+    values: Tensor  # (T, Dv)
+    rows: list[int]  # which of the B * Hk rows each entry is
+    offsets: list[int]  # first slot of each entry
+    lengths: list[int]  # columns held by each entry
+    total: int  # B * Hk, rows of the layer (this storage may hold only some of them)
+    key_scale: Tensor | None = None  # (T,) float32, int8 storage only: key = int8 * scale
+    value_scale: Tensor | None = None  # (T,) float32
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 per vector: x (..., D) -> int8 (..., D) and float32 scales (...); |error| <= scale / 2."""
+    scale = x.float().abs().amax(-1).clamp(min=1e-12) / 127
+    return (x.float() / scale[..., None]).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def dequantise(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Inverse of `quantise`: int8 (..., D) and scales (...) -> dtype (..., D)."""
+    return (x.float() * scale[..., None]).to(dtype)
+
+
+def ragged_attention(query: Tensor, kv: Ragged, scaling: float, out: Tensor) -> Tensor:
+    """Attention of the last q columns of every row over all its columns.
+
+    query (B, H, q, D): query t of a row of length n sees its columns 0 ... n - q + t (causal within the last q).
+    out   (B, H, q, Dv): the heads of the rows in `kv` are written, all others left as they are; returned.
+    """
+    b, h, q, d = query.shape
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    group = b * h // kv.total
+    qs = query.reshape(kv.total, group, q, d)
+    os = out.view(kv.total, group, q, out.shape[-1])
+    for row, at, n in zip(kv.rows, kv.offsets, kv.lengths, strict=True):
+        k, v = kv.keys[at : at + n].to(dtype), kv.values[at : at + n].to(dtype)
+        if kv.key_scale is not None and kv.value_scale is not None:
+            k = k * kv.key_scale[at : at + n, None].to(dtype)
+            v = v * kv.value_scale[at : at + n, None].to(dtype)
+        scores = qs[row].to(dtype) @ k.T * scaling
+        hidden = torch.ones(q, n, dtype=torch.bool, device=k.device).triu(n - q + 1)
+        os[row] = (scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v).to(out.dtype)
+    return out
+
+
+def window_attention(query: Tensor, keys: Tensor, scaling: float, visible: Tensor | None = None) -> Tensor:
+    """Softmax weights of the last W queries over all L columns, causal: (B, H, W, L) float32.
+
+    query (B, H, W, D), keys (B, Hk, L, D), both rotated; `visible` (B, L) bool hides padding columns.
+    """
+    b, h, w, d = query.shape
+    hk, n = keys.shape[1], keys.shape[2]
+    scores = (query.reshape(b, hk, h // hk * w, d).float() @ keys.float().transpose(-1, -2)) * scaling
+    scores = scores.view(b, h, w, n)
+    hidden = torch.ones(w, n, dtype=torch.bool, device=keys.device).triu(n - w + 1)
+    scores = scores.masked_fill(hidden, float("-inf"))
+    if visible is not None:
+        scores = scores.masked_fill(~visible[:, None, None, :], float("-inf"))
+    return scores.softmax(-1).nan_to_num(0.0)
+
+
+def chunk_scores(query: Tensor, representatives: Tensor) -> Tensor:
+    """Upper estimate of how much each chunk of keys matters to a group of queries: (R, C) float32.
+
+    query (R, G, D). representatives (R, C, D) are mean keys, score = max over the group of q . mean; or (R, C, 2, D),
+    element-wise (min, max) of the chunk's keys, score = max over the group of the Quest bound
+    sum_d max(q_d min_d, q_d max_d) >= q . k for every key of the chunk.
+    """
+    if representatives.ndim == 3:
+        return (query.float() @ representatives.float().transpose(1, 2)).amax(1)
+    low, high = representatives.float().unbind(2)
+    q = query.float()
+    bound = q.clamp(max=0) @ low.transpose(1, 2) + q.clamp(min=0) @ high.transpose(1, 2)
+    return bound.amax(1)
