@@ -1,0 +1,195 @@
+"""`accelerate(model, ...)`: installs a plan on an unmodified transformers model and hands back the handle."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+
+from vlmfast import families
+from vlmfast.core import StageDidNotFire, Unsupported, UserError
+from vlmfast.plan import Plan, resolve
+from vlmfast.report import Report
+from vlmfast.runtime.columns import ColumnHooks
+from vlmfast.runtime.meter import Meter, cache_counts
+from vlmfast.runtime.patch import Patch
+from vlmfast.runtime.tower import TowerHooks
+
+MARK = "_vlmfast"
+
+
+def accelerate(
+    model: nn.Module,
+    plan: Plan | str | Path | dict | None = None,
+    *,
+    prune: Any = None,
+    kv: Any = None,
+    speculate: Any = None,
+) -> Accelerated:
+    """Make `model.generate(...)` follow a plan, in place.
+
+    model: a transformers VLM (see `families.supported()`), or one wrapped by PEFT. plan: a Plan, a preset's name
+    ("safe", "balanced", "fast"), a plan file, or JSON. prune, kv, speculate: method objects that replace the plan's.
+    Nothing asked is the identity. Returns a handle: `.report`, `.remove()`, or use it in a `with`.
+    Raises Unsupported (a ValueError) for an unknown family, a compiled model, or a second `accelerate`.
+    """
+    return Accelerated(model, resolve(plan, prune=prune, kv=kv, speculate=speculate))
+
+
+class Accelerated:
+    """What `accelerate` returns: owns every hook on the model until `remove()`."""
+
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        self.plan = plan
+        self.report = Report()
+        self.model = unwrap(model)
+        self.family = families.get(self.model)
+        if MARK in vars(self.model):
+            raise Unsupported("this model is already accelerated: call .remove() on the first handle, then accelerate again")
+        self._patch = Patch()
+        self._stage: dict[str, dict[str, Any]] = {"prefill": {}, "decode": {}}
+        try:
+            self._install()
+        except BaseException:
+            self._patch.remove()
+            raise
+
+    def _install(self) -> None:
+        model, plan, patch = self.model, self.plan, self._patch
+        patch.set(model, MARK, self)
+        self.columns = ColumnHooks(model, self.family, plan.prune)
+        self.meter = Meter(model, self.family)
+        if plan.kv is not None:
+            from vlmfast.runtime.layers import KVHooks
+
+            text = self.family.text(model)
+            self.kv = KVHooks(text, text.config, plan.kv, self._stage["prefill"].update)
+            self.kv.install(patch)
+        self.columns.install(patch)
+        draft = getattr(plan.speculate, "draft", None)
+        inside = [p for p in (plan.prune, getattr(draft, "prune", None)) if getattr(p, "after_block", None) is not None]
+        if inside:
+            tower = TowerHooks(model, self.family, self.columns)
+            tower.install(patch)
+            tower.check()
+        self.meter.install(patch)
+        self.draft = self._accelerate_draft(draft)
+        patch.set(model, "generate", self._wrap(model.generate))  # type: ignore[arg-type]
+
+    def _accelerate_draft(self, draft: Any) -> Accelerated | None:
+        """A draft that is a model of its own gets its own pruner."""
+        model = draft.load() if hasattr(draft, "load") else None
+        if model is None:
+            return None
+        if unwrap(model) is self.model:
+            raise Unsupported("the draft is the target itself: use SelfDraft(prune=...) instead of ModelDraft")
+        handle = accelerate(model, prune=draft.prune)
+        self._patch.call(handle.remove)
+        return handle
+
+    # -- the call ----------------------------------------------------------------------------------------------------
+
+    def _wrap(self, inner: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(inner)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            option = functools.partial(_option, self.model, kwargs)
+            self._refuse(option)
+            cache = kwargs.get("past_key_values")
+            past = cache.get_seq_length() if cache is not None else 0
+            self.columns.reset()
+            for stage in self._stage.values():
+                stage.clear()
+            self.meter.reset()
+            ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+            if self.plan.speculate is not None:
+                from vlmfast.decode import loop
+
+                loop.check(self.model, self.plan.speculate, args, kwargs)
+                kwargs["custom_generate"] = loop.build(
+                    self.model,
+                    self.plan.speculate,
+                    streamer=kwargs.get("streamer"),
+                    columns=self.columns,
+                    draft=self.draft,
+                    inputs=kwargs,
+                    sink=self._stage["decode"].update,
+                )
+            try:
+                out = inner(*args, **kwargs)
+                self._fill(ids, out, past)
+            finally:
+                self.columns.cache = None
+            return out
+
+        return generate
+
+    def _refuse(self, option: Callable[[str], Any]) -> None:
+        if self.plan.prune is not None and self.plan.prune.keep < 1 or self.plan.kv is not None:
+            if option("prefill_chunk_size"):
+                raise Unsupported("prefill_chunk_size splits the prompt before columns can be chosen: unset it")
+            if option("cache_implementation") not in (None, "dynamic"):
+                raise Unsupported(
+                    f"cache_implementation={option('cache_implementation')!r} has a fixed layout: "
+                    "use the default dynamic cache with prune= or kv="
+                )
+        if self.plan.kv is not None and (option("num_beams") or 1) > 1:
+            raise Unsupported(f"num_beams={option('num_beams')} with kv=: beams share no ragged cache; use num_beams=1")
+
+    def _fill(self, ids: Tensor | None, out: Any, past: int) -> None:
+        """Write the report; raise when a stage had work and did not run."""
+        stats = self.columns.stats
+        notes = list(self.columns.notes)
+        new_ids = ids[:, past:] if ids is not None and past and ids.shape[1] > past else ids
+        has_media = new_ids is not None and any(bool((new_ids == t).any()) for t in self.columns.ids.values())
+        if self.plan.prune is not None:
+            if not has_media and not stats["visual_tokens"]:
+                notes.append("prune: no new visual tokens in this call, bypassed")
+            elif not stats["visual_tokens"]:
+                raise StageDidNotFire("visual tokens were in the prompt but the pruner never saw them")
+            elif self.plan.prune.keep < 1 and stats["kept_tokens"] == stats["visual_tokens"]:
+                notes.append(f"prune: {self.plan.prune.name} kept every token of this media")
+        sequences = getattr(out, "sequences", out)
+        prompt = ids.shape[1] if ids is not None else 0
+        prefill, decode = self.meter.timings(max(0, sequences.shape[1] - prompt))
+        prefill |= cache_counts(self.columns.cache) | self._stage["prefill"]
+        notes += prefill.pop("notes", [])  # type: ignore[arg-type]
+        notes += self._stage["decode"].pop("notes", [])
+        if stats["prefills"] > 1:
+            notes.append("use_cache=False: every step is a prefill; times are of the first")
+        encode = {k: stats[k] for k in ("visual_tokens", "kept_tokens", "encode_ms", "select_ms")}
+        self.report = Report(encode, prefill, decode | self._stage["decode"], notes)
+
+    # -- life --------------------------------------------------------------------------------------------------------
+
+    def remove(self) -> None:
+        """Take every hook off the model; it is as it was. Safe to call twice."""
+        self._patch.remove()
+
+    def __enter__(self) -> Accelerated:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.remove()
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT wrapper; refuses compiled wrappers."""
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        raise Unsupported("this model is compiled: hooks cannot follow a compiled graph; accelerate the plain model")
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()  # type: ignore[operator]
+    if not isinstance(model, nn.Module) or not hasattr(model, "generate"):
+        raise UserError(f"accelerate needs a transformers model with generate(), not {type(model).__name__}")
+    return model
+
+
+def _option(model: nn.Module, kwargs: dict, name: str) -> Any:
+    """A generation option as generate() would resolve it."""
+    if kwargs.get(name) is not None:
+        return kwargs[name]
+    config = kwargs.get("generation_config") or model.generation_config
+    return getattr(config, name, None)

@@ -1,0 +1,103 @@
+"""The base of every pruner: a method scores visual tokens, the base turns scores into a kept set.
+
+Selection is in this one place: the budget, the floor per frame, ascending order, separators that always survive.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vlmfast.core import UserError, VisualTokens, check_fraction
+
+
+@dataclass(frozen=True)
+class Pruner:
+    """Keeps a fraction `keep` of the visual tokens of each image or video.
+
+    keep: fraction kept, in (0, 1]. floor: tokens every frame keeps at least (the budget grows to hold it).
+    after_block: None prunes at the tower's output; k prunes inside the tower, before block k, so that blocks k, k+1,
+    ... run short (Qwen towers). Subclasses answer one question: `score`, or `select_body` for set methods.
+    """
+
+    keep: float = 0.25
+    floor: int = 1
+    after_block: int | None = None
+
+    name: ClassVar[str] = ""
+    needs: ClassVar[tuple[str, ...]] = ("features",)
+    video_only: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_fraction("keep", self.keep)
+        if self.floor < 0:
+            raise UserError(f"floor={self.floor} is negative: give the number of tokens every frame keeps, 0 or more")
+        if self.after_block is not None and self.after_block < 0:
+            raise UserError(f"after_block={self.after_block} is negative: give a tower block index, e.g. after_block=8")
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        """(N,) float scores of the unprotected tokens; higher is kept."""
+        raise NotImplementedError
+
+    def frame_budgets(self, tokens: VisualTokens, budget: int) -> Tensor | None:
+        """(t,) int64 tokens per frame, summing to `budget`; None = one ranking over the whole item."""
+        return None
+
+    def budget(self, tokens: VisualTokens) -> int:
+        """Number of tokens kept: round(keep * N), at least one, and enough for the floor of every frame."""
+        n = tokens.n
+        return min(n, max(1, round(self.keep * n), self.floor * tokens.frames))
+
+    def select(self, tokens: VisualTokens) -> Tensor:
+        """Kept indices (K,) int64, strictly ascending, separators included."""
+        if self.keep >= 1 or (self.video_only and not tokens.video):
+            return torch.arange(tokens.n, device=tokens.features.device)
+        if tokens.protected is None:
+            return self.select_body(tokens, self.budget(tokens)).sort().values
+        body = (~tokens.protected).nonzero()[:, 0]
+        inner = dataclasses.replace(
+            tokens,
+            features=tokens.features[body],
+            frame=tokens.frame[body],
+            protected=None,
+            positions=None if tokens.positions is None else tokens.positions[:, body],
+            attention=None if tokens.attention is None else tokens.attention[body],
+        )
+        kept = body[self.select_body(inner, self.budget(inner))]
+        return torch.cat([kept, tokens.protected.nonzero()[:, 0]]).sort().values
+
+    def select_body(self, tokens: VisualTokens, budget: int) -> Tensor:
+        """`budget` distinct indices in any order; the default ranks by `score` under floor and frame budgets."""
+        score = self.score(tokens).float()
+        if score.shape != (tokens.n,):
+            raise RuntimeError(f"{type(self).__name__}.score returned {tuple(score.shape)} for {tokens.n} tokens")
+        return ranked(score, tokens.frame, budget, self.floor, self.frame_budgets(tokens, budget))
+
+
+def ranked(score: Tensor, frame: Tensor, budget: int, floor: int, per_frame: Tensor | None) -> Tensor:
+    """Top `budget` indices by score, each frame's best `floor` first (or its `per_frame` quota first).
+
+    score, frame: (N,). No host sync: a token's rank inside its frame lifts it into a higher class of the top-k.
+    """
+    order = score.argsort(descending=True, stable=True)
+    by_frame = order[frame[order].argsort(stable=True)]  # frames ascending, best first within each
+    sorted_frame = frame[by_frame]
+    start = torch.searchsorted(sorted_frame, sorted_frame)
+    rank = torch.empty_like(by_frame)
+    rank[by_frame] = torch.arange(len(by_frame), device=score.device) - start
+    quota = torch.full_like(frame, floor) if per_frame is None else per_frame.clamp(min=floor)[frame]
+    overall = torch.empty_like(order)
+    overall[order] = torch.arange(len(order), 0, -1, device=score.device)
+    lifted = overall + (rank < floor).long() * (2 * len(order)) + (rank < quota).long() * (2 * len(order))
+    return lifted.topk(budget).indices
+
+
+def frame_means(features: Tensor, frame: Tensor, t: int) -> Tensor:
+    """(t, D) mean feature of each frame; works when frames differ in size."""
+    total = features.new_zeros(t, features.shape[1]).index_add_(0, frame, features)
+    count = features.new_zeros(t).index_add_(0, frame, features.new_ones(len(frame)))
+    return total / count.clamp(min=1)[:, None]

@@ -1,0 +1,32 @@
+"""EVS: keep what changed since the previous frame."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from vlmfast.core import VisualTokens
+from vlmfast.encode.base import Pruner
+
+
+@dataclass(frozen=True)
+class EVS(Pruner):
+    """Efficient Video Sampling (NVIDIA, arXiv 2510.14624): a token's score is its cosine distance to the token at the
+    same place in the previous frame; the first frame is kept whole. Video only: images pass unpruned."""
+
+    name: ClassVar[str] = "evs"
+    video_only: ClassVar[bool] = True
+
+    def budget(self, tokens: VisualTokens) -> int:
+        per_frame = tokens.n // tokens.frames
+        return min(tokens.n, max(super().budget(tokens), per_frame + self.floor * (tokens.frames - 1)))
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        x = tokens.features.view(tokens.frames, -1, tokens.features.shape[-1]).float()
+        change = 1 - cosine_similarity(x[1:], x[:-1], dim=-1)
+        first = torch.full_like(x[:1, :, 0], 3.0)  # above any cosine distance: always kept
+        return torch.cat([first, change]).flatten()

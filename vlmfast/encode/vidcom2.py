@@ -1,0 +1,67 @@
+"""VidCom2: keep the outliers, and give unusual frames more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vlmfast.core import VisualTokens
+from vlmfast.encode.base import Pruner, frame_means
+
+
+@dataclass(frozen=True)
+class VidCom2(Pruner):
+    """Video Compression Commander (arXiv 2505.14454), re-implemented from the rule.
+
+    On the `channels` share of channels with the least variance, a token's similarity to the centre of the video and
+    to the centre of its frame is a sum of Gaussians over several widths; tokens unlike both are kept. Frames whose
+    tokens are unlike the video get more: budget * (1 + softmax(uniqueness / temperature) - mean).
+    """
+
+    channels: float = 0.5
+    temperature: float = 0.01
+    name: ClassVar[str] = "vidcom2"
+
+    def _unlike(self, tokens: VisualTokens) -> tuple[Tensor, Tensor]:
+        """(N,) distance-like score to the video's centre, and to the frame's."""
+        x = tokens.features.float()
+        kept = max(1, int(x.shape[-1] * self.channels))
+        x = normalize(x[:, x.var(0, unbiased=False).topk(kept, largest=False).indices], dim=-1)
+        video = x.mean(0)
+        frame = frame_means(x, tokens.frame, tokens.frames)[tokens.frame]
+        return -gaussians((x - video).square().sum(-1)), -gaussians((x - frame).square().sum(-1))
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        to_video, to_frame = self._unlike(tokens)
+        return to_video + to_frame
+
+    def frame_budgets(self, tokens: VisualTokens, budget: int) -> Tensor | None:
+        t = tokens.frames
+        if t == 1:
+            return None
+        to_video, _ = self._unlike(tokens)
+        unique = frame_means(to_video[:, None], tokens.frame, t)[:, 0]
+        share = (unique / self.temperature).softmax(0)
+        share = (1 + share - share.mean()).clamp(min=0)
+        return largest_remainder(share, budget)
+
+
+def gaussians(distance: Tensor) -> Tensor:
+    """Sum of exp(-d / (2 a)) over widths a = 2^-3 ... 2^1."""
+    widths = torch.tensor([0.125, 0.25, 0.5, 1.0, 2.0], device=distance.device)
+    return torch.exp(-distance[..., None] / (2 * widths)).sum(-1)
+
+
+def largest_remainder(share: Tensor, total: int) -> Tensor:
+    """(t,) int64 parts proportional to share that sum to total exactly."""
+    exact = share / share.sum() * total
+    parts = exact.floor()
+    missing = total - parts.sum()
+    order = (exact - parts).argsort(descending=True, stable=True)
+    extra = torch.zeros_like(parts)
+    extra[order] = (torch.arange(len(parts), device=parts.device) < missing).to(parts.dtype)
+    return (parts + extra).long()

@@ -1,0 +1,69 @@
+"""What a stage may ask about a model: everything that differs between families, as data and a few functions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Item:
+    """Layout of one media item (image or video) in the order its columns appear."""
+
+    n: int  # visual columns
+    frame: Tensor  # (n,) int64, frame (video) or tile (image) of each column
+    grid: tuple[int, int, int]  # (t, h, w) in columns
+    video: bool
+    protected: Tensor | None = None  # (n,) bool, separator rows that must survive
+
+
+class Family:
+    """One model family. Subclasses override what differs; the defaults fit most transformers VLMs."""
+
+    model_types: tuple[str, ...] = ()
+    rope_axes: int = 1  # 1, or 3 under M-RoPE
+    media: tuple[str, ...] = ("image",)
+    tower_pruning: bool = False  # can a pruner act inside the tower (`after_block`)?
+
+    def base(self, model: nn.Module) -> nn.Module:
+        """The module whose forward receives `input_ids` and merges features into embeddings."""
+        return model.model  # type: ignore[return-value]
+
+    def text(self, model: nn.Module) -> nn.Module:
+        """The text decoder (embeddings in, hidden states out)."""
+        return self.base(model).language_model  # type: ignore[return-value]
+
+    def layers(self, model: nn.Module) -> nn.ModuleList:
+        return self.text(model).layers  # type: ignore[return-value]
+
+    def visual_ids(self, model: nn.Module) -> dict[str, int]:
+        """Placeholder id per kind of media this model reads."""
+        ids = {}
+        for kind in self.media:
+            token = getattr(model.config, f"{kind}_token_id", None)
+            if token is not None:
+                ids[kind] = int(token)
+        return ids
+
+    def items(self, model: nn.Module, kind: str, call: dict[str, Any], features: list[Tensor]) -> list[Item]:
+        """Layouts of the items that one `get_{kind}_features(**call)` returned; features: list of (n, D)."""
+        raise NotImplementedError
+
+    def tower(self, model: nn.Module) -> nn.Module:
+        return self.base(model).vision_tower  # type: ignore[return-value]
+
+
+def feature_list(output: Any) -> list[Tensor]:
+    """The per-item features (n, D) of a `get_*_features` call, whatever container this version returns."""
+    pooled = getattr(output, "pooler_output", None)
+    if pooled is None:
+        pooled = output
+    return [f.reshape(-1, f.shape[-1]) for f in pooled]
+
+
+def frames_of(n: int, t: int) -> Tensor:
+    """(n,) int64 frame index of n columns that are t equal frames in order."""
+    return torch.arange(n) // (n // t)

@@ -1,0 +1,51 @@
+"""What each stage really did: tokens, milliseconds, bytes, acceptance. Metric names are those of the result files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Report:
+    """The last accelerated call. Fields hold only what was measured; a stage that did nothing says why in `notes`."""
+
+    encode: dict[str, Any] = field(default_factory=dict)
+    prefill: dict[str, Any] = field(default_factory=dict)
+    decode: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    plan: dict[str, Any] = field(default_factory=dict)
+
+    def json(self) -> dict[str, Any]:
+        """Plain-JSON form."""
+        return {
+            "encode": self.encode,
+            "prefill": self.prefill,
+            "decode": self.decode,
+            "notes": self.notes,
+        }
+
+    def __str__(self) -> str:
+        if not (self.encode or self.prefill or self.decode):
+            return "no accelerated call yet"
+        e, p, d = self.encode, self.prefill, self.decode
+        lines = []
+        if e.get("visual_tokens"):
+            lines.append(
+                f"encode   {e['visual_tokens']:,} -> {e['kept_tokens']:,} visual tokens, "
+                f"tower {e['encode_ms']:.1f} ms, selection {e['select_ms']:.2f} ms"
+            )
+        if p:
+            where = f"{p['kv_fast_bytes'] / 1e6:.2f} MB fast"
+            if p.get("kv_host_bytes"):
+                where += f" + {p['kv_host_bytes'] / 1e6:.2f} MB host"
+            lines.append(
+                f"prefill  {p['prefill_ms']:.1f} ms, first token after {p['ttft_ms']:.1f} ms; "
+                f"{p['cached_tokens']:,.0f} columns cached, KV {where}"
+            )
+        if d:
+            line = f"decode   {d['tokens']} tokens, {d['decode_ms_per_token']:.2f} ms each"
+            if d.get("verify_rounds"):
+                line += f"; {d['accepted_length']:.2f} draft tokens accepted per round"
+            lines.append(line)
+        return "\n".join(lines + [f"note     {n}" for n in self.notes])

@@ -1,0 +1,197 @@
+"""A decoder step that costs its weights and not its Python: functional, KV in place, one row.
+
+A step of a few tokens through transformers spends as long in Python as in arithmetic on small models. `Lean` reads
+the model's own parameters and runs the same arithmetic with a third of the operations: no modules, no mask building,
+rotation of queries and keys together from a table of cos/sin, keys and values written in place, grouped queries packed.
+It only takes decoders it knows (`why_not` says why it does not), and its first use on a model is checked against the
+model itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
+
+LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "rotary_emb"}
+MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+TABLE = 128  # positions rotated at once
+
+
+def why_not(text: nn.Module, head: nn.Module, cache: Any) -> str | None:
+    """None when `Lean` can step this decoder over this cache (one row); else one line saying what is in the way."""
+    config = text.config
+    if text.training:
+        return "the model is in training mode"
+    if config._attn_implementation not in ("sdpa", "eager"):
+        return f"attention {config._attn_implementation!r} is not torch's own"
+    if (getattr(text.rotary_emb, "rope_type", None) or "default") not in ("default", "linear", "llama3", "yarn"):
+        return "the rotation depends on the sequence length"
+    if type(head) is not nn.Linear or _foreign(head) or _foreign(text.rotary_emb) or _foreign(text.norm):
+        return "the output head, norm or rotation is wrapped or hooked"
+    layers = getattr(cache, "layers", None) or []
+    if len(layers) < len(text.layers):
+        return "the cache is not filled"
+    for layer in layers:
+        if type(layer).update is not DynamicLayer.update or layer.is_sliding or layer.keys.shape[0] != 1:
+            return f"cache layers of type {type(layer).__name__} are not dense rows"
+    for block in text.layers:
+        attention, mlp = block.self_attn, block.mlp
+        if _children(block) != LAYER or not _children(attention) <= ATTENTION or not _children(mlp) <= MLP:
+            return f"{type(block).__name__} is not a decoder layer known here"
+        if getattr(attention, "sliding_window", None):
+            return "sliding-window attention"
+        for module in block.modules():
+            if _foreign(module):
+                return f"a hook or wrapper sits on a {type(module).__name__}"
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        if any(type(m) is not nn.Linear for m in (*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj)):
+            return "projections are not plain linear layers (adapter or quantised)"
+    return None
+
+
+def _children(module: nn.Module) -> set[str]:
+    return {name for name, _ in module.named_children()}
+
+
+def _foreign(module: nn.Module) -> bool:
+    """True when somebody else's hook or replaced forward sits on the module (ours act at prefill only)."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    ours = all(str(getattr(h, "__module__", "")).startswith("vlmfast.runtime.") for h in hooks)
+    return "forward" in vars(module) or not ours
+
+
+class Lean:
+    """One decoder with its keys and values in preallocated buffers (Hk, capacity, Dh) per layer.
+
+    text: the text decoder; head: its output layer; cache: filled by a prefill of one row; valid: (P,) bool, physical
+    columns that are not padding, or None; position: the next position in the model's own layout, (..., 1, 1) int64.
+    """
+
+    def __init__(self, text: Any, head: nn.Module, cache: Any, valid: Tensor | None, position: Tensor) -> None:
+        self.text, self.head = text, head
+        attention = text.layers[0].self_attn
+        self.dh = int(attention.head_dim)
+        self.hk = attention.k_proj.out_features // self.dh
+        self.h = attention.q_proj.out_features // self.dh
+        self.eps = float(getattr(text.norm, "variance_epsilon", None) or text.norm.eps)
+        self.silu = text.config.hidden_act == "silu"
+        self.scales = [float(b.self_attn.scaling) for b in text.layers]
+        self.weights = [_weights(b) for b in text.layers]
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.prompt: list[int] = []  # columns per layer that the prefill left
+        for layer in cache.layers[: len(self.weights)]:
+            k, v = layer.keys[0], layer.values[0]
+            if valid is not None:
+                k, v = k[:, valid], v[:, valid]
+            self.prompt.append(k.shape[1])
+            self.keys.append(_roomy(k, 256))
+            self.values.append(_roomy(v, 256))
+        self.n = 0  # tokens stepped after the prefill
+        self.start = position if position.shape[0] != 4 or position.ndim == 2 else position[1:]
+        self.cos = self.sin = torch.empty(0)
+        self.hidden: Tensor | None = None
+
+    def _rotation(self, n: int) -> tuple[Tensor, Tensor]:
+        """cos and signed sin of the next n positions, (n, 1, Dh) each."""
+        if self.n + n > self.cos.shape[0]:
+            size = (self.n + n + TABLE - 1) // TABLE * TABLE
+            steps = torch.arange(size, device=self.start.device)
+            cos, sin = self.text.rotary_emb(self.keys[0], self.start + steps)
+            half = self.dh // 2
+            self.cos = cos[0][:, None]
+            self.sin = torch.cat([-sin[0][:, :half], sin[0][:, half:]], -1)[:, None]
+        return self.cos[self.n : self.n + n], self.sin[self.n : self.n + n]
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
+        wide = x.float()
+        return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+    def step(self, tokens: Tensor, hidden_layer: int | None = None) -> Tensor:
+        """tokens (n,) int64 -> logits (n, V) in the model's dtype; `.hidden` is then the (n, D) output of that layer."""
+        n, h, hk, dh = tokens.shape[0], self.h, self.hk, self.dh
+        x = F.embedding(tokens, self.text.embed_tokens.weight)
+        cos, sin = self._rotation(n)
+        tri: Tensor | None = None
+        if n > 1:
+            tri = torch.full((n, n), float("-inf"), dtype=x.dtype, device=x.device).triu_(1)
+        masks: dict[int, Tensor] = {}
+        for i, w in enumerate(self.weights):
+            y = self._norm(x, w[0])
+            q, k = F.linear(y, w[1], w[2]), F.linear(y, w[3], w[4])
+            v = F.linear(y, w[5], w[6]).view(n, hk, dh)
+            if w[13] is not None:
+                q = self._norm(q.view(n, h, dh), w[13]).view(n, h * dh)
+                k = self._norm(k.view(n, hk, dh), w[14]).view(n, hk * dh)
+            qk = torch.cat([q, k], 1).view(n, h + hk, dh)
+            qk = torch.addcmul(qk * cos, torch.roll(qk, dh // 2, -1), sin)
+            begin = self.prompt[i] + self.n
+            end = begin + n
+            if end > self.keys[i].shape[1]:
+                self.keys[i] = _roomy(self.keys[i], end)
+                self.values[i] = _roomy(self.values[i], end)
+            keys, values = self.keys[i][:, :end], self.values[i][:, :end]
+            keys[:, begin:] = qk[:, h:].transpose(0, 1)
+            values[:, begin:] = v.transpose(0, 1)
+            if tri is None:
+                packed = qk[0, :h].view(1, hk, h // hk, dh)
+                out = F.scaled_dot_product_attention(packed, keys[None], values[None], scale=self.scales[i])
+                out = out.view(1, h * dh)
+            else:
+                if end not in masks:
+                    masks[end] = torch.cat([tri.new_zeros(n, begin), tri], 1).repeat(h // hk, 1)
+                packed = qk[:, :h].view(n, hk, h // hk, dh).permute(1, 2, 0, 3).reshape(1, hk, -1, dh)
+                out = F.scaled_dot_product_attention(
+                    packed, keys[None], values[None], attn_mask=masks[end], scale=self.scales[i]
+                )
+                out = out.view(hk, h // hk, n, dh).permute(2, 0, 1, 3).reshape(n, h * dh)
+            x = x + F.linear(out, w[7], w[8])
+            y = self._norm(x, w[9])
+            gate = F.linear(y, w[10])
+            gate = F.silu(gate) if self.silu else self.text.layers[i].mlp.act_fn(gate)
+            x = x + F.linear(gate * F.linear(y, w[11]), w[12])
+            if i == hidden_layer:
+                self.hidden = x
+        self.n += n
+        return F.linear(self._norm(x, self.text.norm.weight), self.head.weight, self.head.bias)  # type: ignore[arg-type]
+
+    def flush(self, cache: Any) -> None:
+        """Append everything stepped so far to the cache's own layers; the decoder is spent afterwards."""
+        if self.n:
+            for layer, k, v, p in zip(cache.layers, self.keys, self.values, self.prompt, strict=False):
+                layer.update(k[None, :, p : p + self.n], v[None, :, p : p + self.n])
+        self.n = 0
+
+    def fork(self) -> Lean:
+        """An independent copy at the same place."""
+        twin = object.__new__(Lean)
+        twin.__dict__.update(self.__dict__)
+        twin.keys, twin.values = [k.clone() for k in self.keys], [v.clone() for v in self.values]
+        return twin
+
+
+def _weights(block: Any) -> tuple[Any, ...]:
+    a, m = block.self_attn, block.mlp
+    q_norm, k_norm = getattr(a, "q_norm", None), getattr(a, "k_norm", None)
+    return (
+        block.input_layernorm.weight,
+        a.q_proj.weight, a.q_proj.bias, a.k_proj.weight, a.k_proj.bias, a.v_proj.weight, a.v_proj.bias,
+        a.o_proj.weight, a.o_proj.bias,
+        block.post_attention_layernorm.weight,
+        m.gate_proj.weight, m.up_proj.weight, m.down_proj.weight,
+        None if q_norm is None else q_norm.weight, None if k_norm is None else k_norm.weight,
+    )  # fmt: skip
+
+
+def _roomy(x: Tensor, least: int) -> Tensor:
+    """The columns of x (Hk, P, Dh) at the head of a buffer with room for at least `least` more."""
+    buffer = x.new_empty(x.shape[0], x.shape[1] + max(least, 256), x.shape[2])
+    buffer[:, : x.shape[1]] = x
+    return buffer

@@ -1,0 +1,70 @@
+"""Times the stages of one generate call and counts what the cache holds. Changes no value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from vlmfast.families import Family
+from vlmfast.runtime.columns import clock
+from vlmfast.runtime.patch import Patch
+
+
+class Meter:
+    """Hooks on the text model: the first forward is the prefill, everything after it is decode."""
+
+    def __init__(self, model: nn.Module, family: Family) -> None:
+        self.model, self.family = model, family
+        self.start = 0.0
+        self.reset()
+
+    def reset(self) -> None:
+        self.prefill_ms: float | None = None
+        self.first = 0.0
+        self.start = clock(self.model)
+        self._entered = 0.0
+
+    def install(self, patch: Patch) -> None:
+        text = self.family.text(self.model)
+        patch.hook(text.register_forward_pre_hook(self._enter))
+        patch.hook(text.register_forward_hook(self._leave))
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        if self.prefill_ms is None:
+            self._entered = clock(self.model)
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.prefill_ms is None:
+            self.first = clock(self.model)
+            self.prefill_ms = (self.first - self._entered) * 1e3
+
+    def timings(self, new_tokens: int) -> tuple[dict[str, float], dict[str, float]]:
+        """Prefill and decode times; call at the end of generate. new_tokens: tokens per row, the first included."""
+        end = clock(self.model)
+        prefill = {"prefill_ms": self.prefill_ms or 0.0, "ttft_ms": (self.first - self.start) * 1e3}
+        steps = max(1, new_tokens - 1)
+        decode = {
+            "tokens": float(new_tokens),
+            "decode_ms_per_token": (end - self.first) * 1e3 / steps,
+            "total_ms": (end - self.start) * 1e3,
+        }
+        return prefill, decode
+
+
+def cache_counts(cache: Any) -> dict[str, float]:
+    """`cached_tokens` (mean columns held per layer and head), `kv_fast_bytes`, `kv_host_bytes` of a cache."""
+    columns, fast, host, layers = 0.0, 0, 0, 0
+    for layer in getattr(cache, "layers", None) or []:
+        if hasattr(layer, "nbytes"):  # our ragged layer knows its tiers
+            tiers = layer.nbytes()
+            fast += tiers["fast"]
+            host += tiers["host"]
+            columns += layer.cached_tokens()
+        elif getattr(layer, "is_initialized", False) and getattr(layer, "keys", None) is not None:
+            fast += sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
+            columns += layer.keys.shape[-2] if layer.keys.numel() else 0
+        else:
+            continue
+        layers += 1
+    return {"cached_tokens": columns / max(1, layers), "kv_fast_bytes": fast, "kv_host_bytes": host}
