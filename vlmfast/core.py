@@ -82,24 +82,37 @@ class LayerView:
     keys: Tensor  # (B, Hk, L, Dh), RoPE applied
     values: Tensor  # (B, Hk, L, Dh)
     kinds: Tensor  # (B, L) int8, `Kind`
-    window: Tensor | None  # (B, H, W, L) float32 softmax weights of the last W text queries; None if not asked for
+    window: Tensor | None  # (B, H, W, L) float32 softmax weights of the last W columns' queries; None if not asked for
     layer: int
     layers: int
     positions: Tensor | None = None  # (B, L) int64 logical column of each physical one, -1 on padding
+    queries: Tensor | None = None  # (B, W) bool: which of the window's queries are text after the media
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """How dynamic heads bring columns back from host memory, chunk by chunk."""
+
+    chunk: int = 32  # columns per chunk
+    bound: str = "mean"  # what stands for a chunk: its "mean" key, or the element-wise "minmax" of its keys
+    refresh: int = 1  # choose chunks anew every this many decoded tokens
+    sinks: int = 4  # first columns, never swapped out
+    recent: int = 32  # last columns of the prefill, never swapped out
 
 
 @dataclass
 class CompressedLayer:
     """What a policy keeps of one layer. Every (row, head) may keep a different number of columns.
 
-    `keep[b * Hk + h]` is an ascending int64 tensor of kept columns. Heads named in `dynamic` keep all their columns
-    in host memory, in chunks of `chunk`, and read `budget[b * Hk + h]` of them per step.
+    `keep[b * Hk + h]` is an ascending int64 tensor of kept columns. Heads named in `dynamic` keep all of them in host
+    memory, in chunks as `retrieval` says, and hold at most `budget[b * Hk + h]` of them in fast memory per step.
     """
 
     keep: list[Tensor]
     dynamic: Tensor | None = None  # (B * Hk,) bool
     budget: Tensor | None = None  # (B * Hk,) int64 columns read per step by dynamic heads
     int8: Tensor | None = None  # (B * Hk,) bool, heads stored as int8 with scales
+    retrieval: Retrieval | None = None  # needed when any head is dynamic
     stats: dict[str, Any] = field(default_factory=dict)
 
 
@@ -109,6 +122,14 @@ class Policy(Protocol):
 
     def window(self) -> int:
         """Number of text queries whose attention it needs (0 = attention-free)."""
+        ...
+
+    def fits(self, columns: int) -> bool:
+        """True when a context of so many columns is within the budget: every layer is left as it is."""
+        ...
+
+    def cache_layer(self) -> Any:
+        """A new, empty cache layer that can hold what `compress` keeps."""
         ...
 
     def compress(self, view: LayerView) -> CompressedLayer | None:

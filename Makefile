@@ -1,0 +1,39 @@
+# make demo: set everything up and run the main job.   make test: set everything up, lint, run the whole suite.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed-$(shell cksum < pyproject.toml | cut -d' ' -f1)
+
+.PHONY: demo test lint test-slow floor setup clean
+
+demo: setup
+	$(BIN)/vlmfast demo
+
+test: lint
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test-slow: setup
+	$(BIN)/python -m pytest -n 2 -m slow
+
+# the laws on the oldest transformers we support, laid over the same environment
+floor: setup
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target .floor "transformers==5.18.0"
+	PYTHONPATH=.floor $(BIN)/python -m pytest -n 2 -m "not slow" tests/test_laws.py tests/test_tiny.py
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed, this is " + sys.version'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[test]"
+	rm -f $(VENV)/.installed-*
+	touch $@
+
+clean:
+	rm -rf $(VENV) .floor demo-out
