@@ -1,0 +1,88 @@
+"""Speed, stage by stage: `python -m evals.speed --suite NAME [--quick] [--force] --out FILE.json`.
+
+A suite (encode, prefill, decode, stream, presets) is a module `evals/speed_<suite>.py` with `run(quick: bool) -> dict`:
+a record with at least `rows` (see `evals.records`), and `config`, `seed`, `repeats`, `device`, `dtype` for the head
+that is added here. A suite that builds its own head keeps it. Timings come from `evals.timing`: paired, interleaved, medians.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+SUITES = ("encode", "prefill", "decode", "stream", "presets")
+
+
+def available() -> list[str]:
+    """The suites that exist here."""
+    return [s for s in SUITES if importlib.util.find_spec(f"evals.speed_{s}") is not None]
+
+
+def measure(suite: str, quick: bool) -> dict[str, Any]:
+    """Run one suite and return its whole record."""
+    from evals import records
+
+    result = dict(importlib.import_module(f"evals.speed_{suite}").run(quick))
+    if "hardware" in result:
+        return result
+    head = records.head(
+        suite,
+        config={"quick": quick, **result.pop("config", {})},
+        seed=result.pop("seed", 0),
+        repeats=result.pop("repeats", 1),
+        device=result.pop("device", "cpu"),
+        dtype=result.pop("dtype", "float32"),
+    )
+    return {**head, **result}
+
+
+def main(
+    suite: Annotated[str, typer.Option(help=f"one of {', '.join(SUITES)}")],
+    out: Annotated[Path, typer.Option(help="result file (JSON)")],
+    quick: Annotated[bool, typer.Option("--quick", help="tiny shapes, under a minute")] = False,
+    force: Annotated[bool, typer.Option("--force", help="replace an existing result")] = False,
+) -> None:
+    """Measure one suite and write its record."""
+    from evals import records
+
+    try:
+        if suite not in available():
+            raise ValueError(f"no suite {suite!r}: choose one of {', '.join(available())}")
+        records.claim(out, force)
+    except (ValueError, FileExistsError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    record = measure(suite, quick)
+    records.write(out, record, force)
+    show(record)
+
+
+def show(record: dict[str, Any]) -> None:
+    """The record's rows as a table: medians, and the paired ratio to the first baseline in brackets."""
+    from rich.console import Console
+    from rich.table import Table
+
+    metrics = [k for k in dict.fromkeys(k for r in record["rows"] for k in r["metrics"]) if k != "floor_ms"]
+    table = Table(title=f"{record['suite']} · {record['hardware']['name']} · {record['hardware']['dtype']}")
+    table.add_column("method")
+    for m in metrics:
+        table.add_column(m, justify="right")
+    for r in record["rows"]:
+        versus = next(iter(r["vs"].values()), {})
+        cells = []
+        for m in metrics:
+            value = r["metrics"].get(m)
+            text = "" if value is None else f"{value:,.4g}" if isinstance(value, float) else str(value)
+            cells.append(f"{text} ({versus[m][0]:.2f}x)" if m in versus else text)
+        params = ",".join(f"{k}={v}" for k, v in r["params"].items())
+        table.add_row(f"{r['name']} {params}".strip(), *cells)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
