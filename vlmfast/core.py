@@ -141,7 +141,7 @@ class Draft(Protocol):
     """A source of guesses for the draft-verify loop (decode)."""
 
     def propose(self, ids: Tensor, k: int) -> tuple[Tensor, Tensor | None]:
-        """Guess up to k tokens after `ids` (1, L): tokens (k',) int64 and their logits (k', V), or None if it has none."""
+        """Guess up to k tokens after `ids` (1, L): tokens (k',) int64 and their logits (k', V) or None."""
         ...
 
     def rewind(self, n: int) -> None:

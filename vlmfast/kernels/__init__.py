@@ -13,9 +13,7 @@ from vlmfast.kernels.reference import Ragged, chunk_scores, dequantise, quantise
 Backend = Literal["reference", "cpu", "triton"]
 
 
-def ragged_attention(
-    query: Tensor, kv: Ragged, scaling: float, out: Tensor, backend: Backend | None = None
-) -> Tensor:
+def ragged_attention(query: Tensor, kv: Ragged, scaling: float, out: Tensor, backend: Backend | None = None) -> Tensor:
     """Attention of (B, H, q, D) queries over ragged rows, see `reference.ragged_attention`.
 
     backend None picks Triton on CUDA where it takes the shapes (up to 16 query tokens), else grouped dense calls.
@@ -38,8 +36,8 @@ def ragged_attention(
 
         if not triton_ragged.supports(query, kv):
             raise UserError(
-                f"the Triton kernel takes up to {triton_ragged.MAX_QUERIES} query tokens, 128 grouped queries and heads "
-                f"of 256 in float16, bfloat16 or float32; got {tuple(query.shape)} {query.dtype}: use backend='cpu'"
+                f"the Triton kernel takes {triton_ragged.MAX_QUERIES} query tokens, 128 grouped queries and "
+                f"heads of 256 in float16, bfloat16 or float32; got {tuple(query.shape)} {query.dtype}: use backend='cpu'"
             )
         return triton_ragged.ragged_attention(query, kv, scaling, out)
     raise UserError(f"backend={backend!r} does not exist: choose reference, cpu or triton")

@@ -1,7 +1,7 @@
 """Fast CPU path of ragged attention: rows of equal length become one dense call, grouped queries share their keys.
 
 Measured on two cores, one row group of 4 heads of 128, 7 queries each, 32 k columns of bf16: 10 ms against 143 ms for
-sdpa with `enable_gqa` and 12 ms for packed sdpa; plain matmuls win because sdpa's CPU kernel works query block by block.
+sdpa with `enable_gqa` and 12 ms for packed sdpa; plain matmuls win because sdpa's CPU kernel works block by block.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Plain-torch specification of every kernel: short, exact (float32 or better inside), slow. Others are tested against it.
+"""Plain-torch specification of every kernel: short, float32 or better inside, slow. Others are tested against it.
 
 Ragged storage. A *row* is one (batch row, key/value head) pair, ``r = b * Hk + h``. Rows of different lengths lie one
 after the other in flat buffers; whatever lies between the end of one row and the start of the next is never read.

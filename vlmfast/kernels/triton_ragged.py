@@ -17,7 +17,7 @@ MAX_QUERIES = 16
 
 
 @triton.jit
-def _split(
+def _split(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, v_ptr, ks_ptr, vs_ptr, rows_ptr, offsets_ptr, lengths_ptr, acc_ptr, max_ptr, sum_ptr,
     scaling, Q, M, SPLITS,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -68,7 +68,7 @@ def _split(
 
 
 @triton.jit
-def _combine(
+def _combine(  # type: ignore[no-untyped-def]
     acc_ptr, max_ptr, sum_ptr, rows_ptr, o_ptr, M, SPLITS,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip

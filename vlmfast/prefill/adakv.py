@@ -1,0 +1,47 @@
+"""AdaKV: one budget for all heads of a layer, spent where the scores are (arXiv 2407.11550)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from vlmfast.core import UserError, check_fraction
+from vlmfast.prefill.base import KVPolicy, Row
+from vlmfast.prefill.snapkv import SnapKV
+
+
+@dataclass(frozen=True)
+class AdaKV(KVPolicy):
+    """Wraps a scorer: the best columns over all heads together stay, every head is sure of a floor.
+
+    Heads really hold different numbers of columns; nothing is masked.
+
+    scorer  any policy with a `score` (its own keep and budget are not used)
+    floor   share of the mean budget that each head gets whatever its scores, in (0, 1] (paper's code 0.5, kvpress 0.2)
+    """
+
+    name: ClassVar[str] = "adakv"
+    scorer: KVPolicy = field(default_factory=SnapKV)
+    floor: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fraction("floor", self.floor)
+        if not isinstance(self.scorer, KVPolicy) or type(self.scorer).score is KVPolicy.score:
+            raise UserError(f"scorer={self.scorer!r} cannot score columns: use e.g. AdaKV(scorer=SnapKV())")
+
+    def window(self) -> int:
+        return self.scorer.window()
+
+    def score(self, row: Row) -> Tensor:
+        return self.scorer.score(row)
+
+    def counts(self, scores: Tensor, total: int) -> list[int]:
+        heads, n = scores.shape
+        floor = max(self.least(), int(self.floor * total))
+        sure = scores.topk(floor, dim=1)
+        rest = scores.scatter(1, sure.indices, -float("inf")).flatten()
+        extra = rest.topk(min(heads * (total - floor), rest.numel() - heads * floor)).indices // n
+        return (extra.bincount(minlength=heads) + floor).tolist()

@@ -1,0 +1,196 @@
+"""What every KV policy shares: the budget, the columns that always stay, and the selection itself.
+
+A policy is a frozen dataclass that scores columns; everything else happens here, row by row without the padding, so a
+row of a batch is treated exactly like that row alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vlmfast.core import CompressedLayer, Kind, LayerView, Retrieval, UserError, check_fraction
+from vlmfast.prefill.cache import KVLayer
+
+
+@dataclass
+class Row:
+    """One batch row of a `LayerView` without its padding; n columns."""
+
+    keys: Tensor  # (Hk, n, Dh), RoPE applied
+    values: Tensor  # (Hk, n, Dh)
+    kinds: Tensor  # (n,) int8, `Kind`
+    window: Tensor | None  # (H, W, n) float32 softmax weights of the text queries after the media
+    layer: int
+    layers: int
+
+    @property
+    def n(self) -> int:
+        return self.keys.shape[1]
+
+    def relevance(self, group: str = "mean") -> Tensor:
+        """(Hk, n) float32: attention the text queries pay each column, mean (or max) over a key head's query group."""
+        if self.window is None:
+            raise UserError("this policy scores by attention but asks for no window queries: set queries >= 1")
+        p = self.window.mean(1).view(self.keys.shape[0], -1, self.n)
+        return p.amax(1) if group == "max" else p.mean(1)
+
+
+@dataclass
+class Choice:
+    """What one row keeps: `keep[h]` ascending column indices (n,) of head h; the rest as in `CompressedLayer`."""
+
+    keep: list[Tensor]
+    dynamic: Tensor | None = None  # (Hk,) bool
+    budget: Tensor | None = None  # (Hk,) int64
+    stats: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class KVPolicy:
+    """Base of all policies. Subclasses set `name` and implement `score`, or `choose` when heads differ in kind.
+
+    keep    fraction of all columns that enter the cache (after pruning) which stays, in (0, 1]
+    budget  the same as a count of columns per head; overrides keep
+    sinks   first columns, always kept
+    recent  last columns, always kept
+    int8    store what stays as int8 with a float32 scale per vector
+    """
+
+    name: ClassVar[str]
+    keep: float = 0.10
+    budget: int | None = None
+    sinks: int = 4
+    recent: int = 32
+    int8: bool = False
+
+    def __post_init__(self) -> None:
+        check_fraction("keep", self.keep)
+        self.check_counts(sinks=0, recent=0)
+        if self.budget is not None and self.budget < max(1, self.least()):
+            raise UserError(self._too_small(self.budget))
+
+    def check_counts(self, **least: int) -> None:
+        """Raise unless each named field is an int of at least the given value."""
+        for name, low in least.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                raise UserError(f"{name}={value!r} in {self.name}: {name} is a whole number of at least {low}")
+
+    def check_choice(self, **options: tuple) -> None:
+        """Raise unless each named field is one of its options."""
+        for name, known in options.items():
+            if getattr(self, name) not in known:
+                raise UserError(f"{name}={getattr(self, name)!r} in {self.name}: choose one of {', '.join(known)}")
+
+    # -- what the runtime asks -------------------------------------------------------------------------------------
+
+    def window(self) -> int:
+        """Text queries whose attention is needed: the field `queries` where a policy has it, else none."""
+        return int(getattr(self, "queries", 0))
+
+    def cache_layer(self) -> KVLayer:
+        """An empty layer that can hold what `compress` keeps."""
+        return KVLayer()
+
+    def total(self, n: int) -> int:
+        """Columns a head may keep on average out of n."""
+        return min(n, self.budget if self.budget is not None else math.ceil(self.keep * n))
+
+    def fits(self, columns: int) -> bool:
+        """True when so many columns are within the budget."""
+        return self.total(columns) >= columns
+
+    def least(self) -> int:
+        """The smallest budget per head that works."""
+        return self.sinks + self.recent
+
+    def compress(self, view: LayerView) -> CompressedLayer | None:
+        """Choose what stays of every row. None when all rows fit. Raises UserError for a budget below `least()`."""
+        b, hk, _, _ = view.keys.shape
+        real = [(kinds != Kind.PAD).nonzero()[:, 0] for kinds in view.kinds]
+        if all(self.fits(len(columns)) for columns in real):
+            return None
+        keep: list[Tensor] = []
+        device = view.keys.device
+        dynamic = torch.zeros(b * hk, dtype=torch.bool, device=device)
+        budget = torch.zeros(b * hk, dtype=torch.int64, device=device)
+        stats: dict[str, Any] = {}
+        for i, columns in enumerate(real):
+            if self.fits(len(columns)):
+                keep += [columns] * hk
+                continue
+            if self.total(len(columns)) < self.least():
+                raise UserError(self._too_small(self.total(len(columns)), len(columns)))
+            choice = self.choose(_row(view, i, columns))
+            keep += [columns[k] for k in choice.keep]
+            if choice.dynamic is not None and choice.budget is not None:
+                dynamic[i * hk : (i + 1) * hk], budget[i * hk : (i + 1) * hk] = choice.dynamic, choice.budget
+            stats.setdefault("rows", []).append(choice.stats)
+        small = torch.full_like(dynamic, self.int8)
+        return CompressedLayer(
+            keep, dynamic, budget, small, self.retrieval(), stats if any(stats.get("rows", [])) else {}
+        )
+
+    def _too_small(self, budget: int, n: int | None = None) -> str:
+        what = f"{self.name} with budget={budget}" if n is None else f"{self.name} keeps {budget} of {n} columns, which"
+        return (
+            f"{what} cannot hold the {self.least()} columns it must keep (sinks={self.sinks}, recent={self.recent}"
+            f"{self._also()}): raise keep or budget, or lower sinks or recent"
+        )
+
+    def _also(self) -> str:
+        return ""
+
+    # -- what a policy decides -------------------------------------------------------------------------------------
+
+    def retrieval(self) -> Retrieval | None:
+        """How dynamic heads read, for policies that have them."""
+        return None
+
+    def score(self, row: Row) -> Tensor:
+        """(Hk, n) float, higher stays."""
+        raise NotImplementedError
+
+    def counts(self, scores: Tensor, total: int) -> list[int]:
+        """Columns each head keeps; their mean is at most `total`. scores (Hk, n), protected columns +inf."""
+        return [total] * scores.shape[0]
+
+    def choose(self, row: Row) -> Choice:
+        """Score, protect sinks and recent columns, keep the best of every head."""
+        scores = protect(self.score(row).float(), self.sinks, self.recent)
+        counts = self.counts(scores, self.total(row.n))
+        return Choice([best(s, c) for s, c in zip(scores, counts, strict=True)])
+
+
+def protect(scores: Tensor, sinks: int, recent: int) -> Tensor:
+    """scores (..., n) with the first `sinks` and last `recent` columns at +inf (a copy)."""
+    scores = scores.clone()
+    scores[..., :sinks] = torch.inf
+    scores[..., max(0, scores.shape[-1] - recent) :] = torch.inf
+    return scores
+
+
+def best(scores: Tensor, count: int) -> Tensor:
+    """Indices of the `count` highest of scores (n,), ascending int64."""
+    return scores.topk(count).indices.sort().values
+
+
+def max_pool(scores: Tensor, width: int) -> Tensor:
+    """Maximum over `width` neighbouring columns (odd), same length: (Hk, n) -> (Hk, n)."""
+    return torch.nn.functional.max_pool1d(scores[None], width, stride=1, padding=width // 2)[0] if width > 1 else scores
+
+
+def _row(view: LayerView, i: int, columns: Tensor) -> Row:
+    n = len(columns)
+    first = int(columns[0])
+    where = slice(first, first + n) if int(columns[-1]) - first == n - 1 else columns
+    window = None
+    if view.window is not None and view.queries is not None:
+        window = view.window[i][:, view.queries[i]][..., where]
+    kinds = view.kinds[i, where]
+    return Row(view.keys[i][:, where], view.values[i][:, where], kinds, window, view.layer, view.layers)

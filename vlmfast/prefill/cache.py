@@ -1,0 +1,233 @@
+"""A transformers cache layer whose heads may hold different columns, in tiers, and that really is smaller.
+
+Life of a layer: empty -> holding the whole prefill as it came (B, Hk, L, Dh) -> ragged. A ragged layer hands itself to
+the attention function on the key tensor (`runtime.attention`), which calls `attend`; nothing is ever padded or masked.
+It reports the *logical* length (columns of the user's sequence) and holds the *physical* ones.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from vlmfast import kernels
+from vlmfast.core import CompressedLayer, Unsupported
+from vlmfast.prefill.retrieve import Dynamic
+from vlmfast.prefill.store import Store
+from vlmfast.runtime.attention import tag
+
+
+class KVLayer(CacheLayerMixin):
+    """One layer's keys and values: ragged, tiered, croppable. Uncompressed it is the full cache under our attention."""
+
+    is_sliding = False
+    is_croppable = True
+    is_compileable = False
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__()
+        self.keys: Tensor | None = None  # (B, Hk, L, Dh) while the prefill is held as it came
+        self.values: Tensor | None = None
+        self.exact: Store | None = None  # fast memory, the model's dtype
+        self.int8: Store | None = None  # fast memory, int8 with a scale per vector
+        self.dynamic: Dynamic | None = None  # host memory, with fast slots
+        self.entered = 0  # columns that came in
+        self.skipped = 0  # logical columns that never entered
+        self.base = 0  # logical length at the end of the prefill
+        self.heads = self.batch = 0
+        self.stats: dict[str, Any] = {}
+        self.backend: kernels.Backend | None = None
+
+    # -- what transformers asks ------------------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.batch, self.heads = key_states.shape[:2]
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add q columns. The first call returns them as they came; later ones return them tagged with this layer."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states, value_states
+            self.entered = key_states.shape[2]
+            return key_states, value_states
+        if self.keys is not None:
+            self.compress(None)
+        position = self.get_seq_length()
+        flat = key_states.flatten(0, 1), value_states.flatten(0, 1)
+        for store in self.stores():
+            store.append(*flat, position)
+        self.entered += key_states.shape[2]
+        return tag(key_states, self), value_states
+
+    def get_seq_length(self) -> int:
+        """Logical length: what entered plus what was pruned before it could."""
+        return self.entered + self.skipped
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.__init__()  # type: ignore[misc]
+
+    def offload(self) -> None:
+        raise Unsupported("an offloaded cache moves whole layers; this one has its own host tier: use offloading=False")
+
+    def prefetch(self) -> None:
+        self.offload()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Go back -n columns (n <= 0), or to n logical columns (n > 0, as before transformers 5.20).
+
+        Exact for columns that came after the compression. Columns of the prefill can be taken back too: every head
+        then holds what it kept among the columns that remain.
+        """
+        length = self.get_seq_length()
+        remove = -tokens_to_remove if tokens_to_remove <= 0 else length - tokens_to_remove
+        if remove <= 0 or not self.is_initialized:
+            return
+        length -= remove
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys[:, :, :-remove], self.values[:, :, :-remove]
+        for store in (self.exact, self.int8):
+            if store is not None and length >= self.base:
+                store.drop_last(remove)
+            elif store is not None:
+                store.keep_before(length)
+        if self.dynamic is not None:
+            self.dynamic.crop(length, remove)
+        self.entered -= remove
+        self.base = min(self.base, length)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.batch_select_indices(torch.arange(self.batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep batch rows `indices` (int64, repeats allowed, or a bool mask), in that order."""
+        indices = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
+        batch = [int(i) for i in indices]
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys[batch], self.values[batch]
+        rows = {old * self.heads + h for old in batch for h in range(self.heads)}
+        for name in ("exact", "int8"):
+            store = getattr(self, name)
+            if store is not None and rows.isdisjoint(store.rows):
+                setattr(self, name, None)
+            elif store is not None:
+                store.take(batch, self.heads)
+        if self.dynamic is not None:
+            self.dynamic.take(batch, self.heads)
+            self.dynamic = self.dynamic if self.dynamic.groups else None
+        self.batch = len(batch)
+
+    # -- compression and attention ---------------------------------------------------------------------------------
+
+    @property
+    def ragged(self) -> bool:
+        """True once attention has to go through `attend`."""
+        return self.is_initialized
+
+    def skip(self, n: int) -> None:
+        """Count n more logical columns that never enter this layer (pruned before it)."""
+        self.skipped += n
+
+    def stores(self) -> list[Store]:
+        """The fast-memory stores that exist."""
+        found = (self.exact, self.int8, self.dynamic.store if self.dynamic else None)
+        return [s for s in found if s is not None]
+
+    def compress(self, kept: CompressedLayer | None, positions: Tensor | None = None) -> None:
+        """Turn the held prefill into ragged storage: what `kept` names, or every column when None.
+
+        positions (B, L): logical column of each held one, -1 on padding (then dropped); None = in order, no padding.
+        """
+        keys, values = self.keys, self.values
+        assert keys is not None and values is not None, "compress() needs the prefill that update() was given"
+        b, hk, n, _ = keys.shape
+        self.base = self.get_seq_length()
+        if positions is None:
+            positions = torch.arange(self.skipped, self.skipped + n, device=keys.device).expand(b, n)
+        if kept is None:
+            real = [(p >= 0).nonzero()[:, 0] for p in positions]
+            kept = CompressedLayer(keep=[real[r // hk] for r in range(b * hk)])
+        dynamic = kept.dynamic.tolist() if kept.dynamic is not None else [False] * (b * hk)
+        small = kept.int8.tolist() if kept.int8 is not None else [False] * (b * hk)
+        parts: dict[str, list] = {"exact": [], "int8": [], "dynamic": []}
+        for r, columns in enumerate(kept.keep):
+            i, h = divmod(r, hk)
+            if len(columns) == n:
+                segment = (r, keys[i, h], values[i, h], positions[i].to(torch.int32))
+            else:
+                segment = (r, keys[i, h][columns], values[i, h][columns], positions[i][columns].to(torch.int32))
+            parts["dynamic" if dynamic[r] else "int8" if small[r] else "exact"].append(segment)
+        if parts["exact"]:
+            self.exact = Store.build(parts["exact"], b * hk)
+        if parts["int8"]:
+            self.int8 = Store.build(parts["int8"], b * hk, int8=True)
+        if parts["dynamic"]:
+            assert kept.budget is not None and kept.retrieval is not None, "dynamic heads need a budget and a Retrieval"
+            budgets = [int(kept.budget[s[0]]) for s in parts["dynamic"]]
+            self.dynamic = Dynamic(parts["dynamic"], budgets, kept.retrieval, b * hk, self.base, keys.device)
+        self.keys = self.values = None
+        self.stats = kept.stats
+
+    def attend(self, query: Tensor, scaling: float) -> Tensor:
+        """Attention of the last q columns (already in the layer), causal: (B, H, q, Dh) -> (B, H, q, Dv)."""
+        out = query.new_empty(*query.shape[:3], self.stores()[0].values.shape[-1])
+        for store in (self.exact, self.int8):
+            if store is not None:
+                kernels.ragged_attention(query, store, scaling, out, self.backend)
+        if self.dynamic is not None:
+            self.dynamic.attend(query, scaling, out, self.get_seq_length())
+        return out
+
+    # -- accounts --------------------------------------------------------------------------------------------------
+
+    def lengths(self) -> Tensor:
+        """(B, Hk) int64 columns each head holds in fast memory."""
+        if self.keys is not None:
+            return torch.full((self.batch, self.heads), self.entered)
+        out = torch.zeros(self.batch * self.heads, dtype=torch.int64)
+        for store in self.stores():
+            out[store.rows] = torch.tensor(store.lengths)
+        return out.view(self.batch, self.heads)
+
+    def cached_tokens(self) -> float:
+        """Mean columns per head in fast memory."""
+        return float(self.lengths().double().mean()) if self.is_initialized else 0.0
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes by tier: `fast` (held; of it `int8`), `fast_allocated` (with free slots), `host`, `resident` (all).
+
+        Keys, values, scales, positions, chunk representatives and tables are counted. On CPU `fast` and `host` are the
+        same memory.
+        """
+        if self.keys is not None and self.values is not None:
+            n = sum(t.numel() * t.element_size() for t in (self.keys, self.values))
+            return {"fast": n, "int8": 0, "fast_allocated": n, "host": 0, "resident": n}
+        tiers = {"fast": 0, "int8": 0, "fast_allocated": 0, "host": 0}
+        for store in (self.exact, self.int8):
+            if store is not None:
+                used, allocated = store.nbytes()
+                tiers["fast"] += used
+                tiers["fast_allocated"] += allocated
+                tiers["int8"] += used if store is self.int8 else 0
+        if self.dynamic is not None:
+            for tier, size in self.dynamic.nbytes().items():
+                tiers[tier] += size
+        return tiers | {"resident": tiers["fast_allocated"] + tiers["host"]}
+
+    def fork(self) -> KVLayer:
+        """An independent copy."""
+        return copy.deepcopy(self)

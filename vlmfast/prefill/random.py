@@ -1,0 +1,30 @@
+"""Random columns: the baseline that every scorer has to beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vlmfast.prefill.base import KVPolicy, Row
+
+
+@dataclass(frozen=True)
+class Random(KVPolicy):
+    """Uniformly random columns, drawn per layer and head.
+
+    seed  of the draw; the same seed, layer and length give the same columns
+    """
+
+    name: ClassVar[str] = "random"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_counts(seed=0)
+
+    def score(self, row: Row) -> Tensor:
+        gen = torch.Generator().manual_seed(self.seed * 10_007 + row.layer)
+        return torch.rand(row.keys.shape[0], row.n, generator=gen).to(row.keys.device)

@@ -1,0 +1,218 @@
+"""Dynamic heads: every column stays in host memory, in chunks; the chunks a query needs are swapped into fast slots.
+
+One fast row is laid out as ``sinks | slots of one chunk each | recent | decoded tokens``. Attention does not care about
+the order of the slots, so one step moves only the chunks that the step before did not hold (HybridKV, arXiv 2604.05887;
+chunk bounds as in Quest, arXiv 2406.10774).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from vlmfast import kernels
+from vlmfast.core import Retrieval
+from vlmfast.kernels import Ragged
+from vlmfast.prefill.store import Segment, Store
+
+MAX_STEP = 16  # more query tokens than this at once are a new turn: they read every column
+
+
+class Group:
+    """Dynamic rows of one prefill length and budget: dense host tensors, chunk representatives, slot tables."""
+
+    def __init__(self, rows: list[int], keys: Tensor, values: Tensor, positions: Tensor, budget: int, how: Retrieval):
+        """keys (R, n, D), values (R, n, Dv), positions (R, n) of the rows; budget = columns each holds fast."""
+        self.rows, self.budget, self.how = rows, budget, how
+        r, n, d = keys.shape
+        self.n = n
+        self.chunks = max(0, (n - how.sinks - how.recent) // how.chunk)
+        outside = n - self.chunks * how.chunk  # sinks, recent and what does not fill a chunk
+        self.slots = min(self.chunks, max(1, (budget - outside) // how.chunk))
+        self.host_keys, self.host_values = _to_host(keys), _to_host(values)
+        self.host_positions = positions.to("cpu", torch.int32)
+        middle = keys[:, how.sinks : how.sinks + self.chunks * how.chunk].view(r, self.chunks, how.chunk, d)
+        if how.bound == "mean":
+            self.representatives = middle.mean(2, dtype=torch.float32).to(keys.dtype)
+        else:
+            self.representatives = torch.stack([middle.amin(2), middle.amax(2)], 2)
+        self.held = torch.arange(self.slots).expand(r, -1).clone()  # (R, slots) chunk in each slot, on the host
+        self.history = [(-1, self.held.clone())]  # (position, held) at past refreshes, grows when refresh > 1
+        self.moved = 0  # chunks copied into fast memory since the prefill
+
+    def segments(self) -> list[Segment]:
+        """The fast rows with the slots as they stand."""
+        cut = self.how.sinks + self.chunks * self.how.chunk
+        out: list[Segment] = []
+        for i, row in enumerate(self.rows):
+            at = self._columns(self.held[i])
+            at = torch.cat([torch.arange(min(self.how.sinks, self.n)), at, torch.arange(min(cut, self.n), self.n)])
+            device = self.representatives.device
+            k, v, p = self.host_keys[i][at], self.host_values[i][at], self.host_positions[i][at]
+            out.append((row, k.to(device), v.to(device), p.to(device)))
+        return out
+
+    def _columns(self, chunks: Tensor) -> Tensor:
+        """Host columns of some chunks (S,) -> (S * chunk,)."""
+        return (self.how.sinks + chunks[:, None] * self.how.chunk + torch.arange(self.how.chunk)).reshape(-1)
+
+    def choose(self, query: Tensor) -> Tensor:
+        """(R, slots) chunks that score best for the queries (R, G, D), on the host."""
+        scores = kernels.chunk_scores(query, self.representatives)
+        return scores.topk(self.slots, dim=1).indices.cpu()
+
+    def load(self, wanted: Tensor, store: Store) -> None:
+        """Make the slots hold `wanted` (R, slots), copying only chunks that are not there yet."""
+        mark = torch.zeros(len(self.rows), self.chunks, dtype=torch.bool)
+        new = wanted[~mark.scatter(1, self.held, True).gather(1, wanted)]  # row-major, as many per row as free slots
+        row, slot = (~mark.scatter(1, wanted, True).gather(1, self.held)).nonzero(as_tuple=True)
+        if not len(new):
+            return
+        chunk, steps = self.how.chunk, torch.arange(self.how.chunk)
+        source = (row * self.n + self.how.sinks + new * chunk)[:, None] + steps
+        offsets = torch.tensor([store.offsets[store.rows.index(r)] for r in self.rows])
+        target = ((offsets[row] + self.how.sinks + slot * chunk)[:, None] + steps).reshape(-1).to(store.keys.device)
+        source = source.reshape(-1)
+        for host, fast in (
+            (self.host_keys, store.keys),
+            (self.host_values, store.values),
+            (self.host_positions[..., None], store.positions[:, None]),
+        ):
+            fast.index_copy_(0, target, host.reshape(-1, host.shape[-1])[source].to(fast.device, non_blocking=True))
+        self.held[row, slot] = new
+        self.moved += len(new)
+
+
+class Dynamic:
+    """All dynamic rows of one layer: a fast `Store` and the host groups behind it."""
+
+    def __init__(
+        self, segments: list[Segment], budgets: list[int], how: Retrieval, total: int, base: int, device: torch.device
+    ) -> None:
+        """segments: whole rows, anywhere; base: logical length of the sequence at the end of the prefill."""
+        self.how, self.base = how, base
+        alike: dict[tuple[int, int], list[Segment]] = {}
+        for segment, budget in zip(segments, budgets, strict=True):
+            alike.setdefault((segment[1].shape[0], budget), []).append(segment)
+        self.groups = []
+        for (_, budget), same in alike.items():
+            keys, values, positions = (torch.stack([s[i] for s in same]).to(device) for i in (1, 2, 3))  # type: ignore[misc]
+            self.groups.append(Group([s[0] for s in same], keys, values, positions, budget, how))
+        self.store = Store.build([s for g in self.groups for s in g.segments()], total)
+
+    def attend(self, query: Tensor, scaling: float, out: Tensor, length: int) -> None:
+        """Attention of the last q tokens (already appended; logical length `length` with them) into `out`.
+
+        Every token chooses its own chunks, so a verified draft reads exactly what one-by-one decoding would.
+        """
+        q = query.shape[2]
+        if q > MAX_STEP:
+            kernels.ragged_attention(query, self._everything(), scaling, out)
+            return
+        packed = query.reshape(self.store.total, -1, q, query.shape[-1])
+        for t in range(q):
+            position = length - q + t
+            for group in self._due(position):
+                group.load(group.choose(packed[group.rows, :, t]), self.store)
+                if group.how.refresh > 1:
+                    group.history.append((position, group.held.clone()))
+            left = q - 1 - t
+            step = Ragged(
+                self.store.keys, self.store.values, self.store.rows, self.store.offsets,
+                [n - left for n in self.store.lengths], self.store.total,
+            )  # fmt: skip
+            one = torch.empty_like(out[:, :, :1]) if q > 1 else out
+            kernels.ragged_attention(query[:, :, t : t + 1], step, scaling, one)
+            if q > 1:
+                heads = out.view(self.store.total, -1, q, out.shape[-1])
+                mine = one.view(self.store.total, -1, out.shape[-1])
+                heads[self.store.rows, :, t] = mine[self.store.rows]
+
+    def _due(self, position: int) -> Iterator[Group]:
+        for group in self.groups:
+            if 0 < group.slots < group.chunks and (position - self.base) % group.how.refresh == 0:
+                yield group
+
+    def _everything(self) -> Ragged:
+        """Whole rows, host columns and decoded ones, gathered in fast memory for one call."""
+        segments: list[Segment] = []
+        for group in self.groups:
+            for i, row in enumerate(group.rows):
+                entry = self.store.rows.index(row)
+                _, k, v, p = self.store.segment(entry, self.store.keys.dtype)
+                tail = slice(self._prefilled(group), None)
+                host = [x[i].to(k.device) for x in (group.host_keys, group.host_values, group.host_positions)]
+                parts = [torch.cat([a, b]) for a, b in zip(host, (k[tail], v[tail], p[tail]), strict=True)]
+                segments.append((row, parts[0], parts[1], parts[2]))
+        return Store.build(segments, self.store.total)
+
+    def _prefilled(self, group: Group) -> int:
+        """Fast columns of a row of this group that come from the prefill."""
+        return group.n - (group.chunks - group.slots) * group.how.chunk
+
+    def crop(self, length: int, removed: int) -> None:
+        """Go back to logical `length`, removing `removed` columns; columns of the prefill may go too."""
+        if length >= self.base:
+            self.store.drop_last(removed)
+            for group in self.groups:
+                while group.history[-1][0] >= length:
+                    group.history.pop()
+                if self.how.refresh > 1:
+                    group.load(group.history[-1][1], self.store)
+            return
+        segments: list[Segment] = []
+        budgets = []
+        for g in self.groups:
+            for i, row in enumerate(g.rows):
+                n = int((g.host_positions[i] < length).sum())
+                segments.append((row, g.host_keys[i, :n], g.host_values[i, :n], g.host_positions[i, :n]))
+                budgets.append(g.budget)
+        self.__init__(segments, budgets, self.how, self.store.total, length, self.store.keys.device)  # type: ignore[misc]
+
+    def take(self, batch: list[int], heads: int) -> None:
+        """Keep (and repeat) batch rows in the given order."""
+        groups = []
+        for g in self.groups:
+            where = {row: i for i, row in enumerate(g.rows)}
+            pairs = [
+                (new * heads + h, where[old * heads + h])
+                for new, old in enumerate(batch)
+                for h in range(heads)
+                if old * heads + h in where
+            ]
+            if not pairs:
+                continue
+            index = torch.tensor([i for _, i in pairs])
+            copy = object.__new__(Group)
+            copy.__dict__.update(g.__dict__)
+            copy.rows = [row for row, _ in pairs]
+            for name in ("host_keys", "host_values", "host_positions", "held"):
+                setattr(copy, name, getattr(g, name)[index])
+            copy.representatives = g.representatives[index.to(g.representatives.device)]
+            copy.history = [(position, held[index]) for position, held in g.history]
+            groups.append(copy)
+        self.groups = groups
+        if groups:
+            self.store.take(batch, heads)
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes: fast used, fast allocated (representatives included), host (slot tables included)."""
+        used, allocated = self.store.nbytes()
+        extra = sum(_bytes(g.representatives) for g in self.groups)
+        host = sum(
+            _bytes(g.host_keys) + _bytes(g.host_values) + _bytes(g.host_positions) + _bytes(g.held) for g in self.groups
+        )
+        return {"fast": used + extra, "fast_allocated": allocated + extra, "host": host}
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def _to_host(x: Tensor) -> Tensor:
+    """A contiguous copy in host memory, pinned when it comes from a GPU."""
+    if x.is_cuda:
+        return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x)
+    return x.clone(memory_format=torch.contiguous_format)

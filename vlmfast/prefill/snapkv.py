@@ -1,0 +1,35 @@
+"""SnapKV: keep what the last queries of the prompt attend to (arXiv 2404.14469)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from vlmfast.core import UserError
+from vlmfast.prefill.base import KVPolicy, Row, max_pool
+
+
+@dataclass(frozen=True)
+class SnapKV(KVPolicy):
+    """Score = attention of the observation window, mean over its queries and the head group, max-pooled.
+
+    Here the window is text after the media (the paper's last queries may hold none of the question's words).
+
+    queries  size of the observation window (paper 32)
+    pool     width of the max pooling over columns, odd (paper 7; 1 = none)
+    """
+
+    name: ClassVar[str] = "snapkv"
+    queries: int = 32
+    pool: int = 7
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_counts(queries=1, pool=1)
+        if self.pool % 2 == 0:
+            raise UserError(f"pool={self.pool} in {self.name}: the pooling width is odd, e.g. pool={self.pool + 1}")
+
+    def score(self, row: Row) -> Tensor:
+        return max_pool(row.relevance(), self.pool)

@@ -1,0 +1,141 @@
+"""Rows of keys and values in one flat, preallocated buffer; every (batch row, head) has its own length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlmfast.kernels import Ragged, dequantise, quantise
+
+Segment = tuple[int, Tensor, Tensor, Tensor]  # row, keys (n, D), values (n, Dv), positions (n,) logical columns
+
+
+@dataclass
+class Store(Ragged):
+    """A `Ragged` that can grow, shrink and be copied. Entries are ordered by length, so equal ones are neighbours.
+
+    Each entry owns `room` slots more than its columns at the last allocation; when one runs out, all move to a larger
+    buffer (amortised: at least 32 slots or 1/32 of the longest row are added). Unused slots are never read.
+    """
+
+    positions: Tensor = None  # type: ignore[assignment]  # (T,) int32 logical column of each slot
+    capacity: list[int] = None  # type: ignore[assignment]  # slots owned by each entry
+    cursor: Tensor = None  # type: ignore[assignment]  # (entries,) int64 next free slot of each entry
+
+    @classmethod
+    def build(cls, segments: list[Segment], total: int, int8: bool = False, room: int = 0) -> Store:
+        """Copy segments into a new buffer with at least `room` free slots each. `total` = B * Hk of the layer."""
+        segments = sorted(segments, key=lambda s: s[1].shape[0])
+        lengths = [s[1].shape[0] for s in segments]
+        room = max(room, 32, max(lengths) // 32)
+        capacity = [n + room for n in lengths]
+        ends = torch.tensor(capacity).cumsum(0).tolist()
+        offsets = [end - c for end, c in zip(ends, capacity, strict=True)]
+        _, k, v, _ = segments[0]
+        dtype = torch.int8 if int8 else k.dtype
+        new = cls(
+            keys=k.new_empty(ends[-1], k.shape[1], dtype=dtype),
+            values=v.new_empty(ends[-1], v.shape[1], dtype=dtype),
+            rows=[s[0] for s in segments],
+            offsets=offsets,
+            lengths=lengths,
+            total=total,
+            key_scale=k.new_empty(ends[-1], dtype=torch.float32) if int8 else None,
+            value_scale=k.new_empty(ends[-1], dtype=torch.float32) if int8 else None,
+            positions=k.new_empty(ends[-1], dtype=torch.int32),
+            capacity=capacity,
+            cursor=torch.tensor(offsets, device=k.device) + torch.tensor(lengths, device=k.device),
+        )
+        for at, (_, keys, values, positions) in zip(offsets, segments, strict=True):
+            new._write(slice(at, at + keys.shape[0]), keys, values)
+            new.positions[at : at + keys.shape[0]] = positions
+        return new
+
+    def _write(self, where: slice | Tensor, keys: Tensor, values: Tensor) -> None:
+        if self.key_scale is not None and self.value_scale is not None:
+            keys, self.key_scale[where] = quantise(keys)
+            values, self.value_scale[where] = quantise(values)
+        self.keys[where] = keys
+        self.values[where] = values
+
+    def segment(self, i: int, dtype: torch.dtype) -> Segment:
+        """Entry i as (row, keys, values, positions), int8 entries dequantised to `dtype`."""
+        at = slice(self.offsets[i], self.offsets[i] + self.lengths[i])
+        keys, values = self.keys[at], self.values[at]
+        if self.key_scale is not None and self.value_scale is not None:
+            keys = dequantise(keys, self.key_scale[at], dtype)
+            values = dequantise(values, self.value_scale[at], dtype)
+        return self.rows[i], keys, values, self.positions[at]
+
+    def append(self, keys: Tensor, values: Tensor, position: int) -> None:
+        """Append q columns to every entry, in place: keys (total, q, D), values (total, q, Dv), from `position` on."""
+        q = keys.shape[1]
+        if min(c - n for c, n in zip(self.capacity, self.lengths, strict=True)) < q:
+            self._grow(q)
+        if self.rows != list(range(self.total)):
+            keys, values = keys[self.rows], values[self.rows]
+        steps = torch.arange(q, device=self.cursor.device)
+        where = (self.cursor[:, None] + steps).reshape(-1)
+        self._write(where, keys.reshape(-1, keys.shape[-1]), values.reshape(-1, values.shape[-1]))
+        self.positions[where] = (steps + position).to(torch.int32).repeat(len(self))
+        self.lengths = [n + q for n in self.lengths]
+        self.cursor += q
+
+    def _grow(self, q: int) -> None:
+        self._copy_from([self._raw(i) for i in range(len(self))], room=q + 32)
+
+    def _raw(self, i: int) -> tuple[int, slice, int]:
+        return self.rows[i], slice(self.offsets[i], self.offsets[i] + self.lengths[i]), self.lengths[i]
+
+    def _copy_from(self, entries: list[tuple[int, slice, int]], room: int) -> None:
+        """Re-lay the given (row, slots, length) entries of this store in a new buffer, byte for byte."""
+        entries = sorted(entries, key=lambda e: e[2])
+        room = max(room, max(e[2] for e in entries) // 32)
+        capacity = [e[2] + room for e in entries]
+        ends = torch.tensor(capacity).cumsum(0).tolist()
+        offsets = [end - c for end, c in zip(ends, capacity, strict=True)]
+        for name in ("keys", "values", "positions", "key_scale", "value_scale"):
+            old = getattr(self, name)
+            if old is None:
+                continue
+            new = old.new_empty(ends[-1], *old.shape[1:])
+            for at, (_, slots, n) in zip(offsets, entries, strict=True):
+                new[at : at + n] = old[slots]
+            setattr(self, name, new)
+        self.rows, self.lengths = [e[0] for e in entries], [e[2] for e in entries]
+        self.offsets, self.capacity = offsets, capacity
+        self.cursor = torch.tensor([o + n for o, n in zip(offsets, self.lengths, strict=True)], device=self.keys.device)
+
+    def drop_last(self, n: int) -> None:
+        """Forget the last n columns of every entry."""
+        self.lengths = [x - n for x in self.lengths]
+        self.cursor -= n
+
+    def keep_before(self, position: int) -> None:
+        """Forget columns at or after a logical position (positions ascend within an entry)."""
+        cut = []
+        for at, n in zip(self.offsets, self.lengths, strict=True):
+            cut.append(int(torch.searchsorted(self.positions[at : at + n].contiguous(), position)))
+        self.cursor -= torch.tensor([n - c for n, c in zip(self.lengths, cut, strict=True)], device=self.cursor.device)
+        self.lengths = cut
+
+    def take(self, batch: list[int], heads: int) -> None:
+        """Keep (and repeat) batch rows in the given order."""
+        where = {row: i for i, row in enumerate(self.rows)}
+        entries = []
+        for new, old in enumerate(batch):
+            for h in range(heads):
+                if old * heads + h in where:
+                    _, slots, n = self._raw(where[old * heads + h])
+                    entries.append((new * heads + h, slots, n))
+        self.total = len(batch) * heads
+        self._copy_from(entries, room=32)
+
+    def nbytes(self) -> tuple[int, int]:
+        """(bytes of the columns held, bytes allocated), positions, scales and the entry table included."""
+        tensors = [self.keys, self.values, self.positions, self.key_scale, self.value_scale]
+        per_slot = sum(t[0].numel() * t.element_size() for t in tensors if t is not None)
+        table = self.cursor.numel() * self.cursor.element_size()
+        return per_slot * sum(self.lengths) + table, per_slot * self.keys.shape[0] + table

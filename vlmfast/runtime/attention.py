@@ -1,0 +1,96 @@
+"""The attention function of cache layers that read themselves, and the switch that turns it on for one text model.
+
+A cache layer returns its new keys `tag`ged with itself; the registered function finds the tag and calls
+``layer.attend(query, scaling)``. The switch only acts on forwards over a cache whose layers already hold something that
+only they can read (`layer.ragged`); a prefill, and every other cache, runs the attention the user had, with its masks.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from vlmfast.core import Unsupported
+from vlmfast.runtime.patch import Patch
+
+NAME = "vlmfast"
+_TAG = "_vlmfast_layer"
+
+
+def tag(keys: Tensor, layer: Any) -> Tensor:
+    """A view of `keys` that carries the layer to the attention function."""
+    keys = keys.view_as(keys)
+    setattr(keys, _TAG, layer)
+    return keys
+
+
+def _attend(previous: str | None) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The attention function; `previous` names the one for layers that are not ours (None: all are)."""
+
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        layer = getattr(key, _TAG, None)
+        if layer is not None:
+            scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+            return layer.attend(query, scaling).transpose(1, 2).contiguous(), None
+        if previous is None:
+            raise Unsupported(
+                f"layer {getattr(module, 'layer_idx', '?')} was given keys without their cache layer: "
+                "under torch.compile or with a copied cache the hand-over is lost; use the eager model"
+            )
+        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        inner = ALL_ATTENTION_FUNCTIONS.get_interface(previous, eager)
+        return inner(module, query, key, value, attention_mask, **kwargs)
+
+    return attend
+
+
+AttentionInterface.register(NAME, _attend(None))  # no mask is built: every layer is ours and owns its causality
+
+
+def _mixed(previous: str) -> str:
+    """Register, once, the function for models with layers of both kinds; it builds the masks `previous` needs."""
+    name = f"{NAME}+{previous}"
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(name, _attend(previous))
+        if previous in ALL_MASK_ATTENTION_FUNCTIONS:
+            AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[previous])
+    return name
+
+
+class AttentionSwitch:
+    """Per forward of one text model: ours when the cache's layers read themselves, otherwise the user's."""
+
+    def __init__(self, text_model: nn.Module, text_config: Any) -> None:
+        self.text_model, self.config = text_model, text_config
+        self._before: list[str | None] = []
+
+    def install(self, patch: Patch) -> None:
+        patch.call(self._restore_all)
+        text = self.text_model
+        patch.hook(text.register_forward_pre_hook(self._enter, with_kwargs=True))
+        patch.hook(text.register_forward_hook(self._leave, with_kwargs=True, always_call=True))
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        current = self.config._attn_implementation
+        self._before.append(current)
+        layers = getattr(kwargs.get("past_key_values"), "layers", None) or []
+        ours = [bool(getattr(layer, "ragged", False)) for layer in layers]
+        if any(ours):
+            self.config._attn_implementation_internal = NAME if all(ours) else _mixed(current)
+
+    def _leave(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if self._before:
+            self.config._attn_implementation_internal = self._before.pop()
+
+    def _restore_all(self) -> None:
+        if self._before:
+            self.config._attn_implementation_internal = self._before[0]
+            self._before.clear()

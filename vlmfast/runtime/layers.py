@@ -1,0 +1,223 @@
+"""Hooks that let a KV policy act on a prefill: our cache layers go in first, each is compressed after its attention.
+
+Only the first prefill of an empty cache is compressed; decoded tokens, verified drafts and later turns are appended.
+Where the whole context fits the budget the cache gets its own layers back, untouched.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.cache_utils import (
+    BaseQuantizedLayer,
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    StaticLayer,
+)
+
+from vlmfast import kernels
+from vlmfast.core import Kind, LayerView, Policy, StageDidNotFire, Unsupported
+from vlmfast.runtime.attention import AttentionSwitch
+from vlmfast.runtime.columns import clock
+from vlmfast.runtime.patch import Patch
+
+
+class KVHooks:
+    """Installs a policy on one text model.
+
+    report_sink receives, once per prefill, a dict with `compress_ms`, `window_ms` (of it, recomputed attention),
+    `kv_layers` (what the policy says of each layer) and `notes`.
+    """
+
+    def __init__(
+        self, text_model: nn.Module, text_config: Any, policy: Policy, report_sink: Callable[[dict], None]
+    ) -> None:
+        self.text_model, self.config, self.policy, self.sink = text_model, text_config, policy, report_sink
+        self._reset()
+
+    def _reset(self) -> None:
+        self.cache: Any = None  # the cache being prefilled right now
+        self.originals: dict[int, Any] = {}
+        self.fits: bool | None = None
+        self.compressed = 0
+        self.notes: list[str] = []
+        self.stats: list[dict[str, Any]] = []
+        self.seconds = self.window_seconds = 0.0
+
+    def install(self, patch: Patch) -> None:
+        text = self.text_model
+        patch.call(self._reset)
+        for layer in text.layers:  # type: ignore[union-attr]
+            patch.hook(layer.self_attn.register_forward_hook(self._after_attention, with_kwargs=True))
+        AttentionSwitch(text, self.config).install(patch)
+        patch.hook(text.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True))
+        patch.hook(text.register_forward_hook(self._leave, with_kwargs=True, always_call=True))
+
+    # -- around the text model -------------------------------------------------------------------------------------
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        self._reset()
+        cache = kwargs.get("past_key_values")
+        use_cache = kwargs.get("use_cache")
+        if cache is None and (self.config.use_cache if use_cache is None else use_cache):
+            cache = kwargs["past_key_values"] = DynamicCache(config=self.config)
+        if cache is None:
+            return args, kwargs
+        layers = self._layers(cache)
+        if cache.get_seq_length() == 0:
+            self._replace(cache, layers)
+        elif any(getattr(layer, "ragged", False) for layer in layers):
+            self._continue(kwargs)
+        return args, kwargs
+
+    def _layers(self, cache: Any) -> list[Any]:
+        if not isinstance(cache, Cache) or not hasattr(cache, "layers") or getattr(cache, "offloading", False):
+            raise Unsupported(
+                f"a {'offloaded ' if getattr(cache, 'offloading', False) else ''}{type(cache).__name__} cannot hold "
+                "compressed keys and values: use the default dynamic cache (kv policies have their own host tier)"
+            )
+        if not cache.layers:
+            cache.layers.extend(DynamicLayer() for _ in self.text_model.layers)  # type: ignore[union-attr]
+        return cache.layers
+
+    def _replace(self, cache: Any, layers: list[Any]) -> None:
+        """Swap the empty layers of a dynamic cache for the policy's; sliding and linear ones are left alone."""
+        alone = []
+        for i, layer in enumerate(layers):
+            if isinstance(layer, (StaticLayer, BaseQuantizedLayer)):
+                raise Unsupported(
+                    f"a {type(layer).__name__} has a fixed layout that a kv policy cannot shrink: "
+                    "use the default dynamic cache (cache_implementation unset)"
+                )
+            plain = type(layer) is DynamicLayer or (isinstance(layer, CacheLayerMixin) and hasattr(layer, "skip"))
+            if plain and not getattr(layer, "is_sliding", False):
+                self.originals[i] = layer
+            else:
+                alone.append(i)
+        if not self.originals:
+            raise Unsupported(
+                f"every layer is a {type(layers[0]).__name__}: kv policies compress full-attention layers only; "
+                "drop kv= for this model"
+            )
+        for i in self.originals:
+            layers[i] = self.policy.cache_layer()
+        if alone:
+            kind = type(layers[alone[0]]).__name__
+            self.notes.append(
+                f"kv: layers {_ranges(alone)} ({kind}) were left alone, full attention only is compressed"
+            )
+        self.cache = cache
+
+    def _continue(self, kwargs: dict) -> None:
+        """A forward over a compressed cache: decode, verification or a later turn."""
+        q, mask = kwargs["inputs_embeds"].shape[1], kwargs.get("attention_mask")
+        if q > 1 and isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask[:, -q:].all()):
+            raise Unsupported(
+                "a later turn whose rows differ in length was padded: on a compressed cache give every row the same "
+                "number of new tokens, or run the rows one by one"
+            )
+        if q > 16:
+            self.sink({"notes": [f"kv: {q} columns of a later turn were appended whole, only the first is compressed"]})
+
+    def _leave(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if self.cache is None:
+            return
+        try:
+            if self.compressed == 0:
+                for i, original in self.originals.items():
+                    ours = self.cache.layers[i]
+                    if ours.keys is not None:
+                        original.update(ours.keys, ours.values)
+                    if ours.skipped:
+                        original.skip(ours.skipped)
+                    self.cache.layers[i] = original
+                if output is not None:
+                    self.notes.append("kv: the context fits the budget, bypassed")
+            if output is not None:
+                self.sink({
+                    "compress_ms": self.seconds * 1e3, "window_ms": self.window_seconds * 1e3,
+                    "kv_layers": self.stats, "notes": self.notes,
+                })  # fmt: skip
+        finally:
+            self._reset()
+
+    # -- after each layer's attention ------------------------------------------------------------------------------
+
+    def _after_attention(self, module: Any, args: tuple, kwargs: dict, output: Any) -> None:
+        if self.cache is None or module.layer_idx not in self.originals:
+            return
+        layer = self.cache.layers[module.layer_idx]
+        columns = getattr(self.cache, "vlmfast_columns", None)
+        held = layer.keys.shape[2]
+        if columns is None or columns.kinds.shape[1] != held:
+            known = "no column kinds" if columns is None else f"kinds of {columns.kinds.shape[1]} columns"
+            raise StageDidNotFire(f"layer {module.layer_idx} holds {held} columns but the runtime has {known} for them")
+        start = clock(self.text_model)
+        if self.fits is None:
+            if bool((columns.kinds[:, -1] == Kind.PAD).any()):
+                raise Unsupported("padding on the right of a prompt: pad on the left (padding_side='left') to generate")
+            self.fits = self.policy.fits(int((columns.kinds != Kind.PAD).sum(1).max()))
+        if not self.fits:
+            window, queries = self._window(module, args, kwargs, layer.keys, columns.kinds)
+            view = LayerView(
+                layer.keys, layer.values, columns.kinds, window, module.layer_idx, len(self.cache.layers),
+                columns.index, queries,
+            )  # fmt: skip
+            kept = self.policy.compress(view)
+            if kept is not None:
+                layer.compress(kept, columns.index)
+                self.compressed += 1
+                self.stats.append({"layer": module.layer_idx, **kept.stats})
+        self.seconds += clock(self.text_model) - start
+
+    def _window(
+        self, module: Any, args: tuple, kwargs: dict, keys: Tensor, kinds: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Attention of the last text queries: weights (B, H, W, L) float32, and which of them count (B, W) bool."""
+        w = min(self.policy.window(), keys.shape[2])
+        if w == 0:
+            return None, None
+        start = clock(self.text_model)
+        recent = kinds[:, -w:]
+        queries = recent == Kind.TEXT
+        none = ~queries.any(1, keepdim=True)  # media at the very end: the last columns, whatever they are
+        queries = queries | (none & (recent != Kind.PAD))
+        w = min(w, int(queries.flip(1).long().cumsum(1).argmax(1).max()) + 1)  # columns back to the first that counts
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        query = window_queries(module, hidden[:, -w:], kwargs["position_embeddings"])
+        weights = kernels.window_attention(query, keys, module.scaling, kinds != Kind.PAD)
+        queries = queries[:, -w:]
+        weights.masked_fill_(~queries[:, None, :, None], 0.0)
+        self.window_seconds += clock(self.text_model) - start
+        return weights, queries
+
+
+def window_queries(module: Any, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotated queries (B, H, W, Dh) of the last W columns, as the attention module itself makes them.
+
+    hidden (B, W, D) is what the module received; position_embeddings its full-length cos and sin.
+    """
+    b, w, _ = hidden.shape
+    query = module.q_proj(hidden).view(b, w, -1, module.head_dim)
+    if hasattr(module, "q_norm"):
+        query = module.q_norm(query)
+    query = query.transpose(1, 2)
+    cos, sin = (x[..., -w:, :] for x in position_embeddings)
+    rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb  # the family's own
+    return rotate(query, query[:, :1], cos, sin)[0]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> '0-2, 5'."""
+    parts: list[list[int]] = []
+    for n in numbers:
+        if parts and n == parts[-1][-1] + 1:
+            parts[-1].append(n)
+        else:
+            parts.append([n])
+    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
