@@ -119,6 +119,11 @@ class ColumnHooks:
         self.notes = []
         self.cache: Any = None
 
+    @property
+    def active(self) -> bool:
+        """Does the running pruner drop anything?"""
+        return self.pruner is not None and self.pruner.keep < 1
+
     @contextmanager
     def using(self, pruner: TokenPruner | None) -> Iterator[None]:
         """Prune with another pruner inside the block (a draft that is the target itself)."""
@@ -132,6 +137,7 @@ class ColumnHooks:
         base, text = self.family.base(self.model), self.family.text(self.model)
         for kind in self.ids:
             self._tap_features(patch, base, kind)
+        patch.hook(self.model.register_forward_pre_hook(self._refuse_labels, with_kwargs=True))
         patch.hook(base.register_forward_pre_hook(self._see, with_kwargs=True))
         patch.hook(text.register_forward_pre_hook(self._enter, with_kwargs=True))
         if self.family.rope_axes == 1:  # FlashAttention reads packing from the positions the layers get
@@ -163,11 +169,13 @@ class ColumnHooks:
 
         patch.set(base, name, tapped)
 
+    def _refuse_labels(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if kwargs.get("labels") is not None and self.active:
+            raise Unsupported("labels were given to a model with a pruner: remove() the acceleration to train")
+
     # -- tap 2: where the placeholders are -------------------------------------------------------------------------
 
     def _see(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if kwargs.get("labels") is not None and self.pruner is not None:
-            raise Unsupported("labels were given to a model with a pruner: remove() the acceleration to train")
         ids = kwargs.get("input_ids", args[0] if args else None)
         self.seen = {}
         if ids is None:
@@ -203,7 +211,8 @@ class ColumnHooks:
         embeds, mask = kw["inputs_embeds"], kw.get("attention_mask")
         b, q, _ = embeds.shape
         if mask is not None and (isinstance(mask, dict) or mask.ndim != 2):
-            if self.pruner is None:
+            if not self.active:
+                self._bypass(seen)
                 return
             raise Unsupported(
                 "a prebuilt attention mask (static cache or compiled generate) cannot follow pruned columns: "
@@ -252,17 +261,20 @@ class ColumnHooks:
             cache.vlmfast_columns = state
             self.cache = cache
         if rows is not None or (columns is not None and columns.padded):
-            kw["attention_mask"] = entry_mask(state)
+            mask = entry_mask(state)
+            if mask is None and kw.get("past_key_values") is None:  # gaps in positions would read as packing
+                mask = torch.ones(b, kw["inputs_embeds"].shape[1], dtype=torch.long, device=embeds.device)
+            elif mask is not None and kw.get("past_key_values") is None:
+                mask = mask[:, -kw["inputs_embeds"].shape[1] :]
+            kw["attention_mask"] = mask
 
     def _rows(self, kw: dict, seen: dict[str, Tensor], visual: Tensor, valid: Tensor) -> list[Tensor] | None:
         """Kept column indices of every row, ascending; None when nothing is dropped."""
+        if not self.active:
+            self._bypass(seen)
+            return None
         total = sum(int(m.sum()) for m in seen.values())
         self.stats["visual_tokens"] += total
-        if self.pruner is None or (self.pruner.keep >= 1 and self.pruner.after_block is None):
-            if self.pruner is not None:
-                self.notes.append("prune: keep=1 keeps every visual token, bypassed")
-            self.stats["kept_tokens"] += total
-            return None
         start = clock(self.model)
         keep = valid.clone()
         kept_total = 0
@@ -272,6 +284,13 @@ class ColumnHooks:
         rows = [k.nonzero()[:, 0] for k in keep]
         self.stats["select_ms"] += (clock(self.model) - start) * 1e3
         return None if kept_total == total else rows
+
+    def _bypass(self, seen: dict[str, Tensor]) -> None:
+        total = sum(int(m.sum()) for m in seen.values())
+        self.stats["visual_tokens"] += total
+        self.stats["kept_tokens"] += total
+        if self.pruner is not None and total:
+            self.notes.append("prune: keep=1 keeps every visual token, bypassed")
 
     def _select_kind(
         self, kw: dict, kind: str, where: Tensor, visual: Tensor, valid: Tensor, keep: Tensor
