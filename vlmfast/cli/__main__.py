@@ -1,0 +1,5 @@
+"""`python -m vlmfast.cli` is `vlmfast`."""
+
+from vlmfast.cli import main
+
+main()

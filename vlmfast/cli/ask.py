@@ -1,0 +1,69 @@
+"""`vlmfast ask`: one question about pictures and a video, the answer streamed, the cost of every stage beside it."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from vlmfast.cli import console, options
+
+
+def ask(
+    question: Annotated[str, typer.Argument(help="what you want to know")],
+    model: options.Model = "pocket",
+    image: options.Images = None,
+    video: options.VideoPath = None,
+    prune: options.Prune = None,
+    kv: options.KV = None,
+    speculate: options.Speculation = None,
+    preset: options.Preset = None,
+    plan: options.PlanFile = None,
+    frames: options.Frames = None,
+    fps: options.Fps = None,
+    select: options.Select = None,
+    backend: options.Backend = "pyav",
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="longest answer")] = 128,
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+    as_json: options.Json = False,
+) -> None:
+    """Ask a question of a picture or a video."""
+    chosen = options.plan(preset, plan, prune, kv, speculate)
+    pictures = options.images(image)
+    clip = options.video(video, frames, fps, select, backend)
+
+    from vlmfast import loading
+
+    with console.waiting(f"loading {model}"):
+        loaded = loading.load(model, dtype, device)
+    inputs = loaded.inputs(question, pictures, clip)
+    record = answer(loaded, inputs, chosen, max_new_tokens, stream=not as_json)
+    if as_json:
+        print(json.dumps(record, indent=1))
+
+
+def answer(loaded: Any, inputs: Any, plan: Any, max_new_tokens: int, stream: bool) -> dict[str, Any]:
+    """Generate greedily under the plan; returns the record of one question. stream: print the answer as it comes."""
+    import vlmfast
+
+    with vlmfast.accelerate(loaded.model, plan) as fast:
+        more: dict[str, Any] = {}
+        if stream:
+            from transformers import TextStreamer
+
+            more["streamer"] = TextStreamer(loaded.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        model: Any = fast.model
+        out = model.generate(**inputs, max_new_tokens=max_new_tokens, **GREEDY, **more)
+        if stream:
+            console.remarks().print(f"[dim]{fast.report}[/dim]")
+        return {
+            "answer": loaded.decode(out, inputs),
+            "tokens": out.shape[1] - inputs["input_ids"].shape[1],
+            "report": fast.report.json(),
+            "plan": plan.json(),
+        }
+
+
+GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}

@@ -1,0 +1,80 @@
+"""Options that several commands share, and what they mean: plans and media."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from vlmfast.plan import Plan
+    from vlmfast.stream.source import Video
+
+Model = Annotated[str, typer.Option("--model", help="'pocket', a checkpoint folder, or a hub id")]
+Images = Annotated[list[Path] | None, typer.Option("--image", help="a picture; may be given several times")]
+VideoPath = Annotated[Path | None, typer.Option("--video", help="a video file, or a folder of frames")]
+Prune = Annotated[str | None, typer.Option("--prune", help="visual tokens kept, e.g. vidcom2:keep=0.25")]
+KV = Annotated[str | None, typer.Option("--kv", help="keys and values kept, e.g. hybridkv:keep=0.1")]
+Speculation = Annotated[
+    str | None, typer.Option("--speculate", help="drafting, e.g. speculate:draft=lookup,accept=lossless")
+]
+Preset = Annotated[str | None, typer.Option("--preset", help="safe, balanced or fast")]
+PlanFile = Annotated[Path | None, typer.Option("--plan", help="a plan file (JSON)")]
+Frames = Annotated[int | None, typer.Option("--frames", help="frames taken evenly from the video (default 16)")]
+Fps = Annotated[float | None, typer.Option("--fps", help="frames taken per second instead")]
+Select = Annotated[str | None, typer.Option("--select", help="or any selection: uniform:16, fps:2, scene:0.08")]
+Backend = Annotated[str, typer.Option("--backend", help="video decoder: pyav, decord or opencv")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto (the checkpoint's), bfloat16, float16 or float32")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ... (default: the GPU if there is one)")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON record instead")]
+
+
+def plan(
+    preset: str | None = None,
+    file: Path | None = None,
+    prune: str | None = None,
+    kv: str | None = None,
+    speculate: str | None = None,
+) -> Plan:
+    """The plan that the options describe: a preset or a plan file, with single stages replaced."""
+    from vlmfast.core import UserError
+    from vlmfast.plan import Plan, parse, resolve
+    from vlmfast.plan import preset as named
+
+    if preset is not None and file is not None:
+        raise UserError("--preset and --plan exclude each other: give one")
+    base = Plan.load(file) if file is not None else named(preset) if preset is not None else None
+    stages = {"prune": prune, "kv": kv, "speculate": speculate}
+    return resolve(base, **{k: parse(k, v) for k, v in stages.items() if v is not None})
+
+
+def images(paths: list[Path] | None) -> list[Any]:
+    """The pictures as (H, W, 3) uint8."""
+    from vlmfast.stream.source import read_image
+
+    return [read_image(p) for p in paths or ()]
+
+
+def video(
+    path: Path | None,
+    frames: int | None = None,
+    fps: float | None = None,
+    select: str | None = None,
+    backend: str = "pyav",
+) -> Video | None:
+    """The chosen frames of the video, None without one."""
+    from vlmfast.core import UserError
+    from vlmfast.stream import source
+
+    given = [n for n, v in (("--frames", frames), ("--fps", fps), ("--select", select)) if v is not None]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} exclude each other: give one")
+    if path is None:
+        if given:
+            raise UserError(f"{given[0]} chooses frames of a video: give --video too")
+        return None
+    chosen: Any = select if select is not None else source.Fps(fps) if fps is not None else source.Uniform(frames or 16)
+    if frames is not None:
+        chosen = source.Uniform(frames)
+    return source.read_video(path, select=chosen, backend=backend)
