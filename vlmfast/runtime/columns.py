@@ -115,6 +115,7 @@ class ColumnHooks:
     def reset(self) -> None:
         """Forget the last request."""
         self.media, self.seen, self.tower_kept = {}, {}, None
+        self.kept: dict[str, list[Tensor]] = {}  # kept indices of every item, in the order of `media`; {} = all
         self.stats = {"visual_tokens": 0, "kept_tokens": 0, "encode_ms": 0.0, "select_ms": 0.0, "prefills": 0}
         self.notes = []
         self.cache: Any = None
@@ -331,6 +332,7 @@ class ColumnHooks:
                 gone = torch.ones(item.n, dtype=torch.bool, device=keep.device)
                 gone[chosen] = False
                 keep[row, mine_columns[gone]] = False
+                self.kept.setdefault(kind, []).append(chosen)
                 kept += chosen.shape[0]
         return kept
 
