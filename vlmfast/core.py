@@ -138,14 +138,19 @@ class Policy(Protocol):
 
 
 class Draft(Protocol):
-    """A source of guesses for the draft-verify loop (decode)."""
+    """A live source of guesses for the draft-verify loop (decode), opened for one prompt."""
 
-    def propose(self, ids: Tensor, k: int) -> tuple[Tensor, Tensor | None]:
-        """Guess up to k tokens after `ids` (1, L): tokens (k',) int64 and their logits (k', V) or None."""
+    def propose(self, ids: Tensor, k: int, pick: Any = None) -> tuple[Tensor, Tensor | None]:
+        """Guess up to k tokens after `ids` (1, L) int64, which holds everything emitted so far.
+
+        Returns tokens (k',) int64, k' = 0 when it has no guess, and what they were drawn from, (k', V) float32
+        probabilities, or None when they were not drawn. pick: (ids (1, L'), logits (1, V)) -> (token, its (V,)
+        probabilities or None), the choice under the request's logits processors; None = argmax.
+        """
         ...
 
     def rewind(self, n: int) -> None:
-        """Forget the last n proposed tokens (they were refused)."""
+        """Forget the last n tokens of the last proposal (they were refused)."""
         ...
 
 

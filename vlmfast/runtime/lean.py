@@ -22,7 +22,7 @@ MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 TABLE = 128  # positions rotated at once
 
 
-def why_not(text: nn.Module, head: nn.Module, cache: Any) -> str | None:
+def why_not(text: Any, head: nn.Module, cache: Any) -> str | None:
     """None when `Lean` can step this decoder over this cache (one row); else one line saying what is in the way."""
     config = text.config
     if text.training:
@@ -51,6 +51,8 @@ def why_not(text: nn.Module, head: nn.Module, cache: Any) -> str | None:
         projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
         if any(type(m) is not nn.Linear for m in (*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj)):
             return "projections are not plain linear layers (adapter or quantised)"
+        if any(m.bias is not None for m in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)):
+            return "the MLP has biases"
     return None
 
 
@@ -68,11 +70,14 @@ def _foreign(module: nn.Module) -> bool:
 class Lean:
     """One decoder with its keys and values in preallocated buffers (Hk, capacity, Dh) per layer.
 
-    text: the text decoder; head: its output layer; cache: filled by a prefill of one row; valid: (P,) bool, physical
-    columns that are not padding, or None; position: the next position in the model's own layout, (..., 1, 1) int64.
+    text: the text decoder; head: its output layer; cache: filled by a prefill of one row, its storage is taken over
+    until `flush`; valid: (P,) bool, physical columns that are not padding, or None; position: the next position in the
+    model's own layout, (..., 1, 1) int64; room: tokens to make room for (it grows when they do not suffice).
     """
 
-    def __init__(self, text: Any, head: nn.Module, cache: Any, valid: Tensor | None, position: Tensor) -> None:
+    def __init__(
+        self, text: Any, head: nn.Module, cache: Any, valid: Tensor | None, position: Tensor, room: int = 256
+    ) -> None:
         self.text, self.head = text, head
         attention = text.layers[0].self_attn
         self.dh = int(attention.head_dim)
@@ -90,8 +95,10 @@ class Lean:
             if valid is not None:
                 k, v = k[:, valid], v[:, valid]
             self.prompt.append(k.shape[1])
-            self.keys.append(_roomy(k, 256))
-            self.values.append(_roomy(v, 256))
+            self.keys.append(_roomy(k, room))
+            self.values.append(_roomy(v, room))
+            if valid is None:  # the prompt is held once
+                layer.keys, layer.values = (b[-1][None, :, : k.shape[1]] for b in (self.keys, self.values))
         self.n = 0  # tokens stepped after the prefill
         self.start = position if position.shape[0] != 4 or position.ndim == 2 else position[1:]
         self.cos = self.sin = torch.empty(0)
@@ -115,7 +122,7 @@ class Lean:
         return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
     def step(self, tokens: Tensor, hidden_layer: int | None = None) -> Tensor:
-        """tokens (n,) int64 -> logits (n, V) in the model's dtype; `.hidden` is then the (n, D) output of that layer."""
+        """tokens (n,) int64 -> logits (n, V) in the model's dtype; `.hidden` is then that layer's output (n, D)."""
         n, h, hk, dh = tokens.shape[0], self.h, self.hk, self.dh
         x = F.embedding(tokens, self.text.embed_tokens.weight)
         cos, sin = self._rotation(n)
@@ -135,8 +142,8 @@ class Lean:
             begin = self.prompt[i] + self.n
             end = begin + n
             if end > self.keys[i].shape[1]:
-                self.keys[i] = _roomy(self.keys[i], end)
-                self.values[i] = _roomy(self.values[i], end)
+                self.keys[i] = _roomy(self.keys[i], end - begin + 256)
+                self.values[i] = _roomy(self.values[i], end - begin + 256)
             keys, values = self.keys[i][:, :end], self.values[i][:, :end]
             keys[:, begin:] = qk[:, h:].transpose(0, 1)
             values[:, begin:] = v.transpose(0, 1)
@@ -160,7 +167,8 @@ class Lean:
             if i == hidden_layer:
                 self.hidden = x
         self.n += n
-        return F.linear(self._norm(x, self.text.norm.weight), self.head.weight, self.head.bias)  # type: ignore[arg-type]
+        head: Any = self.head
+        return F.linear(self._norm(x, self.text.norm.weight), head.weight, head.bias)
 
     def flush(self, cache: Any) -> None:
         """Append everything stepped so far to the cache's own layers; the decoder is spent afterwards."""
@@ -192,6 +200,6 @@ def _weights(block: Any) -> tuple[Any, ...]:
 
 def _roomy(x: Tensor, least: int) -> Tensor:
     """The columns of x (Hk, P, Dh) at the head of a buffer with room for at least `least` more."""
-    buffer = x.new_empty(x.shape[0], x.shape[1] + max(least, 256), x.shape[2])
+    buffer = x.new_empty(x.shape[0], x.shape[1] + least, x.shape[2])
     buffer[:, : x.shape[1]] = x
     return buffer

@@ -1,0 +1,289 @@
+"""Acceptance rules: which drafted tokens the target lets through. One class per rule, each with its paper.
+
+The pieces are pure functions on tensors (`decode.criteria`); a rule puts them together in `judge(round)`. Letters:
+``k`` drafted tokens d_1..d_k, ``V`` vocabulary. The target scores k + 1 positions: row i (from 0) predicts d_{i+1},
+row k the token after the draft. A rule accepts a prefix of the draft; the loop then emits one more token of the target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vlmfast.core import UserError
+from vlmfast.decode.criteria import (
+    below_quantile,
+    least_relevant,
+    normalised_entropy,
+    repeats_bigram,
+    residual,
+    shifted,
+    within_ratio,
+    within_top,
+)
+
+REFUSED, EXACT, LOOSE, SHIFT = 0, 1, 2, 3
+
+
+@dataclass
+class Round:
+    """One verification, as a rule sees it. Scores are float32 after the logits processors, made on demand."""
+
+    draft: Tensor  # (k,) int64
+    score: Callable[[int], Tensor]  # row 0..k -> (V,) float32
+    pick: Callable[[int], int]  # row 0..k -> the target's own choice there (argmax, or its sample)
+    sampling: bool = False
+    draft_probs: Tensor | None = None  # (k, V) float32, what the draft sampled from; None = it was certain
+    committed: list[int] = field(default_factory=list)  # emitted text tokens before the draft, in order
+    relevance: Tensor | None = None  # (k,) float32, how much each predicting position is about what is seen
+    past_relevance: Tensor | None = None  # (m,) float32, of earlier positions of this request
+    strict: Tensor | None = None  # (V,) bool, token ids never loosened
+    random: torch.Generator | None = None
+
+    def picks(self) -> Tensor:
+        """(k + 1,) int64, the target's choice at every row."""
+        return torch.tensor([self.pick(i) for i in range(self.draft.shape[0] + 1)], device=self.draft.device)
+
+    def scores(self) -> Tensor:
+        """(k, V) float32, the rows that the draft is compared with."""
+        return torch.stack([self.score(i) for i in range(self.draft.shape[0])])
+
+
+@dataclass
+class Verdict:
+    """how: one of EXACT, LOOSE, SHIFT per accepted token; next: the token to emit after them."""
+
+    how: list[int]
+    next: int
+
+
+def _leading(codes: list[int], r: Round) -> Verdict:
+    """The run of accepted codes from the start, then the target's own token."""
+    n = next((i for i, c in enumerate(codes) if c == REFUSED), len(codes))
+    return Verdict(codes[:n], r.pick(n))
+
+
+def _guarded(r: Round, picks: Tensor) -> Tensor:
+    """(k,) bool: neither the drafted nor the target's token is one that is never loosened."""
+    if r.strict is None:
+        return torch.ones_like(r.draft, dtype=torch.bool)
+    return ~(r.strict[r.draft] | r.strict[picks[:-1]])
+
+
+# ---------------------------------------------------------------- rules
+
+
+class Rule:
+    """What the loop asks of an acceptance rule; fields of a rule are its configuration."""
+
+    name: ClassVar[str]
+    lossless: ClassVar[bool] = False
+    visual: ClassVar[bool] = False  # does it need relevance to what is seen?
+
+    def judge(self, r: Round) -> Verdict:
+        """Which of the drafted tokens are let through, and what follows them."""
+        raise NotImplementedError
+
+    def words(self) -> tuple[str, ...]:
+        """Classes of words (see decode.guards) that are never loosened; non-empty means a tokenizer is needed."""
+        return ()
+
+    def _check(self, **fractions: float) -> None:
+        for key, value in fractions.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                raise UserError(f"{self.name}: {key}={value!r} is outside [0, 1]; 0 is strict, e.g. {key}=0.7")
+
+    def _count(self, least: int = 0, **counts: int) -> None:
+        for key, value in counts.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise UserError(f"{self.name}: {key}={value!r} must be a whole number, at least {least}")
+
+
+@dataclass(frozen=True)
+class Exact(Rule):
+    """A drafted token passes when it is the target's own choice (Leviathan et al., arXiv 2211.17192, greedy case).
+
+    Under sampling the target draws at every position and the draft must match the draw: exact in distribution, and
+    token for token what plain `generate` says from the same random state, at a lower acceptance than `Lossless`.
+    """
+
+    name: ClassVar[str] = "exact"
+    lossless: ClassVar[bool] = True
+
+    def judge(self, r: Round) -> Verdict:
+        n = 0
+        for n, token in enumerate(r.draft.tolist()):
+            choice = r.pick(n)
+            if choice != token:
+                return Verdict([EXACT] * n, choice)
+        k = r.draft.shape[0]
+        return Verdict([EXACT] * k, r.pick(k))
+
+
+@dataclass(frozen=True)
+class Lossless(Rule):
+    """Speculative sampling (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318).
+
+    d_i passes with probability min(1, p(d_i) / q(d_i)), else the token is drawn from max(p - q, 0): the output has the
+    target's distribution under the same processors. Greedy decoding: the same as `Exact`.
+    """
+
+    name: ClassVar[str] = "lossless"
+    lossless: ClassVar[bool] = True
+
+    def judge(self, r: Round) -> Verdict:
+        if not r.sampling:
+            return Exact().judge(r)
+        for i, token in enumerate(r.draft.tolist()):
+            p = r.score(i).softmax(-1)
+            q = None if r.draft_probs is None else r.draft_probs[i]
+            ratio = p[token] if q is None else p[token] / q[token]
+            if float(torch.rand((), device=p.device)) < float(ratio):
+                continue
+            if q is None:
+                q = torch.zeros_like(p)
+                q[token] = 1
+            return Verdict([EXACT] * i, int(torch.multinomial(residual(p, q), 1)))
+        k = r.draft.shape[0]
+        return Verdict([EXACT] * k, r.pick(k))
+
+
+@dataclass(frozen=True)
+class Loose(Rule):
+    """LVSpec (Ji et al., arXiv 2604.05650): strict only where a token is about what is seen. Changes the output.
+
+    Relevance of a position = mean of the `top` highest cosines between its hidden state in the target and the prompt's
+    visual hidden states. The `relax` share of positions with the lowest relevance passes whatever the draft says.
+    scope: "window" ranks inside the round, "running" against all positions of this request, "threshold" loosens below
+    `threshold`. layer: whose hidden states; offset: "predict" = the position that predicts the token, "self" = the
+    token's own. shift: position-shift tolerance, rows to either side (0 = off).
+    Guards beyond the paper, each a field: eos, digits, negation, comparison (words never loosened, found through the
+    tokenizer), bigram (nothing that makes a bigram repeat), within (the draft token is among the target's `within`
+    best; 0 = off), ratio (its probability is at least this share of the best one's; 0 = off). relax=0 with shift=0 is
+    `Exact`. A prompt without visual tokens is verified strictly, and the report says so.
+    """
+
+    relax: float = 0.7
+    top: int = 10
+    layer: int = -1
+    offset: str = "predict"
+    scope: str = "window"
+    threshold: float = 0.3
+    shift: int = 3
+    eos: bool = True
+    digits: bool = True
+    negation: bool = True
+    comparison: bool = True
+    bigram: bool = True
+    within: int = 5
+    ratio: float = 0.0
+    name: ClassVar[str] = "loose"
+    visual: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        self._check(relax=self.relax, ratio=self.ratio)
+        self._count(shift=self.shift, within=self.within)
+        self._count(1, top=self.top)
+        if self.scope not in ("window", "running", "threshold"):
+            raise UserError(f"loose: scope={self.scope!r} is unknown; use 'window', 'running' or 'threshold'")
+        if self.offset not in ("predict", "self"):
+            raise UserError(f"loose: offset={self.offset!r} is unknown; use 'predict' or 'self'")
+        if isinstance(self.layer, bool) or not isinstance(self.layer, int):
+            raise UserError(f"loose: layer={self.layer!r} must be the index of a decoder layer, e.g. -1 for the last")
+        if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)):
+            raise UserError(f"loose: threshold={self.threshold!r} must be a number (a cosine, -1 to 1)")
+
+    def words(self) -> tuple[str, ...]:
+        return tuple(w for w in ("digits", "negation", "comparison") if getattr(self, w))
+
+    def judge(self, r: Round) -> Verdict:
+        if r.relevance is None or r.draft.shape[0] == 0:
+            return Exact().judge(r)
+        picks = r.picks()
+        equal = r.draft == picks[:-1]
+        if bool(equal.all()):
+            return _leading([EXACT] * r.draft.shape[0], r)
+        if self.scope == "window":
+            free = least_relevant(r.relevance, self.relax)
+        elif self.scope == "running":
+            free = below_quantile(r.relevance, r.past_relevance, self.relax)
+        else:
+            free = r.relevance < self.threshold
+        allowed = _guarded(r, picks)
+        if self.bigram:
+            allowed &= ~repeats_bigram(r.draft, r.committed)
+        shift = shifted(r.draft, picks, r.committed, self.shift) & allowed
+        loose = free & allowed
+        if self.within or self.ratio:
+            scores = r.scores()
+            if self.within:
+                loose &= within_top(scores, r.draft, self.within)
+            if self.ratio:
+                loose &= within_ratio(scores, r.draft, self.ratio)
+        codes = torch.where(equal, EXACT, torch.where(loose, LOOSE, torch.where(shift, SHIFT, REFUSED)))
+        return _leading(codes.tolist(), r)
+
+
+@dataclass(frozen=True)
+class FLy(Rule):
+    """FLy (arXiv 2511.22972): a mismatch passes where the target is unsure and the draft finds back. Lossy.
+
+    Entropy gate: the target's normalised entropy there is at least `theta`. Deferred window: the next `window` drafted
+    tokens all match, and lie within the draft. eos: never loosen the end of the answer.
+    """
+
+    theta: float = 0.3
+    window: int = 6
+    eos: bool = True
+    name: ClassVar[str] = "fly"
+
+    def __post_init__(self) -> None:
+        self._check(theta=self.theta)
+        self._count(window=self.window)
+
+    def judge(self, r: Round) -> Verdict:
+        k = r.draft.shape[0]
+        if k == 0:
+            return Exact().judge(r)
+        picks = r.picks()
+        equal = r.draft == picks[:-1]
+        if bool(equal.all()):
+            return _leading([EXACT] * k, r)
+        unsure = (normalised_entropy(r.scores()) >= self.theta) & _guarded(r, picks)
+        match = equal.tolist()
+        codes = [EXACT if m else REFUSED for m in match]
+        for j, gate in enumerate(unsure.tolist()):
+            if not match[j] and gate and j + self.window < k and all(match[j + 1 : j + 1 + self.window]):
+                codes[j] = LOOSE
+        return _leading(codes, r)
+
+
+@dataclass(frozen=True)
+class RandomRelax(Rule):
+    """Every mismatch passes with probability `relax`, drawn from `seed`: the baseline of every loose rule
+    (survey arXiv 2604.05546, App. D.2). Changes the output. eos: never loosen the end of the answer."""
+
+    relax: float = 0.5
+    seed: int = 0
+    eos: bool = True
+    name: ClassVar[str] = "randomrelax"
+
+    def __post_init__(self) -> None:
+        self._check(relax=self.relax)
+        self._count(seed=self.seed)
+
+    def judge(self, r: Round) -> Verdict:
+        k = r.draft.shape[0]
+        if k == 0:
+            return Exact().judge(r)
+        picks = r.picks()
+        lucky = (torch.rand(k, generator=r.random) < self.relax).to(r.draft.device) & _guarded(r, picks)
+        codes = torch.where(r.draft == picks[:-1], EXACT, torch.where(lucky, LOOSE, REFUSED))
+        return _leading(codes.tolist(), r)
+
+
+METHODS: dict[str, Any] = {rule.name: rule for rule in (Exact, Lossless, Loose, FLy, RandomRelax)}

@@ -1,0 +1,214 @@
+"""Where guesses come from: a smaller VLM, the target itself on fewer visual tokens, or the text so far.
+
+A draft is a configuration (frozen dataclass); `open(request)` makes it live for one prompt: an object that follows
+the protocol `core.Draft`. Drafts that run a model hold a `Stepper` and feed whatever was emitted since they last ran.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from vlmfast import families
+from vlmfast.core import Draft, Unsupported, UserError
+from vlmfast.decode.live import Chain, Either, Ngrams
+from vlmfast.runtime.stepper import Stepper
+
+PADDING_ROWS = 512  # vocabularies of one tokenizer may differ by this many unused rows (Qwen: 151936 and 152064)
+
+
+@dataclass
+class Request:
+    """One `generate` call, as a draft sees it when it opens."""
+
+    model: Any  # the target
+    input_ids: Tensor  # (1, L) int64
+    generation_config: Any
+    model_kwargs: dict[str, Any]  # prepared for the target, before its prefill
+    inputs: dict[str, Any]  # media tensors as the user gave them
+    columns: Any = None  # the target's column hooks, when it is accelerated
+    fresh_cache: Callable[[], Any] | None = None
+    stop: frozenset[int] = frozenset()  # ids that end the answer
+
+
+def _lengths(name: str, longest: int, shortest: int) -> None:
+    for key, value in (("longest", longest), ("shortest", shortest)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UserError(f"{name}: {key}={value!r} must be a whole number of tokens, at least 1")
+    if shortest > longest:
+        raise UserError(f"{name}: shortest={shortest} is more than longest={longest}")
+
+
+def _confidence(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise UserError(f"{name}: confidence={value!r} is outside [0, 1): 0 never stops early, e.g. confidence=0.4")
+
+
+def _vocabulary(model: Any) -> int:
+    return int(model.get_output_embeddings().weight.shape[0])
+
+
+@dataclass(frozen=True)
+class ModelDraft:
+    """A smaller VLM of the same vocabulary, fed with its own pruned visual tokens (LVSpec, arXiv 2604.05650; SpecVLM,
+    arXiv 2508.16201); survivors keep their original positions.
+
+    model: the model, or a path or hub id to load it from; prune: its own pruner (applied by `vlmfast.accelerate`),
+    None = it sees everything; confidence: stop a draft where the model's own probability falls under it (0 = never).
+    """
+
+    model: Any
+    prune: Any = None
+    confidence: float = 0.0
+    name: ClassVar[str] = "modeldraft"
+    _loaded: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, (str, nn.Module)):
+            raise UserError(f"{self.name}: model={type(self.model).__name__} must be a model, or a path or id to load")
+        _confidence(self.name, self.confidence)
+
+    def load(self) -> Any:
+        """The draft model; loaded once."""
+        if isinstance(self.model, nn.Module):
+            return self.model
+        if not self._loaded:
+            import transformers
+
+            try:
+                model = transformers.AutoModelForImageTextToText.from_pretrained(self.model)
+            except (OSError, ValueError) as e:
+                raise UserError(f"no draft model at {self.model!r}: {str(e).splitlines()[0]}") from None
+            self._loaded.append(model.eval())
+        return self._loaded[0]
+
+    def check(self, model: Any) -> None:
+        """Raise Unsupported unless the draft reads and writes the target's vocabulary."""
+        draft = self.load()
+        mine, theirs = families.get(draft), families.get(model)
+        sizes = _vocabulary(draft), _vocabulary(model)
+        if abs(sizes[0] - sizes[1]) > PADDING_ROWS:
+            raise Unsupported(
+                f"the draft's vocabulary has {sizes[0]} tokens and the target's {sizes[1]}: "
+                "use a draft with the same tokenizer"
+            )
+        ids = mine.visual_ids(draft), theirs.visual_ids(model)
+        for kind in ids[1]:
+            if ids[0].get(kind) != ids[1][kind]:
+                raise Unsupported(
+                    f"the draft's {kind} placeholder is {ids[0].get(kind)} and the target's {ids[1][kind]}: "
+                    "use a draft with the same tokenizer"
+                )
+
+    def open(self, request: Request) -> Draft:
+        """Prefill the draft with the same prompt and media, through its own `generate` preparation."""
+        draft = self.load()
+        held: list[Stepper] = []
+
+        def capture(model: Any, input_ids: Tensor, generation_config: Any, **kwargs: Any) -> Tensor:
+            kwargs = {k: v for k, v in kwargs.items() if k not in ("logits_processor", "stopping_criteria")}
+            held.append(Stepper.prefill(model, input_ids, generation_config, kwargs))
+            return input_ids
+
+        draft.generate(**_draft_inputs(request), max_new_tokens=1, do_sample=False, custom_generate=capture)
+        vocab = min(_vocabulary(draft), _vocabulary(request.model))
+        return Chain(held[0], request.input_ids.shape[1], request.stop, vocab, self.confidence)
+
+
+def _draft_inputs(request: Request) -> dict[str, Any]:
+    if request.inputs.get("mm_encoder_outputs"):
+        raise Unsupported(
+            "mm_encoder_outputs were given: those are the target's features and a draft has its own encoder; "
+            "pass the pixels to generate()"
+        )
+    skip = ("input_ids", "inputs", "inputs_embeds", "past_key_values", "position_ids", "mm_encoder_outputs")
+    media = {k: v for k, v in request.inputs.items() if k not in skip}
+    return {"input_ids": request.input_ids, **media}
+
+
+@dataclass(frozen=True)
+class SelfDraft:
+    """The target itself on pruned visual tokens (self-speculation, LVSpec): pays where visual tokens cost most.
+
+    prune: the pruner of its second, pruned prefill, which reuses the encoded media; confidence: as in ModelDraft.
+    """
+
+    prune: Any
+    confidence: float = 0.0
+    name: ClassVar[str] = "selfdraft"
+
+    def __post_init__(self) -> None:
+        if not hasattr(self.prune, "select"):
+            raise UserError(f"{self.name}: prune={self.prune!r} must be a pruner, e.g. prune=Uniform(keep=0.1)")
+        if getattr(self.prune, "after_block", None) is not None:
+            raise UserError(
+                f"{self.name}: a pruner inside the tower would encode the media again; use after_block=None"
+            )
+        _confidence(self.name, self.confidence)
+
+    def check(self, model: Any) -> None:
+        """Nothing to compare: it is the target."""
+
+    def open(self, request: Request) -> Draft:
+        """A second prefill of the target over a cache of its own."""
+        if request.columns is None or request.fresh_cache is None:
+            raise Unsupported("SelfDraft prunes through vlmfast.accelerate(model, speculate=...): use that call")
+        hooks = request.columns
+        stats, cache, notes = dict(hooks.stats), hooks.cache, list(hooks.notes)
+        kwargs = {**request.model_kwargs, "past_key_values": request.fresh_cache()}
+        with hooks.using(self.prune) if hasattr(hooks, "using") else nullcontext():
+            stepper = Stepper.prefill(request.model, request.input_ids, request.generation_config, kwargs)
+        hooks.stats, hooks.cache, hooks.notes = stats, cache, notes
+        vocab = _vocabulary(request.model)
+        return Chain(stepper, request.input_ids.shape[1], request.stop, vocab, self.confidence)
+
+
+@dataclass(frozen=True)
+class PromptLookup:
+    """N-gram lookup over prompt and output (Saxena, prompt lookup decoding; LLMA, arXiv 2304.04487). Costs no model.
+
+    longest, shortest: n-grams tried, longest first.
+    """
+
+    longest: int = 3
+    shortest: int = 1
+    name: ClassVar[str] = "promptlookup"
+    blind: ClassVar[bool] = True  # reads tokens only: may start on any cache
+
+    def __post_init__(self) -> None:
+        _lengths(self.name, self.longest, self.shortest)
+
+    def check(self, model: Any) -> None:
+        """Any supported model will do."""
+
+    def open(self, request: Request) -> Ngrams:
+        """Index the prompt; visual placeholders are never proposed."""
+        banned = frozenset(families.get(request.model).visual_ids(request.model).values())
+        return Ngrams(request.input_ids[0].tolist(), self.longest, self.shortest, banned)
+
+
+@dataclass(frozen=True)
+class LookupThenModel(ModelDraft):
+    """Lookup where the last `shortest` tokens or more stood before, the draft model otherwise."""
+
+    longest: int = 4
+    shortest: int = 2
+    name: ClassVar[str] = "lookupthenmodel"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _lengths(self.name, self.longest, self.shortest)
+
+    def open(self, request: Request) -> Draft:
+        """Open both."""
+        lookup = PromptLookup(self.longest, self.shortest).open(request)
+        chain = super().open(request)
+        assert isinstance(chain, Chain)
+        return Either(lookup, chain)
+
+
+DRAFTS: dict[str, Any] = {d.name: d for d in (ModelDraft, SelfDraft, PromptLookup, LookupThenModel)}

@@ -1,0 +1,251 @@
+"""One draft-verify loop behind the ordinary `generate`: greedy or sampling, with or without a draft, one row.
+
+`generate` prepares everything and calls what `build` returned (its `custom_generate`). A round: the draft proposes
+d_1..d_k; the target reads the last emitted token and the draft in one forward; the rule lets a prefix through and names
+the token after it; both caches go back to exactly what was emitted. Without a draft k = 0: our lean plain loop.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, EosTokenCriteria, MaxLengthCriteria
+from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteria
+
+from vlmfast import families
+from vlmfast.core import Draft, Unsupported, UserError
+from vlmfast.decode import accept as rules
+from vlmfast.decode.drafts import Request
+from vlmfast.decode.guards import strict_tokens
+from vlmfast.decode.ledger import Ledger
+from vlmfast.decode.output import Output
+from vlmfast.decode.refuse import check, tokenizer_for
+from vlmfast.decode.relevance import VisualMemory, collect
+from vlmfast.decode.rows import Choice, Rows
+from vlmfast.decode.speculate import Pace, Speculate
+from vlmfast.runtime.stepper import Stepper
+
+__all__ = ["build", "check"]
+
+_KEPT: weakref.WeakKeyDictionary[Any, tuple[Any, Draft | None]] = weakref.WeakKeyDictionary()  # live drafts by cache
+_PACES: weakref.WeakKeyDictionary[Any, tuple[Speculate, Pace]] = weakref.WeakKeyDictionary()  # by target model
+
+
+def build(
+    model: Any,
+    speculate: Speculate,
+    *,
+    streamer: Any = None,
+    columns: Any = None,
+    draft: Any = None,
+    inputs: dict[str, Any] | None = None,
+    sink: Callable[[dict[str, Any]], Any] | None = None,
+) -> Callable[..., Any]:
+    """The `custom_generate` callable of one `generate` call.
+
+    streamer: the one given to `generate` (transformers hands none to a callable); columns: the target's column hooks,
+    needed by SelfDraft; draft: the handle of an accelerated draft model (its hooks do the work); inputs: the keyword
+    arguments of the call, for the draft's own encoder; sink: receives the numbers of the report. Also moves
+    `stop_strings` out of `inputs` into `stopping_criteria`: transformers loses the tokenizer on the way to a callable.
+    """
+    inputs = {} if inputs is None else inputs
+    if inputs.get("stop_strings") is not None and inputs.get("tokenizer") is not None:
+        criterion = StopStringCriteria(tokenizer=inputs["tokenizer"], stop_strings=inputs.pop("stop_strings"))
+        inputs["stopping_criteria"] = [*(inputs.get("stopping_criteria") or []), criterion]
+    tokenizer = tokenizer_for(model, speculate, inputs)
+    media = {k: v for k, v in inputs.items() if isinstance(v, Tensor) or k == "mm_encoder_outputs"}
+
+    def custom_generate(
+        model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any,
+        **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        if input_ids.shape[0] != 1:
+            raise Unsupported(f"{input_ids.shape[0]} rows came in: speculation decodes one row at a time")
+        config, (limit, eos, rest) = generation_config, _split(stopping_criteria or [])
+        kept = bool(config.return_dict_in_generate)
+        scores, logits = kept and bool(config.output_scores), kept and bool(config.output_logits)
+        out = Output(input_ids, limit, eos, rest, streamer, scores, logits)
+        run = _Run(model, speculate, config, out)
+        cache = run.go(Choice(logits_processor, run.sampling, run.drawn), tokenizer, columns, media, kwargs)
+        if streamer is not None:
+            streamer.end()
+        if sink is not None:
+            sink(run.ledger.numbers(None if speculate.draft is None else speculate.accept.name))
+        ids = out.ids.clone()
+        if not kept:
+            return ids
+        return GenerateDecoderOnlyOutput(sequences=ids, scores=out.scores, logits=out.logits, past_key_values=cache)
+
+    return custom_generate
+
+
+class _Run:
+    """One call: the state of the loop."""
+
+    def __init__(self, model: Any, speculate: Speculate, config: Any, out: Output) -> None:
+        self.model, self.speculate, self.config, self.out = model, speculate, config, out
+        self.rule = speculate.accept
+        self.sampling = bool(config.do_sample)
+        self.drawn = self.sampling and isinstance(self.rule, rules.Lossless)
+        self.ledger = Ledger()
+        self.draft: Draft | None = None
+        self.memory: VisualMemory | None = None
+        self.past: list[Tensor] = []  # relevance of every position so far, where the rule asks for it
+        self.strict: Tensor | None = None
+        self.random: torch.Generator | None = None
+
+    def go(self, choice: Choice, tokenizer: Any, columns: Any, media: dict[str, Any], kwargs: dict[str, Any]) -> Any:
+        """Prefill, decode, and hand back the cache, cropped to what `generate` would leave."""
+        out, self.choice = self.out, choice
+        cache = kwargs.get("past_key_values")
+        continued = cache is not None and cache.get_seq_length() > 0
+        before = dict(kwargs)
+        room = 256 if out.limit is None else min(4096, out.limit - out.start + self.speculate.most + 2)
+        target = Stepper.prefill(self.model, out.ids, self.config, kwargs, self._layer(), room=room)
+        self.ledger.engine, self.ledger.reason = target.engine, target.reason
+        try:
+            if self.speculate.draft is not None:
+                self._prepare(tokenizer, target)
+                self._open(columns, media, target.cache, before, continued)
+            start = time.perf_counter()
+            rows = Rows(choice, out.ids, None, target.logits)
+            out.emit(rows.pick(0), partial(rows.kept, 0))
+            while not out.done:
+                self._round(target)
+            total, times = (time.perf_counter() - start) * 1e3, self.ledger.times
+            times["overhead_ms"] = total - times["draft_ms"] - times["verify_ms"]
+        finally:
+            target.rewind(max(0, target.length - max(out.start, out.length - 1)))
+            target.finish()
+        return target.cache
+
+    # -- before the first token ------------------------------------------------------------------------------------
+
+    def _layer(self) -> int | None:
+        if self.speculate.draft is None or not self.rule.visual:
+            return None
+        layer, layers = getattr(self.rule, "layer", -1), len(families.get(self.model).layers(self.model))
+        if not -layers <= layer < layers:
+            raise UserError(f"{self.rule.name}: layer={layer} of {layers} decoder layers; use -1 for the last")
+        return layer % layers
+
+    def _prepare(self, tokenizer: Any, target: Stepper) -> None:
+        """What the rule needs."""
+        rule, ids, stop = self.rule, self.out.ids, self.out.eos
+        if rule.visual:
+            visual = list(families.get(self.model).visual_ids(self.model).values())
+            self.memory = collect(target.hidden, target.cache, ids, visual, getattr(rule, "top", 10))
+            if self.memory is None:
+                self.ledger.notes.append(f"speculate: no visual tokens, {rule.name} verified strictly")
+        if rule.lossless:
+            return
+        eos = stop if getattr(rule, "eos", True) else frozenset()
+        if rule.words() or eos:
+            self.strict = strict_tokens(tokenizer, rule.words(), eos, target.logits.shape[-1]).to(ids.device)
+        self.random = torch.Generator().manual_seed(getattr(rule, "seed", 0))
+
+    def _open(self, columns: Any, media: dict[str, Any], cache: Any, kwargs: dict[str, Any], continued: bool) -> None:
+        """Make the draft live; on a cache that is continued, the one of the turns before goes on."""
+        config, start = self.speculate.draft, time.perf_counter()
+        self.pace = self._pace()
+        kept = _KEPT.get(cache)
+        if continued and kept is not None and kept[0] is config:
+            self.draft = kept[1]
+            if any(v.is_floating_point() for v in media.values() if isinstance(v, Tensor)):
+                self.ledger.notes.append("speculate: the draft does not see the new media of this turn")
+        elif continued and not getattr(config, "blind", False):
+            self.ledger.notes.append("speculate: the draft did not see the turns before, decoded without it")
+        else:
+            text = families.get(self.model).text(self.model)
+            fresh = lambda: DynamicCache(config=text.config)  # noqa: E731
+            request = Request(self.model, self.out.ids, self.config, kwargs, media, columns, fresh, self.out.eos)
+            self.draft = config.open(request)
+        _KEPT[cache] = (config, self.draft)
+        self.ledger.times["draft_prefill_ms"] = (time.perf_counter() - start) * 1e3
+
+    def _pace(self) -> Pace:
+        """Running acceptance and costs, kept from call to call of one model and plan when adaptive."""
+        plan = self.speculate
+        held = _PACES.get(self.model)
+        if plan.length != "adaptive" or held is None or held[0] is not plan:
+            held = (plan, Pace(plan.length, plan.most))
+            _PACES[self.model] = held
+        return held[1]
+
+    # -- tokens ----------------------------------------------------------------------------------------------------
+
+    def _propose(self) -> tuple[Tensor | None, Tensor | None]:
+        """At most as many tokens as may still be said, the target's own last word excluded."""
+        if self.draft is None:
+            return None, None
+        k, left = self.pace.length(), self.out.left()
+        if left is not None:
+            k = min(k, left - 1)
+        if k <= 0:
+            return None, None
+        tokens, q = self.draft.propose(self.out.ids, k, None if self.choice.plain else self.choice.for_draft)
+        return (tokens if tokens.shape[0] else None), q
+
+    def _round(self, target: Stepper) -> None:
+        out = self.out
+        t0 = time.perf_counter()
+        draft, q = self._propose()
+        last = out.ids[:, -1:]
+        t1 = time.perf_counter()
+        logits = target.step(last if draft is None else torch.cat([last, draft[None]], 1))[0]
+        t2 = time.perf_counter()
+        rows = Rows(self.choice, out.ids, draft, logits)
+        draft_ms, verify_ms = (t1 - t0) * 1e3, (t2 - t1) * 1e3
+        if draft is None:
+            out.emit(rows.pick(0), partial(rows.kept, 0))
+            self.ledger.round(0, [], draft_ms, verify_ms)
+            if self.draft is not None:
+                self.pace.saw(0, 0, draft_ms, verify_ms)
+            return
+        k = draft.shape[0]
+        verdict = self.rule.judge(self._view(rows, draft, q, target))
+        accepted = len(verdict.how)
+        for i, token in enumerate([*draft[:accepted].tolist(), verdict.next]):
+            if out.emit(token, partial(rows.kept, i)):
+                break
+        self.ledger.round(k, verdict.how, draft_ms, verify_ms)
+        self.pace.saw(k, accepted, draft_ms, verify_ms)
+        assert self.draft is not None
+        self.draft.rewind(k - accepted)
+        target.rewind(k - accepted)
+
+    def _view(self, rows: Rows, draft: Tensor, q: Tensor | None, target: Stepper) -> rules.Round:
+        relevance = past = None
+        k, size = draft.shape[0], rows.logits.shape[-1]
+        if self.memory is not None and target.hidden is not None:
+            first = 1 if getattr(self.rule, "offset", "predict") == "self" else 0
+            relevance = self.memory.score(target.hidden[0, first : first + k])
+            if getattr(self.rule, "scope", "window") == "running":
+                past = torch.cat(self.past) if self.past else None
+                self.past.append(relevance)
+        if q is not None and q.shape[-1] < size:
+            q = torch.nn.functional.pad(q, (0, size - q.shape[-1]))
+        return rules.Round(
+            draft, rows.score, rows.pick, self.sampling, q, self.out.said, relevance, past, self.strict, self.random
+        )
+
+
+def _split(criteria: Any) -> tuple[int | None, frozenset[int], list[Any]]:
+    """(length limit, end-of-answer ids, other criteria): the first two need no tensor per token."""
+    limit: int | None = None
+    eos: set[int] = set()
+    rest = []
+    for c in criteria:
+        if type(c) is MaxLengthCriteria:
+            limit = c.max_length if limit is None else min(limit, c.max_length)
+        elif type(c) is EosTokenCriteria:
+            eos |= set(c.eos_token_id.reshape(-1).tolist())
+        else:
+            rest.append(c)
+    return limit, frozenset(eos), rest

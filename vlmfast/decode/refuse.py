@@ -1,0 +1,90 @@
+"""What the draft-verify loop cannot honour, said in one line before anything runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vlmfast import families
+from vlmfast.core import Unsupported, UserError
+from vlmfast.decode.speculate import Speculate
+
+REFUSED_OPTIONS = {
+    "assistant_model": "transformers' own assisted generation and speculate= were asked for together",
+    "prompt_lookup_num_tokens": "transformers' own prompt lookup and speculate= were asked for together",
+    "assistant_early_exit": "transformers' own early exit and speculate= were asked for together",
+    "custom_generate": "custom_generate= and speculate= both replace the decoding loop",
+    "penalty_alpha": "contrastive search cannot be drafted",
+    "dola_layers": "DoLa cannot be drafted",
+    "constraints": "constrained beam search cannot be drafted",
+    "force_words_ids": "constrained beam search cannot be drafted",
+    "guidance_scale": "classifier-free guidance runs a second forward per token and cannot be drafted",
+    "output_attentions": "attention maps of refused draft tokens would be among those returned",
+    "output_hidden_states": "hidden states of refused draft tokens would be among those returned",
+    "synced_gpus": "the loop does not keep several processes in step",
+    "inputs_embeds": "the draft and the rules read token ids: pass input_ids",
+}
+
+
+def option(model: Any, kwargs: dict[str, Any], name: str) -> Any:
+    """A generation option as `generate` would resolve it."""
+    if kwargs.get(name) is not None:
+        return kwargs[name]
+    config = kwargs.get("generation_config") or model.generation_config
+    value = getattr(config, name, None)
+    return getattr(model.generation_config, name, None) if value is None else value
+
+
+def check(model: Any, speculate: Speculate, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Raise Unsupported, in one line, for whatever this loop cannot honour; called before anything runs."""
+    families.get(model)
+    ask = {name: option(model, kwargs, name) for name in (*REFUSED_OPTIONS, "num_beams", "num_return_sequences")}
+    for name, why in REFUSED_OPTIONS.items():
+        value = ask[name]
+        if value is None or value is False or (name == "guidance_scale" and value == 1):
+            continue
+        if name == "penalty_alpha" and not (value > 0 and (option(model, kwargs, "top_k") or 0) > 1):
+            continue
+        shown = value if isinstance(value, (int, float, str)) else type(value).__name__
+        raise Unsupported(f"{name}={shown}: {why}; drop {name} or speculate=")
+    if (ask["num_beams"] or 1) > 1:
+        raise Unsupported(f"num_beams={ask['num_beams']}: beams cannot be drafted; use num_beams=1 or drop speculate=")
+    ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+    rows = (1 if ids is None else ids.shape[0]) * (ask["num_return_sequences"] or 1)
+    if rows > 1:
+        raise Unsupported(f"{rows} rows came in: speculation decodes one row at a time; call generate per row")
+    if option(model, kwargs, "use_cache") is False:
+        raise Unsupported("use_cache=False: a draft is verified over the cache; use use_cache=True")
+    if option(model, kwargs, "cache_implementation") not in (None, "dynamic"):
+        raise Unsupported(
+            f"cache_implementation={option(model, kwargs, 'cache_implementation')!r} cannot give back refused tokens: "
+            "use the default dynamic cache"
+        )
+    if speculate.draft is not None:
+        speculate.draft.check(model)
+    tokenizer_for(model, speculate, kwargs)
+
+
+def tokenizer_for(model: Any, speculate: Speculate, kwargs: dict[str, Any]) -> Any:
+    """The tokenizer that a rule's guards need, None when they need none. Raises UserError when none is found."""
+    words = speculate.accept.words()
+    if not words:
+        return None
+    given = speculate.tokenizer or kwargs.get("tokenizer")
+    if given is not None:
+        return getattr(given, "tokenizer", given)
+    found = vars(model).get("_vlmfast_tokenizer")
+    path = getattr(model.config, "_name_or_path", "")
+    if found is None and path:
+        from transformers import AutoTokenizer
+
+        try:
+            found = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError, KeyError):
+            found = None
+    if found is None:
+        off = ", ".join(f"{w}=False" for w in words)
+        raise UserError(
+            f"{speculate.accept.name}: its guards know words and no tokenizer was found beside the model; "
+            f"pass Speculate(tokenizer=processor.tokenizer, ...), or switch them off: {off}"
+        )
+    return found

@@ -1,0 +1,196 @@
+"""A `Stepper`: one model, its cache, its next logical position. Feeds tokens after a prefill, and takes them back.
+
+Positions are the model's own: those that `generate` prepared for the prompt, continued by one per token and handed
+over explicitly on every forward, M-RoPE included. Hence a step depends neither on `rope_deltas` (which lives on the
+model, not on the cache), nor on how many columns a pruned or compressed cache physically holds.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmfast import families
+from vlmfast.core import Kind, Unsupported
+from vlmfast.runtime.lean import Lean, why_not
+
+_CHECKED: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+
+
+class Stepper:
+    """Built by `Stepper.prefill`. Shapes: one row (B = 1) everywhere.
+
+    cache: the model's cache (valid after `finish`); position: the next position, (..., 1, 1) int64 in the model's own
+    layout; logits: (1, V) float32 after the prompt; hidden: (1, n, D) of `hidden_layer` in the last forward;
+    engine: "lean" (functional, see `runtime.lean`) or "module" (the text model's own forward), reason says why.
+    """
+
+    def __init__(
+        self, model: Any, cache: Any, position: Tensor, logits: Tensor, mask: Tensor | None, hidden_layer: int | None
+    ) -> None:
+        family = families.get(model)
+        self.model: Any = model
+        self.text: Any = family.text(model)
+        self.embed, self.head = model.get_input_embeddings(), model.get_output_embeddings()
+        self.cache, self.position, self.logits = cache, position, logits
+        self.mask = mask  # (1, L) int64 logical padding mask, None when nothing is padded
+        self.hidden_layer = hidden_layer
+        self.hidden: Tensor | None = None
+        self.length = cache.get_seq_length()  # logical columns fed so far
+        self.lean: Lean | None = None
+        self.reason: str | None = None
+
+    @classmethod
+    def prefill(
+        cls,
+        model: Any,
+        input_ids: Tensor,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        hidden_layer: int | None = None,
+        engine: str = "auto",
+        room: int = 256,
+    ) -> Stepper:
+        """Run the prompt, as `generate` would, with everything that `generate` prepared.
+
+        input_ids (1, L) int64; model_kwargs: as handed to a `custom_generate` callable; hidden_layer: of a decoder
+        layer whose output to record, first here as `.hidden` (1, P, D) over the physical columns that entered, then at
+        every step. engine: "auto", "lean" or "module" ("lean" raises where it cannot run). room: tokens expected.
+        """
+        text = families.get(model).text(model)
+        seen: list[Tensor] = []
+        handle = None
+        if hidden_layer is not None:
+            handle = text.layers[hidden_layer].register_forward_hook(  # type: ignore[union-attr,index]
+                lambda module, args, out: seen.append(out[0] if isinstance(out, tuple) else out)
+            )
+        try:
+            out = model._prefill(input_ids, generation_config, model_kwargs)
+        finally:
+            if handle is not None:
+                handle.remove()
+        cache = out.past_key_values
+        positions = model_kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(cache.get_seq_length(), device=input_ids.device)[None]
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and bool((mask == 1).all()):
+            mask = None
+        logits = out.logits[:, -1].to(device=input_ids.device, dtype=torch.float32, copy=True)
+        self = cls(model, cache, positions[..., -1:] + 1, logits, mask, hidden_layer)
+        if seen:
+            self.hidden = torch.cat(seen, 1)
+        if engine != "module":
+            self._go_lean(room)
+            if engine == "lean" and self.lean is None:
+                raise Unsupported(f"the lean step cannot run here: {self.reason}; use engine='auto'")
+        return self
+
+    def _go_lean(self, room: int) -> None:
+        valid = None
+        columns = getattr(self.cache, "vlmfast_columns", None)
+        if columns is not None and columns.padded:
+            valid = columns.kinds[0] != Kind.PAD
+        elif columns is None and self.mask is not None:
+            valid = self.mask[0].bool()
+        self.reason = why_not(self.text, self.head, self.cache)
+        if (
+            self.reason is None
+            and valid is not None
+            and any(layer.keys.shape[-2] != valid.shape[0] for layer in self.cache.layers)
+        ):
+            self.reason = "a padded row whose layers hold different columns"
+        if self.reason is None and self.model not in _CHECKED:
+            _CHECKED[self.model] = self._disagreement(valid)
+        self.reason = self.reason or _CHECKED[self.model]
+        if self.reason is None:
+            self.lean = Lean(self.text, self.head, self.cache, valid, self.position, room)
+
+    def _disagreement(self, valid: Tensor | None) -> str | None:
+        """Once per model: two tokens through both engines. None when they agree."""
+        token = self.logits.argmax(-1, keepdim=True)
+        tokens = torch.cat([token, token], 1)
+        hidden, self.hidden = self.hidden, None
+        expected = self.step(tokens)[0]
+        self.rewind(2)
+        self.hidden = hidden
+        lean = Lean(self.text, self.head, copy.copy(self.cache), valid, self.position, 4)
+        got = torch.cat([lean.step(tokens[0, :1]), lean.step(tokens[0, 1:])]).float()
+        error = float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+        if error <= TOLERANCE.get(self.text.dtype, 1e-1):
+            return None
+        return f"its logits differ from the model's by {error:.1e}"
+
+    @property
+    def engine(self) -> str:
+        return "module" if self.lean is None else "lean"
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Feed tokens (1, n) int64 after everything fed so far -> logits (1, n, V) float32."""
+        n = tokens.shape[1]
+        self.length += n
+        if self.lean is not None:
+            logits = self.lean.step(tokens[0], self.hidden_layer)[None]
+            if self.hidden_layer is not None and self.lean.hidden is not None:
+                self.hidden = self.lean.hidden[None]
+        else:
+            logits = self._module_step(tokens)
+        self.position = self.position + n
+        return logits.float()
+
+    def _module_step(self, tokens: Tensor) -> Tensor:
+        n = tokens.shape[1]
+        mask = None
+        if self.mask is not None:
+            mask = torch.cat([self.mask, self.mask.new_ones(1, self.length - self.mask.shape[1])], 1)
+        handle = None
+        if self.hidden_layer is not None:
+            handle = self.text.layers[self.hidden_layer].register_forward_hook(self._keep_hidden)
+        try:
+            out = self.text(
+                inputs_embeds=self.embed(tokens),
+                position_ids=self.position + torch.arange(n, device=tokens.device),
+                attention_mask=mask,
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+        finally:
+            if handle is not None:
+                handle.remove()
+        return self.head(out.last_hidden_state)
+
+    def _keep_hidden(self, module: nn.Module, args: Any, out: Any) -> None:
+        self.hidden = out[0] if isinstance(out, tuple) else out
+
+    def rewind(self, n: int) -> None:
+        """Forget the last n tokens fed (n >= 0); never reaches into the prompt."""
+        if n == 0:
+            return
+        if self.lean is not None:
+            if n > self.lean.n:
+                raise ValueError(f"rewind({n}) after {self.lean.n} tokens would reach into the prompt")
+            self.lean.n -= n
+        else:
+            self.cache.crop(-n)
+        self.position = self.position - n
+        self.length -= n
+
+    def fork(self) -> Stepper:
+        """An independent copy at the same place, cache included."""
+        twin = copy.copy(self)
+        if self.lean is not None:
+            twin.lean = self.lean.fork()
+        twin.cache = copy.deepcopy(self.cache)
+        return twin
+
+    def finish(self) -> Any:
+        """Bring the cache up to date with every token still fed, and return it."""
+        if self.lean is not None:
+            self.lean.flush(self.cache)
+        self.lean, self.reason = None, "finished"
+        return self.cache
