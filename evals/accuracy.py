@@ -1,0 +1,214 @@
+"""Accuracy, paired: every method answers every question, the plain model always among them.
+
+    python -m evals.accuracy --task easy-vqa --methods vidcom2-25,uniform-25 --batch 64 \\
+        --out runs/easy.jsonl --summary runs/easy.json
+
+A killed run goes on where it stopped when the same command is given again. Shards (`--shard 0/4`) may be concatenated
+into one file; the command without --shard then finds everything answered and writes the summary.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from evals import journal, methods, records, runner, tasks
+from evals.summary import summarise
+from vlmfast.core import UserError
+from vlmfast.plan import Plan
+
+
+def chunks(task: tasks.Task, chosen: list[int], batch: int) -> Iterator[list[int]]:
+    """Batches of questions that may share one: the same ones whenever the same questions are chosen."""
+    for _, group in groupby(sorted(chosen, key=lambda i: (str(task.bucket(i)), i)), key=task.bucket):
+        members = list(group)
+        for at in range(0, len(members), batch):
+            yield members[at : at + batch]
+
+
+def answer(
+    run: runner.Runner,
+    task: tasks.Task,
+    plans: dict[str, Plan],
+    book: journal.Journal,
+    chosen: list[int],
+    batch: int = 1,
+    tokens: int | None = None,
+) -> None:
+    """Ask what has not been asked yet; records go to the journal as they come."""
+    from tqdm import tqdm
+
+    todo = [c for c in chunks(task, chosen, batch) if book.missing((task.ids[i], m) for i in c for m in plans)]
+    total = sum(len(c) for c in todo) * len(plans)
+    with tqdm(total=total, desc=task.name, unit="q", disable=None, smoothing=0.05) as bar:
+        for chunk in todo:
+            samples = [task.sample(i) for i in chunk]
+            for method, plan in plans.items():
+                if book.missing((s.id, method) for s in samples):
+                    book.add(run.ask(samples, plan, method, tokens or task.tokens))
+                bar.update(len(chunk))
+
+
+def shard_of(chosen: list[int], shard: str | None) -> list[int]:
+    """Every n-th question from the i-th on, for `i/n`."""
+    if shard is None:
+        return chosen
+    i, _, n = shard.partition("/")
+    if not (i.isdigit() and n.isdigit() and int(i) < int(n)):
+        raise UserError(f"--shard {shard!r} is not i/n with 0 <= i < n, e.g. 0/4")
+    return chosen[int(i) :: int(n)]
+
+
+def evaluate(
+    task_name: str,
+    out: Path,
+    summary: Path | None = None,
+    *,
+    names: str | None = None,
+    plans: dict[str, Plan] | None = None,
+    model: str = "pocket",
+    limit: int | None = None,
+    batch: int = 1,
+    shard: str | None = None,
+    tokens: int | None = None,
+    force: bool = False,
+    draft: str | None = None,
+    metric: str | None = None,
+    frames: str = "uniform:16",
+    device: str = "auto",
+    dtype: str = "auto",
+    loaded: runner.Runner | None = None,
+) -> dict[str, Any]:
+    """Run a task and return its summary record (written to `summary` too)."""
+    import torch
+    import transformers
+
+    import vlmfast
+
+    if batch < 1 or (limit is not None and limit < 1):
+        raise UserError(f"--batch {batch} and --limit {limit} must be at least 1")
+    task = tasks.get(task_name, metric, frames)
+    chosen = shard_of(task.first(limit), shard)
+    plans = {"plain": Plan()} | (plans or methods.named(names, draft=draft))
+    run = loaded or runner.load(model, device, dtype)
+    identity = {
+        "task": task.name, "questions": task.config.get("sha256", ""), "model": run.name,
+        "weights": "" if loaded else runner.fingerprint(model),
+        "dtype": str(run.model.dtype).removeprefix("torch."), "tokens": tokens or task.tokens, "batch": batch,
+        "vlmfast": vlmfast.__version__, "transformers": transformers.__version__, "torch": torch.__version__,
+    }  # fmt: skip
+    name = journal.run_name(identity)
+    if summary is not None and summary.exists() and not force:
+        _same_run(summary, name)
+    hashes = {m: journal.plan_hash(public(p)) for m, p in plans.items()}
+    book = journal.Journal(out, name, hashes, force)
+    broken: dict[str, str] = {}
+    if chosen:
+        from evals.gate import laws
+
+        broken = laws(run, task.sample(chosen[0]), plans, tokens or task.tokens)
+    answer(run, task, plans, book, chosen, batch, tokens)
+    result = records.head(
+        task_name, key="task", seed=0, repeats=1, device=str(run.device), dtype=identity["dtype"],
+        config={"run": name, "limit": limit, "shard": shard, "questions": len(chosen), **task.config},
+    )  # fmt: skip
+    wanted = [task.ids[i] for i in chosen]
+    result["rows"] = summarise(book.records, wanted, plans, task.metric, broken)
+    if summary is not None:
+        records.write(summary, result, force=True)
+    return result
+
+
+def public(plan: Plan) -> dict[str, Any]:
+    """A plan's JSON with model folders of this checkout written relative to it."""
+
+    def short(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {k: short(v) for k, v in x.items()}
+        return x.removeprefix(f"{records.ROOT}/") if isinstance(x, str) else x
+
+    return short(plan.json())
+
+
+def _same_run(summary: Path, name: str) -> None:
+    import json
+
+    try:
+        old = json.loads(summary.read_text())["config"]["run"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{summary} is no summary of evals.accuracy: choose another, or pass --force") from None
+    if old != name:
+        raise UserError(f"{summary} {journal.difference(old, name)}: choose another --summary, or pass --force")
+
+
+def show(result: dict[str, Any]) -> None:
+    """The summary as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{result['task']} · {result['config']['questions']:,} questions")
+    for column in ("method", "score", "95 %", "vs plain", "95 %", "kept", "KV bytes", "ms", "faster", "failed"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for r in result["rows"]:
+        m = r["metrics"]
+        score = m.get("accuracy", m.get("f1"))
+        faster = r["vs"].get("plain", {}).get("total_ms")
+        difference = (f"{100 * m['diff_vs_plain']:+.1f}", _range(m["diff_ci95"])) if r["name"] != "plain" else ("", "")
+        table.add_row(
+            r["name"], f"{100 * score:.1f}", _range(m["ci95"]), *difference,
+            f"{m['kept_tokens']:.0f}/{m['visual_tokens']:.0f}", f"{m.get('kv_fast_bytes', 0):,.0f}",
+            f"{m['total_ms']:.1f}" if "total_ms" in m else "-", f"{faster[0]:.2f}x" if faster else "", str(m["failed"]),
+        )  # fmt: skip
+    Console().print(table)
+    for r in result["rows"]:
+        for note in r.get("notes", []):
+            Console().print(f"{r['name']}: {note}")
+
+
+def _range(ci: list[float]) -> str:
+    return f"[{100 * ci[0]:.1f}, {100 * ci[1]:.1f}]"
+
+
+def main(
+    task: Annotated[str, typer.Option(help="easy-vqa, pocket/<kind>, pocket/all, pocket/long, or a file of questions")],
+    out: Annotated[Path, typer.Option(help="one JSON line per question and method; continued when it exists")],
+    summary: Annotated[Path | None, typer.Option(help="result file (JSON)")] = None,
+    limit: Annotated[int | None, typer.Option(help="the first N questions only")] = None,
+    methods_: Annotated[str | None, typer.Option("--methods", help="e.g. vidcom2-25,balanced+lossless")] = None,
+    prune: Annotated[str | None, typer.Option(help="name:field=value,...; the three make one method")] = None,
+    kv: Annotated[str | None, typer.Option(help="name:field=value,...")] = None,
+    speculate: Annotated[str | None, typer.Option(help="name:field=value,...")] = None,
+    plan: Annotated[list[Path] | None, typer.Option(help="a plan file; may be given several times")] = None,
+    model: Annotated[str, typer.Option(help="checkpoint folder or id; pocket = the embedded model")] = "pocket",
+    draft: Annotated[str | None, typer.Option(help="draft model; default with pocket: its own")] = None,
+    batch: Annotated[int, typer.Option(help="questions per forward, left-padded")] = 1,
+    shard: Annotated[str | None, typer.Option(help="i/n: every n-th question from the i-th on")] = None,
+    tokens: Annotated[int | None, typer.Option(help="most new tokens per answer")] = None,
+    metric: Annotated[str | None, typer.Option(help="exact, vqa, choice, anls, relaxed")] = None,
+    frames: Annotated[str, typer.Option(help="frames of one's own videos, e.g. fps:rate=2")] = "uniform:16",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="start anew, replacing existing files")] = False,
+) -> None:
+    """Ask a task's questions of the plain model and of every method; write answers and the paired summary."""
+    try:
+        if draft is None and model == "pocket":
+            draft = runner.resolve("pocket/draft")
+        plans = methods.named(methods_, prune, kv, speculate, draft, {p.stem: Plan.load(p) for p in plan or []})
+        result = evaluate(
+            task, out, summary, plans=plans, model=model, limit=limit, batch=batch, shard=shard, tokens=tokens,
+            force=force, metric=metric, frames=frames, device=device, dtype=dtype,
+        )  # fmt: skip
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    show(result)
+
+
+if __name__ == "__main__":
+    typer.run(main)

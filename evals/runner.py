@@ -1,0 +1,216 @@
+"""One model, many questions: builds inputs, runs `generate` under a plan, and returns one record per question.
+
+A batch is left-padded, so its rows are those questions alone; what cannot be batched is asked one by one. A question
+that fails is a record with `error` and score 0.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from evals.tasks import Clip, Sample
+from vlmfast.core import Unsupported, UserError
+from vlmfast.plan import Plan
+
+STAGE = ("select_ms", "encode_ms", "prefill_ms", "ttft_ms", "decode_ms_per_token", "total_ms", "cached_tokens",
+         "kv_fast_bytes", "kv_host_bytes", "accepted_length", "verify_rounds", "drafted", "accepted_exact",
+         "accepted_loose", "accepted_shift", "draft_ms", "verify_ms", "overhead_ms")  # fmt: skip
+SHARED = {"encode_ms", "select_ms", "prefill_ms", "total_ms", "kv_fast_bytes", "kv_host_bytes"}  # a batch's sum
+
+
+class Runner:
+    """A loaded model with its processor."""
+
+    def __init__(self, model: Any, processor: Any, name: str, system: str | None = None) -> None:
+        self.model, self.processor, self.name, self.system = model, processor, name, system
+        self.alone: set[str] = set()  # methods that refuse batches
+        if getattr(processor, "tokenizer", None) is None or not getattr(processor, "chat_template", None):
+            raise UserError(f"{name} has no processor with a chat template: give a complete checkpoint folder")
+        processor.tokenizer.padding_side = "left"
+
+    @property
+    def device(self) -> Any:
+        return next(self.model.parameters()).device
+
+    def inputs(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """What `generate` takes for these questions: ids (B, L) left-padded, masks, media tensors."""
+        texts, images, videos, metadata = [], [], [], []
+        for s in samples:
+            content: list[dict[str, str]] = []
+            for item in s.media:
+                clip = isinstance(item, Clip)
+                content.append({"type": "video" if clip else "image"})
+                (videos if clip else images).append(item.frames if clip else item)
+                if clip:
+                    metadata.append(_metadata(item))
+            content.append({"type": "text", "text": s.question})
+            turns: list[dict[str, Any]] = [{"role": "user", "content": content}]
+            if self.system:
+                turns.insert(0, {"role": "system", "content": [{"type": "text", "text": self.system}]})
+            texts.append(self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+        kwargs: dict[str, Any] = {"images": images} if images else {}
+        if videos:
+            kwargs |= {"videos": videos, "videos_kwargs": {"video_metadata": metadata, "do_sample_frames": False}}
+        batch = self.processor(text=texts, padding=True, return_tensors="pt", **kwargs)
+        out = {}
+        for k, v in batch.items():
+            if hasattr(v, "to"):
+                v = v.to(self.device)
+                if v.is_floating_point() and k.startswith("pixel"):
+                    v = v.to(self.model.dtype)
+            out[k] = v
+        return out
+
+    def ask(self, samples: Sequence[Sample], plan: Plan, method: str, tokens: int) -> list[dict[str, Any]]:
+        """One record per question, in order."""
+        unread = [s for s in samples if s.error]
+        if unread:
+            rest = [s for s in samples if not s.error]
+            done = {r["id"]: r for r in (self.ask(rest, plan, method, tokens) if rest else [])}
+            return [done.get(s.id) or _failed(s, method, str(s.error)) for s in samples]
+        if len(samples) > 1 and (method in self.alone or plan.speculate is not None):
+            return [r for s in samples for r in self.ask([s], plan, method, tokens)]
+        try:
+            return self._ask(samples, plan, method, tokens)
+        except Exception as e:
+            if len(samples) > 1:
+                if isinstance(e, Unsupported):
+                    self.alone.add(method)
+                return [r for s in samples for r in self.ask([s], plan, method, tokens)]
+            why = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
+            return [_failed(samples[0], method, why)]
+
+    def _ask(self, samples: Sequence[Sample], plan: Plan, method: str, tokens: int) -> list[dict[str, Any]]:
+        import vlmfast
+
+        inputs = self.inputs(samples)
+        extra = {"tokenizer": self.processor.tokenizer} if plan.speculate is not None else {}
+        with vlmfast.accelerate(self.model, plan) as fast:
+            start = time.perf_counter()
+            out = self.model.generate(
+                **inputs, **extra, max_new_tokens=tokens, do_sample=False, num_beams=1, return_dict_in_generate=False
+            )
+            wall = (time.perf_counter() - start) * 1e3
+            report = fast.report.json()
+        prompt = inputs["input_ids"]
+        texts = self.processor.tokenizer.batch_decode(out[:, prompt.shape[1] :], skip_special_tokens=True)
+        flat = {**report["encode"], **report["prefill"], **report["decode"]}
+        flat.setdefault("total_ms", wall)
+        n = len(samples)
+        visual = self._visual(prompt)
+        fields: dict[str, Any] = {}
+        for key in STAGE:
+            value = flat.get(key)
+            if value is not None and not (key == "ttft_ms" and n > 1):
+                fields[key] = round(value / n if key in SHARED else value, 4)
+        problem = self._problem(plan, flat, prompt, out, n)
+        records = []
+        for s, text, v in zip(samples, texts, visual, strict=True):
+            kept = flat.get("kept_tokens", sum(visual)) / max(1, sum(visual)) * v
+            record = {**_identity(s, method), "answer": text.strip(), "score": float(s.score(text)), "batch": n}
+            record |= {"visual_tokens": v, "kept_tokens": round(kept, 2), **fields}
+            if problem:
+                record["no_speed"] = problem
+            records.append(record)
+        return records
+
+    def _visual(self, ids: Any) -> list[int]:
+        config = self.model.config
+        names = ("image_token_id", "video_token_id")
+        tokens = [t for t in (getattr(config, n, None) for n in names) if t is not None]
+        return [int(sum((row == t).sum() for t in tokens)) for row in ids]
+
+    def _problem(self, plan: Plan, flat: dict[str, Any], prompt: Any, out: Any, n: int) -> str | None:
+        """Why this call says nothing about speed: a stage had nothing to do, or a count is not as it must be."""
+        if plan.prune is not None and flat.get("kept_tokens") == flat.get("visual_tokens"):
+            return "prune did not fire"
+        if plan.speculate is not None:
+            return None if flat.get("verify_rounds") or plan.speculate.draft is None else "speculate did not fire"
+        columns = out.shape[1] - 1  # the last token is never fed back
+        if plan.kv is None:
+            if n == 1:
+                columns -= flat["visual_tokens"] - flat["kept_tokens"]
+                if abs(flat["cached_tokens"] - columns) > 0.5:
+                    return f"law: {flat['cached_tokens']:g} columns cached where {columns:g} were predicted"
+        elif n == 1 and flat["cached_tokens"] > columns - 1 - (flat["visual_tokens"] - flat["kept_tokens"]):
+            return "kv did not fire"
+        return None
+
+
+def _identity(s: Sample, method: str) -> dict[str, Any]:
+    return {"id": s.id, "method": method, "kind": s.kind, "cluster": s.cluster, "expected": s.expected[0]}
+
+
+def _failed(s: Sample, method: str, why: str) -> dict[str, Any]:
+    return {**_identity(s, method), "answer": None, "score": 0.0, "error": why, "batch": 1}
+
+
+def _metadata(clip: Clip) -> dict[str, Any]:
+    if clip.metadata is not None:
+        return clip.metadata
+    n = len(clip.frames)
+    return {"total_num_frames": n, "fps": clip.fps, "duration": n / clip.fps, "frames_indices": list(range(n))}
+
+
+def load(model: str, device: str = "auto", dtype: str = "auto") -> Runner:
+    """The runner of a checkpoint folder or id; "pocket" is the embedded model. dtype auto: float32 on a CPU."""
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    if not hasattr(torch, dtype) or not isinstance(getattr(torch, dtype), torch.dtype):
+        raise UserError(f"unknown dtype {dtype!r}; e.g. float32, bfloat16")
+    folder = resolve(model)
+    if folder == str(Path(folder)) and Path(folder).is_dir() and not (Path(folder) / "config.json").exists():
+        raise UserError(f"{model} holds no config.json: point --model at a transformers checkpoint folder")
+    try:
+        loaded = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, dtype)).eval().to(device)
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(f"no vision-language model at {model!r}: {(str(e).splitlines() or [''])[0]}") from None
+    try:
+        processor = AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(
+            f"{model} has no processor ({(str(e).splitlines() or [''])[0]}): save it beside the model"
+        ) from None
+    name = model if model in pocket_names() else Path(model).name if Path(model).is_dir() else model
+    return Runner(loaded, processor, name)
+
+
+def pocket_names() -> tuple[str, ...]:
+    return ("pocket", "pocket/draft")
+
+
+def resolve(model: str) -> str:
+    """Folder or id of a model's name."""
+    if model not in pocket_names():
+        return model
+    from vlmfast import pocket
+
+    try:
+        return pocket.path("draft" if model == "pocket/draft" else "target")
+    except FileNotFoundError:
+        raise UserError("the pocket weights are missing: python -m vlmfast.pocket.train --export") from None
+
+
+def fingerprint(model: str) -> str:
+    """Eight hex digits that change when the weights of a local folder do; empty for a hub id."""
+    import hashlib
+
+    folder = Path(resolve(model))
+    digest = hashlib.sha256()
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")]) if folder.is_dir() else []
+    for file in files:
+        digest.update(file.name.encode() + str(file.stat().st_size).encode())
+        with file.open("rb") as f:
+            while chunk := f.read(1 << 24):
+                digest.update(chunk)
+                if file.stat().st_size > 1 << 28:
+                    break  # of large shards the first 16 MB tell them apart
+    return digest.hexdigest()[:8] if files else ""
