@@ -1,0 +1,152 @@
+"""Training batches: many questions about each picture in one causal sequence, as tensors for the model.
+
+One question per picture wastes the vision tower. A row is a chat of several turns about one picture or clip, half of
+the time opened by a full description; the loss is on the assistant's words only. All rows of a batch share one frame
+shape, so the visual prefix and its positions are the same in every row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from vlmfast.pocket.captions import caption
+from vlmfast.pocket.models import MERGE, PATCH, TEMPORAL
+from vlmfast.pocket.models import tokenizer as build_tokenizer
+from vlmfast.pocket.questions import CLIP_KINDS, STILL_KINDS, ask
+from vlmfast.pocket.render import render
+from vlmfast.pocket.scenes import Rng, Scene, moving, still
+from vlmfast.pocket.world import scene_for
+
+Turns = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What one batch is made of. `seconds` 0 means pictures; `tokens` is the length the turns are packed to."""
+
+    rows: int
+    size: tuple[int, int]
+    seconds: int = 0
+    objects: tuple[int, int] = (1, 3)
+    tokens: int = 150
+    focus: str = ""
+
+
+@lru_cache(maxsize=1)
+def _tokenizer() -> Any:
+    return build_tokenizer()
+
+
+@lru_cache(maxsize=20000)
+def _word(word: str) -> tuple[int, ...]:
+    return tuple(_tokenizer().encode(word, add_special_tokens=False))
+
+
+def ids_of(text: str) -> list[int]:
+    """Token ids of plain text; the same as the tokenizer's, word by word from a cache."""
+    return [i for w in text.split() for i in _word(w)]
+
+
+def patchify(frames: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
+    """uint8 (B, T, H, W, 3) -> pixel values (B * t * h * w, 384) and the grid (t, h, w), as the processor does."""
+    b, t, height, width, _ = frames.shape
+    pixels = frames.permute(0, 1, 4, 2, 3).float() / 127.5 - 1.0
+    if t % TEMPORAL:  # a picture (or an odd last frame) is doubled
+        pixels = torch.cat([pixels, pixels[:, -1:].expand(-1, TEMPORAL - t % TEMPORAL, -1, -1, -1)], 1)
+    gt, gh, gw = pixels.shape[1] // TEMPORAL, height // PATCH, width // PATCH
+    x = pixels.reshape(b, gt, TEMPORAL, 3, gh // MERGE, MERGE, PATCH, gw // MERGE, MERGE, PATCH)
+    x = x.permute(0, 1, 4, 7, 5, 8, 3, 2, 6, 9)
+    return x.reshape(b * gt * gh * gw, 3 * TEMPORAL * PATCH * PATCH), (gt, gh, gw)
+
+
+def chat_ids(turns: Turns, visual: int, video: bool) -> tuple[list[int], list[int]]:
+    """Token ids of a whole chat and its labels (-100 outside the answers); the chat template without its newlines."""
+    start, end = _word("<|im_start|>")[0], _word("<|im_end|>")[0]
+    pad = _word("<|video_pad|>" if video else "<|image_pad|>")[0]
+    user, assistant = _word("user")[0], _word("assistant")[0]
+    ids: list[int] = []
+    labels: list[int] = []
+    for i, (question, answer) in enumerate(turns):
+        head = [start, user]
+        if i == 0 and visual:
+            head += [_word("<|vision_start|>")[0], *[pad] * visual, _word("<|vision_end|>")[0]]
+        head += [*ids_of(question), end, start, assistant]
+        tail = [*ids_of(answer), end]
+        ids += head + tail
+        labels += [-100] * len(head) + tail
+    return ids, labels
+
+
+def tensors(
+    model: Any, frames: torch.Tensor, chats: Sequence[Turns], fps: float = 2.0, device: torch.device | str = "cpu"
+) -> dict[str, torch.Tensor]:
+    """Everything a forward needs: ids and labels (B, S), positions (3, B, S), pixels and grids. Right-padded."""
+    video = frames.shape[1] > 1
+    pixels, grid = patchify(frames)
+    visual = grid[0] * grid[1] * grid[2] // MERGE**2
+    rows = [chat_ids(t, visual, video) for t in chats]
+    length = max(len(r[0]) for r in rows)
+    length += -length % 8
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    labels = torch.full((len(rows), length), -100)
+    for i, (a, b) in enumerate(rows):
+        ids[i, : len(a)], labels[i, : len(b)] = torch.tensor(a), torch.tensor(b)
+    kind = "video" if video else "image"
+    types = torch.zeros(1, length, dtype=torch.int32)
+    types[0, 3 : 3 + visual] = 2 if video else 1
+    grids = torch.tensor([grid])
+    extra = {"second_per_grid_ts": torch.tensor([TEMPORAL / fps])} if video else {}
+    position, _ = model.model.get_rope_index(
+        ids[:1], types, **{f"{kind}_grid_thw": grids}, **extra
+    )  # same in every row
+    out = {
+        "input_ids": ids,
+        "labels": labels,
+        "position_ids": position.expand(3, len(rows), length).contiguous(),
+        "pixel_values" + ("_videos" if video else ""): pixels,
+        f"{kind}_grid_thw": grids.expand(len(rows), 3).contiguous(),
+    }
+    return {k: v.to(device) for k, v in out.items()}
+
+
+def chat_about(scene: Scene, rng: Rng, tokens: int, describe: float = 0.5, kinds: Sequence[str] | None = None) -> Turns:
+    """Different questions about one scene until about `tokens` tokens are filled; first a description, or not."""
+    pool = list(kinds or (STILL_KINDS if scene.still else CLIP_KINDS))
+    turns: Turns = []
+    used = 0
+    if rng.u() < describe:
+        turns.append(("describe the picture ." if scene.still else "describe the clip .", caption(scene, rng)))
+        used = len(turns[0][1].split()) + 9
+    seen: set[str] = set()
+    for _ in range(40):
+        if used > tokens - 14 and turns:
+            break
+        asked = ask(rng.pick(pool), scene, rng)
+        if asked is not None and asked[0] not in seen:
+            seen.add(asked[0])
+            turns.append(asked)
+            used += len(asked[0].split()) + len(asked[1].split()) + 6
+    return turns or [("describe the picture ." if scene.still else "describe the clip .", caption(scene, rng))]
+
+
+def make(
+    recipe: Recipe, step: int, device: torch.device | str = "cpu"
+) -> tuple[torch.Tensor, list[Turns], list[Scene]]:
+    """Frames, chats and scenes of training step `step`; a pure function of its arguments (train split only)."""
+    scenes_, chats = [], []
+    for row in range(recipe.rows):
+        rng = Rng(1, 1000, step, row)
+        if recipe.focus:
+            scene = scene_for(recipe.focus, rng, "train", recipe.size, recipe.seconds, recipe.objects)
+        elif recipe.seconds:
+            scene = moving(rng, "train", recipe.size, recipe.seconds, objects=recipe.objects)
+        else:
+            scene = still(rng, "train", recipe.size, recipe.objects, text=0.3)
+        scenes_.append(scene)
+        chats.append(chat_about(scene, rng, recipe.tokens))
+    return render(scenes_, device), chats, scenes_

@@ -1,0 +1,97 @@
+"""What is trained when: small pictures first, then clips, then large pictures and long clips."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from vlmfast.pocket.batches import Recipe, Turns
+from vlmfast.pocket.scenes import Rng
+
+ONE = Recipe(64, (64, 64), objects=(1, 1), tokens=110)
+FEW = Recipe(64, (64, 64), objects=(1, 3), tokens=150)
+MORE = Recipe(56, (64, 64), objects=(2, 5), tokens=170)
+DIGITS = Recipe(64, (64, 64), objects=(1, 2), tokens=100, focus="digits")
+MID = Recipe(32, (96, 96), objects=(1, 4), tokens=150)
+WIDE = Recipe(32, (64, 128), objects=(1, 4), tokens=150)
+LARGE = Recipe(20, (128, 128), objects=(1, 4), tokens=150)
+HUGE = Recipe(6, (256, 256), objects=(1, 4), tokens=150)
+GIANT = Recipe(2, (512, 512), objects=(1, 4), tokens=150)
+CLIP4 = Recipe(40, (64, 64), 4, (1, 3), 100)
+CLIP8 = Recipe(24, (64, 64), 8, (1, 3), 120)
+WHEN = Recipe(24, (64, 64), 8, (2, 3), 120, "what-when")
+BLINK = Recipe(24, (64, 64), 8, (1, 3), 120, "how-often")
+MOTION = Recipe(40, (64, 64), 4, (1, 3), 100, "motion")
+NEEDLE = Recipe(5, (64, 64), 32, (1, 3), 140, "needle")
+
+#: (up to this fraction of the run, recipes with weights); "easy" stands for the easy-VQA train split.
+STAGES: list[tuple[float, list[tuple[Recipe | str, float]]]] = [
+    (0.08, [(ONE, 6), (FEW, 1)]),
+    (0.30, [(ONE, 1), (FEW, 7), (DIGITS, 0.7), ("easy", 1)]),
+    (0.45, [(FEW, 4), (MORE, 1), (DIGITS, 1), ("easy", 1), (CLIP4, 1.5), (MOTION, 1.5), (WHEN, 1)]),
+    (
+        1.01,
+        [
+            (FEW, 2.5),
+            (MORE, 1.5),
+            (DIGITS, 1),
+            ("easy", 0.6),
+            (MID, 0.5),
+            (WIDE, 0.4),
+            (LARGE, 0.6),
+            (HUGE, 0.5),
+            (GIANT, 0.2),
+            (CLIP4, 0.5),
+            (CLIP8, 2),
+            (WHEN, 1.2),
+            (BLINK, 0.8),
+            (MOTION, 0.6),
+            (NEEDLE, 0.8),
+        ],
+    ),
+]
+
+
+def choose(step: int, progress: float) -> Recipe | str:
+    """The recipe of training step `step` at `progress` in [0, 1]; the same step at the same progress draws the same."""
+    recipes = next(r for upto, r in STAGES if progress < upto or upto > 1)
+    return Rng(1, 1001, step).pick([r for r, _ in recipes], [w for _, w in recipes])
+
+
+def plain(text: str) -> str:
+    """A question in the tokenizer's spacing (punctuation apart)."""
+    return text.lower().replace("?", " ?")
+
+
+@lru_cache(maxsize=1)
+def _easy() -> tuple[Any, list[list[tuple[str, str]]]] | None:
+    """The easy-VQA TRAIN split as uint8 frames (N, 1, 64, 64, 3) and question lists; None when not installed."""
+    try:
+        import easy_vqa
+    except ImportError:
+        return None
+    import numpy as np
+    from PIL import Image
+
+    questions, answers, owners = easy_vqa.get_train_questions()
+    paths = dict(easy_vqa.get_train_image_paths())
+    order = {k: i for i, k in enumerate(sorted(paths))}
+    frames = torch.stack([torch.from_numpy(np.array(Image.open(paths[k]).convert("RGB"))) for k in sorted(paths)])[
+        :, None
+    ]
+    asked: list[list[tuple[str, str]]] = [[] for _ in order]
+    for q, a, owner in zip(questions, answers, owners):
+        asked[order[int(owner)]].append((plain(q), a))
+    return frames, asked
+
+
+def easy(step: int, rows: int = 64) -> tuple[torch.Tensor, list[Turns]] | None:
+    """A batch of easy-VQA train pictures with all their questions in random order."""
+    data = _easy()
+    if data is None:
+        return None
+    rng = Rng(1, 1002, step)
+    picked = [rng.n(len(data[0])) for _ in range(rows)]
+    return data[0][picked], [rng.shuffled(data[1][i]) for i in picked]

@@ -1,0 +1,58 @@
+"""Training state on disk: one safetensors file with weights, optimizer moments and counters, replaced atomically."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+
+def optimizers(model: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks, AdamW for embeddings, norms, biases and the two ends."""
+    outer = ("embed_tokens", "lm_head", "patch_embed")
+    muon = [p for n, p in model.named_parameters() if p.ndim == 2 and not any(o in n for o in outer)]
+    ids = {id(p) for p in muon}
+    rest = [p for p in model.parameters() if id(p) not in ids]
+    return [
+        torch.optim.Muon(muon, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def save(file: Path, model: torch.nn.Module, opts: Iterable[torch.optim.Optimizer], counters: dict[str, Any]) -> None:
+    """Write everything a resumed run needs; a kill at any moment leaves the old file or the new one, never half."""
+    data = {f"model/{k}": v.detach().float().cpu().contiguous() for k, v in model.state_dict().items()}
+    for i, opt in enumerate(opts):
+        for j, slots in opt.state_dict()["state"].items():
+            for name, value in slots.items():
+                data[f"opt/{i}/{j}/{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    save_file({k: v.clone() for k, v in data.items()}, str(part), metadata={"counters": json.dumps(counters)})
+    os.replace(part, file)
+
+
+def load(file: Path, model: torch.nn.Module, opts: Iterable[torch.optim.Optimizer] = ()) -> dict[str, Any]:
+    """Restore what `save` wrote; returns the counters."""
+    weights: dict[str, torch.Tensor] = {}
+    moments: dict[str, torch.Tensor] = {}
+    with safe_open(str(file), framework="pt") as handle:
+        counters: dict[str, Any] = json.loads(handle.metadata()["counters"])
+        for key in sorted(handle.keys()):
+            (weights if key.startswith("model/") else moments)[key] = handle.get_tensor(key)
+    model.load_state_dict({k.removeprefix("model/"): v for k, v in weights.items()})
+    for i, opt in enumerate(opts):
+        current = opt.state_dict()
+        slots: dict[int, dict[str, torch.Tensor]] = {}
+        for key, value in moments.items():
+            _, which, index, name = key.split("/")
+            if int(which) == i:
+                slots.setdefault(int(index), {})[name] = value
+        opt.load_state_dict({"state": slots, "param_groups": current["param_groups"]})
+    return counters

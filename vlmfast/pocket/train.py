@@ -1,0 +1,186 @@
+"""Train the pocket models: `python -m vlmfast.pocket.train --minutes 90 --resume`, then `--draft`, then `--export`.
+
+The run is a function of its step counter, checkpointed every minute, and may be killed, paused or resumed at any time.
+Minutes count training steps only: a pause (SIGSTOP) costs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from vlmfast.pocket import batches, curriculum, models, state
+from vlmfast.pocket.probe import Probe
+
+GROW = 0.45  # share of the run with the lower half of the text layers only, at half the price
+WARMUP, DECAY = 100, 0.25  # steps of warm-up; last fraction of the run in which the rate falls to zero
+
+
+def rate(step: int, progress: float) -> float:
+    """Share of the peak learning rate: warm-up, a plateau, then a linear fall."""
+    return min(1.0, (step + 1) / WARMUP) * min(1.0, max(0.02, (1.0 - progress) / DECAY))
+
+
+def loss_of(
+    model: Any, batch: dict[str, torch.Tensor], reference: float = 2000.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss for the step, mean cross entropy per answer token, and the logits at the answer tokens.
+
+    A batch with few answer tokens is noisy, so its gradient counts less (by the square root of the count).
+    """
+    labels = batch["labels"][:, 1:]
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    with torch.autocast(labels.device.type, torch.bfloat16):
+        hidden = model.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+        logits = model.lm_head(hidden[labels >= 0]).float()
+    mean = F.cross_entropy(logits, labels[labels >= 0])
+    return mean * min(1.0, (len(logits) / reference) ** 0.5), mean.detach(), logits
+
+
+def data(model: Any, step: int, progress: float, device: torch.device) -> dict[str, torch.Tensor]:
+    """The batch of one training step."""
+    recipe = curriculum.choose(step, progress)
+    if isinstance(recipe, str):
+        got = curriculum.easy(step)
+        if got is not None:
+            return batches.tensors(model, got[0].to(device), got[1], device=device)
+        recipe = curriculum.FEW  # easy-VQA is not installed: one more batch of our own
+    frames, chats, _ = batches.make(recipe, step, device)
+    return batches.tensors(model, frames, chats, device=device)
+
+
+class Log:
+    """JSON lines in a file, a one-line progress bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self.file, self.tty = file, sys.stderr.isatty()
+
+    def write(self, **record: Any) -> None:
+        with self.file.open("a") as handle:
+            handle.write(json.dumps(record) + "\n")
+        print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in record.items()), flush=True)
+
+    def bar(self, progress: float, text: str) -> None:
+        if self.tty:
+            done = int(30 * min(1.0, progress))
+            print(f"\r[{'#' * done}{'.' * (30 - done)}] {text}", end="", file=sys.stderr, flush=True)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Train until the minutes (or steps) are used up; returns the counters."""
+    device = torch.device(
+        "cuda"
+        if args.device == "auto" and torch.cuda.is_available()
+        else "cpu"
+        if args.device == "auto"
+        else args.device
+    )
+    folder = Path(args.runs)
+    model = models.build("target").to(device)
+    # plain matmul attention: on the CPU the fused kernel's backward is several times slower at these short lengths
+    model.set_attn_implementation("eager" if device.type == "cpu" else "sdpa")
+    opts = state.optimizers(model, args.lr)
+    file = folder / "target.safetensors"
+    counters: dict[str, Any] = {"step": 0, "seconds": 0.0, "rows": 0}
+    if args.resume and file.exists():
+        counters = state.load(file, model, opts)
+    log, probe = Log(folder / "target.jsonl"), Probe(args.probe)
+    total, saved, probed = 60.0 * args.minutes, time.monotonic(), counters["seconds"]
+    model.train()
+    running: list[float] = []
+    while counters["seconds"] < total and (args.steps is None or counters["step"] < args.steps):
+        begun, progress = time.monotonic(), counters["seconds"] / total
+        models.set_depth(model, models.GROW_FROM if progress < args.grow else models.TEXT_LAYERS["target"])
+        batch = data(model, counters["step"], progress, device)
+        share = rate(counters["step"], progress)
+        for opt in opts:
+            for group in opt.param_groups:
+                group["lr"] = args.lr * share
+        loss, mean, _ = loss_of(model, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for opt in opts:
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+        counters["step"] += 1
+        counters["rows"] += len(batch["labels"])
+        counters["seconds"] += min(time.monotonic() - begun, 30.0)  # longer than that was a pause
+        running.append(float(mean))
+        log.bar(progress, f"step {counters['step']} loss {running[-1]:.3f}")
+        if counters["step"] % 20 == 0:
+            log.write(
+                step=counters["step"],
+                rows=counters["rows"],
+                seconds=round(counters["seconds"]),
+                lr=share * args.lr,
+                loss=sum(running) / len(running),
+                clock=time.strftime("%H:%M:%S"),
+            )
+            running.clear()
+        if counters["seconds"] - probed > 60 * args.probe_minutes:
+            probed = counters["seconds"]
+            log.write(step=counters["step"], rows=counters["rows"], heldout=probe.measure(model, progress, device))
+        if time.monotonic() - saved > 60:
+            models.set_depth(model, models.TEXT_LAYERS["target"])
+            state.save(file, model, opts, counters)
+            saved = time.monotonic()
+    models.set_depth(model, models.TEXT_LAYERS["target"])
+    state.save(file, model, opts, counters)
+    return counters
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write the bf16 checkpoint folder(s) of what has been trained so far."""
+    for name in ("target", "draft"):
+        file = Path(args.runs) / f"{name}.safetensors"
+        if file.exists():
+            model = models.build(name)
+            counters = state.load(file, model)
+            models.save(model, str(Path(args.weights) / name))
+            print(f"{name}: step {counters['step']}, {counters['seconds'] / 60:.0f} minutes -> {args.weights}/{name}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(prog="python -m vlmfast.pocket.train", description=__doc__)
+    p.add_argument("--device", default="auto")
+    p.add_argument("--minutes", type=float, default=90.0, help="training minutes in total, resumed ones included")
+    p.add_argument("--steps", type=int, default=None, help="stop after this many steps instead")
+    p.add_argument("--resume", action="store_true")
+    p.add_argument("--draft", action="store_true", help="train the draft on the target's words")
+    p.add_argument("--export", action="store_true", help="write the weights folder from the last checkpoint, then stop")
+    p.add_argument("--lr", type=float, default=1.5e-3)
+    p.add_argument("--threads", type=int, default=None)
+    p.add_argument("--grow", type=float, default=GROW, help="share of the run after which the upper text layers join")
+    p.add_argument("--probe", type=int, default=96, help="held-out questions per kind in the log")
+    p.add_argument("--probe-minutes", type=float, default=6.0)
+    p.add_argument("--runs", default="runs/pocket")
+    p.add_argument("--weights", default=str(Path(__file__).parent / "weights"))
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point."""
+    args = parser().parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.export:
+        export(args)
+    elif args.draft:
+        from vlmfast.pocket.distil import run as run_draft
+
+        run_draft(args)
+    else:
+        run(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""The pocket world: seeded scenes and clips with questions that need looking.
+
+`sample(kind, seed, split)` is one question about one picture or clip, `clip(seed, seconds)` a long one with a timetable
+(in `clips`), `score` compares an answer. The train and test splits never share a seed stream, and the colour-shape
+pairs in `HELD_OUT` occur in the test split only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from vlmfast.pocket.captions import Fact, caption, facts, normalise, read_facts, score_caption
+from vlmfast.pocket.questions import CLIP_KINDS, KINDS, STILL_KINDS, answers, ask, subjects
+from vlmfast.pocket.render import render
+from vlmfast.pocket.scenes import HELD_OUT, Rng, Scene, _text, moving, still
+
+__all__ = [
+    "HELD_OUT",
+    "KINDS",
+    "STILL_KINDS",
+    "CLIP_KINDS",
+    "Sample",
+    "sample",
+    "scene_for",
+    "score",
+    "score_caption",
+    "read_facts",
+    "render",
+]
+
+SPLITS = {"train": 1, "test": 2}
+
+
+@dataclass
+class Sample:
+    """One question about one picture (T = 1) or clip.
+
+    Attributes
+    ----------
+    frames : uint8 (T, H, W, 3).
+    fps : frames per second of a clip.
+    choices : the closed set of answers, or None.
+    facts : of a caption, what it must state; else None.
+    meta : kind, seed, split, `heldout` (a held-out pair occurs), evidence `(start, end)` in seconds, the `scene`.
+    """
+
+    frames: torch.Tensor
+    fps: float
+    is_video: bool
+    question: str
+    answer: str
+    choices: list[str] | None = None
+    facts: frozenset[Fact] | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+def _size(size: int | tuple[int, int] | None) -> tuple[int, int]:
+    height, width = (64, 64) if size is None else (size, size) if isinstance(size, int) else size
+    if height % 16 or width % 16 or min(height, width) < 48:
+        raise ValueError(f"size must be multiples of 16 and at least 48 pixels, got {height} x {width}")
+    return height, width
+
+
+def scene_for(
+    kind: str, rng: Rng, split: str, size: tuple[int, int], seconds: int, objects: tuple[int, int] | None = None
+) -> Scene:
+    """A scene in which a question of `kind` is likely to be possible."""
+    if kind == "caption":
+        clip = seconds > 0
+        return (
+            moving(rng, split, size, seconds, objects=objects or (2, 3))
+            if clip
+            else still(rng, split, size, objects or (2, 4))
+        )
+    if kind in CLIP_KINDS:
+        return moving(rng, split, size, seconds, kind, objects=objects or (1, 3))
+    low = 2 if kind == "relation" else 1
+    scene = still(rng, split, size, objects or (low, 3), text=0.0 if kind == "digits" else 0.2)
+    if kind == "digits":
+        scene.objects = scene.objects[:2]
+        row = next(r for r in (rng.n(3), 0, 1, 2) if all(o.cell // 3 != r for o in scene.objects))
+        scene.texts = [_text(rng, "".join(str(rng.n(10)) for _ in range(2 + rng.n(3))), row)]
+    return scene
+
+
+def sample(
+    kind: str,
+    seed: int,
+    split: str = "train",
+    size: int | tuple[int, int] | None = None,
+    seconds: int | None = None,
+    objects: tuple[int, int] | None = None,
+    device: torch.device | str = "cpu",
+) -> Sample:
+    """Draw sample `seed` of question kind `kind`.
+
+    Parameters
+    ----------
+    kind : one of `KINDS`.
+    size : pixels, one number or (height, width); multiples of 16, so that one visual token covers 16 x 16.
+    seconds : length of a clip at 2 frames per second (default 8, needles 32; captions are of pictures unless given).
+    objects : (fewest, most) objects.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"unknown question kind {kind!r}; known: {', '.join(KINDS)}")
+    if split not in SPLITS:
+        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    rng = Rng(SPLITS[split], KINDS.index(kind), seed)
+    shape = _size(size)
+    length = (seconds or (32 if kind == "needle" else 8)) if kind in CLIP_KINDS else (seconds or 0)
+    choices = answers(kind, length)
+    want = rng.pick(choices) if choices else rng.pick(("a", "b")) if kind == "order" else None
+    for _ in range(2000):
+        scene = scene_for(kind, rng, split, shape, length, objects)
+        if kind == "caption":
+            asked: tuple[str, str] | None = (
+                "describe the picture ." if scene.still else "describe the clip .",
+                caption(scene, rng),
+            )
+        else:
+            asked = ask(kind, scene, rng, want)
+        if asked is not None:
+            break
+    else:
+        raise RuntimeError(f"no {kind} question with answer {want!r} in 2000 scenes (seed {seed}, objects {objects})")
+    frames = render([scene], device)[0]
+    held = any((o.colour, o.shape) in HELD_OUT for o in scene.objects)
+    meta = {
+        "kind": kind,
+        "seed": seed,
+        "split": split,
+        "heldout": held,
+        "asked_heldout": bool(subjects(asked[0]) & HELD_OUT),
+        "scene": scene,
+    }
+    return Sample(
+        frames,
+        scene.fps,
+        not scene.still,
+        asked[0],
+        asked[1],
+        choices,
+        facts(scene) if kind == "caption" else None,
+        meta,
+    )
+
+
+def score(item: Sample, text: str) -> float:
+    """1.0 for the right answer (spaces between digits do not matter), the fact F1 for a caption."""
+    if item.facts is not None:
+        return score_caption(text, item.facts)["f1"]
+    return float(normalise(text).rstrip(" .") == normalise(item.answer).rstrip(" ."))
