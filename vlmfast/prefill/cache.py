@@ -70,7 +70,7 @@ class KVLayer(CacheLayerMixin):
         return self.entered + self.skipped
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
+        return self.entered + query_length, self.skipped
 
     def get_max_length(self) -> int:
         return -1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -92,7 +92,7 @@ class Store(Ragged):
     def _copy_from(self, entries: list[tuple[int, slice, int]], room: int) -> None:
         """Re-lay the given (row, slots, length) entries of this store in a new buffer, byte for byte."""
         entries = sorted(entries, key=lambda e: e[2])
-        room = max(room, max(e[2] for e in entries) // 32)
+        room = max(room, max(e[2] for e in entries) // 32) if room else 0
         capacity = [e[2] + room for e in entries]
         ends = torch.tensor(capacity).cumsum(0).tolist()
         offsets = [end - c for end, c in zip(ends, capacity, strict=True)]
@@ -120,6 +120,12 @@ class Store(Ragged):
             cut.append(int(torch.searchsorted(self.positions[at : at + n].contiguous(), position)))
         self.cursor -= torch.tensor([n - c for n, c in zip(self.lengths, cut, strict=True)], device=self.cursor.device)
         self.lengths = cut
+
+    def compact(self) -> Store:
+        """A copy without free slots."""
+        new = replace(self)
+        new._copy_from([self._raw(i) for i in range(len(self))], room=0)
+        return new
 
     def take(self, batch: list[int], heads: int) -> None:
         """Keep (and repeat) batch rows in the given order."""

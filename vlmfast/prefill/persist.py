@@ -1,0 +1,90 @@
+"""A compressed cache on disk: one safetensors file that gives back the same bytes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from vlmfast.core import Retrieval, UserError
+from vlmfast.prefill.cache import KVLayer
+from vlmfast.prefill.retrieve import Dynamic, Group
+from vlmfast.prefill.store import Store
+from vlmfast.runtime.columns import Columns
+
+_KNOWN: dict[str, type] = {c.__name__: c for c in (KVLayer, Store, Dynamic, Group, Retrieval, Columns)}
+_HOST = ("host_", "held", "history")  # attributes whose tensors stay in host memory
+
+
+def save(cache: Any, path: str | Path) -> None:
+    """Write a cache whose layers are `KVLayer`s (a finished prefill, compressed or `Full`), columns included.
+
+    Raises UserError for a cache with other layers.
+    """
+    for i, layer in enumerate(cache.layers):
+        if not isinstance(layer, KVLayer):
+            raise UserError(
+                f"layer {i} of this cache is a {type(layer).__name__}: only compressed caches are saved (a context "
+                "within the budget is not compressed; use kv=Full() to hold it all)"
+            )
+    tensors: dict[str, Tensor] = {}
+    tree = _pack({"layers": list(cache.layers), "columns": getattr(cache, "vlmfast_columns", None)}, "", tensors)
+    save_file(tensors, str(path), metadata={"vlmfast_cache": json.dumps(tree)})
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> DynamicCache:
+    """Read what `save` wrote; fast tiers go to `device`, host tiers stay. Pass it on as `past_key_values`."""
+    if not Path(path).is_file():
+        raise UserError(f"no saved cache at {path}: prefill.persist.save writes one")
+    with safe_open(str(path), framework="pt") as file:
+        tree = (file.metadata() or {}).get("vlmfast_cache")
+        if tree is None:
+            raise UserError(f"{path} is a safetensors file without a vlmfast cache in it")
+        state = _unpack(json.loads(tree), "", file, torch.device(device))
+    cache = DynamicCache()
+    cache.layers.extend(state["layers"])
+    if state["columns"] is not None:
+        cache.vlmfast_columns = state["columns"]  # type: ignore[attr-defined]
+    return cache
+
+
+def _pack(x: Any, at: str, tensors: dict[str, Tensor]) -> Any:
+    """JSON tree of x; tensors are put aside under their path."""
+    if isinstance(x, Tensor):
+        tensors[at] = x.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {"tensor": at}
+    if isinstance(x, (list, tuple)):
+        return {type(x).__name__: [_pack(v, f"{at}.{i}", tensors) for i, v in enumerate(x)]}
+    if isinstance(x, dict):
+        return {"dict": {k: _pack(v, f"{at}.{k}", tensors) for k, v in x.items()}}
+    if isinstance(x, torch.dtype):
+        return {"dtype": str(x).removeprefix("torch.")}
+    if isinstance(x, torch.device):
+        return {"device": None}
+    if type(x).__name__ in _KNOWN:
+        state = (x.compact() if isinstance(x, Store) else x).__dict__
+        return {"object": type(x).__name__, "state": {k: _pack(v, f"{at}.{k}", tensors) for k, v in state.items()}}
+    return {"value": x}
+
+
+def _unpack(x: Any, name: str, file: Any, device: torch.device) -> Any:
+    if "tensor" in x:
+        return file.get_tensor(x["tensor"]).to("cpu" if name.startswith(_HOST) else device)
+    if "object" in x:
+        new: Any = object.__new__(_KNOWN[x["object"]])
+        new.__dict__.update({k: _unpack(v, k, file, device) for k, v in x["state"].items()})
+        return new
+    if "dict" in x:
+        return {k: _unpack(v, k, file, device) for k, v in x["dict"].items()}
+    for kind in (list, tuple):
+        if kind.__name__ in x:
+            return kind(_unpack(v, name, file, device) for v in x[kind.__name__])
+    if "dtype" in x:
+        return getattr(torch, x["dtype"])
+    return device if "device" in x else x["value"]
