@@ -44,7 +44,9 @@ def check(text: Any) -> None:
         if attention.config is not text.config:
             raise Unsupported(f"{type(text).__name__}: layers with configs of their own cannot be streamed")
         if getattr(attention, "sliding_window", None):
-            raise Unsupported("sliding-window attention layers cannot be streamed: the stream has a window of its own")
+            raise Unsupported(
+                "sliding-window attention layers cannot be streamed: the stream has a window of its own"
+            )
 
 
 @contextmanager
@@ -119,7 +121,9 @@ def stream_attention(
     """The attention function registered as "vlmfast_stream": the layer rides on the key tensor."""
     layer = getattr(key, "vlmfast_stream", None)
     if layer is None:
-        raise Unsupported("the stream's attention was reached without a stream cache: pass the session's own cache")
+        raise Unsupported(
+            "the stream's attention was reached without a stream cache: pass the session's own cache"
+        )
     scaling = kw.get("scaling") or query.shape[-1] ** -0.5
     return layer.attend(query, key, value, scaling).transpose(1, 2).contiguous(), None
 
@@ -167,7 +171,9 @@ class WindowLayer(_Layer):
         self.owner = owner
         self.raw = self.rot = self.val = torch.empty(0)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kw: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kw: Any
+    ) -> tuple[Tensor, Tensor]:
         cap, q = self.owner.capacity, key_states.shape[2]
         if not self.is_initialized:
             shape = (key_states.shape[1], cap, key_states.shape[3])
@@ -215,7 +221,11 @@ class WindowCache(DynamicCache):
         try:
             with running(model, self.text, late=True):
                 out = self.text(
-                    inputs_embeds=embeds, position_ids=ids.to(embeds.device), past_key_values=self, use_cache=True, **deep
+                    inputs_embeds=embeds,
+                    position_ids=ids.to(embeds.device),
+                    past_key_values=self,
+                    use_cache=True,
+                    **deep,
                 )
         except BaseException:
             self.crop(before - self.layers[0].n)
@@ -245,7 +255,9 @@ class WindowCache(DynamicCache):
 
     def nbytes(self) -> int:
         """Bytes of the preallocated buffers."""
-        return sum(x.numel() * x.element_size() for layer in self.layers for x in (layer.raw, layer.rot, layer.val))
+        return sum(
+            x.numel() * x.element_size() for layer in self.layers for x in (layer.raw, layer.rot, layer.val)
+        )
 
 
 class WorkLayer(_Layer):
@@ -258,7 +270,9 @@ class WorkLayer(_Layer):
         self.k, self.v = _roomy(keys, room), _roomy(values, room)
         self.keys, self.values = self.k[None, :, : self.n], self.v[None, :, : self.n]
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kw: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kw: Any
+    ) -> tuple[Tensor, Tensor]:
         b = self.n + key_states.shape[2]
         if b > self.k.shape[1]:
             self.k, self.v = _roomy(self.k[:, : self.n], b), _roomy(self.v[:, : self.n], b)
@@ -310,7 +324,9 @@ class ProbeLayer(_Layer):
         super().__init__()
         self.owner, self.index = owner, index
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kw: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kw: Any
+    ) -> tuple[Tensor, Tensor]:
         return _mark(key_states.view_as(key_states), self), value_states
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
@@ -339,7 +355,10 @@ class ProbeCache(DynamicCache):
         ids = torch.zeros(axes, 1, embeds.shape[1], dtype=torch.long, device=embeds.device)
         with running(model, self.text, late=True):
             return self.text(
-                inputs_embeds=embeds, position_ids=ids if axes > 1 else ids[0], past_key_values=self, use_cache=True
+                inputs_embeds=embeds,
+                position_ids=ids if axes > 1 else ids[0],
+                past_key_values=self,
+                use_cache=True,
             ).last_hidden_state
 
 

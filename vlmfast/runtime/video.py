@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlmfast import families
 from vlmfast.core import Unsupported, UserError
@@ -34,15 +34,17 @@ class Layout:
     else after the spatial extent of its first grid, whatever its length (transformers >= 5.3 on Qwen2/2.5-VL).
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         family = families.get(model)
-        self.base, self.axes = family.base(model), family.rope_axes
+        self.base: Any = family.base(model)
+        self.axes = family.rope_axes
         self.timed, self.rate, self.step, self.after_max = False, 0.0, 1, True
         self._grids: dict[tuple[int, int], Tensor] = {}
         if self.axes == 1:
             return
         self.token = family.visual_ids(model)["video"]
-        self.merge = int(family.tower(model).spatial_merge_size)  # type: ignore[arg-type]
+        tower: Any = family.tower(model)
+        self.merge = int(tower.spatial_merge_size)
         self.timed = not self._per_frame(model)
         if self.timed:
             one, five = (self._index(9, 2, 2, seconds) for seconds in (1.0, 5.0))
@@ -52,9 +54,9 @@ class Layout:
             self.after_max = int(one[0, -1]) > 2
 
     @staticmethod
-    def _per_frame(model: nn.Module) -> bool:
+    def _per_frame(model: Any) -> bool:
         """Does the prompt give every temporal grid its own start, end and time stamp (Qwen3-VL)?"""
-        return model.config.model_type == "qwen3_vl"  # type: ignore[union-attr]
+        return model.config.model_type == "qwen3_vl"
 
     def _index(self, t: int, h: int, w: int, seconds: float) -> Tensor:
         """The model's positions (3, t * h * w + 1) of a video of t grids and one text token after it."""
@@ -65,7 +67,7 @@ class Layout:
         kinds[0, -1] = 0
         grid = torch.tensor([[t, h * self.merge, w * self.merge]])
         seconds_per_grid = torch.tensor([seconds])
-        positions, _ = self.base.get_rope_index(  # type: ignore[operator]
+        positions, _ = self.base.get_rope_index(
             ids, kinds, video_grid_thw=grid, second_per_grid_ts=seconds_per_grid
         )
         return positions[:, 0]
@@ -73,7 +75,9 @@ class Layout:
     def grid(self, h: int, w: int) -> Tensor:
         """Positions (A, h * w) of one grid's tokens relative to its origin."""
         if (h, w) not in self._grids:
-            self._grids[h, w] = torch.arange(h * w)[None] if self.axes == 1 else self._index(1, h, w, 1.0)[:, :-1]
+            self._grids[h, w] = (
+                torch.arange(h * w)[None] if self.axes == 1 else self._index(1, h, w, 1.0)[:, :-1]
+            )
         return self._grids[h, w]
 
     def span(self, h: int, w: int) -> int:
@@ -88,20 +92,25 @@ class Layout:
 class Eyes:
     """The vision side of one model: frames in, features out, one temporal grid at a time."""
 
-    def __init__(self, model: nn.Module, processor: Any) -> None:
+    def __init__(self, model: Any, processor: Any) -> None:
         self.model, self.processor = model, processor
         self.family = families.get(model)
-        self.base, self.text = self.family.base(model), self.family.text(model)
-        self.type = str(model.config.model_type)  # type: ignore[union-attr]
+        self.base: Any = self.family.base(model)
+        self.text: Any = self.family.text(model)
+        self.type = str(model.config.model_type)
         if "video" not in self.family.visual_ids(model):
-            raise Unsupported(f"{self.type} reads no video: a stream needs a video model (Qwen-VL, LLaVA-OneVision)")
+            raise Unsupported(
+                f"{self.type} reads no video: a stream needs a video model (Qwen-VL, LLaVA-OneVision)"
+            )
         for part in ("video_processor", "tokenizer", "apply_chat_template"):
             if not hasattr(processor, part):
-                raise UserError(f"a stream needs the model's own processor, and {type(processor).__name__} has no {part}")
+                raise UserError(
+                    f"a stream needs the model's own processor, and {type(processor).__name__} has no {part}"
+                )
         self.token = self.family.visual_ids(model)["video"]
         self.tokenizer = processor.tokenizer
         self.qwen = self.family.rope_axes == 3
-        vision = model.config.vision_config  # type: ignore[union-attr]
+        vision = model.config.vision_config
         self.frames = int(vision.temporal_patch_size) if self.qwen else 1  # frames per temporal grid
         self.stamped = self.type == "qwen3_vl"
         self.layout = Layout(model)
@@ -117,15 +126,20 @@ class Eyes:
             made = self.processor.video_processor(videos=pairs, **options)
             grid = made["video_grid_thw"]
             merge = self.layout.merge
-            call = {"pixel_values_videos": made["pixel_values_videos"].to(self.device), "video_grid_thw": grid.to(self.device)}
-            out = self.base.get_video_features(**call)  # type: ignore[operator]
+            call = {
+                "pixel_values_videos": made["pixel_values_videos"].to(self.device),
+                "video_grid_thw": grid.to(self.device),
+            }
+            out = self.base.get_video_features(**call)
             rows = torch.stack(feature_list(out))
             deep = [torch.stack(list(level)) for level in getattr(out, "deepstack_features", None) or []]
             return Grids(rows, (int(grid[0, 1]) // merge, int(grid[0, 2]) // merge), deep)
         made = self.processor.video_processor(videos=[pixels], **options)
-        out = self.base.get_video_features(made["pixel_values_videos"].to(self.device))  # type: ignore[operator]
+        out = self.base.get_video_features(made["pixel_values_videos"].to(self.device))
         flat = feature_list(out)[0]
-        flat = flat[: flat.shape[0] - self.closing().shape[0]]  # OneVision's newline closes a video, not a frame
+        flat = flat[
+            : flat.shape[0] - self.closing().shape[0]
+        ]  # OneVision's newline closes a video, not a frame
         rows = flat.view(len(frames), -1, flat.shape[-1])
         side = int(rows.shape[1] ** 0.5)
         return Grids(rows, (side, rows.shape[1] // side), [])
@@ -134,11 +148,11 @@ class Eyes:
         """Feature rows (0 or 1, D) that end a video in the prompt (OneVision's newline)."""
         newline = getattr(self.base, "image_newline", None) if self.type == "llava_onevision" else None
         width = self.text.embed_tokens.weight
-        return width.new_zeros(0, width.shape[1]) if newline is None else newline.detach()[None].to(width)  # type: ignore[union-attr]
+        return width.new_zeros(0, width.shape[1]) if newline is None else newline.detach()[None].to(width)
 
     def embed(self, ids: list[int]) -> Tensor:
         """(n, D) embeddings of token ids."""
-        return self.text.embed_tokens(torch.tensor(ids, dtype=torch.long, device=self.device)).detach()  # type: ignore[operator]
+        return self.text.embed_tokens(torch.tensor(ids, dtype=torch.long, device=self.device)).detach()
 
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -162,11 +176,11 @@ class Eyes:
 
     @property
     def start(self) -> int:
-        return int(self.model.config.vision_start_token_id)  # type: ignore[union-attr]
+        return int(self.model.config.vision_start_token_id)
 
     @property
     def end(self) -> int:
-        return int(self.model.config.vision_end_token_id)  # type: ignore[union-attr]
+        return int(self.model.config.vision_end_token_id)
 
     def stamp(self, first: float, last: float) -> list[int]:
         """Token ids that a prompt puts before a grid whose frames lie at `first` to `last` seconds (Qwen3-VL)."""

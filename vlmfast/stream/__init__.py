@@ -16,6 +16,15 @@ _HOME = {
     "write_video": "source",
     "Frame": "live",
     "open_source": "live",
+    "Answer": "session",
+    "StreamSession": "session",
+    "Anywhere": "retrieve",
+    "Evenly": "retrieve",
+    "External": "retrieve",
+    "Internal": "retrieve",
+    "Oracle": "retrieve",
+    "Recency": "retrieve",
+    "Store": "store",
 }
 
 __all__ = sorted(_HOME)

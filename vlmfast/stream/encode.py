@@ -77,7 +77,9 @@ class Encoder:
     """window: tokens that a frame sees besides the init tokens. tau: cosine distance, None keeps every token.
     prune: a pruner of the plan, applied to every grid by itself."""
 
-    def __init__(self, eyes: Eyes, init: list[int], window: int, tau: float | None, prune: Any = None) -> None:
+    def __init__(
+        self, eyes: Eyes, init: list[int], window: int, tau: float | None, prune: Any = None
+    ) -> None:
         if prune is not None:
             _check_pruner(prune)
         self.eyes, self.window, self.tau, self.prune = eyes, window, tau, prune
@@ -151,7 +153,9 @@ class Encoder:
         novelty = float(keep.float().mean())
         block = Block(state.blocks, start, end, origin, advance, positions, self.eyes.frames, novelty)
         if block.n > self.window:
-            raise UserError(f"window={self.window} tokens cannot hold one frame of {block.n}: give a larger window")
+            raise UserError(
+                f"window={self.window} tokens cannot hold one frame of {block.n}: give a larger window"
+            )
         state.blocks += 1
         visual = torch.zeros(block.n, dtype=torch.bool, device=rows.device)
         visual[k : k + int(keep.sum())] = True
@@ -201,7 +205,9 @@ class Encoder:
         else:  # the block that comes next becomes the head
             self.state.shift = []
         init = self.cache.positions[:, : self.base]
-        self.cache.slide(self.base, self.base + gone, torch.cat([init, *(self._at(b) for b in self.resident)], 1))
+        self.cache.slide(
+            self.base, self.base + gone, torch.cat([init, *(self._at(b) for b in self.resident)], 1)
+        )
         self._index()
 
     def _at(self, block: Block) -> Tensor:
@@ -256,11 +262,17 @@ class Encoder:
 def _check_pruner(prune: Any) -> None:
     name = type(prune).__name__
     if getattr(prune, "after_block", None) is not None:
-        raise Unsupported(f"{name}(after_block=...) prunes inside the tower, a stream at its output: leave after_block=None")
+        raise Unsupported(
+            f"{name}(after_block=...) prunes inside the tower, a stream at its output: leave after_block=None"
+        )
     if "question" in prune.needs or "attention" in prune.needs:
-        raise Unsupported(f"{name} needs {'/'.join(prune.needs)}, and a stream is encoded before any question: use vidcom2")
+        raise Unsupported(
+            f"{name} needs {'/'.join(prune.needs)}, and a stream is encoded before any question: use vidcom2"
+        )
     if getattr(prune, "video_only", False):
-        raise Unsupported(f"{name} compares frames, which a stream does with tau=: use tau=, or a pruner of single frames")
+        raise Unsupported(
+            f"{name} compares frames, which a stream does with tau=: use tau=, or a pruner of single frames"
+        )
 
 
 def pairs(times: Sequence[float], size: int) -> list[tuple[float, float]]:

@@ -37,7 +37,9 @@ def place(blocks: Sequence[Block], base: Sequence[int], contiguous: bool) -> Ten
     if not blocks:
         return torch.zeros(len(base), 0, dtype=torch.long)
     starts = origins(blocks, base, contiguous)
-    return torch.cat([b.rel.long() + torch.tensor(o)[:, None] for b, o in zip(blocks, starts, strict=True)], 1)
+    return torch.cat(
+        [b.rel.long() + torch.tensor(o)[:, None] for b, o in zip(blocks, starts, strict=True)], 1
+    )
 
 
 def end(

@@ -1,0 +1,109 @@
+"""How a block's keys and values are kept: as they are, bf16, or int8 with scales (a quarter of fp32, half of bf16)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlmfast.core import UserError
+
+FORMATS = ("int8", "bf16", "model")
+_UNITS = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "t": 10**12,
+    "ki": 2**10,
+    "mi": 2**20,
+    "gi": 2**30,
+    "ti": 2**40,
+}
+
+
+@dataclass
+class Packed:
+    """keys, values (L, Hk, n, Dh) in the storage dtype; scales float16, broadcastable, or None. rep (L, Hk, Dh) float16."""
+
+    keys: Tensor
+    values: Tensor
+    key_scale: Tensor | None
+    value_scale: Tensor | None
+    rep: Tensor
+    embedding: Tensor | None = None
+
+    def nbytes(self) -> int:
+        """Bytes of keys, values and scales (the representative is counted where it is kept)."""
+        held = (self.keys, self.values, self.key_scale, self.value_scale)
+        return sum(x.numel() * x.element_size() for x in held if x is not None)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By their names in a segment file."""
+        named = {
+            "k": self.keys, "v": self.values, "ks": self.key_scale, "vs": self.value_scale,
+            "rep": self.rep, "emb": self.embedding,
+        }  # fmt: skip
+        return {name: x.contiguous() for name, x in named.items() if x is not None}
+
+
+def pack(keys: Tensor, values: Tensor, rep: Tensor, fmt: str, embedding: Tensor | None = None) -> Packed:
+    """keys, values (L, Hk, n, Dh), rep (L, Hk, Dh): to CPU in the format `fmt` of `FORMATS`.
+
+    int8: symmetric, one scale per channel or per token of every (layer, head), whichever needs fewer of them. Keys are
+    quantised as their difference to the block's representative, so that large constant channels (key biases, KIVI
+    arXiv 2402.02750) cost no precision under either.
+    """
+    rep = rep.half().cpu()
+    small = None if embedding is None else embedding.half().cpu()
+    if fmt == "int8":
+        k, ks = _int8(keys.float().cpu() - rep[:, :, None].float())
+        v, vs = _int8(values.float().cpu())
+        return Packed(k, v, ks, vs, rep, small)
+    dtype = torch.bfloat16 if fmt == "bf16" else keys.dtype
+    return Packed(_own(keys, dtype), _own(values, dtype), None, None, rep, small)
+
+
+def _own(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to("cpu", dtype, copy=True).contiguous()
+
+
+def _int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    axis = 2 if x.shape[2] > x.shape[3] else 3
+    scale = (x.abs().amax(axis, keepdim=True) / 127).clamp(min=1e-8, max=6e4).half().clamp(min=6e-8)
+    return (x / scale.float()).round_().clamp_(-127, 127).to(torch.int8), scale
+
+
+def unpack(
+    keys: Tensor,
+    values: Tensor,
+    key_scale: Tensor | None,
+    value_scale: Tensor | None,
+    rep: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """One layer's keys and values (Hk, n, Dh) in `dtype`; scales and rep (Hk, Dh) of that layer."""
+    if key_scale is None or value_scale is None:
+        return keys.to(dtype), values.to(dtype)
+    k = torch.addcmul(rep[:, None].float(), keys.float(), key_scale.float())
+    return k.to(dtype), (values.float() * value_scale.float()).to(dtype)
+
+
+def parse_bytes(name: str, value: int | float | str | None) -> int | None:
+    """A byte limit: a number, or text such as "512MB" or "2GiB" (powers of 1000 and of 1024); None is no limit."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]i?)?b?\s*", value.lower())
+        try:
+            number = float(match[1]) * _UNITS[match[2] or ""] if match else None
+        except ValueError:
+            number = None
+        if number is None:
+            raise UserError(f'{name}={value!r} is not a size: give bytes, or text such as "512MB" or "2GiB"')
+        value = number
+    if isinstance(value, bool) or not value > 0:
+        raise UserError(f"{name}={value!r} must be positive: it is the most bytes that tier may hold")
+    return int(value)

@@ -1,0 +1,446 @@
+"""`StreamSession`: endless video encoded once, its KV kept in RAM (then on disk), and asked about at any time.
+
+with StreamSession(model, processor, ram="2GiB", disk="kitchen") as stream:
+    stream.push(frames, timestamps)              # or stream.watch("clip.mp4"), stream.watch(0) for a camera
+    print(stream.ask("what did she pour into the pan?").text)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmfast.api import MARK, accelerate, unwrap
+from vlmfast.core import Unsupported, UserError
+from vlmfast.plan import Plan, resolve
+from vlmfast.runtime.late_rope import check, lock
+from vlmfast.runtime.video import Eyes
+from vlmfast.stream import saving
+from vlmfast.stream.blocks import Block
+from vlmfast.stream.encode import Clip, Encoder
+from vlmfast.stream.feed import Queue, Timed, as_frames, as_times
+from vlmfast.stream.recall import Context, Recall, _maybe
+from vlmfast.stream.retrieve import External, Internal, Retriever, in_time, intervals, parse
+from vlmfast.stream.segments import StoreError
+from vlmfast.stream.store import Store
+from vlmfast.stream.watch import Watcher
+
+CHUNK = 32  # temporal grids through the tower at once
+
+
+@dataclass
+class Answer:
+    """text; evidence: (start_s, end_s, score) of what was brought back, best first; report: metric names of result files."""
+
+    text: str
+    evidence: list[tuple[float, float, float]]
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+class StreamSession:
+    """One stream over one model.
+
+    window: tokens a new frame sees besides the prompt before the video. ram: most bytes of the archive in memory (keys,
+    values, representatives). disk: folder that the archive is kept in too; disk_limit: most bytes in it. retrieve: a
+    retriever, its name, or None for the window alone. redundancy: cosine distance to the last kept feature at its place
+    below which a token is dropped before the language model (EfficientReKV), None keeps all. keep_as: "int8", "bf16" or
+    "model". positions: "contiguous" or "own"; text_after: "model" (its own rule) or "max". queue: frames that may wait
+    while an answer is generated; the oldest is dropped and counted when it is full. fps: of frames without timestamps.
+    plan: `prune` acts on every grid, `speculate` on the answer; `kv` on the working set where supported.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Any,
+        plan: Plan | str | Path | dict | None = None,
+        *,
+        window: int = 4096,
+        ram: int | str = "2GiB",
+        disk: str | os.PathLike[str] | None = None,
+        disk_limit: int | str | None = None,
+        retrieve: Retriever | str | None = "internal",
+        redundancy: float | None = 0.2,
+        keep_as: str = "int8",
+        positions: str = "contiguous",
+        text_after: str = "model",
+        queue: int = 256,
+        fps: float = 2.0,
+        flush_seconds: float = 30.0,
+        _store: Store | None = None,
+    ) -> None:
+        self.model = unwrap(model)
+        if MARK in vars(self.model):
+            raise Unsupported(
+                "this model is accelerated already: .remove() that first and give StreamSession(plan=...)"
+            )
+        for name, value, known in (
+            ("positions", positions, ("contiguous", "own")),
+            ("text_after", text_after, ("model", "max")),
+        ):
+            if value not in known:
+                raise UserError(f"{name}={value!r} is not known; use {' or '.join(known)}")
+        if redundancy is not None and not 0 <= redundancy < 2:
+            raise UserError(
+                f"redundancy={redundancy!r} is a cosine distance from 0 to 2, e.g. 0.2, or None to keep all"
+            )
+        if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+            raise UserError(f"window={window!r} must be a positive number of tokens")
+        if not fps > 0:
+            raise UserError(f"fps={fps!r} must be positive")
+        self.plan = resolve(plan)
+        if self.plan.kv is not None:
+            raise Unsupported(
+                "kv= on a stream's working set is not supported yet: budget it with retrieve=...(tokens=N)"
+            )
+        self.retriever = parse(retrieve)
+        self.dense = self.plan.speculate is not None
+        self._check_dense(self.retriever)
+        self.eyes = Eyes(self.model, processor)
+        check(self.eyes.text)
+        self.fps, self.queue = fps, Queue(queue)
+        init, _ = self.eyes.prompt([self._turn("?", True)])
+        self.encoder = Encoder(self.eyes, init, window, redundancy, self.plan.prune)
+        self.config = {
+            "window": window, "ram": ram, "disk_limit": disk_limit, "redundancy": redundancy, "keep_as": keep_as,
+            "positions": positions, "text_after": text_after, "queue": queue, "fps": fps, "flush_seconds": flush_seconds,
+        }  # fmt: skip
+        if _store is None:
+            head = saving.head(self.model, self.config)
+            _store = Store(ram, disk, disk_limit, keep_as, flush_seconds, head).create()
+        self.store = _store
+        self.recall = Recall(self.encoder, self.store, positions == "contiguous", text_after)
+        self.pending: list[Timed] = []  # frames that wait for their partner (Qwen reads two as one)
+        self.last: float | None = None  # seconds of the newest frame taken
+        self.gap: float | None = None  # seconds between the last two frames
+        self.turns: list[tuple[str, str]] = []
+        self.lost_seconds = 0.0
+        self.notes: list[str] = []
+        self.counts = {"frames": 0, "questions": 0, "encode_s": 0.0}
+        self.working_peak = 0
+        self._accepted: float | None = None  # seconds of the newest frame accepted, encoded or queued
+        self._disk_error: StoreError | None = None
+        self._lock = threading.RLock()
+        self._watcher: Watcher | None = None
+        self._closed = False
+
+    # -- frames in -----------------------------------------------------------------------------------------------------
+
+    def push(self, frames: Any, timestamps: Any = None) -> int:
+        """Take frames, uint8 RGB (T, H, W, 3), with seconds that increase; returns how many were taken.
+
+        Encodes at once, unless an answer is being generated in another thread: then they wait in the queue, the oldest
+        unencoded ones are dropped (and counted) when it is full, and they are encoded with the next push or question.
+        Raises UserError for bad frames or times, StoreError when the archive cannot take more: nothing stored is lost.
+        """
+        self._open()
+        items = self._accept(frames, timestamps)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._retry_disk()
+                self._drain()
+                self._take(items)
+            finally:
+                self._lock.release()
+            self._report_disk()
+        else:
+            for item in items:
+                self.queue.put(item)
+        if self.store.disk is not None and self._accepted is not None:
+            self.store.disk.beat(self._accepted)
+        return len(items)
+
+    def _accept(self, frames: Any, timestamps: Any) -> list[Timed]:
+        """Checked frames with their seconds."""
+        pictures = as_frames(frames)
+        times = as_times(timestamps, len(pictures), self._accepted, 1 / self.fps)
+        if times:
+            self._accepted = times[-1]
+        return list(zip(pictures, times, strict=True))
+
+    def watch(
+        self, source: Any, background: bool = False, drop: bool | None = None, **options: Any
+    ) -> Watcher:
+        """Read a source to its end: a file, folder, URL, camera number, or an iterable of (frame, seconds).
+
+        background: return at once and read in a thread (`.wait()`, `.stop()`). drop: True drops the oldest frames when
+        the model is slower than the source (the default for cameras and URLs), False lets the source wait.
+        options: those of `open_source` (sample_fps, size, realtime, ...).
+        """
+        self._open()
+        self._watcher = Watcher(self, source, drop, options)
+        self._watcher.start()
+        if not background:
+            self._watcher.wait()
+        return self._watcher
+
+    def drain(self, most: int | None = None) -> int:
+        """Encode frames that wait in the queue; returns how many."""
+        with self._lock:
+            self._retry_disk()
+            return self._drain(most)
+
+    def _drain(self, most: int | None = None) -> int:
+        done = 0
+        while len(self.queue) and (most is None or done < most):
+            items = self.queue.take(CHUNK * self.eyes.frames)
+            self._take(items)
+            done += len(items)
+        return done
+
+    def _take(self, items: list[Timed]) -> None:
+        """Encode frames, in runs of one size."""
+        clock = time.perf_counter()
+        for frame, seconds in items:
+            if self.pending and self.pending[-1][0].shape != frame.shape:
+                self._encode(pad=True)  # a change of size: the frame without a partner is shown twice
+            self.pending.append((frame, seconds))
+            if len(self.pending) >= CHUNK * self.eyes.frames:
+                self._encode()
+        self._encode()
+        self.counts["frames"] += len(items)
+        self.counts["encode_s"] += time.perf_counter() - clock
+
+    def _encode(self, pad: bool = False) -> None:
+        size = self.eyes.frames
+        while pad and len(self.pending) % size:
+            self.pending.append(self.pending[-1])
+        whole = len(self.pending) // size * size
+        if not whole:
+            return
+        items, self.pending = self.pending[:whole], self.pending[whole:]
+        times, spans = [], []
+        for i in range(0, whole, size):
+            first, last = items[i][1], items[i + size - 1][1]
+            for _, seconds in items[i : i + size]:
+                if self.last is not None and seconds > self.last:
+                    self.gap = seconds - self.last
+                self.last = seconds
+            times.append((first, last))
+            spans.append(self.gap if self.gap is not None else 1 / self.fps)
+        clip = Clip(torch.stack([f for f, _ in items]), times, spans)
+        embedded: Tensor | None = None
+        if isinstance(self.retriever, External) and self.retriever.frames_to is not None:
+            embedded = self.retriever.frames_to(clip.frames[::size])
+        with lock(self.model):
+            for n, (block, payload) in enumerate(self.encoder.encode(clip)):
+                payload.embedding = None if embedded is None else embedded[n]
+                self.store.add(block, payload)
+        if self.store.due():
+            try:
+                self.store.flush()
+            except StoreError as e:
+                self._disk_error = e
+
+    def flush(self) -> None:
+        """Encode what waits, a frame without a partner included (shown twice), and write everything to disk."""
+        with self._lock:
+            self._drain()
+            self._encode(pad=True)
+            self.store.flush()
+            self._disk_error = None
+
+    def _retry_disk(self) -> None:
+        """After a failed write: write again before more is taken, so that a broken disk loses nothing."""
+        if self._disk_error is not None:
+            self.store.flush()
+            self._disk_error = None
+
+    def _report_disk(self) -> None:
+        if self._disk_error is not None:
+            raise self._disk_error
+
+    # -- questions -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def ask(
+        self,
+        question: str,
+        at: float | None = None,
+        between: tuple[float, float] | None = None,
+        evidence: bool = True,
+        max_new_tokens: int = 128,
+        retrieve: Retriever | str | None = "session",
+        **generate: Any,
+    ) -> Answer:
+        """Answer from what was seen. at: as of that second; between: from those seconds only. retrieve: this question's
+        own retriever. generate: further arguments of `model.generate` (streamer, do_sample, ...).
+
+        The conversation so far is part of the prompt (`new_conversation()` ends it). The stream is not touched.
+        """
+        clock = time.perf_counter()
+        with self._lock, lock(self.model):
+            context = self.context(question, at, between, retrieve)
+            built = time.perf_counter()
+            with _maybe(self.eyes, self.dense):
+                self.recall.prefill(context)
+                inputs = self.recall.inputs(context)
+                prefilled = time.perf_counter()
+                with self._speculating() as spoken:
+                    out = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **generate)  # type: ignore[operator]
+            new = out[0, inputs["input_ids"].shape[1] :]
+            text = self.eyes.tokenizer.decode(new, skip_special_tokens=True).strip()
+            self.turns.append((question, text))
+            self.counts["questions"] += 1
+            done = time.perf_counter()
+            self.working_peak = max(self.working_peak, _cache_bytes(context.cache))
+            report = {
+                **context.stats, **spoken, "tokens": len(new), "prefill_ms": (prefilled - built) * 1e3,
+                "decode_ms_per_token": (done - prefilled) * 1e3 / max(1, len(new)), "total_ms": (done - clock) * 1e3,
+                "kv_fast_bytes": self.fast_bytes, "kv_host_bytes": self.store.ram_bytes,
+                "kv_disk_bytes": self.store.disk_bytes, "notes": context.notes,
+            }  # fmt: skip
+            known = {i: b for i, b in self._known().items() if i in context.weights}
+            found = (
+                intervals({i: w for i, w in context.weights.items() if i in known}, known) if evidence else []
+            )
+        return Answer(text, found, report)
+
+    def context(
+        self, question: str, at: float | None = None, between: tuple[float, float] | None = None,
+        retrieve: Retriever | str | None = "session",
+    ) -> Context:  # fmt: skip
+        """The working set that `ask` would answer over. Raises UserError when nothing was seen (in those seconds)."""
+        self._open()
+        if not question.strip():
+            raise UserError("the question is empty")
+        with self._lock:
+            self._drain()
+            if not self.encoder.state.blocks and self.pending:
+                self._encode(pad=True)
+            retriever = self.retriever if retrieve == "session" else parse(retrieve)
+            self._check_dense(retriever)
+            blocks = self.encoder.resident if retriever is None else list(self.store.blocks.values())
+            if not self.encoder.state.blocks:
+                raise UserError("nothing was seen yet: push frames or watch a source before asking")
+            chosen = in_time(blocks, at, between)
+            if not chosen:
+                held = f"{blocks[0].start:.1f} to {blocks[-1].end:.1f} s" if blocks else "nothing"
+                raise UserError(f"no stored frame lies at={at}, between={between}: the stream holds {held}")
+            before, ids = self.eyes.prompt(self._messages(question))
+            if before != self.encoder.init:
+                raise UserError("the chat template puts the question before the video: it cannot be streamed")
+            return self.recall.context(retriever, chosen, question, ids, self.dense)
+
+    def _known(self) -> dict[int, Block]:
+        return {b.id: b for b in self.encoder.resident} | self.store.blocks
+
+    def _messages(self, question: str) -> list[dict[str, Any]]:
+        out = []
+        for i, (asked, said) in enumerate([*self.turns, (question, "")]):
+            out.append(self._turn(asked, i == 0))
+            if i < len(self.turns):
+                out.append({"role": "assistant", "content": [{"type": "text", "text": said}]})
+        return out
+
+    @staticmethod
+    def _turn(question: str, video: bool) -> dict[str, Any]:
+        text = {"type": "text", "text": question}
+        return {"role": "user", "content": [{"type": "video"}, text] if video else [text]}
+
+    def new_conversation(self) -> None:
+        """Forget earlier questions and answers; the stream stays."""
+        self.turns = []
+
+    @contextlib.contextmanager
+    def _speculating(self) -> Iterator[dict[str, Any]]:
+        """The plan's speculation on the model's generate, for one answer."""
+        told: dict[str, Any] = {}
+        if self.plan.speculate is None:
+            yield told
+            return
+        with accelerate(self.model, speculate=self.plan.speculate) as fast:
+            yield told
+            told |= {k: v for k, v in fast.report.decode.items() if k != "tokens"}
+
+    def _check_dense(self, retriever: Retriever | None) -> None:
+        if self.dense and isinstance(retriever, Internal) and retriever.scope == "layer":
+            raise Unsupported(
+                "speculation needs the same blocks in every layer: use retrieve=Internal(scope='shared'), or drop speculate="
+            )
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def fast_bytes(self) -> int:
+        """Bytes of the window's buffers and of the largest working set so far."""
+        return self.encoder.cache.nbytes() + self.working_peak
+
+    def stats(self) -> dict[str, Any]:
+        """Counts, bytes per tier, and what was dropped, evicted or lost."""
+        state, store = self.encoder.state, self.store
+        seconds = (
+            0.0 if self.last is None or state.first is None else self.last + (self.gap or 0.0) - state.first
+        )
+        return {
+            "seconds": seconds, "frames": self.counts["frames"], "blocks": len(store.blocks), "evicted": store.evicted,
+            "visual_tokens": state.visual, "kept_tokens": state.kept, "queue": len(self.queue),
+            "dropped_frames": self.queue.dropped, "pending_frames": len(self.pending),
+            "fps": self.counts["frames"] / self.counts["encode_s"] if self.counts["encode_s"] else 0.0,
+            "questions": self.counts["questions"], "kv_fast_bytes": self.fast_bytes, "kv_host_bytes": store.ram_bytes,
+            "kv_disk_bytes": store.disk_bytes, "archive_bytes": store.archive_bytes,
+            "lost_seconds": self.lost_seconds, "lost": list(store.lost), "notes": list(self.notes),
+        }  # fmt: skip
+
+    def save(self, path: str | os.PathLike[str] | None = None) -> None:
+        """Write everything, the window at full precision, to the session's disk folder or a new one."""
+        self._open()
+        with self._lock:
+            self._drain()
+            saving.save(self, path)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], model: nn.Module, processor: Any, **changed: Any
+    ) -> StreamSession:
+        """Continue a saved, or killed, session. `.lost_seconds` says how much a crash lost, `.stats()["lost"]` what was
+        damaged. changed: session arguments that should differ (ram, retrieve, queue, ...); those that shaped the
+        stored blocks cannot. Raises UserError for another model."""
+        return saving.load(cls, path, model, processor, changed)
+
+    def close(self) -> None:
+        """Stop watching, encode what waits, write it to disk (the window included) and let go of the files."""
+        if self._closed:
+            return
+        if self._watcher is not None:
+            self._watcher.stop()
+        try:
+            if self.store.disk is not None:
+                self.save()
+        finally:
+            self._closed = True
+            self.store.close()
+
+    def _open(self) -> None:
+        if self._closed:
+            raise UserError(
+                "this session is closed: StreamSession.load(path, ...) continues one that has a disk folder"
+            )
+
+    def __enter__(self) -> StreamSession:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _cache_bytes(cache: Any) -> int:
+    """Bytes of a working set."""
+    total = 0
+    for layer in cache.layers:
+        total += (
+            layer.nbytes() if hasattr(layer, "nbytes") else 2 * layer.keys.numel() * layer.keys.element_size()
+        )
+    return total
