@@ -5,9 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 import tiny
-from vlmfast.encode import EVS, MaxMin, Random, Uniform, VidCom2
+from vlmfast.encode import (
+    DTD,
+    EVS,
+    CDPruner,
+    FlashVID,
+    HiRED,
+    IVCPrune,
+    MaxMin,
+    MMTok,
+    Random,
+    Uniform,
+    VCast,
+    VidCom2,
+    VisionZip,
+)
 
-PRUNERS: list[Any] = [
+# the first five: every law on every family and media
+FIRST: list[Any] = [
     Uniform(keep=0.7),
     Uniform(keep=0.2),
     Random(keep=0.7),
@@ -20,7 +35,63 @@ PRUNERS: list[Any] = [
     MaxMin(keep=0.2),
 ]
 
+# the others: the same laws on one mixed row of every family, on everything when slow tests run
+BREADTH: list[Any] = [
+    VisionZip(keep=0.7),
+    VisionZip(keep=0.2),
+    HiRED(keep=0.7),
+    HiRED(keep=0.2, alpha=0.3),
+    CDPruner(keep=0.7, theta=0.5),
+    CDPruner(keep=0.2),
+    MMTok(keep=0.7, alpha=1.0),
+    MMTok(keep=0.2),
+    DTD(keep=0.8, threshold=0.9),
+    DTD(keep=0.5, threshold=0.0),
+    VCast(keep=0.7),
+    VCast(keep=0.2),
+    FlashVID(keep=0.7, alpha=0.5),
+    FlashVID(keep=0.2, segments=2),
+    IVCPrune(keep=0.7, prune=MaxMin()),
+    IVCPrune(keep=0.3),
+]
+
+PRUNERS: list[Any] = FIRST + BREADTH
+
 
 def carries(method: Any, family: str, media: tuple[str, ...]) -> bool:
     """Can this method run on this family and media? What cannot is refused, and a test of its own holds that."""
     return not (method.after_block is not None and family not in tiny.QWEN)
+
+
+def _policies() -> list[Any]:
+    from vlmfast import prefill as p
+
+    return [
+        p.HybridKV(keep=0.5, sinks=2, recent=4, chunk=4),
+        p.HybridKV(keep=0.25, sinks=1, recent=2, chunk=2),
+        p.SnapKV(keep=0.5, sinks=2, recent=4),
+        p.SnapKV(keep=0.25, sinks=1, recent=2),
+        p.AdaKV(keep=0.5, sinks=2, recent=4),
+        p.AdaKV(keep=0.25, sinks=1, recent=2),
+        p.StreamingLLM(keep=0.5, sinks=2, recent=4),
+        p.StreamingLLM(keep=0.25, sinks=1, recent=2),
+        p.KeyDiff(keep=0.5, sinks=2, recent=4),
+        p.KeyDiff(keep=0.25, sinks=1, recent=2),
+        p.Random(keep=0.5, sinks=2, recent=4),
+        p.Random(keep=0.25, sinks=1, recent=2),
+    ]
+
+
+def _rules() -> list[Any]:
+    from vlmfast.decode import Exact, PromptLookup, SelfDraft, Speculate
+    from vlmfast.encode import Uniform as Even
+
+    return [
+        Speculate(),
+        Speculate(draft=PromptLookup(), accept=Exact()),
+        Speculate(draft=SelfDraft(prune=Even(keep=0.3)), accept=Exact(), length=3),
+    ]
+
+
+POLICIES: list[Any] = _policies()
+RULES: list[Any] = _rules()

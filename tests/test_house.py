@@ -1,0 +1,93 @@
+"""The house rules that a machine can hold: floors, the four places of a method, file length, public names."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import methods
+import pytest
+
+import vlmfast
+from vlmfast import decode, encode, prefill
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "vlmfast").rglob("*.py"))
+INTERNALS = ("runtime/", "families/", "prefill/cache.py", "decode/loop.py")
+
+
+def test_floors() -> None:
+    out = subprocess.run(
+        [sys.executable, "-c", "from importlinter.cli import lint_imports_command as c; c()"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert out.returncode == 0, out.stdout[-2000:]
+
+
+@pytest.mark.parametrize("stage", ["encode", "prefill", "decode"])
+def test_a_method_stands_in_four_places(stage: str) -> None:
+    """Its own file, its stage's METHODS, a row in tests/methods.py, a row in the README's method table."""
+    registered = {"encode": encode.METHODS, "prefill": prefill.METHODS, "decode": decode.METHODS}[stage]
+    rows = {"encode": methods.PRUNERS, "prefill": methods.POLICIES, "decode": methods.RULES}[stage]
+    readme = (ROOT / "README.md").read_text()
+    assert registered, stage
+    tested = {type(row).name for row in rows}
+    for name, kind in registered.items():
+        assert kind.name == name
+        assert kind.__module__.startswith(f"vlmfast.{stage}."), f"{name}: not a file of {stage}/"
+        assert name in tested, f"{name}: no row in tests/methods.py"
+        assert re.search(rf"^\| `{re.escape(name)}` \|", readme, re.M), f"{name}: no row in the README's method table"
+        assert kind.__doc__, name
+        if stage != "decode":
+            assert len([r for r in rows if type(r).name == name]) >= 2, f"{name}: give gentle and harsh parameters"
+    assert tested <= set(registered), "tests/methods.py names a method that is not registered"
+
+
+def test_method_files_hold_one_method() -> None:
+    for registered in (encode.METHODS, prefill.METHODS):
+        homes = [kind.__module__ for kind in registered.values()]
+        assert len(homes) == len(set(homes)), sorted(homes)
+
+
+def test_internals_of_transformers_stay_in_their_rooms() -> None:
+    pattern = re.compile(
+        r"transformers\.(cache_utils|masking_utils|modeling_\w+|generation\.utils|integrations|models)\b"
+        r"|AttentionInterface|set_attn_implementation|register_forward"
+    )
+    for path in SOURCES:
+        name = path.relative_to(ROOT / "vlmfast").as_posix()
+        if not name.startswith(INTERNALS):
+            for number, line in enumerate(path.read_text().splitlines(), 1):
+                code = line.split("#")[0]
+                assert not pattern.search(code), f"vlmfast/{name}:{number} touches transformers' internals: {line.strip()}"
+
+
+def test_files_stay_short() -> None:
+    for path in [*SOURCES, *(ROOT / "evals").glob("*.py")]:
+        n = len(path.read_text().splitlines())
+        assert n <= 330, f"{path.relative_to(ROOT)} has {n} lines: split it"
+
+
+def test_no_pickle_and_no_remote_code() -> None:
+    for path in SOURCES:
+        text = path.read_text()
+        assert not re.search(r"\bpickle\b|trust_remote_code\s*=\s*True", text), path
+        for call in re.findall(r"torch\.load\([^)]*\)", text):
+            assert "weights_only=True" in call, f"{path}: {call}"
+
+
+def test_public_names_resolve() -> None:
+    for name in vlmfast.__all__:
+        assert getattr(vlmfast, name) is not None
+    with pytest.raises(AttributeError, match="nosuch"):
+        vlmfast.nosuch  # type: ignore[attr-defined]
+
+
+def test_every_module_has_a_docstring() -> None:
+    for path in SOURCES:
+        assert re.match(r'\s*(r?"""|from|$)', path.read_text()), path
+        assert path.read_text().lstrip().startswith(('"""', 'r"""')), f"{path.relative_to(ROOT)} says nothing of itself"
