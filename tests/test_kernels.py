@@ -134,6 +134,12 @@ def test_window_attention(pads):
         got = fn(q, k, 0.25, visible)
         assert got.dtype == torch.float32 and got.shape == (2, 6, 5, 63)
         torch.testing.assert_close(got.double(), full, atol=1e-6, rtol=1e-5)
+    queries = torch.tensor([[True] * 5, [False, False, True, True, True]])
+    want = torch.stack([full[0].mean(1), full[1, :, 2:].mean(1)])[:, :, None]
+    for fn in (reference.window_mean, cpu.window_mean):
+        got = fn(q, k, 0.25, visible, queries)
+        assert got.dtype == torch.float32 and got.shape == (2, 6, 1, 63)
+        torch.testing.assert_close(got.double(), want, atol=1e-6, rtol=1e-5)
 
 
 def test_chunk_bound_holds_for_every_key():

@@ -144,6 +144,8 @@ def test_saved_and_loaded_cache_continues_alike(tmp_path):
 
 
 class Spy(SnapKV):
+    per_query = True
+
     def fits(self, columns):
         return False
 
@@ -221,7 +223,7 @@ def test_heads_are_classified_and_drawn(tmp_path):
         (lambda: SnapKV(keep=0), r"keep=0 is outside \(0, 1\]"),
         (lambda: SnapKV(pool=4), "pooling width is odd"),
         (lambda: StreamingLLM(budget=30), "budget=30 cannot hold the 36 columns it must keep"),
-        (lambda: HybridKV(budget=90), r"cannot hold the 99 columns it must keep \(sinks=4, recent=32, chunk=32\)"),
+        (lambda: HybridKV(budget=36), r"cannot hold the 37 columns it must keep \(sinks=4, recent=32\)"),
         (lambda: HybridKV(bound="max"), "choose one of mean, minmax"),
         (lambda: HybridKV(theta=2.0), "fractions in"),
         (lambda: AdaKV(scorer=HybridKV), "cannot score columns"),

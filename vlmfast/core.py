@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -44,7 +44,10 @@ class VisualTokens:
     positions: Tensor | None = None  # (A, N) int64, A = 1, or 3 axes (t, h, w) under M-RoPE; None inside the tower
     timestamps: Tensor | None = None  # (t,) float64 seconds, where known
     question: Tensor | None = None  # (Q, D), embeddings of the text after the last visual column, or None
-    attention: Tensor | None = None  # (N,) tower attention received, when the pruner's `needs` asks for it
+    attention: Tensor | None = (
+        None  # (N,) tower attention received, or (A, N) of several layers, if `needs` asks for it
+    )
+    rope: Tensor | None = None  # (2, N) mean cos and mean sin of each token's rotation, if `needs` asks for it
 
     @property
     def n(self) -> int:
@@ -82,11 +85,11 @@ class LayerView:
     keys: Tensor  # (B, Hk, L, Dh), RoPE applied
     values: Tensor  # (B, Hk, L, Dh)
     kinds: Tensor  # (B, L) int8, `Kind`
-    window: Tensor | None  # (B, H, W, L) float32 softmax weights of the last W columns' queries; None if not asked for
+    window: Tensor | None  # (B, H, W, L) float32 softmax weights of the last W columns' queries, or W = 1: their mean
     layer: int
     layers: int
     positions: Tensor | None = None  # (B, L) int64 logical column of each physical one, -1 on padding
-    queries: Tensor | None = None  # (B, W) bool: which of the window's queries are text after the media
+    queries: Tensor | None = None  # (B, W) bool: which of the window's queries count: text after the media
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,8 @@ class CompressedLayer:
 @runtime_checkable
 class Policy(Protocol):
     """What the runtime asks of a KV policy."""
+
+    per_query: ClassVar[bool]  # wants every window query by itself; False = their mean (W times less memory)
 
     def window(self) -> int:
         """Number of text queries whose attention it needs (0 = attention-free)."""

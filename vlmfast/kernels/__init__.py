@@ -48,4 +48,18 @@ def window_attention(query: Tensor, keys: Tensor, scaling: float, visible: Tenso
     return cpu.window_attention(query, keys, scaling, visible)
 
 
-__all__ = ["Backend", "Ragged", "chunk_scores", "dequantise", "quantise", "ragged_attention", "window_attention"]
+def window_mean(query: Tensor, keys: Tensor, scaling: float, visible: Tensor, queries: Tensor) -> Tensor:
+    """(B, H, 1, L) float32 mean over the queries that count, see `reference.window_mean`."""
+    return cpu.window_mean(query, keys, scaling, visible, queries)
+
+
+__all__ = [
+    "Backend",
+    "Ragged",
+    "chunk_scores",
+    "dequantise",
+    "quantise",
+    "ragged_attention",
+    "window_attention",
+    "window_mean",
+]

@@ -67,6 +67,21 @@ def ragged_attention(query: Tensor, kv: Ragged, scaling: float, out: Tensor) -> 
     return out
 
 
+def window_mean(query: Tensor, keys: Tensor, scaling: float, visible: Tensor, queries: Tensor) -> Tensor:
+    """See `reference.window_mean`: one (batch row, key head) at a time, so that memory stays W * L per group."""
+    b, h, w, _ = query.shape
+    hk, n = keys.shape[1], keys.shape[2]
+    out = torch.empty(b, h, 1, n, dtype=torch.float32, device=query.device)
+    group = h // hk
+    for i in range(b):
+        count = queries[i].nonzero()[:, 0]
+        for j in range(hk):
+            heads = slice(j * group, (j + 1) * group)
+            weights = window_attention(query[i : i + 1, heads], keys[i : i + 1, j : j + 1], scaling, visible[i : i + 1])
+            out[i, heads, 0] = weights[0, :, count].mean(1) if len(count) < w else weights[0].mean(1)
+    return out
+
+
 def window_attention(query: Tensor, keys: Tensor, scaling: float, visible: Tensor | None = None) -> Tensor:
     """See `reference.window_attention`: packed heads, the causal triangle only on the last W columns."""
     b, h, w, d = query.shape

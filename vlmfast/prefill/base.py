@@ -62,6 +62,7 @@ class KVPolicy:
     """
 
     name: ClassVar[str]
+    per_query: ClassVar[bool] = False  # the mean over the window's queries is enough
     keep: float = 0.10
     budget: int | None = None
     sinks: int = 4
@@ -126,7 +127,7 @@ class KVPolicy:
                 continue
             if self.total(len(columns)) < self.least():
                 raise UserError(self._too_small(self.total(len(columns)), len(columns)))
-            choice = self.choose(_row(view, i, columns))
+            choice = self.choose(row_of(view, i, columns))
             keep += [columns[k] for k in choice.keep]
             if choice.dynamic is not None and choice.budget is not None:
                 dynamic[i * hk : (i + 1) * hk], budget[i * hk : (i + 1) * hk] = choice.dynamic, choice.budget
@@ -140,11 +141,8 @@ class KVPolicy:
         what = f"{self.name} with budget={budget}" if n is None else f"{self.name} keeps {budget} of {n} columns, which"
         return (
             f"{what} cannot hold the {self.least()} columns it must keep (sinks={self.sinks}, recent={self.recent}"
-            f"{self._also()}): raise keep or budget, or lower sinks or recent"
+            "): raise keep or budget, or lower sinks or recent"
         )
-
-    def _also(self) -> str:
-        return ""
 
     # -- what a policy decides -------------------------------------------------------------------------------------
 
@@ -185,7 +183,7 @@ def max_pool(scores: Tensor, width: int) -> Tensor:
     return torch.nn.functional.max_pool1d(scores[None], width, stride=1, padding=width // 2)[0] if width > 1 else scores
 
 
-def _row(view: LayerView, i: int, columns: Tensor) -> Row:
+def row_of(view: LayerView, i: int, columns: Tensor) -> Row:
     n = len(columns)
     first = int(columns[0])
     where = slice(first, first + n) if int(columns[-1]) - first == n - 1 else columns

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vlmfast import families
 from vlmfast.core import CompressedLayer, LayerView, UserError
-from vlmfast.prefill.base import _row
+from vlmfast.prefill.base import row_of
 from vlmfast.prefill.hybrid import HybridKV
 from vlmfast.runtime.columns import ColumnHooks
 from vlmfast.runtime.layers import KVHooks
@@ -70,7 +70,7 @@ class _Observe(HybridKV):
         return False
 
     def compress(self, view: LayerView) -> CompressedLayer | None:
-        rows = [self.concentration(_row(view, i, (kinds != 0).nonzero()[:, 0])) for i, kinds in enumerate(view.kinds)]
+        rows = [self.concentration(row_of(view, i, (kinds != 0).nonzero()[:, 0])) for i, kinds in enumerate(view.kinds)]
         self.seen.append((view.layer, torch.stack(rows).cpu()))
         return None
 

@@ -30,7 +30,7 @@ class HybridKV(KVPolicy):
     share       level 2, static heads: "broad" gives less concentrated heads more, "sparse" the reverse, or "equal"
     text_first  static heads keep all text before any visual column (paper)
     pool        width of the max pooling that makes visual columns locally salient, odd (open)
-    chunk       columns per chunk of a dynamic head (open)
+    chunk       columns per chunk of a dynamic head (open); fewer where its budget cannot hold two of them
     bound       what stands for a chunk: its mean key, or the minmax bound of its keys (open)
     refresh     choose chunks anew every this many tokens (open)
     """
@@ -65,11 +65,8 @@ class HybridKV(KVPolicy):
         return Retrieval(self.chunk, self.bound, self.refresh, self.sinks, self.recent)
 
     def least(self) -> int:
-        """Sinks, recent columns, what does not fill a chunk, and one chunk."""
-        return self.sinks + self.recent + 2 * self.chunk - 1
-
-    def _also(self) -> str:
-        return f", chunk={self.chunk}"
+        """Sinks, recent columns, and one chosen column."""
+        return self.sinks + self.recent + 1
 
     # -- stage 1: head types ---------------------------------------------------------------------------------------
 

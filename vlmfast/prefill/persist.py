@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
+from transformers import DynamicCache
 
 from vlmfast.core import Retrieval, UserError
 from vlmfast.prefill.cache import KVLayer

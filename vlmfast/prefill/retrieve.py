@@ -28,12 +28,13 @@ class Group:
         self.rows, self.budget, self.how = rows, budget, how
         r, n, d = keys.shape
         self.n = n
-        self.chunks = max(0, (n - how.sinks - how.recent) // how.chunk)
-        outside = n - self.chunks * how.chunk  # sinks, recent and what does not fill a chunk
-        self.slots = min(self.chunks, max(1, (budget - outside) // how.chunk))
+        self.chunk = max(1, min(how.chunk, (budget - how.sinks - how.recent + 1) // 2))
+        self.chunks = max(0, (n - how.sinks - how.recent) // self.chunk)
+        outside = n - self.chunks * self.chunk  # sinks, recent and what does not fill a chunk
+        self.slots = min(self.chunks, max(1, (budget - outside) // self.chunk))
         self.host_keys, self.host_values = _to_host(keys), _to_host(values)
         self.host_positions = positions.to("cpu", torch.int32)
-        middle = keys[:, how.sinks : how.sinks + self.chunks * how.chunk].view(r, self.chunks, how.chunk, d)
+        middle = keys[:, how.sinks : how.sinks + self.chunks * self.chunk].view(r, self.chunks, self.chunk, d)
         if how.bound == "mean":
             self.representatives = middle.mean(2, dtype=torch.float32).to(keys.dtype)
         else:
@@ -44,7 +45,7 @@ class Group:
 
     def segments(self) -> list[Segment]:
         """The fast rows with the slots as they stand."""
-        cut = self.how.sinks + self.chunks * self.how.chunk
+        cut = self.how.sinks + self.chunks * self.chunk
         out: list[Segment] = []
         for i, row in enumerate(self.rows):
             at = self._columns(self.held[i])
@@ -56,7 +57,7 @@ class Group:
 
     def _columns(self, chunks: Tensor) -> Tensor:
         """Host columns of some chunks (S,) -> (S * chunk,)."""
-        return (self.how.sinks + chunks[:, None] * self.how.chunk + torch.arange(self.how.chunk)).reshape(-1)
+        return (self.how.sinks + chunks[:, None] * self.chunk + torch.arange(self.chunk)).reshape(-1)
 
     def choose(self, query: Tensor) -> Tensor:
         """(R, slots) chunks that score best for the queries (R, G, D), on the host."""
@@ -70,7 +71,7 @@ class Group:
         row, slot = (~mark.scatter(1, wanted, True).gather(1, self.held)).nonzero(as_tuple=True)
         if not len(new):
             return
-        chunk, steps = self.how.chunk, torch.arange(self.how.chunk)
+        chunk, steps = self.chunk, torch.arange(self.chunk)
         source = (row * self.n + self.how.sinks + new * chunk)[:, None] + steps
         offsets = torch.tensor([store.offsets[store.rows.index(r)] for r in self.rows])
         target = ((offsets[row] + self.how.sinks + slot * chunk)[:, None] + steps).reshape(-1).to(store.keys.device)
@@ -150,7 +151,7 @@ class Dynamic:
 
     def _prefilled(self, group: Group) -> int:
         """Fast columns of a row of this group that come from the prefill."""
-        return group.n - (group.chunks - group.slots) * group.how.chunk
+        return group.n - (group.chunks - group.slots) * group.chunk
 
     def crop(self, length: int, removed: int) -> None:
         """Go back to logical `length`, removing `removed` columns; columns of the prefill may go too."""

@@ -190,9 +190,13 @@ class KVHooks:
         w = min(w, int(queries.flip(1).long().cumsum(1).argmax(1).max()) + 1)  # columns back to the first that counts
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         query = window_queries(module, hidden[:, -w:], kwargs["position_embeddings"])
-        weights = kernels.window_attention(query, keys, module.scaling, kinds != Kind.PAD)
-        queries = queries[:, -w:]
-        weights.masked_fill_(~queries[:, None, :, None], 0.0)
+        queries, visible = queries[:, -w:], kinds != Kind.PAD
+        if self.policy.per_query:
+            weights = kernels.window_attention(query, keys, module.scaling, visible)
+            weights.masked_fill_(~queries[:, None, :, None], 0.0)
+        else:
+            weights = kernels.window_mean(query, keys, module.scaling, visible, queries)
+            queries = queries[:, -1:] | True
         self.window_seconds += clock(self.text_model) - start
         return weights, queries
 
