@@ -45,9 +45,7 @@ def test_rows_with_different_media(family):
 def _processed(family, media):
     """What the real processor makes of media of the sizes that tiny.inputs uses, with random pixels."""
     rng, proc, kwargs = np.random.default_rng(0), tiny.processor(family), {}
-    images = [
-        rng.integers(0, 255, (*tiny.SIZES[k], 3), np.uint8) for k, m in enumerate(media) if m == "image"
-    ]
+    images = [rng.integers(0, 255, (*tiny.SIZES[k], 3), np.uint8) for k, m in enumerate(media) if m == "image"]
     if images:
         kwargs["images"] = [images]
     if "video" in media:
@@ -58,9 +56,7 @@ def _processed(family, media):
             "video_metadata": [meta] * media.count("video"),
         }
     content = [{"type": m} for m in media] + [{"type": "text", "text": "what color is the cat ?"}]
-    text = proc.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-    )
+    text = proc.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
     return proc(text=[text], return_tensors="pt", **kwargs)
 
 

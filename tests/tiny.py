@@ -113,9 +113,7 @@ def _master(family: str, seed: int, key: str) -> Any:
     return model.float().eval().requires_grad_(False)
 
 
-def build(
-    family: str, seed: int = 0, *, vision: dict | None = None, config: dict | None = None, **text: Any
-) -> Any:
+def build(family: str, seed: int = 0, *, vision: dict | None = None, config: dict | None = None, **text: Any) -> Any:
     """A fresh copy of the tiny `family` model with the weights of `seed`: fp32, eval, no gradients, no EOS.
 
     `**text`, `vision` and `config` override fields of the text, vision and top-level config, e.g.
@@ -147,9 +145,7 @@ def _text(gen: torch.Generator, n: int) -> list[int]:
     return torch.randint(FIRST_TEXT, VOCAB, (n,), generator=gen).tolist()
 
 
-def _image(
-    family: str, gen: torch.Generator, size: tuple[int, int], single: bool
-) -> tuple[list[int], dict[str, Any]]:
+def _image(family: str, gen: torch.Generator, size: tuple[int, int], single: bool) -> tuple[list[int], dict[str, Any]]:
     """Ids and tensors of one image; `single`: the only one of its row (OneVision tiles only those)."""
     h, w = size
     if family in QWEN:
@@ -174,9 +170,7 @@ def _video(
         n = frames * 4 + (family == "llava_onevision")
         return [VIDEO] * n, {"pixel_values_videos": torch.randn(1, frames, 3, TILE, TILE, generator=gen)}
     gt, gh, gw = frames // 2, size[0] // PATCH, size[1] // PATCH
-    out: dict[str, Any] = {
-        "pixel_values_videos": torch.randn(gt * gh * gw, 3 * 2 * PATCH * PATCH, generator=gen)
-    }
+    out: dict[str, Any] = {"pixel_values_videos": torch.randn(gt * gh * gw, 3 * 2 * PATCH * PATCH, generator=gen)}
     out["video_grid_thw"] = torch.tensor([[gt, gh, gw]])
     per = gh * gw // 4
     if family == "qwen3_vl":  # each frame pair: the timestamp as text, then its own start and end
@@ -187,9 +181,7 @@ def _video(
     return [VISION_START, *[VIDEO] * (gt * per), VISION_END], out
 
 
-def _row(
-    family: str, media: Sequence[str], text: int, size: Any, frames: int, fps: float, seed: int
-) -> dict[str, Any]:
+def _row(family: str, media: Sequence[str], text: int, size: Any, frames: int, fps: float, seed: int) -> dict[str, Any]:
     gen = torch.Generator().manual_seed(seed)
     ids, parts = [BOS, *_text(gen, 2)], []
     single = list(media).count("image") == 1
@@ -246,9 +238,7 @@ def rows(
     return [_row(family, m, n, size, frames, fps, 1000 * seed + r) for r, (m, n) in zipped]
 
 
-def inputs(
-    family: str, media: Sequence[Any] = ("image",), batch: int = 1, pad: int = 0, **more: Any
-) -> dict[str, Any]:
+def inputs(family: str, media: Sequence[Any] = ("image",), batch: int = 1, pad: int = 0, **more: Any) -> dict[str, Any]:
     """What the family's processor would hand to `generate`: ids (B, S) int64, attention_mask, media tensors.
 
     Arguments as in `rows`. Rows differ in length; shorter ones are padded on the LEFT with attention_mask 0,

@@ -38,6 +38,7 @@ from vlmfast.stream.index import read_index, reason
 
 _MOST_BYTES = 8 << 30
 _THUMB = 24
+_SAME = 6e-4  # seconds; containers round stamps (mkv to 1 ms), so instants this close are one
 
 
 # ------------------------------------------------------------------------------------- which frames
@@ -86,9 +87,8 @@ class Fps:
         span = times[-1] - times[0]
         if span * self.rate > 64 * len(times):  # far more instants than frames: every frame is on show at one
             return np.arange(len(times))
-        ticks = times[0] + np.arange(math.floor(span * self.rate + 1e-6) + 1) / self.rate
-        # Stamps are rounded to the container's clock (1 ms in mkv): half of that either way is the same instant.
-        return np.unique(np.searchsorted(times, ticks + 6e-4, side="right") - 1)
+        ticks = times[0] + np.arange(math.floor((span + _SAME) * self.rate) + 1) / self.rate
+        return np.unique(np.searchsorted(times, ticks + _SAME, side="right") - 1)
 
 
 @dataclass(frozen=True)
@@ -285,10 +285,12 @@ def write_video(path: str | os.PathLike[str], frames: Any, fps: float, crf: int 
                         raise UserError(f"H.264 needs even sides, got {h}x{w}; crop or pad the frames by one pixel")
                     stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(100_000))
                     stream.width, stream.height, stream.pix_fmt = w, h, "yuv420p"
-                    stream.options = {"crf": str(crf)}
+                    # With x264's macroblock tree the same frames do not always make the same file.
+                    stream.options = {"crf": str(crf), "x264-params": "mbtree=0"}
                 if picture.shape[:2] != (h, w):
                     raise UserError(f"frames change size from {h}x{w} to {picture.shape[0]}x{picture.shape[1]}")
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+                yuv = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p")
+                container.mux(stream.encode(yuv))
             if stream is None:
                 raise UserError(f"no frames to write to {path}")
             container.mux(stream.encode(None))
