@@ -7,6 +7,7 @@ Letters used everywhere: ``B`` batch rows, ``L`` columns of a sequence, ``N`` vi
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -188,3 +189,34 @@ def check_fraction(name: str, value: float) -> None:
     """Raise unless 0 < value <= 1."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= 1:
         raise UserError(f"{name}={value!r} is outside (0, 1]: {name} is the fraction kept, e.g. {name}=0.25")
+
+
+_UNITS = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "t": 10**12,
+    "ki": 2**10,
+    "mi": 2**20,
+    "gi": 2**30,
+    "ti": 2**40,
+}
+
+
+def parse_bytes(name: str, value: int | float | str | None) -> int | None:
+    """A byte limit: a number, or text such as "512MB" or "2GiB" (powers of 1000 and of 1024); None is no limit."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]i?)?b?\s*", value.lower())
+        try:
+            number = float(match[1]) * _UNITS[match[2] or ""] if match else None
+        except ValueError:
+            number = None
+        if number is None:
+            raise UserError(f'{name}={value!r} is not a size: give bytes, or text such as "512MB" or "2GiB"')
+        value = number
+    if isinstance(value, bool) or not value > 0:
+        raise UserError(f"{name}={value!r} must be positive: it is the most bytes that tier may hold")
+    return int(value)

@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vlmfast.core import UserError
+from vlmfast.core import parse_bytes as parse_bytes
 
 FORMATS = ("int8", "bf16", "model")
-_UNITS = {
-    "": 1,
-    "k": 10**3,
-    "m": 10**6,
-    "g": 10**9,
-    "t": 10**12,
-    "ki": 2**10,
-    "mi": 2**20,
-    "gi": 2**30,
-    "ti": 2**40,
-}
 
 
 @dataclass
@@ -89,21 +77,3 @@ def unpack(
         return keys.to(dtype), values.to(dtype)
     k = torch.addcmul(rep[:, None].float(), keys.float(), key_scale.float())
     return k.to(dtype), (values.float() * value_scale.float()).to(dtype)
-
-
-def parse_bytes(name: str, value: int | float | str | None) -> int | None:
-    """A byte limit: a number, or text such as "512MB" or "2GiB" (powers of 1000 and of 1024); None is no limit."""
-    if value is None:
-        return None
-    if isinstance(value, str):
-        match = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]i?)?b?\s*", value.lower())
-        try:
-            number = float(match[1]) * _UNITS[match[2] or ""] if match else None
-        except ValueError:
-            number = None
-        if number is None:
-            raise UserError(f'{name}={value!r} is not a size: give bytes, or text such as "512MB" or "2GiB"')
-        value = number
-    if isinstance(value, bool) or not value > 0:
-        raise UserError(f"{name}={value!r} must be positive: it is the most bytes that tier may hold")
-    return int(value)
