@@ -85,28 +85,17 @@ def evaluate(
     loaded: runner.Runner | None = None,
 ) -> dict[str, Any]:
     """Run a task and return its summary record (written to `summary` too)."""
-    import torch
-    import transformers
-
-    import vlmfast
-
     if batch < 1 or (limit is not None and limit < 1):
         raise UserError(f"--batch {batch} and --limit {limit} must be at least 1")
     task = tasks.get(task_name, metric, frames)
     chosen = shard_of(task.first(limit), shard)
     plans = {"plain": Plan()} | (plans or methods.named(names, draft=draft))
     run = loaded or runner.load(model, device, dtype)
-    identity = {
-        "task": task.name, "questions": task.config.get("sha256", ""), "model": run.name,
-        "weights": "" if loaded else runner.fingerprint(model),
-        "dtype": str(run.model.dtype).removeprefix("torch."), "tokens": tokens or task.tokens, "batch": batch,
-        "vlmfast": vlmfast.__version__, "transformers": transformers.__version__, "torch": torch.__version__,
-    }  # fmt: skip
+    identity = identity_of(run, task, "" if loaded else runner.fingerprint(model), batch, tokens)
     name = journal.run_name(identity)
     if summary is not None and summary.exists() and not force:
         _same_run(summary, name)
-    hashes = {m: journal.plan_hash(public(p)) for m, p in plans.items()}
-    book = journal.Journal(out, name, hashes, force)
+    book = open_journal(out, identity, plans, force)
     broken: dict[str, str] = {}
     if chosen:
         from evals.gate import laws
@@ -122,6 +111,26 @@ def evaluate(
     if summary is not None:
         records.write(summary, result, force=True)
     return result
+
+
+def identity_of(run: runner.Runner, task: tasks.Task, weights: str, batch: int, tokens: int | None) -> dict[str, Any]:
+    """What must agree for records to stand in one file."""
+    import torch
+    import transformers
+
+    import vlmfast
+
+    return {
+        "task": task.name, "questions": task.config.get("sha256", ""), "model": run.name, "weights": weights,
+        "dtype": str(run.model.dtype).removeprefix("torch."), "tokens": tokens or task.tokens, "batch": batch,
+        "vlmfast": vlmfast.__version__, "transformers": transformers.__version__, "torch": torch.__version__,
+    }  # fmt: skip
+
+
+def open_journal(out: Path, identity: dict[str, Any], plans: dict[str, Plan], force: bool) -> journal.Journal:
+    """The file of answers, with what it already holds."""
+    hashes = {m: journal.plan_hash(public(p)) for m, p in plans.items()}
+    return journal.Journal(out, journal.run_name(identity), hashes, force)
 
 
 def public(plan: Plan) -> dict[str, Any]:

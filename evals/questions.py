@@ -47,12 +47,13 @@ def load(path: Path, metric: str | None = None, frames: str = "uniform:16") -> T
 
     @functools.lru_cache(maxsize=8)
     def media(kind: str, file: Path) -> Any:
+        from vlmfast.loading import sampled_fps
         from vlmfast.stream.source import read_image, read_video
 
         if kind == "image":
             return read_image(file)
         video = read_video(file, frames)
-        return Clip(video.frames, video.fps, video.metadata())
+        return Clip(video.frames, sampled_fps(video), video.metadata())
 
     def make(i: int) -> Sample:
         r = rows[i]

@@ -37,6 +37,8 @@ class Runner:
 
     def inputs(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """What `generate` takes for these questions: ids (B, L) left-padded, masks, media tensors."""
+        import torch
+
         texts, images, videos, metadata = [], [], [], []
         for s in samples:
             content: list[dict[str, str]] = []
@@ -55,6 +57,11 @@ class Runner:
         if videos:
             kwargs |= {"videos": videos, "videos_kwargs": {"video_metadata": metadata, "do_sample_frames": False}}
         batch = self.processor(text=texts, padding=True, return_tensors="pt", **kwargs)
+        if "second_per_grid_ts" in batch:  # HF divides by the rate of the whole file, not by that of these frames
+            rates = [item.fps for s in samples for item in s.media if isinstance(item, Clip)]
+            batch["second_per_grid_ts"] = torch.tensor(
+                [self.processor.video_processor.temporal_patch_size / rate for rate in rates]
+            )
         out = {}
         for k, v in batch.items():
             if hasattr(v, "to"):
@@ -158,38 +165,19 @@ def _metadata(clip: Clip) -> dict[str, Any]:
 def load(model: str, device: str = "auto", dtype: str = "auto") -> Runner:
     """The runner of a checkpoint folder or id; "pocket" is the embedded model. dtype auto: float32 on a CPU."""
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    from vlmfast import loading
+
+    cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if dtype == "auto":
-        dtype = "bfloat16" if device.startswith("cuda") else "float32"
-    if not hasattr(torch, dtype) or not isinstance(getattr(torch, dtype), torch.dtype):
-        raise UserError(f"unknown dtype {dtype!r}; e.g. float32, bfloat16")
-    folder = resolve(model)
-    if folder == str(Path(folder)) and Path(folder).is_dir() and not (Path(folder) / "config.json").exists():
-        raise UserError(f"{model} holds no config.json: point --model at a transformers checkpoint folder")
-    try:
-        loaded = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, dtype)).eval().to(device)
-    except (OSError, ValueError, KeyError) as e:
-        raise UserError(f"no vision-language model at {model!r}: {(str(e).splitlines() or [''])[0]}") from None
-    try:
-        processor = AutoProcessor.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as e:
-        raise UserError(
-            f"{model} has no processor ({(str(e).splitlines() or [''])[0]}): save it beside the model"
-        ) from None
-    name = model if model in pocket_names() else Path(model).name if Path(model).is_dir() else model
-    return Runner(loaded, processor, name)
-
-
-def pocket_names() -> tuple[str, ...]:
-    return ("pocket", "pocket/draft")
+        dtype = "bfloat16" if cuda else "float32"
+    loaded = loading.load(resolve(model), dtype, None if device == "auto" else device)
+    return Runner(loaded.model, loaded.processor, Path(model).name if Path(model).is_dir() else model)
 
 
 def resolve(model: str) -> str:
-    """Folder or id of a model's name."""
-    if model not in pocket_names():
+    """Folder or id of a model's name; "pocket" and "pocket/draft" are the embedded ones."""
+    if model not in ("pocket", "pocket/draft"):
         return model
     from vlmfast import pocket
 

@@ -44,10 +44,10 @@ class Sample:
 
 @dataclass
 class Clip:
-    """Frames of a video, uint8 (T, H, W, 3), shown at `fps`; metadata as HF processors take it, when known."""
+    """Frames of a video, uint8 (T, H, W, 3), `fps` of them a second; metadata as HF processors take it, when known."""
 
     frames: Any
-    fps: float
+    fps: float  # of these frames, not of the file they were sampled from
     metadata: dict[str, Any] | None = None
 
 

@@ -1,0 +1,80 @@
+"""Curves and pages from result files: what is drawn is what was measured; files that do not fit are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vlmfast.core import UserError
+
+
+def record(tmp_path: Path, name: str, **versions: str) -> Path:
+    from evals import records
+
+    plain = {"accuracy": 0.9, "ci95": [0.85, 0.95], "total_ms": 100.0, "prefill_ms": 60.0, "kv_fast_bytes": 4e6}
+    rows = [records.row("plain", params={"questions": 100}, metrics=plain)]
+    for keep, ms, diff in ((50, 60.0, -0.01), (25, 40.0, -0.2)):
+        metrics = {"accuracy": 0.9 + diff, "ci95": [0.8, 0.95], "diff_vs_plain": diff}
+        metrics |= {"diff_ci95": [diff - 0.02, diff + 0.02]}
+        metrics |= {"total_ms": ms, "prefill_ms": ms / 2, "kv_fast_bytes": 4e4 * keep}
+        vs = {"plain": {"total_ms": [2, 1.9, 2.1]}}
+        rows.append(records.row(f"vidcom2-{keep}", params={"keep": keep / 100}, vs=vs, metrics=metrics))
+    head = records.head("pocket/colour", key="task", config={}, seed=0, repeats=1)
+    head["versions"] |= versions
+    records.write(tmp_path / name, head | {"rows": rows})
+    return tmp_path / name
+
+
+def test_front_is_what_nothing_beats() -> None:
+    from vlmfast.page import front
+
+    assert front([(1, 5), (2, 4), (3, 9), (3, 8), (0.5, 1)]) == [4, 0, 2]
+
+
+def test_curves_draw_every_row_with_its_paired_interval(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from vlmfast import page
+
+    figure = page.curves(page.read([record(tmp_path, "a.json")]))
+    seconds, kv = figure.axes
+    (bars,) = seconds.containers
+    assert list(bars[0].get_xdata()) == [0.04, 0.06] and list(bars[0].get_ydata()) == pytest.approx([70, 89])
+    low, high = bars[2][0].get_segments()[1][:, 1]
+    assert (low, high) == pytest.approx((87, 91))
+    star = next(x for x in seconds.lines if x.get_marker() == "*")
+    assert (star.get_xdata()[0], star.get_ydata()[0]) == (0.1, 90) and "KV" in kv.get_xlabel()
+
+
+def test_a_page_stands_alone(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from vlmfast import page
+
+    page.write(page.read([record(tmp_path, "a.json")]), tmp_path / "p.html", "Try <this>")
+    text = (tmp_path / "p.html").read_text()
+    assert "data:image/png;base64," in text and "http" not in text and 'src="/' not in text
+    assert "Try &lt;this&gt;" in text and "-1.0<span class=dim> [-3.0, 1.0]" in text and "2.00x" in text
+    assert "Where the time goes" in text and "commit" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("{", ("not JSON",)), ("[]", ("list",)), ('{"command": "x"}', ("'versions'",)), (None, ("no result file",))],
+)
+def test_what_is_no_result_file_is_named(tmp_path: Path, text: str | None, words: tuple[str, ...]) -> None:
+    from vlmfast import page
+
+    if text is not None:
+        (tmp_path / "x.json").write_text(text)
+    with pytest.raises(UserError) as e:
+        page.read([tmp_path / "x.json"])
+    assert all(w in str(e.value) for w in ("x.json", *words))
+
+
+def test_results_of_other_versions_are_refused(tmp_path: Path) -> None:
+    from vlmfast import page
+
+    files = [record(tmp_path, "a.json"), record(tmp_path, "b.json", transformers="5.1.0")]
+    with pytest.raises(UserError, match=r"b\.json was made with transformers 5\.1\.0"):
+        page.read(files)
+    assert len(page.read([tmp_path], mixed=True)) == 2

@@ -1,0 +1,36 @@
+"""`vlmfast tune`: the fastest plan that keeps a share of the plain model's score."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vlmfast.cli import console, options
+
+
+def tune(
+    task: Annotated[str, typer.Option(help="easy-vqa, pocket/<kind>, pocket/all, or a file of your own questions")],
+    out: Annotated[Path, typer.Option(help="plan to write (.json); the page and the answers go beside it")],
+    model: options.Model = "pocket",
+    floor: Annotated[float, typer.Option(help="share of the plain model's score to keep")] = 0.99,
+    minutes: Annotated[float, typer.Option(help="time for asking questions")] = 20.0,
+    methods: Annotated[str | None, typer.Option(help="plans to try, e.g. vidcom2-25,balanced+lossless")] = None,
+    draft: Annotated[str | None, typer.Option(help="draft model; default with pocket: its own")] = None,
+    limit: Annotated[int | None, typer.Option(help="at most this many questions")] = None,
+    force: Annotated[bool, typer.Option("--force", help="start anew, replacing existing files")] = False,
+) -> None:
+    """Search plans by successive halving on paired questions; write the best as a plan file, and why as a page."""
+    from vlmfast import tune as tuning
+
+    chosen, field = tuning.tune(
+        model, task, out, floor=floor, minutes=minutes, names=methods, draft=draft, limit=limit, force=force,
+        say=lambda text: console.remarks().print(f"[dim]{text}[/dim]"),
+    )  # fmt: skip
+    for c in sorted(field, key=lambda c: -c.faster[0]):
+        console.out().print(
+            f"{c.name:32} {c.status:10} {c.faster[0]:6.2f}x  score - floor [{100 * c.margin[0]:+.1f}, "
+            f"{100 * c.margin[1]:+.1f}]  {len(c.answered)} questions {c.why}"
+        )
+    console.out().print(f"[bold]{chosen.name}[/bold] -> {out}, page {out.with_suffix('.html')}")
