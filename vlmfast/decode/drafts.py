@@ -86,8 +86,13 @@ class ModelDraft:
             self._loaded.append(model.eval())
         return self._loaded[0]
 
-    def check(self, model: Any) -> None:
-        """Raise Unsupported unless the draft reads and writes the target's vocabulary."""
+    def check(self, model: Any, inputs: dict[str, Any]) -> None:
+        """Raise Unsupported unless the draft reads and writes the target's vocabulary, and gets pixels of its own."""
+        if inputs.get("mm_encoder_outputs"):
+            raise Unsupported(
+                "mm_encoder_outputs were given: those are the target's features and a draft has its own encoder; "
+                "pass the pixels to generate()"
+            )
         draft = self.load()
         mine, theirs = families.get(draft), families.get(model)
         sizes = _vocabulary(draft), _vocabulary(model)
@@ -114,20 +119,16 @@ class ModelDraft:
             held.append(Stepper.prefill(model, input_ids, generation_config, kwargs))
             return input_ids
 
-        draft.generate(**_draft_inputs(request), max_new_tokens=1, do_sample=False, custom_generate=capture)
+        draft.generate(**_draft_inputs(request, draft), max_new_tokens=1, do_sample=False, custom_generate=capture)
         vocab = min(_vocabulary(draft), _vocabulary(request.model))
         return Chain(held[0], request.input_ids.shape[1], request.stop, vocab, self.confidence)
 
 
-def _draft_inputs(request: Request) -> dict[str, Any]:
-    if request.inputs.get("mm_encoder_outputs"):
-        raise Unsupported(
-            "mm_encoder_outputs were given: those are the target's features and a draft has its own encoder; "
-            "pass the pixels to generate()"
-        )
+def _draft_inputs(request: Request, draft: Any) -> dict[str, Any]:
     skip = ("input_ids", "inputs", "inputs_embeds", "past_key_values", "position_ids", "mm_encoder_outputs")
     media = {k: v for k, v in request.inputs.items() if k not in skip}
-    return {"input_ids": request.input_ids, **media}
+    rows = int(draft.get_input_embeddings().weight.shape[0])
+    return {"input_ids": request.input_ids.clamp(max=rows - 1), **media}
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ class SelfDraft:
             )
         _confidence(self.name, self.confidence)
 
-    def check(self, model: Any) -> None:
+    def check(self, model: Any, inputs: dict[str, Any]) -> None:
         """Nothing to compare: it is the target."""
 
     def open(self, request: Request) -> Draft:
@@ -182,7 +183,7 @@ class PromptLookup:
     def __post_init__(self) -> None:
         _lengths(self.name, self.longest, self.shortest)
 
-    def check(self, model: Any) -> None:
+    def check(self, model: Any, inputs: dict[str, Any]) -> None:
         """Any supported model will do."""
 
     def open(self, request: Request) -> Ngrams:

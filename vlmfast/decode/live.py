@@ -17,12 +17,13 @@ class Chain:
 
     def __init__(self, stepper: Stepper, fed: int, stop: frozenset[int], vocab: int, confidence: float) -> None:
         self.stepper, self.fed, self.stop, self.vocab, self.confidence = stepper, fed, stop, vocab, confidence
+        self.rows = stepper.embed.weight.shape[0]  # a target may have a few more, unused by the tokenizer
         self.last = self.fed_tokens = 0  # tokens of the last proposal, and how many of them the model was fed
 
     def propose(self, ids: Tensor, k: int, pick: Pick | None = None) -> tuple[Tensor, Tensor | None]:
         """See `core.Draft`. Stops early at an end-of-answer token, or where its certainty is under `confidence`."""
         self._back(self.fed - (ids.shape[1] - 1))  # an answer may end inside an accepted draft
-        new = ids[:, self.fed :]
+        new = ids[:, self.fed :].clamp(max=self.rows - 1)
         logits = self.stepper.step(new)[:, -1, : self.vocab]
         self.fed = ids.shape[1]
         tokens: list[int] = []

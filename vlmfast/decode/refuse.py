@@ -60,7 +60,7 @@ def check(model: Any, speculate: Speculate, args: tuple, kwargs: dict[str, Any])
             "use the default dynamic cache"
         )
     if speculate.draft is not None:
-        speculate.draft.check(model)
+        speculate.draft.check(model, kwargs)
     tokenizer_for(model, speculate, kwargs)
 
 

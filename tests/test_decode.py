@@ -1,0 +1,507 @@
+"""The draft-verify loop: lossless is lossless, everything `generate` promises still holds, bad input is refused."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import Any
+
+import methods
+import pytest
+import tiny
+import torch
+from torch import Tensor
+from transformers import DynamicCache, StoppingCriteria
+
+import vlmfast
+from vlmfast.core import Unsupported, UserError
+from vlmfast.decode import (
+    Exact,
+    FLy,
+    LookupThenModel,
+    Loose,
+    Lossless,
+    ModelDraft,
+    PromptLookup,
+    RandomRelax,
+    SelfDraft,
+    Speculate,
+    loop,
+)
+from vlmfast.encode import Uniform
+from vlmfast.plan import Plan
+from vlmfast.runtime.stepper import Stepper
+
+BLIND = {"digits": False, "negation": False, "comparison": False}  # guards that need no tokenizer
+CASES = [(f, m) for f in tiny.FAMILIES for m in ("image", "video") if m == "image" or f in tiny.VIDEO_FAMILIES]
+
+
+def speak(model: Any, batch: dict[str, Any], speculate: Speculate, n: int = 16, **kwargs: Any) -> tuple[Any, dict]:
+    """`generate` through our loop without accelerate(); returns its output and the numbers of the report."""
+    numbers: dict[str, Any] = {}
+    given = {"max_new_tokens": n, "do_sample": False, **batch, **kwargs}
+    given["custom_generate"] = loop.build(
+        model, speculate, streamer=given.get("streamer"), inputs=given, sink=numbers.update
+    )
+    return model.generate(**given), numbers
+
+
+def plain(model: Any, batch: dict[str, Any], n: int = 16, **kwargs: Any) -> Any:
+    return model.generate(**{"max_new_tokens": n, "do_sample": False, **batch, **kwargs})
+
+
+def pair(family: str = "qwen3_vl", seed: int = 0) -> tuple[Any, Any, dict[str, Any]]:
+    """A target, a draft that mostly agrees with it (the same weights, slightly disturbed), and a prompt."""
+    target, draft = tiny.build(family, seed), tiny.build(family, seed)
+    gen = torch.Generator().manual_seed(5)
+    for p in draft.lm_head.parameters():
+        p.data += 0.08 * p.data.std() * torch.randn(p.shape, generator=gen)
+    return target, draft, tiny.inputs(family)
+
+
+# ---------------------------------------------------------------- law 5
+
+
+@pytest.mark.parametrize(("family", "media"), CASES)
+def test_lossless_equals_greedy(family: str, media: str) -> None:
+    target, draft, _ = pair(family)
+    batch = tiny.inputs(family, media=(media,))
+    expected = plain(target, batch)
+    for source in (None, ModelDraft(draft), PromptLookup(), LookupThenModel(draft)):
+        for rule in (Exact(), Lossless()):
+            got, numbers = speak(target, batch, Speculate(source, rule, length=4))
+            assert torch.equal(got, expected), (source, rule)
+            assert numbers["engine"] == "lean"
+
+
+def test_a_good_draft_saves_forwards() -> None:
+    target, draft, batch = pair()
+    _, numbers = speak(target, batch, Speculate(ModelDraft(draft), length=5), n=31)
+    assert numbers["verify_rounds"] <= 15
+    same = Speculate(ModelDraft(tiny.build("qwen3_vl")), length=5)
+    _, numbers = speak(target, batch, same, n=31)
+    assert numbers["verify_rounds"] == 5 and numbers["accepted_length"] == 5  # 1 + 5 * (5 + 1) tokens
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava"])
+@pytest.mark.parametrize("other", [*methods.PRUNERS[1::2], *methods.POLICIES[1::2]], ids=lambda m: type(m).__name__)
+def test_lossless_on_any_plan_equals_greedy_on_that_plan(family: str, other: Any) -> None:
+    target, draft, batch = pair(family)
+    stage = {"prune": other} if hasattr(other, "select") else {"kv": other}
+    with vlmfast.accelerate(target, **stage):
+        expected = plain(target, batch)
+    for source in (None, ModelDraft(draft, prune=Uniform(keep=0.3)), SelfDraft(Uniform(keep=0.4)), PromptLookup()):
+        with vlmfast.accelerate(target, speculate=Speculate(source, length=3), **stage) as fast:
+            got = plain(target, batch)
+            decode = fast.report.decode
+            assert torch.equal(got, expected), source
+            assert decode["verify_rounds"] >= 1
+            assert decode["engine"] == ("lean" if "prune" in stage else "module")
+
+
+def test_a_padded_row_is_that_row() -> None:
+    target, draft, _ = pair("qwen2_5_vl")
+    for prune in (None, Uniform(keep=0.5)):
+        batch, padded = tiny.inputs("qwen2_5_vl"), tiny.inputs("qwen2_5_vl", pad=3)
+        with vlmfast.accelerate(target, prune=prune, speculate=Speculate(ModelDraft(draft), length=3)):
+            assert torch.equal(plain(target, padded)[:, 3:], plain(target, batch))
+
+
+def test_zero_relaxation_is_exact() -> None:
+    target, draft, batch = pair()
+    expected = plain(target, batch, 24)
+    for rule in (Loose(relax=0, shift=0, **BLIND), RandomRelax(relax=0), FLy(theta=1.0)):
+        got, numbers = speak(target, batch, Speculate(ModelDraft(draft), rule, length=6), 24)
+        assert torch.equal(got, expected), rule
+        assert numbers["accepted_loose"] == numbers["accepted_shift"] == 0
+
+
+def test_lossy_rules_accept_more_and_say_so() -> None:
+    target, draft, batch = pair(seed=1)
+    strict = speak(target, batch, Speculate(ModelDraft(draft), length=6), 40)[1]
+    for rule in (Loose(relax=1.0, **BLIND, bigram=False, within=0), RandomRelax(relax=1.0)):
+        got, numbers = speak(target, batch, Speculate(ModelDraft(draft), rule, length=6), 40)
+        assert numbers["accepted_loose"] > 0 and numbers["accepted_length"] > strict["accepted_length"]
+        assert got.shape[1] == batch["input_ids"].shape[1] + 40
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def test_exact_under_sampling_repeats_plain_generate() -> None:
+    target, draft, batch = pair()
+    for source in (None, ModelDraft(draft), PromptLookup()):
+        for options in ({"temperature": 0.7}, {"top_p": 0.8, "top_k": 0}, {"repetition_penalty": 1.3, "top_k": 20}):
+            torch.manual_seed(3)
+            expected = plain(target, batch, do_sample=True, **options)
+            torch.manual_seed(3)
+            got, _ = speak(target, batch, Speculate(source, length=3), do_sample=True, **options)
+            assert torch.equal(got, expected), (source, options)
+
+
+def _draws(target: Any, batch: dict[str, Any], speculate: Speculate | None, n: int, tokens: int) -> Counter:
+    out: Counter = Counter()
+    options: dict[str, Any] = {"do_sample": True, "top_k": 2, "temperature": 3.0}
+    for seed in range(n):
+        torch.manual_seed(seed)
+        if speculate is None:
+            ids = plain(target, batch, tokens, **options)
+        else:
+            ids = speak(target, batch, speculate, tokens, **options)[0]
+        out[tuple(ids[0, -tokens:].tolist())] += 1
+    return out
+
+
+@pytest.mark.parametrize("source", ["model", "lookup"])
+@pytest.mark.parametrize("n", [100, pytest.param(1500, marks=pytest.mark.slow)])
+def test_lossless_sampling_keeps_the_distribution(source: str, n: int) -> None:
+    """Chi-square of three-token answers over seeds: ours against plain generate, 2^3 outcomes at most."""
+    family = "llava"
+    target, _, _ = pair(family)
+    other = tiny.build(family, 7)
+    other.lm_head.weight.data = 0.7 * target.lm_head.weight.data + 0.3 * other.lm_head.weight.data
+    other.model.load_state_dict(target.model.state_dict())
+    batch = tiny.inputs(family)
+    draft = ModelDraft(other) if source == "model" else PromptLookup(longest=1)
+    a = _draws(target, batch, None, n, 3)
+    b = _draws(target, batch, Speculate(draft, Lossless(), length=2), n, 3)
+    keys = set(a) | set(b)
+    assert 3 <= len(keys) <= 8
+    chi2 = sum((a[k] - b[k]) ** 2 / (a[k] + b[k]) for k in keys)
+    assert chi2 < 29.9, (a, b)  # 7 degrees of freedom, p = 1e-4
+
+
+# ---------------------------------------------------------------- law 8: streamers and stopping
+
+
+class Listener:
+    def __init__(self) -> None:
+        self.heard: list[Tensor] = []
+        self.ends = 0
+
+    def put(self, value: Tensor) -> None:
+        assert not self.ends
+        self.heard.append(value.reshape(-1))
+
+    def end(self) -> None:
+        self.ends += 1
+
+
+SOURCES = ["none", "model", "lookup"]
+
+
+def source_of(name: str, draft: Any) -> Any:
+    return {"none": None, "model": ModelDraft(draft), "lookup": PromptLookup()}[name]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_streamer_hears_every_token_once(source: str) -> None:
+    target, draft, batch = pair()
+    ear = Listener()
+    with vlmfast.accelerate(target, speculate=Speculate(source_of(source, draft), length=4)):
+        got = plain(target, batch, streamer=ear)
+    assert torch.equal(torch.cat(ear.heard), got[0])
+    assert len(ear.heard[0]) == batch["input_ids"].shape[1] and all(len(h) == 1 for h in ear.heard[1:])
+    assert ear.ends == 1
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("n", [1, 2, 3, 7])
+def test_exactly_as_many_tokens_as_asked(source: str, n: int) -> None:
+    target, draft, batch = pair()
+    got, _ = speak(target, batch, Speculate(source_of(source, draft), length=5), n)
+    assert torch.equal(got, plain(target, batch, n))
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"repetition_penalty": 1.5},
+    {"no_repeat_ngram_size": 2},
+    {"min_new_tokens": 9},
+    {"bad_words_ids": [[53], [85, 315]]},
+    {"suppress_tokens": [27, 102]},
+    {"forced_eos_token_id": 11},
+    {"exponential_decay_length_penalty": (4, 1.2)},
+]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: next(iter(o)))
+def test_logits_processors(source: str, options: dict[str, Any]) -> None:
+    target, draft, batch = pair()
+    said = plain(target, batch, 16)[0, -16:].tolist()
+    options = {"eos_token_id": [said[5], 2], **options}
+    got, _ = speak(target, batch, Speculate(source_of(source, draft), length=4), **options)
+    assert torch.equal(got, plain(target, batch, **options))
+
+
+class After(StoppingCriteria):
+    def __init__(self, token: int) -> None:
+        self.token, self.calls = token, 0
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.calls += 1
+        return input_ids[:, -1] == self.token
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("at", [0, 3, 4, 9])
+def test_stopping(source: str, at: int) -> None:
+    """EOS lists and criteria end the answer with the token they name, also inside an accepted draft."""
+    target, draft, batch = pair()
+    said = plain(target, batch, 16)[0, -16:].tolist()
+    until = batch["input_ids"].shape[1] + said.index(said[at]) + 1
+    plan = Speculate(source_of(source, draft), length=4)
+    got, _ = speak(target, batch, plan, eos_token_id=[said[at], 2])
+    assert got.shape[1] == until and got[0, -1] == said[at]
+    criterion = After(said[at])
+    got, _ = speak(target, batch, plan, stopping_criteria=[criterion])
+    assert got.shape[1] == until and criterion.calls == until - batch["input_ids"].shape[1]
+
+
+def test_stop_strings() -> None:
+    target, draft, batch = pair()
+    tok = tiny.tokenizer("qwen3_vl")
+    said = plain(target, batch, 24)[0, -24:]
+    word = tok.decode(said[6:8])
+    expected = plain(target, batch, 24, stop_strings=[word], tokenizer=tok)
+    with vlmfast.accelerate(target, speculate=Speculate(ModelDraft(draft), length=4)):
+        assert torch.equal(plain(target, batch, 24, stop_strings=[word], tokenizer=tok), expected)
+
+
+def test_max_time() -> None:
+    target, draft, batch = pair()
+    slow = type("Slow", (), {"put": lambda self, v: time.sleep(0.02), "end": lambda self: None})()
+    got, _ = speak(target, batch, Speculate(ModelDraft(draft), length=4), 500, max_time=0.2, streamer=slow)
+    assert 1 <= got.shape[1] - batch["input_ids"].shape[1] < 30
+
+
+# ---------------------------------------------------------------- what is handed back
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_scores_logits_and_cache(source: str) -> None:
+    target, draft, batch = pair()
+    want = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "repetition_penalty": 1.2}
+    a = plain(target, batch, **want)
+    b, _ = speak(target, batch, Speculate(source_of(source, draft), length=4), **want)
+    assert torch.equal(a.sequences, b.sequences)
+    for name in ("scores", "logits"):
+        assert len(getattr(a, name)) == len(getattr(b, name)) == 16
+        for x, y in zip(getattr(a, name), getattr(b, name), strict=True):
+            assert torch.allclose(x, y, atol=1e-4)
+    assert b.past_key_values.get_seq_length() == a.past_key_values.get_seq_length() == b.sequences.shape[1] - 1
+    for x, y in zip(a.past_key_values.layers, b.past_key_values.layers, strict=True):
+        assert torch.allclose(x.keys, y.keys, atol=1e-4) and torch.allclose(x.values, y.values, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_onevision"])
+@pytest.mark.parametrize("source", [*SOURCES, "self"])
+def test_a_second_turn_on_the_same_cache(family: str, source: str) -> None:
+    target, draft, batch = pair(family)
+    turn = torch.tensor([[40, 41, 42]])
+
+    def talk() -> Tensor:
+        cache = DynamicCache(config=target.config.get_text_config())
+        first = plain(target, batch, 9, past_key_values=cache)
+        ids = torch.cat([first, turn], 1)
+        return plain(target, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 9, past_key_values=cache)
+
+    expected = talk()
+    drafts = SelfDraft(Uniform(keep=0.5)) if source == "self" else source_of(source, draft)
+    with vlmfast.accelerate(target, speculate=Speculate(drafts, length=4)) as fast:
+        assert torch.equal(talk(), expected)
+        assert fast.report.notes == ["prune: no new visual tokens in this call, bypassed"][:0]
+        assert fast.report.decode["verify_rounds"] >= 1
+
+
+def test_the_numbers_add_up() -> None:
+    target, draft, batch = pair(seed=1)
+    rule = Loose(relax=0.7, **BLIND)
+    with vlmfast.accelerate(target, speculate=Speculate(ModelDraft(draft), rule, length=4)) as fast:
+        got = plain(target, batch, 60)
+        d = fast.report.decode
+    accepted = d["accepted_exact"] + d["accepted_loose"] + d["accepted_shift"]
+    assert d["accepted_length"] == pytest.approx(accepted / d["verify_rounds"])
+    assert accepted <= d["drafted"] == sum(k for k, _ in d["trace"]) <= 4 * d["verify_rounds"]
+    assert accepted == sum(n for _, n in d["trace"])
+    assert 1 + accepted + d["verify_rounds"] == got.shape[1] - batch["input_ids"].shape[1]  # no end inside a draft here
+    assert min(d["draft_ms"], d["verify_ms"], d["overhead_ms"]) > 0
+    assert d["rule"] == "loose"
+
+
+def test_a_prompt_without_visual_tokens_is_verified_strictly() -> None:
+    target, draft, _ = pair()
+    batch = tiny.inputs("qwen3_vl", media=(), text=12)
+    rule = Loose(relax=1.0, **BLIND, within=0)
+    got, numbers = speak(target, batch, Speculate(ModelDraft(draft), rule, length=4))
+    assert torch.equal(got, plain(target, batch))
+    assert numbers["notes"] == ["speculate: no visual tokens, loose verified strictly"]
+
+
+# ---------------------------------------------------------------- the stepper
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("pad", [0, 2])
+def test_both_engines_step_rewind_and_fork(family: str, pad: int) -> None:
+    target, batch = tiny.build(family), tiny.inputs(family, pad=pad)
+    answers = []
+    for engine in ("lean", "module"):
+        held: list[Any] = []
+
+        def probe(
+            model: Any, input_ids: Tensor, generation_config: Any, _e: str = engine, _held: Any = held, **kw: Any
+        ) -> Tensor:
+            kw = {k: v for k, v in kw.items() if k not in ("logits_processor", "stopping_criteria")}
+            s = Stepper.prefill(model, input_ids, generation_config, kw, hidden_layer=2, engine=_e)
+            assert s.engine == _e
+            tokens = torch.tensor([[20, 30, 40]])
+            first = s.step(tokens)
+            hidden = s.hidden
+            twin = s.fork()
+            s.step(torch.tensor([[99, 98]]))
+            s.rewind(4)  # back to after the first of the three
+            again = s.step(tokens[:, 1:])
+            assert torch.allclose(again, first[:, 1:], atol=1e-4)
+            assert torch.allclose(twin.step(tokens), s.step(tokens), atol=1e-4)
+            assert s.finish().get_seq_length() == input_ids.shape[1] + 6 == s.length
+            _held.append((first, hidden))
+            return input_ids
+
+        target.generate(**batch, max_new_tokens=4, do_sample=False, custom_generate=probe)
+        answers.append(held[0])
+    for a, b in zip(*answers, strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_a_hooked_layer_takes_the_module_step() -> None:
+    target, draft, batch = pair()
+    calls = []
+    handle = target.model.language_model.layers[1].mlp.register_forward_hook(lambda *a: calls.append(1))
+    got, numbers = speak(target, batch, Speculate(ModelDraft(draft), length=4))
+    handle.remove()
+    assert numbers["engine"] == "module" and "hook" in numbers["engine_reason"]
+    assert len(calls) == 1 + numbers["verify_rounds"]  # every forward passed the hook
+    assert torch.equal(got, plain(target, batch))
+
+
+# ---------------------------------------------------------------- bad input
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"num_beams": 2}, "num_beams=2"),
+    ({"num_return_sequences": 2, "do_sample": True}, "2 rows"),
+    ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive"),
+    ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens=3"),
+    ({"assistant_model": tiny}, "assistant_model"),
+    ({"custom_generate": print}, "custom_generate"),
+    ({"guidance_scale": 2.0}, "guidance_scale"),
+    ({"use_cache": False}, "use_cache=False"),
+    ({"cache_implementation": "static"}, "static"),
+    ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
+]
+
+
+@pytest.mark.parametrize(("options", "says"), REFUSED, ids=[next(iter(o)) for o, _ in REFUSED])
+def test_what_cannot_be_drafted_is_refused(options: dict[str, Any], says: str) -> None:
+    target, draft, batch = pair()
+    with vlmfast.accelerate(target, speculate=Speculate(ModelDraft(draft))):
+        with pytest.raises(Unsupported, match=says):
+            plain(target, batch, **options)
+        assert plain(target, batch, 4).shape[1] == batch["input_ids"].shape[1] + 4  # nothing was left behind
+
+
+def test_more_than_one_row_is_refused() -> None:
+    target, draft, _ = pair()
+    with vlmfast.accelerate(target, speculate=Speculate(ModelDraft(draft))), pytest.raises(Unsupported, match="2 rows"):
+        plain(target, tiny.inputs("qwen3_vl", batch=2))
+
+
+def test_drafts_that_do_not_fit_are_refused() -> None:
+    target, _, batch = pair("qwen2_5_vl")
+    wide = tiny.build("qwen2_5_vl", vocab_size=tiny.VOCAB + 1000)
+    with pytest.raises(Unsupported, match=r"1320 tokens and the target's 320"):
+        speak_checked(target, batch, ModelDraft(wide))
+    with pytest.raises(Unsupported, match="not supported; supported"):
+        speak_checked(target, batch, ModelDraft(torch.nn.Linear(2, 2)))
+    with pytest.raises(UserError, match="no draft model at 'no/such/folder'"):
+        speak_checked(target, batch, ModelDraft("no/such/folder"))
+    with pytest.raises(Unsupported, match="use SelfDraft"):
+        vlmfast.accelerate(target, speculate=Speculate(ModelDraft(target)))
+    features = {"input_ids": batch["input_ids"], "mm_encoder_outputs": {"image": object()}}
+    with pytest.raises(Unsupported, match="pass the pixels"):
+        speak_checked(target, features, ModelDraft(tiny.build("qwen2_5_vl")))
+
+
+def speak_checked(target: Any, batch: dict[str, Any], draft: Any) -> None:
+    loop.check(target, Speculate(draft), (), batch)
+
+
+def test_a_padded_vocabulary_of_the_same_tokenizer_is_fine() -> None:
+    target, _, batch = pair("qwen2_5_vl")
+    for size in (tiny.VOCAB + 64, tiny.VOCAB - 16):
+        draft = tiny.build("qwen2_5_vl", vocab_size=size)
+        for options in ({}, {"do_sample": True, "top_k": 5}):
+            torch.manual_seed(0)
+            got, _ = speak(target, batch, Speculate(ModelDraft(draft), Lossless(), length=3), **options)
+            assert got.shape[1] == batch["input_ids"].shape[1] + 16
+            if not options:
+                assert torch.equal(got, plain(target, batch))
+
+
+def test_guards_without_a_tokenizer_are_an_error_with_a_way_out() -> None:
+    target, draft, batch = pair()
+    with pytest.raises(UserError, match=r"pass Speculate\(tokenizer=.*digits=False, negation=False"):
+        speak(target, batch, Speculate(ModelDraft(draft), Loose()))
+    for given in (
+        (Speculate(ModelDraft(draft), Loose(), tokenizer=tiny.tokenizer("qwen3_vl")), {}),
+        (Speculate(ModelDraft(draft), Loose()), {"tokenizer": tiny.tokenizer("qwen3_vl")}),
+    ):
+        got, _ = speak(target, batch, given[0], **given[1])
+        assert got.shape[1] == batch["input_ids"].shape[1] + 16
+
+
+BAD: list[tuple[Any, str]] = [
+    (lambda: Speculate(accept="exact"), "acceptance rule"),
+    (lambda: Speculate(draft="small"), "not a draft"),
+    (lambda: Speculate(length=0), "length=0"),
+    (lambda: Speculate(length="long"), "length='long'"),
+    (lambda: Speculate(most=0), "most=0"),
+    (lambda: ModelDraft(model=3), "model=int"),
+    (lambda: ModelDraft("x", confidence=1.0), "confidence=1.0"),
+    (lambda: SelfDraft(prune=0.1), "prune=0.1"),
+    (lambda: PromptLookup(longest=1, shortest=2), "shortest=2"),
+    (lambda: PromptLookup(longest=0), "longest=0"),
+]
+
+
+@pytest.mark.parametrize(("make", "says"), BAD, ids=[s for _, s in BAD])
+def test_bad_fields_are_named(make: Any, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        make()
+
+
+def test_a_layer_that_is_not_there() -> None:
+    target, draft, batch = pair()
+    with pytest.raises(UserError, match=r"layer=9 of 4 decoder layers"):
+        speak(target, batch, Speculate(ModelDraft(draft), Loose(layer=9, **BLIND)))
+
+
+def test_self_draft_needs_accelerate() -> None:
+    target, _, batch = pair()
+    with pytest.raises(Unsupported, match=r"vlmfast\.accelerate"):
+        speak(target, batch, Speculate(SelfDraft(Uniform(keep=0.5))))
+
+
+def test_a_plan_with_speculation_survives_json(tmp_path: Any) -> None:
+    folder = tiny.save("qwen2_5_vl", tmp_path / "draft")
+    plan = Plan(speculate=Speculate(ModelDraft(str(folder), prune=Uniform(keep=0.2)), Loose(relax=0.5), length=6))
+    again = Plan.from_json(plan.json())
+    assert again == plan
+    target = tiny.save("qwen2_5_vl", tmp_path / "target")
+    import transformers
+
+    model = transformers.AutoModelForImageTextToText.from_pretrained(target).eval()
+    batch = tiny.inputs("qwen2_5_vl")
+    with vlmfast.accelerate(model, again) as fast:  # the tokenizer beside the model serves the guards
+        plain(model, batch)
+        assert fast.report.decode["rule"] == "loose"
