@@ -168,9 +168,8 @@ def _panel(axis: Any, record: Record, key: str, scale: float, title: str, colour
             low, high = members[0][3]
             axis.axhspan(low, high, color="0.5", alpha=0.08, zorder=0)
             axis.axhline(heights[0], color="0.35", linewidth=0.8, linestyle=":", zorder=1)
-            axis.plot(
-                across, y, "*", markersize=15, color="black", zorder=5, label="plain model (band: its 95 % interval)"
-            )
+            star: dict[str, Any] = {"markersize": 15, "color": "black", "zorder": 5}
+            axis.plot(across, heights, "*", label="plain model (band: its 95 % interval)", **star)
             continue
         errors = [[max(0.0, v - p[3][0]) for v, p in zip(heights, members, strict=True)],
                   [max(0.0, p[3][1] - v) for v, p in zip(heights, members, strict=True)]]  # fmt: skip
