@@ -2,7 +2,8 @@
 
 A suite (encode, prefill, decode, stream, presets) is a module `evals/speed_<suite>.py` with `run(quick: bool) -> dict`:
 a record with at least `rows` (see `evals.records`), and `config`, `seed`, `repeats`, `device`, `dtype` for the head
-that is added here. A suite that builds its own head keeps it. Timings come from `evals.timing`: paired, interleaved, medians.
+that is added here. A suite that builds its own head keeps it. Timings come from `evals.timing`: paired, interleaved,
+medians.
 """
 
 from __future__ import annotations
@@ -63,26 +64,40 @@ def main(
 
 
 def show(record: dict[str, Any]) -> None:
-    """The record's rows as a table: medians, and the paired ratio to the first baseline in brackets."""
+    """The record's rows as a table: medians, and the paired ratio to the first baseline in brackets.
+
+    A suite names the columns worth showing in `record["show"]`; without it, all metrics are shown.
+    """
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    metrics = [k for k in dict.fromkeys(k for r in record["rows"] for k in r["metrics"]) if k != "floor_ms"]
-    table = Table(title=f"{record['suite']} · {record['hardware']['name']} · {record['hardware']['dtype']}")
-    table.add_column("method")
+    metrics = record.get("show") or list(dict.fromkeys(k for r in record["rows"] for k in r["metrics"]))
+    table = Table(
+        title=f"{record['suite']} · {record['hardware']['name']} · {record['hardware']['dtype']}", box=box.SIMPLE
+    )
+    table.add_column("method", no_wrap=True)
     for m in metrics:
-        table.add_column(m, justify="right")
+        table.add_column(m, justify="right", no_wrap=True)
     for r in record["rows"]:
-        versus = next(iter(r["vs"].values()), {})
-        cells = []
-        for m in metrics:
-            value = r["metrics"].get(m)
-            text = "" if value is None else f"{value:,.4g}" if isinstance(value, float) else str(value)
-            cells.append(f"{text} ({versus[m][0]:.2f}x)" if m in versus else text)
-        params = ",".join(f"{k}={v}" for k, v in r["params"].items())
-        table.add_row(f"{r['name']} {params}".strip(), *cells)
-    Console().print(table)
+        versus: dict[str, Any] = next(iter(r["vs"].values()), {})
+        params = " ".join(f"{k}={v}" for k, v in r["params"].items())
+        cells = [f"{number(r['metrics'].get(m))}{f' ({versus[m][0]:.2f}x)' if m in versus else ''}" for m in metrics]
+        table.add_row(f"{r['name']} [dim]{params}[/dim]", *cells)
+    console = Console()
+    (console if console.is_terminal else Console(width=200)).print(table)
+
+
+def number(value: Any) -> str:
+    """A metric as one reads it: three digits, thousands apart, "" for none."""
+    if value is None:
+        return ""
+    if not isinstance(value, (int, float)):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    app()

@@ -1,0 +1,152 @@
+"""Models of real shapes with random weights, a clip for them, and the FLOPs and bytes each stage cannot do without.
+
+Speed depends on shapes, not on what the weights have learned; nothing needs to be downloaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Qwen2.5-VL: text decoder, vision tower, and one clip (t, h, w) in visual tokens with its text tokens."""
+
+    name: str
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    depth: int
+    vision_hidden: int
+    vision_intermediate: int
+    vision_heads: int
+    full_attention: tuple[int, ...]
+    grid: tuple[int, int, int]
+    text: int = 64
+    patch: int = 14
+    note: str = ""
+
+    @property
+    def visual(self) -> int:
+        t, h, w = self.grid
+        return t * h * w
+
+    def json(self) -> dict[str, Any]:
+        """Plain-JSON form for the record."""
+        return asdict(self)
+
+
+QWEN_3B = Shape(
+    "Qwen2.5-VL-3B", 36, 2048, 11008, 16, 2, 151936, 32, 1280, 3420, 16, (7, 15, 23, 31), (8, 16, 16)
+)  # fmt: skip
+QWEN_3B_SIXTH = replace(
+    QWEN_3B,
+    name="Qwen2.5-VL-3B, a sixth of its layers",
+    layers=6,
+    depth=5,
+    full_attention=(4,),
+    note="text 36 -> 6 layers; vision 32 -> 5 blocks, one of them with full attention; the merger, which is not cut, "
+    "makes up for the third of a block: vision is 0.89 of the text FLOPs here and 0.85 in the whole model",
+)
+TOY = Shape("toy", 3, 256, 512, 4, 2, 1000, 3, 128, 256, 4, (2,), (2, 8, 8), 16)
+
+
+def build(shape: Shape, seed: int = 0, dtype: str = "bfloat16") -> Any:
+    """The model, random weights, evaluation mode."""
+    import torch
+    from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    head = shape.hidden // shape.heads
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e6}
+    rope["mrope_section"] = [head // 8, head * 3 // 16, head * 3 // 16]
+    text = {
+        "vocab_size": shape.vocab, "hidden_size": shape.hidden, "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads,
+        "max_position_embeddings": 128000, "rms_norm_eps": 1e-6,
+        "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "rope_parameters": rope,
+    }  # fmt: skip
+    vision = {
+        "depth": shape.depth, "hidden_size": shape.vision_hidden, "intermediate_size": shape.vision_intermediate,
+        "num_heads": shape.vision_heads, "out_hidden_size": shape.hidden, "patch_size": shape.patch, "in_channels": 3,
+        "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": shape.patch * 8, "tokens_per_second": 2,
+        "fullatt_block_indexes": list(shape.full_attention),
+    }  # fmt: skip
+    config = Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=True, **dict(zip(IDS, (1, 2, 3, 4), strict=True))
+    )
+    config._name_or_path = shape.name
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(config).to(getattr(torch, dtype))
+    model = model.to_empty(device="cpu").eval().requires_grad_(False)
+    model.tie_weights()
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if p.ndim == 1:
+            p.fill_(float("norm" in name and name.endswith("weight")))
+        else:
+            p.normal_(0, 0.02, generator=generator)
+    restore_tables(model)
+    model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0, do_sample=False)
+    return model
+
+
+IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+
+
+def restore_tables(model: Any) -> None:
+    """Rotary tables are buffers that a model built without memory does not have: make them anew."""
+    for module in model.modules():
+        if "inv_freq" in module._buffers:
+            fresh = type(module)(module.config) if hasattr(module, "config") else type(module)(module.dim)
+            for name, buffer in fresh._buffers.items():
+                module._buffers[name] = buffer
+            if "original_inv_freq" not in fresh._buffers and hasattr(fresh, "original_inv_freq"):
+                module.original_inv_freq = fresh.original_inv_freq
+
+
+def clip(shape: Shape, seed: int = 0, dtype: str = "bfloat16") -> dict[str, Any]:
+    """What a processor would hand to `generate` for one clip and a question after it."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    t, h, w = shape.grid
+    words = torch.randint(5, shape.vocab, (shape.text,), generator=generator)
+    before = shape.text // 4
+    ids = torch.cat([words[:before], torch.tensor([3] + [2] * shape.visual + [4]), words[before:]])[None]
+    pixels = torch.randn(shape.visual * 4, 3 * 2 * shape.patch**2, generator=generator)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == 2).int() * 2,
+        "pixel_values_videos": pixels.to(getattr(torch, dtype)),
+        "video_grid_thw": torch.tensor([[t, 2 * h, 2 * w]]),
+        "second_per_grid_ts": torch.tensor([1.0]),
+    }
+
+
+def encode_cost(shape: Shape, kept: int, after_block: int | None) -> tuple[float, float]:
+    """FLOPs and bytes (bf16 weights) of the tower when blocks from `after_block` on see `kept` of the tokens."""
+    d, m = shape.vision_hidden, shape.vision_intermediate
+    block = 4 * d * d + 3 * d * m
+    patches, short = 4 * shape.visual, 4 * kept
+    flops, frame = 2.0 * patches * 3 * 2 * shape.patch**2 * d, patches / shape.grid[0]
+    for i in range(shape.depth):
+        n = short if after_block is not None and i >= after_block else patches
+        span = (frame if i in shape.full_attention else 64) * n / patches
+        flops += 2.0 * n * block + 4.0 * n * span * d
+    merged = kept if after_block is not None else shape.visual
+    merger = (4 * d) ** 2 + 4 * d * shape.hidden
+    flops += 2.0 * merged * merger
+    return flops, 2.0 * (shape.depth * block + merger + 6 * shape.patch**2 * d)
+
+
+def prefill_cost(shape: Shape, kept: int) -> tuple[float, float]:
+    """FLOPs and bytes (bf16 weights) of the text decoder over the text and `kept` visual tokens."""
+    n, d, head = shape.text + 2 + kept, shape.hidden, shape.hidden // shape.heads
+    layer = 2 * d * d + 2 * d * head * shape.kv_heads + 3 * d * shape.intermediate
+    flops = shape.layers * (2.0 * n * layer + 4.0 * n * n / 2 * d)
+    return flops, 2.0 * shape.layers * layer
