@@ -1,5 +1,5 @@
 """The laws of the foundation, on tiny random models of every family: identity, removal, pruned = short, survivors,
-padding, report, streamer. Exhaustive over the pruners of `methods.py`; later stages join here pairwise."""
+padding, report, streamer. Exhaustive over the first pruners of `methods.py`; later stages join here pairwise."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def capture_columns(fast: vlmfast.Accelerated, call: Any) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize(("family", "media"), CASES)
-@pytest.mark.parametrize("method", methods.PRUNERS, ids=repr)
+@pytest.mark.parametrize("method", methods.FIRST, ids=repr)
 def test_pruned_equals_a_hand_built_short_sequence(family: str, media: tuple, method: Any) -> None:
     if not methods.carries(method, family, media):
         pytest.skip(f"{method.name} is refused on {family} {media}; test_refusals holds that")
@@ -220,7 +220,7 @@ def test_text_and_separators_survive_and_frames_keep_their_floor(family: str, me
 
 
 @pytest.mark.parametrize(("family", "media"), CASES)
-@pytest.mark.parametrize("method", [m for m in methods.PRUNERS if m.keep < 0.6], ids=repr)
+@pytest.mark.parametrize("method", [m for m in methods.FIRST if m.keep < 0.6], ids=repr)
 def test_padded_row_equals_the_row_alone(family: str, media: tuple, method: Any) -> None:
     if not methods.carries(method, family, media):
         pytest.skip(f"{method.name} is refused on {family} {media}")

@@ -11,13 +11,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from vlmfast import families
-from vlmfast.core import StageDidNotFire, Unsupported, UserError
+from vlmfast.core import StageDidNotFire, Unsupported, UserError, parse_bytes
 from vlmfast.plan import Plan, resolve
 from vlmfast.report import Report
 from vlmfast.runtime.columns import ColumnHooks
 from vlmfast.runtime.meter import Meter, cache_counts
 from vlmfast.runtime.patch import Patch
+from vlmfast.runtime.reuse import Reuse
 from vlmfast.runtime.tower import TowerHooks
+from vlmfast.runtime.tower_attention import TowerAttention, wanted_layers
 
 MARK = "_vlmfast"
 
@@ -29,27 +31,32 @@ def accelerate(
     prune: Any = None,
     kv: Any = None,
     speculate: Any = None,
+    reuse: int | str | None = None,
 ) -> Accelerated:
     """Make `model.generate(...)` follow a plan, in place.
 
     model: a transformers VLM (see `families.supported()`), or one wrapped by PEFT. plan: a Plan, a preset's name
     ("safe", "balanced", "fast"), a plan file, or JSON. prune, kv, speculate: method objects that replace the plan's.
+    reuse: bytes (or "1GiB") for encoded media kept between calls: a second question about the same pixels skips the
+    tower, and, where the prompt up to the media is the same too, their prefill (one row at a time).
     Nothing asked is the identity. Returns a handle: `.report`, `.remove()`, or use it in a `with`.
     Raises Unsupported (a ValueError) for an unknown family, a compiled model, or a second `accelerate`.
     """
-    return Accelerated(model, resolve(plan, prune=prune, kv=kv, speculate=speculate))
+    return Accelerated(model, resolve(plan, prune=prune, kv=kv, speculate=speculate), reuse)
 
 
 class Accelerated:
     """What `accelerate` returns: owns every hook on the model until `remove()`."""
 
-    def __init__(self, model: nn.Module, plan: Plan) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, reuse: int | str | None = None) -> None:
         self.plan = plan
         self.report = Report()
         self.model = unwrap(model)
         self.family = families.get(self.model)
         if MARK in vars(self.model):
             raise Unsupported("this model is already accelerated: call .remove() on the first handle, then accelerate again")
+        limit = parse_bytes("reuse", reuse)
+        self._reuse = Reuse(self.model, self.family, limit) if limit is not None else None
         self._patch = Patch()
         self._stage: dict[str, dict[str, Any]] = {"prefill": {}, "decode": {}}
         try:
@@ -62,6 +69,7 @@ class Accelerated:
         model, plan, patch = self.model, self.plan, self._patch
         patch.set(model, MARK, self)
         self.columns = ColumnHooks(model, self.family, plan.prune)
+        self.columns.reuse = self._reuse
         self.meter = Meter(model, self.family)
         if plan.kv is not None:
             from vlmfast.runtime.layers import KVHooks
@@ -70,6 +78,10 @@ class Accelerated:
             self.kv = KVHooks(text, text.config, plan.kv, self._stage["prefill"].update)
             self.kv.install(patch)
         self.columns.install(patch)
+        layers = wanted_layers(plan.prune)
+        if layers:
+            self.columns.attention = TowerAttention(model, self.family, layers)
+            self.columns.attention.install(patch)
         draft = getattr(plan.speculate, "draft", None)
         inside = [p for p in (plan.prune, getattr(draft, "prune", None)) if getattr(p, "after_block", None) is not None]
         if inside:
@@ -98,6 +110,8 @@ class Accelerated:
         def generate(*args: Any, **kwargs: Any) -> Any:
             option = functools.partial(_option, self.model, kwargs)
             self._refuse(option)
+            if self._reuse is not None:
+                self._reuse.find(kwargs)
             cache = kwargs.get("past_key_values")
             past = cache.get_seq_length() if cache is not None else 0
             self.columns.reset()
@@ -120,6 +134,9 @@ class Accelerated:
                 )
             try:
                 out = inner(*args, **kwargs)
+                if self._reuse is not None:
+                    self._reuse.store(self.columns.cache)
+                    self.columns.notes += self._reuse.hits
                 self._fill(ids, out, past)
             finally:
                 self.columns.cache = None

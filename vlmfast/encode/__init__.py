@@ -1,12 +1,29 @@
 """encode: which visual tokens are worth sending on. One file per method; `METHODS` names them."""
 
 from vlmfast.encode.base import Pruner
+from vlmfast.encode.cdpruner import CDPruner
+from vlmfast.encode.dtd import DTD
 from vlmfast.encode.evs import EVS
+from vlmfast.encode.flashvid import FlashVID
+from vlmfast.encode.hired import HiRED
+from vlmfast.encode.ivcprune import IVCPrune
 from vlmfast.encode.maxmin import MaxMin
+from vlmfast.encode.mmtok import MMTok
 from vlmfast.encode.random import Random
 from vlmfast.encode.uniform import Uniform
+from vlmfast.encode.vcast import VCast
 from vlmfast.encode.vidcom2 import VidCom2
+from vlmfast.encode.visionzip import VisionZip
 
-METHODS: dict[str, type[Pruner]] = {m.name: m for m in (Uniform, Random, EVS, VidCom2, MaxMin)}
+METHODS: dict[str, type[Pruner]] = {
+    m.name: m
+    for m in (
+        Uniform, Random, EVS, VidCom2, MaxMin,
+        VisionZip, HiRED, CDPruner, MMTok, DTD, VCast, FlashVID, IVCPrune,
+    )
+}  # fmt: skip
 
-__all__ = ["EVS", "METHODS", "MaxMin", "Pruner", "Random", "Uniform", "VidCom2"]
+__all__ = [
+    "DTD", "EVS", "METHODS", "CDPruner", "FlashVID", "HiRED", "IVCPrune", "MMTok", "MaxMin", "Pruner", "Random",
+    "Uniform", "VCast", "VidCom2", "VisionZip",
+]  # fmt: skip

@@ -38,6 +38,12 @@ class Pruner:
             raise UserError(f"floor={self.floor} is negative: give the number of tokens every frame keeps, 0 or more")
         if self.after_block is not None and self.after_block < 0:
             raise UserError(f"after_block={self.after_block} is negative: give a tower block index, e.g. after_block=8")
+        missing = sorted({"tower_attention", "question", "rope"} & set(self.needs))
+        if self.after_block is not None and missing:
+            raise UserError(
+                f"{self.name} needs {missing[0]}, which is not known inside the tower: leave after_block=None, "
+                "or use a pruner of features (vidcom2, maxmin, evs)"
+            )
 
     def score(self, tokens: VisualTokens) -> Tensor:
         """(N,) float scores of the unprotected tokens; higher is kept."""
@@ -56,19 +62,11 @@ class Pruner:
         """Kept indices (K,) int64, strictly ascending, separators included."""
         if self.keep >= 1 or (self.video_only and not tokens.video):
             return torch.arange(tokens.n, device=tokens.features.device)
-        if tokens.protected is None:
-            return self.select_body(tokens, self.budget(tokens)).sort().values
-        body = (~tokens.protected).nonzero()[:, 0]
-        inner = dataclasses.replace(
-            tokens,
-            features=tokens.features[body],
-            frame=tokens.frame[body],
-            protected=None,
-            positions=None if tokens.positions is None else tokens.positions[:, body],
-            attention=None if tokens.attention is None else tokens.attention[body],
-        )
-        kept = body[self.select_body(inner, self.budget(inner))]
-        return torch.cat([kept, tokens.protected.nonzero()[:, 0]]).sort().values
+        inner, body = without_separators(tokens)
+        kept = self.select_body(inner, self.budget(inner))
+        if body is None or tokens.protected is None:
+            return kept.sort().values
+        return torch.cat([body[kept], tokens.protected.nonzero()[:, 0]]).sort().values
 
     def select_body(self, tokens: VisualTokens, budget: int) -> Tensor:
         """`budget` distinct indices in any order; the default ranks by `score` under floor and frame budgets."""
@@ -76,6 +74,23 @@ class Pruner:
         if score.shape != (tokens.n,):
             raise RuntimeError(f"{type(self).__name__}.score returned {tuple(score.shape)} for {tokens.n} tokens")
         return ranked(score, tokens.frame, budget, self.floor, self.frame_budgets(tokens, budget))
+
+
+def without_separators(tokens: VisualTokens) -> tuple[VisualTokens, Tensor | None]:
+    """The tokens without their protected rows, and the indices of those that stay (None: there are no separators)."""
+    if tokens.protected is None:
+        return tokens, None
+    body = (~tokens.protected).nonzero()[:, 0]
+    inner = dataclasses.replace(
+        tokens,
+        features=tokens.features[body],
+        frame=tokens.frame[body],
+        protected=None,
+        positions=None if tokens.positions is None else tokens.positions[:, body],
+        attention=None if tokens.attention is None else tokens.attention[..., body],
+        rope=None if tokens.rope is None else tokens.rope[:, body],
+    )
+    return inner, body
 
 
 def ranked(score: Tensor, frame: Tensor, budget: int, floor: int, per_frame: Tensor | None) -> Tensor:
@@ -101,3 +116,14 @@ def frame_means(features: Tensor, frame: Tensor, t: int) -> Tensor:
     total = features.new_zeros(t, features.shape[1]).index_add_(0, frame, features)
     count = features.new_zeros(t).index_add_(0, frame, features.new_ones(len(frame)))
     return total / count.clamp(min=1)[:, None]
+
+
+def largest_remainder(share: Tensor, total: int) -> Tensor:
+    """(t,) int64 parts proportional to share that sum to total exactly."""
+    exact = share / share.sum() * total
+    parts = exact.floor()
+    missing = total - parts.sum()
+    order = (exact - parts).argsort(descending=True, stable=True)
+    extra = torch.zeros_like(parts)
+    extra[order] = (torch.arange(len(parts), device=parts.device) < missing).to(parts.dtype)
+    return (parts + extra).long()

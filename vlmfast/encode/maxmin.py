@@ -25,7 +25,7 @@ class MaxMin(Pruner):
     name: ClassVar[str] = "maxmin"
 
     def select_body(self, tokens: VisualTokens, budget: int) -> Tensor:
-        x = normalize(tokens.features.float(), dim=-1)
+        x = normalize(tokens.features.float(), dim=-1).nan_to_num_()
         distance = 1 - x @ x.T
         n = tokens.n
         nearest_other = (distance + torch.eye(n, device=x.device) * 4).min(1).values

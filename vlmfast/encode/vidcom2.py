@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vlmfast.core import VisualTokens
-from vlmfast.encode.base import Pruner, frame_means
+from vlmfast.encode.base import Pruner, frame_means, largest_remainder
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,3 @@ def gaussians(distance: Tensor) -> Tensor:
     """Sum of exp(-d / (2 a)) over widths a = 2^-3 ... 2^1."""
     widths = torch.tensor([0.125, 0.25, 0.5, 1.0, 2.0], device=distance.device)
     return torch.exp(-distance[..., None] / (2 * widths)).sum(-1)
-
-
-def largest_remainder(share: Tensor, total: int) -> Tensor:
-    """(t,) int64 parts proportional to share that sum to total exactly."""
-    exact = share / share.sum() * total
-    parts = exact.floor()
-    missing = total - parts.sum()
-    order = (exact - parts).argsort(descending=True, stable=True)
-    extra = torch.zeros_like(parts)
-    extra[order] = (torch.arange(len(parts), device=parts.device) < missing).to(parts.dtype)
-    return (parts + extra).long()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,8 @@ from vlmfast.core import Kind, TokenPruner, Unsupported, UserError, VisualTokens
 from vlmfast.families import Family, Item
 from vlmfast.families.base import feature_list
 from vlmfast.runtime.patch import Patch
+from vlmfast.runtime.reuse import Reuse
+from vlmfast.runtime.tower_attention import TowerAttention, attention_of, rotation_means
 
 
 class PrunedLayer(DynamicLayer):
@@ -105,6 +107,8 @@ class ColumnHooks:
         self.model, self.family, self.pruner = model, family, pruner
         self.ids = family.visual_ids(model)
         self.tower_kept: dict[str, list[Tensor]] | None = None  # filled by TowerHooks: kept rows per item
+        self.attention: TowerAttention | None = None  # where tower attention comes from, when a pruner needs it
+        self.reuse: Reuse | None = None  # encoded media kept between calls, when asked for
         self.media: dict[str, list[Item]] = {}  # layout of the media encoded for the running request
         self.kind: str | None = None  # the media being encoded right now
         self.stats: dict[str, Any] = {}
@@ -156,19 +160,36 @@ class ColumnHooks:
         def tapped(*args: Any, **kwargs: Any) -> Any:
             if self.kind is not None:  # Qwen3-VL encodes video by calling the image function
                 return inner(*args, **kwargs)
-            self.kind = kind
-            try:
-                start = clock(self.model)
-                out = inner(*args, **kwargs)
-                self.stats["encode_ms"] += (clock(self.model) - start) * 1e3
-            finally:
-                self.kind = None
             bound = signature.bind(*args, **kwargs).arguments
             call = {**bound, **bound.get("kwargs", {})}
+            start = clock(self.model)
+            out = self._encode(kind, call, functools.partial(inner, *args, **kwargs))
+            self.stats["encode_ms"] += (clock(self.model) - start) * 1e3
             self.media[kind] = self.family.items(self.model, kind, call, feature_list(out))
+            if self.attention is not None:
+                self.attention.collect(kind, functools.partial(inner, *args, **kwargs), call, self.media[kind])
             return out
 
         patch.set(base, name, tapped)
+
+    def _encode(self, kind: str, call: dict[str, Any], encode: Callable[[], Any]) -> Any:
+        """Run the tower on one kind of media, or find what it said of the same pixels before."""
+        key, found = "", None
+        reuse = self.reuse if self.attention is None else None  # tower attention exists only while the tower runs
+        if reuse is not None:
+            key, found = reuse.features(kind, call)
+        if found is not None:
+            if found[1] is not None:
+                self.tower_kept = (self.tower_kept or {}) | {kind: found[1]}
+            return found[0]
+        self.kind = kind
+        try:
+            out = encode()
+        finally:
+            self.kind = None
+        if reuse is not None:
+            reuse.keep_features(key, out, (self.tower_kept or {}).get(kind))
+        return out
 
     def _refuse_labels(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if kwargs.get("labels") is not None and self.active:
@@ -355,6 +376,7 @@ class ColumnHooks:
         if positions is not None:
             axes = positions if positions.ndim == 3 else positions[None]
             positions = axes[-self.family.rope_axes :, row if axes.shape[1] > 1 else 0, columns]
+        rope = rotation_means(self.family.text(self.model), embeds, positions) if "rope" in self.pruner.needs else None
         tokens = VisualTokens(
             features=embeds[row, columns],
             frame=item.frame.to(columns.device),
@@ -363,8 +385,14 @@ class ColumnHooks:
             protected=item.protected,
             positions=positions,
             question=question,
+            attention=attention_of(self.attention, self.pruner, kind, number),
+            rope=rope,
         )
-        return self.pruner.select(tokens)
+        chosen = self.pruner.select(tokens)
+        if getattr(self.pruner, "merges", False):
+            kw["inputs_embeds"] = embeds = embeds.clone()
+            embeds[row, columns[chosen]] = self.pruner.merged(tokens, chosen)  # type: ignore[attr-defined]
+        return chosen
 
     def _drop(self, kw: dict, source: Tensor, filled: Tensor, rows: list[Tensor], past: int) -> None:
         """Shrink everything that has a column axis from q to the kept columns."""

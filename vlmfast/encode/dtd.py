@@ -1,0 +1,47 @@
+"""DTD: drop what has not changed; how much stays is the video's own affair."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, pad
+
+from vlmfast.core import UserError, VisualTokens
+from vlmfast.encode.base import Pruner
+
+
+@dataclass(frozen=True)
+class DTD(Pruner):
+    """Differential token dropping of TimeChat-Online (arXiv 2504.17343): a token goes when its cosine to the token at
+    the same place in the previous frame is above `threshold`; the first frame stays whole. Causal: a frame is judged
+    without the frames after it. Video only: images pass unpruned.
+
+    keep is a ceiling here: what exceeds it loses its most repeated tokens first. (With a fixed fraction instead of a
+    threshold the rule is `EVS`.) One host sync per video, to learn the count.
+    """
+
+    keep: float = 0.5
+    threshold: float = 0.5
+    name: ClassVar[str] = "dtd"
+    video_only: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not -1 <= self.threshold <= 1:
+            raise UserError(f"threshold={self.threshold} is no cosine: give a value in [-1, 1], e.g. threshold=0.5")
+
+    def repeated(self, tokens: VisualTokens) -> Tensor:
+        """(N,) cosine to the same place in the previous frame; -2 in the first frame."""
+        x = tokens.features.view(tokens.frames, -1, tokens.features.shape[-1]).float()
+        return pad(cosine_similarity(x[1:], x[:-1], dim=-1), (0, 0, 1, 0), value=-2.0).flatten()
+
+    def budget(self, tokens: VisualTokens) -> int:
+        per_frame = tokens.n // tokens.frames
+        least = per_frame + self.floor * (tokens.frames - 1)
+        changed = (self.repeated(tokens) <= self.threshold).view(tokens.frames, -1).sum(1).clamp(min=self.floor)
+        return min(tokens.n, max(least, min(super().budget(tokens), int(changed.sum()))))
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        return -self.repeated(tokens)

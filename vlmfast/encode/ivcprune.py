@@ -1,0 +1,55 @@
+"""IVCPrune: whatever else goes, keep the tokens that tell the language model where things are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vlmfast.core import UserError, VisualTokens, check_fraction
+from vlmfast.encode.base import Pruner
+from vlmfast.encode.vidcom2 import VidCom2
+
+
+@dataclass(frozen=True)
+class IVCPrune(Pruner):
+    """Implicit visual coordinates (ICLR 2026): tokens at positions where the mean cosine or the mean sine of the rotary
+    embedding is largest act as the axes from which places are read; pruned away, grounding collapses. The share
+    `coordinates` of all tokens is kept for them (half by cosine, half by sine), at most half of the budget.
+
+    The other part of the paper's budget goes to tokens relevant to the text; here it goes to any other pruner, `prune`,
+    whose own keep is ignored.
+    """
+
+    keep: float = 0.5
+    coordinates: float = 0.2
+    prune: Pruner = field(default_factory=VidCom2)
+    name: ClassVar[str] = "ivcprune"
+    needs: ClassVar[tuple[str, ...]] = ("rope",)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prune, Pruner) or isinstance(self.prune, IVCPrune):
+            raise UserError(f"ivcprune wraps another pruner, not {self.prune!r}: e.g. IVCPrune(prune=VidCom2())")
+        # what the wrapped pruner asks for is asked for here too
+        object.__setattr__(self, "needs", tuple(dict.fromkeys((*self.prune.needs, "rope"))))
+        object.__setattr__(self, "video_only", self.prune.video_only)
+        object.__setattr__(self, "attention_layers", getattr(self.prune, "attention_layers", (-1,)))
+        super().__post_init__()
+        check_fraction("coordinates", self.coordinates)
+
+    def select_body(self, tokens: VisualTokens, budget: int) -> Tensor:
+        assert tokens.rope is not None
+        axes = max(1, min(round(self.coordinates * tokens.n), budget // 2)) // 2 * 2 or 1
+        cos, sin = tokens.rope.float()
+        rank = torch.zeros(tokens.n, device=cos.device)
+        rank[cos.topk((axes + 1) // 2).indices] = 4
+        sine = sin.masked_fill(rank > 0, float("-inf")).topk(axes // 2).indices
+        rank[sine] = 4
+        # the other pruner's best go next; what it keeps of a whole budget fills up for those it shares with the axes
+        if budget > axes:
+            rank[self.prune.select_body(tokens, budget - axes)] += 2
+        rank[self.prune.select_body(tokens, budget)] += 1
+        spread = torch.arange(tokens.n, device=cos.device, dtype=torch.float64).mul(0.6180339887).frac()
+        return (rank + 0.5 * spread).topk(budget).indices
