@@ -19,7 +19,7 @@ from vlmfast.stream.backends import BACKENDS
 def refused(*words):
     """The block raises a UserError of one line that has all the words in it, and drags no other error along."""
     with pytest.raises(UserError) as caught:
-        yield
+        yield caught
     error = caught.value
     message = str(error)
     assert "\n" not in message and len(message) < 400, message

@@ -2,15 +2,17 @@
 
     for image, seconds in open_source("rtsp://camera/stream", sample_fps=2): ...
 
-Time is what the stream's own stamps say, in seconds since the first frame, and never stands still or runs backwards:
-not when a camera restarts its clock, and not over a lost connection.
+Time is what the stream's own stamps say, in seconds since the first frame. It never stands still or runs backwards,
+neither when a camera restarts its clock nor over a lost connection.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,7 +108,7 @@ def open_source(
     sample_fps  give out at most that many frames per second of stream time; the others are not converted
     size        (height, width), or an integer for the longer side
     reconnect   URLs and cameras: tries after a loss, waiting `backoff` seconds, then twice that, ... at most 30 s;
-                every received frame resets the count. 0: the end of the stream ends the iteration
+                every received frame resets the count. 0: a stream that closes ends the iteration; silence raises
     timeout     seconds without an answer after which a connection counts as lost
     Raises UserError at the call for bad arguments and missing files, later for damage and for streams that do not
     come back. A first connection that fails is not tried again.
@@ -151,10 +153,10 @@ def _deliver(raw: Iterable[_Timed], rate: float | None, size: Size, realtime: bo
     start, tick = time.monotonic(), 0.0
     goal: tuple[int, int] | None = None
     for pixels, now in raw:
-        if rate is not None and now < tick - 6e-4:
+        if rate is not None and now < tick - 6e-4:  # stamps are rounded, in mkv to 1 ms
             continue
         if rate is not None:
-            tick = (np.floor(now * rate + 1e-3) + 1) / rate
+            tick = (np.floor((now + 7e-4) * rate) + 1) / rate
         if realtime:
             time.sleep(max(0.0, start + now - time.monotonic()))
         image = pixels()
@@ -232,30 +234,36 @@ def _url(url: str, timeout: float, seen: dict[str, float]) -> Iterator[_Raw]:
     options = {"protocol_whitelist": f"{scheme},{_SCHEMES[scheme]}"}
     if scheme.startswith("rtsp"):
         options["rtsp_transport"] = "tcp"  # UDP loses packets, and firewalls drop it
+    end: float | None = None  # media time, where the length is known
+    begun = False
     try:
         with av.open(url, options=options, timeout=(timeout, timeout)) as container:
             if not container.streams.video:
                 raise UserError(f"{_shown(url)} has no video track; give the address of a video stream")
             stream = container.streams.video[0]
             stream.thread_type = "SLICE"  # frame threads would hold back one frame per thread
-            length = None if container.duration is None else container.duration / 1e6
+            if container.duration is not None:
+                end = ((container.start_time or 0) + container.duration) / 1e6
             arrival = bool(_UNSTAMPED & set(container.format.name.split(",")))
             turns: int | None = None
             for frame in _tolerant(container, stream):
+                begun = True
                 turns = round((frame.rotation or 0) / 90) % 4 if turns is None else turns
-                stamp = time.monotonic() if arrival else frame.time
-                if length is not None and stamp is not None:
-                    if stamp <= seen.get("until", -1.0):
+                stamp = None if frame.pts is None else float(frame.pts * stream.time_base)
+                stamp = time.monotonic() if arrival else stamp
+                if end is not None and stamp is not None:
+                    if stamp <= seen.get("until", -np.inf):
                         continue
                     seen["until"] = stamp
                 yield partial(_pixels, frame, turns), stamp
-            begin = (container.start_time or 0) / 1e6
-            if length is not None and seen.get("until", 0.0) - begin >= length - 1.0:
-                raise _Finished
     except av.error.ExitError:  # what PyAV's timeout looks like
         raise _Lost(f"no answer for {timeout:g} s") from None
     except av.error.FFmpegError as e:
-        raise _Lost(reason(e)) from None
+        # Without a length in its header an HTTP stream's end looks like this to libav: no failure by itself.
+        if not (begun and e.errno in (errno.EIO, errno.ECONNRESET, errno.EPIPE)):
+            raise _Lost(reason(e)) from None
+    if end is not None and seen.get("until", -np.inf) >= end - 1.0:
+        raise _Finished
 
 
 def _tolerant(container: Any, stream: Any) -> Iterator[Any]:
@@ -263,17 +271,22 @@ def _tolerant(container: Any, stream: Any) -> Iterator[Any]:
     import av
 
     broken = 0
-    for packet in container.demux(stream):
-        try:
-            frames = packet.decode()
-        except av.error.InvalidDataError as e:
-            broken += 1
-            if broken > 250:  # ten seconds of nothing but noise
-                raise _Lost(reason(e)) from None
-            continue
-        for frame in frames:
-            broken = 0
-            yield frame
+    try:
+        for packet in container.demux(stream):
+            try:
+                frames = packet.decode()
+            except av.error.InvalidDataError as e:
+                broken += 1
+                if broken > 250:  # ten seconds of nothing but noise
+                    raise _Lost(reason(e)) from None
+                continue
+            for frame in frames:
+                broken = 0
+                yield frame
+    except av.error.FFmpegError:
+        with suppress(av.error.FFmpegError):  # what arrived before the loss is still in the decoder
+            yield from stream.codec_context.decode(None)
+        raise
 
 
 def _camera(number: int) -> Iterator[_Raw]:
