@@ -45,7 +45,8 @@ def top(scores: Tensor, sizes: Tensor, frames: int | None, tokens: int | None) -
     order = scores.double().argsort(descending=True, stable=True)
     if tokens is None:
         return order[:frames].sort().values
-    chosen, used = [], 0
+    chosen: list[int] = []
+    used = 0
     total = sizes[order]
     for rank, n in zip(order.tolist(), total.tolist(), strict=True):
         if frames is not None and len(chosen) >= frames:
@@ -76,7 +77,7 @@ def in_time(
         raise UserError(f"between={between} runs backwards: give (start, end) in seconds")
     kept = [b for b in blocks if at is None or b.start <= at]
     if between is not None:
-        kept = [b for b in kept if b.end >= between[0] and b.start <= between[1]]
+        kept = [b for b in kept if b.end > between[0] and b.start <= between[1]]
     return kept
 
 

@@ -63,6 +63,7 @@ def save(session: StreamSession, path: str | os.PathLike[str] | None) -> None:
         return
     assert path is not None
     copy = Segments(path, None, head(session.model, session.config))
+    copy.head["stream"] = {"first": session.encoder.state.first, "span": session.encoder.span}
     copy.create()
     batch: list[Any] = []
     for block in store.blocks.values():
@@ -138,7 +139,7 @@ def load(
         _rebuild(session)
     assert store.disk is not None
     store.lost = list(store.disk.skipped)
-    beat, held = store.disk.last_beat(), session.last
+    beat, held = store.disk.last_beat(), session._accepted
     if beat is not None:
         start = session.encoder.state.first or 0.0
         session.lost_seconds += max(0.0, beat - (held if held is not None else start))
@@ -180,16 +181,11 @@ def _rebuild(session: StreamSession) -> None:
         if room < 0:
             break
         resident.insert(0, block)
-    first, last = blocks[0], blocks[-1]
-    state = encoder.state
-    state.blocks, state.first = last.id + 1, first.start
-    if encoder.layout.timed:  # where second 0 of the stream lies follows from any block's origin
-        ticks = first.origin[0] - encoder.base
-        state.first = first.start - (ticks / encoder.layout.rate if encoder.layout.rate else 0.0)
-    else:
+    last, state, began = blocks[-1], encoder.state, store.disk.head["stream"]  # type: ignore[union-attr]
+    state.blocks, state.first, encoder.span = last.id + 1, began["first"], began["span"]
+    if not encoder.layout.timed:
         state.cursor = last.origin[0] + last.advance[0]
     state.shift = [a - b for a, b in zip(resident[0].origin, encoder.origin, strict=True)] if resident else []
-    encoder.span = session.eyes.layout.span(1, 1) if not encoder.span else encoder.span
     layers = range(len(encoder.cache.layers))
     dtype = session.eyes.text.embed_tokens.weight.dtype
     per = [[store.layer(b.id, i, dtype) for b in resident] for i in layers]

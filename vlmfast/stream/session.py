@@ -236,6 +236,9 @@ class StreamSession:
             for n, (block, payload) in enumerate(self.encoder.encode(clip)):
                 payload.embedding = None if embedded is None else embedded[n]
                 self.store.add(block, payload)
+        if self.store.disk is not None:
+            state = self.encoder.state
+            self.store.disk.head["stream"] = {"first": state.first, "span": self.encoder.span}
         if self.store.due():
             try:
                 self.store.flush()

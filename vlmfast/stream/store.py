@@ -123,7 +123,8 @@ class Store:
     def flush(self) -> None:
         """Write everything that is not on disk yet. Raises StoreError; the blocks then stay in RAM."""
         while self.disk is not None and self.dirty:
-            batch, size = [], 0
+            batch: list[int] = []
+            size = 0
             for i in self.dirty:
                 size += self._file_bytes(i)
                 if batch and size > self.segment:
