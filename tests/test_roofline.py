@@ -81,7 +81,8 @@ def test_bounds_never_rise_with_less_work() -> None:
 
 
 def test_check_compares_prediction_and_measurement(tmp_path: Path) -> None:
-    config = {"name": "x", "layers": 2, "hidden": 64, "intermediate": 96, "heads": 4, "kv_heads": 2, "vocab": 100, "depth": 2,
+    config = {"name": "x", "layers": 2, "hidden": 64, "intermediate": 96, "heads": 4, "kv_heads": 2, "vocab": 100,
+              "depth": 2,
               "vision_hidden": 32, "vision_intermediate": 48, "full_attention": [1], "patch": 4, "grid": [2, 4, 4],
               "text": 8, "matmul_gflops": 100.0, "copy_gbytes": 10.0}  # fmt: skip
     plain_ms = {"kept_tokens": 32, "encode_ms": 4.0, "prefill_ms": 2.0}
