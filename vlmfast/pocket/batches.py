@@ -16,7 +16,7 @@ import torch
 
 from vlmfast.pocket.captions import caption
 from vlmfast.pocket.models import MERGE, PATCH, TEMPORAL
-from vlmfast.pocket.models import tokenizer as build_tokenizer
+from vlmfast.pocket.models import tokenizer as _build_tokenizer
 from vlmfast.pocket.questions import CLIP_KINDS, STILL_KINDS, ask
 from vlmfast.pocket.render import render
 from vlmfast.pocket.scenes import Rng, Scene, moving, still
@@ -38,13 +38,13 @@ class Recipe:
 
 
 @lru_cache(maxsize=1)
-def _tokenizer() -> Any:
-    return build_tokenizer()
+def tokenizer() -> Any:
+    return _build_tokenizer()
 
 
 @lru_cache(maxsize=20000)
 def _word(word: str) -> tuple[int, ...]:
-    return tuple(_tokenizer().encode(word, add_special_tokens=False))
+    return tuple(tokenizer().encode(word, add_special_tokens=False))
 
 
 def ids_of(text: str) -> list[int]:

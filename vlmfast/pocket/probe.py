@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vlmfast.pocket import batches, world
+from vlmfast.pocket import batches, curriculum, world
 
 _COST = {"needle": 0.25}  # share of the questions spent on expensive kinds
 
@@ -30,9 +30,13 @@ class Probe:
         return self._kept[kind]
 
     @torch.no_grad()
-    def measure(self, model: Any, progress: float, device: torch.device) -> dict[str, float]:
+    def measure(self, model: Any, rows: int, device: torch.device) -> dict[str, float]:
         """Accuracy per kind (clips only once they are trained)."""
-        kinds = [k for k in world.KINDS if progress > 0.28 or k not in world.CLIP_KINDS] if self.count else []
+        kinds = (
+            [k for k in world.KINDS if rows > 1000 * curriculum.CLIPS_FROM or k not in world.CLIP_KINDS]
+            if self.count
+            else []
+        )
         was, result = model.training, {}
         model.eval()
         for kind in kinds:
@@ -40,7 +44,7 @@ class Probe:
             items = self.samples(kind)
             for i in range(0, len(items), 32):
                 part = items[i : i + 32]
-                hits, tokens = teacher_forced(model, part, device)
+                hits, tokens = teacher_forced(model, part, device, fast=True)
                 if kind == "caption":
                     right, total = right + sum(tokens), total + sum(len(batches.ids_of(s.answer)) + 1 for s in part)
                 else:
@@ -52,7 +56,7 @@ class Probe:
 
 @torch.no_grad()
 def teacher_forced(
-    model: Any, items: list[world.Sample], device: torch.device, blank: bool = False
+    model: Any, items: list[world.Sample], device: torch.device, blank: bool = False, fast: bool = False
 ) -> tuple[list[bool], list[int]]:
     """For samples of one frame shape: is each answer exactly the greedy one, and how many of its tokens are."""
     frames = torch.stack([s.frames for s in items]).to(device)
@@ -60,7 +64,7 @@ def teacher_forced(
         frames = torch.full_like(frames, 127)
     batch = batches.tensors(model, frames, [[(s.question, s.answer)] for s in items], items[0].fps, device)
     labels = batch.pop("labels")
-    with torch.autocast(device.type, torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16, enabled=fast):
         guess = model(**batch, use_cache=False).logits[:, :-1].argmax(-1)
     asked = labels[:, 1:] >= 0
     good = (guess == labels[:, 1:]) & asked

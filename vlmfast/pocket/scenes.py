@@ -199,7 +199,8 @@ def combos(rng: Rng, count: int, split: str) -> list[tuple[str, str]]:
     return rng.shuffled(out)
 
 
-def _place(rng: Rng, pair: tuple[str, str], cell: int) -> Obj:
+def place(rng: Rng, pair: tuple[str, str], cell: int) -> Obj:
+    """An object of this (colour, shape) somewhere near the middle of grid cell `cell` (0..8)."""
     size = rng.pick(SIZES)
     radius = rng.u(0.085, 0.10) if size == "small" else rng.u(0.14, 0.16)
     x = (cell % 3 + 0.5) / 3 + rng.u(-0.04, 0.04)
@@ -207,7 +208,8 @@ def _place(rng: Rng, pair: tuple[str, str], cell: int) -> Obj:
     return Obj(pair[0], pair[1], size, x, y, radius, cell)
 
 
-def _text(rng: Rng, string: str, row: int) -> Text:
+def written(rng: Rng, string: str, row: int) -> Text:
+    """`string` in row 0..2 of the grid, at a random place that it fits in."""
     dot = rng.u(0.024, 0.031) if len(string) > 3 else rng.u(0.026, 0.036)
     half = len(string) * 3 * dot
     return Text(string, rng.u(half + 0.01, 0.99 - half), (row + 0.5) / 3 + rng.u(-0.03, 0.03), dot, rng.u() < 0.5)
@@ -220,15 +222,16 @@ def still(rng: Rng, split: str, size: tuple[int, int], objects: tuple[int, int] 
     if rng.u() < text:
         row = rng.n(3)
         string = "".join(str(rng.n(10)) for _ in range(2 + rng.n(3))) if rng.u() < 0.8 else rng.pick(WORDS)
-        texts.append(_text(rng, string, row))
+        texts.append(written(rng, string, row))
         cells = [c for c in cells if c // 3 != row]
     count = min(objects[0] + rng.n(objects[1] - objects[0] + 1), len(cells))
-    placed = [_place(rng, p, c) for p, c in zip(combos(rng, count, split), rng.shuffled(cells))]
+    placed = [place(rng, p, c) for p, c in zip(combos(rng, count, split), rng.shuffled(cells))]
     specks = [(rng.u(), rng.u(), rng.u(0.008, 0.02), rng.u(60, 190)) for _ in range(rng.n(6))]
     return Scene(size[0], size[1], 1, 2.0, placed, texts, [background(rng)], specks)
 
 
-def _set_moving(rng: Rng, obj: Obj) -> None:
+def set_moving(rng: Rng, obj: Obj) -> None:
+    """Let the object cross the picture, starting on the side that leaves room for its way."""
     obj.move = rng.pick(list(DIRECTIONS))
     dx, dy = DIRECTIONS[obj.move]
     obj.travel = rng.u(0.45, 0.62)
@@ -266,12 +269,12 @@ def moving(
     cells = rng.shuffled(list(range(9)))
     low = max(objects[0], 2 if focus in ("order", "what-when") else 1)
     count = low + rng.n(max(objects[1], low) - low + 1)
-    placed = [_place(rng, p, c) for p, c in zip(combos(rng, count, split), cells)]
+    placed = [place(rng, p, c) for p, c in zip(combos(rng, count, split), cells)]
     times = rng.shuffled(list(range(1, seconds)))  # no two events that a question may name share a second
     for obj in placed:
         role = rng.pick(ROLES, _FOCUS.get(focus, _FOCUS[""]))
         if role == "move":
-            _set_moving(rng, obj)
+            set_moving(rng, obj)
         elif role == "appear" and times:
             obj.t_in = float(times.pop())
         elif role == "leave" and times:
@@ -282,7 +285,7 @@ def moving(
             obj.blinks = tuple(sorted(rng.shuffled(slots)[: 1 + rng.n(most)]))
     if focus == "needle" or (not focus and seconds > 3 and rng.u() < 0.25):
         hole = rng.pick(cells[count:])
-        star = _place(rng, (rng.pick(COLOUR_NAMES), NEEDLE), hole)
+        star = place(rng, (rng.pick(COLOUR_NAMES), NEEDLE), hole)
         star.radius, star.size = rng.u(0.13, 0.16), "large"
         start = 1 + rng.n(max(1, seconds - 2))
         star.t_in, star.t_out = float(start), float(start + (2 if seconds > 8 else 1))

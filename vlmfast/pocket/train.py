@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from vlmfast.pocket import batches, curriculum, models, state
 from vlmfast.pocket.probe import Probe
 
-GROW = 0.45  # share of the run with the lower half of the text layers only, at half the price
+GROW = 0.6  # share of the run with the lower half of the text layers only, at half the price
 WARMUP, DECAY = 100, 0.25  # steps of warm-up; last fraction of the run in which the rate falls to zero
 
 
@@ -44,9 +44,9 @@ def loss_of(
     return mean * min(1.0, (len(logits) / reference) ** 0.5), mean.detach(), logits
 
 
-def data(model: Any, step: int, progress: float, device: torch.device) -> dict[str, torch.Tensor]:
+def data(model: Any, step: int, progress: float, rows: int, device: torch.device) -> dict[str, torch.Tensor]:
     """The batch of one training step."""
-    recipe = curriculum.choose(step, progress)
+    recipe = curriculum.choose(step, progress, rows)
     if isinstance(recipe, str):
         got = curriculum.easy(step)
         if got is not None:
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     while counters["seconds"] < total and (args.steps is None or counters["step"] < args.steps):
         begun, progress = time.monotonic(), counters["seconds"] / total
         models.set_depth(model, models.GROW_FROM if progress < args.grow else models.TEXT_LAYERS["target"])
-        batch = data(model, counters["step"], progress, device)
+        batch = data(model, counters["step"], progress, counters["rows"], device)
         share = rate(counters["step"], progress)
         for opt in opts:
             for group in opt.param_groups:
@@ -127,7 +127,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             running.clear()
         if counters["seconds"] - probed > 60 * args.probe_minutes:
             probed = counters["seconds"]
-            log.write(step=counters["step"], rows=counters["rows"], heldout=probe.measure(model, progress, device))
+            log.write(
+                step=counters["step"], rows=counters["rows"], heldout=probe.measure(model, counters["rows"], device)
+            )
         if time.monotonic() - saved > 60:
             models.set_depth(model, models.TEXT_LAYERS["target"])
             state.save(file, model, opts, counters)

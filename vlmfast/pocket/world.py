@@ -1,7 +1,7 @@
 """The pocket world: seeded scenes and clips with questions that need looking.
 
 `sample(kind, seed, split)` is one question about one picture or clip, `clip(seed, seconds)` a long one with a timetable
-(in `clips`), `score` compares an answer. The train and test splits never share a seed stream, and the colour-shape
+, `score` compares an answer. The train and test splits never share a seed stream, and the colour-shape
 pairs in `HELD_OUT` occur in the test split only.
 """
 
@@ -13,16 +13,19 @@ from typing import Any
 import torch
 
 from vlmfast.pocket.captions import Fact, caption, facts, normalise, read_facts, score_caption
+from vlmfast.pocket.clips import LongClip, clip
 from vlmfast.pocket.questions import CLIP_KINDS, KINDS, STILL_KINDS, answers, ask, subjects
 from vlmfast.pocket.render import render
-from vlmfast.pocket.scenes import HELD_OUT, Rng, Scene, _text, moving, still
+from vlmfast.pocket.scenes import HELD_OUT, Rng, Scene, moving, still, written
 
 __all__ = [
     "HELD_OUT",
     "KINDS",
     "STILL_KINDS",
     "CLIP_KINDS",
+    "LongClip",
     "Sample",
+    "clip",
     "sample",
     "scene_for",
     "score",
@@ -82,7 +85,7 @@ def scene_for(
     if kind == "digits":
         scene.objects = scene.objects[:2]
         row = next(r for r in (rng.n(3), 0, 1, 2) if all(o.cell // 3 != r for o in scene.objects))
-        scene.texts = [_text(rng, "".join(str(rng.n(10)) for _ in range(2 + rng.n(3))), row)]
+        scene.texts = [written(rng, "".join(str(rng.n(10)) for _ in range(2 + rng.n(3))), row)]
     return scene
 
 

@@ -1,0 +1,172 @@
+"""The pocket models: ordinary checkpoints, fed exactly as the HF processor feeds them, trained resumably."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vlmfast import pocket
+from vlmfast.pocket import batches, captions, distil, models, probe, state, train, world
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A fresh, untrained target on disk."""
+    out = str(tmp_path_factory.mktemp("pocket"))
+    models.save(models.build("target"), out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: str) -> tuple[Any, Any]:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    return (AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval(),
+            AutoProcessor.from_pretrained(folder))  # fmt: skip
+
+
+def _processed(processor: Any, item: world.Sample) -> Any:
+    part = {"type": "video" if item.is_video else "image"}
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": [part, {"type": "text", "text": item.question}]}], add_generation_prompt=True
+    )
+    if not item.is_video:
+        return processor(text=[text], images=[item.frames[0].numpy()], return_tensors="pt")
+    frames = item.frames.permute(0, 3, 1, 2)
+    about = {"fps": item.fps, "total_num_frames": len(frames), "frames_indices": list(range(len(frames)))}
+    return processor(text=[text], videos=[frames], video_metadata=[about], videos_kwargs={"do_sample_frames": False},
+                     return_tensors="pt")  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "size"), [("colour", 64), ("digits", (64, 128)), ("location", 256), ("motion", 64)])
+def test_training_feeds_what_the_processor_feeds(loaded: tuple[Any, Any], kind: str, size: Any) -> None:
+    model, processor = loaded
+    item = world.sample(kind, 5, "test", size=size)
+    theirs = _processed(processor, item)
+    ours = batches.tensors(model, item.frames[None], [[(item.question, item.answer)]], item.fps)
+    asked = int((ours["labels"][0] >= 0).nonzero()[0])
+    assert ours["input_ids"][0, :asked].tolist() == theirs["input_ids"][0].tolist()
+    pixels = "pixel_values_videos" if item.is_video else "pixel_values"
+    torch.testing.assert_close(ours[pixels], theirs[pixels], atol=2e-6, rtol=0)
+    grid = "video_grid_thw" if item.is_video else "image_grid_thw"
+    assert ours[grid].tolist() == theirs[grid].tolist()
+    seconds = {"second_per_grid_ts": torch.tensor(theirs["second_per_grid_ts"])} if item.is_video else {}
+    position, _ = model.model.get_rope_index(
+        theirs["input_ids"], theirs["mm_token_type_ids"], **{grid: theirs[grid]}, **seconds
+    )
+    assert torch.equal(ours["position_ids"][:, :, :asked], position)
+
+
+def test_checkpoint_keeps_its_words_and_output(loaded: tuple[Any, Any], folder: str, tmp_path: Path) -> None:
+    model, processor = loaded
+    assert len(processor.tokenizer) == model.config.get_text_config().vocab_size
+    assert model.lm_head.weight is not model.get_input_embeddings().weight
+    assert not json.loads((Path(folder) / "config.json").read_text())["tie_word_embeddings"]
+    again = type(model).from_pretrained(folder, dtype=torch.float32).eval()
+    inputs = _processed(processor, world.sample("colour", 1, "test"))
+    assert torch.equal(model(**inputs).logits, again(**inputs).logits)
+    out = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert out.shape[1] <= inputs["input_ids"].shape[1] + 3
+
+
+def test_tokenizer_knows_the_world_and_spells_the_rest() -> None:
+    tok = models.tokenizer()
+    for kind in world.KINDS:
+        for seed in range(8):
+            item = world.sample(kind, seed, "test", seconds=4 if kind in world.CLIP_KINDS else None)
+            for text in (item.question, item.answer):
+                ids = tok(text)["input_ids"]
+                assert ids == batches.ids_of(text)
+                pieces = tok.convert_ids_to_tokens(ids)
+                assert not any(p.startswith("##") or p == "<|unk|>" for p in pieces), pieces
+                assert captions.normalise(tok.decode(ids)).replace(" .", ".") == captions.normalise(text).replace(
+                    " .", "."
+                )
+    assert tok.decode(tok("Hello, zebra!")["input_ids"]) == "hello, zebra!"
+
+
+def test_chat_template_matches_training(loaded: tuple[Any, Any]) -> None:
+    _, processor = loaded
+    turns = [("what colour is the circle ?", "red"), ("is there a red ring ?", "no")]
+    chat = [{"role": r, "content": t} for turn in turns for r, t in zip(("user", "assistant"), turn)]
+    text = processor.apply_chat_template(chat)
+    assert processor.tokenizer(text)["input_ids"] == batches.chat_ids(turns, 0, False)[0]
+
+
+def test_depth_can_grow_without_changing_the_output() -> None:
+    model = models.build("target").eval()
+    item = world.sample("colour", 2, "test")
+    batch = batches.tensors(model, item.frames[None], [[(item.question, item.answer)]])
+    batch.pop("labels")
+    with torch.no_grad():
+        full = model(**batch).logits
+        models.set_depth(model, models.GROW_FROM)
+        assert torch.equal(model(**batch, use_cache=False).logits, full)
+        models.set_depth(model, 12)
+    assert len(model.state_dict()) == len(models.build("target").state_dict())
+
+
+def test_training_resumes_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = batches.Recipe(2, (64, 64), objects=(1, 1), tokens=40)
+    monkeypatch.setattr(train.curriculum, "choose", lambda step, progress, rows: tiny)
+
+    def go(folder: str, *steps: int) -> dict[str, torch.Tensor]:
+        for number in steps:
+            train.main(["--runs", str(tmp_path / folder), "--steps", str(number), "--resume", "--probe", "0",
+                        "--device", "cpu", "--grow", "0"])  # fmt: skip
+        model = models.build("target")
+        assert state.load(tmp_path / folder / "target.safetensors", model)["step"] == steps[-1]
+        return model.state_dict()
+
+    monkeypatch.setattr(train, "rate", lambda step, progress: 1.0)  # the schedule follows the clock, which differs
+    once, twice = go("a", 2), go("b", 1, 2)
+    for key, value in once.items():
+        torch.testing.assert_close(value, twice[key], atol=1e-6, rtol=1e-5)
+
+
+def test_draft_starts_from_the_target_and_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = models.build("target")
+    state.save(tmp_path / "target.safetensors", target, [], {"step": 0, "seconds": 0.0, "rows": 0})
+    draft = models.draft_from(target)
+    assert torch.equal(draft.model.visual.merger.mlp[0].weight, target.model.visual.merger.mlp[0].weight)
+    monkeypatch.setattr(distil, "RECIPES", [(batches.Recipe(2, (64, 64), tokens=40), 1.0)])
+    train.main(["--draft", "--runs", str(tmp_path), "--steps", "1", "--device", "cpu", "--minutes", "5"])
+    train.main(["--export", "--runs", str(tmp_path), "--weights", str(tmp_path / "w")])
+    assert {p.name for p in (tmp_path / "w").iterdir()} == {"target", "draft"}
+    assert (tmp_path / "w" / "draft" / "model.safetensors").exists()
+
+
+def test_sizes_are_within_the_promise() -> None:
+    count = {n: sum(p.numel() for p in models.build(n).parameters()) for n in ("target", "draft")}
+    assert count["target"] <= 12e6
+    assert count["draft"] <= 3e6
+    assert 2 * sum(count.values()) <= 32e6  # bytes in bf16
+    for name in count:
+        file = Path(pocket.__file__).parent / "weights" / name / "model.safetensors"
+        assert not file.exists() or file.stat().st_size < 2.1 * count[name] + 1e5
+
+
+def test_unknown_checkpoint_is_named() -> None:
+    with pytest.raises(ValueError, match="target"):
+        pocket.path("tiny")
+
+
+@pytest.mark.skipif(not (Path(pocket.__file__).parent / "weights/target/config.json").exists(), reason="no weights yet")
+def test_the_shipped_target_sees() -> None:
+    model, processor = pocket.load()
+    right = 0
+    items = [world.sample("colour", 700_000 + i, "test", objects=(1, 1)) for i in range(24)]
+    hits, _ = probe.teacher_forced(model, items, torch.device("cpu"))
+    blank, _ = probe.teacher_forced(model, items, torch.device("cpu"), blank=True)
+    assert sum(hits) >= 18
+    assert sum(blank) <= 10
+    for item, hit in list(zip(items, hits))[:3]:  # what teacher forcing says is what generate says
+        inputs = _processed(processor, item)
+        out = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        text = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
+        right += int(world.score(item, text) == float(hit))
+    assert right == 3
