@@ -78,3 +78,21 @@ def test_results_of_other_versions_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"b\.json was made with transformers 5\.1\.0"):
         page.read(files)
     assert len(page.read([tmp_path], mixed=True)) == 2
+
+
+# ---------------------------------------------------------------- the presets suite
+
+
+def test_presets_suite_replays_drafts_and_keeps_exact_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from evals import speed_presets
+    from vlmfast.decode import PromptLookup, Speculate
+    from vlmfast.encode import Uniform
+    from vlmfast.plan import Plan
+
+    exact = Speculate(draft=PromptLookup(), length=3)
+    plans = {"plain": Plan(), "safe": Plan(speculate=exact), "fast": Plan(prune=Uniform(keep=0.1), speculate=exact)}
+    monkeypatch.setattr(speed_presets, "plans", lambda: plans)
+    rows = {r["name"]: r for r in speed_presets.run(quick=True)["rows"]}
+    assert rows["safe"]["metrics"]["same_tokens"] and 1 <= rows["safe"]["metrics"]["accepted_length"] <= 3
+    assert rows["fast"]["metrics"]["kept_tokens"] < 0.2 * rows["plain"]["metrics"]["visual_tokens"]
+    assert len(rows["fast"]["vs"]["plain"]["total_ms"]) == 3

@@ -1,0 +1,145 @@
+"""The presets end to end: 3B shapes, 2,048 visual tokens, 64 new tokens, against plain and against each other.
+
+Random weights in real shapes (see `evals.shapes`): times of encode, prefill and decode are real, answers mean nothing.
+What a draft gets right is a property of trained models, so a preset that drafts is timed with its acceptance replayed:
+drafted tokens are the model's own next tokens with probability `accept` (measured on the pocket captions by
+`evals.accuracy --task pocket/caption`, given in the config), and cost what a draft of that kind costs here.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+from evals import records, timing
+from evals.shapes import QWEN_3B_SIXTH, TOY, Shape, build, clip, encode_cost, prefill_cost
+from vlmfast.plan import PRESETS, Plan, preset
+
+NEW = 64
+ROUNDS = 3
+SEED = 0
+ACCEPT = 0.8  # probability that the next drafted token is the target's, pocket captions
+STAGES = ("encode_ms", "select_ms", "prefill_ms", "ttft_ms", "decode_ms_per_token", "total_ms")
+COUNTS = ("visual_tokens", "kept_tokens", "cached_tokens", "kv_fast_bytes", "kv_host_bytes")
+SHOWN = (*STAGES, *COUNTS, "accepted_length", "verify_rounds")
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A draft that proposes the known continuation, each token right with probability `accept`; costs no model."""
+
+    tokens: tuple[int, ...]  # what plain says
+    prompt: int  # length of the prompt
+    accept: float
+    vocab: int
+    seed: int = SEED
+    name: ClassVar[str] = "replay"
+    _random: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def check(self, *request: Any) -> None:
+        """Nothing to compare."""
+
+    def open(self, request: Any) -> Replay:
+        """A fresh stream of luck per request: every round of the benchmark sees the same."""
+        self._random[:] = [random.Random(self.seed)]
+        return self
+
+    def propose(self, ids: Any, k: int, pick: Any = None) -> tuple[Any, None]:
+        """The next tokens that plain said, spoilt by chance."""
+        import torch
+
+        luck = self._random[0]
+        at = ids.shape[1] - self.prompt
+        right = self.tokens[at : at + k]
+        said = [t if luck.random() < self.accept else (t + 1) % self.vocab for t in right]
+        return torch.tensor(said, dtype=torch.long, device=ids.device), None
+
+    def rewind(self, n: int) -> None:
+        """Nothing is remembered."""
+
+
+def plans() -> dict[str, Plan]:
+    """plain and every preset."""
+    return {"plain": Plan()} | {name: preset(name) for name in PRESETS}
+
+
+def fitted(plan: Plan, shape: Shape) -> Plan:
+    """The plan with its tower block inside this shortened tower: at the same share of the depth as in the 3B's 32."""
+    block = getattr(plan.prune, "after_block", None)
+    if block is None:
+        return plan
+    return replace(plan, prune=replace(plan.prune, after_block=max(1, round(block / 32 * shape.depth))))
+
+
+def replayed(plan: Plan, said: tuple[int, ...], prompt: int, vocab: int) -> Plan:
+    """The plan with its draft, if it has one, replaced by a replay of known acceptance."""
+    if plan.speculate is None or plan.speculate.draft is None:
+        return plan
+    draft = Replay(said, prompt, ACCEPT, vocab)
+    return replace(plan, speculate=replace(plan.speculate, draft=draft))
+
+
+def run(quick: bool = False) -> dict[str, Any]:
+    """Measure; returns the rows and what the head needs."""
+    import torch
+
+    import vlmfast
+
+    shape, rounds, new = (TOY, 2, 8) if quick else (QWEN_3B_SIXTH, ROUNDS, NEW)
+    model, inputs = build(shape, SEED), clip(shape, SEED)
+    prompt = inputs["input_ids"].shape[1]
+    said: dict[str, tuple[int, ...]] = {}
+
+    def ask(plan: Plan) -> tuple[timing.Sample, tuple[int, ...]]:
+        with vlmfast.accelerate(model, plan) as fast:
+            start = timing.now()
+            out = model.generate(**inputs, max_new_tokens=new)
+            total = (timing.now() - start) * 1e3
+            report = fast.report.json()
+        flat = {**report["encode"], **report["prefill"], **report["decode"], "total_ms": total}
+        return {k: float(flat[k]) for k in SHOWN if k in flat}, tuple(out[0, prompt:].tolist())
+
+    with torch.inference_mode():
+        # what each preset says without drafting: its drafts replay that
+        wanted = {n: fitted(p, shape) for n, p in plans().items()}
+        for name, plan in wanted.items():
+            bare = replace(plan, speculate=None)
+            same = next((n for n, p in wanted.items() if n in said and replace(p, speculate=None) == bare), None)
+            said[name] = said[same] if same else ask(bare)[1]
+        ready = {n: replayed(p, said[n], prompt, shape.vocab) for n, p in wanted.items()}
+        answers: dict[str, tuple[int, ...]] = {}
+
+        def runner(name: str) -> Callable[[], timing.Sample]:
+            def one() -> timing.Sample:
+                sample, answers[name] = ask(ready[name])
+                return sample
+
+            return one
+
+        samples = timing.interleaved({n: runner(n) for n in ready}, rounds, warmup=0)
+    machine = timing.rates("cpu", torch.bfloat16)
+    rows = []
+    for name, plan in wanted.items():
+        medians = timing.medians(samples[name])
+        kept, block = int(medians["kept_tokens"]), getattr(plan.prune, "after_block", None)
+        floors = [timing.floor_ms(*c, machine) for c in (encode_cost(shape, kept, block), prefill_cost(shape, kept))]
+        metrics = {**medians, "floor_ms": sum(floors), "same_tokens": answers[name] == answers["plain"]}
+        params: dict[str, Any] = {"batch": 1, "new_tokens": new}
+        if plan.prune is not None:
+            params["keep"] = plan.prune.keep
+        vs = {} if name == "plain" else {"plain": timing.ratios(samples["plain"], samples[name])}
+        rows.append(records.row(name, plan=preset_json(name, plan), params=params, metrics=metrics, vs=vs))
+    return {
+        "config": {**shape.json(), "visual_tokens": shape.visual, "new_tokens": new, "accept_replayed": ACCEPT,
+                   "floor": "encode and prefill", "matmul_gflops": round(machine.flops / 1e9, 1),
+                   "copy_gbytes": round(machine.bytes / 1e9, 2)},
+        "seed": SEED, "repeats": rounds, "device": "cpu", "dtype": "bfloat16", "rows": rows,
+        "show": ["kept_tokens", "encode_ms", "prefill_ms", "ttft_ms", "decode_ms_per_token", "total_ms"],
+    }  # fmt: skip
+
+
+def preset_json(name: str, plan: Plan) -> dict[str, Any]:
+    """The plan as the preset states it."""
+    return plan.json() if name != "plain" else {}
