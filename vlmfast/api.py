@@ -15,6 +15,7 @@ from vlmfast.core import StageDidNotFire, Unsupported, UserError, parse_bytes
 from vlmfast.plan import Plan, resolve
 from vlmfast.report import Report
 from vlmfast.runtime.columns import ColumnHooks
+from vlmfast.runtime.inner import InnerHooks
 from vlmfast.runtime.meter import Meter, cache_counts
 from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.reuse import Reuse
@@ -54,7 +55,7 @@ class Accelerated:
         self.model = unwrap(model)
         self.family = families.get(self.model)
         if MARK in vars(self.model):
-            raise Unsupported("this model is already accelerated: call .remove() on the first handle, then accelerate again")
+            raise Unsupported("this model is already accelerated: call .remove() on the first handle, then try again")
         limit = parse_bytes("reuse", reuse)
         self._reuse = Reuse(self.model, self.family, limit) if limit is not None else None
         self._patch = Patch()
@@ -68,7 +69,9 @@ class Accelerated:
     def _install(self) -> None:
         model, plan, patch = self.model, self.plan, self._patch
         patch.set(model, MARK, self)
-        self.columns = ColumnHooks(model, self.family, plan.prune)
+        between = hasattr(plan.prune, "cuts")  # acts between layers of the language model; may hold a first pruner
+        outer = plan.prune.prune if between else plan.prune
+        self.columns = ColumnHooks(model, self.family, outer)
         self.columns.reuse = self._reuse
         self.meter = Meter(model, self.family)
         if plan.kv is not None:
@@ -78,12 +81,19 @@ class Accelerated:
             self.kv = KVHooks(text, text.config, plan.kv, self._stage["prefill"].update)
             self.kv.install(patch)
         self.columns.install(patch)
-        layers = wanted_layers(plan.prune)
+        if between:
+            if plan.kv is not None or self._reuse is not None:
+                raise Unsupported(
+                    f"{plan.prune.name} leaves every layer with columns of its own, which kv= and reuse= cannot follow: "
+                    "use one or the other"
+                )
+            InnerHooks(model, self.family, self.columns, plan.prune).install(patch)
+        layers = wanted_layers(outer)
         if layers:
             self.columns.attention = TowerAttention(model, self.family, layers)
             self.columns.attention.install(patch)
         draft = getattr(plan.speculate, "draft", None)
-        inside = [p for p in (plan.prune, getattr(draft, "prune", None)) if getattr(p, "after_block", None) is not None]
+        inside = [p for p in (outer, getattr(draft, "prune", None)) if getattr(p, "after_block", None) is not None]
         if inside:
             tower = TowerHooks(model, self.family, self.columns)
             tower.install(patch)
@@ -145,7 +155,7 @@ class Accelerated:
         return generate
 
     def _refuse(self, option: Callable[[str], Any]) -> None:
-        if self.plan.prune is not None and self.plan.prune.keep < 1 or self.plan.kv is not None:
+        if self.columns.active or self.plan.kv is not None:
             if option("prefill_chunk_size"):
                 raise Unsupported("prefill_chunk_size splits the prompt before columns can be chosen: unset it")
             if option("cache_implementation") not in (None, "dynamic"):

@@ -22,9 +22,10 @@ class Llava(Family):
         return ids
 
     def items(self, model: nn.Module, kind: str, call: dict[str, Any], features: list[Tensor]) -> list[Item]:
-        newline = getattr(self.base(model), "image_newline", None)
-        frames = call["pixel_values_videos"].shape[1] if kind == "video" else 1
-        tile = model.config.vision_config.image_size // model.config.vision_config.patch_size
+        newline: Tensor | None = getattr(self.base(model), "image_newline", None)
+        frames = int(call["pixel_values_videos"].shape[1]) if kind == "video" else 1
+        vision: Any = model.config.vision_config  # type: ignore[union-attr]
+        tile = int(vision.image_size) // int(vision.patch_size)
         return [_item(f, newline, kind == "video", frames, tile) for f in features]
 
 

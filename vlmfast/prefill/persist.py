@@ -16,7 +16,7 @@ from vlmfast.core import Retrieval, UserError
 from vlmfast.prefill.cache import KVLayer
 from vlmfast.prefill.retrieve import Dynamic, Group
 from vlmfast.prefill.store import Store
-from vlmfast.runtime.columns import Columns
+from vlmfast.runtime.state import Columns
 
 _KNOWN: dict[str, type] = {c.__name__: c for c in (KVLayer, Store, Dynamic, Group, Retrieval, Columns)}
 _HOST = ("host_", "held", "history")  # attributes whose tensors stay in host memory

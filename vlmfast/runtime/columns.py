@@ -1,4 +1,4 @@
-"""Which columns enter the language model: finds the visual ones, lets a pruner drop some, keeps masks and positions right.
+"""Which columns enter the language model: finds the visual ones, lets a pruner drop some, keeps masks right.
 
 Three taps on an unmodified model: `get_*_features` (layout of the media), the base model's forward (where the
 placeholders are), the text model's forward (where columns are dropped). What was dropped is remembered on the cache
@@ -9,95 +9,23 @@ from __future__ import annotations
 
 import functools
 import inspect
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 
-from vlmfast.core import Kind, TokenPruner, Unsupported, UserError, VisualTokens
+from vlmfast.core import Kind, TokenPruner, Unsupported
 from vlmfast.families import Family, Item
 from vlmfast.families.base import feature_list
+from vlmfast.runtime.clock import clock
 from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.reuse import Reuse
-from vlmfast.runtime.tower_attention import TowerAttention, attention_of, rotation_means
-
-
-class PrunedLayer(DynamicLayer):
-    """A `DynamicLayer` that some columns never entered: reports the logical length, holds the physical one."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.skipped = 0
-
-    def skip(self, n: int) -> None:
-        """Count n logical columns that do not enter this layer."""
-        self.skipped += n
-
-    @property
-    def physical(self) -> int:
-        return super().get_seq_length()
-
-    def get_seq_length(self, *args: Any) -> int:
-        return self.physical + self.skipped
-
-    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        q = query_length if isinstance(query_length, int) else query_length.shape[0]
-        return self.physical + q, self.skipped
-
-    def crop(self, n: int) -> None:
-        """Remove -n columns (n <= 0), or, as before transformers 5.20, crop to n logical columns (n > 0)."""
-        remove = -n if n <= 0 else self.get_seq_length() - n
-        if remove > 0:
-            self.keys = self.keys[..., :-remove, :]
-            self.values = self.values[..., :-remove, :]
-
-    def reset(self) -> None:
-        super().reset()
-        self.skipped = 0
-
-
-@dataclass
-class Columns:
-    """The physical columns that entered a cache, up to the last prefill (decoded columns follow and are text)."""
-
-    kinds: Tensor  # (B, P) int8, `Kind`
-    index: Tensor  # (B, P) int64, logical column of each physical one; -1 on padding
-    logical: int  # logical length of the sequence so far
-    padded: bool  # does any row hold padding?
-
-    def grow(self, length: int) -> None:
-        """Append text columns up to logical `length`, or drop trailing ones beyond it."""
-        n = length - self.logical
-        if n > 0:
-            b = self.kinds.shape[0]
-            new = torch.arange(self.logical, length, device=self.index.device).expand(b, -1)
-            self.index = torch.cat([self.index, new], 1)
-            self.kinds = torch.cat([self.kinds, self.kinds.new_full((b, n), Kind.TEXT)], 1)
-        elif n < 0:
-            self.index, self.kinds = self.index[:, :n], self.kinds[:, :n]
-        self.logical = length
-
-    def mask(self, attention_mask: Tensor | None, length: int) -> Tensor | None:
-        """The (B, length) mask whose last P + new columns are physical; None when nothing is padded.
-
-        transformers reads a mask from its right end (and at kv_offset), so the physical part is right-aligned.
-        """
-        if not self.padded:
-            return None if attention_mask is None or attention_mask.ndim != 2 else attention_mask
-        b, p = self.kinds.shape
-        tail = length - self.logical
-        new = (
-            self.kinds.new_ones(b, tail, dtype=torch.long)
-            if attention_mask is None
-            else attention_mask[:, attention_mask.shape[1] - tail :].long()
-        )
-        left = new.new_ones(b, length - p - tail)
-        return torch.cat([left, (self.kinds != Kind.PAD).long(), new], 1)
+from vlmfast.runtime.selection import drop, select_kind
+from vlmfast.runtime.state import Columns, column_kinds, contiguous_positions, count_skipped, entry_mask, rows_width
+from vlmfast.runtime.tower_attention import TowerAttention
 
 
 class ColumnHooks:
@@ -123,6 +51,8 @@ class ColumnHooks:
         self.stats = {"visual_tokens": 0, "kept_tokens": 0, "encode_ms": 0.0, "select_ms": 0.0, "prefills": 0}
         self.notes = []
         self.cache: Any = None
+        self.entered: Columns | None = None  # the columns of the forward now running, when it brings new media
+        self.has_media = False
 
     @property
     def active(self) -> bool:
@@ -221,6 +151,7 @@ class ColumnHooks:
         seen, self.seen = self.seen, {}
         has_media = any(bool(m.any()) for m in seen.values())
         self.cache = cache if cache is not None else self.cache
+        self.entered, self.has_media = None, has_media
         if past and not has_media:  # decode, verification, or a turn without new media
             if columns is not None and columns.padded:
                 kwargs["attention_mask"] = columns.mask(kwargs.get("attention_mask"), past + embeds.shape[1])
@@ -266,7 +197,7 @@ class ColumnHooks:
                 source[i, source.shape[1] - len(r) :] = r
                 filled[i, source.shape[1] - len(r) :] = True
             padded = len({len(r) for r in rows}) > 1
-            self._drop(kw, source, filled, rows, past)
+            drop(kw, source, filled, rows, past)
             kinds = kinds.gather(1, source).masked_fill(~filled, Kind.PAD)
             index = index.gather(1, source).masked_fill(~filled, -1)
         if columns is not None:
@@ -274,12 +205,13 @@ class ColumnHooks:
             index = torch.cat([columns.index, index], 1)
             padded = padded or columns.padded
         state = Columns(kinds, index, past + q, padded)
+        self.entered = state if has_media else None
         cache = kw.get("past_key_values")
         if cache is None and kw.get("use_cache") and rows is not None:
             cache = kw["past_key_values"] = DynamicCache(config=self.family.text(self.model).config)
         if cache is not None:
             if rows is not None:
-                self._count_skipped(cache, q - rows_width(rows))
+                count_skipped(cache, q - rows_width(rows), len(self.family.layers(self.model)))
             cache.vlmfast_columns = state
             self.cache = cache
         if rows is not None or (columns is not None and columns.padded):
@@ -301,7 +233,7 @@ class ColumnHooks:
         keep = valid.clone()
         kept_total = 0
         for kind, where in seen.items():
-            kept_total += self._select_kind(kw, kind, where, visual, valid, keep)
+            kept_total += select_kind(self, kw, kind, where, visual, valid, keep)
         self.stats["kept_tokens"] += kept_total
         rows = [k.nonzero()[:, 0] for k in keep]
         self.stats["select_ms"] += (clock(self.model) - start) * 1e3
@@ -313,168 +245,3 @@ class ColumnHooks:
         self.stats["kept_tokens"] += total
         if self.pruner is not None and total:
             self.notes.append("prune: keep=1 keeps every visual token, bypassed")
-
-    def _select_kind(
-        self, kw: dict, kind: str, where: Tensor, visual: Tensor, valid: Tensor, keep: Tensor
-    ) -> int:
-        counts = where.sum(1).tolist()
-        if not any(counts):
-            return 0
-        items = self.media.get(kind)
-        if not items:
-            raise Unsupported(
-                f"{kind} columns came in without their layout (mm_encoder_outputs encoded elsewhere): "
-                "pass the pixels to generate() so that the layout is known"
-            )
-        per_call, rest = divmod(sum(counts), sum(i.n for i in items))
-        if rest or per_call == 0:
-            raise UserError(
-                f"{sum(counts)} {kind} placeholder tokens came in for {sum(i.n for i in items)} features: "
-                "the prompt and the media do not match"
-            )
-        kept = 0
-        todo: list[tuple[int, Item]] = []
-        for row in range(len(counts)):  # num_return_sequences and beams repeat each row `per_call` times
-            if row % per_call == 0:
-                left, mine = counts[row], []
-                while left > 0:
-                    item = (len(todo) + len(mine), items[len(todo) + len(mine)])
-                    mine.append(item)
-                    left -= item[1].n
-                if left < 0:
-                    raise UserError(f"row {row} has {counts[row]} {kind} tokens, which is not a whole number of items")
-                todo += mine
-            columns = where[row].nonzero()[:, 0]
-            at = 0
-            for number, item in mine:
-                mine_columns = columns[at : at + item.n]
-                at += item.n
-                chosen = self._choose(kw, kind, number, item, row, mine_columns, visual, valid)
-                gone = torch.ones(item.n, dtype=torch.bool, device=keep.device)
-                gone[chosen] = False
-                keep[row, mine_columns[gone]] = False
-                self.kept.setdefault(kind, []).append(chosen)
-                kept += chosen.shape[0]
-        return kept
-
-    def _choose(
-        self, kw: dict, kind: str, number: int, item: Item, row: int, columns: Tensor, visual: Tensor, valid: Tensor
-    ) -> Tensor:
-        assert self.pruner is not None
-        if self.tower_kept is not None:
-            return self.tower_kept[kind][number].to(columns.device)
-        embeds, positions = kw["inputs_embeds"], kw.get("position_ids")
-        question = None
-        if "question" in self.pruner.needs:
-            last = int(visual[row].nonzero()[-1])
-            question = embeds[row, last + 1 :][valid[row, last + 1 :]]
-            if question.shape[0] == 0:
-                raise UserError(
-                    f"{type(self.pruner).__name__} needs a question after the media and there is none: "
-                    "put the text after the image, or use a pruner that needs none (vidcom2, maxmin)"
-                )
-        if positions is not None:
-            axes = positions if positions.ndim == 3 else positions[None]
-            positions = axes[-self.family.rope_axes :, row if axes.shape[1] > 1 else 0, columns]
-        rope = rotation_means(self.family.text(self.model), embeds, positions) if "rope" in self.pruner.needs else None
-        tokens = VisualTokens(
-            features=embeds[row, columns],
-            frame=item.frame.to(columns.device),
-            grid=item.grid,
-            video=item.video,
-            protected=item.protected,
-            positions=positions,
-            question=question,
-            attention=attention_of(self.attention, self.pruner, kind, number),
-            rope=rope,
-        )
-        chosen = self.pruner.select(tokens)
-        if getattr(self.pruner, "merges", False):
-            kw["inputs_embeds"] = embeds = embeds.clone()
-            embeds[row, columns[chosen]] = self.pruner.merged(tokens, chosen)  # type: ignore[attr-defined]
-        return chosen
-
-    def _drop(self, kw: dict, source: Tensor, filled: Tensor, rows: list[Tensor], past: int) -> None:
-        """Shrink everything that has a column axis from q to the kept columns."""
-        embeds = kw["inputs_embeds"]
-        q = embeds.shape[1]
-        b, s = source.shape
-        kw["inputs_embeds"] = embeds.gather(1, source[..., None].expand(-1, -1, embeds.shape[-1]))
-        positions = kw.get("position_ids")
-        if positions is None:
-            positions = torch.arange(past, past + q, device=embeds.device)[None]
-        positions = positions.expand(*positions.shape[:-2], b, q)
-        picked = positions.gather(-1, source.expand(*positions.shape[:-2], b, s))
-        if picked.ndim == 3 and picked.shape[0] == 4:
-            # the first of four rows only drives FlashAttention's packing detector: it must be contiguous
-            picked = picked.clone()
-            picked[0] = picked[0, :, :1] + torch.arange(s, device=picked.device)
-        kw["position_ids"] = picked
-        if kw.get("visual_pos_masks") is not None:
-            masks = kw["visual_pos_masks"]
-            kw["visual_pos_masks"] = masks.gather(1, source) & filled
-            stays = torch.zeros_like(masks)
-            for i, row in enumerate(rows):
-                stays[i, row] = True
-            kw["deepstack_visual_embeds"] = [e[stays[masks]] for e in kw["deepstack_visual_embeds"]]
-
-    def _count_skipped(self, cache: Any, n: int) -> None:
-        """Make every cache layer report the logical length."""
-        layers = getattr(cache, "layers", None)
-        if layers is None or getattr(cache, "is_compileable", False) and type(cache) is not DynamicCache:
-            raise Unsupported(
-                f"{type(cache).__name__} has a fixed layout and cannot hold pruned columns: use the default dynamic cache"
-            )
-        if not layers:
-            text_layers = len(self.family.layers(self.model))
-            cache.layers.extend(PrunedLayer() for _ in range(text_layers))
-        for i, layer in enumerate(cache.layers):
-            if type(layer) is DynamicLayer:
-                new = PrunedLayer()
-                new.__dict__.update(layer.__dict__)
-                cache.layers[i] = layer = new
-            if not hasattr(layer, "skip"):
-                raise Unsupported(
-                    f"{type(layer).__name__} cannot hold pruned columns: use the default dynamic cache and full attention"
-                )
-            layer.skip(n)
-
-
-def rows_width(rows: list[Tensor]) -> int:
-    """Physical columns that enter: the longest row."""
-    return max(len(r) for r in rows)
-
-
-def entry_mask(state: Columns) -> Tensor | None:
-    """(B, logical) mask of a prefill, physical part right-aligned; None when no row is padded."""
-    if not state.padded:
-        return None
-    b, p = state.kinds.shape
-    ones = torch.ones(b, state.logical - p, dtype=torch.long, device=state.kinds.device)
-    return torch.cat([ones, (state.kinds != Kind.PAD).long()], 1)
-
-
-def column_kinds(visual: Tensor, valid: Tensor, continued: bool) -> Tensor:
-    """(B, q) int8 kinds: padding, text before the media (SYSTEM), visual, text after it."""
-    after = visual.flip(1).long().cumsum(1).flip(1) == 0  # no visual column at or after this one
-    kinds = torch.where(after, Kind.TEXT, Kind.SYSTEM).to(torch.int8)
-    if not continued:  # a prompt without media is system + question in one: call it text
-        kinds = kinds.masked_fill(~visual.any(1, keepdim=True), Kind.TEXT)
-    return kinds.masked_fill(visual, Kind.VISUAL).masked_fill(~valid, Kind.PAD)
-
-
-def contiguous_positions(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """Layer pre-hook: positions handed to attention are contiguous (rotation uses `position_embeddings`)."""
-    positions = kwargs.get("position_ids")
-    if positions is None or positions.shape[-1] < 2:
-        return None
-    start = positions[..., :1]
-    kwargs["position_ids"] = start + torch.arange(positions.shape[-1], device=positions.device)
-    return args, kwargs
-
-
-def clock(model: nn.Module) -> float:
-    """Seconds, after the device has finished what was queued."""
-    if torch.cuda.is_available() and next(model.parameters()).is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter()

@@ -1,9 +1,9 @@
 """Late RoPE: keys are kept un-rotated with their positions, and rotated only when attention reads them.
 
-A forward hook on the text model's `rotary_emb` hands the layers the identity rotation; the cache then receives keys
-before RoPE (after k_norm), and our attention rotates queries and keys with whatever positions it wants: those of the
-stream, re-based ones of a sliding window, or new ones of retrieved blocks. M-RoPE, interleaved M-RoPE and 1-D RoPE alike,
-because cos and sin always come from the model's own `rotary_emb`.
+A forward hook on the text model's `rotary_emb` hands the layers the identity rotation; the cache then receives
+keys before RoPE (after k_norm), and our attention rotates queries and keys with whatever positions it wants: those
+of the stream, re-based ones of a sliding window, or new ones of retrieved blocks. M-RoPE, interleaved M-RoPE and
+1-D RoPE alike, because cos and sin always come from the model's own `rotary_emb`.
 
 Nothing stays installed: `running` switches one model's text config for one forward, under that model's lock, and
 restores it. Shapes: one row; H query heads, Hk key/value heads, A position axes (1 or 3).
@@ -44,9 +44,7 @@ def check(text: Any) -> None:
         if attention.config is not text.config:
             raise Unsupported(f"{type(text).__name__}: layers with configs of their own cannot be streamed")
         if getattr(attention, "sliding_window", None):
-            raise Unsupported(
-                "sliding-window attention layers cannot be streamed: the stream has a window of its own"
-            )
+            raise Unsupported("sliding-window attention layers cannot be streamed: the stream has a window of its own")
 
 
 @contextmanager
@@ -121,9 +119,7 @@ def stream_attention(
     """The attention function registered as "vlmfast_stream": the layer rides on the key tensor."""
     layer = getattr(key, "vlmfast_stream", None)
     if layer is None:
-        raise Unsupported(
-            "the stream's attention was reached without a stream cache: pass the session's own cache"
-        )
+        raise Unsupported("the stream's attention was reached without a stream cache: pass the session's own cache")
     scaling = kw.get("scaling") or query.shape[-1] ** -0.5
     return layer.attend(query, key, value, scaling).transpose(1, 2).contiguous(), None
 
@@ -171,9 +167,7 @@ class WindowLayer(_Layer):
         self.owner = owner
         self.raw = self.rot = self.val = torch.empty(0)
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kw: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kw: Any) -> tuple[Tensor, Tensor]:
         cap, q = self.owner.capacity, key_states.shape[2]
         if not self.is_initialized:
             shape = (key_states.shape[1], cap, key_states.shape[3])
@@ -255,9 +249,7 @@ class WindowCache(DynamicCache):
 
     def nbytes(self) -> int:
         """Bytes of the preallocated buffers."""
-        return sum(
-            x.numel() * x.element_size() for layer in self.layers for x in (layer.raw, layer.rot, layer.val)
-        )
+        return sum(x.numel() * x.element_size() for layer in self.layers for x in (layer.raw, layer.rot, layer.val))
 
 
 class WorkLayer(_Layer):
@@ -270,9 +262,7 @@ class WorkLayer(_Layer):
         self.k, self.v = _roomy(keys, room), _roomy(values, room)
         self.keys, self.values = self.k[None, :, : self.n], self.v[None, :, : self.n]
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kw: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kw: Any) -> tuple[Tensor, Tensor]:
         b = self.n + key_states.shape[2]
         if b > self.k.shape[1]:
             self.k, self.v = _roomy(self.k[:, : self.n], b), _roomy(self.v[:, : self.n], b)
@@ -324,9 +314,7 @@ class ProbeLayer(_Layer):
         super().__init__()
         self.owner, self.index = owner, index
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kw: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kw: Any) -> tuple[Tensor, Tensor]:
         return _mark(key_states.view_as(key_states), self), value_states
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:

@@ -23,7 +23,7 @@ from transformers.cache_utils import (
 from vlmfast import kernels
 from vlmfast.core import Kind, LayerView, Policy, StageDidNotFire, Unsupported
 from vlmfast.runtime.attention import AttentionSwitch
-from vlmfast.runtime.columns import clock
+from vlmfast.runtime.clock import clock
 from vlmfast.runtime.patch import Patch
 
 

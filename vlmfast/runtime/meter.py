@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from vlmfast.families import Family
-from vlmfast.runtime.columns import clock
+from vlmfast.runtime.clock import clock
 from vlmfast.runtime.patch import Patch
 
 

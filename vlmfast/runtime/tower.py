@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from vlmfast.core import StageDidNotFire, Unsupported, VisualTokens
 from vlmfast.families import Family
 from vlmfast.families.qwen import Qwen, grid_items, group_mean, kept_seqlens
-from vlmfast.runtime.columns import ColumnHooks, clock
+from vlmfast.runtime.clock import clock
+from vlmfast.runtime.columns import ColumnHooks
 from vlmfast.runtime.patch import Patch
 
 

@@ -67,17 +67,13 @@ class Layout:
         kinds[0, -1] = 0
         grid = torch.tensor([[t, h * self.merge, w * self.merge]])
         seconds_per_grid = torch.tensor([seconds])
-        positions, _ = self.base.get_rope_index(
-            ids, kinds, video_grid_thw=grid, second_per_grid_ts=seconds_per_grid
-        )
+        positions, _ = self.base.get_rope_index(ids, kinds, video_grid_thw=grid, second_per_grid_ts=seconds_per_grid)
         return positions[:, 0]
 
     def grid(self, h: int, w: int) -> Tensor:
         """Positions (A, h * w) of one grid's tokens relative to its origin."""
         if (h, w) not in self._grids:
-            self._grids[h, w] = (
-                torch.arange(h * w)[None] if self.axes == 1 else self._index(1, h, w, 1.0)[:, :-1]
-            )
+            self._grids[h, w] = torch.arange(h * w)[None] if self.axes == 1 else self._index(1, h, w, 1.0)[:, :-1]
         return self._grids[h, w]
 
     def span(self, h: int, w: int) -> int:
@@ -99,9 +95,7 @@ class Eyes:
         self.text: Any = self.family.text(model)
         self.type = str(model.config.model_type)
         if "video" not in self.family.visual_ids(model):
-            raise Unsupported(
-                f"{self.type} reads no video: a stream needs a video model (Qwen-VL, LLaVA-OneVision)"
-            )
+            raise Unsupported(f"{self.type} reads no video: a stream needs a video model (Qwen-VL, LLaVA-OneVision)")
         for part in ("video_processor", "tokenizer", "apply_chat_template"):
             if not hasattr(processor, part):
                 raise UserError(
@@ -137,9 +131,7 @@ class Eyes:
         made = self.processor.video_processor(videos=[pixels], **options)
         out = self.base.get_video_features(made["pixel_values_videos"].to(self.device))
         flat = feature_list(out)[0]
-        flat = flat[
-            : flat.shape[0] - self.closing().shape[0]
-        ]  # OneVision's newline closes a video, not a frame
+        flat = flat[: flat.shape[0] - self.closing().shape[0]]  # OneVision's newline closes a video, not a frame
         rows = flat.view(len(frames), -1, flat.shape[-1])
         side = int(rows.shape[1] ** 0.5)
         return Grids(rows, (side, rows.shape[1] // side), [])

@@ -1,0 +1,334 @@
+"""Visual columns dropped between layers of the language model: layers before the cut hold all, later ones run short.
+
+A pre-hook on the layer after a cut gathers the hidden states of the columns that stay (shorter rows are padded on the
+left); every later layer gets shortened rotary tables and a mask of its own. Cache layers count what never entered them,
+so the logical length stays one number; what each cut kept is remembered on the cache, and decode, verification and
+later turns read it from there. Layer 0 is never cut: transformers sizes everything by it.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
+
+from vlmfast import kernels
+from vlmfast.core import Kind, StageDidNotFire, Unsupported
+from vlmfast.families import Family
+from vlmfast.runtime.clock import clock
+from vlmfast.runtime.columns import ColumnHooks
+from vlmfast.runtime.layers import window_queries
+from vlmfast.runtime.patch import Patch
+from vlmfast.runtime.state import PrunedLayer
+
+
+@dataclass
+class Sight:
+    """What a method sees of the columns that reached a cut, after the layer before it."""
+
+    kinds: Tensor  # (B, P) int8, `Kind`
+    hidden: Tensor  # (B, P, D), output of the layer before the cut
+    before: Tensor  # (B, P, D), its input
+    weights: Tensor | None  # (B, H, W, P) float32 attention of the last W columns in that layer; None if not asked for
+
+
+class LayerMethod(Protocol):
+    """What the runtime asks of a method that acts between layers."""
+
+    keep: float
+    name: str
+
+    def cuts(self, layers: int) -> tuple[tuple[int, float], ...]:
+        """(layer, fraction of the entered visual columns that stay from this layer on), ascending; layer >= 1."""
+        ...
+
+    def window(self) -> int:
+        """Number of last columns whose attention it needs (0 = attention-free)."""
+        ...
+
+    def rate(self, sight: Sight) -> Tensor:
+        """(B, P) scores of the visual columns, higher is kept."""
+        ...
+
+
+@dataclass
+class Held:
+    """The columns of one cache that the layers from a cut on hold, up to the last prefill."""
+
+    valid: Tensor  # (B, W) bool, not padding
+    index: Tensor  # (B, W) int64 logical columns, -1 on padding
+    uncut: int  # columns that the layers before any cut held at that time
+    padded: bool
+
+    def grown(self, width: int, tail: Tensor | None) -> Tensor:
+        """(B, width) bool: what followed is valid unless the 2-D mask `tail` says otherwise; cut if cropped."""
+        new = width - self.valid.shape[1]
+        if new <= 0:
+            return self.valid[:, :width]
+        ones = self.valid.new_ones(self.valid.shape[0], new)
+        if tail is not None and tail.shape[1] >= new:
+            ones = tail[:, tail.shape[1] - new :].bool()
+        return torch.cat([self.valid, ones], 1)
+
+
+@dataclass
+class Run:
+    """One prefill with new media on its way through the layers."""
+
+    kinds: Tensor  # (B, P) int8 of the columns now running
+    index: Tensor  # (B, P) int64 logical column of each
+    entered: Tensor  # (B,) visual columns that entered
+    prior: Tensor  # (B, past) bool, physical columns already in the uncut layers, not padding
+    done: int = 0
+    source: Tensor | None = None  # (B, P) which of the entered columns they are
+    before: Tensor | None = None
+    weights: Tensor | None = None
+    tables: tuple[Tensor, Tensor] | None = None  # cos and sin of the columns now running
+    valid: Tensor | None = None  # (B, past + P) bool of the cut layers
+    masks: dict[str, Any] = field(default_factory=dict)
+
+
+class InnerHooks:
+    """Installs one method on one text model; `columns` says which columns are visual."""
+
+    def __init__(self, model: nn.Module, family: Family, columns: ColumnHooks, method: LayerMethod) -> None:
+        self.model, self.family, self.columns, self.method = model, family, columns, method
+        self.layers = family.layers(model)
+        self.cuts = dict(method.cuts(len(self.layers)))
+        self.run: Run | None = None
+        self.tail: Tensor | None = None
+        self.masks: dict[tuple, Tensor | None] = {}
+        self._check()
+
+    def _check(self) -> None:
+        vision = getattr(self.model.config, "vision_config", None)
+        deep = len(getattr(vision, "deepstack_visual_indexes", None) or ())
+        for at in self.cuts:
+            if not 1 <= at < len(self.layers):
+                raise Unsupported(
+                    f"{self.method.name} before layer {at}, but this language model has layers 0 to "
+                    f"{len(self.layers) - 1} and layer 0 stays whole: choose a layer from 1 to {len(self.layers) - 1}"
+                )
+            if at < deep:
+                raise Unsupported(
+                    f"{self.method.name} before layer {at}, but DeepStack adds visual features after the first {deep} "
+                    f"layers of this model: cut before layer {deep} or later"
+                )
+
+    def install(self, patch: Patch) -> None:
+        text = self.family.text(self.model)
+        patch.hook(text.register_forward_pre_hook(self._enter, with_kwargs=True))
+        patch.hook(text.register_forward_hook(self._leave, always_call=True))
+        first = min(self.cuts)
+        for i, layer in enumerate(self.layers):
+            if i + 1 in self.cuts:  # seen by the method before the cut: runs before our own hook on this layer
+                patch.hook(layer.self_attn.register_forward_hook(self._attended, with_kwargs=True))  # type: ignore
+            if i + 1 >= first:
+                patch.hook(layer.register_forward_pre_hook(self._layer(i), with_kwargs=True))
+
+    # -- around the text model -------------------------------------------------------------------------------------
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.run, self.masks = None, {}
+        entered, cache = self.columns.entered, kwargs.get("past_key_values")
+        mask = kwargs.get("attention_mask")
+        plain = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
+        if not plain and (self.columns.has_media or hasattr(cache, "vlmfast_cuts")):
+            raise Unsupported(
+                f"a prebuilt attention mask cannot follow columns that {self.method.name} drops between layers: "
+                "use the default dynamic cache and a 2-D mask"
+            )
+        self.tail = mask if plain else None
+        if entered is not None and self.method.keep < 1:
+            embeds = kwargs["inputs_embeds"]
+            q, newline = embeds.shape[1], getattr(self.family.base(self.model), "image_newline", None)
+            kinds = entered.kinds[:, -q:]
+            if newline is not None:  # separators survive like text
+                kinds = kinds.masked_fill((embeds == newline.to(embeds)).all(-1), Kind.SYSTEM)
+            visual = (kinds == Kind.VISUAL).sum(1)
+            self.run = Run(kinds, entered.index[:, -q:], visual, entered.kinds[:, :-q] != Kind.PAD)
+
+    def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
+        run, self.run = self.run, None
+        if run is not None and output is not None:
+            if run.done < len(self.cuts):
+                raise StageDidNotFire(f"{self.method.name} made {run.done} of its {len(self.cuts)} cuts")
+            self.columns.stats["kept_tokens"] += int((run.kinds == Kind.VISUAL).sum()) - int(run.entered.sum())
+
+    # -- the layer before a cut: what the method looks at ------------------------------------------------------------
+
+    def _attended(self, module: Any, args: tuple, kwargs: dict, output: Any) -> None:
+        w = self.method.window()
+        if self.run is None or w == 0:
+            return
+        start = clock(self.model)
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        tables, n = kwargs["position_embeddings"], hidden.shape[1]
+        cache = kwargs.get("past_key_values")
+        keys = cache.layers[module.layer_idx].keys[:, :, -n:] if cache is not None else all_keys(module, hidden, tables)
+        query = window_queries(module, hidden[:, -w:], tables)
+        self.run.weights = kernels.window_attention(query, keys, module.scaling, self.run.kinds != Kind.PAD)
+        self.columns.stats["select_ms"] += (clock(self.model) - start) * 1e3
+
+    # -- every layer from the one before the first cut ---------------------------------------------------------------
+
+    def _layer(self, i: int) -> Any:
+        def pre(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if self.run is None:
+                self._continue(i, hidden, kwargs)
+                return args, kwargs
+            if i in self.cuts:
+                start = clock(self.model)
+                hidden = self._cut(i, hidden, kwargs)
+                self.columns.stats["select_ms"] += (clock(self.model) - start) * 1e3
+            if i + 1 in self.cuts:
+                self.run.before = hidden
+            if self.run.source is None:
+                return None
+            kwargs["position_embeddings"] = self.run.tables
+            positions = kwargs.get("position_ids")
+            if positions is not None:  # only FlashAttention's packing detector reads them: contiguous
+                steps = torch.arange(hidden.shape[1], device=hidden.device)
+                kwargs["position_ids"] = positions[..., :1] + steps
+            kwargs["attention_mask"] = self._mask(self.run.valid, hidden)
+            return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+
+        return pre
+
+    def _cut(self, i: int, hidden: Tensor, kwargs: dict) -> Tensor:
+        """Rate, choose, gather: the hidden states (B, S, D) of the columns that stay."""
+        run, cache = self.run, kwargs.get("past_key_values")
+        assert run is not None and run.before is not None
+        scores = self.method.rate(Sight(run.kinds, hidden, run.before, run.weights)).float()
+        keep = self._stays(scores, run, self.cuts[i])
+        width = hidden.shape[1]
+        s = int(keep.sum(1).max())
+        source = keep.to(torch.int8).argsort(dim=1, stable=True)[:, width - s :]  # what goes first, both ascending
+        filled = keep.gather(1, source)
+        run.kinds = run.kinds.gather(1, source).masked_fill(~filled, Kind.PAD)
+        run.index = run.index.gather(1, source).masked_fill(~filled, -1)
+        run.source = source if run.source is None else run.source.gather(1, source)
+        run.tables = take_tables(kwargs["position_embeddings"], run.source)
+        run.done += 1
+        self.masks.clear()
+        prior, index = self._prior(i, cache, run)
+        run.valid = torch.cat([prior, filled], 1)
+        if cache is not None:
+            for j in range(i, len(self.layers)):
+                prunable(cache, j, len(self.layers)).skip(width - s)
+            uncut = cache.layers[0].keys.shape[2]
+            held = Held(run.valid, torch.cat([index, run.index], 1), uncut, not bool(run.valid.all()))
+            cache.vlmfast_cuts = {**getattr(cache, "vlmfast_cuts", {}), i: held}
+        return hidden.gather(1, source[..., None].expand(-1, -1, hidden.shape[-1]))
+
+    def _stays(self, scores: Tensor, run: Run, fraction: float) -> Tensor:
+        """(B, P) bool: text, and each row's best visual columns, a fraction of those that entered."""
+        visual = run.kinds == Kind.VISUAL
+        budget = (run.entered * fraction).round().long().clamp(min=1)
+        order = scores.masked_fill(~visual, float("-inf")).argsort(dim=1, descending=True, stable=True)
+        rank = order.argsort(dim=1)
+        return (visual & (rank < budget[:, None])) | (~visual & (run.kinds != Kind.PAD))
+
+    def _prior(self, i: int, cache: Any, run: Run) -> tuple[Tensor, Tensor]:
+        """Valid and logical columns (B, past) that the layers from cut i on held before this prefill."""
+        past = run.prior.shape[1]
+        if past == 0:
+            return run.prior, run.index[:, :0]
+        index = cache.vlmfast_columns.index[:, :past]
+        held: Held | None = getattr(cache, "vlmfast_cuts", {}).get(i)
+        if held is None:
+            return run.prior, index
+        new = past - held.uncut  # columns that came after that cut's prefill entered every layer alike
+        valid, before = held.valid[:, : held.valid.shape[1] + min(0, new)], held.index
+        tail = slice(past - max(0, new), past)
+        return torch.cat([valid, run.prior[:, tail]], 1), torch.cat([before[:, : valid.shape[1]], index[:, tail]], 1)
+
+    def _continue(self, i: int, hidden: Tensor, kwargs: dict) -> None:
+        """Decode, verification or a turn without new media, over layers that were cut before."""
+        cache = kwargs.get("past_key_values")
+        cuts: dict[int, Held] = getattr(cache, "vlmfast_cuts", {})
+        at = max((c for c in cuts if c <= i), default=None)
+        if at is None or cache is None:
+            return
+        q, past = hidden.shape[1], cache.layers[i].physical
+        if q == 1 and not cuts[at].padded and self.tail is None:
+            kwargs["attention_mask"] = None
+            return
+        key = (at, past)
+        if key not in self.masks:
+            valid = cuts[at].grown(past + q, self.tail)
+            self.masks[key] = self._build(valid, hidden)
+        kwargs["attention_mask"] = self.masks[key]
+
+    # -- masks -----------------------------------------------------------------------------------------------------
+
+    def _mask(self, valid: Tensor | None, hidden: Tensor) -> Tensor | None:
+        assert valid is not None
+        key = ("run", valid.shape[1])
+        if key not in self.masks:
+            self.masks[key] = self._build(valid, hidden)
+        return self.masks[key]
+
+    def _build(self, valid: Tensor, hidden: Tensor) -> Tensor | None:
+        """The mask that the model's own attention wants for q new columns over `valid` (B, kv); None when none."""
+        config: Any = self.family.text(self.model).config
+        attention = str(config._attn_implementation)
+        q, kv = hidden.shape[1], valid.shape[1]
+        whole = bool(valid.all())
+        if whole and (q == 1 or q == kv):
+            return None
+        if "flash" in attention:
+            return None if whole else valid.long()
+        if attention not in ("sdpa", "eager"):
+            raise Unsupported(
+                f"attention {attention!r} with columns dropped between layers: use sdpa, eager or flash attention"
+            )
+        allowed = valid[:, None] & torch.ones(q, kv, dtype=torch.bool, device=valid.device).tril(kv - q)
+        allowed = allowed | torch.eye(q, kv, dtype=torch.bool, device=valid.device).roll(kv - q, 1)  # no empty row
+        allowed = allowed[:, None]
+        if attention == "sdpa":
+            return allowed
+        low = torch.finfo(hidden.dtype).min
+        return torch.zeros(allowed.shape, dtype=hidden.dtype, device=valid.device).masked_fill(~allowed, low)
+
+
+def all_keys(module: Any, hidden: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """(B, Hk, P, Dh) rotated keys, recomputed where there is no cache to read them from."""
+    key = module.k_proj(hidden).unflatten(-1, (-1, module.head_dim))
+    if hasattr(module, "k_norm"):
+        key = module.k_norm(key)
+    key = key.transpose(1, 2)
+    rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb  # the family's own
+    return rotate(key, key, *tables)[1]
+
+
+def take_tables(tables: tuple[Tensor, Tensor], source: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin (B or 1, P, Dh) of the columns `source` (B, S)."""
+    b, s = source.shape
+    cos, sin = (
+        t.expand(b, -1, -1).gather(1, source[..., None].expand(b, s, t.shape[-1]))
+        for t in tables
+    )  # fmt: skip
+    return cos, sin
+
+
+def prunable(cache: Any, i: int, layers: int) -> Any:
+    """Cache layer i, made one that counts skipped columns."""
+    while len(cache.layers) < layers:
+        cache.layers.append(PrunedLayer())
+    layer = cache.layers[i]
+    if type(layer) is DynamicLayer:
+        new = PrunedLayer()
+        new.__dict__.update(layer.__dict__)
+        cache.layers[i] = layer = new
+    if not isinstance(layer, PrunedLayer):
+        raise Unsupported(
+            f"a {type(layer).__name__} cannot hold fewer columns than the layers before it: "
+            "use the default dynamic cache and full attention"
+        )
+    return layer

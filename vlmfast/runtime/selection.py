@@ -1,0 +1,126 @@
+"""From a pruner's choice to shorter inputs: items found in the rows, kept columns gathered."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vlmfast.core import Unsupported, UserError, VisualTokens
+from vlmfast.families import Item
+from vlmfast.runtime.tower_attention import attention_of, rotation_means
+
+if TYPE_CHECKING:
+    from vlmfast.runtime.columns import ColumnHooks
+
+
+def select_kind(
+    hooks: ColumnHooks, kw: dict, kind: str, where: Tensor, visual: Tensor, valid: Tensor, keep: Tensor
+) -> int:
+    """Clear from keep (B, q) the columns of one kind of media that the pruner drops; returns how many stay."""
+    counts = where.sum(1).tolist()
+    if not any(counts):
+        return 0
+    items = hooks.media.get(kind)
+    if not items:
+        raise Unsupported(
+            f"{kind} columns came in without their layout (mm_encoder_outputs encoded elsewhere): "
+            "pass the pixels to generate() so that the layout is known"
+        )
+    per_call, rest = divmod(sum(counts), sum(i.n for i in items))
+    if rest or per_call == 0:
+        raise UserError(
+            f"{sum(counts)} {kind} placeholder tokens came in for {sum(i.n for i in items)} features: "
+            "the prompt and the media do not match"
+        )
+    kept = 0
+    todo: list[tuple[int, Item]] = []
+    for row in range(len(counts)):  # num_return_sequences and beams repeat each row `per_call` times
+        if row % per_call == 0:
+            left = counts[row]
+            mine: list[tuple[int, Item]] = []
+            while left > 0:
+                number = len(todo) + len(mine)
+                mine.append((number, items[number]))
+                left -= items[number].n
+            if left < 0:
+                raise UserError(f"row {row} has {counts[row]} {kind} tokens: not a whole number of items")
+            todo += mine
+        columns = where[row].nonzero()[:, 0]
+        at = 0
+        for number, item in mine:
+            mine_columns = columns[at : at + item.n]
+            at += item.n
+            chosen = choose(hooks, kw, kind, number, item, row, mine_columns, visual, valid)
+            gone = torch.ones(item.n, dtype=torch.bool, device=keep.device)
+            gone[chosen] = False
+            keep[row, mine_columns[gone]] = False
+            hooks.kept.setdefault(kind, []).append(chosen)
+            kept += chosen.shape[0]
+    return kept
+
+def choose(
+    hooks: ColumnHooks, kw: dict, kind: str, number: int, item: Item, row: int, columns: Tensor, visual: Tensor, valid: Tensor
+) -> Tensor:
+    """Kept indices of one item, from the tower's own selection or from the pruner at the tower's output."""
+    assert hooks.pruner is not None
+    if hooks.tower_kept is not None:
+        return hooks.tower_kept[kind][number].to(columns.device)
+    embeds, positions = kw["inputs_embeds"], kw.get("position_ids")
+    question = None
+    if "question" in hooks.pruner.needs:
+        last = int(visual[row].nonzero()[-1])
+        question = embeds[row, last + 1 :][valid[row, last + 1 :]]
+        if question.shape[0] == 0:
+            raise UserError(
+                f"{type(hooks.pruner).__name__} needs a question after the media and there is none: "
+                "put the text after the image, or use a pruner that needs none (vidcom2, maxmin)"
+            )
+    if positions is not None:
+        axes = positions if positions.ndim == 3 else positions[None]
+        positions = axes[-hooks.family.rope_axes :, row if axes.shape[1] > 1 else 0, columns]
+    rope = None
+    if "rope" in hooks.pruner.needs:
+        rope = rotation_means(hooks.family.text(hooks.model), embeds, positions)
+    tokens = VisualTokens(
+        features=embeds[row, columns],
+        frame=item.frame.to(columns.device),
+        grid=item.grid,
+        video=item.video,
+        protected=item.protected,
+        positions=positions,
+        question=question,
+        attention=attention_of(hooks.attention, hooks.pruner, kind, number),
+        rope=rope,
+    )
+    chosen = hooks.pruner.select(tokens)
+    if getattr(hooks.pruner, "merges", False):
+        kw["inputs_embeds"] = embeds = embeds.clone()
+        embeds[row, columns[chosen]] = hooks.pruner.merged(tokens, chosen)  # type: ignore[attr-defined]
+    return chosen
+
+
+def drop(kw: dict, source: Tensor, filled: Tensor, rows: list[Tensor], past: int) -> None:
+    """Shrink everything that has a column axis from q to the kept columns."""
+    embeds = kw["inputs_embeds"]
+    q = embeds.shape[1]
+    b, s = source.shape
+    kw["inputs_embeds"] = embeds.gather(1, source[..., None].expand(-1, -1, embeds.shape[-1]))
+    positions = kw.get("position_ids")
+    if positions is None:
+        positions = torch.arange(past, past + q, device=embeds.device)[None]
+    positions = positions.expand(*positions.shape[:-2], b, q)
+    picked = positions.gather(-1, source.expand(*positions.shape[:-2], b, s))
+    if picked.ndim == 3 and picked.shape[0] == 4:
+        # the first of four rows only drives FlashAttention's packing detector: it must be contiguous
+        picked = picked.clone()
+        picked[0] = picked[0, :, :1] + torch.arange(s, device=picked.device)
+    kw["position_ids"] = picked
+    if kw.get("visual_pos_masks") is not None:
+        masks = kw["visual_pos_masks"]
+        kw["visual_pos_masks"] = masks.gather(1, source) & filled
+        stays = torch.zeros_like(masks)
+        for i, row in enumerate(rows):
+            stays[i, row] = True
+        kw["deepstack_visual_embeds"] = [e[stays[masks]] for e in kw["deepstack_visual_embeds"]]
