@@ -16,9 +16,7 @@ Images = Annotated[list[Path] | None, typer.Option("--image", help="a picture; m
 VideoPath = Annotated[Path | None, typer.Option("--video", help="a video file, or a folder of frames")]
 Prune = Annotated[str | None, typer.Option("--prune", help="visual tokens kept, e.g. vidcom2:keep=0.25")]
 KV = Annotated[str | None, typer.Option("--kv", help="keys and values kept, e.g. hybridkv:keep=0.1")]
-Speculation = Annotated[
-    str | None, typer.Option("--speculate", help="drafting, e.g. speculate:draft=lookup,accept=lossless")
-]
+Speculation = Annotated[str | None, typer.Option("--speculate", help="drafting, e.g. speculate:draft=promptlookup")]
 Preset = Annotated[str | None, typer.Option("--preset", help="safe, balanced or fast")]
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="a plan file (JSON)")]
 Frames = Annotated[int | None, typer.Option("--frames", help="frames taken evenly from the video (default 16)")]

@@ -1,0 +1,148 @@
+"""`vlmfast check`: is it right on this checkpoint, what works there, what is refused, what is gained."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from vlmfast.cli import console, options
+
+WORDS = {
+    "encode_ms": "vision tower",
+    "prefill_ms": "prefill",
+    "ttft_ms": "first token",
+    "decode_ms_per_token": "each further token",
+    "total_ms": "whole answer",
+    "kv_fast_bytes": "KV cache",
+}
+
+
+def check(
+    model: options.Model = "pocket",
+    image: options.Images = None,
+    video: options.VideoPath = None,
+    prune: options.Prune = None,
+    kv: options.KV = None,
+    speculate: options.Speculation = None,
+    preset: options.Preset = None,
+    plan: options.PlanFile = None,
+    frames: options.Frames = None,
+    fps: options.Fps = None,
+    select: options.Select = None,
+    backend: options.Backend = "pyav",
+    question: Annotated[str, typer.Option("--question", help="what to ask")] = "What do you see?",
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="timed rounds, interleaved")] = 3,
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+    as_json: options.Json = False,
+) -> None:
+    """Check the laws on your own checkpoint and time it before and after."""
+    asked = any(v is not None for v in (preset, plan, prune, kv, speculate))
+    chosen = options.plan(preset if asked else "balanced", plan, prune, kv, speculate)
+    media: dict[str, Any] = {"images": options.images(image)}
+    media["video"] = options.video(video, frames, fps, select, backend)
+    if not media["images"] and media["video"] is None:
+        media["images"] = [picture()]
+
+    from vlmfast import loading
+    from vlmfast.cli import laws
+
+    with console.waiting(f"loading {model}"):
+        loaded = loading.load(model, dtype, device)
+    case = laws.Case(loaded, question, media)
+    methods = laws.catalogue(case)
+    verdicts, tried = [], {}
+    with console.counting(len(laws.LAWS) + len(methods) + 2 * (rounds + 1)) as step:
+        for law in laws.LAWS:
+            step(f"law: {law.__name__}")
+            verdicts.append(law(case))
+        for name, stages in methods.items():
+            step(f"trying {name}")
+            tried[name] = laws.attempt(case, stages)
+        gained = laws.gain(case, chosen, rounds, 8, step)
+    ok = all(v.ok for v in verdicts) and not any(state == "broke" for state, _ in tried.values())
+    record = {
+        "model": model,
+        "model_type": loaded.model_type,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "device": str(loaded.model.device),
+        "ok": ok,
+        "laws": [vars(v) for v in verdicts],
+        "methods": {name: {"state": state, "said": said} for name, (state, said) in tried.items()},
+        "plan": chosen.json(),
+        "gain": gained,
+    }
+    if as_json:
+        print(json.dumps(record, indent=1))
+    else:
+        show(record)
+    if not ok:
+        raise typer.Exit(1)
+
+
+def picture(side: int = 448) -> Any:
+    """A picture to check with where the user gives none: a gradient and a few shapes, (side, side, 3) uint8."""
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    x, y = np.meshgrid(np.linspace(0, 1, side), np.linspace(0, 1, side))
+    base = np.stack([60 + 120 * x, 90 + 90 * y, 200 - 110 * x * y], -1).astype(np.uint8)
+    image = Image.fromarray(base)
+    draw, u = ImageDraw.Draw(image), side // 16
+    draw.ellipse([2 * u, 2 * u, 7 * u, 7 * u], fill=(214, 60, 48))
+    draw.rectangle([9 * u, 3 * u, 14 * u, 6 * u], fill=(248, 214, 72))
+    draw.polygon([(4 * u, 14 * u), (8 * u, 8 * u), (12 * u, 14 * u)], fill=(58, 160, 90))
+    return np.array(image)
+
+
+def show(record: dict[str, Any]) -> None:
+    """The record in plain words."""
+    page = console.out()
+    page.print(f"\n[bold]{record['model']} · {record['model_type']} · {record['dtype']} on {record['device']}[/bold]\n")
+    laws = {law["name"]: (law["ok"], law["said"]) for law in record["laws"]}
+    page.print(
+        listing({f"{'[green]holds[/]' if ok else '[red]BROKEN[/]'}  {n}": said for n, (ok, said) in laws.items()})
+    )
+    for state, heading, colour in (
+        ("works", "Works", "green"),
+        ("refused", "Refused", "yellow"),
+        ("broke", "Broke", "red"),
+    ):
+        found = {f"[cyan]{n}[/]": m["said"] for n, m in record["methods"].items() if m["state"] == state}
+        if found:
+            page.print(f"\n[bold {colour}]{heading} here[/]", listing(found))
+    page.print(f"\n[bold]Gained[/] with {named(record['plan'])}")
+    page.print(listing({WORDS[metric]: sentence(metric, values) for metric, values in record["gain"].items()}))
+    page.print("\n[green]All laws hold.[/]\n" if record["ok"] else "\n[red]Not all is well: see above.[/]\n")
+
+
+def listing(rows: dict[str, str]) -> Any:
+    """Two columns, the second one wrapped under itself."""
+    from rich.table import Table
+
+    grid = Table.grid(padding=(0, 2), pad_edge=True)
+    grid.add_column(no_wrap=True)
+    grid.add_column()
+    for name, said in rows.items():
+        grid.add_row(name, said)
+    return grid
+
+
+def named(plan: dict[str, Any]) -> str:
+    """A plan in a few words: `prune vidcom2 keep=0.25`."""
+    parts = [f"{s} {p['method']}" + (f" keep={p['keep']}" if "keep" in p else "") for s, p in plan.items() if p]
+    return ", ".join(parts) or "nothing asked"
+
+
+def sentence(metric: str, values: dict[str, Any]) -> str:
+    """Before, after, and what that means."""
+    unit, scale = ("MB", 1e-6) if metric.endswith("_bytes") else ("ms", 1.0)
+    better, worse = ("smaller", "larger") if unit == "MB" else ("faster", "slower")
+    before, after, ratio = values["plain"] * scale, values["fast"] * scale, values["ratio"]
+    if not ratio:
+        return f"{before:,.3g} -> {after:,.3g} {unit}"
+    r = ratio[0]
+    word = "about the same" if 0.97 < r < 1.03 else f"{r:.2f}x {better}" if r > 1 else f"{1 / r:.2f}x {worse}"
+    return f"{before:,.4g} -> {after:,.4g} {unit}, {word} (rounds: {ratio[1]:.2f} to {ratio[2]:.2f})"

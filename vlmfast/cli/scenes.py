@@ -1,0 +1,82 @@
+"""What the demo asks about: two clips and a picture of the pocket world, with questions whose answers are known."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SECOND = 40  # tries for further questions about a scene
+
+
+@dataclass
+class Medium:
+    """One clip or picture as the model gets it: written to a file and read back."""
+
+    name: str
+    turns: list[tuple[str, str]]  # question, right answer
+    frames: Any  # (T, H, W, 3) uint8, T = 1 for a picture
+    times: list[float]  # seconds, one per frame
+    arguments: dict[str, Any] = field(default_factory=dict)  # of `Loaded.inputs`
+
+    @property
+    def video(self) -> bool:
+        return "video" in self.arguments
+
+
+def media(folder: Path, seed: int) -> list[Medium]:
+    """Render, write to `folder` (H.264 mp4 and PNG), decode again."""
+    from vlmfast.pocket import world
+    from vlmfast.pocket.questions import STILL_KINDS
+
+    moves = world.sample("motion", seed, "test", objects=(2, 3))
+    events = world.sample("order", seed, "test", objects=(2, 3))
+    still = world.sample("location", seed, "test", size=512, objects=(3, 3))
+    kinds = [k for k in STILL_KINDS if k not in ("digits", "relation", "presence")]
+    return [
+        _clip(folder / "moves.mp4", moves, _questions(moves, ["motion"], 2)),
+        _clip(folder / "events.mp4", events, _questions(events, ["what-when", "when"], 3)),
+        _picture(folder / "picture.png", still, _questions(still, kinds, 4)),
+    ]
+
+
+def _questions(sample: Any, kinds: list[str], most: int) -> list[tuple[str, str]]:
+    """The sample's own question, then others about the same scene, of the given kinds in turn."""
+    from vlmfast.pocket.questions import ask
+    from vlmfast.pocket.scenes import Rng
+
+    turns = [(sample.question, sample.answer)]
+    for i in range(SECOND):
+        asked = ask(kinds[i % len(kinds)], sample.meta["scene"], Rng(2, 4242, sample.meta["seed"], i), None)
+        if asked is not None and asked not in turns and len(turns) < most:
+            turns.append(asked)
+    return turns
+
+
+def _clip(path: Path, sample: Any, turns: list[tuple[str, str]]) -> Medium:
+    from vlmfast.stream.source import Uniform, read_video, write_video
+
+    write_video(path, sample.frames, fps=sample.fps)
+    video = read_video(path, select=Uniform(len(sample.frames)))
+    return Medium(path.name, turns, video.frames, video.timestamps.tolist(), {"video": video})
+
+
+def _picture(path: Path, sample: Any, turns: list[tuple[str, str]]) -> Medium:
+    from PIL import Image
+
+    from vlmfast.stream.source import read_image
+
+    save(Image.fromarray(sample.frames[0].numpy()), path)
+    picture = read_image(path)
+    return Medium(path.name, turns, picture[None], [0.0], {"images": [picture]})
+
+
+def save(image: Any, path: Path) -> None:
+    """A PNG that appears whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        image.save(part, format="PNG")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
