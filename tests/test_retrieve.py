@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
+
 from vlmfast.core import UserError
 from vlmfast.stream.blocks import Block
 from vlmfast.stream.positions import end, origins, place
@@ -66,7 +69,9 @@ def test_scores_equal_the_naive_ones(count):
     view = View(blocks(count), reps)
     query = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(9))  # (Hk, G, Dh)
     for layer in range(3):
-        naive = torch.stack([sum(query[h, g] @ raw[i, layer, h] for h in range(2) for g in range(3)) for i in range(count)])
+        naive = torch.stack(
+            [sum(query[h, g] @ raw[i, layer, h] for h in range(2) for g in range(3)) for i in range(count)]
+        )
         got = Internal(similarity="inner").layer_scores(view, layer, query)
         assert torch.allclose(got, naive, atol=1e-3)
         norm = raw[:, layer].reshape(count, -1).norm(dim=-1)
@@ -106,7 +111,7 @@ def test_recency_uniform_random():
     assert Recency(frames=3).select(view, "?").tolist() == [17, 18, 19]
     even = Evenly(frames=5).select(view, "?").tolist()
     assert even[0] == 0 and even[-1] == 19 and len(even) == 5
-    steps = [b - a for a, b in zip(even, even[1:], strict=False)]
+    steps = [b - a for a, b in pairwise(even)]
     assert max(steps) - min(steps) <= 1
     assert int(view.tokens[Evenly(frames=None, tokens=18).select(view, "?")].sum()) <= 18
     one, same, other = (Anywhere(frames=4, seed=s).select(view, "?").tolist() for s in (1, 1, 2))

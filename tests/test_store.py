@@ -9,9 +9,10 @@ import random
 
 import pytest
 import torch
-from vlmfast.core import UserError
+
+from vlmfast.core import UserError, parse_bytes
 from vlmfast.stream.blocks import Block, Payload
-from vlmfast.stream.pack import pack, parse_bytes, unpack
+from vlmfast.stream.pack import pack, unpack
 from vlmfast.stream.segments import BlockLost, Segments, StoreError
 from vlmfast.stream.store import Store
 
@@ -47,7 +48,9 @@ def same(store, i, exact=True):
     return True
 
 
-@pytest.mark.parametrize(("text", "size"), [("2GiB", 2 << 30), ("512MB", 512_000_000), ("1.5k", 1500), (77, 77), ("9", 9)])
+@pytest.mark.parametrize(
+    ("text", "size"), [("2GiB", 2 << 30), ("512MB", 512_000_000), ("1.5k", 1500), (77, 77), ("9", 9)]
+)
 def test_sizes_in_words(text, size):
     assert parse_bytes("ram", text) == size
 
@@ -84,7 +87,9 @@ def test_formats_keep_what_they_promise(fmt, n):
 def test_int8_of_zeros_is_zero():
     zeros = torch.zeros(L, HK, 4, DH)
     packed = pack(zeros, zeros, zeros.mean(2), "int8")
-    k, v = unpack(packed.keys[0], packed.values[0], packed.key_scale[0], packed.value_scale[0], packed.rep[0], torch.float32)
+    k, v = unpack(
+        packed.keys[0], packed.values[0], packed.key_scale[0], packed.value_scale[0], packed.rep[0], torch.float32
+    )
     assert not k.any() and not v.any()
 
 

@@ -15,7 +15,7 @@ class Block:
 
     origin (A,): position of the block in the stream. advance (A,): step to a block that follows without a gap.
     rel (A, n) int16: positions of its n tokens relative to `origin`. frames: camera frames in it.
-    novelty: share of its tokens that redundancy dropping kept, norm: mean L2 norm of its values: what eviction ranks by.
+    novelty: share of its tokens that redundancy kept; norm: mean L2 norm of its values; eviction ranks by both.
     """
 
     id: int

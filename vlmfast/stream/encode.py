@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmfast.core import Unsupported, UserError, VisualTokens
-from vlmfast.runtime.late_rope import WindowCache
+from vlmfast.runtime.stream_cache import WindowCache
 from vlmfast.runtime.video import Eyes, Grids
 from vlmfast.stream.blocks import Block, Payload
 
@@ -77,9 +77,7 @@ class Encoder:
     """window: tokens that a frame sees besides the init tokens. tau: cosine distance, None keeps every token.
     prune: a pruner of the plan, applied to every grid by itself."""
 
-    def __init__(
-        self, eyes: Eyes, init: list[int], window: int, tau: float | None, prune: Any = None
-    ) -> None:
+    def __init__(self, eyes: Eyes, init: list[int], window: int, tau: float | None, prune: Any = None) -> None:
         if prune is not None:
             _check_pruner(prune)
         self.eyes, self.window, self.tau, self.prune = eyes, window, tau, prune
@@ -153,9 +151,7 @@ class Encoder:
         novelty = float(keep.float().mean())
         block = Block(state.blocks, start, end, origin, advance, positions, self.eyes.frames, novelty)
         if block.n > self.window:
-            raise UserError(
-                f"window={self.window} tokens cannot hold one frame of {block.n}: give a larger window"
-            )
+            raise UserError(f"window={self.window} tokens cannot hold one frame of {block.n}: give a larger window")
         state.blocks += 1
         visual = torch.zeros(block.n, dtype=torch.bool, device=rows.device)
         visual[k : k + int(keep.sum())] = True
@@ -205,9 +201,7 @@ class Encoder:
         else:  # the block that comes next becomes the head
             self.state.shift = []
         init = self.cache.positions[:, : self.base]
-        self.cache.slide(
-            self.base, self.base + gone, torch.cat([init, *(self._at(b) for b in self.resident)], 1)
-        )
+        self.cache.slide(self.base, self.base + gone, torch.cat([init, *(self._at(b) for b in self.resident)], 1))
         self._index()
 
     def _at(self, block: Block) -> Tensor:

@@ -18,7 +18,7 @@ Timed = tuple[Tensor, float]
 
 
 def as_frames(frames: Any) -> list[Tensor]:
-    """Frames (H, W, 3) uint8 from one picture, an array or tensor (T, H, W, 3) or (T, 3, H, W), or a list of pictures."""
+    """Frames (H, W, 3) uint8 from one picture, an array or tensor (T, H, W, 3) or (T, 3, H, W), or a list of those."""
     if isinstance(frames, (list, tuple)):
         return [f for item in frames for f in as_frames(item)]
     if not isinstance(frames, Tensor):
@@ -41,8 +41,7 @@ def as_times(timestamps: Any, count: int, last: float | None, step: float) -> li
         start = 0.0 if last is None else last + step
         return [start + i * step for i in range(count)]
     times = [
-        float(t)
-        for t in (timestamps if isinstance(timestamps, Sequence) else np.atleast_1d(np.asarray(timestamps)))
+        float(t) for t in (timestamps if isinstance(timestamps, Sequence) else np.atleast_1d(np.asarray(timestamps)))
     ]
     if len(times) != count:
         raise UserError(f"{count} frames came with {len(times)} timestamps: give one per frame, in seconds")
@@ -50,8 +49,8 @@ def as_times(timestamps: Any, count: int, last: float | None, step: float) -> li
     for t in times:
         if not math.isfinite(t) or (before is not None and t <= before):
             raise UserError(
-                f"timestamps go backwards: {t:g} s after {before if before is not None else 0:g} s; a stream's seconds must "
-                "increase. None of these frames were taken, all before them are kept"
+                f"timestamps go backwards: {t:g} s after {before if before is not None else 0:g} s; a stream's seconds "
+                "must increase. None of these frames were taken, all before them are kept"
             )
         before = t
     return times

@@ -7,14 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlmfast.core import parse_bytes as parse_bytes
-
 FORMATS = ("int8", "bf16", "model")
 
 
 @dataclass
 class Packed:
-    """keys, values (L, Hk, n, Dh) in the storage dtype; scales float16, broadcastable, or None. rep (L, Hk, Dh) float16."""
+    """keys, values (L, Hk, n, Dh) as stored; scales float16, broadcastable, or None; rep (L, Hk, Dh) float16."""
 
     keys: Tensor
     values: Tensor

@@ -1,4 +1,4 @@
-"""New positions for retrieved blocks: contiguous, as if the video consisted of them (ReKV, arXiv 2503.00540), or their own.
+"""New positions for retrieved blocks: contiguous, as if they were the video (ReKV, arXiv 2503.00540), or their own.
 
 Under M-RoPE a block keeps its own (h, w) grid; only its origin moves. Pure functions on `Block`s and tensors.
 """
@@ -37,18 +37,14 @@ def place(blocks: Sequence[Block], base: Sequence[int], contiguous: bool) -> Ten
     if not blocks:
         return torch.zeros(len(base), 0, dtype=torch.long)
     starts = origins(blocks, base, contiguous)
-    return torch.cat(
-        [b.rel.long() + torch.tensor(o)[:, None] for b, o in zip(blocks, starts, strict=True)], 1
-    )
+    return torch.cat([b.rel.long() + torch.tensor(o)[:, None] for b, o in zip(blocks, starts, strict=True)], 1)
 
 
-def end(
-    blocks: Sequence[Block], base: Sequence[int], contiguous: bool, timed: bool, after_max: bool, span: int
-) -> int:
+def end(blocks: Sequence[Block], base: Sequence[int], contiguous: bool, timed: bool, after_max: bool, span: int) -> int:
     """Where text after the blocks begins (the same on every axis).
 
-    Chained layouts (1-D RoPE, Qwen3-VL): after the last block. Timed ones (Qwen2/2.5-VL): after the maximum of all axes,
-    or, where the model's own rule is not `after_max`, after the spatial extent `span` of the first grid.
+    Chained layouts (1-D RoPE, Qwen3-VL): after the last block. Timed ones (Qwen2/2.5-VL): after the maximum of all
+    axes, or, where the model's own rule is not `after_max`, after the spatial extent `span` of the first grid.
     """
     if not blocks:
         return max(base)

@@ -1,7 +1,7 @@
 """From a question to its working set: which blocks, at which positions, as one cache the model answers over.
 
-ReKV's two passes (arXiv 2503.00540): the bare question runs through the layers and chooses blocks layer by layer (its own
-keys and values are thrown away); then the whole prompt reads [init tokens, chosen blocks] at fresh positions.
+ReKV's two passes (arXiv 2503.00540): the bare question runs through the layers and chooses blocks layer by layer (its
+own keys and values are thrown away); then the whole prompt reads [init tokens, chosen blocks] at fresh positions.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmfast.runtime.late_rope import ProbeCache, cos_sin, rotate, running, work_cache
+from vlmfast.runtime.late_rope import cos_sin, rotate, running
+from vlmfast.runtime.stream_cache import ProbeCache, work_cache
 from vlmfast.stream import positions
 from vlmfast.stream.blocks import Block
 from vlmfast.stream.encode import Encoder
@@ -47,9 +48,7 @@ class Recall:
 
     # -- which ---------------------------------------------------------------------------------------------------------
 
-    def choose(
-        self, retriever: Retriever | None, blocks: list[Block], question: str
-    ) -> tuple[list[list[Block]], str]:
+    def choose(self, retriever: Retriever | None, blocks: list[Block], question: str) -> tuple[list[list[Block]], str]:
         """The blocks of every layer, ascending, and how they were chosen."""
         layers = len(self.encoder.cache.layers)
         if retriever is None or not blocks:

@@ -70,6 +70,4 @@ class RepTable:
         return torch.cat(self.embeddings)[slots].float() if self.embeddings else None
 
     def nbytes(self) -> int:
-        return sum(
-            x.numel() * x.element_size() for group in (self.slabs, self.norms, self.embeddings) for x in group
-        )
+        return sum(x.numel() * x.element_size() for group in (self.slabs, self.norms, self.embeddings) for x in group)

@@ -98,7 +98,7 @@ def intervals(weights: dict[int, float], blocks: dict[int, Block]) -> list[tuple
 
 @dataclass(frozen=True)
 class Retriever:
-    """frames: blocks brought back (None: no limit on blocks). tokens: tokens brought back (None: no limit on tokens)."""
+    """frames: most blocks brought back, None for no limit. tokens: most tokens brought back, None for no limit."""
 
     frames: int | None = 16
     tokens: int | None = None
@@ -187,9 +187,7 @@ class External(Retriever):
         assert view.reps is not None and self.text_to is not None
         stored = view.reps.embedding(view.slots)
         if stored is None:
-            raise UserError(
-                "nothing was embedded: give External to StreamSession(retrieve=...) before pushing frames"
-            )
+            raise UserError("nothing was embedded: give External to StreamSession(retrieve=...) before pushing frames")
         return F.cosine_similarity(stored, self.text_to(question).float().reshape(1, -1).cpu(), dim=-1)
 
 
@@ -213,9 +211,7 @@ class Evenly(Retriever):
         count = min(len(view), self.frames or len(view))
         while True:
             index = (
-                torch.linspace(0, len(view) - 1, count).round().long().unique()
-                if count > 1
-                else torch.zeros(1).long()
+                torch.linspace(0, len(view) - 1, count).round().long().unique() if count > 1 else torch.zeros(1).long()
             )
             if count == 1 or self.tokens is None or int(view.tokens[index].sum()) <= self.tokens:
                 return index

@@ -127,9 +127,7 @@ def load(
             f"{path} was made by another model ({differs}): load the model that encoded it, or start a new folder"
         )
     limits = {k: changed.get(k, config[k]) for k in ("ram", "disk_limit", "flush_seconds")}
-    store = Store(
-        limits["ram"], path, limits["disk_limit"], config["keep_as"], limits["flush_seconds"], saved
-    ).open()
+    store = Store(limits["ram"], path, limits["disk_limit"], config["keep_as"], limits["flush_seconds"], saved).open()
     session = cls(model, processor, **{**config, **changed}, _store=store)  # type: ignore[arg-type]
     found = store.disk.read_state() if store.disk is not None else None
     last = max(store.blocks) if store.blocks else -1

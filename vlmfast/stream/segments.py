@@ -61,9 +61,7 @@ class Segments:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as e:
-            raise StoreError(
-                f"{self.path} cannot be made ({e.strerror}): name a folder that can be written"
-            ) from None
+            raise StoreError(f"{self.path} cannot be made ({e.strerror}): name a folder that can be written") from None
         self.write_index()
 
     def open(self) -> tuple[list[Block], dict[int, tuple[Tensor, Tensor | None]]]:
@@ -138,7 +136,7 @@ class Segments:
         data = to_bytes(tensors, {"state": json.dumps(meta)})
         if self.limit is not None and self.used + len(data) > self.limit:
             raise StoreError(
-                f"the state of {len(data):,} bytes does not fit disk={self.limit:,} beside {self.used:,} bytes: raise disk="
+                f"a state of {len(data):,} bytes does not fit disk_limit={self.limit:,} beside {self.used:,}: raise it"
             )
         self.number += 1
         old, file = self.state, f"state-{self.number:06d}.safetensors"
@@ -204,8 +202,8 @@ class Segments:
         except OSError as e:
             temporary.unlink(missing_ok=True) if os.access(self.path, os.W_OK) else None
             raise StoreError(
-                f"writing {self.path / file} failed ({e.strerror}); nothing stored is lost, what is not on disk yet stays "
-                "in memory: free space or make the folder writable, then go on"
+                f"writing {self.path / file} failed ({e.strerror}); nothing stored is lost, what is not on disk yet "
+                "stays in memory: free space or make the folder writable, then go on"
             ) from None
 
     def beat(self, seconds: float) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vlmfast.api import MARK, accelerate, unwrap
 from vlmfast.core import Unsupported, UserError
@@ -27,27 +26,23 @@ from vlmfast.runtime.late_rope import check, lock
 from vlmfast.runtime.video import Eyes
 from vlmfast.stream import saving
 from vlmfast.stream.blocks import Block
-from vlmfast.stream.encode import Clip, Encoder
-from vlmfast.stream.feed import Queue, Timed, as_frames, as_times
+from vlmfast.stream.encode import Encoder
+from vlmfast.stream.intake import Intake
 from vlmfast.stream.recall import Context, Recall, _maybe
-from vlmfast.stream.retrieve import External, Internal, Retriever, in_time, intervals, parse
-from vlmfast.stream.segments import StoreError
+from vlmfast.stream.retrieve import Internal, Retriever, in_time, intervals, parse
 from vlmfast.stream.store import Store
-from vlmfast.stream.watch import Watcher
-
-CHUNK = 32  # temporal grids through the tower at once
 
 
 @dataclass
 class Answer:
-    """text; evidence: (start_s, end_s, score) of what was brought back, best first; report: metric names of result files."""
+    """text; evidence: (start_s, end_s, score) of what was brought back, best first; report: metrics of this answer."""
 
     text: str
     evidence: list[tuple[float, float, float]]
     report: dict[str, Any] = field(default_factory=dict)
 
 
-class StreamSession:
+class StreamSession(Intake):
     """One stream over one model.
 
     window: tokens a new frame sees besides the prompt before the video. ram: most bytes of the archive in memory (keys,
@@ -98,6 +93,7 @@ class StreamSession:
             raise UserError(f"window={window!r} must be a positive number of tokens")
         if not fps > 0:
             raise UserError(f"fps={fps!r} must be positive")
+        Intake.__init__(self, fps, queue)
         self.plan = resolve(plan)
         if self.plan.kv is not None:
             raise Unsupported(
@@ -108,160 +104,22 @@ class StreamSession:
         self._check_dense(self.retriever)
         self.eyes = Eyes(self.model, processor)
         check(self.eyes.text)
-        self.fps, self.queue = fps, Queue(queue)
         init, _ = self.eyes.prompt([self._turn("?", True)])
         self.encoder = Encoder(self.eyes, init, window, redundancy, self.plan.prune)
         self.config = {
             "window": window, "ram": ram, "disk_limit": disk_limit, "redundancy": redundancy, "keep_as": keep_as,
-            "positions": positions, "text_after": text_after, "queue": queue, "fps": fps, "flush_seconds": flush_seconds,
+            "positions": positions, "text_after": text_after, "queue": queue, "fps": fps,
+            "flush_seconds": flush_seconds,
         }  # fmt: skip
         if _store is None:
             head = saving.head(self.model, self.config)
             _store = Store(ram, disk, disk_limit, keep_as, flush_seconds, head).create()
         self.store = _store
         self.recall = Recall(self.encoder, self.store, positions == "contiguous", text_after)
-        self.pending: list[Timed] = []  # frames that wait for their partner (Qwen reads two as one)
-        self.last: float | None = None  # seconds of the newest frame taken
-        self.gap: float | None = None  # seconds between the last two frames
         self.turns: list[tuple[str, str]] = []
         self.lost_seconds = 0.0
         self.notes: list[str] = []
-        self.counts = {"frames": 0, "questions": 0, "encode_s": 0.0}
         self.working_peak = 0
-        self._accepted: float | None = None  # seconds of the newest frame accepted, encoded or queued
-        self._disk_error: StoreError | None = None
-        self._lock = threading.RLock()
-        self._watcher: Watcher | None = None
-        self._closed = False
-
-    # -- frames in -----------------------------------------------------------------------------------------------------
-
-    def push(self, frames: Any, timestamps: Any = None) -> int:
-        """Take frames, uint8 RGB (T, H, W, 3), with seconds that increase; returns how many were taken.
-
-        Encodes at once, unless an answer is being generated in another thread: then they wait in the queue, the oldest
-        unencoded ones are dropped (and counted) when it is full, and they are encoded with the next push or question.
-        Raises UserError for bad frames or times, StoreError when the archive cannot take more: nothing stored is lost.
-        """
-        self._open()
-        items = self._accept(frames, timestamps)
-        if self._lock.acquire(blocking=False):
-            try:
-                self._retry_disk()
-                self._drain()
-                self._take(items)
-            finally:
-                self._lock.release()
-            self._report_disk()
-        else:
-            for item in items:
-                self.queue.put(item)
-        if self.store.disk is not None and self._accepted is not None:
-            self.store.disk.beat(self._accepted)
-        return len(items)
-
-    def _accept(self, frames: Any, timestamps: Any) -> list[Timed]:
-        """Checked frames with their seconds."""
-        pictures = as_frames(frames)
-        times = as_times(timestamps, len(pictures), self._accepted, 1 / self.fps)
-        if times:
-            self._accepted = times[-1]
-        return list(zip(pictures, times, strict=True))
-
-    def watch(
-        self, source: Any, background: bool = False, drop: bool | None = None, **options: Any
-    ) -> Watcher:
-        """Read a source to its end: a file, folder, URL, camera number, or an iterable of (frame, seconds).
-
-        background: return at once and read in a thread (`.wait()`, `.stop()`). drop: True drops the oldest frames when
-        the model is slower than the source (the default for cameras and URLs), False lets the source wait.
-        options: those of `open_source` (sample_fps, size, realtime, ...).
-        """
-        self._open()
-        self._watcher = Watcher(self, source, drop, options)
-        self._watcher.start()
-        if not background:
-            self._watcher.wait()
-        return self._watcher
-
-    def drain(self, most: int | None = None) -> int:
-        """Encode frames that wait in the queue; returns how many."""
-        with self._lock:
-            self._retry_disk()
-            return self._drain(most)
-
-    def _drain(self, most: int | None = None) -> int:
-        done = 0
-        while len(self.queue) and (most is None or done < most):
-            items = self.queue.take(CHUNK * self.eyes.frames)
-            self._take(items)
-            done += len(items)
-        return done
-
-    def _take(self, items: list[Timed]) -> None:
-        """Encode frames, in runs of one size."""
-        clock = time.perf_counter()
-        for frame, seconds in items:
-            if self.pending and self.pending[-1][0].shape != frame.shape:
-                self._encode(pad=True)  # a change of size: the frame without a partner is shown twice
-            self.pending.append((frame, seconds))
-            if len(self.pending) >= CHUNK * self.eyes.frames:
-                self._encode()
-        self._encode()
-        self.counts["frames"] += len(items)
-        self.counts["encode_s"] += time.perf_counter() - clock
-
-    def _encode(self, pad: bool = False) -> None:
-        size = self.eyes.frames
-        while pad and len(self.pending) % size:
-            self.pending.append(self.pending[-1])
-        whole = len(self.pending) // size * size
-        if not whole:
-            return
-        items, self.pending = self.pending[:whole], self.pending[whole:]
-        times, spans = [], []
-        for i in range(0, whole, size):
-            first, last = items[i][1], items[i + size - 1][1]
-            for _, seconds in items[i : i + size]:
-                if self.last is not None and seconds > self.last:
-                    self.gap = seconds - self.last
-                self.last = seconds
-            times.append((first, last))
-            spans.append(self.gap if self.gap is not None else 1 / self.fps)
-        clip = Clip(torch.stack([f for f, _ in items]), times, spans)
-        embedded: Tensor | None = None
-        if isinstance(self.retriever, External) and self.retriever.frames_to is not None:
-            embedded = self.retriever.frames_to(clip.frames[::size])
-        with lock(self.model):
-            for n, (block, payload) in enumerate(self.encoder.encode(clip)):
-                payload.embedding = None if embedded is None else embedded[n]
-                self.store.add(block, payload)
-        if self.store.disk is not None:
-            state = self.encoder.state
-            self.store.disk.head["stream"] = {"first": state.first, "span": self.encoder.span}
-        if self.store.due():
-            try:
-                self.store.flush()
-            except StoreError as e:
-                self._disk_error = e
-
-    def flush(self) -> None:
-        """Encode what waits, a frame without a partner included (shown twice), and write everything to disk."""
-        with self._lock:
-            self._drain()
-            self._encode(pad=True)
-            self.store.flush()
-            self._disk_error = None
-
-    def _retry_disk(self) -> None:
-        """After a failed write: write again before more is taken, so that a broken disk loses nothing."""
-        if self._disk_error is not None:
-            self.store.flush()
-            self._disk_error = None
-
-    def _report_disk(self) -> None:
-        if self._disk_error is not None:
-            raise self._disk_error
 
     # -- questions -----------------------------------------------------------------------------------------------------
 
@@ -304,9 +162,7 @@ class StreamSession:
                 "kv_disk_bytes": self.store.disk_bytes, "notes": context.notes,
             }  # fmt: skip
             known = {i: b for i, b in self._known().items() if i in context.weights}
-            found = (
-                intervals({i: w for i, w in context.weights.items() if i in known}, known) if evidence else []
-            )
+            found = intervals({i: w for i, w in context.weights.items() if i in known}, known) if evidence else []
         return Answer(text, found, report)
 
     def context(
@@ -369,7 +225,8 @@ class StreamSession:
     def _check_dense(self, retriever: Retriever | None) -> None:
         if self.dense and isinstance(retriever, Internal) and retriever.scope == "layer":
             raise Unsupported(
-                "speculation needs the same blocks in every layer: use retrieve=Internal(scope='shared'), or drop speculate="
+                "speculation needs the same blocks in every layer: use retrieve=Internal(scope='shared'), "
+                "or drop speculate="
             )
 
     # -- state ---------------------------------------------------------------------------------------------------------
@@ -382,9 +239,7 @@ class StreamSession:
     def stats(self) -> dict[str, Any]:
         """Counts, bytes per tier, and what was dropped, evicted or lost."""
         state, store = self.encoder.state, self.store
-        seconds = (
-            0.0 if self.last is None or state.first is None else self.last + (self.gap or 0.0) - state.first
-        )
+        seconds = 0.0 if self.last is None or state.first is None else self.last + (self.gap or 0.0) - state.first
         return {
             "seconds": seconds, "frames": self.counts["frames"], "blocks": len(store.blocks), "evicted": store.evicted,
             "visual_tokens": state.visual, "kept_tokens": state.kept, "queue": len(self.queue),
@@ -403,9 +258,7 @@ class StreamSession:
             saving.save(self, path)
 
     @classmethod
-    def load(
-        cls, path: str | os.PathLike[str], model: nn.Module, processor: Any, **changed: Any
-    ) -> StreamSession:
+    def load(cls, path: str | os.PathLike[str], model: nn.Module, processor: Any, **changed: Any) -> StreamSession:
         """Continue a saved, or killed, session. `.lost_seconds` says how much a crash lost, `.stats()["lost"]` what was
         damaged. changed: session arguments that should differ (ram, retrieve, queue, ...); those that shaped the
         stored blocks cannot. Raises UserError for another model."""
@@ -424,18 +277,10 @@ class StreamSession:
             self._closed = True
             self.store.close()
 
-    def _open(self) -> None:
-        if self._closed:
-            raise UserError(
-                "this session is closed: StreamSession.load(path, ...) continues one that has a disk folder"
-            )
-
     def __enter__(self) -> StreamSession:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
 
@@ -443,7 +288,5 @@ def _cache_bytes(cache: Any) -> int:
     """Bytes of a working set."""
     total = 0
     for layer in cache.layers:
-        total += (
-            layer.nbytes() if hasattr(layer, "nbytes") else 2 * layer.keys.numel() * layer.keys.element_size()
-        )
+        total += layer.nbytes() if hasattr(layer, "nbytes") else 2 * layer.keys.numel() * layer.keys.element_size()
     return total

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmfast.core import UserError
+from vlmfast.core import UserError, parse_bytes
 from vlmfast.stream.blocks import Block, Payload
-from vlmfast.stream.pack import FORMATS, Packed, pack, parse_bytes, unpack
+from vlmfast.stream.pack import FORMATS, Packed, pack, unpack
 from vlmfast.stream.reps import RepTable
 from vlmfast.stream.segments import BlockLost, Segments, StoreError
 
@@ -89,11 +89,7 @@ class Store:
         """Bytes of keys, values, scales and representatives of all stored blocks, each counted once."""
         on_disk = 0 if self.disk is None else sum(e["bytes"] for e in self.disk.entries.values())
         alone = self.held if self.disk is None else self.dirty
-        return (
-            on_disk
-            + sum(self.held[i].nbytes() for i in alone)
-            + (self.reps.nbytes() if self.disk is None else 0)
-        )
+        return on_disk + sum(self.held[i].nbytes() for i in alone) + (self.reps.nbytes() if self.disk is None else 0)
 
     # -- in ------------------------------------------------------------------------------------------------------------
 
@@ -234,10 +230,7 @@ class Store:
                 raise StoreError(
                     f"disk_limit={self.disk_limit:,} bytes is too small: it must hold a few segments of {spare:,} bytes"
                 )
-            worth = {
-                i: n
-                for n, i in enumerate(self.ranked([i for f in old for i in self.disk.entries[f]["blocks"]]))
-            }
+            worth = {i: n for n, i in enumerate(self.ranked([i for f in old for i in self.disk.entries[f]["blocks"]]))}
             file = min(old, key=lambda f: _mean([worth[i] for i in self.disk.entries[f]["blocks"]]))  # type: ignore[union-attr]
             held = sorted(self.disk.entries[file]["blocks"], key=lambda i: worth[i])
             self.remove(held[: (len(held) + 1) // 2])
@@ -267,9 +260,7 @@ class Store:
     def _forget(self, file: str, error: Exception) -> None:
         assert self.disk is not None
         held = [i for i in self.disk.forget(file) if i in self.blocks]
-        self.dirty = sorted(
-            {*self.dirty, *(i for i in held if i in self.held)}
-        )  # still in RAM: written again
+        self.dirty = sorted({*self.dirty, *(i for i in held if i in self.held)})  # still in RAM: written again
         gone = [i for i in held if i not in self.held]
         for i in gone:
             self.reps.remove(i)

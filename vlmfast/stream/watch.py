@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Any
 from vlmfast.core import UserError
 
 if TYPE_CHECKING:
-    from vlmfast.stream.session import StreamSession
+    from vlmfast.stream.intake import Intake
 
 
 class Watcher:
     """One source being watched. `error` holds what ended it early."""
 
-    def __init__(
-        self, session: StreamSession, source: Any, drop: bool | None, options: dict[str, Any]
-    ) -> None:
+    def __init__(self, session: Intake, source: Any, drop: bool | None, options: dict[str, Any]) -> None:
         self.session = session
         live = isinstance(source, int) or (isinstance(source, str) and "://" in source)
         self.drop = drop if drop is not None else live or bool(options.get("realtime"))
@@ -35,9 +33,7 @@ class Watcher:
         if isinstance(source, (str, int)) or hasattr(source, "__fspath__"):
             return open_source(source, **options)
         if options:
-            raise UserError(
-                f"{', '.join(options)}: options are for files, cameras and URLs; frames came in ready"
-            )
+            raise UserError(f"{', '.join(options)}: options are for files, cameras and URLs; frames came in ready")
         return iter(source)
 
     def start(self) -> None:
@@ -52,11 +48,7 @@ class Watcher:
                 if self._stop.is_set():
                     break
                 if offset is None:  # a second source goes on where the first one ended
-                    offset = (
-                        0.0
-                        if session._accepted is None
-                        else session._accepted + 1 / session.fps - float(seconds)
-                    )
+                    offset = 0.0 if session._accepted is None else session._accepted + 1 / session.fps - float(seconds)
                 for item in session._accept(frame, [float(seconds) + offset]):
                     session.queue.put(item, wait=not self.drop, stop=self._stop)
         except BaseException as e:

@@ -1,0 +1,242 @@
+"""The caches of a stream: the encoder's sliding window, the probe of a question, the working set of an answer.
+
+All of one row, read by `late_rope.stream_attention`. Window and probe hold keys un-rotated; a working set is rotated
+once, at its new positions, and then read by a model that applies its RoPE as usual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
+
+from vlmfast.core import Unsupported
+from vlmfast.runtime.late_rope import attend, cos_sin, mark, rotate, running
+
+
+class _Layer(CacheLayerMixin):
+    """Common to our layers: one row, and a logical length that is the same in every layer."""
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self) -> None:
+        CacheLayerMixin.__init__(self)
+        self.n = 0  # physical columns
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
+        self.is_initialized = True
+
+    def get_seq_length(self, *args: Any) -> int:
+        return self.n
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        q = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return self.n + q, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+
+class WindowLayer(_Layer):
+    """Init tokens, then the sliding window: keys un-rotated and rotated, values; (Hk, capacity, Dh) each."""
+
+    def __init__(self, owner: WindowCache) -> None:
+        super().__init__()
+        self.owner = owner
+        self.raw = self.rot = self.val = torch.empty(0)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kw: Any) -> tuple[Tensor, Tensor]:
+        cap, q = self.owner.capacity, key_states.shape[2]
+        if not self.is_initialized:
+            shape = (key_states.shape[1], cap, key_states.shape[3])
+            self.raw, self.rot = (key_states.new_empty(shape) for _ in range(2))
+            self.val = value_states.new_empty(shape)
+            self.is_initialized = True
+        a, b = self.n, self.n + q
+        if b > cap:
+            raise RuntimeError(f"{b} columns do not fit the window's {cap}")
+        self.raw[:, a:b] = key_states[0]
+        self.rot[:, a:b] = rotate(key_states[0], *self.owner.now)
+        self.val[:, a:b] = value_states[0]
+        self.n = b
+        return mark(self.rot[None, :, :b], self), self.val[None, :, :b]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        return attend(rotate(q, *self.owner.now), k, v, scaling)
+
+    def drop(self, first: int, last: int) -> None:
+        """Remove columns first..last - 1; the ones after them move down."""
+        keep = self.n - last
+        for x in (self.raw, self.val):
+            x[:, first : first + keep] = x[:, last : self.n].clone()
+        self.n -= last - first
+
+
+class WindowCache(DynamicCache):
+    """The cache of the encoder: `init` columns that never leave, then a window that slides by whole blocks."""
+
+    def __init__(self, text: Any, capacity: int) -> None:
+        super().__init__()
+        self.text, self.capacity = text, capacity
+        self.layers = [WindowLayer(self) for _ in text.layers]
+        self.positions = torch.zeros(0, 0, dtype=torch.long)  # (A, n), as rotated now
+        self.now: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
+
+    def forward(self, model: nn.Module, embeds: Tensor, positions: Tensor, **deep: Any) -> Tensor:
+        """Append embeds (1, n, D) at positions (A, n) int64; returns their last hidden states (1, n, D).
+
+        All or nothing: after an error the cache is what it was.
+        """
+        before = self.layers[0].n
+        self.now = cos_sin(self.text, positions, embeds)
+        ids = positions[:, None] if positions.shape[0] > 1 else positions
+        try:
+            with running(model, self.text, late=True):
+                out = self.text(
+                    inputs_embeds=embeds,
+                    position_ids=ids.to(embeds.device),
+                    past_key_values=self,
+                    use_cache=True,
+                    **deep,
+                )
+        except BaseException:
+            self.crop(before - self.layers[0].n)
+            for layer in self.layers:
+                layer.n = before
+            raise
+        held = self.positions if self.positions.numel() else positions[:, :0]
+        self.positions = torch.cat([held, positions], 1)
+        return out.last_hidden_state
+
+    def crop(self, max_length: int) -> None:
+        """Remove -max_length columns from the end (0 removes none)."""
+        if max_length > 0:
+            raise ValueError("crop takes minus the number of columns to remove")
+        for layer in self.layers:
+            layer.n += max_length
+        self.positions = self.positions[:, : self.layers[0].n]
+
+    def slide(self, first: int, last: int, positions: Tensor) -> None:
+        """Remove columns first..last - 1 and rotate what stays by new positions (A, n)."""
+        for layer in self.layers:
+            layer.drop(first, last)
+        self.positions = positions
+        cos, sin = cos_sin(self.text, positions, self.layers[0].raw)
+        for layer in self.layers:
+            layer.rot[:, : layer.n] = rotate(layer.raw[:, : layer.n], cos, sin)
+
+    def nbytes(self) -> int:
+        """Bytes of the preallocated buffers."""
+        return sum(x.numel() * x.element_size() for layer in self.layers for x in (layer.raw, layer.rot, layer.val))
+
+
+class WorkLayer(_Layer):
+    """One layer's working set for an answer: rotated keys and values with room to grow; the model rotates by itself."""
+
+    def __init__(self, keys: Tensor, values: Tensor, logical: int, room: int) -> None:
+        super().__init__()
+        self.is_initialized = True
+        self.n, self.skipped = keys.shape[1], logical - keys.shape[1]
+        self.k, self.v = _roomy(keys, room), _roomy(values, room)
+        self.keys, self.values = self.k[None, :, : self.n], self.v[None, :, : self.n]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kw: Any) -> tuple[Tensor, Tensor]:
+        b = self.n + key_states.shape[2]
+        if b > self.k.shape[1]:
+            self.k, self.v = _roomy(self.k[:, : self.n], b), _roomy(self.v[:, : self.n], b)
+        self.k[:, self.n : b], self.v[:, self.n : b] = key_states[0], value_states[0]
+        self.n = b
+        return mark(self.k[None, :, :b], self), self.v[None, :, :b]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        return attend(q, k, v, scaling)
+
+    def get_seq_length(self, *args: Any) -> int:
+        return self.n + self.skipped
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        q = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return self.n + q, self.skipped
+
+    def crop(self, n: int) -> None:
+        """Remove -n columns."""
+        self.n -= abs(n)
+
+    def nbytes(self) -> int:
+        return 2 * self.k.numel() * self.k.element_size()
+
+
+def work_cache(layers: list[tuple[Tensor, Tensor]], dense: bool, room: int = 256) -> DynamicCache:
+    """A cache of rotated keys and values (Hk, n_l, Dh) per layer, whose logical length is the longest layer's.
+
+    dense: stock `DynamicLayer`s, read by whatever attention the model has; needs layers of one length.
+    """
+    cache = DynamicCache()
+    longest = max(k.shape[1] for k, _ in layers)
+    if dense:
+        if any(k.shape[1] != longest for k, _ in layers):
+            raise Unsupported("layers of different lengths cannot be one plain cache")
+        for k, v in layers:
+            layer = DynamicLayer()
+            layer.update(k[None], v[None])
+            cache.layers.append(layer)
+    else:
+        cache.layers = [WorkLayer(k, v, longest, room) for k, v in layers]
+    return cache
+
+
+class ProbeLayer(_Layer):
+    """Pass 1 of retrieval: hands the layer's mean query to `fetch`, attends to what came back, keeps nothing."""
+
+    def __init__(self, owner: ProbeCache, index: int) -> None:
+        super().__init__()
+        self.owner, self.index = owner, index
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kw: Any) -> tuple[Tensor, Tensor]:
+        return mark(key_states.view_as(key_states), self), value_states
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        hk = k.shape[1]
+        query = q[0].mean(1).view(hk, q.shape[1] // hk, -1)
+        past_k, past_v, positions = self.owner.fetch(self.index, query)
+        cos, sin = cos_sin(self.owner.text, positions, q)
+        k = torch.cat([past_k[None], rotate(k, cos, sin)], 2)
+        return attend(rotate(q, cos, sin), k, torch.cat([past_v[None], v], 2), scaling)
+
+
+Fetch = Callable[[int, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+class ProbeCache(DynamicCache):
+    """Runs a question through the layers; at layer l, `fetch(l, query)` gets the mean un-rotated query (Hk, G, Dh)
+    and returns rotated keys and values (Hk, n, Dh) to attend to, and the question's positions (A, q)."""
+
+    def __init__(self, text: Any, fetch: Fetch) -> None:
+        super().__init__()
+        self.text, self.fetch = text, fetch
+        self.layers = [ProbeLayer(self, i) for i in range(len(text.layers))]
+
+    def forward(self, model: nn.Module, embeds: Tensor, axes: int) -> Tensor:
+        """embeds (1, q, D) -> last hidden states (1, q, D)."""
+        ids = torch.zeros(axes, 1, embeds.shape[1], dtype=torch.long, device=embeds.device)
+        with running(model, self.text, late=True):
+            return self.text(
+                inputs_embeds=embeds,
+                position_ids=ids if axes > 1 else ids[0],
+                past_key_values=self,
+                use_cache=True,
+            ).last_hidden_state
+
+
+def _roomy(x: Tensor, room: int) -> Tensor:
+    """x (Hk, n, Dh) at the head of a buffer with `room` more columns."""
+    buffer = x.new_empty(x.shape[0], x.shape[1] + room, x.shape[2])
+    buffer[:, : x.shape[1]] = x
+    return buffer
