@@ -155,7 +155,7 @@ class Accelerated:
         return generate
 
     def _refuse(self, option: Callable[[str], Any]) -> None:
-        if self.columns.active or self.plan.kv is not None:
+        if self.columns.active or hasattr(self.plan.prune, "cuts") or self.plan.kv is not None:
             if option("prefill_chunk_size"):
                 raise Unsupported("prefill_chunk_size splits the prompt before columns can be chosen: unset it")
             if option("cache_implementation") not in (None, "dynamic"):

@@ -39,13 +39,13 @@ class Meter:
             self.first = clock(self.model)
             self.prefill_ms = (self.first - self._entered) * 1e3
 
-    def timings(self, new_tokens: int) -> tuple[dict[str, float], dict[str, float]]:
+    def timings(self, new_tokens: int) -> tuple[dict[str, float], dict[str, Any]]:
         """Prefill and decode times; call at the end of generate. new_tokens: tokens per row, the first included."""
         end = clock(self.model)
         prefill = {"prefill_ms": self.prefill_ms or 0.0, "ttft_ms": (self.first - self.start) * 1e3}
         steps = max(1, new_tokens - 1)
-        decode = {
-            "tokens": float(new_tokens),
+        decode: dict[str, Any] = {
+            "tokens": new_tokens,
             "decode_ms_per_token": (end - self.first) * 1e3 / steps,
             "total_ms": (end - self.start) * 1e3,
         }
