@@ -21,7 +21,7 @@ class Qwen(Family):
 
     def items(self, model: nn.Module, kind: str, call: dict[str, Any], features: list[Tensor]) -> list[Item]:
         grids = call[f"{kind}_grid_thw"]
-        merge = int(self.tower(model).spatial_merge_size)
+        merge = int(self.tower(model).spatial_merge_size)  # type: ignore[arg-type]
         return grid_items(grids, merge, kind == "video")
 
     def mergers(self, model: nn.Module) -> list[nn.Module]:
