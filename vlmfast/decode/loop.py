@@ -110,12 +110,12 @@ class _Run:
         target = Stepper.prefill(self.model, out.ids, self.config, kwargs, self._layer(), room=room)
         self.ledger.engine, self.ledger.reason = target.engine, target.reason
         try:
-            if self.speculate.draft is not None:
+            rows = Rows(choice, out.ids, None, target.logits)
+            out.emit(rows.pick(0), partial(rows.kept, 0))  # the first token waits for no draft
+            if self.speculate.draft is not None and not out.done:
                 self._prepare(tokenizer, target)
                 self._open(columns, media, target.cache, before, continued)
             start = time.perf_counter()
-            rows = Rows(choice, out.ids, None, target.logits)
-            out.emit(rows.pick(0), partial(rows.kept, 0))
             while not out.done:
                 self._round(target)
             total, times = (time.perf_counter() - start) * 1e3, self.ledger.times
@@ -137,7 +137,7 @@ class _Run:
 
     def _prepare(self, tokenizer: Any, target: Stepper) -> None:
         """What the rule needs."""
-        rule, ids, stop = self.rule, self.out.ids, self.out.eos
+        rule, ids, stop = self.rule, self.out.prompt, self.out.eos
         if rule.visual:
             visual = list(families.get(self.model).visual_ids(self.model).values())
             self.memory = collect(target.hidden, target.cache, ids, visual, getattr(rule, "top", 10))
@@ -164,7 +164,7 @@ class _Run:
         else:
             text = families.get(self.model).text(self.model)
             fresh = lambda: DynamicCache(config=text.config)  # noqa: E731
-            request = Request(self.model, self.out.ids, self.config, kwargs, media, columns, fresh, self.out.eos)
+            request = Request(self.model, self.out.prompt, self.config, kwargs, media, columns, fresh, self.out.eos)
             self.draft = config.open(request)
         _KEPT[cache] = (config, self.draft)
         self.ledger.times["draft_prefill_ms"] = (time.perf_counter() - start) * 1e3

@@ -34,6 +34,11 @@ class Output:
         """(1, L) int64, prompt and everything emitted; a view."""
         return self.buffer[:, : self.length]
 
+    @property
+    def prompt(self) -> Tensor:
+        """(1, L) int64; a view."""
+        return self.buffer[:, : self.start]
+
     def left(self) -> int | None:
         """Tokens that may still be emitted."""
         return None if self.limit is None else self.limit - self.length

@@ -1,0 +1,162 @@
+"""The competitors of the decode suite, and how one of them is timed on one picture."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import vlmfast
+from vlmfast.decode import (
+    Exact,
+    FLy,
+    LookupThenModel,
+    Loose,
+    Lossless,
+    ModelDraft,
+    PromptLookup,
+    RandomRelax,
+    SelfDraft,
+    Speculate,
+)
+from vlmfast.encode import Uniform
+
+COUNTS = ("verify_rounds", "drafted", "accepted_exact", "accepted_loose", "accepted_shift", "accepted_length",
+          "draft_ms", "verify_ms", "overhead_ms", "draft_prefill_ms")  # fmt: skip
+TOKENS = 96
+KEEP = 0.10
+
+
+class Clock:
+    """A streamer that notes when the first and the last token came. The first `put` is the prompt."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Any) -> None:
+        """Note the time."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+
+@dataclass(frozen=True)
+class Competitor:
+    """name and params as in the result file; speculate = ours; extra = arguments for stock generate."""
+
+    name: str
+    params: dict[str, Any]
+    speculate: Speculate | None = None
+    extra: dict[str, Any] | None = None
+
+
+def competitors(draft: Any, quick: bool, length: int | str = "adaptive") -> list[Competitor]:
+    """Stock generate and its own speculation, our plain loop, every rule, every draft."""
+    small = ModelDraft(draft, prune=Uniform(keep=KEEP))
+    out = [
+        Competitor("plain", {}),
+        Competitor("plain_loop", {}, Speculate()),
+        Competitor("hf_assisted", {"draft": "model"}, extra={"assistant_model": draft}),
+        Competitor("hf_lookup", {}, extra={"prompt_lookup_num_tokens": 5}),
+        ours(Exact(), small, "lossless", "modeldraft", length),
+        ours(Loose(), small, "loose", "modeldraft", length),
+        ours(RandomRelax(relax=0.5), small, "randomrelax", "modeldraft", length, relax=0.5),
+        ours(FLy(window=3), small, "fly", "modeldraft", length),
+    ]
+    if quick:
+        return out
+    both = LookupThenModel(draft, prune=Uniform(keep=KEEP))
+    return [
+        *out,
+        ours(Lossless(), ModelDraft(draft), "lossless", "modeldraft-full", length),
+        ours(Lossless(), SelfDraft(Uniform(keep=KEEP)), "lossless", "selfdraft", length),
+        ours(Lossless(), PromptLookup(), "lossless", "promptlookup", length),
+        ours(Lossless(), both, "lossless", "lookupthenmodel", length),
+        ours(Loose(), both, "loose", "lookupthenmodel", length),
+    ]
+
+
+def curve(draft: Any, length: int | str = "adaptive") -> list[Competitor]:
+    """Loose and random relaxation from strict to everything, for the plot of retention against speed."""
+    small = ModelDraft(draft, prune=Uniform(keep=KEEP))
+    out = []
+    for relax in (0.3, 0.5, 0.7, 0.9, 1.0):
+        out.append(ours(Loose(relax=relax), small, "loose", "modeldraft", length, relax=relax))
+    bare = {"bigram": False, "within": 0, "digits": False, "negation": False, "comparison": False}
+    for relax in (0.3, 0.5, 0.7):
+        out.append(ours(Loose(relax=relax, **bare), small, "loose-paper", "modeldraft", length, relax=relax))
+    for relax in (0.1, 0.25, 0.5, 0.75):
+        out.append(ours(RandomRelax(relax=relax), small, "randomrelax", "modeldraft", length, relax=relax))
+    return out
+
+
+def ours(rule: Any, draft: Any, name: str, source: str, length: int | str, **params: Any) -> Competitor:
+    """One of our competitors."""
+    return Competitor(name, {"draft": source, "length": length, **params}, Speculate(draft, rule, length=length))
+
+
+def timed(model: Any, tokenizer: Any, inputs: dict[str, Any], who: Competitor) -> tuple[dict[str, float], str, list]:
+    """One answer: times and counts, its text, and the trace of rounds."""
+    watch = Clock()
+    options: dict[str, Any] = dict(max_new_tokens=TOKENS, do_sample=False, streamer=watch, **(who.extra or {}))
+    report: dict[str, Any] = {}
+    if who.speculate is None:
+        start = time.perf_counter()
+        out = model.generate(**inputs, **options)
+    else:
+        with vlmfast.accelerate(model, speculate=who.speculate) as fast:
+            start = time.perf_counter()
+            out = model.generate(**inputs, **options, tokenizer=tokenizer)
+            report = fast.report.decode
+    end = time.perf_counter()
+    n = out.shape[1] - inputs["input_ids"].shape[1]
+    first = watch.times[1]
+    sample = {
+        "total_ms": (end - start) * 1e3,
+        "ttft_ms": (first - start) * 1e3,
+        "decode_ms_per_token": (end - first) * 1e3 / max(1, n - 1),
+        "tokens": float(n),
+    }
+    sample |= {k: float(report[k]) for k in COUNTS if k in report}
+    text = tokenizer.decode(out[0, -n:], skip_special_tokens=True)
+    return sample, text, report.get("trace", [])
+
+
+def captions(processor: Any, n: int, kind: str = "caption") -> list[tuple[dict[str, Any], Any]]:
+    """The first n test pictures with the request to describe them: (inputs of generate, world sample)."""
+    from vlmfast.pocket import world
+
+    out = []
+    for seed in range(n):
+        item = world.sample(kind, seed, "test")
+        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": item.question}]}
+        text = processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
+        picture = item.frames[0].permute(2, 0, 1)
+        out.append((dict(processor(text=[text], images=[picture], return_tensors="pt")), item))
+    return out
+
+
+def rotate(
+    model: Any, tokenizer: Any, items: list, who: list[Competitor], progress: Callable[[str], None] | None = None
+) -> list[list[dict[str, Any]]]:
+    """Every competitor on every item, in turns: result[competitor][item] = metrics, `text`, `trace`, `f1`."""
+    from vlmfast.pocket import world
+
+    results: list[list[dict[str, Any]]] = [[] for _ in who]
+    for c in who:  # warm up, not kept
+        timed(model, tokenizer, items[0][0], c)
+    for i, (inputs, item) in enumerate(items):
+        order = [(j + i) % len(who) for j in range(len(who))]
+        for j in order:
+            if progress is not None:
+                progress(f"{i + 1}/{len(items)} {who[j].name}")
+            sample, text, trace = timed(model, tokenizer, inputs, who[j])
+            results[j].append({**sample, "text": text, "trace": trace, "f1": world.score(item, text)})
+    return results
+
+
+def tokens_equal(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> float:
+    """Share of items with the same text."""
+    return sum(x["text"] == y["text"] for x, y in zip(a, b, strict=True)) / len(a)

@@ -1,0 +1,156 @@
+"""Decode speed: the pocket pair on captions, the curve of quality against speed, and the loop at 3B widths.
+
+python -m evals.speed --suite decode --out FILE.json     (or this file alone: python -m evals.speed_decode)
+
+Every competitor describes every picture, in turns, so that a noisy machine disturbs all alike; ratios are paired per
+picture. `f1` counts the facts of a caption against the scene. `decode_ms_per_token` runs from the first token to the
+last and holds everything that speculation adds, the draft's own encoding and prefill included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from evals import decode_runs as runs
+from evals.decode_shapes import rows as shape_rows
+from evals.records import head, row, write
+from evals.stats import paired
+from evals.timing import ratios
+from vlmfast.core import to_json
+from vlmfast.decode.speculate import predicted_speedup
+
+SHOW = ["decode_ms_per_token", "total_ms", "accepted_length", "verify_rounds", "f1", "diff_vs_plain", "same_text",
+        "overhead_share"]  # fmt: skip
+TIMES = ["decode_ms_per_token", "total_ms", "ttft_ms"]
+PLOT = Path(__file__).resolve().parent.parent / "docs" / "speculation.png"
+
+
+def run(quick: bool, pictures: int | None = None) -> dict[str, Any]:
+    """The record's rows and configuration. quick: four pictures, fewer competitors, one wide layer."""
+    from vlmfast import pocket
+
+    target, processor = pocket.load("target")
+    draft, _ = pocket.load("draft")
+    tokenizer = processor.tokenizer
+    n = pictures or (4 if quick else 60)
+    items = runs.captions(processor, n)
+    who = runs.competitors(draft, quick) + ([] if quick else runs.curve(draft))
+    results = runs.rotate(target, tokenizer, items, who)
+    plain = results[0]
+    loop = results[1]
+    rows = []
+    for c, got in zip(who, results, strict=True):
+        rows.append(_row(c, got, plain, loop, n))
+    strict = next(got for c, got in zip(who, results, strict=True) if c.name == "lossless")
+    trace = [pair for r in strict for pair in r["trace"] if pair[0]] or [(1, 0)]
+    rows += shape_rows(trace, quick)
+    out = {
+        "rows": rows, "show": SHOW, "seed": 0, "repeats": n,
+        "config": {"quick": quick, "pictures": n, "max_new_tokens": runs.TOKENS, "draft_keep": runs.KEEP},
+    }  # fmt: skip
+    if not quick:
+        plot(rows, PLOT)
+    return out
+
+
+def _row(
+    c: runs.Competitor, got: list[dict[str, Any]], plain: list[dict[str, Any]], loop: list[dict[str, Any]], n: int
+) -> dict[str, Any]:
+    keys = [k for k, v in got[0].items() if isinstance(v, (int, float))]
+    metrics: dict[str, Any] = {k: statistics.median(r[k] for r in got) for k in keys}
+    metrics["f1"] = statistics.fmean(r["f1"] for r in got)
+    metrics["same_text"] = runs.tokens_equal(got, plain)
+    vs = {}
+    if got is not plain:
+        names = [str(i) for i in range(n)]
+        diff = paired([r["f1"] for r in got], [r["f1"] for r in plain], names)
+        base = statistics.fmean(r["f1"] for r in plain)
+        metrics |= {"diff_vs_plain": diff.mean, "diff_ci95": [diff.low, diff.high]}
+        metrics["retention"] = metrics["f1"] / base if base else 0.0
+        for name, baseline in (("plain", plain), ("plain_loop", loop)):
+            if got is not baseline:
+                vs[name] = ratios(_times(baseline), _times(got), TIMES)
+    if "drafted" in metrics:
+        total = {
+            k: sum(r[k] for r in got) for k in ("verify_rounds", "drafted", "draft_ms", "verify_ms", "overhead_ms")
+        }
+        accepted = sum(r[k] for r in got for k in ("accepted_exact", "accepted_loose", "accepted_shift"))
+        rounds = max(1.0, total["verify_rounds"])
+        spent = total["draft_ms"] + total["verify_ms"] + total["overhead_ms"]
+        metrics["accepted_length"] = accepted / rounds
+        metrics["drafted_per_round"] = total["drafted"] / rounds
+        metrics["overhead_share"] = total["overhead_ms"] / spent if spent else 0.0
+        step = sum(r["verify_ms"] for r in loop) / max(1.0, sum(r["verify_rounds"] for r in loop))
+        if total["drafted"]:
+            metrics["predicted_speedup"] = predicted_speedup(
+                accepted / rounds, total["drafted"] / rounds, total["verify_ms"] / rounds / step,
+                total["draft_ms"] / total["drafted"] / step,
+            )  # fmt: skip
+    plan = {"speculate": _plan(c.speculate)} if c.speculate is not None else {}
+    return row(c.name, plan=plan, params={**c.params, "batch": 1}, metrics=metrics, vs=vs)
+
+
+def _times(got: list[dict[str, Any]]) -> list[dict[str, float]]:
+    return [{k: float(r[k]) for k in TIMES} for r in got]
+
+
+def _plan(speculate: Any) -> Any:
+    """JSON of our plan; the draft model by its name."""
+    out = {"length": speculate.length, "accept": to_json(speculate.accept)}
+    draft = speculate.draft
+    if draft is not None:
+        out["draft"] = {"method": draft.name, "prune": to_json(getattr(draft, "prune", None))}
+    return out
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Retention of plain caption F1 against decode speed-up over stock generate, one line per rule."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6.4, 4.2), dpi=150)
+    marks = {"loose": "o-", "loose-paper": "s--", "randomrelax": "^:"}
+    labels = {"loose": "loose, guarded", "loose-paper": "loose as published", "randomrelax": "random relaxation"}
+    for name, mark in marks.items():
+        points = [
+            (r["vs"]["plain"]["decode_ms_per_token"][0], 100 * r["metrics"]["retention"], r["params"]["relax"])
+            for r in rows
+            if r["name"] == name and "relax" in r["params"] and "retention" in r["metrics"]
+        ]
+        points.sort(key=lambda p: p[2])
+        if points:
+            axis.plot([p[0] for p in points], [p[1] for p in points], mark, label=labels[name], markersize=5)
+            for x, y, relax in points:
+                axis.annotate(f"{relax:g}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
+    strict = next((r for r in rows if r["name"] == "lossless" and r["params"].get("draft") == "modeldraft"), None)
+    if strict is not None:
+        axis.plot(strict["vs"]["plain"]["decode_ms_per_token"][0], 100, "k*", markersize=11, label="lossless")
+    axis.axhline(99.5, color="0.7", linewidth=0.8)
+    axis.set_xlabel("decode speed-up over stock generate")
+    axis.set_ylabel("caption facts kept, % of plain F1")
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.25)
+    figure.tight_layout()
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--quick", action="store_true", help="four pictures, under a minute")
+    parser.add_argument("--pictures", type=int, help="how many pictures (default 60)")
+    parser.add_argument("--out", required=True, help="result file (JSON)")
+    parser.add_argument("--force", action="store_true", help="replace an existing result")
+    given = parser.parse_args()
+    result = run(given.quick, given.pictures)
+    config, repeats = result.pop("config"), result.pop("repeats")
+    record = {**head("decode", config=config, seed=result.pop("seed"), repeats=repeats), **result}
+    write(given.out, record, given.force)
+    print(json.dumps([{"name": r["name"], **r["params"], **r["metrics"], "vs": r["vs"]} for r in record["rows"]]))
