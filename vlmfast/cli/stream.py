@@ -1,0 +1,219 @@
+"""`vlmfast stream`: watch a file, folder, camera or URL, and ask about it while it goes on or when it has ended."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vlmfast.cli import console, options
+
+if TYPE_CHECKING:
+    from vlmfast.stream.session import Answer, StreamSession
+
+Text = Annotated[str | None, typer.Argument(help="a video file or a folder of frames")]
+
+
+def stream(
+    source: Text = None,
+    ask: Annotated[list[str] | None, typer.Option("--ask", help="a question; '12s: ...' asks at second 12")] = None,
+    camera: Annotated[int | None, typer.Option("--camera", help="a camera's number")] = None,
+    url: Annotated[str | None, typer.Option("--url", help="an RTSP, HTTP or other stream")] = None,
+    model: options.Model = "pocket",
+    save: Annotated[Path | None, typer.Option("--save", help="folder to keep the stream in")] = None,
+    resume: Annotated[Path | None, typer.Option("--resume", help="folder of a stream to continue")] = None,
+    retrieve: Annotated[
+        str, typer.Option("--retrieve", help="internal:frames=16, recency:frames=8, none")
+    ] = "internal",
+    window: Annotated[int, typer.Option("--window", min=1, help="tokens a frame sees")] = 4096,
+    ram: Annotated[str | None, typer.Option("--ram", help="most memory of the archive (2GiB)")] = None,
+    disk_limit: Annotated[str | None, typer.Option("--disk-limit", help="most bytes in --save")] = None,
+    redundancy: Annotated[float, typer.Option("--redundancy", help="cosine distance of tokens to drop; 0: none")] = 0.2,
+    sample_fps: Annotated[float, typer.Option("--fps", help="frames taken per second")] = 2.0,
+    size: Annotated[int | None, typer.Option("--size", help="longer side in pixels")] = None,
+    realtime: Annotated[bool, typer.Option("--realtime", help="play a file at its own speed")] = False,
+    prune: options.Prune = None,
+    speculate: options.Speculation = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="longest answer")] = 128,
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+    as_json: options.Json = False,
+) -> None:
+    """Ask questions of endless video: encoded once, kept, and asked about at any time."""
+    from vlmfast.core import UserError
+
+    given = [x for x in (source, camera, url) if x is not None]
+    if len(given) > 1:
+        raise UserError("a file, --camera and --url exclude each other: give one")
+    if not given and resume is None:
+        raise UserError("nothing to watch: give a file, a folder, --camera 0 or --url; or --resume a kept stream")
+    if save is not None and resume is not None:
+        raise UserError("--resume goes on in its own folder: leave --save out")
+    asked = [parse(a) for a in ask or ()]
+    chosen = options.plan(prune=prune, speculate=speculate)
+    from vlmfast import loading
+    from vlmfast.stream.session import StreamSession
+
+    with console.waiting(f"loading {model}"):
+        loaded = loading.load(model, dtype, device)
+    common: dict[str, Any] = {"retrieve": retrieve}
+    common |= {k: v for k, v in (("ram", ram), ("disk_limit", disk_limit)) if v is not None}
+    if resume is not None:
+        session = StreamSession.load(resume, loaded.model, loaded.processor, plan=chosen, **common)
+        for line in (*session.stats()["lost"], *session.notes):
+            console.remarks().print(f"[yellow]{line}[/yellow]")
+        if session.lost_seconds:
+            console.remarks().print(f"{session.lost_seconds:.1f} s were not on disk when the last run ended")
+    else:
+        common |= {"window": window, "redundancy": redundancy or None, "fps": sample_fps, "disk": save}
+        session = StreamSession(loaded.model, loaded.processor, chosen, **common)
+    talk = Talk(session, max_new_tokens, as_json)
+    with session:
+        feed = {"sample_fps": sample_fps, "size": size}
+        if not asked and not as_json and sys.stdin.isatty():
+            live = source is None or realtime
+            talk.interactively(
+                given[0] if given else None, feed | ({} if live and not realtime else {"realtime": realtime})
+            )
+        else:
+            talk.through(given[0] if given else None, feed | ({"realtime": True} if realtime else {}), asked)
+        if as_json:
+            print(json.dumps({"answers": talk.answers, "stats": session.stats(), "plan": chosen.json()}, indent=1))
+
+
+def parse(text: str) -> tuple[float | None, str]:
+    """(second, question) of "12s: what happened ?", "1m30s: ..." or a plain question (None: at the end)."""
+    match = re.fullmatch(r"\s*(?:(\d+)m)?\s*(?:(\d+(?:\.\d+)?)s)?\s*:\s*(.+)", text, re.DOTALL)
+    if match and (match[1] or match[2]):
+        return int(match[1] or 0) * 60 + float(match[2] or 0), match[3].strip()
+    return None, text.strip()
+
+
+def status(stats: dict[str, Any]) -> str:
+    """The status line: what was seen, how fast, and what it takes."""
+    parts = [
+        f"{stats['seconds']:.0f} s seen", f"{stats['fps']:.1f} fps", f"RAM {stats['kv_host_bytes'] / 1e6:.1f} MB",
+        f"disk {stats['kv_disk_bytes'] / 1e6:.1f} MB", f"queue {stats['queue']}",
+    ]  # fmt: skip
+    if stats["dropped_frames"]:
+        parts.append(f"{stats['dropped_frames']} dropped")
+    return " · ".join(parts)
+
+
+class Talk:
+    """Questions and answers over one session."""
+
+    def __init__(self, session: StreamSession, max_new_tokens: int, silent: bool) -> None:
+        self.session, self.max_new_tokens, self.silent = session, max_new_tokens, silent
+        self.answers: list[dict[str, Any]] = []
+        self.quiet = threading.Event()  # set while an answer is being written
+
+    def answer(self, question: str, at: float | None = None) -> Answer:
+        """Ask, print, remember."""
+        from vlmfast.cli.ask import GREEDY
+
+        more: dict[str, Any] = dict(GREEDY)
+        if not self.silent:
+            from transformers import TextStreamer
+
+            tokenizer: Any = self.session.eyes.tokenizer
+            more["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        said = self.session.ask(question, at=at, max_new_tokens=self.max_new_tokens, **more)
+        self.answers.append(
+            {"question": question, "at": at, "answer": said.text, "evidence": said.evidence, "report": said.report}
+        )
+        if not self.silent:
+            spans = ", ".join(f"{a:.0f}-{b:.0f} s" for a, b, _ in said.evidence[:4])
+            took = f"{said.report['total_ms']:.0f} ms over {said.report['context_tokens']:.0f} tokens"
+            console.remarks().print(f"[dim]{took}; looked at {spans or 'nothing'}[/dim]")
+        return said
+
+    def through(self, source: Any, feed: dict[str, Any], asked: list[tuple[float | None, str]]) -> None:
+        """Watch to the end, asking on the way what is to be asked at a second."""
+        timed = sorted((x for x in asked if x[0] is not None), key=lambda x: x[0] or 0.0)
+        if source is not None:
+            self.session.watch(self._until(source, feed, timed), drop=False)
+        for second, question in timed:  # at the very end, or after it
+            self.answer(question, second)
+        for second, question in asked:
+            if second is None:
+                self.answer(question)
+
+    def _until(self, source: Any, feed: dict[str, Any], timed: list[tuple[float | None, str]]) -> Iterator[Any]:
+        """Frames of the source; a question is asked before the first frame after its second, everything encoded."""
+        from vlmfast.stream.live import open_source
+
+        start = self.session.stats()["seconds"]
+        for image, seconds in open_source(source, **{k: v for k, v in feed.items() if v is not None}):
+            while timed and seconds + start > (timed[0][0] or 0.0):
+                second, question = timed.pop(0)
+                self.session.drain()
+                self.answer(question, second)
+            yield image, seconds
+
+    def interactively(self, source: Any, feed: dict[str, Any]) -> None:
+        """Questions typed while the video goes on; an empty line or end of input ends it."""
+        watcher = None
+        if source is not None:
+            feed = {k: v for k, v in feed.items() if v is not None and v is not False}
+            watcher = self.session.watch(source, background=True, **feed)
+        print("ask away; '/new' starts another conversation, an empty line ends\n", file=sys.stderr)
+        with self.live_status():
+            self.converse(self._lines())
+        if watcher is not None:
+            watcher.stop()
+
+    def converse(self, lines: Iterable[str]) -> None:
+        """Answer line after line until an empty one; what a question gets wrong is said, and the next one is taken."""
+        from vlmfast.core import UserError
+
+        for line in lines:
+            if not line.strip():
+                return
+            if line.strip() == "/new":
+                self.session.new_conversation()
+                continue
+            second, question = parse(line)
+            self.quiet.set()
+            try:
+                self.answer(question, second)
+            except UserError as e:
+                print(f"error: {e}", file=sys.stderr)
+            finally:
+                self.quiet.clear()
+
+    @staticmethod
+    def _lines() -> Iterator[str]:
+        while True:
+            try:
+                yield input("? ")
+            except EOFError:
+                return
+
+    @contextmanager
+    def live_status(self, write: Callable[[str], Any] | None = None, every: float = 0.5) -> Iterator[None]:
+        """A line above the prompt that follows the stream, on terminals."""
+        write = write or (lambda text: (sys.stderr.write(text), sys.stderr.flush()))
+        stop = threading.Event()
+
+        def follow() -> None:
+            while not stop.wait(every):
+                if not self.quiet.is_set():  # save the cursor, one line up, clear it, write, come back
+                    write(f"\x1b7\x1b[1A\r\x1b[2K{status(self.session.stats())}\x1b8")
+
+        thread = threading.Thread(target=follow, daemon=True)
+        if sys.stderr.isatty():
+            thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            if thread.is_alive():
+                thread.join(2)
