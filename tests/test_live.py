@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import http.server
 import io
+import socket
 import threading
 import time
+from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
 from clips import clip_files, encode, pictures, refused  # noqa: F401
@@ -343,3 +346,87 @@ def test_broken_packets_are_passed_over(clips, serve):
         data[188 * k + 4 : 188 * k + 188] = rng.integers(0, 256, 184, np.uint8).tobytes()
     stamps = times(serve(bytes(data)), reconnect=0, timeout=5)
     assert len(stamps) > 30 and np.all(np.diff(stamps) > 0)
+
+
+def rtp_packets(frames):
+    """The RTP packets of an MPEG-2 video of these frames, as libav sends them: (bytes, ...)."""
+    listener = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    listener.bind(("127.0.0.1", 0))
+    listener.settimeout(0.3)
+    out = []
+    with av.open(f"rtp://127.0.0.1:{listener.getsockname()[1]}?pkt_size=1200", "w", format="rtp") as sink:
+        stream = sink.add_stream("mpeg2video", rate=25)
+        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+        stream.options = {"g": "5", "bf": "0"}
+        for k, picture in enumerate([*frames, None]):
+            frame = None if picture is None else av.VideoFrame.from_ndarray(picture, format="rgb24")
+            if frame is not None:
+                frame.pts, frame.time_base = k, Fraction(1, 25)
+            sink.mux(stream.encode(frame))
+            listener.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    out.append(listener.recv(2000))
+    listener.close()
+    return [p for p in out if p[1] & 127 == 32]  # payload type 32; the rest is housekeeping
+
+
+@contextlib.contextmanager
+def rtsp_camera(sessions):
+    """A camera that speaks just enough RTSP over TCP: the k-th client is sent sessions[k], then cut off."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def converse(client, packets):
+        with client, client.makefile("rb") as lines:
+            client.settimeout(5)
+            while request := lines.readline().decode():
+                method, head = request.split()[0], {}
+                while line := lines.readline().decode().strip():
+                    key, _, value = line.partition(": ")
+                    head[key] = value
+                sdp = (
+                    "v=0\r\no=- 0 0 IN IP4 127.0.0.1\r\ns=cam\r\nt=0 0\r\nm=video 0 RTP/AVP 32\r\na=control:track0\r\n"
+                )
+                extra = {
+                    "OPTIONS": "Public: DESCRIBE, SETUP, PLAY\r\n",
+                    "DESCRIBE": f"Content-Type: application/sdp\r\nContent-Length: {len(sdp)}\r\n",
+                    "SETUP": f"Session: 7\r\nTransport: {head.get('Transport', '')}\r\n",
+                }.get(method, "Session: 7\r\n")
+                body = sdp if method == "DESCRIBE" else ""
+                client.sendall(f"RTSP/1.0 200 OK\r\nCSeq: {head['CSeq']}\r\n{extra}\r\n{body}".encode())
+                if method == "PLAY":
+                    for packet in packets:
+                        client.sendall(b"$\0" + len(packet).to_bytes(2, "big") + packet)
+                        time.sleep(0.002)
+                    return
+
+    def accept():
+        with contextlib.suppress(OSError):
+            for packets in sessions:
+                client, _ = server.accept()
+                with contextlib.suppress(OSError):
+                    converse(client, packets)
+        server.close()
+
+    thread = threading.Thread(target=accept, daemon=True)
+    thread.start()
+    try:
+        yield f"rtsp://admin:secret@127.0.0.1:{server.getsockname()[1]}/cam"
+    finally:
+        with contextlib.suppress(OSError):
+            server.shutdown(socket.SHUT_RDWR)
+        server.close()
+        thread.join(5)
+
+
+def test_rtsp_camera_that_drops():
+    packets = rtp_packets(pictures(60))
+    half = len(packets) // 2
+    got = []
+    with rtsp_camera([packets[:half], packets[half:]]) as url, refused("rtsp://127.0.0.1", "1 tries") as caught:
+        for frame in open_source(url, reconnect=1, backoff=0.05, timeout=4):
+            got.append(frame)
+    stamps = np.array([f.timestamp for f in got])
+    assert len(stamps) > 40 and np.all(np.diff(stamps) > 0) and {f.image.shape for f in got} == {(48, 64, 3)}
+    assert np.median(np.diff(stamps)) == pytest.approx(0.04, abs=1e-3)  # RTP's stamps, not when packets came
+    assert "secret" not in str(caught.value)

@@ -161,6 +161,9 @@ def test_bad_arguments(clips, monkeypatch, tmp_path):
     monkeypatch.setitem(BACKENDS, "decord", "no_such_module_at_all")
     with refused("'decord' is not installed", "pip install decord", "'pyav'"):
         read_video(clips["mp4"], backend="decord")
+    for select in (16, [1, 2], Uniform):
+        with refused("select must be", repr(select)):
+            read_video(clips["mp4"], select)
     for size in (0, -3, (0, 4), (1, 2, 3), "big", 2.5):
         with refused("size", repr(size)):
             read_video(clips["mp4"], size=size)

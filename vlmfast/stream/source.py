@@ -207,6 +207,8 @@ def read_video(
     """
     path = Path(path)
     select = parse_select(select) if isinstance(select, str) else select or Uniform()
+    if isinstance(select, type) or not hasattr(select, "pick"):
+        raise UserError(f"select must be Uniform, Fps, SceneChange or text such as 'uniform:16', got {select!r}")
     backends.require(backend)
     check_size(size)
     if max_frames is not None:
