@@ -9,14 +9,18 @@ import tiny
 from vlmfast.encode import (
     DTD,
     EVS,
+    AdaptInfer,
     CDPruner,
+    FastV,
     FlashVID,
     HiRED,
     IVCPrune,
     MaxMin,
     MMTok,
+    PyramidDrop,
     Random,
     Uniform,
+    V2Drop,
     VCast,
     VidCom2,
     VisionZip,
@@ -54,6 +58,18 @@ BREADTH: list[Any] = [
     FlashVID(keep=0.2, segments=2),
     IVCPrune(keep=0.7, prune=MaxMin()),
     IVCPrune(keep=0.3),
+]
+
+# between layers of the language model (the tiny ones have four; Qwen3-VL's DeepStack fills the first two)
+BETWEEN: list[Any] = [
+    FastV(keep=0.7),
+    FastV(keep=0.2, after_layer=3),
+    PyramidDrop(keep=0.5, layers=(3,)),
+    PyramidDrop(keep=0.2, layers=(2, 3)),
+    V2Drop(keep=0.7, layers=(3,)),
+    V2Drop(keep=0.2, layers=(2, 3)),
+    AdaptInfer(keep=0.7, layers=(3,)),
+    AdaptInfer(keep=0.2, layers=(2, 3), raters=3),
 ]
 
 PRUNERS: list[Any] = FIRST + BREADTH

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmfast.core import UserError, VisualTokens, check_fraction
+from vlmfast.core import Unsupported, UserError, VisualTokens, check_fraction
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,15 @@ class Pruner:
                 f"{self.name} needs {missing[0]}, which is not known inside the tower: leave after_block=None, "
                 "or use a pruner of features (vidcom2, maxmin, evs)"
             )
+
+    def need(self, tokens: VisualTokens, what: str) -> Tensor:
+        """tokens.attention, .question or .rope; raises Unsupported where the caller had none to give."""
+        value: Tensor | None = getattr(tokens, what)
+        if value is None:
+            raise Unsupported(
+                f"{self.name} needs {what}, which is not known here: use a pruner of features (vidcom2, maxmin, evs)"
+            )
+        return value
 
     def score(self, tokens: VisualTokens) -> Tensor:
         """(N,) float scores of the unprotected tokens; higher is kept."""

@@ -35,9 +35,8 @@ class CDPruner(Pruner):
 
     def relevance(self, tokens: VisualTokens) -> Tensor:
         """(N,) in [0.01, 1]."""
-        assert tokens.question is not None
         x = normalize(tokens.features.float(), dim=-1)
-        mean = x @ normalize(tokens.question.float(), dim=-1).mean(0)
+        mean = x @ normalize(self.need(tokens, "question").float(), dim=-1).mean(0)
         return (mean - mean.min()).div((mean.max() - mean.min()).clamp(min=1e-12)).clamp(min=0.01) ** self.theta
 
     def select_body(self, tokens: VisualTokens, budget: int) -> Tensor:

@@ -38,11 +38,10 @@ class FlashVID(Pruner):
         check_fraction("alpha", self.alpha)
 
     def select_body(self, tokens: VisualTokens, budget: int) -> Tensor:
-        assert tokens.attention is not None
         t, n = tokens.frames, tokens.n // tokens.frames
         x = normalize(tokens.features.float(), dim=-1).nan_to_num_().view(t, n, -1)
         each = max(min(self.floor, budget // t), int(self.alpha * budget) // t)
-        taken = attended_and_diverse(x, tokens.attention.float().view(t, n), each)
+        taken = attended_and_diverse(x, self.need(tokens, "attention").float().view(t, n), each)
         rank = self._roots_first(x, taken, tokens)
         rank = torch.where(taken, rank.new_full((), 4.0), rank)
         return rank.flatten().argsort(descending=True, stable=True)[:budget]

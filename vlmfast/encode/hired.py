@@ -33,8 +33,7 @@ class HiRED(Pruner):
         check_fraction("alpha", self.alpha)
 
     def select_body(self, tokens: VisualTokens, budget: int) -> Tensor:
-        assert tokens.attention is not None
-        early, late = tokens.attention.float()
+        early, late = self.need(tokens, "attention").float()
         t, h, w = tokens.grid
         base = tokens.n - h * w
         side = math.isqrt(max(0, base))

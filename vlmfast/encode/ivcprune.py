@@ -40,9 +40,8 @@ class IVCPrune(Pruner):
         check_fraction("coordinates", self.coordinates)
 
     def select_body(self, tokens: VisualTokens, budget: int) -> Tensor:
-        assert tokens.rope is not None
         axes = max(1, min(round(self.coordinates * tokens.n), budget // 2)) // 2 * 2 or 1
-        cos, sin = tokens.rope.float()
+        cos, sin = self.need(tokens, "rope").float()
         rank = torch.zeros(tokens.n, device=cos.device)
         rank[cos.topk((axes + 1) // 2).indices] = 4
         sine = sin.masked_fill(rank > 0, float("-inf")).topk(axes // 2).indices

@@ -37,9 +37,8 @@ class MMTok(Pruner):
 
     def matches(self, tokens: VisualTokens) -> Tensor:
         """(Q + N, N): how well each visual token (column) stands for each question or visual token (row), weighted."""
-        assert tokens.question is not None
         x = normalize(tokens.features.float(), dim=-1)
-        q = normalize(tokens.question.float(), dim=-1)
+        q = normalize(self.need(tokens, "question").float(), dim=-1)
         text = (q @ x.T / self.text_temperature).softmax(-1) / len(q)
         vision = (x @ x.T / self.vision_temperature).softmax(-1) / len(x)
         return torch.cat([text, self.alpha * vision])

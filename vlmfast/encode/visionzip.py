@@ -38,8 +38,7 @@ class VisionZip(Pruner):
         return self.contextual > 0
 
     def score(self, tokens: VisualTokens) -> Tensor:
-        assert tokens.attention is not None
-        return tokens.attention
+        return self.need(tokens, "attention")
 
     def _dominant(self, tokens: VisualTokens, budget: int) -> Tensor:
         spare = budget - max(1, self.floor * tokens.frames)

@@ -121,6 +121,7 @@ class InnerHooks:
 
     def install(self, patch: Patch) -> None:
         text = self.family.text(self.model)
+        patch.hook(self.model.register_forward_pre_hook(self._refuse_labels, with_kwargs=True))
         patch.hook(text.register_forward_pre_hook(self._enter, with_kwargs=True))
         patch.hook(text.register_forward_hook(self._leave, always_call=True))
         first = min(self.cuts)
@@ -129,6 +130,10 @@ class InnerHooks:
                 patch.hook(layer.self_attn.register_forward_hook(self._attended, with_kwargs=True))  # type: ignore
             if i + 1 >= first:
                 patch.hook(layer.register_forward_pre_hook(self._layer(i), with_kwargs=True))
+
+    def _refuse_labels(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if kwargs.get("labels") is not None and self.method.keep < 1:
+            raise Unsupported("labels were given to a model with a pruner: remove() the acceleration to train")
 
     # -- around the text model -------------------------------------------------------------------------------------
 
@@ -143,7 +148,9 @@ class InnerHooks:
                 "use the default dynamic cache and a 2-D mask"
             )
         self.tail = mask if plain else None
-        if entered is not None and self.method.keep < 1:
+        if entered is not None and self.method.keep >= 1:
+            self.columns.notes.append("prune: keep=1 keeps every visual token, bypassed")
+        elif entered is not None:
             embeds = kwargs["inputs_embeds"]
             q, newline = embeds.shape[1], getattr(self.family.base(self.model), "image_newline", None)
             kinds = entered.kinds[:, -q:]

@@ -1,0 +1,75 @@
+"""The base of methods that drop visual tokens between layers of the language model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from vlmfast.core import Unsupported, UserError, VisualTokens, check_fraction
+from vlmfast.encode.base import Pruner
+from vlmfast.runtime.inner import Sight
+
+
+@dataclass(frozen=True)
+class LayerPruner:
+    """Layers before a cut see every visual token, layers after it the fraction that stays.
+
+    keep: fraction of the visual tokens that entered which is left after the last cut, in (0, 1]. prune: a pruner that
+    acts first, at the tower's output (or None). Subclasses say where they cut (`cuts`) and `rate` the tokens there.
+    """
+
+    keep: float = 0.25
+    prune: Pruner | None = None
+
+    name: ClassVar[str] = ""
+    needs: ClassVar[tuple[str, ...]] = ("text_attention",)
+    after_block: ClassVar[None] = None
+    video_only: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_fraction("keep", self.keep)
+        if self.prune is not None and not isinstance(self.prune, Pruner):
+            raise UserError(f"{self.name}: prune={self.prune!r} is not a pruner of the tower's output, e.g. VidCom2()")
+
+    def cuts(self, layers: int) -> tuple[tuple[int, float], ...]:
+        """((layer, fraction of the entered tokens that stay from it on), ...), ascending; `layers` in the model."""
+        raise NotImplementedError
+
+    def window(self) -> int:
+        """Last columns whose attention `rate` reads; 0 = attention-free."""
+        return 1
+
+    def rate(self, sight: Sight) -> Tensor:
+        """(B, P) scores, higher is kept; only visual columns count."""
+        raise NotImplementedError
+
+    def select(self, tokens: VisualTokens) -> Tensor:
+        """Not a pruner of the tower's output: it has nothing to say before the language model runs."""
+        raise Unsupported(
+            f"{self.name} acts between layers of the language model, as accelerate(model, prune=...) only: "
+            "use a pruner of the tower's output here (vidcom2, uniform)"
+        )
+
+
+def staged(keep: float, at: tuple[int, ...]) -> tuple[tuple[int, float], ...]:
+    """Cuts before the layers `at` that each keep the same share of what is left, `keep` after the last."""
+    return tuple((layer, keep ** ((i + 1) / len(at))) for i, layer in enumerate(at))
+
+
+def stage_layers(layers: tuple[int, ...] | None, shares: tuple[float, ...], depth: int) -> tuple[int, ...]:
+    """The given layers, or those at `shares` of the depth: distinct, ascending, from 1 on."""
+    if layers is not None:
+        return tuple(layers)
+    return tuple(sorted({min(depth - 1, max(1, round(share * depth))) for share in shares}))
+
+
+def check_layers(name: str, layers: object) -> tuple[int, ...] | None:
+    """None, or ascending layer numbers as a tuple (lists come from JSON)."""
+    if layers is None:
+        return None
+    valid = isinstance(layers, (list, tuple)) and len(layers) > 0 and all(type(x) is int and x >= 1 for x in layers)
+    if not valid or list(layers) != sorted(set(layers)):  # type: ignore[call-overload, arg-type]
+        raise UserError(f"{name}: layers={layers!r} must be ascending layer numbers from 1 on, e.g. layers=[8, 16, 24]")
+    return tuple(layers)  # type: ignore[arg-type]

@@ -1,0 +1,33 @@
+"""PyramidDrop: the deeper the layer, the fewer visual tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from vlmfast.encode.between import LayerPruner, check_layers, stage_layers, staged
+from vlmfast.runtime.inner import Sight
+
+
+@dataclass(frozen=True)
+class PyramidDrop(LayerPruner):
+    """PyramidDrop (arXiv 2410.17247): three cuts, at a quarter, a half and three quarters of the depth; each keeps the
+    same share of what is left (a half in the paper: keep=0.125 after the last), ranked by the attention of the last
+    token of the instruction in the layer before the cut. layers: other places to cut."""
+
+    keep: float = 0.125
+    layers: tuple[int, ...] | None = None
+    name: ClassVar[str] = "pyramiddrop"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "layers", check_layers(self.name, self.layers))
+
+    def cuts(self, layers: int) -> tuple[tuple[int, float], ...]:
+        return staged(self.keep, stage_layers(self.layers, (0.25, 0.5, 0.75), layers))
+
+    def rate(self, sight: Sight) -> Tensor:
+        assert sight.weights is not None
+        return sight.weights[:, :, -1].mean(1)

@@ -1,0 +1,38 @@
+"""V2Drop: what a layer no longer changes, later layers do not need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from vlmfast.encode.between import LayerPruner, check_layers, stage_layers, staged
+from vlmfast.runtime.inner import Sight
+
+
+@dataclass(frozen=True)
+class V2Drop(LayerPruner):
+    """Variation-aware dropping (V2Drop, CVPR 2026): at each cut the visual tokens whose hidden state changed least (L2)
+    through the layer before it leave. Attention-free and question-agnostic in its rating. Three cuts at a tenth, a half
+    and seven tenths of the depth, each keeping the same share of what is left; layers: other places to cut.
+
+    The paper fixes token counts per stage and model; the fractions here are ours, chosen to end at `keep`.
+    """
+
+    layers: tuple[int, ...] | None = None
+    name: ClassVar[str] = "v2drop"
+    needs: ClassVar[tuple[str, ...]] = ("hidden_states",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "layers", check_layers(self.name, self.layers))
+
+    def cuts(self, layers: int) -> tuple[tuple[int, float], ...]:
+        return staged(self.keep, stage_layers(self.layers, (0.1, 0.5, 0.7), layers))
+
+    def window(self) -> int:
+        return 0
+
+    def rate(self, sight: Sight) -> Tensor:
+        return (sight.hidden - sight.before).float().norm(dim=-1)
