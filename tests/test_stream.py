@@ -18,8 +18,10 @@ import tiny
 import torch
 
 from vlmfast.core import Unsupported, UserError
+from vlmfast.decode import PromptLookup, SelfDraft, Speculate
 from vlmfast.encode import METHODS as PRUNERS
 from vlmfast.plan import Plan
+from vlmfast.prefill import METHODS as POLICIES
 from vlmfast.stream.retrieve import Evenly, External, Internal, Oracle, Recency
 from vlmfast.stream.segments import StoreError
 from vlmfast.stream.session import StreamSession
@@ -326,7 +328,48 @@ def test_pruners_act_on_every_grid():
     s.ask(Q, max_new_tokens=1)
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava_onevision"])
+def test_speculation_says_what_the_model_says(family):
+    """Lossless drafting over the working set equals the plain answer, and the report counts it."""
+    tool, model = Internal(frames=3, scope="shared"), tiny.build(family)
+    plan = Plan(speculate=Speculate(draft=PromptLookup()))
+    one, two = (session(family, model, retrieve=tool, window=40, plan=p) for p in (None, plan))
+    for s in (one, two):
+        s.push(video(20))
+    a, b = (s.ask("red red red red red red red red", max_new_tokens=16) for s in (one, two))
+    assert a.text == b.text and b.report["verify_rounds"] >= 1
+
+
+@pytest.mark.parametrize("name", ["hybridkv", "snapkv", "streamingllm", "random"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_onevision"])
+def test_kv_policies_act_on_the_working_set(family, name):
+    """A budget it fits in changes nothing; half of it leaves half of the bytes and an answer of its own."""
+    model, tool = tiny.build(family), Internal(frames=6, scope="shared")
+    sessions = {}
+    for keep in (None, 1.0, 0.5):
+        plan = None if keep is None else Plan(kv=POLICIES[name](keep=keep))
+        s = sessions[keep] = session(family, model, retrieve=tool, window=40, plan=plan)
+        s.push(video(40, still=0.0))
+    question = "the quick brown fox jumps over the lazy dog . what color is the cat on the table ?"
+    plain, whole, half = (sessions[k].ask(question, max_new_tokens=6) for k in (None, 1.0, 0.5))
+    assert plain.text == whole.text and any("bypassed" in n for n in whole.report["notes"])
+    assert half.report["kv_compressed_layers"] == 4 and half.report["tokens"] == 6
+    if name != "hybridkv":  # whose chunk tables outweigh so few columns
+        assert sessions[0.5].working_peak < 0.9 * sessions[1.0].working_peak
+    both = Plan(kv=POLICIES[name](keep=0.5), speculate=Speculate(draft=PromptLookup()))
+    s = session(family, model, retrieve=tool, window=40, plan=both)
+    s.push(video(40, still=0.0))
+    assert s.ask(question, max_new_tokens=6).text == half.text, "lossless on the compressed working set too"
+    assert not any(m._forward_pre_hooks for m in s.eyes.text.layers[0].self_attn.modules())
+
+
 def test_what_cannot_be_honoured_is_refused():
+    shared = Internal(scope="shared")
+    with pytest.raises(Unsupported, match="shared"):
+        session("qwen2_5_vl", plan=Plan(kv=POLICIES["snapkv"]()), retrieve="internal")
+    blind = Plan(speculate=Speculate(draft=SelfDraft(prune=PRUNERS["vidcom2"]())))
+    with pytest.raises(Unsupported, match="PromptLookup"):
+        session("qwen2_5_vl", plan=blind, retrieve=shared)
     for prune in (PRUNERS["evs"](), PRUNERS["vidcom2"](after_block=1)):
         with pytest.raises(Unsupported):
             session("qwen2_5_vl", plan=Plan(prune=prune))
@@ -588,6 +631,8 @@ def test_resuming_with_something_else_is_refused(tmp_path):
         load(tmp_path / "s", tiny.build("qwen2_vl"), processor("qwen2_vl"))
     with pytest.raises(UserError, match="window=7"):
         load(tmp_path / "s", model, processor("qwen2_5_vl"), window=7)
+    with pytest.raises(UserError, match="prune=None"):
+        load(tmp_path / "s", model, processor("qwen2_5_vl"), plan=Plan(prune=PRUNERS["vidcom2"](keep=0.5)))
     with pytest.raises(UserError, match="already holds"):
         session("qwen2_5_vl", model, disk=tmp_path / "s")
     index = tmp_path / "s" / "index.json"

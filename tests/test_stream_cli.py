@@ -92,10 +92,10 @@ def test_questions_with_a_second(text, second, question):
 
 
 def test_the_status_line_says_what_it_takes():
-    line = status(
-        {"seconds": 61.2, "fps": 9.87, "kv_host_bytes": 2.5e6, "kv_disk_bytes": 0, "queue": 3, "dropped_frames": 7}
-    )
+    stats = {"seconds": 61.2, "fps": 9.87, "kv_host_bytes": 2.5e6, "kv_disk_bytes": 0, "queue": 3}
+    line = status(stats | {"dropped_frames": 7})
     assert line == "61 s seen · 9.9 fps · RAM 2.5 MB · disk 0.0 MB · queue 3 · 7 dropped"
+    assert "dropped" not in status(stats | {"dropped_frames": 0})
 
 
 def test_typed_questions_while_it_plays(capsys):

@@ -182,7 +182,7 @@ class Recall:
     @torch.no_grad()
     def logits(self, context: Context, dense: bool) -> Tensor:
         """(V,) float32 logits after the prompt; spends the context."""
-        with _maybe(self.eyes, dense):
+        with reading(self.eyes, dense):
             self.prefill(context)
             last = self.inputs(context)
             ids = last["input_ids"][:, -1:]
@@ -193,8 +193,20 @@ class Recall:
         return self.eyes.model.get_output_embeddings()(out.last_hidden_state)[0, -1].float()  # type: ignore[operator]
 
 
-def _maybe(eyes: Any, dense: bool) -> Any:
+def reading(eyes: Any, dense: bool) -> Any:
     """Our attention for our caches; a plain cache is read by the model's own."""
     from contextlib import nullcontext
 
     return nullcontext() if dense else running(eyes.model, eyes.text, late=False)
+
+
+def cache_bytes(cache: Any) -> int:
+    """Fast bytes of a working set."""
+    total = 0
+    for layer in cache.layers:
+        if hasattr(layer, "nbytes"):
+            held = layer.nbytes()
+            total += held["fast"] if isinstance(held, dict) else held
+        else:
+            total += 2 * layer.keys.numel() * layer.keys.element_size()
+    return total

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vlmfast.core import UserError
+from vlmfast.api import unwrap
+from vlmfast.core import UserError, to_json
+from vlmfast.plan import Plan, resolve
 from vlmfast.stream.blocks import Block
 from vlmfast.stream.encode import State
 from vlmfast.stream.segments import Segments, read_index
@@ -37,7 +39,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def head(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
+def head(model: nn.Module, config: dict[str, Any], prune: Any) -> dict[str, Any]:
     """The head of a folder's index."""
     import transformers
 
@@ -48,7 +50,7 @@ def head(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    return {"model": fingerprint(model), "versions": versions, "config": config}
+    return {"model": fingerprint(model), "versions": versions, "config": config, "prune": to_json(prune)}
 
 
 def save(session: StreamSession, path: str | os.PathLike[str] | None) -> None:
@@ -62,7 +64,7 @@ def save(session: StreamSession, path: str | os.PathLike[str] | None) -> None:
         store.save_state(tensors, meta)
         return
     assert path is not None
-    copy = Segments(path, None, head(session.model, session.config))
+    copy = Segments(path, None, head(session.model, session.config, session.plan.prune))
     copy.head["stream"] = {"first": session.encoder.state.first, "span": session.encoder.span}
     copy.create()
     batch: list[Any] = []
@@ -116,8 +118,9 @@ def load(
             raise UserError(
                 f"{name}={changed[name]!r}: the stored blocks were made with {name}={config[name]!r}; leave it"
             )
-    from vlmfast.api import unwrap
-
+    plan = Plan.from_json({"prune": saved["prune"]}) if changed.get("plan") is None else resolve(changed["plan"])
+    if to_json(plan.prune) != saved["prune"]:
+        raise UserError(f"the stored blocks were made with prune={saved['prune']}, not {to_json(plan.prune)}: leave it")
     mine = fingerprint(unwrap(model))
     if mine != saved["model"]:
         differs = ", ".join(
@@ -128,7 +131,7 @@ def load(
         )
     limits = {k: changed.get(k, config[k]) for k in ("ram", "disk_limit", "flush_seconds")}
     store = Store(limits["ram"], path, limits["disk_limit"], config["keep_as"], limits["flush_seconds"], saved).open()
-    session = cls(model, processor, **{**config, **changed}, _store=store)  # type: ignore[arg-type]
+    session = cls(model, processor, **{**config, **changed, "plan": plan}, _store=store)  # type: ignore[arg-type]
     found = store.disk.read_state() if store.disk is not None else None
     last = max(store.blocks) if store.blocks else -1
     if found is not None and found[1]["state"]["blocks"] > last:

@@ -11,6 +11,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -23,12 +24,13 @@ from vlmfast.api import MARK, accelerate, unwrap
 from vlmfast.core import Unsupported, UserError
 from vlmfast.plan import Plan, resolve
 from vlmfast.runtime.late_rope import check, lock
+from vlmfast.runtime.stream_kv import WorkingSet
 from vlmfast.runtime.video import Eyes
 from vlmfast.stream import saving
 from vlmfast.stream.blocks import Block
 from vlmfast.stream.encode import Encoder
 from vlmfast.stream.intake import Intake
-from vlmfast.stream.recall import Context, Recall, _maybe
+from vlmfast.stream.recall import Context, Recall, cache_bytes, reading
 from vlmfast.stream.retrieve import Internal, Retriever, in_time, intervals, parse
 from vlmfast.stream.store import Store
 
@@ -51,7 +53,7 @@ class StreamSession(Intake):
     below which a token is dropped before the language model (EfficientReKV), None keeps all. keep_as: "int8", "bf16" or
     "model". positions: "contiguous" or "own"; text_after: "model" (its own rule) or "max". queue: frames that may wait
     while an answer is generated; the oldest is dropped and counted when it is full. fps: of frames without timestamps.
-    plan: `prune` acts on every grid, `speculate` on the answer; `kv` on the working set where supported.
+    plan: `prune` acts on every grid, `kv` on the working set of every answer, `speculate` on the answer.
     """
 
     def __init__(
@@ -95,12 +97,13 @@ class StreamSession(Intake):
             raise UserError(f"fps={fps!r} must be positive")
         Intake.__init__(self, fps, queue)
         self.plan = resolve(plan)
-        if self.plan.kv is not None:
+        draft = getattr(self.plan.speculate, "draft", None)
+        if draft is not None and not getattr(draft, "blind", False):
             raise Unsupported(
-                "kv= on a stream's working set is not supported yet: budget it with retrieve=...(tokens=N)"
+                f"{type(draft).__name__} drafts from the pixels, which a stream no longer has: use PromptLookup()"
             )
         self.retriever = parse(retrieve)
-        self.dense = self.plan.speculate is not None
+        self.dense = self.plan.speculate is not None or self.plan.kv is not None
         self._check_dense(self.retriever)
         self.eyes = Eyes(self.model, processor)
         check(self.eyes.text)
@@ -112,7 +115,7 @@ class StreamSession(Intake):
             "flush_seconds": flush_seconds,
         }  # fmt: skip
         if _store is None:
-            head = saving.head(self.model, self.config)
+            head = saving.head(self.model, self.config, self.plan.prune)
             _store = Store(ram, disk, disk_limit, keep_as, flush_seconds, head).create()
         self.store = _store
         self.recall = Recall(self.encoder, self.store, positions == "contiguous", text_after)
@@ -143,18 +146,24 @@ class StreamSession(Intake):
         with self._lock, lock(self.model):
             context = self.context(question, at, between, retrieve)
             built = time.perf_counter()
-            with _maybe(self.eyes, self.dense):
-                self.recall.prefill(context)
+            kv = None if self.plan.kv is None else WorkingSet(self.eyes.text, self.plan.kv)
+            with reading(self.eyes, self.dense):
+                with nullcontext() if kv is None else kv.watching():
+                    self.recall.prefill(context)
+                if kv is not None:
+                    kv.compress(context.cache, self.encoder.base, len(context.ids) - 1)
+                    context.stats |= {k: v for k, v in kv.stats.items() if not isinstance(v, list)}
+                    context.notes += kv.notes
                 inputs = self.recall.inputs(context)
                 prefilled = time.perf_counter()
-                with self._speculating() as spoken:
+                with nullcontext() if kv is None else kv.reading(), self._speculating() as spoken:
                     out = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **generate)  # type: ignore[operator]
             new = out[0, inputs["input_ids"].shape[1] :]
             text = self.eyes.tokenizer.decode(new, skip_special_tokens=True).strip()
             self.turns.append((question, text))
             self.counts["questions"] += 1
             done = time.perf_counter()
-            self.working_peak = max(self.working_peak, _cache_bytes(context.cache))
+            self.working_peak = max(self.working_peak, cache_bytes(context.cache))
             report = {
                 **context.stats, **spoken, "tokens": len(new), "prefill_ms": (prefilled - built) * 1e3,
                 "decode_ms_per_token": (done - prefilled) * 1e3 / max(1, len(new)), "total_ms": (done - clock) * 1e3,
@@ -225,8 +234,7 @@ class StreamSession(Intake):
     def _check_dense(self, retriever: Retriever | None) -> None:
         if self.dense and isinstance(retriever, Internal) and retriever.scope == "layer":
             raise Unsupported(
-                "speculation needs the same blocks in every layer: use retrieve=Internal(scope='shared'), "
-                "or drop speculate="
+                "kv= and speculate= need the same blocks in every layer: use retrieve=Internal(scope='shared')"
             )
 
     # -- state ---------------------------------------------------------------------------------------------------------
@@ -282,11 +290,3 @@ class StreamSession(Intake):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
-
-
-def _cache_bytes(cache: Any) -> int:
-    """Bytes of a working set."""
-    total = 0
-    for layer in cache.layers:
-        total += layer.nbytes() if hasattr(layer, "nbytes") else 2 * layer.keys.numel() * layer.keys.element_size()
-    return total
