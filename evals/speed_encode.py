@@ -13,11 +13,11 @@ from dataclasses import replace
 from typing import Any
 
 from evals import records, timing
-from evals.shapes import QWEN_3B_SIXTH, TOY, Shape, build, clip, encode_cost, prefill_cost
+from evals.shapes import QWEN_3B_TWELFTH, TOY, Shape, build, clip, encode_cost, prefill_cost
 
 KEEP = 0.25
 SEED = 0
-ROUNDS = 4
+ROUNDS = 3
 TIMED = ("uniform", "random", "evs", "vidcom2", "maxmin")
 
 
@@ -26,10 +26,9 @@ def pruners(shape: Shape) -> dict[str, Any]:
     from vlmfast.encode import METHODS
 
     rows: dict[str, Any] = {name: METHODS[name](keep=KEEP) for name in TIMED}
-    early, later = max(1, round(shape.depth / 5)), max(2, round(shape.depth * 2 / 5))
-    for block in dict.fromkeys((early, later)):
-        rows[f"vidcom2 after block {block}"] = METHODS["vidcom2"](keep=KEEP, after_block=block)
-    rows[f"uniform after block {early}"] = METHODS["uniform"](keep=KEEP, after_block=early)
+    block = max(1, round(shape.depth / 4))
+    for name in ("vidcom2", "uniform"):
+        rows[f"{name} after block {block}"] = METHODS[name](keep=KEEP, after_block=block)
     return rows
 
 
@@ -54,7 +53,7 @@ def run(quick: bool = False) -> dict[str, Any]:
     """Measure; returns the rows and what the head needs."""
     import torch
 
-    shape, rounds = (TOY, 2) if quick else (QWEN_3B_SIXTH, ROUNDS)
+    shape, rounds = (TOY, 2) if quick else (QWEN_3B_TWELFTH, ROUNDS)
     model, inputs = build(shape, SEED), clip(shape, SEED)
     methods: dict[str, Any] = {"plain": None, **pruners(shape)}
     runs = {name: one_run(model, inputs, pruner) for name, pruner in methods.items()}
