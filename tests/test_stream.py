@@ -614,6 +614,26 @@ def test_a_full_disk_is_reported_and_nothing_stored_is_lost(tmp_path, monkeypatc
     assert again.stats()["blocks"] == 12
 
 
+@pytest.mark.parametrize("scope", ["layer", "shared"])
+def test_a_segment_torn_under_way_is_skipped_and_said(tmp_path, scope):
+    """The answer equals one over what is left, and says what was skipped; the next one no longer asks for it."""
+    plan = Plan(kv=POLICIES["snapkv"](keep=1.0)) if scope == "shared" else None
+    s = session("qwen2_5_vl", disk=tmp_path / "s", flush_seconds=3, window=30, ram=70_000, plan=plan)
+    s.push(video(60))
+    tool = Internal(frames=1000, scope=scope)
+    file = s.store.disk.where[0]
+    assert 0 not in s.store.held, "it should be on disk only"
+    (tmp_path / "s" / file).write_bytes(b"torn")
+    answer = s.ask(Q, retrieve=tool, max_new_tokens=2)
+    assert any(file in note for note in answer.report["notes"]) and 0 not in s.store.blocks
+    s.new_conversation()
+    assert torch.equal(logits(s, retrieve=tool), logits(s, retrieve=Evenly(frames=1000)))
+    assert s.ask(Q, retrieve=tool, max_new_tokens=2).report["notes"] == (
+        [] if plan is None else answer.report["notes"][1:]
+    )
+    assert any(file in line for line in s.stats()["lost"])
+
+
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot be made"):

@@ -83,7 +83,7 @@ def test_bad_calls_end_in_one_line(home, args, why):
 @pytest.mark.parametrize(
     ("text", "second", "question"),
     [
-        ("12s: who came in ?", 12.0, "who came in ?"), ("1m30s: what ?", 90.0, "what ?"), ("2m: what ?", 120.0, "what ?"),
+        ("12s: who came ?", 12.0, "who came ?"), ("1m30s: what ?", 90.0, "what ?"), ("2m: what ?", 120.0, "what ?"),
         ("what about 3: or 4 ?", None, "what about 3: or 4 ?"), ("plain", None, "plain"), (" 0.5s: x", 0.5, "x"),
     ],
 )  # fmt: skip

@@ -45,6 +45,8 @@ class Recall:
         self.after_max = encoder.layout.after_max or after == "max"
         self.eyes = encoder.eyes
         self.lost: list[str] = []
+        self._made: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}  # of the context being built
+        self._turns: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}  # cos and sin by blocks, likewise
 
     # -- which ---------------------------------------------------------------------------------------------------------
 
@@ -112,7 +114,10 @@ class Recall:
         return k.to(init.device), v.to(init.device)
 
     def gather(self, layer: int, blocks: list[Block]) -> tuple[Tensor, Tensor]:
-        """Rotated keys and values (Hk, n, Dh) of [init tokens, blocks] at one layer."""
+        """Rotated keys and values (Hk, n, Dh) of [init tokens, blocks] at one layer; made once per context."""
+        wanted = (layer, *(b.id for b in blocks))
+        if wanted in self._made:
+            return self._made[wanted]
         held, base = self.encoder.cache.layers[layer], self.encoder.base
         keys, values, there = [held.raw[:, :base]], [held.val[:, :base]], []
         for block in blocks:
@@ -121,21 +126,30 @@ class Recall:
                 keys.append(raw[0])
                 values.append(raw[1])
                 there.append(block)
-        init = torch.arange(base).expand(self.encoder.layout.axes, -1)
-        at = torch.cat([init, positions.place(there, self.encoder.origin, self.contiguous)], 1)
         raw_keys = torch.cat(keys, 1)
-        return rotate(raw_keys, *cos_sin(self.eyes.text, at, raw_keys)), torch.cat(values, 1)
+        ids = tuple(b.id for b in there)
+        if ids not in self._turns:
+            init = torch.arange(base).expand(self.encoder.layout.axes, -1)
+            at = torch.cat([init, positions.place(there, self.encoder.origin, self.contiguous)], 1)
+            self._turns[ids] = cos_sin(self.eyes.text, at, raw_keys)
+        self._made[wanted] = rotate(raw_keys, *self._turns[ids]), torch.cat(values, 1)
+        return self._made[wanted]
 
     def context(
         self, retriever: Retriever | None, blocks: list[Block], question: str, ids: list[int], dense: bool
     ) -> Context:
         """The working set for prompt `ids` about `question`. dense: a plain cache (all layers of one length)."""
         clock = time.perf_counter()
-        self.lost = []
+        self.lost, self._made, self._turns = [], {}, {}
         per_layer, how = self.choose(retriever, blocks, question)
         chosen = time.perf_counter()
         layers = [self.gather(i, blocks) for i, blocks in enumerate(per_layer)]
+        if self.lost:  # what one layer lost is gone for all of them
+            there = self.store.blocks.keys() | self.encoder.offsets.keys()
+            per_layer = [[b for b in blocks if b.id in there] for blocks in per_layer]
+            layers = [self.gather(i, blocks) for i, blocks in enumerate(per_layer)]
         start = max(self.text_start(blocks) for blocks in per_layer)
+        self._made, self._turns = {}, {}
         closing = self.eyes.closing().shape[0]
         cache = work_cache(layers, dense, room=len(ids) + closing + 256)
         weights: dict[int, float] = {}
