@@ -96,3 +96,17 @@ def test_presets_suite_replays_drafts_and_keeps_exact_answers(monkeypatch: pytes
     assert rows["safe"]["metrics"]["same_tokens"] and 1 <= rows["safe"]["metrics"]["accepted_length"] <= 3
     assert rows["fast"]["metrics"]["kept_tokens"] < 0.2 * rows["plain"]["metrics"]["visual_tokens"]
     assert len(rows["fast"]["vs"]["plain"]["total_ms"]) == 3
+
+
+def test_gpu_suite_runs_dry(tmp_path: Path) -> None:
+    from evals import gpu
+    from evals.shapes import TOY
+
+    saved: list[int] = []
+    record = gpu.measure(TOY, "cpu", 5, lambda r: saved.append(len(r["rows"])), dry=True)
+    assert record["skipped"] == [] and "failed" not in record["stream"] and all(k["ok"] for k in record["kernels"])
+    assert {r["name"] for r in record["rows"]} == set(gpu.METHODS) and saved[-1] == len(record["rows"])
+    rows = {(r["name"], r["params"]["batch"]): r["metrics"] for r in record["rows"]}
+    assert rows["vidcom2-25", 2]["kept_tokens"] == 2 * 160 and rows["exact", 1]["verify_rounds"] >= 1
+    assert rows["snapkv-10", 1]["kv_fast_bytes"] < 0.3 * rows["plain", 1]["kv_fast_bytes"]
+    gpu.show(record)
