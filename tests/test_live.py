@@ -78,15 +78,11 @@ def test_files_give_what_read_video_gives(clips, name):
 
 def test_real_speed(tmp_path):
     path = encode(tmp_path / "short.mp4", pictures(12))
-    start = time.monotonic()
-    assert len(times(path)) == 12
-    fast = time.monotonic() - start
     arrived, start = [], time.monotonic()
     for frame in open_source(path, realtime=True):
         arrived.append((time.monotonic() - start, frame.timestamp))
     assert all(at >= due - 0.005 for at, due in arrived), "a frame came before its time"
     assert arrived[-1][0] >= 11 / 30 - 0.005
-    assert fast < arrived[-1][0] or fast > 0.3  # the file itself is read as fast as possible
 
 
 def test_folder_and_pushed_frames(tmp_path):

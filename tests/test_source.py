@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import struct
 from dataclasses import replace
 
 import numpy as np
@@ -120,6 +121,25 @@ def test_rotated_videos_come_out_upright(clips, tmp_path, degrees, backend):
     clockwise = np.rot90(flat.frames, -degrees // 90, axes=(1, 2))  # the mark says: turn it by that much to show it
     assert np.array_equal(video.frames, clockwise)
     assert video.size == video.frames.shape[1:3]
+
+
+@pytest.mark.parametrize("backend", list(BACKENDS))
+def test_frames_cut_away_by_an_edit_list(clips, tmp_path, backend):
+    """The first ten frames are in the file for others to refer to, but are not shown: they do not count."""
+    needs(backend)
+    data = bytearray(clips["mp4"].read_bytes())
+    at = data.find(b"elst") + 4
+    flags, count, length, begin = struct.unpack(">IIIi", data[at : at + 16])
+    data[at : at + 16] = struct.pack(">IIIi", flags, count, length - 333, begin + 10 * 512)
+    path = tmp_path / "edited.mp4"
+    path.write_bytes(data)
+    if backend == "decord":
+        with refused("decord sees 120 of 110 frames", "pyav"):
+            read_video(path, backend=backend)
+        return
+    video, whole = read_video(path, Uniform(110), backend), decode_all(clips["mp4"])
+    assert np.array_equal(video.frames, whole[10:])
+    assert np.allclose(video.timestamps, np.arange(110) / 30, atol=1e-4)
 
 
 def test_size_and_metadata(clips):
