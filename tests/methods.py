@@ -72,7 +72,8 @@ BETWEEN: list[Any] = [
     AdaptInfer(keep=0.2, layers=(2, 3), raters=3),
 ]
 
-PRUNERS: list[Any] = FIRST + BREADTH
+OUTER: list[Any] = FIRST + BREADTH  # at the tower's output
+PRUNERS: list[Any] = OUTER + BETWEEN
 
 
 def carries(method: Any, family: str, media: tuple[str, ...]) -> bool:

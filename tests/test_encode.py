@@ -89,7 +89,7 @@ ITEMS = {
 }
 
 
-@pytest.mark.parametrize("method", methods.PRUNERS, ids=repr)
+@pytest.mark.parametrize("method", methods.OUTER, ids=repr)
 @pytest.mark.parametrize("name", ITEMS)
 def test_a_kept_set_is_a_kept_set(method: Any, name: str) -> None:
     """Ascending, distinct, exactly the budget, every frame's floor, every separator; the same when asked again."""
@@ -126,13 +126,13 @@ def cat_newline(x: Tensor | None) -> Tensor | None:
     return torch.cat([x, x[-1:]]) if x.shape[0] == 48 else torch.cat([x, x[..., -1:]], -1)
 
 
-@pytest.mark.parametrize("method", methods.PRUNERS, ids=repr)
+@pytest.mark.parametrize("method", methods.OUTER, ids=repr)
 def test_keep_one_keeps_everything(method: Any) -> None:
     tokens = fit(method, ITEMS["video"])
     assert torch.equal(dataclasses.replace(method, keep=1.0).select(tokens), torch.arange(tokens.n))
 
 
-@pytest.mark.parametrize("method", methods.PRUNERS, ids=repr)
+@pytest.mark.parametrize("method", methods.OUTER, ids=repr)
 def test_a_floor_above_the_budget_grows_it(method: Any) -> None:
     tokens = fit(method, ITEMS["video"])
     kept = dataclasses.replace(method, keep=0.05, floor=3).select(tokens)

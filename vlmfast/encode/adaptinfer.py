@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlmfast.core import Kind, UserError
 from vlmfast.encode.between import LayerPruner, check_layers, stage_layers, staged
-from vlmfast.runtime.inner import Sight
+from vlmfast.runtime.cuts import Sight
 
 
 @dataclass(frozen=True)

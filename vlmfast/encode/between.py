@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlmfast.core import Unsupported, UserError, VisualTokens, check_fraction
 from vlmfast.encode.base import Pruner
-from vlmfast.runtime.inner import Sight
+from vlmfast.runtime.cuts import Sight
 
 
 @dataclass(frozen=True)

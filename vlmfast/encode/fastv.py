@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlmfast.core import UserError
 from vlmfast.encode.between import LayerPruner
-from vlmfast.runtime.inner import Sight
+from vlmfast.runtime.cuts import Sight
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from vlmfast.encode.between import LayerPruner, check_layers, stage_layers, staged
-from vlmfast.runtime.inner import Sight
+from vlmfast.runtime.cuts import Sight
 
 
 @dataclass(frozen=True)
