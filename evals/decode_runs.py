@@ -54,7 +54,7 @@ class Competitor:
 
 def competitors(draft: Any, quick: bool, length: int | str = "adaptive") -> list[Competitor]:
     """Stock generate and its own speculation, our plain loop, every rule, every draft."""
-    small = ModelDraft(draft, prune=Uniform(keep=KEEP))
+    small = ModelDraft(draft, prune=None)  # a pocket picture is 16 tokens: there is next to nothing to prune
     out = [
         Competitor("plain", {}),
         Competitor("plain_loop", {}, Speculate()),
@@ -67,10 +67,13 @@ def competitors(draft: Any, quick: bool, length: int | str = "adaptive") -> list
     ]
     if quick:
         return out
-    both = LookupThenModel(draft, prune=Uniform(keep=KEEP))
+    both = LookupThenModel(draft, prune=None)
     return [
         *out,
-        ours(Lossless(), ModelDraft(draft), "lossless", "modeldraft-full", length),
+        *(
+            ours(Lossless(), ModelDraft(draft, Uniform(keep=k)), "lossless", f"modeldraft-{k:.0%}", length, keep=k)
+            for k in (0.5, 0.25, KEEP)
+        ),
         ours(Lossless(), SelfDraft(Uniform(keep=KEEP)), "lossless", "selfdraft", length),
         ours(Lossless(), PromptLookup(), "lossless", "promptlookup", length),
         ours(Lossless(), both, "lossless", "lookupthenmodel", length),
@@ -80,7 +83,7 @@ def competitors(draft: Any, quick: bool, length: int | str = "adaptive") -> list
 
 def curve(draft: Any, length: int | str = "adaptive") -> list[Competitor]:
     """Loose and random relaxation from strict to everything, for the plot of retention against speed."""
-    small = ModelDraft(draft, prune=Uniform(keep=KEEP))
+    small = ModelDraft(draft, prune=None)
     out = []
     for relax in (0.3, 0.5, 0.7, 0.9, 1.0):
         out.append(ours(Loose(relax=relax), small, "loose", "modeldraft", length, relax=relax))

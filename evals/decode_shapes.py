@@ -76,7 +76,7 @@ def rows(trace: list[tuple[int, int]], quick: bool) -> list[dict[str, Any]]:
     plans = {
         "plain": None,
         "plain_loop": Speculate(),
-        "lossless": Speculate(ModelDraft(draft), Replay(tuple(n for _, n in trace)), length=length),
+        "lossless": Speculate(ModelDraft(draft, None), Replay(tuple(n for _, n in trace)), length=length),
     }
 
     def run(plan: Speculate | None) -> dict[str, float]:

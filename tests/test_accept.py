@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
 
 import pytest
 import tiny
@@ -154,10 +155,24 @@ def test_relevance_is_the_mean_of_the_best_cosines() -> None:
 def test_relevance_reads_visual_columns_only() -> None:
     hidden = torch.randn(1, 4, 8)
     ids = torch.tensor([[9, 5, 6, 9]])
-    memory = collect(hidden, type("Cache", (), {})(), ids, [5, 6], 10)
+    cache = types.SimpleNamespace(get_seq_length=lambda: 4)
+    memory = collect(hidden, cache, ids, [5, 6], 10)
     assert memory is not None and memory.states.shape[0] == 2
     assert memory.score(hidden[0, 1:2]) > memory.score(-hidden[0, 1:2])
-    assert collect(hidden, type("Cache", (), {})(), ids, [7], 10) is None
+    assert collect(hidden, types.SimpleNamespace(get_seq_length=lambda: 4), ids, [7], 10) is None
+    again = collect(hidden[:, :1], types.SimpleNamespace(get_seq_length=lambda: 5, vlmfast_visual=memory), ids, [5], 10)
+    assert again is memory  # a turn without media
+
+
+def test_relevance_follows_dropped_columns() -> None:
+    """Column 1 of [text, visual, visual, text] never entered, or was dropped before layer 2."""
+    hidden, ids = torch.randn(1, 3, 8), torch.tensor([[9, 5, 5, 9]])
+    held = types.SimpleNamespace(index=torch.tensor([[0, 2, 3]]))
+    for extra, layer in (({"vlmfast_columns": held}, 3), ({"vlmfast_cuts": {2: held}}, 3)):
+        cache = types.SimpleNamespace(get_seq_length=lambda: 4, **extra)
+        memory = collect(hidden, cache, ids, [5], 10, layer)
+        assert memory is not None
+        assert torch.allclose(memory.states, torch.nn.functional.normalize(hidden[0, 1:2], dim=-1))
 
 
 def test_guards_find_their_words_in_the_tokenizer() -> None:

@@ -67,7 +67,7 @@ def test_lossless_equals_greedy(family: str, media: str) -> None:
     target, draft, _ = pair(family)
     batch = tiny.inputs(family, media=(media,))
     expected = plain(target, batch)
-    for source in (None, ModelDraft(draft), PromptLookup(), LookupThenModel(draft)):
+    for source in (None, ModelDraft(draft, None), PromptLookup(), LookupThenModel(draft, None)):
         for rule in (Exact(), Lossless()):
             got, numbers = speak(target, batch, Speculate(source, rule, length=4))
             assert torch.equal(got, expected), (source, rule)
@@ -76,9 +76,9 @@ def test_lossless_equals_greedy(family: str, media: str) -> None:
 
 def test_a_good_draft_saves_forwards() -> None:
     target, draft, batch = pair()
-    _, numbers = speak(target, batch, Speculate(ModelDraft(draft), length=5), n=31)
+    _, numbers = speak(target, batch, Speculate(ModelDraft(draft, None), length=5), n=31)
     assert numbers["verify_rounds"] <= 15
-    same = Speculate(ModelDraft(tiny.build("qwen3_vl")), length=5)
+    same = Speculate(ModelDraft(tiny.build("qwen3_vl"), None), length=5)
     _, numbers = speak(target, batch, same, n=31)
     assert numbers["verify_rounds"] == 5 and numbers["accepted_length"] == 5  # 1 + 5 * (5 + 1) tokens
 
@@ -99,11 +99,25 @@ def test_lossless_on_any_plan_equals_greedy_on_that_plan(family: str, other: Any
             assert decode["engine"] == ("lean" if "prune" in stage else "module")
 
 
+def test_a_draft_prunes_nine_tenths_unless_told_otherwise() -> None:
+    target, draft, _ = pair("qwen2_5_vl")
+    batch = tiny.inputs("qwen2_5_vl", size=(40, 64))
+    expected = plain(target, batch)
+    with vlmfast.accelerate(target, speculate=Speculate(ModelDraft(draft), length=3)) as fast:
+        assert torch.equal(plain(target, batch), expected)
+        assert fast.draft is not None
+        assert fast.draft.columns.stats["visual_tokens"] == 40
+        assert fast.draft.columns.stats["kept_tokens"] == 4
+        assert fast.report.encode["kept_tokens"] == 40
+    with pytest.raises(Unsupported, match=r"vlmfast\.accelerate"):
+        speak(target, batch, Speculate(ModelDraft(draft)))
+
+
 def test_a_padded_row_is_that_row() -> None:
     target, draft, _ = pair("qwen2_5_vl")
     for prune in (None, Uniform(keep=0.5)):
         batch, padded = tiny.inputs("qwen2_5_vl"), tiny.inputs("qwen2_5_vl", pad=3)
-        with vlmfast.accelerate(target, prune=prune, speculate=Speculate(ModelDraft(draft), length=3)):
+        with vlmfast.accelerate(target, prune=prune, speculate=Speculate(ModelDraft(draft, None), length=3)):
             assert torch.equal(plain(target, padded)[:, 3:], plain(target, batch))
 
 
@@ -111,16 +125,16 @@ def test_zero_relaxation_is_exact() -> None:
     target, draft, batch = pair()
     expected = plain(target, batch, 24)
     for rule in (Loose(relax=0, shift=0, **BLIND), RandomRelax(relax=0), FLy(theta=1.0)):
-        got, numbers = speak(target, batch, Speculate(ModelDraft(draft), rule, length=6), 24)
+        got, numbers = speak(target, batch, Speculate(ModelDraft(draft, None), rule, length=6), 24)
         assert torch.equal(got, expected), rule
         assert numbers["accepted_loose"] == numbers["accepted_shift"] == 0
 
 
 def test_lossy_rules_accept_more_and_say_so() -> None:
     target, draft, batch = pair(seed=1)
-    strict = speak(target, batch, Speculate(ModelDraft(draft), length=6), 40)[1]
+    strict = speak(target, batch, Speculate(ModelDraft(draft, None), length=6), 40)[1]
     for rule in (Loose(relax=1.0, **BLIND, bigram=False, within=0), RandomRelax(relax=1.0)):
-        got, numbers = speak(target, batch, Speculate(ModelDraft(draft), rule, length=6), 40)
+        got, numbers = speak(target, batch, Speculate(ModelDraft(draft, None), rule, length=6), 40)
         assert numbers["accepted_loose"] > 0 and numbers["accepted_length"] > strict["accepted_length"]
         assert got.shape[1] == batch["input_ids"].shape[1] + 40
 
@@ -130,7 +144,7 @@ def test_lossy_rules_accept_more_and_say_so() -> None:
 
 def test_exact_under_sampling_repeats_plain_generate() -> None:
     target, draft, batch = pair()
-    for source in (None, ModelDraft(draft), PromptLookup()):
+    for source in (None, ModelDraft(draft, None), PromptLookup()):
         for options in ({"temperature": 0.7}, {"top_p": 0.8, "top_k": 0}, {"repetition_penalty": 1.3, "top_k": 20}):
             torch.manual_seed(3)
             expected = plain(target, batch, do_sample=True, **options)
@@ -162,7 +176,7 @@ def test_lossless_sampling_keeps_the_distribution(source: str, n: int) -> None:
     other.lm_head.weight.data = 0.7 * target.lm_head.weight.data + 0.3 * other.lm_head.weight.data
     other.model.load_state_dict(target.model.state_dict())
     batch = tiny.inputs(family)
-    draft = ModelDraft(other) if source == "model" else PromptLookup(longest=1)
+    draft = ModelDraft(other, None) if source == "model" else PromptLookup(longest=1)
     a = _draws(target, batch, None, n, 3)
     b = _draws(target, batch, Speculate(draft, Lossless(), length=2), n, 3)
     keys = set(a) | set(b)
@@ -191,7 +205,7 @@ SOURCES = ["none", "model", "lookup"]
 
 
 def source_of(name: str, draft: Any) -> Any:
-    return {"none": None, "model": ModelDraft(draft), "lookup": PromptLookup()}[name]
+    return {"none": None, "model": ModelDraft(draft, None), "lookup": PromptLookup()}[name]
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -264,14 +278,14 @@ def test_stop_strings() -> None:
     said = plain(target, batch, 24)[0, -24:]
     word = tok.decode(said[6:8])
     expected = plain(target, batch, 24, stop_strings=[word], tokenizer=tok)
-    with vlmfast.accelerate(target, speculate=Speculate(ModelDraft(draft), length=4)):
+    with vlmfast.accelerate(target, speculate=Speculate(ModelDraft(draft, None), length=4)):
         assert torch.equal(plain(target, batch, 24, stop_strings=[word], tokenizer=tok), expected)
 
 
 def test_max_time() -> None:
     target, draft, batch = pair()
     slow = type("Slow", (), {"put": lambda self, v: time.sleep(0.02), "end": lambda self: None})()
-    got, _ = speak(target, batch, Speculate(ModelDraft(draft), length=4), 500, max_time=0.2, streamer=slow)
+    got, _ = speak(target, batch, Speculate(ModelDraft(draft, None), length=4), 500, max_time=0.2, streamer=slow)
     assert 1 <= got.shape[1] - batch["input_ids"].shape[1] < 30
 
 
@@ -317,7 +331,7 @@ def test_a_second_turn_on_the_same_cache(family: str, source: str) -> None:
 def test_the_numbers_add_up() -> None:
     target, draft, batch = pair(seed=1)
     rule = Loose(relax=0.7, **BLIND)
-    with vlmfast.accelerate(target, speculate=Speculate(ModelDraft(draft), rule, length=4)) as fast:
+    with vlmfast.accelerate(target, speculate=Speculate(ModelDraft(draft, None), rule, length=4)) as fast:
         got = plain(target, batch, 60)
         d = fast.report.decode
     accepted = d["accepted_exact"] + d["accepted_loose"] + d["accepted_shift"]
@@ -333,7 +347,7 @@ def test_a_prompt_without_visual_tokens_is_verified_strictly() -> None:
     target, draft, _ = pair()
     batch = tiny.inputs("qwen3_vl", media=(), text=12)
     rule = Loose(relax=1.0, **BLIND, within=0)
-    got, numbers = speak(target, batch, Speculate(ModelDraft(draft), rule, length=4))
+    got, numbers = speak(target, batch, Speculate(ModelDraft(draft, None), rule, length=4))
     assert torch.equal(got, plain(target, batch))
     assert numbers["notes"] == ["speculate: no visual tokens, loose verified strictly"]
 
@@ -378,7 +392,7 @@ def test_a_hooked_layer_takes_the_module_step() -> None:
     target, draft, batch = pair()
     calls = []
     handle = target.model.language_model.layers[1].mlp.register_forward_hook(lambda *a: calls.append(1))
-    got, numbers = speak(target, batch, Speculate(ModelDraft(draft), length=4))
+    got, numbers = speak(target, batch, Speculate(ModelDraft(draft, None), length=4))
     handle.remove()
     assert numbers["engine"] == "module" and "hook" in numbers["engine_reason"]
     assert len(calls) == 1 + numbers["verify_rounds"]  # every forward passed the hook
@@ -404,7 +418,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("options", "says"), REFUSED, ids=[next(iter(o)) for o, _ in REFUSED])
 def test_what_cannot_be_drafted_is_refused(options: dict[str, Any], says: str) -> None:
     target, draft, batch = pair()
-    with vlmfast.accelerate(target, speculate=Speculate(ModelDraft(draft))):
+    with vlmfast.accelerate(target, speculate=Speculate(ModelDraft(draft, None))):
         with pytest.raises(Unsupported, match=says):
             plain(target, batch, **options)
         assert plain(target, batch, 4).shape[1] == batch["input_ids"].shape[1] + 4  # nothing was left behind
@@ -412,7 +426,10 @@ def test_what_cannot_be_drafted_is_refused(options: dict[str, Any], says: str) -
 
 def test_more_than_one_row_is_refused() -> None:
     target, draft, _ = pair()
-    with vlmfast.accelerate(target, speculate=Speculate(ModelDraft(draft))), pytest.raises(Unsupported, match="2 rows"):
+    with (
+        vlmfast.accelerate(target, speculate=Speculate(ModelDraft(draft, None))),
+        pytest.raises(Unsupported, match="2 rows"),
+    ):
         plain(target, tiny.inputs("qwen3_vl", batch=2))
 
 
@@ -429,7 +446,7 @@ def test_drafts_that_do_not_fit_are_refused() -> None:
         vlmfast.accelerate(target, speculate=Speculate(ModelDraft(target)))
     features = {"input_ids": batch["input_ids"], "mm_encoder_outputs": {"image": object()}}
     with pytest.raises(Unsupported, match="pass the pixels"):
-        speak_checked(target, features, ModelDraft(tiny.build("qwen2_5_vl")))
+        speak_checked(target, features, ModelDraft(tiny.build("qwen2_5_vl"), None))
 
 
 def speak_checked(target: Any, batch: dict[str, Any], draft: Any) -> None:
@@ -442,7 +459,7 @@ def test_a_padded_vocabulary_of_the_same_tokenizer_is_fine() -> None:
         draft = tiny.build("qwen2_5_vl", vocab_size=size)
         for options in ({}, {"do_sample": True, "top_k": 5}):
             torch.manual_seed(0)
-            got, _ = speak(target, batch, Speculate(ModelDraft(draft), Lossless(), length=3), **options)
+            got, _ = speak(target, batch, Speculate(ModelDraft(draft, None), Lossless(), length=3), **options)
             assert got.shape[1] == batch["input_ids"].shape[1] + 16
             if not options:
                 assert torch.equal(got, plain(target, batch))
@@ -451,10 +468,10 @@ def test_a_padded_vocabulary_of_the_same_tokenizer_is_fine() -> None:
 def test_guards_without_a_tokenizer_are_an_error_with_a_way_out() -> None:
     target, draft, batch = pair()
     with pytest.raises(UserError, match=r"pass Speculate\(tokenizer=.*digits=False, negation=False"):
-        speak(target, batch, Speculate(ModelDraft(draft), Loose()))
+        speak(target, batch, Speculate(ModelDraft(draft, None), Loose()))
     for given in (
-        (Speculate(ModelDraft(draft), Loose(), tokenizer=tiny.tokenizer("qwen3_vl")), {}),
-        (Speculate(ModelDraft(draft), Loose()), {"tokenizer": tiny.tokenizer("qwen3_vl")}),
+        (Speculate(ModelDraft(draft, None), Loose(), tokenizer=tiny.tokenizer("qwen3_vl")), {}),
+        (Speculate(ModelDraft(draft, None), Loose()), {"tokenizer": tiny.tokenizer("qwen3_vl")}),
     ):
         got, _ = speak(target, batch, given[0], **given[1])
         assert got.shape[1] == batch["input_ids"].shape[1] + 16
@@ -483,7 +500,7 @@ def test_bad_fields_are_named(make: Any, says: str) -> None:
 def test_a_layer_that_is_not_there() -> None:
     target, draft, batch = pair()
     with pytest.raises(UserError, match=r"layer=9 of 4 decoder layers"):
-        speak(target, batch, Speculate(ModelDraft(draft), Loose(layer=9, **BLIND)))
+        speak(target, batch, Speculate(ModelDraft(draft, None), Loose(layer=9, **BLIND)))
 
 
 def test_self_draft_needs_accelerate() -> None:

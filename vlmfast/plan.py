@@ -94,7 +94,7 @@ def resolve(plan: Plan | str | Path | dict | None, **stages: Any) -> Plan:
     elif isinstance(plan, dict):
         plan = Plan.from_json(plan)
     plan = plan or Plan()
-    given = {k: v for k, v in stages.items() if v is not None}
+    given = {k: parse(k, v) if isinstance(v, str) else v for k, v in stages.items() if v is not None}
     return dataclasses.replace(plan, **given) if given else plan
 
 

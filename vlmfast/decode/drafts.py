@@ -57,12 +57,13 @@ class ModelDraft:
     """A smaller VLM of the same vocabulary, fed with its own pruned visual tokens (LVSpec, arXiv 2604.05650; SpecVLM,
     arXiv 2508.16201); survivors keep their original positions.
 
-    model: the model, or a path or hub id to load it from; prune: its own pruner (applied by `vlmfast.accelerate`),
-    None = it sees everything; confidence: stop a draft where the model's own probability falls under it (0 = never).
+    model: the model, or a path or hub id to load it from; prune: its own pruner or a spec string, applied by
+    `vlmfast.accelerate`, None = it sees everything; confidence: stop a draft where the model's own probability falls
+    under it (0 = never).
     """
 
     model: Any
-    prune: Any = None
+    prune: Any = "uniform:keep=0.1"
     confidence: float = 0.0
     name: ClassVar[str] = "modeldraft"
     _loaded: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
@@ -112,6 +113,10 @@ class ModelDraft:
     def open(self, request: Request) -> Draft:
         """Prefill the draft with the same prompt and media, through its own `generate` preparation."""
         draft = self.load()
+        if self.prune is not None and "_vlmfast" not in vars(draft):
+            raise Unsupported(
+                f"{self.name}(prune=...) prunes through vlmfast.accelerate(model, speculate=...): use that call"
+            )
         held: list[Stepper] = []
 
         def capture(model: Any, input_ids: Tensor, generation_config: Any, **kwargs: Any) -> Tensor:

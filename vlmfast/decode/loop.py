@@ -109,6 +109,8 @@ class _Run:
         room = 256 if out.limit is None else min(4096, out.limit - out.start + self.speculate.most + 2)
         target = Stepper.prefill(self.model, out.ids, self.config, kwargs, self._layer(), room=room)
         self.ledger.engine, self.ledger.reason = target.engine, target.reason
+        if self.speculate.draft is not None:
+            self._check_cache(target)
         try:
             rows = Rows(choice, out.ids, None, target.logits)
             out.emit(rows.pick(0), partial(rows.kept, 0))  # the first token waits for no draft
@@ -135,12 +137,22 @@ class _Run:
             raise UserError(f"{self.rule.name}: layer={layer} of {layers} decoder layers; use -1 for the last")
         return layer % layers
 
+    def _check_cache(self, target: Stepper) -> None:
+        for layer in () if target.engine == "lean" else target.cache.layers:
+            if not getattr(layer, "is_croppable", hasattr(layer, "crop")) or getattr(layer, "is_sliding", False):
+                raise Unsupported(
+                    f"{type(layer).__name__} cannot give back refused tokens: use the default dynamic cache, "
+                    "or Speculate() without a draft"
+                )
+
     def _prepare(self, tokenizer: Any, target: Stepper) -> None:
         """What the rule needs."""
         rule, ids, stop = self.rule, self.out.prompt, self.out.eos
         if rule.visual:
             visual = list(families.get(self.model).visual_ids(self.model).values())
-            self.memory = collect(target.hidden, target.cache, ids, visual, getattr(rule, "top", 10))
+            self.memory = collect(
+                target.hidden, target.cache, ids, visual, getattr(rule, "top", 10), self._layer() or 0
+            )
             if self.memory is None:
                 self.ledger.notes.append(f"speculate: no visual tokens, {rule.name} verified strictly")
         if rule.lossless:

@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmfast.core import Kind
-
 
 class VisualMemory:
     """The target's hidden states of the visual columns, normalised once: (n_v, D) in the model's dtype."""
@@ -25,30 +23,38 @@ class VisualMemory:
 
 
 def collect(
-    hidden: Tensor | None, cache: Any, input_ids: Tensor, visual_ids: list[int], top: int
+    hidden: Tensor | None, cache: Any, input_ids: Tensor, visual_ids: list[int], top: int, layer: int = -1
 ) -> VisualMemory | None:
     """The memory of this prompt, or None when it holds no visual column.
 
-    hidden (1, P, D): output of one decoder layer for the columns that entered in this prefill. Which of them are visual
-    says `cache.vlmfast_columns` where columns are tracked, else the placeholder ids. A turn without new media keeps the
-    memory of the turns before it, which travels on the cache.
+    hidden (1, P, D): output of decoder layer `layer` for the columns that reached it in this prefill. A turn without
+    new media keeps the memory of the turns before it, which travels on the cache.
     """
     before: VisualMemory | None = getattr(cache, "vlmfast_visual", None)
     if hidden is None:
         return before
-    n = hidden.shape[1]
-    columns = getattr(cache, "vlmfast_columns", None)
-    if columns is not None and columns.kinds.shape[1] >= n:
-        visual = columns.kinds[0, -n:] == Kind.VISUAL
-    else:
-        visual = torch.isin(input_ids[0, -n:], torch.tensor(visual_ids, device=input_ids.device))
+    logical = _logical(cache, hidden.shape[1], layer).to(input_ids.device)
+    place = logical + input_ids.shape[1] - cache.get_seq_length()  # ids may begin after what the cache held
+    tokens = input_ids[0, place.clamp(min=0)].masked_fill((logical < 0) | (place < 0), -1)
+    visual = torch.isin(tokens, torch.tensor(visual_ids, device=tokens.device))
     states = hidden[0, visual.to(hidden.device)]
-    if before is not None and before.states.shape[-1] == hidden.shape[-1]:
-        if states.shape[0] == 0:
-            return before
-        states = torch.cat([before.states, F.normalize(states.float(), dim=-1).to(states.dtype)])
     if states.shape[0] == 0:
-        return None
+        return before
     memory = VisualMemory(states, top)
+    if before is not None and before.states.shape[-1] == states.shape[-1]:
+        memory = VisualMemory(torch.cat([before.states, memory.states]), top)
     cache.vlmfast_visual = memory
     return memory
+
+
+def _logical(cache: Any, n: int, layer: int) -> Tensor:
+    """(n,) int64, the logical columns of the last n physical ones at a layer; -1 on padding."""
+    cuts = getattr(cache, "vlmfast_cuts", {})  # columns dropped between layers
+    at = max((c for c in cuts if layer < 0 or c <= layer), default=None)
+    if at is not None:
+        return cuts[at].index[0, -n:]
+    columns = getattr(cache, "vlmfast_columns", None)  # columns dropped before the language model
+    if columns is not None and columns.index.shape[1] >= n:
+        return columns.index[0, -n:]
+    length = cache.get_seq_length()
+    return torch.arange(length - n, length)
