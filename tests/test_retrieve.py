@@ -22,6 +22,7 @@ from vlmfast.stream.retrieve import (
     in_time,
     intervals,
     parse,
+    smoothed,
     top,
 )
 
@@ -67,16 +68,34 @@ def test_scores_equal_the_naive_ones(count):
     """Products over slabs against a loop over blocks, heads and query heads of the group."""
     reps, raw = table(count)
     view = View(blocks(count), reps)
-    query = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(9))  # (Hk, G, Dh)
+    queries = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(9))  # (Hk, G, q, Dh)
+    query = queries.mean(2)
     for layer in range(3):
         naive = torch.stack(
             [sum(query[h, g] @ raw[i, layer, h] for h in range(2) for g in range(3)) for i in range(count)]
         )
-        got = Internal(similarity="inner").layer_scores(view, layer, query)
+        got = Internal(similarity="inner").layer_scores(view, layer, queries)
         assert torch.allclose(got, naive, atol=1e-3)
         norm = raw[:, layer].reshape(count, -1).norm(dim=-1)
-        cosine = Internal(similarity="cosine").layer_scores(view, layer, query)
+        cosine = Internal(similarity="cosine").layer_scores(view, layer, queries)
         assert torch.allclose(cosine, naive / norm, atol=1e-3)
+        if count > 1:
+            less = raw[:, layer] - raw[:, layer].mean(0)
+            want = torch.einsum("hgd,nhd->n", query, less) / less.reshape(count, -1).norm(dim=-1)
+            centred = Internal(similarity="centred").layer_scores(view, layer, queries)
+            assert torch.allclose(centred, want, atol=1e-3)
+            each = torch.einsum("hgqd,nhd->qn", queries, raw[:, layer])
+            each = (each - each.mean(1, keepdim=True)) / each.std(1, keepdim=True)
+            got = Internal(similarity="inner", query="each").layer_scores(view, layer, queries)
+            assert torch.allclose(got, each.amax(0), atol=1e-2)
+
+
+def test_smoothing_lets_neighbours_speak_by_their_tokens():
+    scores, sizes = torch.tensor([0.0, 9.0, 0.0, 0.0, 3.0]), torch.tensor([3, 1, 2, 4, 4])
+    assert torch.equal(smoothed(scores, sizes, 0), scores)
+    want = [9 / 4, 9 / 6, 9 / 7, 12 / 10, 12 / 8]
+    assert torch.allclose(smoothed(scores, sizes, 1), torch.tensor(want))
+    assert torch.allclose(smoothed(torch.full((9,), 2.0), torch.arange(1, 10), 3), torch.full((9,), 2.0))
 
 
 def test_freed_slots_are_used_again_and_scores_stay_right():
@@ -91,7 +110,7 @@ def test_freed_slots_are_used_again_and_scores_stay_right():
     assert reps.nbytes() == size
     ids = [1, 1000, 3, 1000 + SLOTS // 2 - 1]
     query = torch.randn(2, 8)
-    got, _ = reps.products(1, query, reps.slots(ids))
+    got = reps.products(1, query[None], reps.slots(ids))[0]
     want = torch.stack([(x[1] * query).sum() for x in (raw[1], new[0].float(), raw[3], new[-1].float())])
     assert torch.allclose(got, want, atol=1e-2)
     assert torch.equal(reps.rep(1000, 2), new[0][2])

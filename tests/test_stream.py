@@ -128,7 +128,7 @@ def test_everything_retrieved_equals_no_retrieval(family, positions):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pass_one_queries_are_the_models_own(family):
-    """The mean query that ranks blocks equals q_proj (and q_norm) of the layer's input, taken by a hook."""
+    """The queries that rank blocks equal q_proj (and q_norm) of the layer's input, taken by a hook."""
     s = session(family)
     s.push(video())
     seen, mine = {}, {}
@@ -139,18 +139,18 @@ def test_pass_one_queries_are_the_models_own(family):
     ]
 
     class Spy(Internal):
-        def layer_scores(self, view, layer, query):
-            mine[layer] = query
-            return super().layer_scores(view, layer, query)
+        def layer_scores(self, view, layer, queries):
+            mine[layer] = queries
+            return super().layer_scores(view, layer, queries)
 
     s.context(Q, retrieve=Spy(frames=2))
     for h in hooks:
         h.remove()
     assert sorted(mine) == [0, 1, 2, 3]
-    for i, query in mine.items():
+    for i, queries in mine.items():
         n = len(s.eyes.encode(Q))
-        want = seen[i].reshape(-1, n, 4, 16)[0].mean(0).view(2, 2, 16)
-        assert torch.allclose(query, want, atol=1e-5)
+        want = seen[i].reshape(-1, n, 4, 16)[0].permute(1, 0, 2).reshape(2, 2, n, 16)
+        assert torch.allclose(queries, want, atol=1e-5)
 
 
 # ---------------------------------------------------------------- law 9

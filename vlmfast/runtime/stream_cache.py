@@ -193,7 +193,7 @@ def work_cache(layers: list[tuple[Tensor, Tensor]], dense: bool, room: int = 256
 
 
 class ProbeLayer(_Layer):
-    """Pass 1 of retrieval: hands the layer's mean query to `fetch`, attends to what came back, keeps nothing."""
+    """Pass 1 of retrieval: hands the layer's queries to `fetch`, attends to what came back, keeps nothing."""
 
     def __init__(self, owner: ProbeCache, index: int) -> None:
         super().__init__()
@@ -204,8 +204,8 @@ class ProbeLayer(_Layer):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         hk = k.shape[1]
-        query = q[0].mean(1).view(hk, q.shape[1] // hk, -1)
-        past_k, past_v, positions = self.owner.fetch(self.index, query)
+        queries = q[0].view(hk, q.shape[1] // hk, q.shape[2], -1)
+        past_k, past_v, positions = self.owner.fetch(self.index, queries)
         cos, sin = cos_sin(self.owner.text, positions, q)
         k = torch.cat([past_k[None], rotate(k, cos, sin)], 2)
         return attend(rotate(q, cos, sin), k, torch.cat([past_v[None], v], 2), scaling)
@@ -215,7 +215,7 @@ Fetch = Callable[[int, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 class ProbeCache(DynamicCache):
-    """Runs a question through the layers; at layer l, `fetch(l, query)` gets the mean un-rotated query (Hk, G, Dh)
+    """Runs a question through the layers; at layer l, `fetch(l, queries)` gets its un-rotated queries (Hk, G, q, Dh)
     and returns rotated keys and values (Hk, n, Dh) to attend to, and the question's positions (A, q)."""
 
     def __init__(self, text: Any, fetch: Fetch) -> None:

@@ -70,8 +70,8 @@ class Recall:
         embeds = self.eyes.embed(self.eyes.encode(question))[None]
         axes, n = self.encoder.layout.axes, embeds.shape[1]
 
-        def fetch(layer: int, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            found = retriever.layer_scores(view, layer, query)
+        def fetch(layer: int, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            found = retriever.layer_scores(view, layer, queries)
             blocks: list[Block] = []
             if retriever.scope == "layer":
                 blocks = self._best(retriever, view, found)

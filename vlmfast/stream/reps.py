@@ -59,11 +59,19 @@ class RepTable:
         """(N,) int64 rows of blocks in the table, for `products` and the like."""
         return torch.tensor([self.slot[i] for i in ids], dtype=torch.long)
 
-    def products(self, layer: int, query: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Inner products of query (Hk, Dh) with the representatives in `slots` (N,), and the norms of those (N,)."""
-        flat = query.detach().float().reshape(-1).cpu()
-        scores = torch.cat([slab[layer].float() @ flat for slab in self.slabs])
-        return scores[slots], torch.cat([n[layer] for n in self.norms])[slots]
+    def products(self, layer: int, queries: Tensor, slots: Tensor, centred: bool = False) -> Tensor:
+        """Inner products (q, N) of queries (q, Hk, Dh) with the representatives in `slots` (N,); centred: less the
+        product with their mean."""
+        flat = queries.detach().float().flatten(1).cpu().T
+        scores = torch.cat([slab[layer].float() @ flat for slab in self.slabs])[slots].T
+        return scores - scores.mean(1, keepdim=True) if centred else scores
+
+    def norms_of(self, layer: int, slots: Tensor, centred: bool = False) -> Tensor:
+        """(N,) norms of the representatives in `slots`; centred: of their difference to their mean."""
+        if not centred:
+            return torch.cat([n[layer] for n in self.norms])[slots]
+        held = torch.cat([slab[layer] for slab in self.slabs])[slots].float()
+        return (held - held.mean(0)).norm(dim=1)
 
     def embedding(self, slots: Tensor) -> Tensor | None:
         """(N, E) float32, or None when nothing was embedded."""

@@ -59,14 +59,19 @@ def top(scores: Tensor, sizes: Tensor, frames: int | None, tokens: int | None) -
     return torch.tensor(sorted(chosen), dtype=torch.long)
 
 
-def inner(products: Tensor) -> Tensor:
-    """ReKV's code: the raw inner product of mean query and representative, heads concatenated."""
-    return products
+def smoothed(scores: Tensor, sizes: Tensor, reach: int) -> Tensor:
+    """Scores (N,) averaged over `reach` neighbours on either side, weighted by their tokens (N,).
 
-
-def cosine(products: Tensor, norms: Tensor) -> Tensor:
-    """ReKV's paper: cosine similarity, up to the question's constant norm."""
-    return products / norms.clamp(min=1e-6)
+    A block whose frame brought little new holds few tokens, and what they say of the scene is little: its neighbours
+    speak for it. reach 0 changes nothing.
+    """
+    if reach == 0 or len(scores) < 2:
+        return scores
+    weight = sizes.to(scores)
+    kernel = torch.ones(1, 1, 2 * reach + 1, dtype=scores.dtype)
+    both = torch.stack([scores * weight, weight])[:, None]
+    total, mass = F.conv1d(both, kernel, padding=reach)[:, 0]
+    return total / mass
 
 
 def in_time(
@@ -131,14 +136,19 @@ class Retriever:
 
 @dataclass(frozen=True)
 class Internal(Retriever):
-    """ReKV's internal retrieval (arXiv 2503.00540): at every layer, the mean un-rotated query of the bare question
-    against each block's mean un-rotated key, query heads of a group summed on their key/value head.
+    """ReKV's internal retrieval (arXiv 2503.00540): at every layer, un-rotated queries of the bare question against
+    each block's mean un-rotated key, query heads of a group summed on their key/value head.
 
-    similarity: "cosine" (the paper) or "inner" (its code). scope: "layer" chooses for every layer by itself; "shared"
-    standardises the scores of `layers` (None: all; negative numbers from the end), averages them, and chooses once.
+    similarity: "cosine" (the paper), "inner" (its code) or "centred": cosine to the key less the mean key of all
+    candidates, so that what all blocks share counts for none. query: "mean" of the question's tokens (ReKV), or "each"
+    token by itself, standardised over the candidates, the best one counting. smooth: see `smoothed`. scope: "layer"
+    chooses for every layer by itself; "shared" standardises the scores of `layers` (None: all; negative numbers from
+    the end), averages them, and chooses once.
     """
 
     similarity: str = "cosine"
+    query: str = "mean"
+    smooth: int = 0
     scope: str = "layer"
     layers: tuple[int, ...] | None = None
 
@@ -147,23 +157,40 @@ class Internal(Retriever):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.similarity not in ("cosine", "inner"):
-            raise UserError(f"similarity={self.similarity!r} is not known; use 'cosine' or 'inner'")
-        if self.scope not in ("layer", "shared"):
-            raise UserError(f"scope={self.scope!r} is not known; use 'layer' or 'shared'")
+        for field, known in (
+            ("similarity", ("cosine", "inner", "centred")),
+            ("query", ("mean", "each")),
+            ("scope", ("layer", "shared")),
+        ):
+            if getattr(self, field) not in known:
+                raise UserError(f"{field}={getattr(self, field)!r} is not known; use one of {', '.join(known)}")
+        if isinstance(self.smooth, bool) or not isinstance(self.smooth, int) or self.smooth < 0:
+            raise UserError(f"smooth={self.smooth!r} must be a number of neighbours, 0 or more")
 
-    def layer_scores(self, view: View, layer: int, query: Tensor) -> Tensor:
-        """(N,) scores at one layer of a mean query (Hk, G, Dh)."""
+    def layer_scores(self, view: View, layer: int, queries: Tensor) -> Tensor:
+        """(N,) scores at one layer of a question's queries (Hk, G, q, Dh)."""
         assert view.reps is not None
-        products, norms = view.reps.products(layer, query.sum(1), view.slots)
-        return inner(products) if self.similarity == "inner" else cosine(products, norms)
+        summed = queries.float().sum(1).transpose(0, 1)  # (q, Hk, Dh)
+        if self.query == "mean":
+            summed = summed.mean(0, keepdim=True)
+        scores = view.reps.products(layer, summed, view.slots, centred=self.similarity == "centred")
+        if self.similarity != "inner":
+            scores = scores / view.reps.norms_of(layer, view.slots, self.similarity == "centred").clamp(min=1e-6)
+        if self.query == "each":
+            scores = standardised(scores)
+        return smoothed(scores.amax(0), view.tokens, self.smooth)
 
     def combine(self, scores: list[Tensor]) -> Tensor:
         """(N,) from the scores of every layer: mean of the standardised ones."""
         picked = scores if self.layers is None else [scores[i] for i in self.layers]
-        stacked = torch.stack(picked)
-        deviation = stacked.std(1, keepdim=True) if stacked.shape[1] > 1 else torch.ones(len(picked), 1)
-        return ((stacked - stacked.mean(1, keepdim=True)) / deviation.clamp(min=1e-9)).mean(0)
+        return standardised(torch.stack(picked)).mean(0)
+
+
+def standardised(scores: Tensor) -> Tensor:
+    """Rows (R, N) with mean 0 and deviation 1 over the candidates."""
+    if scores.shape[1] < 2:
+        return torch.zeros_like(scores)
+    return (scores - scores.mean(1, keepdim=True)) / scores.std(1, keepdim=True).clamp(min=1e-9)
 
 
 @dataclass(frozen=True)
