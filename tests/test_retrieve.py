@@ -160,6 +160,8 @@ def test_time_filters():
     all_ = blocks(10)
     assert [b.id for b in in_time(all_, at=3.5)] == [0, 1, 2, 3]
     assert [b.id for b in in_time(all_, between=(2.5, 4.5))] == [2, 3, 4]
+    assert [b.id for b in in_time(all_, between=(2.0, 4.0))] == [2, 3]
+    assert [b.id for b in in_time(all_, between=(3.0, 3.0))] == [3]
     assert [b.id for b in in_time(all_, at=3.5, between=(2.5, 9.0))] == [2, 3]
     with pytest.raises(UserError, match="backwards"):
         in_time(all_, between=(4.0, 2.0))

@@ -82,7 +82,8 @@ def in_time(
         raise UserError(f"between={between} runs backwards: give (start, end) in seconds")
     kept = [b for b in blocks if at is None or b.start <= at]
     if between is not None:
-        kept = [b for b in kept if b.end > between[0] and b.start <= between[1]]
+        first, last = between  # an instant is a span too
+        kept = [b for b in kept if b.end > first and (b.start < last or b.start <= first)]
     return kept
 
 
