@@ -672,6 +672,22 @@ def test_a_damaged_window_falls_back_to_the_archive(tmp_path):
     assert close(logits(again), want), "the archive holds the same blocks"
 
 
+def test_a_window_that_does_not_fit_the_limit_is_rebuilt(tmp_path):
+    """close() keeps every stored block and says that the window was left out; load() goes on from the archive."""
+    model = tiny.build("qwen2_5_vl")
+    s = session(
+        "qwen2_5_vl", model, disk=tmp_path / "s", disk_limit=150_000, keep_as="int8", window=2000, flush_seconds=2
+    )
+    s.push(video(60, still=0.0))
+    held = list(s.store.blocks)
+    s.close()
+    assert any("window was not saved" in n for n in s.notes) and not list((tmp_path / "s").glob("state-*"))
+    again = StreamSession.load(tmp_path / "s", model, processor("qwen2_5_vl"))
+    assert list(again.store.blocks) == held and len(again.encoder.resident) > 10
+    again.push(video(4, seed=5), [100.0, 100.5, 101.0, 101.5])
+    again.ask(Q, max_new_tokens=1)
+
+
 # ---------------------------------------------------------------- kill -9
 
 CHILD = """

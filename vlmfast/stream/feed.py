@@ -22,7 +22,8 @@ def as_frames(frames: Any) -> list[Tensor]:
     if isinstance(frames, (list, tuple)):
         return [f for item in frames for f in as_frames(item)]
     if not isinstance(frames, Tensor):
-        frames = torch.from_numpy(np.ascontiguousarray(np.asarray(frames)))
+        array = np.ascontiguousarray(np.asarray(frames))
+        frames = torch.from_numpy(array if array.flags.writeable else array.copy())
     if frames.ndim == 3:
         frames = frames[None]
     if frames.ndim == 4 and frames.shape[-1] != 3 and frames.shape[1] == 3:

@@ -32,6 +32,7 @@ from vlmfast.stream.encode import Encoder
 from vlmfast.stream.intake import Intake
 from vlmfast.stream.recall import Context, Recall, cache_bytes, reading
 from vlmfast.stream.retrieve import Internal, Retriever, in_time, intervals, parse
+from vlmfast.stream.segments import StoreError
 from vlmfast.stream.store import Store
 
 
@@ -273,14 +274,24 @@ class StreamSession(Intake):
         return saving.load(cls, path, model, processor, changed)
 
     def close(self) -> None:
-        """Stop watching, encode what waits, write it to disk (the window included) and let go of the files."""
+        """Stop watching, encode what waits, write it to disk and let go of the files.
+
+        The window is written at full precision where disk_limit leaves room for it (`notes` says when it does not);
+        without it, `load` rebuilds the window from the archive.
+        """
         if self._closed:
             return
         if self._watcher is not None:
             self._watcher.stop()
         try:
             if self.store.disk is not None:
-                self.save()
+                with self._lock:
+                    self._drain()
+                    self.store.flush()
+                    try:
+                        saving.save(self, None)
+                    except StoreError as e:
+                        self.notes.append(f"the window was not saved: {e}")
         finally:
             self._closed = True
             self.store.close()

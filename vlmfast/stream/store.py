@@ -218,11 +218,19 @@ class Store:
         except BlockLost as e:
             self._forget(file, e)
 
-    def _disk_room(self, need: int) -> None:
-        """Give up blocks on disk until a segment of `need` bytes fits, and one more to rewrite segments with."""
+    def _disk_room(self, need: int, segment: bool = True) -> None:
+        """Give up blocks on disk until `need` bytes fit, and one more segment to rewrite others with.
+
+        Raises StoreError, and gives up nothing, when that cannot be.
+        """
         if self.disk is None or self.disk_limit is None:
             return
-        spare = max([self.segment, need, *(e["bytes"] for e in self.disk.entries.values())])
+        spare = max([self.segment, need * segment, *(e["bytes"] for e in self.disk.entries.values())])
+        fixed = self.disk.used - sum(e["bytes"] for e in self.disk.entries.values())
+        if fixed + need + spare > self.disk_limit:
+            raise StoreError(
+                f"disk_limit={self.disk_limit:,} bytes cannot hold {need:,} more and room to rewrite a segment"
+            )
         while self.disk.used + need + spare > self.disk_limit:
             files = list(self.disk.entries)
             old = files[: len(files) - max(1, len(files) // 4)] or files[:-1]
@@ -278,7 +286,7 @@ class Store:
         """Flush, then write the session's state beside the segments. Raises StoreError."""
         assert self.disk is not None
         self.flush()
-        self._disk_room(sum(x.numel() * x.element_size() for x in tensors.values()) + 100_000)
+        self._disk_room(sum(x.numel() * x.element_size() for x in tensors.values()) + 100_000, segment=False)
         self.disk.write_state(tensors, meta)
 
     def close(self) -> None:
