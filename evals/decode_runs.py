@@ -95,6 +95,16 @@ def curve(draft: Any, length: int | str = "adaptive") -> list[Competitor]:
     return out
 
 
+def ablations(draft: Any, length: int | str = "adaptive") -> list[Competitor]:
+    """Loose with one thing changed at a time."""
+    small = ModelDraft(draft, prune=None)
+    changes: list[dict[str, Any]] = [
+        {"shift": 0}, {"digits": False, "negation": False, "comparison": False}, {"bigram": False}, {"within": 0},
+        {"top": 1}, {"layer": -4}, {"offset": "self"}, {"scope": "running"}, {"ratio": 0.1},
+    ]  # fmt: skip
+    return [ours(Loose(**c), small, "loose", "modeldraft", length, **c) for c in changes]
+
+
 def ours(rule: Any, draft: Any, name: str, source: str, length: int | str, **params: Any) -> Competitor:
     """One of our competitors."""
     return Competitor(name, {"draft": source, "length": length, **params}, Speculate(draft, rule, length=length))

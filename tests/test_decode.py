@@ -28,6 +28,7 @@ from vlmfast.decode import (
     Speculate,
     loop,
 )
+from vlmfast.decode.speculate import Pace
 from vlmfast.encode import Uniform
 from vlmfast.plan import Plan
 from vlmfast.runtime.stepper import Stepper
@@ -287,6 +288,42 @@ def test_max_time() -> None:
     slow = type("Slow", (), {"put": lambda self, v: time.sleep(0.02), "end": lambda self: None})()
     got, _ = speak(target, batch, Speculate(ModelDraft(draft, None), length=4), 500, max_time=0.2, streamer=slow)
     assert 1 <= got.shape[1] - batch["input_ids"].shape[1] < 30
+
+
+# ---------------------------------------------------------------- how far to draft
+
+
+def test_the_draft_grows_while_it_pays_and_stops_when_it_does_not() -> None:
+    pace = Pace("adaptive", 8)
+    for _ in range(30):
+        k = max(1, pace.length())
+        pace.saw(k, k, 0.5 * k, 10.0, [0.95] * k)  # every token passes, each costs a twentieth of a step
+    assert pace.length() == 8 and pace.refusal < 0.5
+    for _ in range(60):
+        pace.saw(2, 0, 8.0, 10.0, [0.95, 0.95])  # nothing passes, at nearly the cost of a step
+    assert pace.refusal > 1
+    lengths = [pace.length() for _ in range(32)]
+    assert sorted(set(lengths)) == [0, 2] and lengths.count(2) == 2  # a look now and then, in case it changed
+    assert Pace(3, 8).length() == 3 and Pace(3, 8).floor() == 0
+
+
+def test_an_unsure_draft_stops_early() -> None:
+    target, draft, batch = pair()
+    speculate = Speculate(ModelDraft(draft, None, confidence=0.9), length=8)
+    got, numbers = speak(target, batch, speculate, 24)
+    assert torch.equal(got, plain(target, batch, 24))
+    full = speak(target, batch, Speculate(ModelDraft(draft, None), length=8), 24)[1]
+    assert numbers["drafted"] / numbers["verify_rounds"] < full["drafted"] / full["verify_rounds"]
+    assert all(k >= 1 for k, _ in numbers["trace"])
+
+
+@pytest.mark.parametrize("source", ["model", "lookup", "both"])
+def test_adaptive_drafting_is_lossless(source: str) -> None:
+    target, draft, batch = pair()
+    drafts = LookupThenModel(draft, None) if source == "both" else source_of(source, draft)
+    plan = Speculate(drafts, length="adaptive")
+    for n in (24, 5, 40):  # the pace is kept from call to call
+        assert torch.equal(speak(target, batch, plan, n)[0], plain(target, batch, n))
 
 
 # ---------------------------------------------------------------- what is handed back

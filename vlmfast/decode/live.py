@@ -18,6 +18,8 @@ class Chain:
     def __init__(self, stepper: Stepper, fed: int, stop: frozenset[int], vocab: int, confidence: float) -> None:
         self.stepper, self.fed, self.stop, self.vocab, self.confidence = stepper, fed, stop, vocab, confidence
         self.rows = stepper.embed.weight.shape[0]  # a target may have a few more, unused by the tokenizer
+        self.floor, self.refusal = 0.0, 1.0  # stop once everything so far passes with less than `floor`
+        self.certainty: list[float] = []  # the model's own probability of each token of the last proposal
         self.last = self.fed_tokens = 0  # tokens of the last proposal, and how many of them the model was fed
 
     def propose(self, ids: Tensor, k: int, pick: Pick | None = None) -> tuple[Tensor, Tensor | None]:
@@ -28,18 +30,23 @@ class Chain:
         self.fed = ids.shape[1]
         tokens: list[int] = []
         probs: list[Tensor] = []
-        grown = ids
+        grown, passes = ids, 1.0
+        self.certainty = []
         while True:
             if pick is None:
                 token, q = int(logits.argmax()), None
             else:
                 token, q = pick(grown, logits)
-            if self.confidence and tokens and float(logits.log_softmax(-1)[0, token].exp()) < self.confidence:
-                break
+            if self.confidence or self.floor:
+                sure = float(logits[0].softmax(-1)[token])
+                if tokens and sure < self.confidence:
+                    break
+                self.certainty.append(sure)
+                passes *= max(0.0, 1 - self.refusal * (1 - sure))
             tokens.append(token)
             if q is not None:
                 probs.append(q)
-            if len(tokens) == k or token in self.stop:
+            if len(tokens) == k or token in self.stop or passes < self.floor:
                 break
             step = torch.tensor([[token]], device=ids.device)
             logits = self.stepper.step(step)[:, -1, : self.vocab]
@@ -98,6 +105,11 @@ class Either:
 
     def __init__(self, first: Ngrams, second: Chain) -> None:
         self.first, self.second, self.used = first, second, True
+
+    @property
+    def chain(self) -> Chain:
+        """The model."""
+        return self.second
 
     def propose(self, ids: Tensor, k: int, pick: Pick | None = None) -> tuple[Tensor, Tensor | None]:
         """The lookup's tokens; the model's when it has none."""

@@ -24,6 +24,7 @@ from vlmfast.decode import accept as rules
 from vlmfast.decode.drafts import Request
 from vlmfast.decode.guards import strict_tokens
 from vlmfast.decode.ledger import Ledger
+from vlmfast.decode.live import Chain
 from vlmfast.decode.output import Output
 from vlmfast.decode.refuse import check, tokenizer_for
 from vlmfast.decode.relevance import VisualMemory, collect
@@ -201,6 +202,9 @@ class _Run:
             k = min(k, left - 1)
         if k <= 0:
             return None, None
+        chain = getattr(self.draft, "chain", self.draft)
+        if isinstance(chain, Chain):
+            chain.floor, chain.refusal, chain.certainty = self.pace.floor(), self.pace.refusal, []
         tokens, q = self.draft.propose(self.out.ids, k, None if self.choice.plain else self.choice.for_draft)
         return (tokens if tokens.shape[0] else None), q
 
@@ -227,7 +231,8 @@ class _Run:
             if out.emit(token, partial(rows.kept, i)):
                 break
         self.ledger.round(k, verdict.how, draft_ms, verify_ms)
-        self.pace.saw(k, accepted, draft_ms, verify_ms)
+        chain = getattr(self.draft, "chain", self.draft)
+        self.pace.saw(k, accepted, draft_ms, verify_ms, getattr(chain, "certainty", None))
         assert self.draft is not None
         self.draft.rewind(k - accepted)
         target.rewind(k - accepted)
