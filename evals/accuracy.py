@@ -83,15 +83,17 @@ def evaluate(
     device: str = "auto",
     dtype: str = "auto",
     loaded: runner.Runner | None = None,
+    weights: str = "",
 ) -> dict[str, Any]:
-    """Run a task and return its summary record (written to `summary` too)."""
+    """Run a task and return its summary record (written to `summary` too). loaded: a model in memory, with the
+    fingerprint of its `weights`."""
     if batch < 1 or (limit is not None and limit < 1):
         raise UserError(f"--batch {batch} and --limit {limit} must be at least 1")
     task = tasks.get(task_name, metric, frames)
     chosen = shard_of(task.first(limit), shard)
     plans = {"plain": Plan()} | (plans or methods.named(names, draft=draft))
     run = loaded or runner.load(model, device, dtype)
-    identity = identity_of(run, task, "" if loaded else runner.fingerprint(model), batch, tokens)
+    identity = identity_of(run, task, weights if loaded else runner.fingerprint(model), batch, tokens)
     name = journal.run_name(identity)
     if summary is not None and summary.exists() and not force:
         _same_run(summary, name)

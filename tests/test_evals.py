@@ -312,3 +312,30 @@ def test_journal_names_a_foreign_line(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"id": 1}\n')
     with pytest.raises(UserError, match="line 1"):
         journal.Journal(tmp_path / "x.jsonl", "a=1", {})
+
+
+def test_composition_is_held_against_the_product() -> None:
+    from evals.compose import accuracy_sums, products
+
+    def row(name: str, ms: list[float], loss: float) -> dict:
+        metrics = {"diff_vs_plain": loss, "diff_ci95": [loss - 0.01, loss + 0.01]}
+        return {"name": name, "metrics": metrics, "vs": {"plain": {"total_ms": ms}}}
+
+    rows = [
+        row("a-25", [2.0, 1.9, 2.1], -0.02),
+        row("b", [1.5, 1.4, 1.6], -0.01),
+        row("a-25+b", [2.2, 2.1, 2.3], -0.05),
+    ]
+    (found,) = products({"rows": [*rows, row("a-25+c", [9, 9, 9], 0)]})
+    assert (
+        found["product"] == 3.0 and found["says"] == "less than its parts" and found["share"] == pytest.approx(0.7333)
+    )
+    (sums,) = accuracy_sums({"rows": rows})
+    assert sums["sum"] == pytest.approx(-0.03) and sums["measured"] == -0.05
+
+
+def test_every_table_names_methods_and_tasks_that_exist() -> None:
+    from evals import tables
+
+    for table in tables.TABLES.values():
+        assert len(methods.named(table.methods, draft="some/draft")) > 5 and tasks.get(table.task).ids

@@ -1,0 +1,106 @@
+"""All accuracy tables and pictures anew: `python -m evals.tables [--minutes 40] [--only NAME]` (or `make tables`).
+
+Each table asks more questions round by round (100, 200, 400, ...) until its share of the minutes is used; answers stay
+in `runs/tables`, so that a second call goes on where the first one stopped. Summaries go to `evals/results`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from evals import accuracy, compose, methods, records, runner, tasks
+from vlmfast.core import UserError
+
+PRUNERS = ",".join(f"{p}-{k}" for p in ("vidcom2", "maxmin", "uniform", "random") for k in (50, 25, 10))
+EVS = ",evs-50,evs-25,evs-10"
+POLICIES = ",".join(f"{p}-{k}" for p in ("hybridkv", "snapkv", "adakv", "kv.random") for k in (50, 20, 10, 5))
+GRID = ("vidcom2-25", "hybridkv-25", "lossless", "loose")
+
+
+@dataclass(frozen=True)
+class Table:
+    """One record: a task, its methods, questions per round, and its share of the time."""
+
+    task: str
+    methods: str
+    batch: int = 1
+    first: int = 100
+    share: float = 1.0
+
+
+def grid() -> str:
+    """Every stage alone and composed: pruner, policy, exact and loose drafting."""
+    prune, kv, exact, loose = GRID
+    return ",".join([*GRID, f"{prune}+{kv}", f"{prune}+{exact}", f"{kv}+{exact}", f"{prune}+{kv}+{exact}",
+                     f"{prune}+{loose}", f"{prune}+{kv}+{loose}"])  # fmt: skip
+
+
+TABLES = {
+    "easy-vqa": Table("easy-vqa", f"{PRUNERS},balanced,fast", batch=64, first=512),
+    "pocket": Table("pocket/all", f"{PRUNERS}{EVS},balanced,fast", batch=16, first=208, share=2),
+    "long": Table("pocket/long", POLICIES, first=33, share=3),
+    "captions": Table("pocket/caption:size=256", f"plain_loop,{grid()}", first=16, share=2),
+}
+
+
+def run(name: str, table: Table, minutes: float, out: Path, answers: Path, model: str, force: bool) -> dict:
+    """One table within its minutes."""
+    deadline = time.monotonic() + 60 * minutes
+    loaded, weights = runner.load(model), runner.fingerprint(model)
+    draft = runner.resolve("pocket/draft") if model == "pocket" else None
+    plans = methods.named(table.methods, draft=draft)
+    total, limit = len(tasks.get(table.task).ids), table.first
+    while True:
+        start = time.monotonic()
+        result = accuracy.evaluate(
+            table.task, answers / f"{name}.jsonl", out / f"accuracy-{name}.json", plans=plans, model=model,
+            limit=min(limit, total), batch=table.batch, loaded=loaded, weights=weights, force=force,
+        )  # fmt: skip
+        spent, force = time.monotonic() - start, False
+        if limit >= total or time.monotonic() + 1.3 * spent > deadline:
+            return result
+        limit *= 2
+
+
+def main(
+    minutes: Annotated[float, typer.Option(help="time for all tables together")] = 40.0,
+    only: Annotated[str | None, typer.Option(help=f"some of {', '.join(TABLES)}, joined by commas")] = None,
+    out: Annotated[Path, typer.Option(help="folder of the summaries")] = Path("evals/results"),
+    answers: Annotated[Path, typer.Option(help="folder of the answers")] = Path("runs/tables"),
+    model: Annotated[str, typer.Option(help="checkpoint folder; pocket = the embedded model")] = "pocket",
+    force: Annotated[bool, typer.Option("--force", help="start anew, e.g. after new weights")] = False,
+) -> None:
+    """Run the tables, draw the curves, print what composition does."""
+    from vlmfast import page
+
+    chosen = only.split(",") if only else list(TABLES)
+    try:
+        for name in chosen:
+            if name not in TABLES:
+                raise UserError(f"unknown table {name!r}; known: {', '.join(TABLES)}")
+        whole = sum(TABLES[n].share for n in chosen)
+        for name in chosen:
+            table = TABLES[name]
+            result = run(name, table, minutes * table.share / whole, out, answers, model, force)
+            accuracy.show(result)
+            if name == "captions":
+                result["products"], result["sums"] = compose.products(result), compose.accuracy_sums(result)
+                records.write(out / f"accuracy-{name}.json", result, force=True)
+                print(json.dumps(result["products"], indent=1))
+        files = sorted(out.glob("accuracy-*.json"))
+        figure = page.curves(page.read(files, mixed=True))
+        figure.savefig(out / "pareto.png", dpi=110)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+if __name__ == "__main__":
+    typer.run(main)
