@@ -9,13 +9,14 @@ import methods
 import pytest
 import tiny
 import torch
+from test_between import equals_masked
 from test_laws import CASES, NEW, logits, run, short_reference
 from torch import Tensor
 
 import vlmfast
 from vlmfast import families
 from vlmfast.core import Kind
-from vlmfast.encode import CDPruner, HiRED, VisionZip
+from vlmfast.encode import CDPruner, HiRED, IVCPrune, MMTok, PyramidDrop, VCast, VidCom2, VisionZip
 from vlmfast.plan import Plan, parse
 from vlmfast.runtime.tower_attention import TowerAttention
 
@@ -204,3 +205,44 @@ def test_a_plan_with_it_goes_to_json_and_back(method: Any) -> None:
 def test_a_wrapped_pruner_is_named_in_a_spec() -> None:
     method = parse("prune", "ivcprune:keep=0.4,prune=maxmin")
     assert method.prune.name == "maxmin" and method.keep == 0.4
+
+
+# -- families of equal tiles -------------------------------------------------------------------------------------------
+
+TILED = [*(m for m in methods.FIRST[1::2] if not m.video_only), CDPruner(keep=0.3), MMTok(keep=0.3), VCast(keep=0.3), IVCPrune(keep=0.5)]
+
+
+@pytest.mark.parametrize("family", tiny.TILED)
+@pytest.mark.parametrize("method", TILED, ids=repr)
+def test_tiled_families_pruned_equal_short(family: str, method: Any) -> None:
+    pruned_equals_short(family, ("image", "image"), method)
+
+
+@pytest.mark.parametrize("family", tiny.TILED)
+def test_tiled_families_keep_identity_rows_and_tiles(family: str) -> None:
+    model, media = tiny.build(family), [("image",), (), ("image", "image")]
+    inputs = tiny.inputs(family, media=media)
+    plain = logits(run(model, inputs))
+    with vlmfast.accelerate(model, prune=VidCom2(keep=1.0)):
+        assert torch.equal(logits(run(model, inputs)), plain)
+    with vlmfast.accelerate(model, prune=VidCom2(keep=0.5)) as fast:
+        batch = run(model, inputs)
+        assert fast.report.encode["visual_tokens"] == 36
+        assert fast.report.encode["kept_tokens"] == 18
+        assert [item.n for item in fast.columns.media["image"]] == [4] * 9
+        assert [len(kept) for kept in fast.columns.kept["image"]] == [2] * 9
+        for row, single in enumerate(tiny.rows(family, media=media)):
+            torch.testing.assert_close(logits(batch)[row], logits(run(model, single))[0], rtol=2e-4, atol=2e-4)
+    assert torch.equal(logits(run(model, inputs)), plain)
+
+
+@pytest.mark.parametrize("family", tiny.TILED)
+def test_tiled_families_between_layers(family: str) -> None:
+    equals_masked(family, ("image", "image"), PyramidDrop(keep=0.3, layers=(2, 3)))
+
+
+@pytest.mark.parametrize("family", tiny.TILED)
+def test_tower_attention_and_tower_blocks_are_refused_on_tiles(family: str) -> None:
+    for method in (VisionZip(keep=0.5), VidCom2(keep=0.5, after_block=1)):
+        with pytest.raises(vlmfast.Unsupported):
+            vlmfast.accelerate(tiny.build(family), prune=method)

@@ -29,6 +29,7 @@ PAD, BOS, EOS, VISION_START, VISION_END, IMAGE, VIDEO, FIRST_TEXT = range(8)
 QWEN = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 LLAVA = ["llava", "llava_next", "llava_next_video", "llava_onevision"]
 FAMILIES = QWEN + LLAVA
+TILED = ["internvl", "idefics3", "smolvlm"]  # images as equal tiles; built and fed here, no processor
 VIDEO_FAMILIES = [*QWEN, "llava_next_video", "llava_onevision"]
 TILE = 16  # side in pixels of a LLaVA tile: 4 x 4 patches
 PINPOINTS = [[16, 32], [32, 16], [32, 32]]
@@ -38,6 +39,7 @@ CLASS = {
     "qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL",
     "llava": "Llava", "llava_next": "LlavaNext", "llava_next_video": "LlavaNextVideo",
     "llava_onevision": "LlavaOnevision",
+    "internvl": "InternVL", "idefics3": "Idefics3", "smolvlm": "SmolVLM",
 }  # fmt: skip
 
 
@@ -68,6 +70,16 @@ def _config(family: str, text: dict[str, Any], vision: dict[str, Any], top: dict
         txt["rope_parameters"] = rope
         cfg = {"image_token_id": IMAGE, "video_token_id": VIDEO}
         cfg |= {"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
+    elif family in TILED:
+        vis = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+        txt["model_type"] = "qwen2" if family == "internvl" else "llama"
+        cfg = {"image_token_id": IMAGE}
+        if family == "internvl":
+            vis |= {"model_type": "internvl_vision", "image_size": [TILE, TILE], "patch_size": [PATCH, PATCH]}
+            cfg |= {"image_seq_length": 4, "downsample_ratio": 0.5}
+        else:
+            vis |= {"image_size": TILE, "patch_size": PATCH}
+            cfg |= {"scale_factor": 2, "pad_token_id": PAD}
     else:
         onevision = family == "llava_onevision"
         vis = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2 if onevision else 3}
@@ -154,6 +166,10 @@ def _image(family: str, gen: torch.Generator, size: tuple[int, int], single: boo
         one = torch.randn(gh * gw, 3, 1, PATCH * PATCH, generator=gen).expand(-1, -1, 2, -1)
         ids = [VISION_START, *[IMAGE] * (gh * gw // 4), VISION_END]
         return ids, {"pixel_values": one.reshape(gh * gw, -1), "image_grid_thw": torch.tensor([[1, gh, gw]])}
+    if family in TILED:  # three tiles of 4 x 4 patches, shuffled into 2 x 2 columns, text markers between them
+        ids = [i for _ in range(3) for i in [VISION_START, *[IMAGE] * 4, VISION_END]]
+        px = torch.randn(3, 3, TILE, TILE, generator=gen)
+        return ids, {"pixel_values": px if family == "internvl" else px[None]}
     if family == "llava":
         return [IMAGE] * 16, {"pixel_values": torch.randn(1, 3, TILE, TILE, generator=gen)}
     tiles, n = _anyres(family, size) if single or family != "llava_onevision" else (1, 17)
@@ -229,7 +245,7 @@ def rows(
     """
     per_row = list(media) if media and not isinstance(media[0], str) else [media] * batch
     lengths = [text + 2 * r for r in range(len(per_row))] if isinstance(text, int) else list(text)
-    assert family in FAMILIES, f"no tiny model of {family!r}; there are {FAMILIES}"
+    assert family in FAMILIES + TILED, f"no tiny model of {family!r}; there are {FAMILIES + TILED}"
     assert {m for r in per_row for m in r} <= {"image", "video"}, f"image or video, got {media}"
     assert family in VIDEO_FAMILIES or not any("video" in r for r in per_row), f"{family} takes no video"
     assert frames % 2 == 0, f"an even number of frames, got {frames}"

@@ -6,10 +6,12 @@ from torch import nn
 
 from vlmfast.core import Unsupported
 from vlmfast.families.base import Family, Item
+from vlmfast.families.idefics import Idefics
+from vlmfast.families.internvl import InternVL
 from vlmfast.families.llava import Llava
 from vlmfast.families.qwen import Qwen
 
-FAMILIES: tuple[Family, ...] = (Qwen(), Llava())
+FAMILIES: tuple[Family, ...] = (Qwen(), Llava(), InternVL(), Idefics())
 
 
 def supported() -> list[str]:

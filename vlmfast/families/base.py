@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,3 +68,9 @@ def feature_list(output: Any) -> list[Tensor]:
 def frames_of(n: int, t: int) -> Tensor:
     """(n,) int64 frame index of n columns that are t equal frames in order."""
     return torch.arange(n) // (n // t)
+
+
+def tile_item(n: int) -> Item:
+    """Layout of one tile of n columns: an image of its own."""
+    side = math.isqrt(n)
+    return Item(n, frames_of(n, 1), (1, side, side) if side * side == n else (1, 1, n), False)

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from vlmfast.core import StageDidNotFire, Unsupported
 from vlmfast.families import Family, Item
 from vlmfast.families.base import feature_list
+from vlmfast.families.llava import Llava
 from vlmfast.families.qwen import Qwen, group_mean
 from vlmfast.runtime.patch import Patch
 
@@ -30,6 +31,11 @@ class TowerAttention:
     """Maps of the tower layers `wanted` (indices into the layers that the language model reads; -1 = the last)."""
 
     def __init__(self, model: nn.Module, family: Family, wanted: tuple[int, ...] = (-1,)) -> None:
+        if not isinstance(family, (Qwen, Llava)):
+            raise Unsupported(
+                f"tower attention is not read in {type(family).__name__} models (their pixel shuffle mixes patches): "
+                "use a pruner of features (vidcom2, maxmin)"
+            )
         self.model, self.family, self.wanted = model, family, wanted
         self.tower = family.tower(model)
         self.cls = any(name.endswith("class_embedding") for name, _ in self.tower.named_parameters())
