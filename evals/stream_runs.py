@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from vlmfast.stream import Anywhere, Evenly, Internal, Oracle, Recency, StreamSession
+from vlmfast.stream import Anywhere, Evenly, External, Internal, Oracle, Recency, StreamSession
 from vlmfast.stream.retrieve import Retriever, in_time
 
 TOKENS = 12  # longest answer
@@ -75,10 +75,29 @@ def questions(clip: Any, name: str) -> list[Asked]:
     return out + [replace(q, time=q.evidence[1] - 0.5, kind="now") for q in out if q.kind != "needle"]
 
 
+def by_colour(frames: int) -> External:
+    """The external control: an encoder that knows the world's colours and nothing else.
+
+    A frame is embedded as the share of its pixels near each colour, a question as the colour it names.
+    """
+    from vlmfast.pocket.scenes import COLOURS
+
+    palette = torch.tensor(list(COLOURS.values()), dtype=torch.float32)
+
+    def frames_to(pictures: torch.Tensor) -> torch.Tensor:
+        flat = pictures.float().reshape(len(pictures), -1, 1, 3)
+        return ((flat - palette).norm(dim=-1) < 40).float().mean(1) + 1e-4
+
+    def text_to(question: str) -> torch.Tensor:
+        return torch.tensor([float(name in question.split()) for name in COLOURS]) + 1e-4
+
+    return External(frames=frames, frames_to=frames_to, text_to=text_to)
+
+
 def encode(model: Any, processor: Any, clip: Any, name: str, **options: Any) -> Encoded:
     """Push a whole clip. fps is measured over the session's own time, without drawing the frames."""
     folder = tempfile.TemporaryDirectory(prefix="vlmfast-")
-    options = {"retrieve": Internal(), "disk": Path(folder.name) / "stream", "fps": clip.fps} | options
+    options = {"retrieve": by_colour(16), "disk": Path(folder.name) / "stream", "fps": clip.fps} | options
     session = StreamSession(model, processor, **options)
     frames, times = [], []
     for seconds, frame in clip.frames():
@@ -132,10 +151,13 @@ def ask(session: StreamSession, asked: Asked, retriever: Retriever | None, into:
 
 def methods(frames: int) -> dict[str, Callable[[Asked], Retriever | None]]:
     """Name -> the retriever for a question. `window` retrieves nothing and reads the sliding window."""
+    external = by_colour(frames)
     return {
         "internal": lambda q: Internal(frames=frames),
         "internal-inner": lambda q: Internal(frames=frames, similarity="inner"),
+        "internal-each": lambda q: Internal(frames=frames, query="each", smooth=2),
         "internal-shared": lambda q: Internal(frames=frames, scope="shared"),
+        "external": lambda q: external,
         "recency": lambda q: Recency(frames=frames),
         "uniform": lambda q: Evenly(frames=frames),
         "random": lambda q: Anywhere(frames=frames, seed=len(q.question)),

@@ -54,6 +54,16 @@ def test_questions_have_one_place_in_time():
         assert q.time >= q.evidence[1] - 0.5 and q.kind in ("location", "motion", "needle", "now")
 
 
+def test_the_external_control_finds_colours():
+    t = torch
+
+    tool = stream_runs.by_colour(2)
+    frames = t.full((3, 8, 8, 3), 120, dtype=t.uint8)
+    frames[1, :4, :4] = t.tensor([222, 38, 38], dtype=t.uint8)
+    seen, wanted = tool.frames_to(frames), tool.text_to("where is the red ring ?")
+    assert int(t.cosine_similarity(seen, wanted[None], dim=-1).argmax()) == 1
+
+
 def test_recall_counts_the_evidence_brought_back(folder):
     """Oracle reaches all of it, recency what is recent; a model's answer scores by the world's own rule."""
     from vlmfast import loading
