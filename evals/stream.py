@@ -4,7 +4,8 @@ Pocket clips of every length are encoded once; their questions (past events, the
 is on screen: `now`) are answered with every retriever at the same number of blocks, one block being one temporal grid
 (two frames, one second). Rows:
 
-* one per length and retriever (`external` knows colours only, `oracle` knows where the evidence lies): accuracy, evidence recall, latency, tokens read;
+* one per length and retriever (`external` knows colours only, `oracle` where the evidence lies): accuracy, evidence
+  recall, latency, tokens read;
 * `session`: sustained fps, bytes per tier, archive bytes per hour, plain ReKV's bytes per hour for the same stream;
 * `rekv` (up to 10 minutes): nothing dropped, two bytes per number, inner products per layer: what compression costs;
 * `reencode` (up to 10 minutes): all frames through the model again for every question;

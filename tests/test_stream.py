@@ -105,6 +105,21 @@ def test_window_holding_everything_equals_the_plain_model(family, fps):
     assert answer.report["tokens"] == 5 and answer.evidence[0][0] == 0.0
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava_onevision"])
+def test_bfloat16_stays_as_close_as_the_plain_model(family):
+    """The bf16 attention of the stream is off the fp32 logits by at most twice what the plain bf16 model is."""
+    exact, frames = tiny.build(family), video()
+    model = tiny.build(family).bfloat16()
+    inputs = plain(family, exact, frames, [turn(Q)])
+    want = plain_logits(exact, inputs)
+    half = {k: v.bfloat16() if v.is_floating_point() and k.startswith("pixel") else v for k, v in inputs.items()}
+    off = float((plain_logits(model, half) - want).abs().max())
+    s = session(family, model)
+    s.push(frames)
+    for tool in (None, Internal(frames=100)):
+        assert float((logits(s, retrieve=tool) - want).abs().max()) <= 2 * off
+
+
 @pytest.mark.parametrize("positions", ["contiguous", "own"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_everything_retrieved_equals_no_retrieval(family, positions):

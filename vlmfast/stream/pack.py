@@ -36,20 +36,24 @@ class Packed:
 
 
 def pack(keys: Tensor, values: Tensor, rep: Tensor, fmt: str, embedding: Tensor | None = None) -> Packed:
-    """keys, values (L, Hk, n, Dh), rep (L, Hk, Dh): to CPU in the format `fmt` of `FORMATS`.
+    """keys, values (L, Hk, n, Dh), rep (L, Hk, Dh): to CPU (pinned, if they come from a GPU) in a format of `FORMATS`.
 
     int8: symmetric, one scale per channel or per token of every (layer, head), whichever needs fewer of them. Keys are
     quantised as their difference to the block's representative, so that large constant channels (key biases, KIVI
     arXiv 2402.02750) cost no precision under either.
     """
+    pinned = keys.is_cuda
     rep = rep.half().cpu()
     small = None if embedding is None else embedding.half().cpu()
     if fmt == "int8":
         k, ks = _int8(keys.float().cpu() - rep[:, :, None].float())
         v, vs = _int8(values.float().cpu())
+        if pinned:
+            k, v, ks, vs = (x.pin_memory() for x in (k, v, ks, vs))
         return Packed(k, v, ks, vs, rep, small)
     dtype = torch.bfloat16 if fmt == "bf16" else keys.dtype
-    return Packed(_own(keys, dtype), _own(values, dtype), None, None, rep, small)
+    k, v = _own(keys, dtype), _own(values, dtype)
+    return Packed(k.pin_memory() if pinned else k, v.pin_memory() if pinned else v, None, None, rep, small)
 
 
 def _own(x: Tensor, dtype: torch.dtype) -> Tensor:
