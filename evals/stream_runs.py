@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from vlmfast.core import UserError
 from vlmfast.stream import Anywhere, Evenly, External, Internal, Oracle, Recency, StreamSession
 from vlmfast.stream.retrieve import Retriever, in_time
 
@@ -127,7 +128,10 @@ def recall(session: StreamSession, asked: Asked, weights: dict[int, float]) -> f
 
 
 def ask(session: StreamSession, asked: Asked, retriever: Retriever | None, into: Result) -> None:
-    """One question, as of its own second, in a conversation of its own."""
+    """One question, as of its own second, in a conversation of its own.
+
+    A window that no longer holds anything from before that second has no answer: scored 0, and not timed.
+    """
     weights: dict[int, float] = {}
     build = session.recall.context
 
@@ -137,14 +141,19 @@ def ask(session: StreamSession, asked: Asked, retriever: Retriever | None, into:
         return context
 
     session.recall.context = spied  # type: ignore[method-assign]
+    answer = None
     try:
         answer = session.ask(asked.question, at=asked.time, max_new_tokens=TOKENS, retrieve=retriever)
+    except UserError:
+        if retriever is not None:
+            raise
     finally:
         session.recall.context = build  # type: ignore[method-assign]
         session.new_conversation()
-    into.scores.append(right(answer.text, asked.answer))
+    into.scores.append(0.0 if answer is None else right(answer.text, asked.answer))
     into.recalls.append(recall(session, asked, weights))
-    into.reports.append(answer.report)
+    if answer is not None:
+        into.reports.append(answer.report)
     into.clips.append(asked.clip)
     into.kinds.append(asked.kind)
 
