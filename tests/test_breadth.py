@@ -209,7 +209,13 @@ def test_a_wrapped_pruner_is_named_in_a_spec() -> None:
 
 # -- families of equal tiles -------------------------------------------------------------------------------------------
 
-TILED = [*(m for m in methods.FIRST[1::2] if not m.video_only), CDPruner(keep=0.3), MMTok(keep=0.3), VCast(keep=0.3), IVCPrune(keep=0.5)]
+TILED = [
+    *(m for m in methods.FIRST[1::2] if not m.video_only),
+    CDPruner(keep=0.3),
+    MMTok(keep=0.3),
+    VCast(keep=0.3),
+    IVCPrune(keep=0.5),
+]
 
 
 @pytest.mark.parametrize("family", tiny.TILED)
