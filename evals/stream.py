@@ -23,6 +23,7 @@ from typing import Annotated, Any
 
 import typer
 
+TIMED = ("select_ms", "fetch_ms", "prefill_ms", "decode_ms_per_token", "context_tokens", "retrieved_blocks")
 LATE = "now"  # kind of the questions that are asked while their evidence is on screen
 
 
@@ -123,8 +124,10 @@ def method_row(way: str, result: Any, all_: dict[str, Any], minutes: float, fram
     overall = stats.mean(result.scores, result.clips)
     metrics: dict[str, Any] = {
         "minutes": minutes, "questions": len(result.scores), "accuracy": overall.mean,
-        "ci95": [overall.low, overall.high], "total_ms": result.median("total_ms"),
+        "ci95": [overall.low, overall.high],
     }  # fmt: skip
+    if result.reports:
+        metrics["total_ms"] = result.median("total_ms")
     if result.kinds:
         past = [i for i, kind in enumerate(result.kinds) if kind != LATE]
         for name, picked in (("past", past), ("now", [i for i in range(len(result.kinds)) if i not in set(past)])):
@@ -132,10 +135,10 @@ def method_row(way: str, result: Any, all_: dict[str, Any], minutes: float, fram
                 metrics[f"accuracy_{name}"] = sum(result.scores[i] for i in picked) / len(picked)
                 metrics[f"evidence_recall_{name}"] = sum(result.recalls[i] for i in picked) / len(picked)
         metrics["evidence_recall"] = sum(result.recalls) / len(result.recalls)
-        metrics["latency_ms"] = metrics["total_ms"]
-        for key in ("select_ms", "fetch_ms", "prefill_ms", "decode_ms_per_token", "context_tokens", "retrieved_blocks"):
-            metrics[key] = result.median(key)
-        metrics["kv_fast_bytes"] = max(r["kv_fast_bytes"] for r in result.reports)
+        if result.reports:
+            metrics |= {key: result.median(key) for key in TIMED}
+            metrics["latency_ms"] = metrics["total_ms"]
+            metrics["kv_fast_bytes"] = max(r["kv_fast_bytes"] for r in result.reports)
         base = all_["internal"]
         if way != "internal" and len(base.scores) == len(result.scores):
             gap = stats.paired(result.scores, base.scores, result.clips)
@@ -208,7 +211,8 @@ def plot(record: dict[str, Any], path: Path) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
     for way in ("internal", "uniform", "reencode"):
-        points = [(r["metrics"]["minutes"], r["metrics"]["total_ms"]) for r in record["rows"] if r["name"] == way]
+        taken = [r["metrics"] for r in record["rows"] if r["name"] == way]
+        points = [(m["minutes"], m["total_ms"]) for m in taken if "total_ms" in m]
         if points:
             left.plot(*zip(*points, strict=True), marker="o", label=way)
     left.set(xlabel="stream length (minutes)", ylabel="answer latency (ms)", xscale="log", yscale="log")
