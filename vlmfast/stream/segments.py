@@ -108,7 +108,11 @@ class Segments:
     def used(self) -> int:
         """Bytes in the folder, the index counted twice because replacing it needs both."""
         state = self.state["bytes"] if self.state else 0
-        return sum(e["bytes"] for e in self.entries.values()) + state + 2 * self._index_bytes + 64
+        return self.segment_bytes + state + 2 * self._index_bytes + 64
+
+    @property
+    def segment_bytes(self) -> int:
+        return sum(e["bytes"] for e in list(self.entries.values()))
 
     def write(self, blocks: list[tuple[Block, Packed]]) -> str:
         """One new segment; returns its file name. Raises StoreError, leaving the folder as it was."""

@@ -171,7 +171,8 @@ class StreamSession(Intake):
                 "kv_fast_bytes": self.fast_bytes, "kv_host_bytes": self.store.ram_bytes,
                 "kv_disk_bytes": self.store.disk_bytes, "notes": context.notes,
             }  # fmt: skip
-            known = {i: b for i, b in self._known().items() if i in context.weights}
+            seen: dict[int, Block] = {b.id: b for b in self.encoder.resident} | self.store.blocks
+            known = {i: b for i, b in seen.items() if i in context.weights}
             found = intervals({i: w for i, w in context.weights.items() if i in known}, known) if evidence else []
         return Answer(text, found, report)
 
@@ -200,9 +201,6 @@ class StreamSession(Intake):
             if before != self.encoder.init:
                 raise UserError("the chat template puts the question before the video: it cannot be streamed")
             return self.recall.context(retriever, chosen, question, ids, self.dense)
-
-    def _known(self) -> dict[int, Block]:
-        return {b.id: b for b in self.encoder.resident} | self.store.blocks
 
     def _messages(self, question: str) -> list[dict[str, Any]]:
         out = []

@@ -87,9 +87,10 @@ class Store:
     @property
     def archive_bytes(self) -> int:
         """Bytes of keys, values, scales and representatives of all stored blocks, each counted once."""
-        on_disk = 0 if self.disk is None else sum(e["bytes"] for e in self.disk.entries.values())
-        alone = self.held if self.disk is None else self.dirty
-        return on_disk + sum(self.held[i].nbytes() for i in alone) + (self.reps.nbytes() if self.disk is None else 0)
+        if self.disk is None:
+            return self.held_bytes + self.reps.nbytes()
+        waiting = [self.held.get(i) for i in list(self.dirty)]  # a status line may ask while another thread encodes
+        return self.disk.segment_bytes + sum(p.nbytes() for p in waiting if p is not None)
 
     # -- in ------------------------------------------------------------------------------------------------------------
 
@@ -226,7 +227,7 @@ class Store:
         if self.disk is None or self.disk_limit is None:
             return
         spare = max([self.segment, need * segment, *(e["bytes"] for e in self.disk.entries.values())])
-        fixed = self.disk.used - sum(e["bytes"] for e in self.disk.entries.values())
+        fixed = self.disk.used - self.disk.segment_bytes
         if fixed + need + spare > self.disk_limit:
             raise StoreError(
                 f"disk_limit={self.disk_limit:,} bytes cannot hold {need:,} more and room to rewrite a segment"
