@@ -27,6 +27,7 @@ class Runner:
     def __init__(self, model: Any, processor: Any, name: str, system: str | None = None) -> None:
         self.model, self.processor, self.name, self.system = model, processor, name, system
         self.alone: set[str] = set()  # methods that refuse batches
+        self._last: tuple[list[int], dict[str, Any]] = ([], {})  # inputs of the last questions, for the next method
         if getattr(processor, "tokenizer", None) is None or not getattr(processor, "chat_template", None):
             raise UserError(f"{name} has no processor with a chat template: give a complete checkpoint folder")
         processor.tokenizer.padding_side = "left"
@@ -37,6 +38,12 @@ class Runner:
 
     def inputs(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """What `generate` takes for these questions: ids (B, L) left-padded, masks, media tensors."""
+        asked = [id(s) for s in samples]
+        if self._last[0] != asked:
+            self._last, self._samples = (asked, self._inputs(samples)), list(samples)  # held, so that ids stay theirs
+        return dict(self._last[1])
+
+    def _inputs(self, samples: Sequence[Sample]) -> dict[str, Any]:
         import torch
 
         texts, images, videos, metadata = [], [], [], []
