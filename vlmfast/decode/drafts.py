@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from vlmfast import families
-from vlmfast.core import Draft, Unsupported, UserError
+from vlmfast.core import Draft, StageDidNotFire, Unsupported, UserError
 from vlmfast.decode.live import Chain, Either, Ngrams
 from vlmfast.runtime.stepper import Stepper
 
@@ -31,7 +31,8 @@ class Request:
     model_kwargs: dict[str, Any]  # prepared for the target, before its prefill
     inputs: dict[str, Any]  # media tensors as the user gave them
     columns: Any = None  # the target's column hooks, when it is accelerated
-    fresh_cache: Callable[[], Any] | None = None
+    fresh_cache: Callable[[Any], Any] = lambda model: None  # model -> an empty cache for it
+    handle: Any = None  # of the accelerated draft model
     stop: frozenset[int] = frozenset()  # ids that end the answer
 
 
@@ -111,29 +112,29 @@ class ModelDraft:
                 )
 
     def open(self, request: Request) -> Draft:
-        """Prefill the draft with the same prompt and media, through its own `generate` preparation."""
+        """Prefill the draft with the same prompt and media, over a cache of its own."""
         draft = self.load()
-        if self.prune is not None and "_vlmfast" not in vars(draft):
+        hooks = getattr(request.handle, "columns", None)
+        if self.prune is not None and hooks is None:
             raise Unsupported(
                 f"{self.name}(prune=...) prunes through vlmfast.accelerate(model, speculate=...): use that call"
             )
-        held: list[Stepper] = []
-
-        def capture(model: Any, input_ids: Tensor, generation_config: Any, **kwargs: Any) -> Tensor:
-            kwargs = {k: v for k, v in kwargs.items() if k not in ("logits_processor", "stopping_criteria")}
-            held.append(Stepper.prefill(model, input_ids, generation_config, kwargs))
-            return input_ids
-
-        draft.generate(**_draft_inputs(request, draft), max_new_tokens=1, do_sample=False, custom_generate=capture)
+        rows = int(draft.get_input_embeddings().weight.shape[0])
+        ids = request.input_ids.clamp(max=rows - 1)
+        skip = ("input_ids", "inputs", "inputs_embeds", "past_key_values", "position_ids", "mm_encoder_outputs")
+        kwargs = {k: v for k, v in request.inputs.items() if k not in skip}
+        kwargs |= {"use_cache": True, "logits_to_keep": 1, "past_key_values": request.fresh_cache(draft)}
+        if hooks is not None:
+            hooks.reset()
+        stepper = Stepper.prefill(draft, ids, request.generation_config, kwargs)
+        if hooks is not None and hooks.stats["visual_tokens"] == 0 and _sees(draft, ids):
+            raise StageDidNotFire("visual tokens were in the prompt but the draft's pruner never saw them")
         vocab = min(_vocabulary(draft), _vocabulary(request.model))
-        return Chain(held[0], request.input_ids.shape[1], request.stop, vocab, self.confidence)
+        return Chain(stepper, ids.shape[1], request.stop, vocab, self.confidence)
 
 
-def _draft_inputs(request: Request, draft: Any) -> dict[str, Any]:
-    skip = ("input_ids", "inputs", "inputs_embeds", "past_key_values", "position_ids", "mm_encoder_outputs")
-    media = {k: v for k, v in request.inputs.items() if k not in skip}
-    rows = int(draft.get_input_embeddings().weight.shape[0])
-    return {"input_ids": request.input_ids.clamp(max=rows - 1), **media}
+def _sees(model: Any, ids: Tensor) -> bool:
+    return any(bool((ids == token).any()) for token in families.get(model).visual_ids(model).values())
 
 
 @dataclass(frozen=True)
@@ -161,11 +162,11 @@ class SelfDraft:
 
     def open(self, request: Request) -> Draft:
         """A second prefill of the target over a cache of its own."""
-        if request.columns is None or request.fresh_cache is None:
+        if request.columns is None:
             raise Unsupported("SelfDraft prunes through vlmfast.accelerate(model, speculate=...): use that call")
         hooks = request.columns
         stats, cache, notes = dict(hooks.stats), hooks.cache, list(hooks.notes)
-        kwargs = {**request.model_kwargs, "past_key_values": request.fresh_cache()}
+        kwargs = {**request.model_kwargs, "past_key_values": request.fresh_cache(request.model)}
         with hooks.using(self.prune) if hasattr(hooks, "using") else nullcontext():
             stepper = Stepper.prefill(request.model, request.input_ids, request.generation_config, kwargs)
         hooks.stats, hooks.cache, hooks.notes = stats, cache, notes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,14 +29,25 @@ def strict_tokens(tokenizer: Any, classes: Iterable[str], eos: Iterable[int], si
     tokenizer may be None when there are no classes. "digits" holds every token with a digit in it and the number
     words; a word that takes several tokens is recognised by its first one. Raises UserError for an unknown class.
     """
-    out = torch.zeros(size, dtype=torch.bool)
-    out[[i for i in eos if 0 <= i < size]] = True
     classes = tuple(classes)
     unknown = set(classes) - set(WORDS)
     if unknown:
         raise UserError(f"unknown word class {sorted(unknown)[0]!r}; known: {', '.join(WORDS)}")
-    if not classes:
-        return out
+    out = torch.zeros(size, dtype=torch.bool)
+    if classes:
+        tables = _TABLES.setdefault(tokenizer, {})
+        if (classes, size) not in tables:
+            tables[classes, size] = _words(tokenizer, classes, size)
+        out |= tables[classes, size]
+    out[[i for i in eos if 0 <= i < size]] = True
+    return out
+
+
+_TABLES: weakref.WeakKeyDictionary[Any, dict[tuple, Tensor]] = weakref.WeakKeyDictionary()  # by tokenizer
+
+
+def _words(tokenizer: Any, classes: tuple[str, ...], size: int) -> Tensor:
+    out = torch.zeros(size, dtype=torch.bool)
     n = min(size, len(tokenizer))
     special = set(tokenizer.all_special_ids)
     if "digits" in classes:

@@ -73,7 +73,7 @@ def build(
         scores, logits = kept and bool(config.output_scores), kept and bool(config.output_logits)
         out = Output(input_ids, limit, eos, rest, streamer, scores, logits)
         run = _Run(model, speculate, config, out)
-        cache = run.go(Choice(logits_processor, run.sampling, run.drawn), tokenizer, columns, media, kwargs)
+        cache = run.go(Choice(logits_processor, run.sampling, run.drawn), tokenizer, (columns, draft), media, kwargs)
         if streamer is not None:
             streamer.end()
         if sink is not None:
@@ -101,7 +101,9 @@ class _Run:
         self.strict: Tensor | None = None
         self.random: torch.Generator | None = None
 
-    def go(self, choice: Choice, tokenizer: Any, columns: Any, media: dict[str, Any], kwargs: dict[str, Any]) -> Any:
+    def go(
+        self, choice: Choice, tokenizer: Any, hooks: tuple[Any, Any], media: dict[str, Any], kwargs: dict[str, Any]
+    ) -> Any:
         """Prefill, decode, and hand back the cache, cropped to what `generate` would leave."""
         out, self.choice = self.out, choice
         cache = kwargs.get("past_key_values")
@@ -117,7 +119,7 @@ class _Run:
             out.emit(rows.pick(0), partial(rows.kept, 0))  # the first token waits for no draft
             if self.speculate.draft is not None and not out.done:
                 self._prepare(tokenizer, target)
-                self._open(columns, media, target.cache, before, continued)
+                self._open(*hooks, media, target.cache, before, continued)
             start = time.perf_counter()
             while not out.done:
                 self._round(target)
@@ -163,7 +165,9 @@ class _Run:
             self.strict = strict_tokens(tokenizer, rule.words(), eos, target.logits.shape[-1]).to(ids.device)
         self.random = torch.Generator().manual_seed(getattr(rule, "seed", 0))
 
-    def _open(self, columns: Any, media: dict[str, Any], cache: Any, kwargs: dict[str, Any], continued: bool) -> None:
+    def _open(
+        self, columns: Any, handle: Any, media: dict[str, Any], cache: Any, kwargs: dict[str, Any], continued: bool
+    ) -> None:
         """Make the draft live; on a cache that is continued, the one of the turns before goes on."""
         config, start = self.speculate.draft, time.perf_counter()
         self.pace = self._pace()
@@ -175,9 +179,9 @@ class _Run:
         elif continued and not getattr(config, "blind", False):
             self.ledger.notes.append("speculate: the draft did not see the turns before, decoded without it")
         else:
-            text = families.get(self.model).text(self.model)
-            fresh = lambda: DynamicCache(config=text.config)  # noqa: E731
-            request = Request(self.model, self.out.prompt, self.config, kwargs, media, columns, fresh, self.out.eos)
+            request = Request(
+                self.model, self.out.prompt, self.config, kwargs, media, columns, _fresh_cache, handle, self.out.eos
+            )
             self.draft = config.open(request)
         _KEPT[cache] = (config, self.draft)
         self.ledger.times["draft_prefill_ms"] = (time.perf_counter() - start) * 1e3
@@ -251,6 +255,10 @@ class _Run:
         return rules.Round(
             draft, rows.score, rows.pick, self.sampling, q, self.out.said, relevance, past, self.strict, self.random
         )
+
+
+def _fresh_cache(model: Any) -> Any:
+    return DynamicCache(config=families.get(model).text(model).config)
 
 
 def _split(criteria: Any) -> tuple[int | None, frozenset[int], list[Any]]:

@@ -58,11 +58,16 @@ class Stepper:
     ) -> Stepper:
         """Run the prompt, as `generate` would, with everything that `generate` prepared.
 
-        input_ids (1, L) int64; model_kwargs: as handed to a `custom_generate` callable; hidden_layer: of a decoder
+        input_ids (1, L) int64; model_kwargs: as handed to a `custom_generate` callable, or the user's own inputs with
+        an empty cache as `past_key_values`; hidden_layer: of a decoder
         layer whose output to record, first here as `.hidden` (1, P, D) over the physical columns that entered, then at
         every step. engine: "auto", "lean" or "module" ("lean" raises where it cannot run). room: tokens expected.
         """
         text = families.get(model).text(model)
+        if model_kwargs.get("position_ids") is None:  # raw inputs: what `generate` does before it calls
+            model_kwargs["position_ids"] = model._prepare_position_ids_for_generation(input_ids, dict(model_kwargs))
+            if model_kwargs.get("attention_mask") is not None and bool((model_kwargs["attention_mask"] == 1).all()):
+                model_kwargs["attention_mask"] = None
         seen: list[Tensor] = []
         handle = None
         if hidden_layer is not None:
@@ -75,9 +80,7 @@ class Stepper:
             if handle is not None:
                 handle.remove()
         cache = out.past_key_values
-        positions = model_kwargs.get("position_ids")
-        if positions is None:
-            positions = torch.arange(cache.get_seq_length(), device=input_ids.device)[None]
+        positions = model_kwargs["position_ids"]
         mask = model_kwargs.get("attention_mask")
         if mask is not None and bool((mask == 1).all()):
             mask = None
