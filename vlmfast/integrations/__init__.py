@@ -1,0 +1,1 @@
+"""Doors into other tools; each needs its own extra."""
