@@ -49,17 +49,11 @@ class Journal:
                 key = record["id"], record["method"]
                 run, plan = record["run"], record["plan"]
             except (ValueError, KeyError, TypeError):
-                raise UserError(
-                    f"{self.path} line {n} is no record of evals.accuracy: choose another --out"
-                ) from None
+                raise UserError(f"{self.path} line {n} is no record of evals.accuracy: choose another --out") from None
             if run != self.run:
-                raise UserError(
-                    f"{self.path} line {n} {difference(run, self.run)}: {WAY_OUT}"
-                )
+                raise UserError(f"{self.path} line {n} {difference(run, self.run)}: {WAY_OUT}")
             if self.plans.get(key[1], plan) != plan:
-                raise UserError(
-                    f"{self.path} line {n}: method {key[1]!r} was run with another plan: {WAY_OUT}"
-                )
+                raise UserError(f"{self.path} line {n}: method {key[1]!r} was run with another plan: {WAY_OUT}")
             self.records.setdefault(key, record)
         if len(whole) < len(data):  # the last line was cut off when the run was killed
             with self.path.open("r+b") as f:

@@ -22,9 +22,7 @@ def plan(name: str, draft: str | None = None) -> Plan:
     for part in name.split("+"):
         for stage, method in _part(part.strip(), draft).items():
             if getattr(result, stage) is not None:
-                raise UserError(
-                    f"method {name!r} sets {stage} twice: one pruner, one policy, one rule"
-                )
+                raise UserError(f"method {name!r} sets {stage} twice: one pruner, one policy, one rule")
             result = Plan(**{s: method if s == stage else getattr(result, s) for s in STAGES})
     return result
 

@@ -108,7 +108,8 @@ def test_use_cache_false_equals_the_cached_run(family: str) -> None:
 def test_plain_forward_is_pruned_too(family: str) -> None:
     model, inputs = tiny.build(family), tiny.inputs(family)
     with vlmfast.accelerate(model, prune=VidCom2(keep=0.5)), torch.no_grad():
-        out = model.generate(**inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True, output_logits=True)
+        kept = {"return_dict_in_generate": True, "output_logits": True}
+        out = model.generate(**inputs, max_new_tokens=1, do_sample=False, **kept)
         logits = model(**inputs, use_cache=True).logits
     assert logits.shape[1] < inputs["input_ids"].shape[1]
     torch.testing.assert_close(logits[:, -1], out.logits[0], rtol=1e-4, atol=1e-4)
@@ -236,7 +237,7 @@ def test_refuses_a_second_accelerate() -> None:
     model = tiny.build(FAMILY)
     with (
         vlmfast.accelerate(model),
-        pytest.raises(vlmfast.Unsupported, match="already accelerated: call .remove"),
+        pytest.raises(vlmfast.Unsupported, match=r"already accelerated: call \.remove"),
     ):
         vlmfast.accelerate(model)
     vlmfast.accelerate(model).remove()
@@ -245,8 +246,9 @@ def test_refuses_a_second_accelerate() -> None:
 def test_refuses_an_unknown_family_and_lists_the_known() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    with pytest.raises(vlmfast.Unsupported, match="model_type 'llama'.*qwen2_5_vl.*llava_onevision"):
+    size = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16}
+    config = LlamaConfig(**size, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(vlmfast.Unsupported, match=r"model_type 'llama'.*qwen2_5_vl.*llava_onevision"):
         vlmfast.accelerate(LlamaForCausalLM(config))
 
 

@@ -84,8 +84,8 @@ class Accelerated:
         if between:
             if plan.kv is not None or self._reuse is not None:
                 raise Unsupported(
-                    f"{plan.prune.name} leaves every layer with columns of its own, which kv= and reuse= cannot follow: "
-                    "use one or the other"
+                    f"{plan.prune.name} leaves every layer with columns of its own, "
+                    "which kv= and reuse= cannot follow: use one or the other"
                 )
             InnerHooks(model, self.family, self.columns, plan.prune).install(patch)
         layers = wanted_layers(outer)

@@ -59,7 +59,9 @@ class Plan:
         except FileNotFoundError:
             raise UserError(f"no plan file at {path}: write one with Plan.save or `vlmfast tune`") from None
         except json.JSONDecodeError as e:
-            raise UserError(f"{path} is not JSON ({e.msg}, line {e.lineno}): a plan file is what Plan.save writes") from None
+            raise UserError(
+                f"{path} is not JSON ({e.msg}, line {e.lineno}): a plan file is what Plan.save writes"
+            ) from None
 
 
 def preset(name: str) -> Plan:

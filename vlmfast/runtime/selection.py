@@ -60,8 +60,17 @@ def select_kind(
             kept += chosen.shape[0]
     return kept
 
+
 def choose(
-    hooks: ColumnHooks, kw: dict, kind: str, number: int, item: Item, row: int, columns: Tensor, visual: Tensor, valid: Tensor
+    hooks: ColumnHooks,
+    kw: dict,
+    kind: str,
+    number: int,
+    item: Item,
+    row: int,
+    columns: Tensor,
+    visual: Tensor,
+    valid: Tensor,
 ) -> Tensor:
     """Kept indices of one item, from the tower's own selection or from the pruner at the tower's output."""
     assert hooks.pruner is not None
