@@ -122,6 +122,7 @@ def hardware(device: str, dtype: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gb": round(memory / 2**30, 1),
+        "load": round(os.getloadavg()[0], 1),  # of the last minute: far above `cores` means others were running too
         "dtype": dtype,
     }
 

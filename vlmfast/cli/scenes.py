@@ -32,7 +32,7 @@ def media(folder: Path, seed: int) -> list[Medium]:
 
     moves = world.sample("motion", seed, "test", objects=(2, 3))
     events = world.sample("order", seed, "test", objects=(2, 3))
-    still = world.sample("location", seed, "test", size=512, objects=(3, 3))
+    still = world.sample("location", seed, "test", size=256, objects=(3, 3))
     kinds = [k for k in STILL_KINDS if k not in ("digits", "relation", "presence")]
     return [
         _clip(folder / "moves.mp4", moves, _questions(moves, ["motion"], 2)),
