@@ -150,6 +150,8 @@ def test_chunk_bound_holds_for_every_key():
     assert (bound >= inside.amax((2, 3)) - 1e-5).all()
     mean = reference.chunk_scores(query, keys.mean(2))
     torch.testing.assert_close(mean, inside.mean(-1).amax(-1))
+    for representatives, want in [(keys.mean(2), mean), (torch.stack([keys.amin(2), keys.amax(2)], 2), bound)]:
+        torch.testing.assert_close(cpu.chunk_scores(query, representatives), want)
 
 
 def test_bad_backend_is_named():

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from vlmfast.core import UserError
 from vlmfast.kernels import cpu, reference
-from vlmfast.kernels.reference import Ragged, chunk_scores, dequantise, quantise
+from vlmfast.kernels.cpu import chunk_scores
+from vlmfast.kernels.reference import Ragged, dequantise, quantise
 
 Backend = Literal["reference", "cpu", "triton"]
 

@@ -33,6 +33,17 @@ def _block(flat: Tensor, offset: int, count: int, stride: int, n: int) -> Tensor
     return flat.as_strided((count, n, d), (stride * d, d, 1), flat.storage_offset() + offset * d)
 
 
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Batched a @ b. Half-precision CPU kernels copy a batch with gaps between its matrices: go one by one there."""
+    dense = b.shape[0] == 1 or b.stride(0) == b.shape[1] * b.shape[2]
+    if a.is_cuda or dense or a.dtype not in (torch.bfloat16, torch.float16):
+        return torch.matmul(a, b)
+    out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+    for i in range(a.shape[0]):
+        torch.mm(a[i], b[i], out=out[i])
+    return out
+
+
 def ragged_attention(query: Tensor, kv: Ragged, scaling: float, out: Tensor) -> Tensor:
     """See `reference.ragged_attention`. Scores are kept in the storage's dtype, softmax runs in float32."""
     b, h, q, d = query.shape
@@ -51,7 +62,7 @@ def ragged_attention(query: Tensor, kv: Ragged, scaling: float, out: Tensor) -> 
         v = _block(kv.values, at, count, stride, n)
         if kv.key_scale is not None:
             k, v = k.to(query.dtype), v.to(query.dtype)  # int8 is exact in every float dtype; scales come later
-        scores = torch.matmul(mine, k.transpose(1, 2)).float().mul_(scaling)
+        scores = _matmul(mine, k.transpose(1, 2)).float().mul_(scaling)
         if kv.key_scale is not None:
             scores *= _block(kv.key_scale[:, None], at, count, stride, n).transpose(1, 2)
         if hidden is not None:
@@ -59,12 +70,21 @@ def ragged_attention(query: Tensor, kv: Ragged, scaling: float, out: Tensor) -> 
         p = torch.softmax(scores, -1)
         if kv.value_scale is not None:
             p *= _block(kv.value_scale[:, None], at, count, stride, n).transpose(1, 2)
-        got = torch.matmul(p.to(v.dtype), v)
+        got = _matmul(p.to(v.dtype), v)
         if whole:
             os[rows[0] : rows[0] + count] = got
         else:
             os[rows] = got
     return out
+
+
+def chunk_scores(query: Tensor, representatives: Tensor) -> Tensor:
+    """See `reference.chunk_scores`: products in the storage's dtype, which only has to rank the chunks."""
+    if representatives.ndim == 3:
+        return torch.matmul(query, representatives.transpose(1, 2)).amax(1).float()
+    low, high = representatives.unbind(2)
+    lower = torch.matmul(query.clamp(max=0), low.transpose(1, 2)).float()
+    return (lower + torch.matmul(query.clamp(min=0), high.transpose(1, 2)).float()).amax(1)
 
 
 def window_mean(query: Tensor, keys: Tensor, scaling: float, visible: Tensor, queries: Tensor) -> Tensor:

@@ -67,23 +67,25 @@ class Group:
     def load(self, wanted: Tensor, store: Store) -> None:
         """Make the slots hold `wanted` (R, slots), copying only chunks that are not there yet."""
         mark = torch.zeros(len(self.rows), self.chunks, dtype=torch.bool)
-        new = wanted[~mark.scatter(1, self.held, True).gather(1, wanted)]  # row-major, as many per row as free slots
-        row, slot = (~mark.scatter(1, wanted, True).gather(1, self.held)).nonzero(as_tuple=True)
-        if not len(new):
-            return
-        chunk, steps = self.chunk, torch.arange(self.chunk)
-        source = (row * self.n + self.how.sinks + new * chunk)[:, None] + steps
-        offsets = torch.tensor([store.offsets[store.rows.index(r)] for r in self.rows])
-        target = ((offsets[row] + self.how.sinks + slot * chunk)[:, None] + steps).reshape(-1).to(store.keys.device)
-        source = source.reshape(-1)
-        for host, fast in (
-            (self.host_keys, store.keys),
-            (self.host_values, store.values),
-            (self.host_positions[..., None], store.positions[:, None]),
-        ):
-            fast.index_copy_(0, target, host.reshape(-1, host.shape[-1])[source].to(fast.device, non_blocking=True))
-        self.held[row, slot] = new
-        self.moved += len(new)
+        new = ~mark.scatter(1, self.held, True).gather(1, wanted)  # as many per row as there are slots to free
+        free = ~mark.scatter(1, wanted, True).gather(1, self.held)
+        sinks, span = self.how.sinks, self.chunk
+        for i, row in enumerate(self.rows):
+            chunks, slots = wanted[i][new[i]], free[i].nonzero()[:, 0]
+            if not len(chunks):
+                continue
+            at = store.offsets[store.rows.index(row)] + sinks
+            target = slots.to(store.keys.device, non_blocking=True)
+            for host, fast in (
+                (self.host_keys, store.keys),
+                (self.host_values, store.values),
+                (self.host_positions, store.positions),
+            ):
+                blocks = host[i, sinks : sinks + self.chunks * span].view(self.chunks, -1)[chunks]
+                place = fast[at : at + self.slots * span].view(self.slots, -1)
+                place.index_copy_(0, target, blocks.to(fast.device, non_blocking=True))
+            self.held[i, slots] = chunks
+            self.moved += len(chunks)
 
 
 class Dynamic:

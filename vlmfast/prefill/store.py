@@ -78,8 +78,13 @@ class Store(Ragged):
             keys, values = keys[self.rows], values[self.rows]
         steps = torch.arange(q, device=self.cursor.device)
         where = (self.cursor[:, None] + steps).reshape(-1)
-        self._write(where, keys.reshape(-1, keys.shape[-1]), values.reshape(-1, values.shape[-1]))
-        self.positions[where] = (steps + position).to(torch.int32).repeat(len(self))
+        keys, values = keys.reshape(-1, keys.shape[-1]), values.reshape(-1, values.shape[-1])
+        if self.key_scale is None:
+            self.keys.index_copy_(0, where, keys)
+            self.values.index_copy_(0, where, values)
+        else:
+            self._write(where, keys, values)
+        self.positions.index_copy_(0, where, (steps + position).to(torch.int32).repeat(len(self)))
         self.lengths = [n + q for n in self.lengths]
         self.cursor += q
 
