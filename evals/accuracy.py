@@ -208,8 +208,7 @@ def main(
 ) -> None:
     """Ask a task's questions of the plain model and of every method; write answers and the paired summary."""
     try:
-        if draft is None and model == "pocket":
-            draft = runner.resolve("pocket/draft")
+        draft = draft or runner.own_draft(model)
         plans = methods.named(methods_, prune, kv, speculate, draft, {p.stem: Plan.load(p) for p in plan or []})
         result = evaluate(
             task, out, summary, plans=plans, model=model, limit=limit, batch=batch, shard=shard, tokens=tokens,

@@ -194,6 +194,16 @@ def resolve(model: str) -> str:
         raise UserError("the pocket weights are missing: python -m vlmfast.pocket.train --export") from None
 
 
+def own_draft(model: str) -> str | None:
+    """The draft that comes with a model: the pocket model has one, once its weights are there."""
+    if model != "pocket":
+        return None
+    try:
+        return resolve("pocket/draft")
+    except UserError:
+        return None
+
+
 def fingerprint(model: str) -> str:
     """Eight hex digits that change when the weights of a local folder do; empty for a hub id."""
     import hashlib

@@ -54,8 +54,7 @@ def run(name: str, table: Table, minutes: float, out: Path, answers: Path, model
     """One table within its minutes."""
     deadline = time.monotonic() + 60 * minutes
     loaded, weights = runner.load(model), runner.fingerprint(model)
-    draft = runner.resolve("pocket/draft") if model == "pocket" else None
-    plans = methods.named(table.methods, draft=draft)
+    plans = methods.named(table.methods, draft=runner.own_draft(model))
     total, limit = len(tasks.get(table.task).ids), table.first
     while True:
         start = time.monotonic()

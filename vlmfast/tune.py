@@ -169,8 +169,7 @@ def tune(
     if out.exists() and not force:
         raise UserError(f"{out} exists: choose another --out, or pass --force to replace it")
     task = tasks.get(task_name)
-    if draft is None and model == "pocket":
-        draft = runner.resolve("pocket/draft")
+    draft = draft or runner.own_draft(model)
     plans = candidates(names, draft)
     run = loaded or runner.load(model)
     identity = accuracy.identity_of(run, task, "" if loaded else runner.fingerprint(model), 1, tokens)
