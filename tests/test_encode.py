@@ -177,8 +177,15 @@ def test_largest_remainder_sums_exactly() -> None:
 # -- baselines ---------------------------------------------------------------------------------------------------------
 
 
-def test_uniform_steps_are_even() -> None:
-    assert Uniform(keep=0.25).select(video(1, 1, 16)).tolist() == [2, 6, 10, 14]
+@pytest.mark.parametrize("width", [4, 5, 8, 13])
+def test_uniform_is_even_and_out_of_step_with_the_grid(width: int) -> None:
+    kept = Uniform(keep=0.25).select(video(1, 8, width))
+    assert len(kept) == 2 * width
+    rows, columns = torch.bincount(kept // width, minlength=8), torch.bincount(kept % width, minlength=width)
+    assert rows.view(4, 2).sum(1).min() >= 1
+    assert rows.max() <= width // 4 + 2
+    assert columns.min() >= 1
+    assert columns.max() <= 4
 
 
 def test_random_follows_its_seed_only() -> None:

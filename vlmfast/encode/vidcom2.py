@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vlmfast.core import VisualTokens
-from vlmfast.encode.base import Pruner, frame_means, largest_remainder
+from vlmfast.encode.base import Pruner, frame_means, largest_remainder, ranked
 
 
 @dataclass(frozen=True)
@@ -36,18 +36,16 @@ class VidCom2(Pruner):
         return -gaussians((x - video).square().sum(-1)), -gaussians((x - frame).square().sum(-1))
 
     def score(self, tokens: VisualTokens) -> Tensor:
-        to_video, to_frame = self._unlike(tokens)
-        return to_video + to_frame
+        return torch.stack(self._unlike(tokens)).sum(0)
 
-    def frame_budgets(self, tokens: VisualTokens, budget: int) -> Tensor | None:
-        t = tokens.frames
-        if t == 1:
-            return None
-        to_video, _ = self._unlike(tokens)
-        unique = frame_means(to_video[:, None], tokens.frame, t)[:, 0]
-        share = (unique / self.temperature).softmax(0)
-        share = (1 + share - share.mean()).clamp(min=0)
-        return largest_remainder(share, budget)
+    def select_body(self, tokens: VisualTokens, budget: int) -> Tensor:
+        to_video, to_frame = self._unlike(tokens)
+        quota = None
+        if tokens.frames > 1:
+            unique = frame_means(to_video[:, None], tokens.frame, tokens.frames)[:, 0]
+            share = (unique / self.temperature).softmax(0)
+            quota = largest_remainder((1 + share - share.mean()).clamp(min=0), budget)
+        return ranked(to_video + to_frame, tokens.frame, budget, self.floor, quota)
 
 
 def gaussians(distance: Tensor) -> Tensor:
