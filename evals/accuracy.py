@@ -40,17 +40,22 @@ def answer(
     batch: int = 1,
     tokens: int | None = None,
 ) -> None:
-    """Ask what has not been asked yet; records go to the journal as they come."""
+    """Ask what has not been asked yet; records go to the journal as they come.
+
+    Methods take turns at being first, so that none pays for the cold caches of every new question.
+    """
     from tqdm import tqdm
 
-    todo = [c for c in chunks(task, chosen, batch) if book.missing((task.ids[i], m) for i in c for m in plans)]
-    total = sum(len(c) for c in todo) * len(plans)
+    every = enumerate(chunks(task, chosen, batch))
+    todo = [(n, c) for n, c in every if book.missing((task.ids[i], m) for i in c for m in plans)]
+    total, names = sum(len(c) for _, c in todo) * len(plans), list(plans)
     with tqdm(total=total, desc=task.name, unit="q", disable=None, smoothing=0.05) as bar:
-        for chunk in todo:
+        for number, chunk in todo:
             samples = [task.sample(i) for i in chunk]
-            for method, plan in plans.items():
+            turn = number % len(names)
+            for method in names[turn:] + names[:turn]:
                 if book.missing((s.id, method) for s in samples):
-                    book.add(run.ask(samples, plan, method, tokens or task.tokens))
+                    book.add(run.ask(samples, plans[method], method, tokens or task.tokens))
                 bar.update(len(chunk))
 
 
