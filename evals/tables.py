@@ -1,6 +1,6 @@
 """All accuracy tables and pictures anew: `python -m evals.tables [--minutes 40] [--only NAME]` (or `make tables`).
 
-Each table asks more questions round by round (100, 200, 400, ...) until its share of the minutes is used; answers stay
+Each table asks more questions round by round (twice as many each time) until its share of the minutes is used; answers stay
 in `runs/tables`, so that a second call goes on where the first one stopped. Summaries go to `evals/results`.
 """
 
@@ -44,9 +44,9 @@ def grid() -> str:
 
 TABLES = {
     "easy-vqa": Table("easy-vqa", f"{PRUNERS},balanced,fast", batch=64, first=512),
-    "pocket": Table("pocket/all", f"{PRUNERS}{EVS},balanced,fast", batch=16, first=208, share=2),
-    "long": Table("pocket/long", POLICIES, first=33, share=3),
-    "captions": Table("pocket/caption:size=256", f"plain_loop,{grid()}", first=16, share=2),
+    "pocket": Table("pocket/all", f"{PRUNERS}{EVS},balanced,fast", batch=16, first=52, share=2),
+    "long": Table("pocket/long", POLICIES, first=11, share=3),
+    "captions": Table("pocket/caption:size=256", f"plain_loop,{grid()}", first=8, share=2),
 }
 
 
