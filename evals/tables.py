@@ -1,7 +1,7 @@
 """All accuracy tables and pictures anew: `python -m evals.tables [--minutes 40] [--only NAME]` (or `make tables`).
 
-Each table asks more questions round by round (twice as many each time) until its share of the minutes is used; answers stay
-in `runs/tables`, so that a second call goes on where the first one stopped. Summaries go to `evals/results`.
+Each table asks more questions round by round (twice as many each time) until its share of the minutes is used; answers
+stay in `runs/tables`, so that a second call goes on where the first one stopped. Summaries go to `evals/results`.
 """
 
 from __future__ import annotations
