@@ -9,27 +9,28 @@ import torch
 from vlmfast.pocket.batches import Recipe, Turns
 from vlmfast.pocket.scenes import Rng
 
-ONE = Recipe(64, (64, 64), objects=(1, 1), tokens=110)
-FEW = Recipe(64, (64, 64), objects=(1, 3), tokens=150)
-MORE = Recipe(56, (64, 64), objects=(2, 5), tokens=170)
-DIGITS = Recipe(64, (64, 64), objects=(1, 2), tokens=100, focus="digits")
-MID = Recipe(32, (96, 96), objects=(1, 4), tokens=150)
-WIDE = Recipe(32, (64, 128), objects=(1, 4), tokens=150)
+ONE = Recipe(32, (64, 64), objects=(1, 1), tokens=110)
+FEW = Recipe(32, (64, 64), objects=(1, 3), tokens=150)
+MORE = Recipe(32, (64, 64), objects=(2, 5), tokens=170)
+DIGITS = Recipe(32, (64, 64), objects=(1, 2), tokens=100, focus="digits")
+MID = Recipe(24, (96, 96), objects=(1, 4), tokens=150)
+WIDE = Recipe(24, (64, 128), objects=(1, 4), tokens=150)
 LARGE = Recipe(20, (128, 128), objects=(1, 4), tokens=150)
 HUGE = Recipe(6, (256, 256), objects=(1, 4), tokens=150)
 GIANT = Recipe(2, (512, 512), objects=(1, 4), tokens=150)
-CLIP4 = Recipe(40, (64, 64), 4, (1, 3), 100)
-CLIP8 = Recipe(24, (64, 64), 8, (1, 3), 120)
-WHEN = Recipe(24, (64, 64), 8, (2, 3), 120, "what-when")
-BLINK = Recipe(24, (64, 64), 8, (1, 3), 120, "how-often")
-MOTION = Recipe(40, (64, 64), 4, (1, 3), 100, "motion")
+CLIP4 = Recipe(24, (64, 64), 4, (1, 3), 100)
+CLIP8 = Recipe(16, (64, 64), 8, (1, 3), 120)
+WHEN = Recipe(16, (64, 64), 8, (2, 3), 120, "what-when")
+BLINK = Recipe(16, (64, 64), 8, (1, 3), 120, "how-often")
+MOTION = Recipe(24, (64, 64), 4, (1, 3), 100, "motion")
 NEEDLE = Recipe(5, (64, 64), 32, (1, 3), 140, "needle")
 
 #: (up to this many thousand rows, recipes with weights); "easy" stands for the easy-VQA train split.
 STAGES: list[tuple[float, list[tuple[Recipe | str, float]]]] = [
     (6, [(ONE, 6), (FEW, 1)]),
-    (36, [(ONE, 1), (FEW, 7), (DIGITS, 0.7), ("easy", 1)]),
-    (60, [(FEW, 4), (MORE, 1), (DIGITS, 1), ("easy", 1), (CLIP4, 1.5), (MOTION, 1.5), (WHEN, 1)]),
+    (28, [(ONE, 3), (FEW, 4), (DIGITS, 0.4), ("easy", 0.8)]),
+    (56, [(ONE, 2), (FEW, 5), (MORE, 1.5), ("easy", 0.7), (MOTION, 2)]),
+    (80, [(ONE, 1), (FEW, 4), (MORE, 1), (DIGITS, 1), ("easy", 0.7), (LARGE, 0.5), (CLIP4, 1), (MOTION, 1), (WHEN, 1)]),
     (
         float("inf"),
         [
@@ -53,7 +54,7 @@ STAGES: list[tuple[float, list[tuple[Recipe | str, float]]]] = [
 ]
 #: What a slow machine learns in the last part of its time when it has not come to the clips.
 SHORT: list[tuple[Recipe | str, float]] = [(FEW, 5), ("easy", 1), (MOTION, 3), (CLIP4, 1), (LARGE, 0.3)]
-CLIPS_FROM, LATE = 36, 0.6
+CLIPS_FROM, LATE = 30, 0.75
 
 
 def choose(step: int, progress: float, rows: int) -> Recipe | str:
@@ -93,7 +94,7 @@ def easy_questions(split: str = "train") -> tuple[torch.Tensor, list[Turns]] | N
     return frames, asked
 
 
-def easy(step: int, rows: int = 64) -> tuple[torch.Tensor, list[Turns]] | None:
+def easy(step: int, rows: int = 32) -> tuple[torch.Tensor, list[Turns]] | None:
     """A batch of easy-VQA train pictures with all their questions in random order."""
     data = easy_questions("train")
     if data is None:

@@ -12,7 +12,7 @@ import json
 import platform
 import re
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def kind_row(model: Any, kind: str, limit: int, **options: Any) -> dict[str, Any
 
 def caption_row(target: Any, draft: Any | None, limit: int, seconds: int) -> dict[str, Any]:
     """Facts in generated captions, with the frames grey too, and the draft's agreement with the target per token."""
-    totals: Counter[str] = Counter()
+    totals: dict[str, float] = defaultdict(float)
     for i in range(0, limit, 25):
         items = [
             world.sample("caption", 900_000 + j, "test", seconds=seconds or None) for j in range(i, min(limit, i + 25))
@@ -62,7 +62,8 @@ def caption_row(target: Any, draft: Any | None, limit: int, seconds: int) -> dic
         frames = torch.stack([s.frames for s in items])
         for item, text in zip(items, distil.own_words(target, frames)):
             assert item.facts is not None
-            totals.update(world.score_caption(text, item.facts))
+            for key, value in world.score_caption(text, item.facts).items():
+                totals[key] += value
         for item, text in zip(items, distil.own_words(target, torch.full_like(frames, 127))):
             assert item.facts is not None
             totals["blank"] += world.score_caption(text, item.facts)["f1"]

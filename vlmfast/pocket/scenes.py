@@ -183,7 +183,11 @@ def combos(rng: Rng, count: int, split: str) -> list[tuple[str, str]]:
     Half of the time several objects share one attribute, so that counting and hard negatives make sense.
     """
     shared = rng.n(4)  # 0: one colour shared, 1: one shape shared, else nothing forced
-    colour, shape, upto = rng.pick(COLOUR_NAMES), rng.pick(SHAPES), 1 + rng.n(count)
+    colour, shape, upto = (
+        rng.pick(COLOUR_NAMES),
+        rng.pick(SHAPES),
+        1 + rng.n(min(count, 4)),
+    )  # six of a colour would need a held-out pair
     out: list[tuple[str, str]] = []
     while len(out) < count:
         pair = (rng.pick(COLOUR_NAMES), rng.pick(SHAPES))

@@ -12,6 +12,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+MUON = 2.5  # rate of the matrices relative to the rest; orthogonal updates bear much more than Adam's
+
 
 def optimizers(model: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for embeddings, norms, biases and the two ends."""
@@ -20,7 +22,7 @@ def optimizers(model: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]
     ids = {id(p) for p in muon}
     rest = [p for p in model.parameters() if id(p) not in ids]
     return [
-        torch.optim.Muon(muon, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(muon, lr=MUON * lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 

@@ -10,17 +10,19 @@ import argparse
 import json
 import sys
 import time
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from vlmfast.pocket import batches, curriculum, models, state
+from vlmfast.pocket import batches, curriculum, eyes, models, state
 from vlmfast.pocket.probe import Probe
+from vlmfast.pocket.scenes import DIRECTIONS, SHAPES
 
 GROW = 0.6  # share of the run with the lower half of the text layers only, at half the price
-WARMUP, DECAY = 100, 0.25  # steps of warm-up; last fraction of the run in which the rate falls to zero
+WARMUP, DECAY = 100, 0.14  # steps of warm-up; last fraction of the run in which the rate falls to zero
 
 
 def rate(step: int, progress: float) -> float:
@@ -28,8 +30,18 @@ def rate(step: int, progress: float) -> float:
     return min(1.0, (step + 1) / WARMUP) * min(1.0, max(0.02, (1.0 - progress) / DECAY))
 
 
+@lru_cache(maxsize=4)
+def _emphasis(vocab: int, device: torch.device) -> torch.Tensor:
+    """Weight per token: the words that need sight count more than the words between them."""
+    weight = torch.ones(vocab, device=device)
+    for words, value in (((*SHAPES, "yes", "no"), 3.0), ((*DIRECTIONS, *"0123456789"), 1.5)):
+        for word in words:
+            weight[batches.ids_of(word)] = value
+    return weight
+
+
 def loss_of(
-    model: Any, batch: dict[str, torch.Tensor], reference: float = 2000.0
+    model: Any, batch: dict[str, torch.Tensor], reference: float = 1000.0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss for the step, mean cross entropy per answer token, and the logits at the answer tokens.
 
@@ -40,7 +52,7 @@ def loss_of(
     with torch.autocast(labels.device.type, torch.bfloat16):
         hidden = model.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
         logits = model.lm_head(hidden[labels >= 0]).float()
-    mean = F.cross_entropy(logits, labels[labels >= 0])
+    mean = F.cross_entropy(logits, labels[labels >= 0], weight=_emphasis(logits.shape[-1], logits.device))
     return mean * min(1.0, (len(logits) / reference) ** 0.5), mean.detach(), logits
 
 
@@ -93,17 +105,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.resume and file.exists():
         counters = state.load(file, model, opts)
     log, probe = Log(folder / "target.jsonl"), Probe(args.probe)
+    done = counters.get("eyes", 0.0)
+    if done < args.eyes:
+        eyes.Eyes(model, device).train(60 * (args.eyes - done), args.lr, log, offset=round(done * 1_000_000))
+        counters["eyes"] = args.eyes
+        state.save(file, model, opts, counters)
     total, saved, probed = 60.0 * args.minutes, time.monotonic(), counters["seconds"]
     model.train()
+    model.model.visual.requires_grad_(not args.freeze)  # frozen eyes: cheaper steps, and words that need not chase them
     running: list[float] = []
     while counters["seconds"] < total and (args.steps is None or counters["step"] < args.steps):
         begun, progress = time.monotonic(), counters["seconds"] / total
         models.set_depth(model, models.GROW_FROM if progress < args.grow else models.TEXT_LAYERS["target"])
         batch = data(model, counters["step"], progress, counters["rows"], device)
         share = rate(counters["step"], progress)
-        for opt in opts:
+        for opt, factor in zip(opts, (state.MUON, 1.0)):
             for group in opt.param_groups:
-                group["lr"] = args.lr * share
+                group["lr"] = args.lr * factor * share
         loss, mean, _ = loss_of(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -161,6 +179,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--export", action="store_true", help="write the weights folder from the last checkpoint, then stop")
     p.add_argument("--lr", type=float, default=1.5e-3)
     p.add_argument("--threads", type=int, default=None)
+    p.add_argument("--eyes", type=float, default=5.0, help="minutes that the vision tower is trained alone at first")
+    p.add_argument("--freeze", action="store_true", help="keep the vision tower as it is after those minutes")
     p.add_argument("--grow", type=float, default=GROW, help="share of the run after which the upper text layers join")
     p.add_argument("--probe", type=int, default=96, help="held-out questions per kind in the log")
     p.add_argument("--probe-minutes", type=float, default=6.0)
