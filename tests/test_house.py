@@ -16,6 +16,7 @@ from vlmfast import decode, encode, prefill
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "vlmfast").rglob("*.py"))
 INTERNALS = ("runtime/", "families/", "prefill/cache.py", "decode/loop.py")
+TRAINS = ("pocket/",)  # the one place that builds models of its own
 
 
 def test_floors() -> None:
@@ -60,7 +61,7 @@ def test_internals_of_transformers_stay_in_their_rooms() -> None:
     )
     for path in SOURCES:
         name = path.relative_to(ROOT / "vlmfast").as_posix()
-        if not name.startswith(INTERNALS):
+        if not name.startswith(INTERNALS + TRAINS):
             for number, line in enumerate(path.read_text().splitlines(), 1):
                 code = line.split("#")[0]
                 assert not pattern.search(code), f"vlmfast/{name}:{number} touches internals: {line.strip()}"

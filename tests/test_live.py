@@ -176,7 +176,7 @@ def test_camera(monkeypatch):
     assert np.array_equal(np.stack([f.image for f in got]), frames)
     stamps = [f.timestamp for f in got]
     assert np.allclose(stamps[:3], [0, 0.1, 0.2])
-    assert np.all(np.diff(stamps) > 0) and 0.04 < stamps[3] - stamps[2] < 1 and np.allclose(np.diff(stamps[3:]), 0.1)
+    assert np.all(np.diff(stamps) > 0) and 0.04 < stamps[3] - stamps[2] < 30 and np.allclose(np.diff(stamps[3:]), 0.1)
 
 
 # ---------------------------------------------------------------- streams over the network
@@ -229,7 +229,7 @@ def watch(url, **options):
     """(frames, the message it ended with)"""
     frames = []
     with refused("http://127.0.0.1:") as caught:
-        for frame in open_source(url, **{"backoff": 0.1, "timeout": 5, "reconnect": 1} | options):
+        for frame in open_source(url, **{"backoff": 0.1, "timeout": 20, "reconnect": 1} | options):
             frames.append(frame)
     return frames, str(caught.value)
 
@@ -260,18 +260,17 @@ def test_reconnects_to_a_stream_that_starts_anew(clips, serve):
     assert np.allclose(np.delete(steps, k), 1 / 30, atol=0.04)  # the last pictures before the loss may be missing
 
 
-def test_waits_longer_and_longer(clips, serve):
-    data = clips["ts"].read_bytes()
-    url = serve(data)
-    start = time.monotonic()
-    frames, message = watch(url, reconnect=3, backoff=0.1)
-    assert frames and time.monotonic() - start >= 0.1 + 0.2 + 0.4
-    assert serve.handler.served == 1 + 3 and "3 tries" in message and "404" in message
+def test_waits_longer_and_longer(clips, serve, monkeypatch):
+    url, waits = serve(clips["ts"].read_bytes()), []
+    monkeypatch.setattr("vlmfast.stream.live.time.sleep", waits.append)
+    frames, message = watch(url, reconnect=9, backoff=0.2)
+    assert frames and waits == pytest.approx([0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 30.0])
+    assert serve.handler.served == 1 + 9 and "9 tries" in message and "404" in message
 
 
 def test_a_stream_may_simply_end(clips, serve):
     data = clips["ts"].read_bytes()
-    stamps = times(serve(data), reconnect=0, timeout=5)
+    stamps = times(serve(data), reconnect=0, timeout=20)
     assert len(stamps) == 120
 
 
@@ -281,19 +280,19 @@ def test_silence_counts_as_a_loss(clips, serve):
     def stall(handler):
         handler.wfile.write(data)
         handler.wfile.flush()
-        quiet.wait(20)
+        quiet.wait(60)
 
     start = time.monotonic()
-    frames, message = watch(serve(stall), timeout=1, reconnect=0)
+    frames, message = watch(serve(stall), timeout=2, reconnect=0)
     quiet.set()
-    assert len(frames) > 100 and "no answer for 1 s" in message and time.monotonic() - start < 10
+    assert len(frames) > 100 and "no answer for 2 s" in message and time.monotonic() - start < 20
 
 
 def test_first_connection_fails_at_once(serve):
     url = serve()
     start = time.monotonic()
     frames, message = watch(url, reconnect=5, backoff=10)
-    assert not frames and "404" in message and time.monotonic() - start < 5
+    assert not frames and "404" in message and time.monotonic() - start < 10
     frames, message = watch(serve(b"this is no video " * 1000), reconnect=5, backoff=10)
     assert not frames and "cannot open" in message
 
@@ -302,7 +301,7 @@ def test_a_file_over_http_ends_and_resumes(clips, serve):
     """A stream of known length is over at its end; when it drops before, it goes on where it stopped."""
     data = clips["mkv"].read_bytes()
     url = serve(data[: len(data) * 2 // 3], data, path="clip.mkv", kind="video/x-matroska")
-    stamps = times(url, reconnect=2, backoff=0.05, timeout=5)
+    stamps = times(url, reconnect=2, backoff=0.05, timeout=20)
     truth = read_index(clips["mkv"]).timestamps
     assert len(stamps) >= 118 and np.abs(stamps[:, None] - truth).min(1).max() < 2e-3
     assert serve.handler.served == 2
@@ -324,9 +323,9 @@ def test_mjpeg_camera_without_stamps(serve):
             handler.wfile.flush()
             time.sleep(0.05)
 
-    stamps = times(serve(send, path="cam", kind="multipart/x-mixed-replace;boundary=b"), reconnect=0, timeout=5)
+    stamps = times(serve(send, path="cam", kind="multipart/x-mixed-replace;boundary=b"), reconnect=0, timeout=20)
     assert len(stamps) >= 20 and np.all(np.diff(stamps) > 0)
-    assert 0.3 < stamps[-1] < 10  # not 24 frames at a made-up rate of 25
+    assert 0.3 < stamps[-1] < 60  # not 24 frames at a made-up rate of 25
 
 
 def test_a_playlist_from_the_network_cannot_open_local_files(clips, serve):
@@ -340,7 +339,7 @@ def test_broken_packets_are_passed_over(clips, serve):
     rng = np.random.default_rng(0)
     for k in rng.choice(len(data) // 188 - 40, 25, replace=False) + 20:  # whole packets of noise
         data[188 * k + 4 : 188 * k + 188] = rng.integers(0, 256, 184, np.uint8).tobytes()
-    stamps = times(serve(bytes(data)), reconnect=0, timeout=5)
+    stamps = times(serve(bytes(data)), reconnect=0, timeout=20)
     assert len(stamps) > 30 and np.all(np.diff(stamps) > 0)
 
 
@@ -420,7 +419,7 @@ def test_rtsp_camera_that_drops():
     half = len(packets) // 2
     got = []
     with rtsp_camera([packets[:half], packets[half:]]) as url, refused("rtsp://127.0.0.1", "1 tries") as caught:
-        for frame in open_source(url, reconnect=1, backoff=0.05, timeout=4):
+        for frame in open_source(url, reconnect=1, backoff=0.05, timeout=20):
             got.append(frame)
     stamps = np.array([f.timestamp for f in got])
     assert len(stamps) > 40 and np.all(np.diff(stamps) > 0) and {f.image.shape for f in got} == {(48, 64, 3)}

@@ -299,8 +299,25 @@ def state(model):
 def test_an_error_in_the_middle_leaves_the_users_attention():
     model, inputs = tiny.build("llava"), prompt("llava")
     config = model.config.text_config
-    with Accelerated(model, SnapKV(keep=0.1)):  # 4 + 32 columns do not fit
-        with pytest.raises(UserError, match="cannot hold the 36 columns it must keep"):
+
+    class Broken(SnapKV):
+        def choose(self, row):
+            raise UserError("this policy fails on purpose")
+
+    with Accelerated(model, Broken(keep=0.1, sinks=1, recent=2)):
+        with pytest.raises(UserError, match="fails on purpose"):
             generate(model, inputs)
         assert config._attn_implementation == "sdpa"
     generate(model, inputs)
+
+
+def test_a_fraction_of_a_short_prompt_never_falls_below_what_must_stay():
+    """keep=0.1 serves short prompts too: sinks and recent columns stay, and a prompt no longer than they is bypassed."""
+    model, inputs = tiny.build("llava"), prompt("llava")
+    with Accelerated(model, SnapKV(keep=0.1, sinks=2, recent=3)):
+        out = generate(model, inputs)
+    lengths = out.past_key_values.layers[0].lengths()
+    assert int(lengths.max()) - (out.sequences.shape[1] - inputs["input_ids"].shape[1] - 1) == 5
+    with Accelerated(model, SnapKV(keep=0.1, sinks=4, recent=500)):
+        bypassed = generate(model, inputs)
+    assert type(bypassed.past_key_values.layers[0]).__name__ != "KVLayer"

@@ -11,7 +11,7 @@ from test_laws import logits, run
 
 import vlmfast
 from vlmfast.decode import PromptLookup, Speculate
-from vlmfast.encode import VidCom2
+from vlmfast.encode import CDPruner, VidCom2
 from vlmfast.prefill import HybridKV
 
 
@@ -103,6 +103,19 @@ def test_the_limit_is_obeyed_and_the_oldest_goes_first() -> None:
         assert any("do not fit the limit" in n for n in fast.report.notes)
     with pytest.raises(vlmfast.UserError, match="not a size"):
         vlmfast.accelerate(model, reuse="a lot")
+
+
+def test_a_pruner_that_reads_the_question_reuses_features_only() -> None:
+    model = tiny.build("qwen2_5_vl")
+    first, second = questions("qwen2_5_vl")
+    prune = CDPruner(keep=0.3)
+    with vlmfast.accelerate(model, prune=prune):
+        fresh = run(model, second)
+    with vlmfast.accelerate(model, prune=prune, reuse="64MiB") as fast:
+        run(model, first)
+        got = run(model, second)
+        assert any("reads the question" in n for n in fast.report.notes)
+    torch.testing.assert_close(logits(got), logits(fresh), rtol=1e-5, atol=1e-5)
 
 
 def test_batches_run_as_before() -> None:

@@ -141,7 +141,7 @@ def test_playlists_open_nothing_else(clips, tmp_path):
     (tmp_path / "list.m3u8").write_text(f"#EXTM3U\n#EXTINF:4,\n{clips['ts']}\n#EXT-X-ENDLIST\n")
     (tmp_path / "list.mp4").write_text(f"ffconcat version 1.0\nfile {clips['mp4']}\n")
     for name in ("list.m3u8", "list.mp4"):
-        with refused(name, "playlist"):
+        with refused(name, "is a playlist, not a video"):
             read_video(tmp_path / name)
     for name in ("http:x.mp4", "concat:a|b.mp4", "50%d.mp4"):
         odd = tmp_path / name

@@ -121,7 +121,7 @@ class Accelerated:
             option = functools.partial(_option, self.model, kwargs)
             self._refuse(option)
             if self._reuse is not None:
-                self._reuse.find(kwargs)
+                self._reuse.find(kwargs, self.columns.pruner)
             cache = kwargs.get("past_key_values")
             past = cache.get_seq_length() if cache is not None else 0
             self.columns.reset()

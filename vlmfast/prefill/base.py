@@ -99,8 +99,8 @@ class KVPolicy:
         return KVLayer()
 
     def total(self, n: int) -> int:
-        """Columns a head may keep on average out of n."""
-        return min(n, self.budget if self.budget is not None else math.ceil(self.keep * n))
+        """Columns a head may keep on average out of n; a fraction never falls below what must stay."""
+        return min(n, self.budget if self.budget is not None else max(self.least(), math.ceil(self.keep * n)))
 
     def fits(self, columns: int) -> bool:
         """True when so many columns are within the budget."""
@@ -111,7 +111,7 @@ class KVPolicy:
         return self.sinks + self.recent
 
     def compress(self, view: LayerView) -> CompressedLayer | None:
-        """Choose what stays of every row. None when all rows fit. Raises UserError for a budget below `least()`."""
+        """Choose what stays of every row. None when all rows fit."""
         b, hk, _, _ = view.keys.shape
         real = [(kinds != Kind.PAD).nonzero()[:, 0] for kinds in view.kinds]
         if all(self.fits(len(columns)) for columns in real):
@@ -125,8 +125,6 @@ class KVPolicy:
             if self.fits(len(columns)):
                 keep += [columns] * hk
                 continue
-            if self.total(len(columns)) < self.least():
-                raise UserError(self._too_small(self.total(len(columns)), len(columns)))
             choice = self.choose(row_of(view, i, columns))
             keep += [columns[k] for k in choice.keep]
             if choice.dynamic is not None and choice.budget is not None:
@@ -137,11 +135,10 @@ class KVPolicy:
             keep, dynamic, budget, small, self.retrieval(), stats if any(stats.get("rows", [])) else {}
         )
 
-    def _too_small(self, budget: int, n: int | None = None) -> str:
-        what = f"{self.name} with budget={budget}" if n is None else f"{self.name} keeps {budget} of {n} columns, which"
+    def _too_small(self, budget: int) -> str:
         return (
-            f"{what} cannot hold the {self.least()} columns it must keep (sinks={self.sinks}, recent={self.recent}"
-            "): raise keep or budget, or lower sinks or recent"
+            f"{self.name} with budget={budget} cannot hold the {self.least()} columns it must keep "
+            f"(sinks={self.sinks}, recent={self.recent}): raise budget, or lower sinks or recent"
         )
 
     # -- what a policy decides -------------------------------------------------------------------------------------

@@ -48,9 +48,15 @@ class Reuse:
 
     # -- the visual prefix's KV ----------------------------------------------------------------------------------------
 
-    def find(self, kwargs: dict[str, Any]) -> bool:
-        """Look the request up; on a hit, rewrite kwargs to continue behind the stored prefix. One row only."""
+    def find(self, kwargs: dict[str, Any], pruner: Any = None) -> bool:
+        """Look the request up; on a hit, rewrite kwargs to continue behind the stored prefix. One row only.
+
+        A pruner that reads the question keeps other tokens for every question: then only features are reused.
+        """
         self.hits, self._key = [], None
+        if "question" in getattr(pruner, "needs", ()):
+            self.hits.append(f"reuse: {pruner.name} reads the question, so only features are kept, not their KV")
+            return False
         ids = kwargs.get("input_ids")
         pixels = {k: v for k, v in kwargs.items() if isinstance(v, Tensor) and k in (*PIXELS, "image_sizes")}
         if ids is None or ids.shape[0] != 1 or not pixels or kwargs.get("past_key_values") is not None:

@@ -259,7 +259,7 @@ def _check_pruner(prune: Any) -> None:
         raise Unsupported(
             f"{name}(after_block=...) prunes inside the tower, a stream at its output: leave after_block=None"
         )
-    if "question" in prune.needs or "attention" in prune.needs:
+    if {"question", "tower_attention"} & set(prune.needs):
         raise Unsupported(
             f"{name} needs {'/'.join(prune.needs)}, and a stream is encoded before any question: use vidcom2"
         )
