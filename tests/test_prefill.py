@@ -312,7 +312,7 @@ def test_an_error_in_the_middle_leaves_the_users_attention():
 
 
 def test_a_fraction_of_a_short_prompt_never_falls_below_what_must_stay():
-    """keep=0.1 serves short prompts too: sinks and recent columns stay, and a prompt no longer than they is bypassed."""
+    """keep=0.1 serves short prompts too: sinks and recent stay, and a prompt no longer than they is bypassed."""
     model, inputs = tiny.build("llava"), prompt("llava")
     with Accelerated(model, SnapKV(keep=0.1, sinks=2, recent=3)):
         out = generate(model, inputs)

@@ -11,7 +11,6 @@ from torch import Tensor
 from vlmfast.core import VisualTokens
 from vlmfast.encode.base import Pruner
 
-
 STEPS = (0.3247179572, 0.7548776662, 0.5698402910)  # per frame, row and column: powers of the plastic number
 
 
