@@ -117,7 +117,7 @@ def test_training_resumes_where_it_stopped(tmp_path: Path, monkeypatch: pytest.M
     def go(folder: str, *steps: int) -> dict[str, torch.Tensor]:
         for number in steps:
             train.main(["--runs", str(tmp_path / folder), "--steps", str(number), "--resume", "--probe", "0",
-                        "--device", "cpu", "--grow", "0"])  # fmt: skip
+                        "--device", "cpu", "--grow", "0", "--eyes", "0"])  # fmt: skip
         model = models.build("target")
         assert state.load(tmp_path / folder / "target.safetensors", model)["step"] == steps[-1]
         return model.state_dict()
@@ -170,3 +170,21 @@ def test_the_shipped_target_sees() -> None:
         text = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
         right += int(world.score(item, text) == float(hit))
     assert right == 3
+
+
+def test_the_eyes_learn_from_tokens_that_hold_objects(tmp_path: Path) -> None:
+    from vlmfast.pocket import eyes
+    from vlmfast.pocket.scenes import Rng, still
+
+    scenes = [still(Rng(4, i), "train", (64, 64), (3, 6), text=0.0) for i in range(3)]
+    where, what = eyes.targets(scenes, 0.0, 4, 4)
+    assert len(where) == len(what) <= sum(len(s.objects) for s in scenes)
+    obj = scenes[1].objects[-1]
+    token = 16 + int(obj.y * 4) * 4 + int(obj.x * 4)
+    assert what[where.tolist().index(token), 0] == eyes.KINDS[0].index(obj.shape)
+    model = models.build("target")
+    before = model.model.visual.merger.mlp[2].weight.clone()
+    learner = eyes.Eyes(model, torch.device("cpu"), rows=2)
+    learner.steps = eyes.FRESH  # past the steps in which only the reader learns
+    assert learner.step(1, 1e-3).shape == (4,)
+    assert not torch.equal(before, model.model.visual.merger.mlp[2].weight)
