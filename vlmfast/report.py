@@ -14,7 +14,6 @@ class Report:
     prefill: dict[str, Any] = field(default_factory=dict)
     decode: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    plan: dict[str, Any] = field(default_factory=dict)
 
     def json(self) -> dict[str, Any]:
         """Plain-JSON form."""
