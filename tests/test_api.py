@@ -14,8 +14,10 @@ import tiny
 import torch
 
 import vlmfast
+from vlmfast.decode import PromptLookup, Speculate
 from vlmfast.encode import EVS, MaxMin, Random, Uniform, VidCom2
 from vlmfast.plan import Plan, parse, resolve
+from vlmfast.prefill import SnapKV
 
 FAMILY = "qwen2_5_vl"
 
@@ -376,3 +378,48 @@ def test_presets_run(name: str) -> None:
     assert out.shape == plain.shape
     if name == "safe":
         assert torch.equal(out, plain)
+
+
+STAGES = {
+    "kv": {"kv": SnapKV(keep=0.5, sinks=1, recent=2)},
+    "speculate": {"speculate": Speculate(draft=PromptLookup())},
+    "both": {"kv": SnapKV(keep=0.5, sinks=1, recent=2), "speculate": Speculate(draft=PromptLookup())},
+}
+
+
+@pytest.mark.parametrize("stages", STAGES)
+@pytest.mark.parametrize("wrapping", ["device_map", "peft", "int8"])
+def test_policies_and_speculation_on_wrapped_models(wrapping: str, stages: str, tmp_path: Path) -> None:
+    """The wrapped model under a plan says what the bare one says under the same plan (int8: runs, and reports)."""
+    inputs, bare = tiny.inputs(FAMILY), tiny.build(FAMILY)
+    if wrapping == "peft":
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+        wrapped = peft.get_peft_model(tiny.build(FAMILY), config).eval()
+    elif wrapping == "device_map":
+        from transformers import AutoModelForImageTextToText
+
+        tiny.save(FAMILY, tmp_path)
+        wrapped = AutoModelForImageTextToText.from_pretrained(tmp_path, device_map={"": "cpu"}).eval()
+        bare = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    else:
+        wrapped = torch.ao.quantization.quantize_dynamic(bare, {torch.nn.Linear}, dtype=torch.qint8)
+    with vlmfast.accelerate(wrapped, **STAGES[stages]) as fast:
+        out = greedy(wrapped, inputs)
+        assert fast.report.decode.get("verify_rounds", 0) > 0 or "speculate" not in STAGES[stages]
+    if wrapping != "int8":
+        with vlmfast.accelerate(bare, **STAGES[stages]):
+            assert torch.equal(greedy(bare, inputs), out)
+
+
+def test_kv_on_input_embeddings_sequences_and_without_a_cache() -> None:
+    model, inputs = tiny.build("llava"), tiny.inputs("llava")
+    rest = {k: v for k, v in inputs.items() if k != "input_ids"}
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    plain = greedy(model, inputs, use_cache=False)
+    with vlmfast.accelerate(model, **STAGES["kv"]):
+        from_ids = greedy(model, inputs)
+        assert torch.equal(greedy(model, rest | {"inputs_embeds": embeds}), from_ids[:, inputs["input_ids"].shape[1] :])
+        assert torch.equal(greedy(model, inputs, use_cache=False), plain)
+        many = model.generate(**inputs, max_new_tokens=4, do_sample=True, top_k=1, num_return_sequences=2)
+        assert torch.equal(many, from_ids.expand(2, -1))
