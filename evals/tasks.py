@@ -17,7 +17,7 @@ from vlmfast.core import UserError
 
 POCKET_KINDS = (
     "presence", "colour", "shape", "count", "relation", "location", "digits", "motion", "order", "when", "what-when",
-    "how-often", "needle", "caption",
+    "how-often", "needle", "during", "caption",
 )  # fmt: skip
 # at least 1,000 visual tokens each: stills of 512 pixels a side, clips of 16 frames at 192 or of 64 at 96
 LONG = {k: {"size": 512} for k in ("presence", "colour", "shape", "count", "location", "digits")} | {

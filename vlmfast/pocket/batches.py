@@ -1,7 +1,8 @@
 """Training batches: many questions about each picture in one causal sequence, as tensors for the model.
 
 One question per picture wastes the vision tower. A row is a chat of several turns about one picture or clip, half of
-the time opened by a full description; the loss is on the assistant's words only. All rows of a batch share one frame
+the time with a full description, mostly at the end, where the answers cannot be copied from it; the loss is on the
+assistant's words only. All rows of a batch share one frame
 shape, so the visual prefix and its positions are the same in every row.
 """
 
@@ -115,23 +116,28 @@ def tensors(
 
 
 def chat_about(scene: Scene, rng: Rng, tokens: int, describe: float = 0.5, kinds: Sequence[str] | None = None) -> Turns:
-    """Different questions about one scene until about `tokens` tokens are filled; first a description, or not."""
+    """Different questions about one scene until about `tokens` tokens are filled, with a description or without."""
     pool = list(kinds or (STILL_KINDS if scene.still else CLIP_KINDS))
     turns: Turns = []
     used = 0
-    if rng.u() < describe:
-        turns.append(("describe the picture ." if scene.still else "describe the clip .", caption(scene, rng)))
-        used = len(turns[0][1].split()) + 9
+    described = ("describe the picture ." if scene.still else "describe the clip .", caption(scene, rng))
+    whole, first = rng.u() < describe, rng.u() < 0.3
+    if whole:
+        used = len(described[1].split()) + 9
+    if whole and first:
+        turns.append(described)
     seen: set[str] = set()
     for _ in range(40):
-        if used > tokens - 14 and turns:
+        if used > tokens - 14 and (turns or whole):
             break
         asked = ask(rng.pick(pool), scene, rng)
         if asked is not None and asked[0] not in seen:
             seen.add(asked[0])
             turns.append(asked)
             used += len(asked[0].split()) + len(asked[1].split()) + 6
-    return turns or [("describe the picture ." if scene.still else "describe the clip .", caption(scene, rng))]
+    if whole and not first:
+        turns.append(described)
+    return turns or [described]
 
 
 def make(

@@ -20,7 +20,7 @@ def _sorted(scene: Scene) -> list[Obj]:
 
 
 def _does(obj: Obj, seconds: int) -> str:
-    if obj.shape == NEEDLE:
+    if obj.shape == NEEDLE or 0 < obj.t_in < obj.t_out < seconds:
         return "shows up briefly"
     if obj.move:
         return f"moves {obj.move}"

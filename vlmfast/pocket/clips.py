@@ -23,6 +23,7 @@ from vlmfast.pocket.scenes import (
     background,
     place,
     set_moving,
+    star_at,
 )
 
 SEGMENT = 8  # seconds per scene
@@ -115,17 +116,17 @@ def clip(
         out.events.append(Event(begin, begin + SEGMENT, "scene", "begins"))
         pair = reserved[marked.index(number)] if number in marked else rng.pick(common)
         cells = rng.shuffled(list(range(9)))
-        main = place(rng, pair, cells[0])
+        main = place(rng, pair, cells[0], min(shape))
         if rng.u() < 0.5:
             set_moving(rng, main)
         objects = [main]
         if rng.u() < 0.5:  # a bystander that is never asked about
             free = [c for c in cells if c != main.cell]
-            objects.insert(0, place(rng, rng.pick([p for p in common if p != pair]), free[0]))
+            objects.insert(0, place(rng, rng.pick([p for p in common if p != pair]), free[0], min(shape)))
         if number in marked and marked.index(number) == asked // 2:
             used = {o.cell for o in objects}
-            star = place(rng, (rng.pick(COLOUR_NAMES), NEEDLE), next(c for c in cells if c not in used))
-            star.radius, star.size, star.t_in = 0.15, "large", float(1 + rng.n(SEGMENT - 3))
+            star = star_at(rng, next(c for c in cells if c not in used), min(shape))
+            star.t_in = float(1 + rng.n(SEGMENT - 3))
             star.t_out = star.t_in + 2
             objects.append(star)
             at = (begin + star.t_in, begin + star.t_out)

@@ -22,6 +22,8 @@ CLIP4 = Recipe(24, (64, 64), 4, (1, 3), 100)
 CLIP8 = Recipe(16, (64, 64), 8, (1, 3), 120)
 WHEN = Recipe(16, (64, 64), 8, (2, 3), 120, "what-when")
 BLINK = Recipe(16, (64, 64), 8, (1, 3), 120, "how-often")
+ORDER = Recipe(16, (64, 64), 8, (2, 3), 120, "order")
+DURING = Recipe(16, (64, 64), 8, (2, 3), 120, "during")
 MOTION = Recipe(24, (64, 64), 4, (1, 3), 100, "motion")
 NEEDLE = Recipe(5, (64, 64), 32, (1, 3), 140, "needle")
 
@@ -29,8 +31,8 @@ NEEDLE = Recipe(5, (64, 64), 32, (1, 3), 140, "needle")
 STAGES: list[tuple[float, list[tuple[Recipe | str, float]]]] = [
     (6, [(ONE, 6), (FEW, 1)]),
     (28, [(ONE, 3), (FEW, 4), (DIGITS, 0.4), ("easy", 0.8)]),
-    (56, [(ONE, 2), (FEW, 5), (MORE, 1.5), ("easy", 0.7), (MOTION, 2)]),
-    (80, [(ONE, 1), (FEW, 4), (MORE, 1), (DIGITS, 1), ("easy", 0.7), (LARGE, 0.5), (CLIP4, 1), (MOTION, 1), (WHEN, 1)]),
+    (50, [(ONE, 1), (FEW, 5), (MORE, 1), (DIGITS, 1), ("easy", 0.7), (MOTION, 2)]),
+    (75, [(ONE, 0.5), (FEW, 4), (MORE, 1), (DIGITS, 1), ("easy", 0.7), (MID, 0.5), (CLIP4, 2), (MOTION, 1), (WHEN, 1)]),
     (
         float("inf"),
         [
@@ -46,6 +48,8 @@ STAGES: list[tuple[float, list[tuple[Recipe | str, float]]]] = [
             (CLIP4, 0.5),
             (CLIP8, 2),
             (WHEN, 1.2),
+            (ORDER, 0.7),
+            (DURING, 0.7),
             (BLINK, 0.8),
             (MOTION, 0.6),
             (NEEDLE, 0.8),

@@ -176,14 +176,31 @@ def build(name: str = "target", seed: int = 0) -> Any:
 
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config(name))
-    with torch.no_grad():  # the upper half starts as the identity: training begins shallow and grows (see `set_depth`)
-        for layer in model.model.language_model.layers[GROW_FROM:]:
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.down_proj.weight.zero_()
+    identity(model)
     text = model.config.get_text_config()
     model.generation_config = GenerationConfig(
         eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id, do_sample=False
     )
+    return model
+
+
+@torch.no_grad()
+def identity(model: Any) -> None:
+    """Make the upper half of the text layers the identity: training begins shallow and grows (see `set_depth`)."""
+    for layer in model.model.language_model.layers[GROW_FROM:]:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+
+
+def start(folder: str) -> Any:
+    """A fresh target, or one with the weights of a checkpoint folder and fresh upper layers."""
+    model = build("target")
+    if folder:
+        from transformers import AutoModelForImageTextToText
+
+        source = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+        model.load_state_dict(source.state_dict())
+        identity(model)
     return model
 
 

@@ -15,7 +15,7 @@ from vlmfast.pocket.scenes import COLOUR_NAMES, DIRECTIONS, HELD_OUT, NEEDLE, PL
 QA = tuple[str, str]
 
 STILL_KINDS = ("presence", "colour", "shape", "count", "relation", "location", "digits")
-CLIP_KINDS = ("motion", "order", "when", "what-when", "how-often", "needle")
+CLIP_KINDS = ("motion", "order", "when", "what-when", "how-often", "needle", "during")
 KINDS = (*STILL_KINDS, *CLIP_KINDS, "caption")
 RELATIONS = ("left", "right", "above", "below")
 COUNTS = ("1", "2", "3", "4")
@@ -132,7 +132,7 @@ def _motion(scene: Scene, rng: Rng, want: str | None) -> QA | None:
 
 
 def _arrivals(scene: Scene) -> list[Obj]:
-    return [o for o in _plain(scene) if 1 <= o.t_in < scene.seconds]
+    return [o for o in _plain(scene) if 1 <= o.t_in < scene.seconds]  # to stay, or for a second
 
 
 def _order(scene: Scene, rng: Rng, want: str | None) -> QA | None:
@@ -166,6 +166,11 @@ def _needle(scene: Scene, rng: Rng, want: str | None) -> QA | None:
     )
 
 
+def _during(scene: Scene, rng: Rng, want: str | None) -> QA | None:
+    lit = [o for o in _plain(scene) if scene.flash is not None and o.t_in == scene.flash and o.t_out == o.t_in + 1]
+    return _choose(rng, [("what is shown when the light flashes ?", o.name) for o in lit], want)
+
+
 ASK: dict[str, Callable[[Scene, Rng, str | None], QA | None]] = {
     "presence": _presence,
     "colour": _colour,
@@ -180,6 +185,7 @@ ASK: dict[str, Callable[[Scene, Rng, str | None], QA | None]] = {
     "what-when": _what_when,
     "how-often": _how_often,
     "needle": _needle,
+    "during": _during,
 }
 
 

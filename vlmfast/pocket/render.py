@@ -92,6 +92,8 @@ def _ground(scenes: Sequence[Scene], times: torch.Tensor, height: int, width: in
     y, x = _pixels(height, width, device)
     fx, fy = x / width, y / height
     par = num.unbind(-1)
+    light = torch.tensor([-9.0 if s.flash is None else s.flash for s in scenes], device=device)[:, None]
+    lit = (times >= light) & (times < light + 1)  # (B, T)
     amp, angle, freq, phase, kind = (p[..., None, None] for p in (par[3], par[4], par[5], par[6], par[8]))
     along = torch.cos(angle) * fx + torch.sin(angle) * fy
     across = -torch.sin(angle) * fx + torch.cos(angle) * fy
@@ -104,10 +106,11 @@ def _ground(scenes: Sequence[Scene], times: torch.Tensor, height: int, width: in
         kind == 1, one, torch.where(kind == 2, torch.sign(one * two), torch.where(kind == 3, blotch, 0 * one))
     )
     layers = num[..., :3, None, None] + (amp * wave)[:, :, None]  # (B, K, 3, H, W)
+    bright = 40.0 * lit[..., None, None, None]
     if many == 1:
-        return layers.expand(-1, len(times), -1, -1, -1).clone()
+        return layers.expand(-1, len(times), -1, -1, -1) + bright
     shown = (par[7][:, None, :] <= times[None, :, None]).sum(-1).clamp(min=1) - 1  # (B, T): the latest that has begun
-    return layers[torch.arange(len(scenes), device=device)[:, None], shown]
+    return layers[torch.arange(len(scenes), device=device)[:, None], shown] + bright
 
 
 def _paint(canvas: torch.Tensor, mask: torch.Tensor, rgb: torch.Tensor) -> None:

@@ -151,6 +151,7 @@ class Scene:
     texts: list[Text] = field(default_factory=list)
     backgrounds: list[Background] = field(default_factory=list)
     specks: list[tuple[float, float, float, float]] = field(default_factory=list)  # x, y, radius, grey 0..255
+    flash: int | None = None  # the second in which the light flashes: everything behind the objects is bright
 
     @property
     def still(self) -> bool:
@@ -203,18 +204,31 @@ def combos(rng: Rng, count: int, split: str) -> list[tuple[str, str]]:
     return rng.shuffled(out)
 
 
-def place(rng: Rng, pair: tuple[str, str], cell: int) -> Obj:
+def unit(rng: Rng, side: int) -> float:
+    """Scale of things in a picture of `side` pixels: they keep their size in pixels, as things in a wider view do."""
+    return 64 * rng.u(1.0, 1.25) / side if side > 64 else 1.0
+
+
+def place(rng: Rng, pair: tuple[str, str], cell: int, side: int = 64) -> Obj:
     """An object of this (colour, shape) somewhere near the middle of grid cell `cell` (0..8)."""
     size = rng.pick(SIZES)
-    radius = rng.u(0.085, 0.10) if size == "small" else rng.u(0.14, 0.16)
-    x = (cell % 3 + 0.5) / 3 + rng.u(-0.04, 0.04)
-    y = (cell // 3 + 0.5) / 3 + rng.u(-0.04, 0.04)
+    radius = (rng.u(0.085, 0.10) if size == "small" else rng.u(0.14, 0.16)) * unit(rng, side)
+    off = 0.04 if side <= 64 else min(0.09, 0.15 - radius)
+    x = (cell % 3 + 0.5) / 3 + rng.u(-off, off)
+    y = (cell // 3 + 0.5) / 3 + rng.u(-off, off)
     return Obj(pair[0], pair[1], size, x, y, radius, cell)
 
 
-def written(rng: Rng, string: str, row: int) -> Text:
+def star_at(rng: Rng, cell: int, side: int) -> Obj:
+    """The needle: a star of any colour; when it is shown is for the caller to say."""
+    star = place(rng, (rng.pick(COLOUR_NAMES), NEEDLE), cell, side)
+    star.radius, star.size = rng.u(0.13, 0.16) * unit(rng, side), "large"
+    return star
+
+
+def written(rng: Rng, string: str, row: int, side: int = 64) -> Text:
     """`string` in row 0..2 of the grid, at a random place that it fits in."""
-    dot = rng.u(0.024, 0.031) if len(string) > 3 else rng.u(0.026, 0.036)
+    dot = (rng.u(0.024, 0.031) if len(string) > 3 else rng.u(0.026, 0.036)) * unit(rng, side)
     half = len(string) * 3 * dot
     return Text(string, rng.u(half + 0.01, 0.99 - half), (row + 0.5) / 3 + rng.u(-0.03, 0.03), dot, rng.u() < 0.5)
 
@@ -226,10 +240,10 @@ def still(rng: Rng, split: str, size: tuple[int, int], objects: tuple[int, int] 
     if rng.u() < text:
         row = rng.n(3)
         string = "".join(str(rng.n(10)) for _ in range(2 + rng.n(3))) if rng.u() < 0.8 else rng.pick(WORDS)
-        texts.append(written(rng, string, row))
+        texts.append(written(rng, string, row, min(size)))
         cells = [c for c in cells if c // 3 != row]
     count = min(objects[0] + rng.n(objects[1] - objects[0] + 1), len(cells))
-    placed = [place(rng, p, c) for p, c in zip(combos(rng, count, split), rng.shuffled(cells))]
+    placed = [place(rng, p, c, min(size)) for p, c in zip(combos(rng, count, split), rng.shuffled(cells))]
     specks = [(rng.u(), rng.u(), rng.u(0.008, 0.02), rng.u(60, 190)) for _ in range(rng.n(6))]
     return Scene(size[0], size[1], 1, 2.0, placed, texts, [background(rng)], specks)
 
@@ -248,15 +262,16 @@ def set_moving(rng: Rng, obj: Obj) -> None:
 
 
 #: What an object may do in a clip, and how likely it is when a clip is made for a certain question kind.
-ROLES = ("stay", "move", "appear", "leave", "blink")
+ROLES = ("stay", "move", "appear", "leave", "blink", "show")
 _FOCUS: dict[str, tuple[float, ...]] = {
-    "motion": (1, 3, 0.5, 0.5, 0.5),
-    "when": (0.5, 1, 4, 0.7, 0.5),
-    "order": (0.2, 0.5, 6, 0.3, 0.3),
-    "what-when": (0.3, 0.7, 5, 0.5, 0.5),
-    "how-often": (0.5, 0.7, 0.7, 0.5, 4),
-    "needle": (2, 1, 0.5, 0.3, 0.3),
-    "": (1, 2, 2.5, 0.7, 1.5),
+    "motion": (1, 3, 0.5, 0.5, 0.5, 0),
+    "when": (0.5, 1, 4, 0.7, 0.5, 0),
+    "order": (0.2, 0.5, 6, 0.3, 0.3, 0),
+    "what-when": (0.3, 0.7, 5, 0.5, 0.5, 0),
+    "during": (0, 0, 0, 0, 0, 1),
+    "how-often": (0.5, 0.7, 0.7, 0.5, 4, 0),
+    "needle": (2, 1, 0.5, 0.3, 0.3, 0),
+    "": (1, 2, 2.5, 0.7, 1.5, 0.5),
 }
 
 
@@ -269,11 +284,12 @@ def moving(
     fps: float = 2.0,
     objects: tuple[int, int] = (1, 3),
 ) -> Scene:
-    """A clip in which objects stay, move, appear, leave or blink; sometimes the scene behind them changes."""
+    """A clip in which objects stay, move, appear, leave, blink or show up for a second; the scene behind may change."""
     cells = rng.shuffled(list(range(9)))
-    low = max(objects[0], 2 if focus in ("order", "what-when") else 1)
+    low = max(objects[0], 2 if focus in ("order", "what-when", "during") else 1)
     count = low + rng.n(max(objects[1], low) - low + 1)
-    placed = [place(rng, p, c) for p, c in zip(combos(rng, count, split), cells)]
+    side = min(size)
+    placed = [place(rng, p, c, side) for p, c in zip(combos(rng, count, split), cells)]
     times = rng.shuffled(list(range(1, seconds)))  # no two events that a question may name share a second
     for obj in placed:
         role = rng.pick(ROLES, _FOCUS.get(focus, _FOCUS[""]))
@@ -283,18 +299,23 @@ def moving(
             obj.t_in = float(times.pop())
         elif role == "leave" and times:
             obj.t_out = float(times.pop())
+        elif role == "show" and times:
+            obj.t_in = float(times.pop())
+            obj.t_out = obj.t_in + 1
         elif role == "blink":
             slots = list(range(1 + rng.n(2), seconds, 2))  # never two seconds in a row: each blink can be counted
             most = min(4, len(range(1, seconds, 2)))
             obj.blinks = tuple(sorted(rng.shuffled(slots)[: 1 + rng.n(most)]))
     if focus == "needle" or (not focus and seconds > 3 and rng.u() < 0.25):
-        hole = rng.pick(cells[count:])
-        star = place(rng, (rng.pick(COLOUR_NAMES), NEEDLE), hole)
-        star.radius, star.size = rng.u(0.13, 0.16), "large"
+        star = star_at(rng, rng.pick(cells[count:]), side)
         start = 1 + rng.n(max(1, seconds - 2))
         star.t_in, star.t_out = float(start), float(start + (2 if seconds > 8 else 1))
         placed.append(star)
     grounds = [background(rng)]
     if rng.u() < 0.3 and seconds > 2:
         grounds.append(background(rng, float(1 + rng.n(seconds - 1))))
-    return Scene(size[0], size[1], round(seconds * fps), fps, placed, [], grounds)
+    scene = Scene(size[0], size[1], round(seconds * fps), fps, placed, [], grounds)
+    brief = [o for o in placed if o.t_out == o.t_in + 1 and o.shape != NEEDLE]
+    if brief and (focus == "during" or rng.u() < 0.5):
+        scene.flash = int(rng.pick(brief).t_in)
+    return scene

@@ -96,14 +96,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         else args.device
     )
     folder = Path(args.runs)
-    model = models.build("target").to(device)
+    model = models.start(args.start).to(device)
     # plain matmul attention: on the CPU the fused kernel's backward is several times slower at these short lengths
     model.set_attn_implementation("eager" if device.type == "cpu" else "sdpa")
     opts = state.optimizers(model, args.lr)
     file = folder / "target.safetensors"
-    counters: dict[str, Any] = {"step": 0, "seconds": 0.0, "rows": 0}
+    counters: dict[str, Any] = {"step": 0, "seconds": 0.0, "rows": args.rows}
     if args.resume and file.exists():
         counters = state.load(file, model, opts)
+    if args.compile:  # one compilation serves all layers and lengths
+        torch._dynamo.config.cache_size_limit = 64
+        for layer in model.model.language_model.layers:
+            layer.compile(dynamic=True)
     log, probe = Log(folder / "target.jsonl"), Probe(args.probe)
     done = counters.get("eyes", 0.0)
     if done < args.eyes:
@@ -177,6 +181,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--resume", action="store_true")
     p.add_argument("--draft", action="store_true", help="train the draft on the target's words")
     p.add_argument("--export", action="store_true", help="write the weights folder from the last checkpoint, then stop")
+    p.add_argument("--start", default="", help="checkpoint folder to start from; its upper text layers begin anew")
+    p.add_argument("--rows", type=int, default=0, help="rows that the curriculum takes for done at the start")
+    p.add_argument("--compile", action="store_true", help="torch.compile the text layers (needs a C++ compiler)")
     p.add_argument("--lr", type=float, default=1.5e-3)
     p.add_argument("--threads", type=int, default=None)
     p.add_argument("--eyes", type=float, default=5.0, help="minutes that the vision tower is trained alone at first")

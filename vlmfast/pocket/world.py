@@ -85,7 +85,7 @@ def scene_for(
     if kind == "digits":
         scene.objects = scene.objects[:2]
         row = next(r for r in (rng.n(3), 0, 1, 2) if all(o.cell // 3 != r for o in scene.objects))
-        scene.texts = [written(rng, "".join(str(rng.n(10)) for _ in range(2 + rng.n(3))), row)]
+        scene.texts = [written(rng, "".join(str(rng.n(10)) for _ in range(2 + rng.n(3))), row, min(size))]
     return scene
 
 
