@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from evals import records, timing
-from evals.shapes import QWEN_3B, TOY, Shape, build, clip, encode_cost, prefill_cost
+from evals.shapes import QWEN_3B, TOY, build, clip, encode_cost, prefill_cost
+from vlmfast.core import tower_block
 from vlmfast.plan import PRESETS, Plan, preset
 
 SIXTH = replace(
@@ -70,14 +71,6 @@ def plans() -> dict[str, Plan]:
     return {"plain": Plan()} | {name: preset(name) for name in PRESETS}
 
 
-def fitted(plan: Plan, shape: Shape) -> Plan:
-    """The plan with its tower block inside this shortened tower: at the same share of the depth as in the 3B's 32."""
-    block = getattr(plan.prune, "after_block", None)
-    if block is None:
-        return plan
-    return replace(plan, prune=replace(plan.prune, after_block=max(1, round(block / 32 * shape.depth))))
-
-
 def replayed(plan: Plan, said: tuple[int, ...], prompt: int, vocab: int) -> Plan:
     """The plan with its draft, if it has one, replaced by a replay of known acceptance."""
     if plan.speculate is None or plan.speculate.draft is None:
@@ -108,7 +101,7 @@ def run(quick: bool = False) -> dict[str, Any]:
 
     with torch.inference_mode():
         # what each preset says without drafting: its drafts replay that
-        wanted = {n: fitted(p, shape) for n, p in plans().items()}
+        wanted = plans()
         for name, plan in wanted.items():
             bare = replace(plan, speculate=None)
             same = next((n for n, p in wanted.items() if n in said and replace(p, speculate=None) == bare), None)
@@ -128,7 +121,7 @@ def run(quick: bool = False) -> dict[str, Any]:
     rows = []
     for name, plan in wanted.items():
         medians = timing.medians(samples[name])
-        kept, block = int(medians["kept_tokens"]), getattr(plan.prune, "after_block", None)
+        kept, block = int(medians["kept_tokens"]), tower_block(getattr(plan.prune, "after_block", None), shape.depth)
         floors = [timing.floor_ms(*c, machine) for c in (encode_cost(shape, kept, block), prefill_cost(shape, kept))]
         metrics = {**medians, "floor_ms": sum(floors), "same_tokens": answers[name] == answers["plain"]}
         params: dict[str, Any] = {"batch": 1, "new_tokens": new}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vlmfast.core import Unsupported, UserError, VisualTokens
+from vlmfast.core import Unsupported, UserError, VisualTokens, tower_block
 from vlmfast.encode import (
     DTD,
     EVS,
@@ -146,6 +146,17 @@ def test_a_keep_outside_its_range_is_refused_in_one_line(keep: Any) -> None:
     with pytest.raises(UserError, match=r"outside \(0, 1\]") as e:
         VidCom2(keep=keep)
     assert "\n" not in str(e.value)
+
+
+def test_shares_of_a_tower() -> None:
+    asked = {None: None, 0: 0, 7: 7, "auto": 8, 0.5: 16, 0.99: 32, 0.001: 1}
+    assert {k: tower_block(k, 32) for k in asked} == asked
+
+
+@pytest.mark.parametrize("block", [-1, 1.0, 0.0, -0.25, 1.5, "half", True])
+def test_a_tower_block_that_cannot_be_is_refused(block: Any) -> None:
+    with pytest.raises(UserError, match="after_block="):
+        VidCom2(after_block=block)
 
 
 @pytest.mark.parametrize("method", [VisionZip, HiRED, CDPruner, MMTok, FlashVID, IVCPrune])

@@ -327,6 +327,28 @@ def test_inside_the_tower(family: str, media: tuple, block: int) -> None:
     assert kept == fast2.report.encode["kept_tokens"]
 
 
+@pytest.mark.parametrize(("asked", "block"), [("auto", 1), (0.5, 1), (0.01, 1)])
+def test_a_share_of_the_tower_is_a_block(asked: Any, block: int) -> None:
+    model, inputs = tiny.build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl", media=("video",))
+    found = []
+    for at in (asked, block):
+        with vlmfast.accelerate(model, prune=VidCom2(keep=0.5, after_block=at)) as fast:
+            found.append(logits(run(model, inputs)))
+            assert fast.report.encode["tower_block"] == block
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+def test_auto_is_the_output_of_a_tower_that_cannot_run_short() -> None:
+    model, inputs = tiny.build("llava"), tiny.inputs("llava", media=("image",))
+    found = []
+    for at in ("auto", None):
+        with vlmfast.accelerate(model, prune=VidCom2(keep=0.5, after_block=at)) as fast:
+            found.append(logits(run(model, inputs)))
+            assert "tower_block" not in fast.report.encode
+            assert fast.report.encode["kept_tokens"] < fast.report.encode["visual_tokens"]
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
 class KeepAll(VidCom2):
     """Runs every hook of the tower and drops nothing."""
 

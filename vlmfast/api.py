@@ -93,8 +93,9 @@ class Accelerated:
             self.columns.attention = TowerAttention(model, self.family, layers)
             self.columns.attention.install(patch)
         draft = getattr(plan.speculate, "draft", None)
-        inside = [p for p in (outer, getattr(draft, "prune", None)) if getattr(p, "after_block", None) is not None]
-        if inside:
+        pruners = (outer, getattr(draft, "prune", None))
+        blocks = [b for p in pruners if (b := getattr(p, "after_block", None)) is not None]
+        if any(b != "auto" or self.family.tower_pruning for b in blocks):
             tower = TowerHooks(model, self.family, self.columns)
             tower.install(patch)
             tower.check()
@@ -187,7 +188,8 @@ class Accelerated:
         notes += self._stage["decode"].pop("notes", [])
         if stats["prefills"] > 1:
             notes.append("use_cache=False: every step is a prefill; times are of the first")
-        encode = {k: stats[k] for k in ("visual_tokens", "kept_tokens", "encode_ms", "select_ms")}
+        shown = ("visual_tokens", "kept_tokens", "encode_ms", "select_ms", "tower_block")
+        encode = {k: stats[k] for k in shown if k in stats}
         self.report = Report(encode, prefill, decode | self._stage["decode"], notes)
 
     # -- life --------------------------------------------------------------------------------------------------------

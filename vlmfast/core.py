@@ -68,10 +68,10 @@ class VisualTokens:
 
 @runtime_checkable
 class TokenPruner(Protocol):
-    """What the runtime asks of a pruner. `keep` in (0, 1]; `after_block` None = at the tower's output."""
+    """What the runtime asks of a pruner. `keep` in (0, 1]; `after_block` as in `tower_block`."""
 
     keep: float
-    after_block: int | None
+    after_block: int | float | str | None
     needs: tuple[str, ...]
 
     def select(self, tokens: VisualTokens) -> Tensor:
@@ -189,6 +189,21 @@ def check_fraction(name: str, value: float) -> None:
     """Raise unless 0 < value <= 1."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= 1:
         raise UserError(f"{name}={value!r} is outside (0, 1]: {name} is the fraction kept, e.g. {name}=0.25")
+
+
+AUTO_DEPTH = 0.25  # share of the tower's blocks that see every token when after_block="auto"
+
+
+def tower_block(after_block: int | float | str | None, depth: int) -> int | None:
+    """The tower block, of `depth`, before which tokens are dropped; None = at the tower's output.
+
+    after_block: a block's index; a float below 1 is a share of the depth; "auto" is `AUTO_DEPTH` of it (and the output
+    where a tower cannot run short).
+    """
+    share = AUTO_DEPTH if after_block == "auto" else after_block
+    if share is None or isinstance(share, int):
+        return share
+    return max(1, round(float(share) * depth))
 
 
 _UNITS = {

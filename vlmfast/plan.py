@@ -71,9 +71,9 @@ def preset(name: str) -> Plan:
     if name == "safe":
         return Plan()
     if name == "balanced":
-        return Plan(prune=VidCom2(keep=0.25))
+        return Plan(prune=VidCom2(keep=0.25, after_block="auto"))
     if name == "fast":
-        return Plan(prune=VidCom2(keep=0.10))
+        return Plan(prune=VidCom2(keep=0.10, after_block="auto"))
     raise UserError(f"unknown preset {name!r}; presets: {', '.join(PRESETS)}")
 
 

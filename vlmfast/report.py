@@ -33,6 +33,7 @@ class Report:
             lines.append(
                 f"encode   {e['visual_tokens']:,} -> {e['kept_tokens']:,} visual tokens, "
                 f"tower {e['encode_ms']:.1f} ms, selection {e['select_ms']:.2f} ms"
+                + (f", dropped before tower block {e['tower_block']}" if "tower_block" in e else "")
             )
         if p:
             where = f"{p['kv_fast_bytes'] / 1e6:.2f} MB fast"

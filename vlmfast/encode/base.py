@@ -21,12 +21,14 @@ class Pruner:
 
     keep: fraction kept, in (0, 1]. floor: tokens every frame keeps at least (the budget grows to hold it).
     after_block: None prunes at the tower's output; k prunes inside the tower, before block k, so that blocks k, k+1,
-    ... run short (Qwen towers). Subclasses answer one question: `score`, or `select_body` for set methods.
+    ... run short (Qwen towers); a float below 1 is a share of the tower's depth; "auto" is a quarter of the depth where
+    the tower can run short, and the output elsewhere (the report says which).
+    Subclasses answer one question: `score`, or `select_body` for set methods.
     """
 
     keep: float = 0.25
     floor: int = 1
-    after_block: int | None = None
+    after_block: int | float | str | None = None
 
     name: ClassVar[str] = ""
     needs: ClassVar[tuple[str, ...]] = ("features",)
@@ -36,8 +38,13 @@ class Pruner:
         check_fraction("keep", self.keep)
         if self.floor < 0:
             raise UserError(f"floor={self.floor} is negative: give the number of tokens every frame keeps, 0 or more")
-        if self.after_block is not None and self.after_block < 0:
-            raise UserError(f"after_block={self.after_block} is negative: give a tower block index, e.g. after_block=8")
+        block = self.after_block
+        if isinstance(block, bool) or (isinstance(block, str) and block != "auto"):
+            raise UserError(f'after_block={block!r}: give a tower block index, a share of the depth below 1, or "auto"')
+        if isinstance(block, int) and block < 0:
+            raise UserError(f"after_block={block} is negative: give a tower block index, e.g. after_block=8")
+        if isinstance(block, float) and not 0 < block < 1:
+            raise UserError(f"after_block={block} is no share of the tower's depth: give one in (0, 1), or an index")
         missing = sorted({"tower_attention", "question", "rope"} & set(self.needs))
         if self.after_block is not None and missing:
             raise UserError(

@@ -93,9 +93,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         loss = F.kl_div(said, wanted, reduction="batchmean", log_target=True)
         loss.backward()
         share = train.rate(step, counters["seconds"] / total)
-        for opt, factor in zip(opts, (state.MUON, 1.0)):
-            for group in opt.param_groups:
-                group["lr"] = args.lr * factor * share
+        state.set_rate(opts, args.lr * share)
         torch.nn.utils.clip_grad_norm_(draft.parameters(), 1.0)
         for opt in opts:
             opt.step()

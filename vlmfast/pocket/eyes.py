@@ -94,9 +94,8 @@ class Eyes:
             loss = loss + WEIGHTS[name] * F.cross_entropy(logits, what[:, i], weight=rare, ignore_index=NOWHERE)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.both.parameters(), 1.0)
-        for opt, factor in zip(self.opts, (state.MUON, 1.0)):
-            for group in opt.param_groups:
-                group["lr"] = lr * factor * (3.0 if self.steps < FRESH else 1.0)
+        state.set_rate(self.opts, lr * (3.0 if self.steps < FRESH else 1.0))
+        for opt in self.opts:
             opt.step()
             opt.zero_grad(set_to_none=True)
         self.steps += 1

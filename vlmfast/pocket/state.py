@@ -16,15 +16,32 @@ MUON = 2.5  # rate of the matrices relative to the rest; orthogonal updates bear
 
 
 def optimizers(model: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for embeddings, norms, biases and the two ends."""
+    """Muon for the matrices inside the blocks, AdamW for embeddings, norms, biases and the two ends.
+
+    Each has two groups: the text part, and the vision tower (`tower` True), whose rate may be set apart.
+    """
     outer = ("embed_tokens", "lm_head", "patch_embed")
-    muon = [p for n, p in model.named_parameters() if p.ndim == 2 and not any(o in n for o in outer)]
-    ids = {id(p) for p in muon}
-    rest = [p for p in model.parameters() if id(p) not in ids]
+    named = list(model.named_parameters())
+    inner = {n for n, p in named if p.ndim == 2 and not any(o in n for o in outer)}
+
+    def groups(matrices: bool) -> list[dict[str, Any]]:
+        split = {
+            tower: [p for n, p in named if (n in inner) == matrices and ("visual" in n) == tower]
+            for tower in (False, True)
+        }
+        return [{"params": params, "tower": tower} for tower, params in split.items() if params]
+
     return [
-        torch.optim.Muon(muon, lr=MUON * lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.Muon(groups(True), lr=MUON * lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(groups(False), lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]
+
+
+def set_rate(opts: Iterable[torch.optim.Optimizer], lr: float, tower: float = 1.0) -> None:
+    """Rate of all groups: `lr` for AdamW, `MUON` times that for Muon, times `tower` for the vision tower."""
+    for opt, factor in zip(opts, (MUON, 1.0)):
+        for group in opt.param_groups:
+            group["lr"] = lr * factor * (tower if group["tower"] else 1.0)
 
 
 def save(file: Path, model: torch.nn.Module, opts: Iterable[torch.optim.Optimizer], counters: dict[str, Any]) -> None:

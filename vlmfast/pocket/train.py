@@ -22,6 +22,7 @@ from vlmfast.pocket.probe import Probe
 from vlmfast.pocket.scenes import DIRECTIONS, SHAPES
 
 GROW = 0.6  # share of the run with the lower half of the text layers only, at half the price
+THAW, TOWER = 0.65, 0.3  # share of the run with the tower frozen; its rate after that, relative to the rest
 WARMUP, DECAY = 100, 0.14  # steps of warm-up; last fraction of the run in which the rate falls to zero
 
 
@@ -116,16 +117,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         state.save(file, model, opts, counters)
     total, saved, probed = 60.0 * args.minutes, time.monotonic(), counters["seconds"]
     model.train()
-    model.model.visual.requires_grad_(not args.freeze)  # frozen eyes: cheaper steps, and words that need not chase them
     running: list[float] = []
     while counters["seconds"] < total and (args.steps is None or counters["step"] < args.steps):
         begun, progress = time.monotonic(), counters["seconds"] / total
         models.set_depth(model, models.GROW_FROM if progress < args.grow else models.TEXT_LAYERS["target"])
+        # frozen eyes: cheaper steps, and words that need not chase them
+        model.model.visual.requires_grad_(progress >= args.thaw)
         batch = data(model, counters["step"], progress, counters["rows"], device)
         share = rate(counters["step"], progress)
-        for opt, factor in zip(opts, (state.MUON, 1.0)):
-            for group in opt.param_groups:
-                group["lr"] = args.lr * factor * share
+        state.set_rate(opts, args.lr * share, TOWER)
         loss, mean, _ = loss_of(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -187,7 +187,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--lr", type=float, default=1.5e-3)
     p.add_argument("--threads", type=int, default=None)
     p.add_argument("--eyes", type=float, default=5.0, help="minutes that the vision tower is trained alone at first")
-    p.add_argument("--freeze", action="store_true", help="keep the vision tower as it is after those minutes")
+    p.add_argument("--thaw", type=float, default=THAW, help="share of the run after which the tower learns from words")
     p.add_argument("--grow", type=float, default=GROW, help="share of the run after which the upper text layers join")
     p.add_argument("--probe", type=int, default=96, help="held-out questions per kind in the log")
     p.add_argument("--probe-minutes", type=float, default=6.0)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmfast.core import StageDidNotFire, Unsupported, VisualTokens
+from vlmfast.core import StageDidNotFire, Unsupported, VisualTokens, tower_block
 from vlmfast.families import Family
 from vlmfast.families.qwen import Qwen, grid_items, group_mean, kept_seqlens
 from vlmfast.runtime.clock import clock
@@ -46,7 +46,9 @@ class TowerHooks:
     def at(self) -> int | None:
         """The block to prune before; None when the running pruner does not act in the tower."""
         pruner = self.columns.pruner
-        return None if pruner is None or pruner.keep >= 1 else pruner.after_block
+        if pruner is None or pruner.keep >= 1:
+            return None
+        return tower_block(pruner.after_block, len(self.tower.blocks))  # type: ignore[arg-type]
 
     def check(self) -> None:
         """Raise unless the asked-for block exists."""
@@ -107,6 +109,7 @@ class TowerHooks:
         stored = self.columns.tower_kept = self.columns.tower_kept or {}
         stored[kind or "image"] = kept
         self.columns.stats["select_ms"] += (clock(self.model) - start) * 1e3
+        self.columns.stats["tower_block"] = self.at
         return hidden.view(-1, self.unit, hidden.shape[-1])[self.groups].flatten(0, 1)
 
     def _merged(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:

@@ -255,7 +255,7 @@ class Encoder:
 
 def _check_pruner(prune: Any) -> None:
     name = type(prune).__name__
-    if getattr(prune, "after_block", None) is not None:
+    if getattr(prune, "after_block", None) not in (None, "auto"):
         raise Unsupported(
             f"{name}(after_block=...) prunes inside the tower, a stream at its output: leave after_block=None"
         )
