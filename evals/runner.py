@@ -55,8 +55,12 @@ class Runner:
                 (videos if clip else images).append(item.frames if clip else item)
                 if clip:
                     metadata.append(_metadata(item))
-            content.append({"type": "text", "text": s.question})
-            turns: list[dict[str, Any]] = [{"role": "user", "content": content}]
+            turns: list[dict[str, Any]] = []
+            for question, answer in s.before:
+                turns.append({"role": "user", "content": [*content, {"type": "text", "text": question}]})
+                turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+                content = []
+            turns.append({"role": "user", "content": [*content, {"type": "text", "text": s.question}]})
             if self.system:
                 turns.insert(0, {"role": "system", "content": [{"type": "text", "text": self.system}]})
             texts.append(self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))

@@ -17,7 +17,8 @@ from vlmfast.core import UserError
 
 POCKET_KINDS = (
     "presence", "colour", "shape", "count", "relation", "location", "digits", "motion", "order", "when", "what-when",
-    "how-often", "needle", "during", "caption",
+    "how-often", "needle", "during", "follow-up",
+    "caption",
 )  # fmt: skip
 # at least 1,000 visual tokens each: stills of 512 pixels a side, clips of 16 frames at 192 or of 64 at 96
 LONG = {k: {"size": 512} for k in ("presence", "colour", "shape", "count", "location", "digits")} | {
@@ -39,6 +40,7 @@ class Sample:
     cluster: str = ""  # questions about one clip or image share it: they are not independent
     kind: str = ""
     choices: list[str] | None = None
+    before: list[tuple[str, str]] = field(default_factory=list)  # turns (question, answer) about the media so far
     error: str | None = None  # why its media could not be read
 
 
@@ -120,7 +122,7 @@ def pocket(name: str) -> Task:
         item = world.sample(k, seed, **{"split": "test", **extra.get(k, {}), **options})
         media = Clip(item.frames.numpy(), item.fps) if item.is_video else item.frames[0].numpy()
         return Sample(f"{k}/{seed}", item.question, [item.answer], [media], functools.partial(world.score, item),
-                      cluster=f"{k}/{seed}", kind=k, choices=item.choices)  # fmt: skip
+                      cluster=f"{k}/{seed}", kind=k, choices=item.choices, before=item.before)  # fmt: skip
 
     caption = kind == "caption"
     return Task(

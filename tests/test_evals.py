@@ -339,3 +339,13 @@ def test_every_table_names_methods_and_tasks_that_exist() -> None:
 
     for table in tables.TABLES.values():
         assert len(methods.named(table.methods, draft="some/draft")) > 5 and tasks.get(table.task).ids
+
+
+def test_turns_before_the_question_are_said() -> None:
+    sample = tasks.get("pocket/follow-up").sample(0)
+    run = runner.load("pocket")
+    text = run.processor.tokenizer.decode(run.inputs([sample])["input_ids"][0])
+    (question, said), visual = sample.before[0], text.index("<|vision_end|>")
+    places = [text.index(part.rstrip(" ?."), visual) for part in (question, said, sample.question)]
+    assert places == sorted(places)
+    assert text.count("assistant") == 2

@@ -128,6 +128,29 @@ def test_training_resumes_where_it_stopped(tmp_path: Path, monkeypatch: pytest.M
         torch.testing.assert_close(value, twice[key], atol=1e-6, rtol=1e-5)
 
 
+def test_the_tower_is_frozen_until_it_thaws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = batches.Recipe(2, (64, 64), objects=(1, 1), tokens=40)
+    monkeypatch.setattr(train.curriculum, "choose", lambda step, progress, rows: tiny)
+    fresh = models.build("target").state_dict()
+    for thaw in (2.0, 0.0):
+        train.main(["--runs", str(tmp_path / str(thaw)), "--steps", "1", "--probe", "0", "--device", "cpu",
+                    "--eyes", "0", "--thaw", str(thaw)])  # fmt: skip
+        model = models.build("target")
+        state.load(tmp_path / str(thaw) / "target.safetensors", model)
+        same = {k: torch.equal(v, fresh[k]) for k, v in model.state_dict().items()}
+        assert not same["model.language_model.layers.0.mlp.up_proj.weight"]
+        assert same["model.visual.merger.mlp.0.weight"] == (thaw > 1)
+
+
+def test_training_may_start_from_a_checkpoint() -> None:
+    shipped, _ = pocket.load()
+    model = models.start(pocket.path())
+    same = {k: torch.equal(v, shipped.state_dict()[k].float()) for k, v in model.state_dict().items()}
+    began_anew = {k for k, s in same.items() if not s}
+    assert began_anew
+    assert all("o_proj" in k or "down_proj" in k for k in began_anew)
+
+
 def test_draft_starts_from_the_target_and_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = models.build("target")
     state.save(tmp_path / "target.safetensors", target, [], {"step": 0, "seconds": 0.0, "rows": 0})
@@ -176,15 +199,20 @@ def test_the_eyes_learn_from_tokens_that_hold_objects(tmp_path: Path) -> None:
     from vlmfast.pocket import eyes
     from vlmfast.pocket.scenes import Rng, still
 
-    scenes = [still(Rng(4, i), "train", (64, 64), (3, 6), text=0.0) for i in range(3)]
-    where, what = eyes.targets(scenes, 0.0, 4, 4)
-    assert len(where) == len(what) <= sum(len(s.objects) for s in scenes)
+    scenes = [still(Rng(4, i), "train", (64, 64), (3, 6), text=1.0) for i in range(3)]
+    what = eyes.targets(scenes, 0.0, 4, 4)
+    assert what.shape == (48, len(eyes.KINDS))
+    assert 0 < (what[:, 0] > 0).sum() <= sum(len(s.objects) for s in scenes)
+    assert ((what[:, 0] == 0) == (what[:, 1] == eyes.NOWHERE)).all()  # nothing has no colour
     obj = scenes[1].objects[-1]
     token = 16 + int(obj.y * 4) * 4 + int(obj.x * 4)
-    assert what[where.tolist().index(token), 0] == eyes.KINDS[0].index(obj.shape)
+    assert what[token, 0] == eyes.KINDS["shape"].index(obj.shape)
+    for i, scene in enumerate(scenes):  # the characters of a text, read from left to right
+        slots = what[16 * i : 16 * i + 16, 4:].flatten()
+        assert "".join(eyes.GLYPHS[int(s)] for s in slots if s) == scene.texts[0].string
     model = models.build("target")
     before = model.model.visual.merger.mlp[2].weight.clone()
     learner = eyes.Eyes(model, torch.device("cpu"), rows=2)
     learner.steps = eyes.FRESH  # past the steps in which only the reader learns
-    assert learner.step(1, 1e-3).shape == (4,)
+    assert set(learner.step(1, 1e-3)) == set(eyes.KINDS)
     assert not torch.equal(before, model.model.visual.merger.mlp[2].weight)

@@ -101,6 +101,37 @@ def test_captions_state_their_facts_and_lies_cost() -> None:
     assert world.score_caption(item.answer + " " + item.answer, item.facts)["f1"] == 1.0
 
 
+def test_a_flash_is_bright_and_something_is_shown_in_it() -> None:
+    for seed in range(10):
+        item = world.sample("during", seed, "test")
+        scene = item.meta["scene"]
+        corner = item.frames[:, 0, 0].float().mean(-1)  # frames are half a second apart
+        lit = corner[2 * scene.flash : 2 * scene.flash + 2]
+        shown = [o for o in scene.objects if o.t_in <= scene.flash < o.t_out]
+        assert item.answer in {o.name for o in shown}
+        same = [b.t_in <= 0 for b in scene.backgrounds]
+        if all(same) and all(o.cell != 0 for o in scene.objects):
+            dark = torch.cat([corner[: 2 * scene.flash], corner[2 * scene.flash + 2 :]])
+            assert lit.min() > dark.max() + 20
+
+
+def test_a_follow_up_needs_the_turn_before() -> None:
+    for seed in range(20):
+        item = world.sample("follow-up", seed, "test")
+        (first, said), words = item.before[0], item.question.split()
+        assert "it" in words
+        scene = item.meta["scene"]
+        obj = next(o for o in scene.objects if {o.colour, o.shape} <= {*first.split(), said})
+        assert item.answer in {questions.PLACES[obj.cell], obj.move, f"second {int(obj.t_in)}"}
+
+
+def test_things_keep_their_size_in_wider_pictures() -> None:
+    for side in (64, 128, 256, 512):
+        radii = [o.radius * side for s in range(20) for o in still(Rng(9, s), "train", (side, side), (1, 4)).objects]
+        assert 5 < min(radii) < 9
+        assert 8 < max(radii) < 13
+
+
 def test_digits_may_be_spelled_out() -> None:
     item = world.sample("digits", 0, "test")
     assert world.score(item, " ".join(item.answer) + ".") == 1.0

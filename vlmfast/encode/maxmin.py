@@ -26,7 +26,7 @@ class MaxMin(Pruner):
 
     def select_body(self, tokens: VisualTokens, budget: int) -> Tensor:
         x = normalize(tokens.features.float(), dim=-1).nan_to_num_()
-        distance = 1 - x @ x.T
+        distance = gram(x).neg_().add_(1)
         n = tokens.n
         nearest_other = (distance + torch.eye(n, device=x.device) * 4).min(1).values
         chosen = torch.empty(budget, dtype=torch.long, device=x.device)
@@ -39,6 +39,19 @@ class MaxMin(Pruner):
             torch.minimum(gap, distance.index_select(0, best[None])[0], out=gap)
             gap.index_fill_(0, best[None], -1)
         return with_floor(chosen, gap, tokens.frame, tokens.frames, self.floor)
+
+
+def gram(x: Tensor, blocks: int = 8) -> Tensor:
+    """x @ x.T of x (N, D), each pair of rows multiplied once: little more than half the work of the plain product."""
+    n = len(x)
+    if x.is_cuda or n < 64 * blocks:
+        return x @ x.T
+    out, step = x.new_empty(n, n), -(-n // blocks)
+    for a in range(0, n, step):
+        b = min(n, a + step)
+        torch.mm(x[a:b], x[a:].T, out=out[a:b, a:])
+        out[b:, a:b] = out[a:b, b:].T
+    return out
 
 
 def with_floor(chosen: Tensor, gap: Tensor, frame: Tensor, t: int, floor: int) -> Tensor:

@@ -18,7 +18,8 @@ import torch
 from vlmfast.pocket.captions import caption
 from vlmfast.pocket.models import MERGE, PATCH, TEMPORAL
 from vlmfast.pocket.models import tokenizer as _build_tokenizer
-from vlmfast.pocket.questions import CLIP_KINDS, STILL_KINDS, ask
+from vlmfast.pocket.questions import CLIP_KINDS, STILL_KINDS
+from vlmfast.pocket.questions import turns as ask_turns
 from vlmfast.pocket.render import render
 from vlmfast.pocket.scenes import Rng, Scene, moving, still
 from vlmfast.pocket.world import scene_for
@@ -130,11 +131,11 @@ def chat_about(scene: Scene, rng: Rng, tokens: int, describe: float = 0.5, kinds
     for _ in range(40):
         if used > tokens - 14 and (turns or whole):
             break
-        asked = ask(rng.pick(pool), scene, rng)
-        if asked is not None and asked[0] not in seen:
-            seen.add(asked[0])
-            turns.append(asked)
-            used += len(asked[0].split()) + len(asked[1].split()) + 6
+        asked = ask_turns(rng.pick(pool), scene, rng)
+        if asked is not None and asked[0][0] not in seen:
+            seen.add(asked[0][0])
+            turns += asked
+            used += sum(len(q.split()) + len(a.split()) + 6 for q, a in asked)
     if whole and not first:
         turns.append(described)
     return turns or [described]

@@ -62,8 +62,12 @@ def teacher_forced(
     frames = torch.stack([s.frames for s in items]).to(device)
     if blank:
         frames = torch.full_like(frames, 127)
-    batch = batches.tensors(model, frames, [[(s.question, s.answer)] for s in items], items[0].fps, device)
+    chats = [[*s.before, (s.question, s.answer)] for s in items]
+    batch = batches.tensors(model, frames, chats, items[0].fps, device)
     labels = batch.pop("labels")
+    speaks = batch["input_ids"] == batches.ids_of("assistant")[0]
+    last = speaks.shape[1] - 1 - speaks.flip(1).int().argmax(1)  # where the turn that counts begins to be answered
+    labels[torch.arange(labels.shape[1], device=labels.device) < last[:, None]] = -100
     with torch.autocast(device.type, torch.bfloat16, enabled=fast):
         guess = model(**batch, use_cache=False).logits[:, :-1].argmax(-1)
     asked = labels[:, 1:] >= 0

@@ -15,7 +15,7 @@ from vlmfast.pocket.scenes import COLOUR_NAMES, DIRECTIONS, HELD_OUT, NEEDLE, PL
 QA = tuple[str, str]
 
 STILL_KINDS = ("presence", "colour", "shape", "count", "relation", "location", "digits")
-CLIP_KINDS = ("motion", "order", "when", "what-when", "how-often", "needle", "during")
+CLIP_KINDS = ("motion", "order", "when", "what-when", "how-often", "needle", "during", "follow-up")
 KINDS = (*STILL_KINDS, *CLIP_KINDS, "caption")
 RELATIONS = ("left", "right", "above", "below")
 COUNTS = ("1", "2", "3", "4")
@@ -171,6 +171,28 @@ def _during(scene: Scene, rng: Rng, want: str | None) -> QA | None:
     return _choose(rng, [("what is shown when the light flashes ?", o.name) for o in lit], want)
 
 
+def follow_up(scene: Scene, rng: Rng, want: str | None = None) -> tuple[QA, QA] | None:
+    """Two turns: one that names an object, and one that asks about "it" what the first does not tell."""
+    options: list[tuple[QA, QA]] = []
+    for attribute in ("shape", "colour"):
+        for obj in _only(_plain(scene), attribute):
+            turn = (f"what colour is the {obj.shape} ?", obj.colour)
+            if attribute == "colour":
+                turn = (f"what shape is the {obj.colour} object ?", obj.shape)
+            options.append((turn, ("where is it ?", PLACES[obj.cell])))
+            if obj.move:
+                options.append((turn, ("which way does it move ?", obj.move)))
+            if obj in _arrivals(scene):
+                options.append((turn, ("when does it appear ?", f"second {int(obj.t_in)}")))
+    options = [o for o in options if want is None or o[1][1] == want]
+    return rng.pick(options) if options else None
+
+
+def _follow_up(scene: Scene, rng: Rng, want: str | None) -> QA | None:
+    found = follow_up(scene, rng, want)
+    return found[1] if found else None
+
+
 ASK: dict[str, Callable[[Scene, Rng, str | None], QA | None]] = {
     "presence": _presence,
     "colour": _colour,
@@ -186,7 +208,17 @@ ASK: dict[str, Callable[[Scene, Rng, str | None], QA | None]] = {
     "how-often": _how_often,
     "needle": _needle,
     "during": _during,
+    "follow-up": _follow_up,
 }
+
+
+def turns(kind: str, scene: Scene, rng: Rng, want: str | None = None) -> list[QA] | None:
+    """`ask` with the turns that come before the question, oldest first; the last is the one asked."""
+    if kind == "follow-up":
+        found = follow_up(scene, rng, want)
+        return list(found) if found else None
+    asked = ask(kind, scene, rng, want)
+    return [asked] if asked else None
 
 
 def ask(kind: str, scene: Scene, rng: Rng, want: str | None = None) -> QA | None:

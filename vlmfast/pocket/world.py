@@ -14,7 +14,7 @@ import torch
 
 from vlmfast.pocket.captions import Fact, caption, facts, normalise, read_facts, score_caption
 from vlmfast.pocket.clips import LongClip, clip
-from vlmfast.pocket.questions import CLIP_KINDS, KINDS, STILL_KINDS, answers, ask, subjects
+from vlmfast.pocket.questions import CLIP_KINDS, KINDS, STILL_KINDS, answers, subjects, turns
 from vlmfast.pocket.render import render
 from vlmfast.pocket.scenes import HELD_OUT, Rng, Scene, moving, still, written
 
@@ -46,6 +46,7 @@ class Sample:
     frames : uint8 (T, H, W, 3).
     fps : frames per second of a clip.
     choices : the closed set of answers, or None.
+    before : earlier turns (question, answer) about the same clip, oldest first.
     facts : of a caption, what it must state; else None.
     meta : kind, seed, split, `heldout` (a held-out pair occurs), evidence `(start, end)` in seconds, the `scene`.
     """
@@ -57,6 +58,7 @@ class Sample:
     answer: str
     choices: list[str] | None = None
     facts: frozenset[Fact] | None = None
+    before: list[tuple[str, str]] = field(default_factory=list)
     meta: dict[str, Any] = field(default_factory=dict)
 
 
@@ -119,16 +121,16 @@ def sample(
     for _ in range(2000):
         scene = scene_for(kind, rng, split, shape, length, objects)
         if kind == "caption":
-            asked: tuple[str, str] | None = (
-                "describe the picture ." if scene.still else "describe the clip .",
-                caption(scene, rng),
-            )
+            chat: list[tuple[str, str]] | None = [
+                ("describe the picture ." if scene.still else "describe the clip .", caption(scene, rng))
+            ]
         else:
-            asked = ask(kind, scene, rng, want)
-        if asked is not None:
+            chat = turns(kind, scene, rng, want)
+        if chat is not None:
             break
     else:
         raise RuntimeError(f"no {kind} question with answer {want!r} in 2000 scenes (seed {seed}, objects {objects})")
+    asked = chat[-1]
     frames = render([scene], device)[0]
     held = any((o.colour, o.shape) in HELD_OUT for o in scene.objects)
     meta = {
@@ -147,6 +149,7 @@ def sample(
         asked[1],
         choices,
         facts(scene) if kind == "caption" else None,
+        chat[:-1],
         meta,
     )
 
