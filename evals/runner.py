@@ -89,7 +89,8 @@ class Runner:
             rest = [s for s in samples if not s.error]
             done = {r["id"]: r for r in (self.ask(rest, plan, method, tokens) if rest else [])}
             return [done.get(s.id) or _failed(s, method, str(s.error)) for s in samples]
-        if len(samples) > 1 and (method in self.alone or plan.speculate is not None):
+        drafts = plan.speculate is not None and plan.speculate.otherwise == "refuse"
+        if len(samples) > 1 and (method in self.alone or drafts):
             return [r for s in samples for r in self.ask([s], plan, method, tokens)]
         try:
             return self._ask(samples, plan, method, tokens)

@@ -559,3 +559,23 @@ def test_a_plan_with_speculation_survives_json(tmp_path: Any) -> None:
     with vlmfast.accelerate(model, again) as fast:  # the tokenizer beside the model serves the guards
         plain(model, batch)
         assert fast.report.decode["rule"] == "loose"
+
+
+@pytest.mark.parametrize("asked", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}, {}])
+def test_a_plan_may_let_calls_that_cannot_be_drafted_pass(asked: dict[str, Any]) -> None:
+    model = tiny.build("qwen2_5_vl")
+    batch = tiny.inputs("qwen2_5_vl", batch=1 if asked else 2)
+    options = {"max_new_tokens": 6, "do_sample": False, **asked}
+    torch.manual_seed(0)
+    expected = model.generate(**batch, **options)
+    with vlmfast.accelerate(model, speculate=Speculate(PromptLookup())), pytest.raises(Unsupported):
+        model.generate(**batch, **options)
+    with vlmfast.accelerate(model, speculate=Speculate(PromptLookup(), otherwise="plain")) as fast:
+        torch.manual_seed(0)
+        assert torch.equal(model.generate(**batch, **options), expected)
+        assert any(n.startswith("speculate: not for this call") for n in fast.report.notes)
+        assert "verify_rounds" not in fast.report.decode
+        model.generate(**tiny.inputs("qwen2_5_vl"), max_new_tokens=6, do_sample=False)
+        assert fast.report.decode["verify_rounds"] > 0  # and one row is drafted again
+    with pytest.raises(UserError, match="otherwise='skip'"):
+        Speculate(otherwise="skip")

@@ -216,3 +216,28 @@ def test_the_eyes_learn_from_tokens_that_hold_objects(tmp_path: Path) -> None:
     learner.steps = eyes.FRESH  # past the steps in which only the reader learns
     assert set(learner.step(1, 1e-3)) == set(eyes.KINDS)
     assert not torch.equal(before, model.model.visual.merger.mlp[2].weight)
+
+
+def test_insight_knows_what_comes_and_goes() -> None:
+    from vlmfast.pocket.insight import COMES, GONE, NOTHING, STAYS, Insight, events
+
+    item = next(s for i in range(99) if (s := world.sample("during", i, "train")).meta["scene"].flash < 6)
+    scene = item.meta["scene"]
+    obj = next(o for o in scene.objects if o.t_in == scene.flash and o.t_out == o.t_in + 1)
+    found = events([scene], (8, 4, 4))[0, :, int(obj.y * 4), int(obj.x * 4)]
+    second = scene.flash
+    assert found[second] == COMES
+    assert found[second + 1] == GONE
+    still = events([world.sample("colour", 1, "train").meta["scene"]], (1, 4, 4))
+    assert set(still.unique().tolist()) == {NOTHING, STAYS}
+    model = models.build("target")
+    side = Insight(model, torch.device("cpu"), 1e-3)
+    batch = batches.tensors(model, item.frames[None], [[(item.question, item.answer)]])
+    batch.pop("labels")
+    model(**batch)
+    before = side.reader[1].weight.clone()
+    side.loss([scene], (8, 4, 4), batches.VISUAL_FROM).backward()
+    side.step()
+    assert not torch.equal(before, side.reader[1].weight)
+    assert model.model.language_model.layers[2].mlp.up_proj.weight.grad is not None
+    assert model.model.language_model.layers[3].mlp.up_proj.weight.grad is None

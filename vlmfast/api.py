@@ -130,19 +130,7 @@ class Accelerated:
                 stage.clear()
             self.meter.reset()
             ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-            if self.plan.speculate is not None:
-                from vlmfast.decode import loop
-
-                loop.check(self.model, self.plan.speculate, args, kwargs)
-                kwargs["custom_generate"] = loop.build(
-                    self.model,
-                    self.plan.speculate,
-                    streamer=kwargs.get("streamer"),
-                    columns=self.columns,
-                    draft=self.draft,
-                    inputs=kwargs,
-                    sink=self._stage["decode"].update,
-                )
+            self._speculate(args, kwargs)
             try:
                 out = inner(*args, **kwargs)
                 if self._reuse is not None:
@@ -154,6 +142,30 @@ class Accelerated:
             return out
 
         return generate
+
+    def _speculate(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Put our loop into the arguments of `generate`, unless the call cannot be drafted and the plan allows it."""
+        plan = self.plan.speculate
+        if plan is None:
+            return
+        from vlmfast.decode import loop
+
+        try:
+            loop.check(self.model, plan, args, kwargs)
+        except Unsupported as e:
+            if plan.otherwise == "refuse":
+                raise
+            self._stage["decode"]["notes"] = [f"speculate: not for this call ({e}), decoded by transformers"]
+            return
+        kwargs["custom_generate"] = loop.build(
+            self.model,
+            plan,
+            streamer=kwargs.get("streamer"),
+            columns=self.columns,
+            draft=self.draft,
+            inputs=kwargs,
+            sink=self._stage["decode"].update,
+        )
 
     def _refuse(self, option: Callable[[str], Any]) -> None:
         if self.columns.active or hasattr(self.plan.prune, "cuts") or self.plan.kv is not None:

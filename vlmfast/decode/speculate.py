@@ -18,6 +18,8 @@ class Speculate:
     accept: an acceptance rule (`decode.ACCEPT`); length: tokens drafted per round, or "adaptive": the length that
     running acceptance and measured costs favour, at most `most`. tokenizer: for rules whose guards know words; without
     it the one given to `generate(tokenizer=...)`, or the one beside the model's files, is used. Greedy or sampling.
+    otherwise: what a call that cannot be drafted gets (several rows, beams, ...): "refuse" raises Unsupported, "plain"
+    decodes it as transformers does and says so in the report's notes.
     """
 
     draft: Any = None
@@ -25,6 +27,7 @@ class Speculate:
     length: int | str = "adaptive"
     most: int = 10
     tokenizer: Any = field(default=None, repr=False, compare=False)
+    otherwise: str = "refuse"
     name: ClassVar[str] = "speculate"
 
     def __post_init__(self) -> None:
@@ -42,6 +45,8 @@ class Speculate:
         )
         if not ok:
             raise UserError(f"length={self.length!r} must be a whole number of tokens, at least 1, or 'adaptive'")
+        if self.otherwise not in ("refuse", "plain"):
+            raise UserError(f'otherwise={self.otherwise!r} is not known; use "refuse" or "plain"')
         if isinstance(self.most, bool) or not isinstance(self.most, int) or self.most < 1:
             raise UserError(f"most={self.most!r} must be a whole number of tokens, at least 1")
 

@@ -25,6 +25,7 @@ from vlmfast.pocket.scenes import Rng, Scene, moving, still
 from vlmfast.pocket.world import scene_for
 
 Turns = list[tuple[str, str]]
+VISUAL_FROM = 3  # column of the first visual token: after <|im_start|> user <|vision_start|>
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def tensors(
         ids[i, : len(a)], labels[i, : len(b)] = torch.tensor(a), torch.tensor(b)
     kind = "video" if video else "image"
     types = torch.zeros(1, length, dtype=torch.int32)
-    types[0, 3 : 3 + visual] = 2 if video else 1
+    types[0, VISUAL_FROM : VISUAL_FROM + visual] = 2 if video else 1
     grids = torch.tensor([grid])
     extra = {"second_per_grid_ts": torch.tensor([TEMPORAL / fps])} if video else {}
     position, _ = model.model.get_rope_index(

@@ -44,9 +44,19 @@ def set_rate(opts: Iterable[torch.optim.Optimizer], lr: float, tower: float = 1.
             group["lr"] = lr * factor * (tower if group["tower"] else 1.0)
 
 
-def save(file: Path, model: torch.nn.Module, opts: Iterable[torch.optim.Optimizer], counters: dict[str, Any]) -> None:
-    """Write everything a resumed run needs; a kill at any moment leaves the old file or the new one, never half."""
+def save(
+    file: Path,
+    model: torch.nn.Module,
+    opts: Iterable[torch.optim.Optimizer],
+    counters: dict[str, Any],
+    side: torch.nn.Module | None = None,
+) -> None:
+    """Write everything a resumed run needs; a kill at any moment leaves the old file or the new one, never half.
+
+    side: a module that is trained beside the model and not part of it.
+    """
     data = {f"model/{k}": v.detach().float().cpu().contiguous() for k, v in model.state_dict().items()}
+    data |= {f"side/{k}": v.detach().float().cpu().contiguous() for k, v in (side.state_dict() if side else {}).items()}
     for i, opt in enumerate(opts):
         for j, slots in opt.state_dict()["state"].items():
             for name, value in slots.items():
@@ -57,15 +67,24 @@ def save(file: Path, model: torch.nn.Module, opts: Iterable[torch.optim.Optimize
     os.replace(part, file)
 
 
-def load(file: Path, model: torch.nn.Module, opts: Iterable[torch.optim.Optimizer] = ()) -> dict[str, Any]:
-    """Restore what `save` wrote; returns the counters."""
+def load(
+    file: Path,
+    model: torch.nn.Module,
+    opts: Iterable[torch.optim.Optimizer] = (),
+    side: torch.nn.Module | None = None,
+) -> dict[str, Any]:
+    """Restore what `save` wrote; returns the counters. A file without a side module leaves that as it is."""
     weights: dict[str, torch.Tensor] = {}
+    beside: dict[str, torch.Tensor] = {}
     moments: dict[str, torch.Tensor] = {}
     with safe_open(str(file), framework="pt") as handle:
         counters: dict[str, Any] = json.loads(handle.metadata()["counters"])
         for key in sorted(handle.keys()):
-            (weights if key.startswith("model/") else moments)[key] = handle.get_tensor(key)
+            kind = {"model": weights, "side": beside}.get(key.split("/")[0], moments)
+            kind[key] = handle.get_tensor(key)
     model.load_state_dict({k.removeprefix("model/"): v for k, v in weights.items()})
+    if side is not None and beside:
+        side.load_state_dict({k.removeprefix("side/"): v for k, v in beside.items()})
     for i, opt in enumerate(opts):
         current = opt.state_dict()
         slots: dict[int, dict[str, torch.Tensor]] = {}

@@ -18,8 +18,9 @@ import torch
 from torch.nn import functional as F
 
 from vlmfast.pocket import batches, curriculum, eyes, models, state
+from vlmfast.pocket.insight import LAYER, Insight
 from vlmfast.pocket.probe import Probe
-from vlmfast.pocket.scenes import DIRECTIONS, SHAPES
+from vlmfast.pocket.scenes import DIRECTIONS, SHAPES, Scene
 
 GROW = 0.6  # share of the run with the lower half of the text layers only, at half the price
 THAW, TOWER = 0.65, 0.3  # share of the run with the tower frozen; its rate after that, relative to the rest
@@ -57,16 +58,18 @@ def loss_of(
     return mean * min(1.0, (len(logits) / reference) ** 0.5), mean.detach(), logits
 
 
-def data(model: Any, step: int, progress: float, rows: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """The batch of one training step."""
+def data(
+    model: Any, step: int, progress: float, rows: int, device: torch.device
+) -> tuple[dict[str, torch.Tensor], list[Scene]]:
+    """The batch of one training step, and its scenes (none for easy-VQA)."""
     recipe = curriculum.choose(step, progress, rows)
     if isinstance(recipe, str):
         got = curriculum.easy(step)
         if got is not None:
-            return batches.tensors(model, got[0].to(device), got[1], device=device)
+            return batches.tensors(model, got[0].to(device), got[1], device=device), []
         recipe = curriculum.FEW  # easy-VQA is not installed: one more batch of our own
-    frames, chats, _ = batches.make(recipe, step, device)
-    return batches.tensors(model, frames, chats, device=device)
+    frames, chats, scenes = batches.make(recipe, step, device)
+    return batches.tensors(model, frames, chats, device=device), scenes
 
 
 class Log:
@@ -100,21 +103,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model = models.start(args.start).to(device)
     # plain matmul attention: on the CPU the fused kernel's backward is several times slower at these short lengths
     model.set_attn_implementation("eager" if device.type == "cpu" else "sdpa")
-    opts = state.optimizers(model, args.lr)
+    opts, insight = state.optimizers(model, args.lr), Insight(model, device, args.lr)
+    every = [*opts, insight.opt]
     file = folder / "target.safetensors"
     counters: dict[str, Any] = {"step": 0, "seconds": 0.0, "rows": args.rows}
     if args.resume and file.exists():
-        counters = state.load(file, model, opts)
+        counters = state.load(file, model, every, insight.reader)
     if args.compile:  # one compilation serves all layers and lengths
         torch._dynamo.config.cache_size_limit = 64
-        for layer in model.model.language_model.layers:
-            layer.compile(dynamic=True)
+        for i, layer in enumerate(model.model.language_model.layers):
+            if i != LAYER:  # that one is listened to
+                layer.compile(dynamic=True)
     log, probe = Log(folder / "target.jsonl"), Probe(args.probe)
     done = counters.get("eyes", 0.0)
     if done < args.eyes:
         eyes.Eyes(model, device).train(60 * (args.eyes - done), args.lr, log, offset=round(done * 1_000_000))
         counters["eyes"] = args.eyes
-        state.save(file, model, opts, counters)
+        state.save(file, model, every, counters, insight.reader)
     total, saved, probed = 60.0 * args.minutes, time.monotonic(), counters["seconds"]
     model.train()
     running: list[float] = []
@@ -123,15 +128,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         models.set_depth(model, models.GROW_FROM if progress < args.grow else models.TEXT_LAYERS["target"])
         # frozen eyes: cheaper steps, and words that need not chase them
         model.model.visual.requires_grad_(progress >= args.thaw)
-        batch = data(model, counters["step"], progress, counters["rows"], device)
+        batch, scenes = data(model, counters["step"], progress, counters["rows"], device)
         share = rate(counters["step"], progress)
         state.set_rate(opts, args.lr * share, TOWER)
         loss, mean, _ = loss_of(model, batch)
+        if scenes:
+            grid = next(v for k, v in batch.items() if k.endswith("grid_thw"))[0].tolist()
+            side = (grid[0], grid[1] // models.MERGE, grid[2] // models.MERGE)
+            loss = loss + insight.loss(scenes, side, batches.VISUAL_FROM)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for opt in opts:
             opt.step()
             opt.zero_grad(set_to_none=True)
+        if scenes:
+            insight.step()
         counters["step"] += 1
         counters["rows"] += len(batch["labels"])
         counters["seconds"] += min(time.monotonic() - begun, 30.0)  # longer than that was a pause
@@ -154,10 +165,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             )
         if time.monotonic() - saved > 60:
             models.set_depth(model, models.TEXT_LAYERS["target"])
-            state.save(file, model, opts, counters)
+            state.save(file, model, every, counters, insight.reader)
             saved = time.monotonic()
     models.set_depth(model, models.TEXT_LAYERS["target"])
-    state.save(file, model, opts, counters)
+    state.save(file, model, every, counters, insight.reader)
     return counters
 
 

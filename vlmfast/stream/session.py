@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -104,6 +104,10 @@ class StreamSession(Intake):
                 f"{type(draft).__name__} drafts from the pixels, which a stream no longer has: use PromptLookup()"
             )
         self.retriever = parse(retrieve)
+        self.notes: list[str] = []
+        if getattr(self.plan.speculate, "otherwise", "") == "plain" and self._by_layer(self.retriever):
+            self.plan = replace(self.plan, speculate=None)
+            self.notes.append("speculate: needs the same blocks in every layer (Internal(scope='shared')), left out")
         self.dense = self.plan.speculate is not None or self.plan.kv is not None
         self._check_dense(self.retriever)
         self.eyes = Eyes(self.model, processor)
@@ -122,7 +126,6 @@ class StreamSession(Intake):
         self.recall = Recall(self.encoder, self.store, positions == "contiguous", text_after)
         self.turns: list[tuple[str, str]] = []
         self.lost_seconds = 0.0
-        self.notes: list[str] = []
         self.working_peak = 0
 
     # -- questions -----------------------------------------------------------------------------------------------------
@@ -230,8 +233,12 @@ class StreamSession(Intake):
             yield told
             told |= {k: v for k, v in fast.report.decode.items() if k != "tokens"}
 
+    @staticmethod
+    def _by_layer(retriever: Retriever | None) -> bool:
+        return isinstance(retriever, Internal) and retriever.scope == "layer"
+
     def _check_dense(self, retriever: Retriever | None) -> None:
-        if self.dense and isinstance(retriever, Internal) and retriever.scope == "layer":
+        if self.dense and self._by_layer(retriever):
             raise Unsupported(
                 "kv= and speculate= need the same blocks in every layer: use retrieve=Internal(scope='shared')"
             )

@@ -1,0 +1,94 @@
+"""Teach the early text layers to see change: a side task on the hidden states of visual tokens, in training only.
+
+A tower sees one second at a time. That something has appeared, or is gone, is known only to whoever compares seconds:
+the text layers. Answers tell them so once per question; this tells them once per token. A throw-away reader after text
+layer `LAYER` says of every visual token what happens there, in which second, and in which of the nine places it lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vlmfast.pocket.scenes import DIRECTIONS, PLACES, Obj, Scene
+
+LAYER = 2
+WEIGHT = 0.3  # of the side task in the loss
+NOTHING, STAYS, COMES, GONE = range(4)
+EVENT = torch.tensor([0.05, 0.3, 1.0, 1.0])  # weight of each
+SECONDS = 64
+
+
+def shown(obj: Obj, second: int) -> bool:
+    """Is the object drawn in the frames of this second?"""
+    return obj.t_in <= second < obj.t_out and second not in obj.blinks
+
+
+def token_of(obj: Obj, second: int, scene: Scene, rows: int, columns: int) -> tuple[int, int] | None:
+    """(row, column) of the token that holds the object's middle during this second."""
+    dx, dy = DIRECTIONS.get(obj.move, (0.0, 0.0))
+    done = obj.travel * (second + 0.25) / max(scene.frames / scene.fps, 1e-6)
+    column, row = int((obj.x + dx * done) * columns), int((obj.y + dy * done) * rows)
+    return (row, column) if 0 <= column < columns and 0 <= row < rows else None
+
+
+def events(scenes: Sequence[Scene], grid: tuple[int, int, int]) -> Tensor:
+    """What happens at each visual token, int64 (B, t, h, w); a grid step is one second."""
+    out = torch.full((len(scenes), *grid), NOTHING)
+    for number, scene in enumerate(scenes):
+        for obj in scene.objects:  # a later object covers an earlier one
+            for second in range(grid[0]):
+                before = second > 0 and shown(obj, second - 1)
+                if shown(obj, second):
+                    where, what = token_of(obj, second, scene, *grid[1:]), STAYS if before or not second else COMES
+                elif before:
+                    where, what = token_of(obj, second - 1, scene, *grid[1:]), GONE
+                else:
+                    continue
+                if where is not None:
+                    out[number, second, where[0], where[1]] = what
+    return out
+
+
+class Insight:
+    """The side task of one training run; the reader is not kept."""
+
+    def __init__(self, model: Any, device: torch.device, lr: float) -> None:
+        text = model.model.language_model
+        width = model.config.get_text_config().hidden_size
+        heads = len(EVENT) + SECONDS + len(PLACES)
+        self.reader = torch.nn.Sequential(torch.nn.RMSNorm(width), torch.nn.Linear(width, heads)).to(device)
+        self.opt = torch.optim.AdamW(self.reader.parameters(), lr=lr)
+        self.hidden: Tensor | None = None
+        text.layers[LAYER].register_forward_hook(self._see)
+
+    def _see(self, module: Any, args: tuple, output: Any) -> None:
+        self.hidden = output[0] if isinstance(output, tuple) else output
+
+    def loss(self, scenes: Sequence[Scene], grid: tuple[int, int, int], first: int) -> Tensor:
+        """Loss on the last forward's hidden states; visual tokens begin at column `first` of every row."""
+        assert self.hidden is not None
+        t, h, w = grid
+        what = events(scenes, grid).flatten(1).to(self.hidden.device)
+        read = self.reader(self.hidden[:, first : first + t * h * w].float())
+        event, second, place = read.split([len(EVENT), SECONDS, len(PLACES)], -1)
+        loss = F.cross_entropy(event.flatten(0, 1), what.flatten(), weight=EVENT.to(what.device))
+        row, column = torch.arange(h) * 3 // h, torch.arange(w) * 3 // w
+        places = (row[:, None] * 3 + column).flatten().repeat(t).expand_as(what.cpu()).to(what.device)
+        seconds = torch.arange(t).repeat_interleave(h * w).clamp(max=SECONDS - 1).expand_as(what.cpu()).to(what.device)
+        there = what > NOTHING
+        if bool(there.any()):
+            loss = loss + 0.5 * F.cross_entropy(place[there], places[there])
+            if t > 1:
+                loss = loss + 0.5 * F.cross_entropy(second[there], seconds[there])
+        return WEIGHT * loss
+
+    def step(self) -> None:
+        """After the backward pass."""
+        self.opt.step()
+        self.opt.zero_grad(set_to_none=True)
+        self.hidden = None
