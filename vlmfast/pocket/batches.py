@@ -119,7 +119,7 @@ def tensors(
 
 def chat_about(scene: Scene, rng: Rng, tokens: int, describe: float = 0.5, kinds: Sequence[str] | None = None) -> Turns:
     """Different questions about one scene until about `tokens` tokens are filled, with a description or without."""
-    pool = list(kinds or (STILL_KINDS if scene.still else CLIP_KINDS))
+    pool = list(kinds or ((*STILL_KINDS, "count", "relation") if scene.still else CLIP_KINDS))  # the slow ones twice
     turns: Turns = []
     used = 0
     described = ("describe the picture ." if scene.still else "describe the clip .", caption(scene, rng))

@@ -36,15 +36,15 @@ STAGES: list[tuple[float, list[tuple[Recipe | str, float]]]] = [
     (
         float("inf"),
         [
-            (FEW, 2.5),
+            (FEW, 4),
             (MORE, 1.5),
             (DIGITS, 1),
             ("easy", 0.6),
             (MID, 0.5),
             (WIDE, 0.4),
             (LARGE, 0.6),
-            (HUGE, 0.5),
-            (GIANT, 0.2),
+            (HUGE, 0.4),
+            (GIANT, 0.15),
             (CLIP4, 0.5),
             (CLIP8, 2),
             (WHEN, 1.2),

@@ -24,7 +24,7 @@ from vlmfast.pocket.scenes import DIRECTIONS, SHAPES, Scene
 
 GROW = 0.6  # share of the run with the lower half of the text layers only, at half the price
 THAW, TOWER = 0.65, 0.3  # share of the run with the tower frozen; its rate after that, relative to the rest
-WARMUP, DECAY = 100, 0.14  # steps of warm-up; last fraction of the run in which the rate falls to zero
+WARMUP, DECAY = 100, 0.35  # steps of warm-up; last fraction of the run in which the rate falls to zero
 
 
 def rate(step: int, progress: float) -> float:
