@@ -91,6 +91,8 @@ def _policies() -> list[Any]:
         p.SnapKV(keep=0.25, sinks=1, recent=2),
         p.AdaKV(keep=0.5, sinks=2, recent=4),
         p.AdaKV(keep=0.25, sinks=1, recent=2),
+        p.H2O(keep=0.5, sinks=2, recent=4),
+        p.H2O(keep=0.25, sinks=0, recent=2, heavy=0.3),
         p.StreamingLLM(keep=0.5, sinks=2, recent=4),
         p.StreamingLLM(keep=0.25, sinks=1, recent=2),
         p.KeyDiff(keep=0.5, sinks=2, recent=4),

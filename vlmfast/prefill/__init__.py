@@ -4,14 +4,19 @@ from vlmfast.prefill.adakv import AdaKV
 from vlmfast.prefill.base import KVPolicy
 from vlmfast.prefill.cache import KVLayer
 from vlmfast.prefill.full import Full
+from vlmfast.prefill.h2o import H2O
 from vlmfast.prefill.hybrid import HybridKV
 from vlmfast.prefill.keydiff import KeyDiff
 from vlmfast.prefill.random import Random
 from vlmfast.prefill.snapkv import SnapKV
 from vlmfast.prefill.streaming import StreamingLLM
 
-METHODS: dict[str, type[KVPolicy]] = {m.name: m for m in (HybridKV, SnapKV, AdaKV, StreamingLLM, KeyDiff, Random)}
+_POLICIES: tuple[type[KVPolicy], ...] = (
+    HybridKV, SnapKV, AdaKV, H2O, StreamingLLM, KeyDiff, Random,
+)  # fmt: skip
+METHODS: dict[str, type[KVPolicy]] = {m.name: m for m in _POLICIES}
 
 __all__ = [
-    "METHODS", "AdaKV", "Full", "HybridKV", "KVLayer", "KVPolicy", "KeyDiff", "Random", "SnapKV", "StreamingLLM",
+    "METHODS", "AdaKV", "Full", "H2O", "HybridKV", "KVLayer", "KVPolicy", "KeyDiff", "Random", "SnapKV",
+    "StreamingLLM",
 ]  # fmt: skip

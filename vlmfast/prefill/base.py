@@ -112,20 +112,24 @@ class KVPolicy:
 
     def compress(self, view: LayerView) -> CompressedLayer | None:
         """Choose what stays of every row. None when all rows fit."""
-        b, hk, _, _ = view.keys.shape
-        real = [(kinds != Kind.PAD).nonzero()[:, 0] for kinds in view.kinds]
+        real = real_columns(view)
         if all(self.fits(len(columns)) for columns in real):
             return None
+        choices = [None if self.fits(len(c)) else self.choose(row_of(view, i, c)) for i, c in enumerate(real)]
+        return self.gather(view, choices)
+
+    def gather(self, view: LayerView, choices: list[Choice | None]) -> CompressedLayer:
+        """One layer from the choices of its rows; None = the row stays whole."""
+        b, hk, _, _ = view.keys.shape
         keep: list[Tensor] = []
         device = view.keys.device
         dynamic = torch.zeros(b * hk, dtype=torch.bool, device=device)
         budget = torch.zeros(b * hk, dtype=torch.int64, device=device)
         stats: dict[str, Any] = {}
-        for i, columns in enumerate(real):
-            if self.fits(len(columns)):
+        for i, (columns, choice) in enumerate(zip(real_columns(view), choices, strict=True)):
+            if choice is None:
                 keep += [columns] * hk
                 continue
-            choice = self.choose(row_of(view, i, columns))
             keep += [columns[k] for k in choice.keep]
             if choice.dynamic is not None and choice.budget is not None:
                 dynamic[i * hk : (i + 1) * hk], budget[i * hk : (i + 1) * hk] = choice.dynamic, choice.budget
@@ -155,10 +159,14 @@ class KVPolicy:
         """Columns each head keeps; their mean is at most `total`. scores (Hk, n), protected columns +inf."""
         return [total] * scores.shape[0]
 
+    def share(self, row: Row) -> int:
+        """Columns a head of this row's layer may keep on average; at least `least()`, at most `row.n`."""
+        return self.total(row.n)
+
     def choose(self, row: Row) -> Choice:
         """Score, protect sinks and recent columns, keep the best of every head."""
         scores = protect(self.score(row).float(), self.sinks, self.recent)
-        counts = self.counts(scores, self.total(row.n))
+        counts = self.counts(scores, self.share(row))
         return Choice([best(s, c) for s, c in zip(scores, counts, strict=True)])
 
 
@@ -178,6 +186,11 @@ def best(scores: Tensor, count: int) -> Tensor:
 def max_pool(scores: Tensor, width: int) -> Tensor:
     """Maximum over `width` neighbouring columns (odd), same length: (Hk, n) -> (Hk, n)."""
     return torch.nn.functional.max_pool1d(scores[None], width, stride=1, padding=width // 2)[0] if width > 1 else scores
+
+
+def real_columns(view: LayerView) -> list[Tensor]:
+    """Columns of every batch row that are not padding, int64."""
+    return [(kinds != Kind.PAD).nonzero()[:, 0] for kinds in view.kinds]
 
 
 def row_of(view: LayerView, i: int, columns: Tensor) -> Row:

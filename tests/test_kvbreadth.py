@@ -1,0 +1,121 @@
+"""The breadth of KV policies: the laws on every one, and each rule against plain code on a small example by hand."""
+
+import copy
+import dataclasses
+
+import methods
+import pytest
+import tiny
+import torch
+from test_prefill import Accelerated, generate, prompt, state, steps, under, walk
+
+from vlmfast import prefill as p
+from vlmfast.core import Kind, LayerView, UserError
+from vlmfast.prefill.base import Row
+
+NEW = {"h2o"}  # the policies that came with this file
+ROWS = [row for row in methods.POLICIES if row.name in NEW]
+every_policy = pytest.mark.parametrize("policy", ROWS, ids=repr)
+
+
+# ---------------------------------------------------------------- the laws
+
+
+@every_policy
+def test_keep_one_is_bypassed_and_bit_identical(policy):
+    model, inputs = tiny.build("qwen3_vl"), prompt("qwen3_vl", batch=2, pad=1)
+    plain = generate(model, inputs, 3)
+    got, reports = under(dataclasses.replace(policy, keep=1.0), model, inputs, 3)
+    assert all(torch.equal(a, b) for a, b in zip(got.logits, plain.logits))
+    assert "kv: the context fits the budget, bypassed" in reports[0]["notes"]
+
+
+@every_policy
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_onevision"])
+def test_padded_rows_equal_single_rows_and_the_budget_holds(policy, family):
+    model = tiny.build(family)
+    args = {"media": ("image", "image"), "text": [20, 14], "batch": 2}
+    out, _ = under(policy, model, tiny.inputs(family, **args, pad=2), 5)
+    for i, row in enumerate(tiny.rows(family, **args)):
+        single, _ = under(policy, model, row, 5)
+        held = torch.stack([layer.lengths()[0] for layer in single.past_key_values.layers])
+        both = torch.stack([layer.lengths()[i] for layer in out.past_key_values.layers])
+        assert torch.equal(both, held)
+        total = policy.total(row["input_ids"].shape[1])
+        assert total - 1 < float(held.double().mean()) - 4 <= total  # 4 decoded columns beside the prompt's
+        logits = torch.stack([x[i] for x in out.logits]), torch.stack([x[0] for x in single.logits])
+        torch.testing.assert_close(*logits, atol=2e-4, rtol=1e-4)
+
+
+@every_policy
+def test_bytes_are_those_of_the_tensors(policy):
+    out, _ = under(policy, tiny.build("qwen2_5_vl"), prompt("qwen2_5_vl", batch=2, media=("image", "image")), 3)
+    for layer in out.past_key_values.layers:
+        tiers = layer.nbytes()
+        assert tiers["resident"] == sum(walk(layer)) and tiers["fast"] <= tiers["fast_allocated"]
+        assert tiers["fast"] == (2 * 16 * 4 + 4) * int(layer.lengths().sum()) + 8 * layer.lengths().numel()
+
+
+@every_policy
+def test_crop_after_compression_is_exact_and_reaches_into_the_prefill(policy):
+    model, inputs = tiny.build("qwen2_5_vl"), prompt("qwen2_5_vl", text=24)
+    ids = torch.randint(tiny.FIRST_TEXT, tiny.VOCAB, (1, 11), generator=torch.Generator().manual_seed(3))
+    with Accelerated(model, policy), torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        want, length = steps(model, copy.deepcopy(cache), ids[:, :3]), cache.get_seq_length()
+        steps(model, cache, ids[:, 3:8])
+        model(input_ids=ids[:, 8:], past_key_values=cache)
+        cache.crop(-8)
+        assert torch.equal(steps(model, cache, ids[:, :3]), want)
+        cache.crop(-13)  # three decoded columns and ten of the prompt
+        assert cache.get_seq_length() == length - 10
+        for layer in cache.layers:
+            for s in layer.stores():
+                assert all(int(s.positions[at + n - 1]) < length - 10 for at, n in zip(s.offsets, s.lengths))
+        assert steps(model, cache, ids[:, :3]).isfinite().all()
+
+
+@every_policy
+def test_removal_restores(policy):
+    model, inputs = tiny.build("qwen2_vl"), prompt("qwen2_vl")
+    before, plain = state(model), generate(model, inputs, 3)
+    got, _ = under(policy, model, inputs, 3)
+    assert not all(torch.equal(a, b) for a, b in zip(got.logits, plain.logits))
+    assert state(model) == before
+    assert all(torch.equal(a, b) for a, b in zip(generate(model, inputs, 3).logits, plain.logits))
+
+
+# ---------------------------------------------------------------- each rule by hand
+
+
+def example(n=12, hk=2, group=2, w=3, dh=4, seed=0, layer=0, layers=4, visual=None):
+    """A row of n columns: random keys and values, softmax weights of w queries, kinds (all text unless told)."""
+    gen = torch.Generator().manual_seed(seed)
+    keys, values = torch.randn(2, hk, n, dh, generator=gen)
+    window = torch.randn(hk * group, w, n, generator=gen).softmax(-1)
+    kinds = torch.full((n,), Kind.TEXT, dtype=torch.int8)
+    if visual is not None:
+        kinds[visual] = Kind.VISUAL
+    return Row(keys, values, kinds, window, layer, layers)
+
+
+def view_of(*rows):
+    """One-layer view of rows of equal length, without padding."""
+    queries = torch.ones(len(rows), rows[0].window.shape[1], dtype=torch.bool)
+    parts = [torch.stack([getattr(r, name) for r in rows]) for name in ("keys", "values", "kinds", "window")]
+    return LayerView(*parts, rows[0].layer, rows[0].layers, None, queries)
+
+
+def test_h2o_keeps_heavy_hitters_and_recent_columns():
+    row = example(n=12, w=3)
+    choice = p.H2O(budget=6, sinks=0, recent=1).choose(row)
+    for head, kept in enumerate(choice.keep):
+        summed = sum(row.window[2 * head + g, q] for g in range(2) for q in range(3))
+        heavy = sorted(range(9), key=lambda i: -summed[i])[:3]
+        assert kept.tolist() == sorted([*heavy, 9, 10, 11])
+
+
+@pytest.mark.parametrize(("build", "message"), [(lambda: p.H2O(heavy=1.2), "heavy=1.2 in h2o")])
+def test_bad_fields_are_named(build, message):
+    with pytest.raises(UserError, match=message):
+        build()
