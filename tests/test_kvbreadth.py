@@ -13,7 +13,7 @@ from vlmfast import prefill as p
 from vlmfast.core import Kind, LayerView, UserError
 from vlmfast.prefill.base import Row
 
-NEW = {"h2o"}  # the policies that came with this file
+NEW = {"h2o", "pyramidkv"}  # the policies that came with this file
 ROWS = [row for row in methods.POLICIES if row.name in NEW]
 every_policy = pytest.mark.parametrize("policy", ROWS, ids=repr)
 
@@ -115,7 +115,23 @@ def test_h2o_keeps_heavy_hitters_and_recent_columns():
         assert kept.tolist() == sorted([*heavy, 9, 10, 11])
 
 
-@pytest.mark.parametrize(("build", "message"), [(lambda: p.H2O(heavy=1.2), "heavy=1.2 in h2o")])
+def test_pyramidkv_falls_linearly_and_keeps_the_mean():
+    policy = p.PyramidKV(budget=50, sinks=2, recent=8, beta=20)
+    counts = [len(policy.choose(example(n=200, layer=i, layers=5)).keep[0]) for i in range(5)]
+    assert counts == [88, 69, 50, 31, 12]  # 10 always, and 78 ... 2 around 40 = 2 * 40 - 40 / 20 ... 40 / 20
+    tight = [len(policy.choose(example(n=70, layer=i, layers=5)).keep[0]) for i in range(5)]
+    assert tight == [70, 60, 50, 40, 30]  # the first layer holds all there is
+    row = example(n=70)
+    assert torch.equal(policy.score(row), p.SnapKV().score(row))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: p.H2O(heavy=1.2), "heavy=1.2 in h2o"),
+        (lambda: p.PyramidKV(beta=0.5), "beta=0.5 in pyramidkv"),
+    ],
+)
 def test_bad_fields_are_named(build, message):
     with pytest.raises(UserError, match=message):
         build()

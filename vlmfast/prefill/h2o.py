@@ -1,4 +1,4 @@
-"""H2O: half of the budget for the columns with the most accumulated attention, half for recent ones (arXiv 2306.14048)."""
+"""H2O: half of the budget for columns with the most accumulated attention, half for recent ones (arXiv 2306.14048)."""
 
 from __future__ import annotations
 
