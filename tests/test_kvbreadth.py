@@ -13,7 +13,7 @@ from vlmfast import prefill as p
 from vlmfast.core import Kind, LayerView, UserError
 from vlmfast.prefill.base import Row
 
-NEW = {"h2o", "pyramidkv"}  # the policies that came with this file
+NEW = {"h2o", "pyramidkv", "mixkv"}  # the policies that came with this file
 ROWS = [row for row in methods.POLICIES if row.name in NEW]
 every_policy = pytest.mark.parametrize("policy", ROWS, ids=repr)
 
@@ -125,11 +125,33 @@ def test_pyramidkv_falls_linearly_and_keeps_the_mean():
     assert torch.equal(policy.score(row), p.SnapKV().score(row))
 
 
+def test_mixkv_mixes_by_redundancy():
+    row = example(n=10)
+    row.keys[1] = torch.tensor([1.0, 0, 0, 0]) + 0.05 * row.keys[1]  # a head whose keys repeat each other
+    policy = p.MixKV()
+    score = policy.score(row)
+    for head in range(2):
+        keys = [k / k.norm() for k in row.keys[head]]
+        r = sum(float(a @ b) for i, a in enumerate(keys) for j, b in enumerate(keys) if i != j) / 90
+        r = min(1.0, max(0.0, r))
+        attention = row.window[2 * head : 2 * head + 2].mean((0, 1))
+        norm = row.values[head].norm(dim=-1)
+        norm = (norm - norm.min()) / (norm.max() - norm.min())
+        importance = attention + norm * attention.mean() / norm.mean()
+        mean = torch.stack(keys).mean(0)
+        unlike = -torch.stack([k @ mean / mean.norm() for k in keys])
+        unlike = (unlike - unlike.min()) / (unlike.max() - unlike.min())
+        want = r * unlike * importance.mean() / unlike.mean() + (1 - r) * importance
+        torch.testing.assert_close(score[head], want)
+        assert (r > 0.9) == (head == 1)
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
         (lambda: p.H2O(heavy=1.2), "heavy=1.2 in h2o"),
         (lambda: p.PyramidKV(beta=0.5), "beta=0.5 in pyramidkv"),
+        (lambda: p.MixKV(queries=0), "queries=0"),
     ],
 )
 def test_bad_fields_are_named(build, message):
