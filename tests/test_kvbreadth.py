@@ -13,7 +13,7 @@ from vlmfast import prefill as p
 from vlmfast.core import Kind, LayerView, UserError
 from vlmfast.prefill.base import Row
 
-NEW = {"h2o", "pyramidkv", "mixkv"}  # the policies that came with this file
+NEW = {"h2o", "pyramidkv", "cake", "mixkv"}  # the policies that came with this file
 ROWS = [row for row in methods.POLICIES if row.name in NEW]
 every_policy = pytest.mark.parametrize("policy", ROWS, ids=repr)
 
@@ -125,6 +125,40 @@ def test_pyramidkv_falls_linearly_and_keeps_the_mean():
     assert torch.equal(policy.score(row), p.SnapKV().score(row))
 
 
+def layers_of(policy, rows):
+    """What a policy that spans layers keeps of one row in each of them: a list per layer of a list per head."""
+    views = [view_of(row) for row in rows]
+    kept = policy.compress_all(views, [policy.rate(view) for view in views])
+    return [[k.tolist() for k in layer.keep] for layer in kept]
+
+
+def sharpened(row, power):
+    """The row with more concentrated attention."""
+    weights = row.window**power
+    return dataclasses.replace(row, window=weights / weights.sum(-1, keepdim=True))
+
+
+def test_cake_gives_columns_where_attention_is_dispersed_and_shifts():
+    rows = [sharpened(example(n=40, seed=i, layer=i, layers=3), power) for i, power in enumerate((0.5, 1.0, 3.0))]
+    policy = p.CAKE(budget=12, sinks=1, recent=2, tau1=1.6, tau2=0.8, pool=1, gamma=200.0)
+    want = []
+    for row in rows:
+        mean = row.window.mean(1)
+        h = sum(float(-(a * a.log()).sum()) for a in mean) / 4
+        v = sum(float(((w - w.mean(0)) ** 2).mean(0).sum()) for w in row.window) / 4
+        want.append(h ** (1 / 1.6) * v ** (1 / 0.8))
+    free = [3 + (36 - 9) * x / sum(want) for x in want]
+    kept = layers_of(policy, rows)
+    assert sum(len(layer[0]) for layer in kept) == 36
+    assert all(abs(len(layer[0]) - x) < 1 for layer, x in zip(kept, free))
+    for layer, row in zip(kept, rows):
+        for head, columns in enumerate(layer):
+            both = row.window[2 * head : 2 * head + 2]
+            score = (both.mean(1) + 200 * both.var(1, correction=0)).mean(0)[1:38]
+            best = 1 + score.topk(len(columns) - 3).indices
+            assert columns == sorted([0, 38, 39, *best.tolist()])
+
+
 def test_mixkv_mixes_by_redundancy():
     row = example(n=10)
     row.keys[1] = torch.tensor([1.0, 0, 0, 0]) + 0.05 * row.keys[1]  # a head whose keys repeat each other
@@ -151,6 +185,9 @@ def test_mixkv_mixes_by_redundancy():
     [
         (lambda: p.H2O(heavy=1.2), "heavy=1.2 in h2o"),
         (lambda: p.PyramidKV(beta=0.5), "beta=0.5 in pyramidkv"),
+        (lambda: p.CAKE(tau1=0), "temperatures are positive"),
+        (lambda: p.CAKE(pool=4), "pooling width is odd"),
+        (lambda: p.AdaKV(scorer=p.CAKE()), "decides over layers"),
         (lambda: p.MixKV(queries=0), "queries=0"),
     ],
 )

@@ -125,6 +125,7 @@ class Policy(Protocol):
     """What the runtime asks of a KV policy."""
 
     per_query: ClassVar[bool]  # wants every window query by itself; False = their mean (W times less memory)
+    spans: ClassVar[bool]  # decides for all layers together: `rate` and `compress_all` instead of `compress`
 
     def window(self) -> int:
         """Number of text queries whose attention it needs (0 = attention-free)."""
@@ -140,6 +141,14 @@ class Policy(Protocol):
 
     def compress(self, view: LayerView) -> CompressedLayer | None:
         """Choose what stays; None = the context fits the budget, leave the layer as it is."""
+        ...
+
+    def rate(self, view: LayerView) -> Any:
+        """What a policy that `spans` layers remembers of this one; the view's window is freed afterwards."""
+        ...
+
+    def compress_all(self, views: list[LayerView], rated: list[Any]) -> list[CompressedLayer]:
+        """Choose what stays of every layer, after the last one was rated; never called when all rows fit."""
         ...
 
 

@@ -3,6 +3,7 @@
 from vlmfast.prefill.adakv import AdaKV
 from vlmfast.prefill.base import KVPolicy
 from vlmfast.prefill.cache import KVLayer
+from vlmfast.prefill.cake import CAKE
 from vlmfast.prefill.full import Full
 from vlmfast.prefill.h2o import H2O
 from vlmfast.prefill.hybrid import HybridKV
@@ -14,11 +15,11 @@ from vlmfast.prefill.snapkv import SnapKV
 from vlmfast.prefill.streaming import StreamingLLM
 
 _POLICIES: tuple[type[KVPolicy], ...] = (
-    HybridKV, SnapKV, AdaKV, H2O, PyramidKV, MixKV, StreamingLLM, KeyDiff, Random,
+    HybridKV, SnapKV, AdaKV, H2O, PyramidKV, CAKE, MixKV, StreamingLLM, KeyDiff, Random,
 )  # fmt: skip
 METHODS: dict[str, type[KVPolicy]] = {m.name: m for m in _POLICIES}
 
 __all__ = [
-    "METHODS", "AdaKV", "Full", "H2O", "HybridKV", "KVLayer", "KVPolicy", "KeyDiff", "MixKV",
+    "METHODS", "AdaKV", "CAKE", "Full", "H2O", "HybridKV", "KVLayer", "KVPolicy", "KeyDiff", "MixKV",
     "PyramidKV", "Random", "SnapKV", "StreamingLLM",
 ]  # fmt: skip

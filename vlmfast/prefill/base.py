@@ -63,6 +63,7 @@ class KVPolicy:
 
     name: ClassVar[str]
     per_query: ClassVar[bool] = False  # the mean over the window's queries is enough
+    spans: ClassVar[bool] = False  # each layer is decided by itself, see `across.AcrossLayers`
     keep: float = 0.10
     budget: int | None = None
     sinks: int = 4
@@ -117,6 +118,14 @@ class KVPolicy:
             return None
         choices = [None if self.fits(len(c)) else self.choose(row_of(view, i, c)) for i, c in enumerate(real)]
         return self.gather(view, choices)
+
+    def rate(self, view: LayerView) -> Any:
+        """For policies that share a budget among layers, see `across.AcrossLayers`."""
+        raise NotImplementedError
+
+    def compress_all(self, views: list[LayerView], rated: list[Any]) -> list[CompressedLayer]:
+        """For policies that share a budget among layers, see `across.AcrossLayers`."""
+        raise NotImplementedError
 
     def gather(self, view: LayerView, choices: list[Choice | None]) -> CompressedLayer:
         """One layer from the choices of its rows; None = the row stays whole."""
