@@ -97,6 +97,8 @@ def _policies() -> list[Any]:
         p.PyramidKV(keep=0.25, sinks=1, recent=2, beta=3.0),
         p.CAKE(keep=0.5, sinks=2, recent=4),
         p.CAKE(keep=0.25, sinks=1, recent=2, tau1=0.5, tau2=1.5),
+        p.PrefixKV(keep=0.5, sinks=2, recent=4),
+        p.PrefixKV(keep=0.25, sinks=1, recent=2),
         p.MixKV(keep=0.5, sinks=2, recent=4),
         p.MixKV(keep=0.25, sinks=1, recent=2),
         p.StreamingLLM(keep=0.5, sinks=2, recent=4),

@@ -13,7 +13,7 @@ from vlmfast import prefill as p
 from vlmfast.core import Kind, LayerView, UserError
 from vlmfast.prefill.base import Row
 
-NEW = {"h2o", "pyramidkv", "cake", "mixkv"}  # the policies that came with this file
+NEW = {"h2o", "pyramidkv", "cake", "prefixkv", "mixkv"}  # the policies that came with this file
 ROWS = [row for row in methods.POLICIES if row.name in NEW]
 every_policy = pytest.mark.parametrize("policy", ROWS, ids=repr)
 
@@ -157,6 +157,21 @@ def test_cake_gives_columns_where_attention_is_dispersed_and_shifts():
             score = (both.mean(1) + 200 * both.var(1, correction=0)).mean(0)[1:38]
             best = 1 + score.topk(len(columns) - 3).indices
             assert columns == sorted([0, 38, 39, *best.tolist()])
+
+
+def test_prefixkv_keeps_one_share_of_attention_everywhere():
+    rows = [sharpened(example(n=60, seed=i, layer=i, layers=3), power) for i, power in enumerate((0.5, 1.0, 3.0))]
+    policy = p.PrefixKV(budget=20, sinks=0, recent=1)
+    curves = []
+    for row in rows:
+        mass = sorted(row.window.mean((0, 1)).tolist(), reverse=True)
+        curves.append([sum(mass[: k + 1]) / sum(mass) for k in range(60)])
+    share = max(  # the largest share for which the prefixes fit, searched among all that matter
+        p for curve in curves for p in curve if sum(1 + sum(x < p for x in c) for c in curves) <= 60
+    )
+    lengths = [len(layer[0]) for layer in layers_of(policy, rows)]
+    assert lengths == [1 + sum(x < share for x in c) for c in curves] and len(set(lengths)) == 3
+    assert lengths == sorted(lengths, reverse=True) and 58 <= sum(lengths) <= 60
 
 
 def test_mixkv_mixes_by_redundancy():

@@ -9,17 +9,18 @@ from vlmfast.prefill.h2o import H2O
 from vlmfast.prefill.hybrid import HybridKV
 from vlmfast.prefill.keydiff import KeyDiff
 from vlmfast.prefill.mixkv import MixKV
+from vlmfast.prefill.prefixkv import PrefixKV
 from vlmfast.prefill.pyramidkv import PyramidKV
 from vlmfast.prefill.random import Random
 from vlmfast.prefill.snapkv import SnapKV
 from vlmfast.prefill.streaming import StreamingLLM
 
 _POLICIES: tuple[type[KVPolicy], ...] = (
-    HybridKV, SnapKV, AdaKV, H2O, PyramidKV, CAKE, MixKV, StreamingLLM, KeyDiff, Random,
+    HybridKV, SnapKV, AdaKV, H2O, PyramidKV, CAKE, PrefixKV, MixKV, StreamingLLM, KeyDiff, Random,
 )  # fmt: skip
 METHODS: dict[str, type[KVPolicy]] = {m.name: m for m in _POLICIES}
 
 __all__ = [
     "METHODS", "AdaKV", "CAKE", "Full", "H2O", "HybridKV", "KVLayer", "KVPolicy", "KeyDiff", "MixKV",
-    "PyramidKV", "Random", "SnapKV", "StreamingLLM",
+    "PrefixKV", "PyramidKV", "Random", "SnapKV", "StreamingLLM",
 ]  # fmt: skip
