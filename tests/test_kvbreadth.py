@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 
 import methods
 import pytest
@@ -10,10 +11,20 @@ import torch
 from test_prefill import Accelerated, generate, prompt, state, steps, under, walk
 
 from vlmfast import prefill as p
-from vlmfast.core import Kind, LayerView, UserError
+from vlmfast.core import CompressedLayer, Kind, LayerView, UserError
 from vlmfast.prefill.base import Row
+from vlmfast.prefill.cache import KVLayer
 
-NEW = {"h2o", "pyramidkv", "cake", "prefixkv", "mixkv"}  # the policies that came with this file
+NEW = {
+    "h2o",
+    "pyramidkv",
+    "cake",
+    "prefixkv",
+    "mixkv",
+    "lookm",
+    "elasticcache",
+    "kvmerger",
+}  # the policies that came with this file
 ROWS = [row for row in methods.POLICIES if row.name in NEW]
 every_policy = pytest.mark.parametrize("policy", ROWS, ids=repr)
 
@@ -195,6 +206,60 @@ def test_mixkv_mixes_by_redundancy():
         assert (r > 0.9) == (head == 1)
 
 
+def stored(policy, row):
+    """What a cache layer holds of one row after the policy: (columns, keys, values) per head."""
+    layer = KVLayer()
+    layer.update(row.keys[None], row.values[None])
+    layer.compress(policy.compress(view_of(row)))
+    by_row = {layer.exact.rows[i]: layer.exact.segment(i, torch.float32) for i in range(len(layer.exact))}
+    return [(by_row[h][3].tolist(), by_row[h][1], by_row[h][2]) for h in range(len(by_row))]
+
+
+def test_merged_vectors_are_stored_counted_and_cropped():
+    gen = torch.Generator().manual_seed(0)
+    keys, values, new = torch.randn(3, 1, 2, 20, 8, generator=gen)
+    keep = [torch.tensor([0, 3, 19]), torch.arange(20)]
+    merged = [(torch.randn(3, 8, generator=gen), torch.randn(3, 8, generator=gen)), None]
+    layer = KVLayer()
+    layer.update(keys, values)
+    layer.compress(CompressedLayer(keep, merged=merged))
+    assert layer.lengths().tolist() == [[3, 20]]
+    assert layer.nbytes()["fast"] == 23 * (2 * 8 * 4 + 4) + 2 * 8
+    query = torch.randn(1, 4, 1, 8, generator=gen)
+    layer.update(new[:, :, :1], new[:, :, 1:2])
+    got = layer.attend(query, 0.5)
+    k, v = torch.cat([merged[0][0], new[0, 0, :1]]), torch.cat([merged[0][1], new[0, 0, 1:2]])
+    torch.testing.assert_close(got[0, :2, 0], (query[0, :2, 0] @ k.T * 0.5).softmax(-1) @ v)
+    layer.update(new[:, :, 2:5], new[:, :, 5:8])
+    layer.crop(-4)
+    layer.update(new[:, :, :1], new[:, :, 1:2])
+    assert torch.equal(layer.attend(query, 0.5), got)
+    layer.crop(-6)  # one decoded column and five of the prompt
+    row, k, v, where = layer.exact.segment(0, torch.float32)
+    assert row == 0 and where.tolist() == [0, 3] and torch.equal(k, merged[0][0][:2])
+
+
+@pytest.mark.parametrize("merge", ["averaged", "pivotal", "weighted"])
+def test_lookm_merges_pictures_into_what_stays(merge):
+    row = example(n=14, visual=slice(3, 10))
+    for head, (columns, keys, values) in enumerate(stored(p.LookM(budget=9, sinks=1, recent=2, merge=merge), row)):
+        attention = row.window[2 * head : 2 * head + 2].mean((0, 1))
+        pictures = sorted(range(3, 10), key=lambda i: -attention[i])[:2]
+        assert columns == sorted([0, 1, 2, 10, 11, 12, 13, *pictures])
+        cosine = torch.nn.functional.cosine_similarity(row.keys[head][:, None], row.keys[head][None], dim=-1)
+        joined = {c: [] for c in columns}
+        for e in set(range(14)) - set(columns):
+            joined[max(columns, key=lambda c: cosine[e, c])].append(e)
+        for got, own in ((keys, row.keys[head]), (values, row.values[head])):
+            for i, c in enumerate(columns):
+                moved = {
+                    "averaged": [own[e] for e in joined[c]],
+                    "pivotal": [(own[c] + own[e]) / 2 for e in joined[c]],
+                    "weighted": [cosine[e, c] * own[e] for e in joined[c]],
+                }[merge]
+                torch.testing.assert_close(got[i], (own[c] + sum(moved)) / (1 + len(moved)))
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -204,6 +269,7 @@ def test_mixkv_mixes_by_redundancy():
         (lambda: p.CAKE(pool=4), "pooling width is odd"),
         (lambda: p.AdaKV(scorer=p.CAKE()), "decides over layers"),
         (lambda: p.MixKV(queries=0), "queries=0"),
+        (lambda: p.LookM(merge="sum"), "choose one of averaged, pivotal, weighted"),
     ],
 )
 def test_bad_fields_are_named(build, message):

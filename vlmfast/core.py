@@ -118,6 +118,8 @@ class CompressedLayer:
     int8: Tensor | None = None  # (B * Hk,) bool, heads stored as int8 with scales
     retrieval: Retrieval | None = None  # needed when any head is dynamic
     stats: dict[str, Any] = field(default_factory=dict)
+    # per row: keys (len(keep), Dh) and values (len(keep), Dv) to store in place of the columns' own; None = their own
+    merged: list[tuple[Tensor, Tensor] | None] | None = None
 
 
 @runtime_checkable

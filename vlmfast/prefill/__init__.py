@@ -8,6 +8,7 @@ from vlmfast.prefill.full import Full
 from vlmfast.prefill.h2o import H2O
 from vlmfast.prefill.hybrid import HybridKV
 from vlmfast.prefill.keydiff import KeyDiff
+from vlmfast.prefill.lookm import LookM
 from vlmfast.prefill.mixkv import MixKV
 from vlmfast.prefill.prefixkv import PrefixKV
 from vlmfast.prefill.pyramidkv import PyramidKV
@@ -16,11 +17,12 @@ from vlmfast.prefill.snapkv import SnapKV
 from vlmfast.prefill.streaming import StreamingLLM
 
 _POLICIES: tuple[type[KVPolicy], ...] = (
-    HybridKV, SnapKV, AdaKV, H2O, PyramidKV, CAKE, PrefixKV, MixKV, StreamingLLM, KeyDiff, Random,
+    HybridKV, SnapKV, AdaKV, H2O, PyramidKV, CAKE, PrefixKV, MixKV, LookM, StreamingLLM,
+    KeyDiff, Random,
 )  # fmt: skip
 METHODS: dict[str, type[KVPolicy]] = {m.name: m for m in _POLICIES}
 
 __all__ = [
-    "METHODS", "AdaKV", "CAKE", "Full", "H2O", "HybridKV", "KVLayer", "KVPolicy", "KeyDiff", "MixKV",
-    "PrefixKV", "PyramidKV", "Random", "SnapKV", "StreamingLLM",
+    "METHODS", "AdaKV", "CAKE", "Full", "H2O", "HybridKV", "KVLayer", "KVPolicy",
+    "KeyDiff", "LookM", "MixKV", "PrefixKV", "PyramidKV", "Random", "SnapKV", "StreamingLLM",
 ]  # fmt: skip

@@ -48,6 +48,7 @@ class Choice:
     dynamic: Tensor | None = None  # (Hk,) bool
     budget: Tensor | None = None  # (Hk,) int64
     stats: dict[str, Any] = field(default_factory=dict)
+    merged: list[tuple[Tensor, Tensor] | None] | None = None  # per head, keys and values of what is kept
 
 
 @dataclass(frozen=True)
@@ -134,19 +135,21 @@ class KVPolicy:
         device = view.keys.device
         dynamic = torch.zeros(b * hk, dtype=torch.bool, device=device)
         budget = torch.zeros(b * hk, dtype=torch.int64, device=device)
+        merged: list[tuple[Tensor, Tensor] | None] = []
         stats: dict[str, Any] = {}
         for i, (columns, choice) in enumerate(zip(real_columns(view), choices, strict=True)):
             if choice is None:
                 keep += [columns] * hk
+                merged += [None] * hk
                 continue
             keep += [columns[k] for k in choice.keep]
+            merged += choice.merged or [None] * hk
             if choice.dynamic is not None and choice.budget is not None:
                 dynamic[i * hk : (i + 1) * hk], budget[i * hk : (i + 1) * hk] = choice.dynamic, choice.budget
             stats.setdefault("rows", []).append(choice.stats)
         small = torch.full_like(dynamic, self.int8)
-        return CompressedLayer(
-            keep, dynamic, budget, small, self.retrieval(), stats if any(stats.get("rows", [])) else {}
-        )
+        stats = stats if any(stats.get("rows", [])) else {}
+        return CompressedLayer(keep, dynamic, budget, small, self.retrieval(), stats, merged if any(merged) else None)
 
     def _too_small(self, budget: int) -> str:
         return (

@@ -88,7 +88,7 @@ class KVLayer(CacheLayerMixin):
         """Go back -n columns (n <= 0), or to n logical columns (n > 0, as before transformers 5.20).
 
         Exact for columns that came after the compression. Columns of the prefill can be taken back too: every head
-        then holds what it kept among the columns that remain.
+        then holds what it kept among the columns that remain (a merged one keeps what was merged into it).
         """
         length = self.get_seq_length()
         remove = -tokens_to_remove if tokens_to_remove <= 0 else length - tokens_to_remove
@@ -166,10 +166,10 @@ class KVLayer(CacheLayerMixin):
         parts: dict[str, list] = {"exact": [], "int8": [], "dynamic": []}
         for r, columns in enumerate(kept.keep):
             i, h = divmod(r, hk)
-            if len(columns) == n:
-                segment = (r, keys[i, h], values[i, h], positions[i].to(torch.int32))
-            else:
-                segment = (r, keys[i, h][columns], values[i, h][columns], positions[i][columns].to(torch.int32))
+            where = slice(None) if len(columns) == n else columns
+            merged = kept.merged[r] if kept.merged is not None else None
+            k, v = merged if merged is not None else (keys[i, h][where], values[i, h][where])
+            segment = (r, k, v, positions[i][where].to(torch.int32))
             parts["dynamic" if dynamic[r] else "int8" if small[r] else "exact"].append(segment)
         if parts["exact"]:
             self.exact = Store.build(parts["exact"], b * hk)
