@@ -103,6 +103,8 @@ def _policies() -> list[Any]:
         p.MixKV(keep=0.25, sinks=1, recent=2),
         p.LookM(keep=0.5, sinks=2, recent=4),
         p.LookM(keep=0.25, sinks=1, recent=2, merge="weighted"),
+        p.ElasticCache(keep=0.5, sinks=2, recent=4),
+        p.ElasticCache(keep=0.25, sinks=1, recent=2),
         p.StreamingLLM(keep=0.5, sinks=2, recent=4),
         p.StreamingLLM(keep=0.25, sinks=1, recent=2),
         p.KeyDiff(keep=0.5, sinks=2, recent=4),

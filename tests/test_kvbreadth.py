@@ -260,6 +260,17 @@ def test_lookm_merges_pictures_into_what_stays(merge):
                 torch.testing.assert_close(got[i], (own[c] + sum(moved)) / (1 + len(moved)))
 
 
+def test_elasticcache_averages_around_anchors():
+    row = example(n=16)
+    for head, (columns, keys, values) in enumerate(stored(p.ElasticCache(budget=6, sinks=1, recent=2), row)):
+        attention = row.window[2 * head : 2 * head + 2].mean((0, 1))
+        assert columns == sorted([0, 14, 15, *sorted(range(1, 14), key=lambda i: -attention[i])[:3]])
+        bucket = {c: [i for i in range(16) if min(columns, key=lambda a: (abs(a - i), a)) == c] for c in columns}
+        for got, own in ((keys, row.keys[head]), (values, row.values[head])):
+            want = torch.stack([own[bucket[c]].mean(0) for c in columns])
+            torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -270,6 +281,7 @@ def test_lookm_merges_pictures_into_what_stays(merge):
         (lambda: p.AdaKV(scorer=p.CAKE()), "decides over layers"),
         (lambda: p.MixKV(queries=0), "queries=0"),
         (lambda: p.LookM(merge="sum"), "choose one of averaged, pivotal, weighted"),
+        (lambda: p.ElasticCache(queries=0), "queries=0 in elasticcache"),
     ],
 )
 def test_bad_fields_are_named(build, message):

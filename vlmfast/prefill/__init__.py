@@ -4,6 +4,7 @@ from vlmfast.prefill.adakv import AdaKV
 from vlmfast.prefill.base import KVPolicy
 from vlmfast.prefill.cache import KVLayer
 from vlmfast.prefill.cake import CAKE
+from vlmfast.prefill.elasticcache import ElasticCache
 from vlmfast.prefill.full import Full
 from vlmfast.prefill.h2o import H2O
 from vlmfast.prefill.hybrid import HybridKV
@@ -17,12 +18,12 @@ from vlmfast.prefill.snapkv import SnapKV
 from vlmfast.prefill.streaming import StreamingLLM
 
 _POLICIES: tuple[type[KVPolicy], ...] = (
-    HybridKV, SnapKV, AdaKV, H2O, PyramidKV, CAKE, PrefixKV, MixKV, LookM, StreamingLLM,
+    HybridKV, SnapKV, AdaKV, H2O, PyramidKV, CAKE, PrefixKV, MixKV, LookM, ElasticCache, StreamingLLM,
     KeyDiff, Random,
 )  # fmt: skip
 METHODS: dict[str, type[KVPolicy]] = {m.name: m for m in _POLICIES}
 
 __all__ = [
-    "METHODS", "AdaKV", "CAKE", "Full", "H2O", "HybridKV", "KVLayer", "KVPolicy",
+    "METHODS", "AdaKV", "CAKE", "ElasticCache", "Full", "H2O", "HybridKV", "KVLayer", "KVPolicy",
     "KeyDiff", "LookM", "MixKV", "PrefixKV", "PyramidKV", "Random", "SnapKV", "StreamingLLM",
 ]  # fmt: skip
