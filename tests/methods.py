@@ -105,6 +105,8 @@ def _policies() -> list[Any]:
         p.LookM(keep=0.25, sinks=1, recent=2, merge="weighted"),
         p.ElasticCache(keep=0.5, sinks=2, recent=4),
         p.ElasticCache(keep=0.25, sinks=1, recent=2),
+        p.KVMerger(keep=0.5, sinks=2, recent=4),
+        p.KVMerger(keep=0.25, sinks=1, recent=2, heavy=0.2),
         p.StreamingLLM(keep=0.5, sinks=2, recent=4),
         p.StreamingLLM(keep=0.25, sinks=1, recent=2),
         p.KeyDiff(keep=0.5, sinks=2, recent=4),

@@ -271,6 +271,30 @@ def test_elasticcache_averages_around_anchors():
             torch.testing.assert_close(got, want)
 
 
+def test_kvmerger_merges_runs_of_similar_neighbours():
+    row = example(n=12)
+    for head, (columns, keys, values) in enumerate(stored(p.KVMerger(budget=7, sinks=1, recent=2, heavy=0.25), row)):
+        attention, k = row.window[2 * head : 2 * head + 2].mean((0, 1)), row.keys[head]
+        alone = [0, 10, 11, max(range(1, 10), key=lambda i: attention[i])]
+        rest = [i for i in range(12) if i not in alone]
+        alike = [float(k[a] @ k[b] / k[a].norm() / k[b].norm()) for a, b in itertools.pairwise(rest)]
+        cuts = sorted(sorted(range(7), key=lambda i: alike[i])[:2])
+        runs = [rest[: cuts[0] + 1], rest[cuts[0] + 1 : cuts[1] + 1], rest[cuts[1] + 1 :]]
+        pivots = [max(run, key=lambda i: attention[i]) for run in runs]
+        assert columns == sorted(alone + pivots)
+        for run, pivot in zip(runs, pivots):
+            far = [float((k[i] - k[pivot]).norm()) for i in run]
+            d = sum(far) / max(1, len(run) - 1)
+            weight = torch.tensor(
+                [1.0 if i == pivot else float(torch.tensor(-(f**2) / d**2).exp()) for i, f in zip(run, far)]
+            )
+            weight = weight / weight.sum()
+            at = columns.index(pivot)
+            torch.testing.assert_close(keys[at], weight @ k[run])
+            torch.testing.assert_close(values[at], weight @ row.values[head][run])
+        assert all(torch.equal(keys[columns.index(i)], k[i]) for i in alone)
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -282,6 +306,8 @@ def test_elasticcache_averages_around_anchors():
         (lambda: p.MixKV(queries=0), "queries=0"),
         (lambda: p.LookM(merge="sum"), "choose one of averaged, pivotal, weighted"),
         (lambda: p.ElasticCache(queries=0), "queries=0 in elasticcache"),
+        (lambda: p.KVMerger(heavy=1), "heavy=1 in kvmerger"),
+        (lambda: p.KVMerger(budget=36), "cannot hold the 37 columns"),
     ],
 )
 def test_bad_fields_are_named(build, message):

@@ -9,6 +9,7 @@ from vlmfast.prefill.full import Full
 from vlmfast.prefill.h2o import H2O
 from vlmfast.prefill.hybrid import HybridKV
 from vlmfast.prefill.keydiff import KeyDiff
+from vlmfast.prefill.kvmerger import KVMerger
 from vlmfast.prefill.lookm import LookM
 from vlmfast.prefill.mixkv import MixKV
 from vlmfast.prefill.prefixkv import PrefixKV
@@ -18,12 +19,12 @@ from vlmfast.prefill.snapkv import SnapKV
 from vlmfast.prefill.streaming import StreamingLLM
 
 _POLICIES: tuple[type[KVPolicy], ...] = (
-    HybridKV, SnapKV, AdaKV, H2O, PyramidKV, CAKE, PrefixKV, MixKV, LookM, ElasticCache, StreamingLLM,
+    HybridKV, SnapKV, AdaKV, H2O, PyramidKV, CAKE, PrefixKV, MixKV, LookM, ElasticCache, KVMerger, StreamingLLM,
     KeyDiff, Random,
 )  # fmt: skip
 METHODS: dict[str, type[KVPolicy]] = {m.name: m for m in _POLICIES}
 
 __all__ = [
-    "METHODS", "AdaKV", "CAKE", "ElasticCache", "Full", "H2O", "HybridKV", "KVLayer", "KVPolicy",
+    "METHODS", "AdaKV", "CAKE", "ElasticCache", "Full", "H2O", "HybridKV", "KVLayer", "KVMerger", "KVPolicy",
     "KeyDiff", "LookM", "MixKV", "PrefixKV", "PyramidKV", "Random", "SnapKV", "StreamingLLM",
 ]  # fmt: skip
