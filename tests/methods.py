@@ -107,6 +107,8 @@ def _policies() -> list[Any]:
         p.ElasticCache(keep=0.25, sinks=1, recent=2),
         p.KVMerger(keep=0.5, sinks=2, recent=4),
         p.KVMerger(keep=0.25, sinks=1, recent=2, heavy=0.2),
+        p.RazorAttention(keep=0.5, sinks=2, recent=4),
+        p.RazorAttention(keep=0.25, sinks=1, recent=2, share=0.1),
         p.StreamingLLM(keep=0.5, sinks=2, recent=4),
         p.StreamingLLM(keep=0.25, sinks=1, recent=2),
         p.KeyDiff(keep=0.5, sinks=2, recent=4),

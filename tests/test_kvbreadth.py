@@ -3,9 +3,11 @@
 import copy
 import dataclasses
 import itertools
+import re
 
 import methods
 import pytest
+import test_prefill
 import tiny
 import torch
 from test_prefill import Accelerated, generate, prompt, state, steps, under, walk
@@ -15,17 +17,8 @@ from vlmfast.core import CompressedLayer, Kind, LayerView, UserError
 from vlmfast.prefill.base import Row
 from vlmfast.prefill.cache import KVLayer
 
-NEW = {
-    "h2o",
-    "pyramidkv",
-    "cake",
-    "prefixkv",
-    "mixkv",
-    "lookm",
-    "elasticcache",
-    "kvmerger",
-}  # the policies that came with this file
-ROWS = [row for row in methods.POLICIES if row.name in NEW]
+ELSEWHERE = {type(policy) for policy in test_prefill.POLICIES}  # whose laws stand there
+ROWS = [row for row in methods.POLICIES if type(row) not in ELSEWHERE]
 every_policy = pytest.mark.parametrize("policy", ROWS, ids=repr)
 
 
@@ -62,9 +55,9 @@ def test_padded_rows_equal_single_rows_and_the_budget_holds(policy, family):
 def test_bytes_are_those_of_the_tensors(policy):
     out, _ = under(policy, tiny.build("qwen2_5_vl"), prompt("qwen2_5_vl", batch=2, media=("image", "image")), 3)
     for layer in out.past_key_values.layers:
-        tiers = layer.nbytes()
+        tiers, bias = layer.nbytes(), 4 * (layer.exact.bias is not None)
         assert tiers["resident"] == sum(walk(layer)) and tiers["fast"] <= tiers["fast_allocated"]
-        assert tiers["fast"] == (2 * 16 * 4 + 4) * int(layer.lengths().sum()) + 8 * layer.lengths().numel()
+        assert tiers["fast"] == (2 * 16 * 4 + 4 + bias) * int(layer.lengths().sum()) + 8 * layer.lengths().numel()
 
 
 @every_policy
@@ -295,6 +288,44 @@ def test_kvmerger_merges_runs_of_similar_neighbours():
         assert all(torch.equal(keys[columns.index(i)], k[i]) for i in alone)
 
 
+def test_razorattention_keeps_retrieval_heads_and_compensates_the_others():
+    rows = [example(n=20, seed=i, layer=i, layers=3) for i in range(3)]
+    policy = p.RazorAttention(budget=12, sinks=2, recent=3, share=0.34)
+    reach = {
+        (i, h): float(rows[i].window[2 * h : 2 * h + 2].mean((0, 1))[2:17].sum()) for i in range(3) for h in (0, 1)
+    }
+    far = sorted(reach, key=lambda place: -reach[place])[:2]
+    views = [view_of(row) for row in rows]
+    kept = policy.compress_all(views, [policy.rate(view) for view in views])
+    other = (6 * 12 - 2 * 20) // 4
+    for i, row in enumerate(rows):
+        layer = KVLayer()
+        layer.update(row.keys[None], row.values[None])
+        layer.compress(kept[i])
+        query, new = torch.randn(2, 1, 4, 1, 4, generator=torch.Generator().manual_seed(i))
+        layer.update(new[:, :2], new[:, 2:])
+        got = layer.attend(query, 0.5)[0, :, 0]
+        for head in range(4):
+            at = (i, head // 2)
+            gone = slice(2, 2 if at in far else 20 - (other - 3))
+            k, v = row.keys[at[1]], row.values[at[1]]
+            k_all, v_all = (torch.cat([x, y[0]]) for x, y in ((k, new[:, at[1]]), (v, new[:, 2 + at[1]])))
+            weight = (k_all @ query[0, head, 0] * 0.5).exp()
+            if at not in far:  # the dropped columns weigh together what their mean would, as often as they are
+                mean = (k[gone].mean(0) @ query[0, head, 0] * 0.5).exp()
+                weight[gone], v_all[gone] = mean, v[gone].mean(0)
+            torch.testing.assert_close(got[head], weight @ v_all / weight.sum())
+        assert layer.lengths()[0].tolist() == [21 if (i, h) in far else other + 1 for h in (0, 1)]
+    listed = p.RazorAttention(budget=10, sinks=2, recent=3, heads=((2, 1),))
+    bare = [dataclasses.replace(view, window=None) for view in views]
+    kept = listed.compress_all(bare, [listed.rate(view) for view in bare])
+    assert [[len(k) for k in layer.keep] for layer in kept] == [[8, 8], [8, 8], [8, 20]]
+    for heads, message in ((((9, 0),), "(9, 0) is not in this model"), (((0, 0), (0, 1), (1, 1)), "name at most 1")):
+        with pytest.raises(UserError, match=re.escape(message)):
+            wrong = dataclasses.replace(listed, heads=heads)
+            wrong.compress_all(bare, [wrong.rate(view) for view in bare])
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -304,6 +335,8 @@ def test_kvmerger_merges_runs_of_similar_neighbours():
         (lambda: p.CAKE(pool=4), "pooling width is odd"),
         (lambda: p.AdaKV(scorer=p.CAKE()), "decides over layers"),
         (lambda: p.MixKV(queries=0), "queries=0"),
+        (lambda: p.RazorAttention(share=2), "share=2 in razorattention"),
+        (lambda: p.RazorAttention(heads=((1,),)), "give .layer, key head. pairs"),
         (lambda: p.LookM(merge="sum"), "choose one of averaged, pivotal, weighted"),
         (lambda: p.ElasticCache(queries=0), "queries=0 in elasticcache"),
         (lambda: p.KVMerger(heavy=1), "heavy=1 in kvmerger"),

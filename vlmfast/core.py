@@ -120,6 +120,8 @@ class CompressedLayer:
     stats: dict[str, Any] = field(default_factory=dict)
     # per row: keys (len(keep), Dh) and values (len(keep), Dv) to store in place of the columns' own; None = their own
     merged: list[tuple[Tensor, Tensor] | None] | None = None
+    # per row: (len(keep),) float32, how many columns each kept one stands for in the softmax; None = one
+    mass: list[Tensor | None] | None = None
 
 
 @runtime_checkable

@@ -37,8 +37,9 @@ def ragged_attention(query: Tensor, kv: Ragged, scaling: float, out: Tensor, bac
 
         if not triton_ragged.supports(query, kv):
             raise UserError(
-                f"the Triton kernel takes {triton_ragged.MAX_QUERIES} query tokens, 128 grouped queries, heads "
-                f"of 256 in float16, bfloat16 or float32; got {list(query.shape)} {query.dtype}; use backend='cpu'"
+                f"the Triton kernel takes {triton_ragged.MAX_QUERIES} query tokens, 128 grouped queries, heads of "
+                "256 in float16, bfloat16 or float32, no bias; "
+                f"got {list(query.shape)} {query.dtype}; use backend='cpu'"
             )
         return triton_ragged.ragged_attention(query, kv, scaling, out)
     raise UserError(f"backend={backend!r} does not exist: choose reference, cpu or triton")

@@ -65,6 +65,8 @@ def ragged_attention(query: Tensor, kv: Ragged, scaling: float, out: Tensor) -> 
         scores = _matmul(mine, k.transpose(1, 2)).float().mul_(scaling)
         if kv.key_scale is not None:
             scores *= _block(kv.key_scale[:, None], at, count, stride, n).transpose(1, 2)
+        if kv.bias is not None:
+            scores += _block(kv.bias[:, None], at, count, stride, n).transpose(1, 2)
         if hidden is not None:
             scores.view(count, group, q, n)[..., n - q :].masked_fill_(hidden, float("-inf"))
         p = torch.softmax(scores, -1)

@@ -24,6 +24,7 @@ class Ragged:
     total: int  # B * Hk, rows of the layer (this storage may hold only some of them)
     key_scale: Tensor | None = None  # (T,) float32, int8 storage only: key = int8 * scale
     value_scale: Tensor | None = None  # (T,) float32
+    bias: Tensor | None = None  # (T,) float32 added to the scores, log n for a slot that stands for n columns
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -57,6 +58,8 @@ def ragged_attention(query: Tensor, kv: Ragged, scaling: float, out: Tensor) -> 
             k = k * kv.key_scale[at : at + n, None].to(dtype)
             v = v * kv.value_scale[at : at + n, None].to(dtype)
         scores = qs[row].to(dtype) @ k.T * scaling
+        if kv.bias is not None:
+            scores += kv.bias[at : at + n]
         hidden = torch.ones(q, n, dtype=torch.bool, device=k.device).triu(n - q + 1)
         os[row] = (scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v).to(out.dtype)
     return out

@@ -49,6 +49,7 @@ class Choice:
     budget: Tensor | None = None  # (Hk,) int64
     stats: dict[str, Any] = field(default_factory=dict)
     merged: list[tuple[Tensor, Tensor] | None] | None = None  # per head, keys and values of what is kept
+    mass: list[Tensor | None] | None = None  # per head, how many columns each kept one stands for
 
 
 @dataclass(frozen=True)
@@ -136,20 +137,23 @@ class KVPolicy:
         dynamic = torch.zeros(b * hk, dtype=torch.bool, device=device)
         budget = torch.zeros(b * hk, dtype=torch.int64, device=device)
         merged: list[tuple[Tensor, Tensor] | None] = []
+        mass: list[Tensor | None] = []
         stats: dict[str, Any] = {}
         for i, (columns, choice) in enumerate(zip(real_columns(view), choices, strict=True)):
             if choice is None:
                 keep += [columns] * hk
                 merged += [None] * hk
+                mass += [None] * hk
                 continue
             keep += [columns[k] for k in choice.keep]
             merged += choice.merged or [None] * hk
+            mass += choice.mass or [None] * hk
             if choice.dynamic is not None and choice.budget is not None:
                 dynamic[i * hk : (i + 1) * hk], budget[i * hk : (i + 1) * hk] = choice.dynamic, choice.budget
             stats.setdefault("rows", []).append(choice.stats)
         small = torch.full_like(dynamic, self.int8)
         stats = stats if any(stats.get("rows", [])) else {}
-        return CompressedLayer(keep, dynamic, budget, small, self.retrieval(), stats, merged if any(merged) else None)
+        return CompressedLayer(keep, dynamic, budget, small, self.retrieval(), stats, _given(merged), _given(mass))
 
     def _too_small(self, budget: int) -> str:
         return (
@@ -180,6 +184,11 @@ class KVPolicy:
         scores = protect(self.score(row).float(), self.sinks, self.recent)
         counts = self.counts(scores, self.share(row))
         return Choice([best(s, c) for s, c in zip(scores, counts, strict=True)])
+
+
+def _given(values: list) -> list | None:
+    """The list, or None when nobody gave anything."""
+    return values if any(v is not None for v in values) else None
 
 
 def protect(scores: Tensor, sinks: int, recent: int) -> Tensor:

@@ -161,6 +161,7 @@ class KVLayer(CacheLayerMixin):
         if kept is None:
             real = [(p >= 0).nonzero()[:, 0] for p in positions]
             kept = CompressedLayer(keep=[real[r // hk] for r in range(b * hk)])
+        assert kept.dynamic is None or kept.mass is None or not kept.dynamic.any(), "dynamic heads hold plain columns"
         dynamic = kept.dynamic.tolist() if kept.dynamic is not None else [False] * (b * hk)
         small = kept.int8.tolist() if kept.int8 is not None else [False] * (b * hk)
         parts: dict[str, list] = {"exact": [], "int8": [], "dynamic": []}
@@ -172,9 +173,9 @@ class KVLayer(CacheLayerMixin):
             segment = (r, k, v, positions[i][where].to(torch.int32))
             parts["dynamic" if dynamic[r] else "int8" if small[r] else "exact"].append(segment)
         if parts["exact"]:
-            self.exact = Store.build(parts["exact"], b * hk)
+            self.exact = Store.build(parts["exact"], b * hk, mass=kept.mass)
         if parts["int8"]:
-            self.int8 = Store.build(parts["int8"], b * hk, int8=True)
+            self.int8 = Store.build(parts["int8"], b * hk, int8=True, mass=kept.mass)
         if parts["dynamic"]:
             assert kept.budget is not None and kept.retrieval is not None, "dynamic heads need a budget and a Retrieval"
             budgets = [int(kept.budget[s[0]]) for s in parts["dynamic"]]

@@ -25,8 +25,18 @@ class Store(Ragged):
     cursor: Tensor = None  # type: ignore[assignment]  # (entries,) int64 next free slot of each entry
 
     @classmethod
-    def build(cls, segments: list[Segment], total: int, int8: bool = False, room: int = 0) -> Store:
-        """Copy segments into a new buffer with at least `room` free slots each. `total` = B * Hk of the layer."""
+    def build(
+        cls,
+        segments: list[Segment],
+        total: int,
+        int8: bool = False,
+        room: int = 0,
+        mass: list[Tensor | None] | None = None,
+    ) -> Store:
+        """Copy segments into a new buffer with at least `room` free slots each. `total` = B * Hk of the layer.
+
+        mass: per row of the layer, how many columns each column of its segment stands for (n,), None = one.
+        """
         segments = sorted(segments, key=lambda s: s[1].shape[0])
         lengths = [s[1].shape[0] for s in segments]
         room = max(room, 32, max(lengths) // 32)
@@ -51,6 +61,12 @@ class Store(Ragged):
         for at, (_, keys, values, positions) in zip(offsets, segments, strict=True):
             new._write(slice(at, at + keys.shape[0]), keys, values)
             new.positions[at : at + keys.shape[0]] = positions
+        if mass is not None and any(mass[row] is not None for row in new.rows):
+            new.bias = k.new_zeros(ends[-1], dtype=torch.float32)
+            for row, at, n in zip(new.rows, offsets, lengths, strict=True):
+                given = mass[row]
+                if given is not None:
+                    new.bias[at : at + n] = given.log()
         return new
 
     def _write(self, where: slice | Tensor, keys: Tensor, values: Tensor) -> None:
@@ -84,6 +100,8 @@ class Store(Ragged):
             self.values.index_copy_(0, where, values)
         else:
             self._write(where, keys, values)
+        if self.bias is not None:
+            self.bias[where] = 0.0
         self.positions.index_copy_(0, where, (steps + position).to(torch.int32).repeat(len(self)))
         self.lengths = [n + q for n in self.lengths]
         self.cursor += q
@@ -101,7 +119,7 @@ class Store(Ragged):
         capacity = [e[2] + room for e in entries]
         ends = torch.tensor(capacity).cumsum(0).tolist()
         offsets = [end - c for end, c in zip(ends, capacity, strict=True)]
-        for name in ("keys", "values", "positions", "key_scale", "value_scale"):
+        for name in ("keys", "values", "positions", "key_scale", "value_scale", "bias"):
             old = getattr(self, name)
             if old is None:
                 continue
@@ -145,8 +163,8 @@ class Store(Ragged):
         self._copy_from(entries, room=32)
 
     def nbytes(self) -> tuple[int, int]:
-        """(bytes of the columns held, bytes allocated), positions, scales and the entry table included."""
-        tensors = [self.keys, self.values, self.positions, self.key_scale, self.value_scale]
+        """(bytes of the columns held, bytes allocated), positions, scales, biases and the entry table included."""
+        tensors = [self.keys, self.values, self.positions, self.key_scale, self.value_scale, self.bias]
         per_slot = sum(t[0].numel() * t.element_size() for t in tensors if t is not None)
         table = self.cursor.numel() * self.cursor.element_size()
         return per_slot * sum(self.lengths) + table, per_slot * self.keys.shape[0] + table
