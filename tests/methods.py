@@ -109,6 +109,8 @@ def _policies() -> list[Any]:
         p.KVMerger(keep=0.25, sinks=1, recent=2, heavy=0.2),
         p.RazorAttention(keep=0.5, sinks=2, recent=4),
         p.RazorAttention(keep=0.25, sinks=1, recent=2, share=0.1),
+        p.Quantised(keep=0.5, sinks=2, recent=4),
+        p.Quantised(keep=0.25, sinks=1, recent=2, scorer=p.MixKV()),
         p.StreamingLLM(keep=0.5, sinks=2, recent=4),
         p.StreamingLLM(keep=0.25, sinks=1, recent=2),
         p.KeyDiff(keep=0.5, sinks=2, recent=4),

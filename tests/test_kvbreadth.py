@@ -12,10 +12,12 @@ import tiny
 import torch
 from test_prefill import Accelerated, generate, prompt, state, steps, under, walk
 
+from vlmfast import kernels
 from vlmfast import prefill as p
 from vlmfast.core import CompressedLayer, Kind, LayerView, UserError
 from vlmfast.prefill.base import Row
 from vlmfast.prefill.cache import KVLayer
+from vlmfast.prefill.store import Store
 
 ELSEWHERE = {type(policy) for policy in test_prefill.POLICIES}  # whose laws stand there
 ROWS = [row for row in methods.POLICIES if type(row) not in ELSEWHERE]
@@ -46,9 +48,17 @@ def test_padded_rows_equal_single_rows_and_the_budget_holds(policy, family):
         both = torch.stack([layer.lengths()[i] for layer in out.past_key_values.layers])
         assert torch.equal(both, held)
         total = policy.total(row["input_ids"].shape[1])
+        if isinstance(policy, p.Quantised):
+            assert (held == row["input_ids"].shape[1] + 4).all()
+            held = held - torch.stack([lengths(layer.low) for layer in single.past_key_values.layers])
         assert total - 1 < float(held.double().mean()) - 4 <= total  # 4 decoded columns beside the prompt's
         logits = torch.stack([x[i] for x in out.logits]), torch.stack([x[0] for x in single.logits])
         torch.testing.assert_close(*logits, atol=2e-4, rtol=1e-4)
+
+
+def lengths(store):
+    """(Hk,) columns of each head of a one-row store that holds all heads."""
+    return torch.tensor([store.lengths[store.rows.index(h)] for h in range(len(store))])
 
 
 @every_policy
@@ -57,7 +67,10 @@ def test_bytes_are_those_of_the_tensors(policy):
     for layer in out.past_key_values.layers:
         tiers, bias = layer.nbytes(), 4 * (layer.exact.bias is not None)
         assert tiers["resident"] == sum(walk(layer)) and tiers["fast"] <= tiers["fast_allocated"]
-        assert tiers["fast"] == (2 * 16 * 4 + 4 + bias) * int(layer.lengths().sum()) + 8 * layer.lengths().numel()
+        low = sum(layer.low.lengths) if layer.low is not None else 0
+        assert tiers["int8"] == low * (2 * 16 + 2 * 4 + 4) + (8 * layer.lengths().numel() if low else 0)
+        exact = (2 * 16 * 4 + 4 + bias) * (int(layer.lengths().sum()) - low) + 8 * layer.lengths().numel()
+        assert tiers["fast"] == exact + tiers["int8"]
 
 
 @every_policy
@@ -326,6 +339,50 @@ def test_razorattention_keeps_retrieval_heads_and_compensates_the_others():
             wrong.compress_all(bare, [wrong.rate(view) for view in bare])
 
 
+@pytest.mark.parametrize("q", [1, 3])
+def test_quantised_keeps_what_it_does_not_choose_as_int8(q):
+    row = example(n=14, dh=8)
+    policy = p.Quantised(budget=6, sinks=1, recent=2, scorer=p.SnapKV(pool=1))
+    kept = policy.compress(view_of(row))
+    layer = KVLayer()
+    layer.update(row.keys[None], row.values[None])
+    layer.compress(kept)
+    gen = torch.Generator().manual_seed(1)
+    query, new = torch.randn(1, 4, q, 8, generator=gen), torch.randn(2, 1, 2, q, 8, generator=gen)
+    layer.update(*new)
+    got = layer.attend(query, 0.5)
+    for head in range(4):
+        attention = row.window[head // 2 * 2 : head // 2 * 2 + 2].mean((0, 1))
+        exact = [0, 12, 13, *sorted(range(1, 12), key=lambda i: -attention[i])[:3]]
+        assert kept.keep[head // 2].tolist() == sorted(exact)
+        k, v = row.keys[head // 2].clone(), row.values[head // 2].clone()
+        for x in (k, v):
+            for i in set(range(14)) - set(exact):
+                step = x[i].abs().max() / 127
+                x[i] = (x[i] / step).round() * step
+        k, v = torch.cat([k, new[0, 0, head // 2]]), torch.cat([v, new[1, 0, head // 2]])
+        for t in range(q):
+            want = (k[: 15 + t] @ query[0, head, t] * 0.5).softmax(0) @ v[: 15 + t]
+            torch.testing.assert_close(got[0, head, t], want)
+    layer.crop(-q - 12)
+    assert layer.lengths().tolist() == [[2, 2]] and layer.attend(query[:, :, :1], 0.5).isfinite().all()
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_parts_of_rows_read_alike_by_both_kernels(int8):
+    gen = torch.Generator().manual_seed(0)
+    segments = [(r, *torch.randn(2, n, 8, generator=gen), torch.arange(n)) for r, n in ((0, 5), (2, 7), (3, 5))]
+    store = Store.build(segments, 4, int8=int8, mass=[torch.full((5,), 3.0), None, torch.ones(7), None])
+    query = torch.randn(1, 8, 3, 8, generator=gen)
+    for causal in (True, False):
+        outs = [torch.zeros(1, 8, 3, 8) for _ in range(2)]
+        sums = [torch.zeros(1, 8, 3) for _ in range(2)]
+        kernels.reference.ragged_attention(query, store, 0.5, outs[0], sums[0], causal)
+        kernels.ragged_attention(query, store, 0.5, outs[1], "cpu", sums[1], causal)
+        torch.testing.assert_close(outs[0], outs[1])
+        torch.testing.assert_close(sums[0], sums[1])
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -337,6 +394,8 @@ def test_razorattention_keeps_retrieval_heads_and_compensates_the_others():
         (lambda: p.MixKV(queries=0), "queries=0"),
         (lambda: p.RazorAttention(share=2), "share=2 in razorattention"),
         (lambda: p.RazorAttention(heads=((1,),)), "give .layer, key head. pairs"),
+        (lambda: p.Quantised(int8=True), "low tier is int8 already"),
+        (lambda: p.Quantised(scorer=p.PrefixKV()), "decides over layers"),
         (lambda: p.LookM(merge="sum"), "choose one of averaged, pivotal, weighted"),
         (lambda: p.ElasticCache(queries=0), "queries=0 in elasticcache"),
         (lambda: p.KVMerger(heavy=1), "heavy=1 in kvmerger"),

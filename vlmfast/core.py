@@ -122,6 +122,8 @@ class CompressedLayer:
     merged: list[tuple[Tensor, Tensor] | None] | None = None
     # per row: (len(keep),) float32, how many columns each kept one stands for in the softmax; None = one
     mass: list[Tensor | None] | None = None
+    # per row: ascending columns that stay besides those in `keep`, as int8 with a scale per vector; None = none
+    low: list[Tensor] | None = None
 
 
 @runtime_checkable

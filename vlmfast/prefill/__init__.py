@@ -14,6 +14,7 @@ from vlmfast.prefill.lookm import LookM
 from vlmfast.prefill.mixkv import MixKV
 from vlmfast.prefill.prefixkv import PrefixKV
 from vlmfast.prefill.pyramidkv import PyramidKV
+from vlmfast.prefill.quantised import Quantised
 from vlmfast.prefill.random import Random
 from vlmfast.prefill.razor import RazorAttention
 from vlmfast.prefill.snapkv import SnapKV
@@ -21,11 +22,12 @@ from vlmfast.prefill.streaming import StreamingLLM
 
 _POLICIES: tuple[type[KVPolicy], ...] = (
     HybridKV, SnapKV, AdaKV, H2O, PyramidKV, CAKE, PrefixKV, MixKV, LookM, ElasticCache, KVMerger,
-    RazorAttention, StreamingLLM, KeyDiff, Random,
+    RazorAttention, Quantised, StreamingLLM, KeyDiff, Random,
 )  # fmt: skip
 METHODS: dict[str, type[KVPolicy]] = {m.name: m for m in _POLICIES}
 
 __all__ = [
     "METHODS", "AdaKV", "CAKE", "ElasticCache", "Full", "H2O", "HybridKV", "KVLayer", "KVMerger", "KVPolicy",
-    "KeyDiff", "LookM", "MixKV", "PrefixKV", "PyramidKV", "Random", "RazorAttention", "SnapKV", "StreamingLLM",
+    "KeyDiff", "LookM", "MixKV", "PrefixKV", "PyramidKV", "Quantised", "Random", "RazorAttention", "SnapKV",
+    "StreamingLLM",
 ]  # fmt: skip

@@ -50,6 +50,7 @@ class Choice:
     stats: dict[str, Any] = field(default_factory=dict)
     merged: list[tuple[Tensor, Tensor] | None] | None = None  # per head, keys and values of what is kept
     mass: list[Tensor | None] | None = None  # per head, how many columns each kept one stands for
+    low: list[Tensor] | None = None  # per head, columns that stay besides, as int8
 
 
 @dataclass(frozen=True)
@@ -138,22 +139,28 @@ class KVPolicy:
         budget = torch.zeros(b * hk, dtype=torch.int64, device=device)
         merged: list[tuple[Tensor, Tensor] | None] = []
         mass: list[Tensor | None] = []
+        low: list[Tensor] = []
         stats: dict[str, Any] = {}
         for i, (columns, choice) in enumerate(zip(real_columns(view), choices, strict=True)):
             if choice is None:
                 keep += [columns] * hk
                 merged += [None] * hk
                 mass += [None] * hk
+                low += [columns[:0]] * hk
                 continue
             keep += [columns[k] for k in choice.keep]
             merged += choice.merged or [None] * hk
             mass += choice.mass or [None] * hk
+            low += [columns[k] for k in choice.low or [columns[:0]] * hk]
             if choice.dynamic is not None and choice.budget is not None:
                 dynamic[i * hk : (i + 1) * hk], budget[i * hk : (i + 1) * hk] = choice.dynamic, choice.budget
             stats.setdefault("rows", []).append(choice.stats)
         small = torch.full_like(dynamic, self.int8)
         stats = stats if any(stats.get("rows", [])) else {}
-        return CompressedLayer(keep, dynamic, budget, small, self.retrieval(), stats, _given(merged), _given(mass))
+        return CompressedLayer(
+            keep, dynamic, budget, small, self.retrieval(), stats, _given(merged), _given(mass),
+            low if any(map(len, low)) else None,
+        )  # fmt: skip
 
     def _too_small(self, budget: int) -> str:
         return (

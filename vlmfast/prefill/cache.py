@@ -34,6 +34,7 @@ class KVLayer(CacheLayerMixin):
         self.values: Tensor | None = None
         self.exact: Store | None = None  # fast memory, the model's dtype
         self.int8: Store | None = None  # fast memory, int8 with a scale per vector
+        self.low: Store | None = None  # fast memory, int8: prefill columns of rows whose other columns are in `exact`
         self.dynamic: Dynamic | None = None  # host memory, with fast slots
         self.entered = 0  # columns that came in
         self.skipped = 0  # logical columns that never entered
@@ -102,6 +103,8 @@ class KVLayer(CacheLayerMixin):
                 store.drop_last(remove)
             elif store is not None:
                 store.keep_before(length)
+        if self.low is not None and length < self.base:
+            self.low.keep_before(length)
         if self.dynamic is not None:
             self.dynamic.crop(length, remove)
         self.entered -= remove
@@ -120,7 +123,7 @@ class KVLayer(CacheLayerMixin):
         if self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys[batch], self.values[batch]
         rows = {old * self.heads + h for old in batch for h in range(self.heads)}
-        for name in ("exact", "int8"):
+        for name in ("exact", "int8", "low"):
             store = getattr(self, name)
             if store is not None and rows.isdisjoint(store.rows):
                 setattr(self, name, None)
@@ -143,7 +146,7 @@ class KVLayer(CacheLayerMixin):
         self.skipped += n
 
     def stores(self) -> list[Store]:
-        """The fast-memory stores that exist."""
+        """The fast-memory stores that exist and grow."""
         found = (self.exact, self.int8, self.dynamic.store if self.dynamic else None)
         return [s for s in found if s is not None]
 
@@ -180,18 +183,35 @@ class KVLayer(CacheLayerMixin):
             assert kept.budget is not None and kept.retrieval is not None, "dynamic heads need a budget and a Retrieval"
             budgets = [int(kept.budget[s[0]]) for s in parts["dynamic"]]
             self.dynamic = Dynamic(parts["dynamic"], budgets, kept.retrieval, b * hk, self.base, keys.device)
+        if kept.low is not None:
+            assert self.dynamic is None, "dynamic heads hold whole columns"
+            rows = [(r, *divmod(r, hk), columns) for r, columns in enumerate(kept.low) if len(columns)]
+            low = [(r, keys[i, h][at], values[i, h][at], positions[i][at].to(torch.int32)) for r, i, h, at in rows]
+            self.low = Store.build(low, b * hk, int8=True).compact()
         self.keys = self.values = None
         self.stats = kept.stats
 
     def attend(self, query: Tensor, scaling: float) -> Tensor:
         """Attention of the last q columns (already in the layer), causal: (B, H, q, Dh) -> (B, H, q, Dv)."""
         out = query.new_empty(*query.shape[:3], self.stores()[0].values.shape[-1])
+        if self.low is not None:
+            return self._joined(query, scaling, out, self.low)
         for store in (self.exact, self.int8):
             if store is not None:
                 kernels.ragged_attention(query, store, scaling, out, self.backend)
         if self.dynamic is not None:
             self.dynamic.attend(query, scaling, out, self.get_seq_length())
         return out
+
+    def _joined(self, query: Tensor, scaling: float, out: Tensor, low: Store) -> Tensor:
+        """Attention over rows that lie in two stores: each by itself, joined by their sums of exponentials."""
+        more = torch.zeros_like(out)
+        here, there = (query.new_full(query.shape[:3], float("-inf"), dtype=torch.float32) for _ in range(2))
+        for store in self.stores():
+            kernels.ragged_attention(query, store, scaling, out, self.backend, here)
+        kernels.ragged_attention(query, low, scaling, more, self.backend, there, causal=False)
+        share = torch.sigmoid(there - here)[..., None]
+        return torch.lerp(out.float(), more.float(), share).to(out.dtype)
 
     # -- accounts --------------------------------------------------------------------------------------------------
 
@@ -200,8 +220,8 @@ class KVLayer(CacheLayerMixin):
         if self.keys is not None:
             return torch.full((self.batch, self.heads), self.entered)
         out = torch.zeros(self.batch * self.heads, dtype=torch.int64)
-        for store in self.stores():
-            out[store.rows] = torch.tensor(store.lengths)
+        for store in [*self.stores(), *([self.low] if self.low is not None else [])]:
+            out[store.rows] += torch.tensor(store.lengths)
         return out.view(self.batch, self.heads)
 
     def cached_tokens(self) -> float:
@@ -218,12 +238,12 @@ class KVLayer(CacheLayerMixin):
             n = sum(t.numel() * t.element_size() for t in (self.keys, self.values))
             return {"fast": n, "int8": 0, "fast_allocated": n, "host": 0, "resident": n}
         tiers = {"fast": 0, "int8": 0, "fast_allocated": 0, "host": 0}
-        for store in (self.exact, self.int8):
+        for store in (self.exact, self.int8, self.low):
             if store is not None:
                 used, allocated = store.nbytes()
                 tiers["fast"] += used
                 tiers["fast_allocated"] += allocated
-                tiers["int8"] += used if store is self.int8 else 0
+                tiers["int8"] += used if store is not self.exact else 0
         if self.dynamic is not None:
             for tier, size in self.dynamic.nbytes().items():
                 tiers[tier] += size
