@@ -103,7 +103,7 @@ def _policies() -> list[Any]:
         p.MixKV(keep=0.25, sinks=1, recent=2),
         p.LookM(keep=0.5, sinks=2, recent=4),
         p.LookM(keep=0.25, sinks=1, recent=2, merge="weighted"),
-        p.ElasticCache(keep=0.5, sinks=2, recent=4),
+        p.ElasticCache(keep=0.5, sinks=2, recent=4, distance=3),
         p.ElasticCache(keep=0.25, sinks=1, recent=2),
         p.KVMerger(keep=0.5, sinks=2, recent=4),
         p.KVMerger(keep=0.25, sinks=1, recent=2, heavy=0.2),
@@ -111,6 +111,8 @@ def _policies() -> list[Any]:
         p.RazorAttention(keep=0.25, sinks=1, recent=2, share=0.1),
         p.Quantised(keep=0.5, sinks=2, recent=4),
         p.Quantised(keep=0.25, sinks=1, recent=2, scorer=p.MixKV()),
+        p.LazyEviction(keep=0.5, sinks=2, recent=4, lag=6),
+        p.LazyEviction(keep=0.25, sinks=1, recent=2, lag=2, alpha=0.05),
         p.StreamingLLM(keep=0.5, sinks=2, recent=4),
         p.StreamingLLM(keep=0.25, sinks=1, recent=2),
         p.KeyDiff(keep=0.5, sinks=2, recent=4),
@@ -132,4 +134,5 @@ def _rules() -> list[Any]:
 
 
 POLICIES: list[Any] = _policies()
+CROPPABLE: list[Any] = [p for p in POLICIES if p.cache_layer().is_croppable]  # the others cannot take drafts back
 RULES: list[Any] = _rules()

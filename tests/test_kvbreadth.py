@@ -12,9 +12,11 @@ import tiny
 import torch
 from test_prefill import Accelerated, generate, prompt, state, steps, under, walk
 
+import vlmfast
 from vlmfast import kernels
 from vlmfast import prefill as p
-from vlmfast.core import CompressedLayer, Kind, LayerView, UserError
+from vlmfast.core import CompressedLayer, Kind, LayerView, Unsupported, UserError
+from vlmfast.decode import PromptLookup, Speculate
 from vlmfast.prefill.base import Row
 from vlmfast.prefill.cache import KVLayer
 from vlmfast.prefill.store import Store
@@ -51,9 +53,16 @@ def test_padded_rows_equal_single_rows_and_the_budget_holds(policy, family):
         if isinstance(policy, p.Quantised):
             assert (held == row["input_ids"].shape[1] + 4).all()
             held = held - torch.stack([lengths(layer.low) for layer in single.past_key_values.layers])
-        assert total - 1 < float(held.double().mean()) - 4 <= total  # 4 decoded columns beside the prompt's
+        assert total - 1 < float(held.double().mean()) - left_of(4, policy) <= total
         logits = torch.stack([x[i] for x in out.logits]), torch.stack([x[0] for x in single.logits])
         torch.testing.assert_close(*logits, atol=2e-4, rtol=1e-4)
+
+
+def left_of(decoded, policy):
+    """Columns more than after the prefill when so many tokens were decoded."""
+    if isinstance(policy, p.LazyEviction):
+        return decoded - policy.lag * ((decoded - 1) // policy.lag)  # it acts before the next token
+    return 0 if getattr(policy, "distance", None) else decoded
 
 
 def lengths(store):
@@ -70,7 +79,8 @@ def test_bytes_are_those_of_the_tensors(policy):
         low = sum(layer.low.lengths) if layer.low is not None else 0
         assert tiers["int8"] == low * (2 * 16 + 2 * 4 + 4) + (8 * layer.lengths().numel() if low else 0)
         exact = (2 * 16 * 4 + 4 + bias) * (int(layer.lengths().sum()) - low) + 8 * layer.lengths().numel()
-        assert tiers["fast"] == exact + tiers["int8"]
+        tables = 8 * layer.last.numel() if isinstance(policy, p.LazyEviction) else 0
+        assert tiers["fast"] == exact + tiers["int8"] + tables
 
 
 @every_policy
@@ -79,6 +89,12 @@ def test_crop_after_compression_is_exact_and_reaches_into_the_prefill(policy):
     ids = torch.randint(tiny.FIRST_TEXT, tiny.VOCAB, (1, 11), generator=torch.Generator().manual_seed(3))
     with Accelerated(model, policy), torch.no_grad():
         cache = model(**inputs, use_cache=True).past_key_values
+        if policy not in methods.CROPPABLE:
+            cache.crop(-10)
+            steps(model, cache, ids[:, :3])
+            with pytest.raises(Unsupported, match="evicts while decoding and cannot take 2 tokens back"):
+                cache.crop(-2)
+            return
         want, length = steps(model, copy.deepcopy(cache), ids[:, :3]), cache.get_seq_length()
         steps(model, cache, ids[:, 3:8])
         model(input_ids=ids[:, 8:], past_key_values=cache)
@@ -277,6 +293,80 @@ def test_elasticcache_averages_around_anchors():
             torch.testing.assert_close(got, want)
 
 
+def decoding(policy, n, tokens, seed=0):
+    """A layer of one row and two heads after `n` columns and single tokens: yields (layer, query, key) per token."""
+    row = example(n=n, dh=8, seed=seed)
+    layer = policy.cache_layer()
+    layer.update(row.keys[None], row.values[None])
+    layer.compress(policy.compress(view_of(row)))
+    gen = torch.Generator().manual_seed(seed + 1)
+    for _ in range(tokens):
+        query, (key, value) = torch.randn(1, 4, 1, 8, generator=gen), torch.randn(2, 1, 2, 1, 8, generator=gen)
+        layer.update(key, value)
+        layer.attend(query, 1.0)
+        yield layer, query, key
+
+
+def places(layer):
+    """Logical columns each head of one row holds, exact store."""
+    found = {layer.exact.rows[i]: layer.exact.segment(i, torch.float32)[3].tolist() for i in range(2)}
+    return [found[0], found[1]]
+
+
+def test_elasticcache_evicts_at_a_fixed_distance():
+    policy = p.ElasticCache(budget=8, sinks=1, recent=3, distance=3)
+    before = [k.tolist() for k in policy.compress(view_of(example(n=16, dh=8))).keep]
+    for t, (layer, _, _) in enumerate(decoding(policy, 16, 40)):
+        assert places(layer) == [[*kept[:5], *[*kept[5:], *range(16, 17 + t)][-3:]] for kept in before]
+        store = layer.exact
+        newest = store.keys[store.offsets[0] + store.lengths[0] - 1]
+        assert torch.equal(newest, layer.exact.segment(0, torch.float32)[1][-1])
+    assert layer.get_seq_length() == 56
+
+
+def test_lazyeviction_drops_what_is_overdue():
+    policy = p.LazyEviction(budget=12, sinks=1, recent=2, lag=4, alpha=0.08)
+    held = [{i: [0, 0] for i in range(10)} for _ in range(2)]  # column -> [last use, longest gap], plainly
+    keys = [list(example(n=10, dh=8).keys[h]) for h in range(2)]
+    acted = 0
+    for t, (layer, query, key) in enumerate(decoding(policy, 10, 30), 1):
+        for h in range(2):
+            if t > 1 and (t - 1) % 4 == 0 and len(held[h]) > 12:
+                overdue = {i: (t - 1 - last) / max(1, gap) for i, (last, gap) in held[h].items()}
+                free = sorted([*held[h]][1:-4], key=lambda i: overdue[i])[: 12 - 5]
+                limit = sorted(overdue[i] for i in [*held[h]][1:-4])[6]
+                assert all(i in held[h] for i in places(layer)[h][:-1])
+                chosen = places(layer)[h][:-1]  # ties may fall either way
+                assert len(chosen) == 12 and next(iter(held[h])) in chosen and set([*held[h]][-4:]) <= set(chosen)
+                assert {i for i in free if overdue[i] < limit} <= set(chosen)
+                assert all(overdue[i] <= limit for i in chosen[1:-4])
+                held[h] = {i: held[h][i] for i in chosen}
+                acted += 1
+            held[h][9 + t] = [t, 0]
+            keys[h].append(key[0, h, 0])
+            columns = [*held[h]]
+            assert places(layer)[h] == columns
+            k = torch.stack([keys[h][i] for i in columns])
+            weight = (query[0, 2 * h : 2 * h + 2, 0] @ k.T).softmax(-1).amax(0)
+            for i, w in zip(columns, weight):
+                if w >= 0.08:
+                    held[h][i] = [t, max(held[h][i][1], t - held[h][i][0])]
+    assert acted == 14 and max(map(len, places(layer))) <= 16 and layer.get_seq_length() == 40
+
+
+def test_a_draft_is_refused_where_decoding_evicts():
+    model, inputs = tiny.build("llava"), prompt("llava")
+    plan = {"kv": p.LazyEviction(keep=0.5, sinks=2, recent=4, lag=2)}
+    message = "LaggedLayer cannot give back refused tokens"
+    drafting = Speculate(draft=PromptLookup())
+    with vlmfast.accelerate(model, **plan, speculate=drafting), pytest.raises(Unsupported, match=message):
+        generate(model, inputs, 8)
+    with vlmfast.accelerate(model, **plan):
+        want = generate(model, inputs, 8)
+    with vlmfast.accelerate(model, **plan, speculate=Speculate()):
+        assert torch.equal(generate(model, inputs, 8).sequences, want.sequences)
+
+
 def test_kvmerger_merges_runs_of_similar_neighbours():
     row = example(n=12)
     for head, (columns, keys, values) in enumerate(stored(p.KVMerger(budget=7, sinks=1, recent=2, heavy=0.25), row)):
@@ -396,6 +486,10 @@ def test_parts_of_rows_read_alike_by_both_kernels(int8):
         (lambda: p.RazorAttention(heads=((1,),)), "give .layer, key head. pairs"),
         (lambda: p.Quantised(int8=True), "low tier is int8 already"),
         (lambda: p.Quantised(scorer=p.PrefixKV()), "decides over layers"),
+        (lambda: p.LazyEviction(lag=0), "lag=0 in lazyeviction"),
+        (lambda: p.LazyEviction(alpha=1), "alpha=1 in lazyeviction"),
+        (lambda: p.LazyEviction(budget=30, recent=4), "cannot hold the 36 columns"),
+        (lambda: p.ElasticCache(distance=0), "distance=0 in elasticcache"),
         (lambda: p.LookM(merge="sum"), "choose one of averaged, pivotal, weighted"),
         (lambda: p.ElasticCache(queries=0), "queries=0 in elasticcache"),
         (lambda: p.KVMerger(heavy=1), "heavy=1 in kvmerger"),

@@ -10,6 +10,7 @@ from vlmfast.prefill.h2o import H2O
 from vlmfast.prefill.hybrid import HybridKV
 from vlmfast.prefill.keydiff import KeyDiff
 from vlmfast.prefill.kvmerger import KVMerger
+from vlmfast.prefill.lazyeviction import LazyEviction
 from vlmfast.prefill.lookm import LookM
 from vlmfast.prefill.mixkv import MixKV
 from vlmfast.prefill.prefixkv import PrefixKV
@@ -22,12 +23,12 @@ from vlmfast.prefill.streaming import StreamingLLM
 
 _POLICIES: tuple[type[KVPolicy], ...] = (
     HybridKV, SnapKV, AdaKV, H2O, PyramidKV, CAKE, PrefixKV, MixKV, LookM, ElasticCache, KVMerger,
-    RazorAttention, Quantised, StreamingLLM, KeyDiff, Random,
+    RazorAttention, Quantised, LazyEviction, StreamingLLM, KeyDiff, Random,
 )  # fmt: skip
 METHODS: dict[str, type[KVPolicy]] = {m.name: m for m in _POLICIES}
 
 __all__ = [
     "METHODS", "AdaKV", "CAKE", "ElasticCache", "Full", "H2O", "HybridKV", "KVLayer", "KVMerger", "KVPolicy",
-    "KeyDiff", "LookM", "MixKV", "PrefixKV", "PyramidKV", "Quantised", "Random", "RazorAttention", "SnapKV",
-    "StreamingLLM",
+    "KeyDiff", "LazyEviction", "LookM", "MixKV", "PrefixKV", "PyramidKV", "Quantised", "Random",
+    "RazorAttention", "SnapKV", "StreamingLLM",
 ]  # fmt: skip

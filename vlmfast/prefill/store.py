@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vlmfast.kernels import Ragged, dequantise, quantise
 
+_BUFFERS = ("keys", "values", "positions", "key_scale", "value_scale", "bias")  # one slot each per column
 Segment = tuple[int, Tensor, Tensor, Tensor]  # row, keys (n, D), values (n, Dv), positions (n,) logical columns
 
 
@@ -112,14 +113,14 @@ class Store(Ragged):
     def _raw(self, i: int) -> tuple[int, slice, int]:
         return self.rows[i], slice(self.offsets[i], self.offsets[i] + self.lengths[i]), self.lengths[i]
 
-    def _copy_from(self, entries: list[tuple[int, slice, int]], room: int) -> None:
+    def _copy_from(self, entries: list[tuple[int, slice | Tensor, int]], room: int) -> None:
         """Re-lay the given (row, slots, length) entries of this store in a new buffer, byte for byte."""
         entries = sorted(entries, key=lambda e: e[2])
         room = max(room, max(e[2] for e in entries) // 32) if room else 0
         capacity = [e[2] + room for e in entries]
         ends = torch.tensor(capacity).cumsum(0).tolist()
         offsets = [end - c for end, c in zip(ends, capacity, strict=True)]
-        for name in ("keys", "values", "positions", "key_scale", "value_scale", "bias"):
+        for name in _BUFFERS:
             old = getattr(self, name)
             if old is None:
                 continue
@@ -143,6 +144,26 @@ class Store(Ragged):
             cut.append(int(torch.searchsorted(self.positions[at : at + n].contiguous(), position)))
         self.cursor -= torch.tensor([n - c for n, c in zip(self.lengths, cut, strict=True)], device=self.cursor.device)
         self.lengths = cut
+
+    def drop_at(self, distance: int) -> None:
+        """Forget the column `distance` before the end of every entry (1 = the last); those behind it move up."""
+        steps = torch.arange(distance - 1, device=self.cursor.device)
+        target = (self.cursor[:, None] - distance + steps).reshape(-1)
+        for name in _BUFFERS:
+            buffer = getattr(self, name)
+            if buffer is not None:
+                buffer.index_copy_(0, target, buffer[target + 1])
+        self.drop_last(1)
+
+    def keep(self, kept: dict[int, Tensor], room: int) -> None:
+        """Keep only some columns of some rows: row -> ascending places within its entry (int64)."""
+        entries: list[tuple[int, slice | Tensor, int]] = []
+        for i, row in enumerate(self.rows):
+            if row in kept:
+                entries.append((row, self.offsets[i] + kept[row], len(kept[row])))
+            else:
+                entries.append(self._raw(i))
+        self._copy_from(entries, room)
 
     def compact(self) -> Store:
         """A copy without free slots."""
