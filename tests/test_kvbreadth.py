@@ -58,6 +58,19 @@ def test_padded_rows_equal_single_rows_and_the_budget_holds(policy, family):
         torch.testing.assert_close(*logits, atol=2e-4, rtol=1e-4)
 
 
+@every_policy
+def test_a_row_that_fits_the_budget_stays_whole_beside_one_that_does_not(policy):
+    model, args = tiny.build("qwen2_5_vl"), {"media": ("image", "image"), "text": [20, 14], "batch": 2}
+    alone = tiny.rows("qwen2_5_vl", **args)
+    policy = dataclasses.replace(policy, budget=alone[1]["input_ids"].shape[1])
+    out, reports = under(policy, model, tiny.inputs("qwen2_5_vl", **args), 6)
+    assert not any("bypassed" in note for note in reports[0]["notes"])
+    for i, row in enumerate(alone):
+        single, _ = under(policy, model, row, 6)
+        logits = torch.stack([x[i] for x in out.logits]), torch.stack([x[0] for x in single.logits])
+        torch.testing.assert_close(*logits, atol=2e-4, rtol=1e-4)
+
+
 def left_of(decoded, policy):
     """Columns more than after the prefill when so many tokens were decoded."""
     if isinstance(policy, p.LazyEviction):

@@ -182,14 +182,14 @@ class KVPolicy:
         """Columns each head keeps; their mean is at most `total`. scores (Hk, n), protected columns +inf."""
         return [total] * scores.shape[0]
 
-    def share(self, row: Row) -> int:
+    def allowance(self, row: Row) -> int:
         """Columns a head of this row's layer may keep on average; at least `least()`, at most `row.n`."""
         return self.total(row.n)
 
     def choose(self, row: Row) -> Choice:
         """Score, protect sinks and recent columns, keep the best of every head."""
         scores = protect(self.score(row).float(), self.sinks, self.recent)
-        counts = self.counts(scores, self.share(row))
+        counts = self.counts(scores, self.allowance(row))
         return Choice([best(s, c) for s, c in zip(scores, counts, strict=True)])
 
 

@@ -38,7 +38,7 @@ class H2O(KVPolicy):
         return row.relevance()  # the mean over queries ranks as the sum does
 
     def choose(self, row: Row) -> Choice:
-        total = self.share(row)
+        total = self.allowance(row)
         recent = max(self.recent, total - self.sinks - round(self.heavy * total))
         scores = protect(self.score(row), self.sinks, recent)
         return Choice([best(s, total) for s in scores])

@@ -45,7 +45,7 @@ class KVMerger(KVPolicy):
         return row.relevance()
 
     def choose(self, row: Row) -> Choice:
-        total, scores = self.share(row), self.score(row)
+        total, scores = self.allowance(row), self.score(row)
         exact = total - max(1, round((1 - self.heavy) * (total - self.sinks - self.recent)))
         choice = Choice([], merged=[])
         assert choice.merged is not None

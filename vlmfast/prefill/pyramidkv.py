@@ -28,7 +28,7 @@ class PyramidKV(SnapKV):
         if not self.beta >= 1:
             raise UserError(f"beta={self.beta!r} in {self.name}: the mean budget over the smallest is at least 1")
 
-    def share(self, row: Row) -> int:
+    def allowance(self, row: Row) -> int:
         mean, least = self.total(row.n) - self.least(), self.least()
         first = min(2 * mean - mean / self.beta, row.n - least)
         slope = 2 * (first - mean) / max(1, row.layers - 1)

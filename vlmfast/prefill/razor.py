@@ -53,7 +53,9 @@ class RazorAttention(AcrossLayers):
         return self.sinks + self.recent + 1
 
     def score(self, row: Row) -> Tensor:
-        return torch.zeros(row.keys.shape[0], row.n) if self.heads is not None else row.relevance()
+        if self.heads is not None:
+            return torch.zeros(row.keys.shape[:2], device=row.keys.device)
+        return row.relevance()
 
     def weigh(self, row: Row, scores: Tensor) -> tuple[int, Tensor]:
         """The layer, and how far each of its heads looks: (Hk,) attention outside sinks and recent columns."""

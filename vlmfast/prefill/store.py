@@ -110,7 +110,7 @@ class Store(Ragged):
     def _grow(self, q: int) -> None:
         self._copy_from([self._raw(i) for i in range(len(self))], room=q + 32)
 
-    def _raw(self, i: int) -> tuple[int, slice, int]:
+    def _raw(self, i: int) -> tuple[int, slice | Tensor, int]:
         return self.rows[i], slice(self.offsets[i], self.offsets[i] + self.lengths[i]), self.lengths[i]
 
     def _copy_from(self, entries: list[tuple[int, slice | Tensor, int]], room: int) -> None:
