@@ -17,6 +17,7 @@ from vlmfast import kernels
 from vlmfast import prefill as p
 from vlmfast.core import CompressedLayer, Kind, LayerView, Unsupported, UserError
 from vlmfast.decode import PromptLookup, Speculate
+from vlmfast.prefill import persist
 from vlmfast.prefill.base import Row
 from vlmfast.prefill.cache import KVLayer
 from vlmfast.prefill.store import Store
@@ -469,6 +470,53 @@ def test_quantised_keeps_what_it_does_not_choose_as_int8(q):
             torch.testing.assert_close(got[0, head, t], want)
     layer.crop(-q - 12)
     assert layer.lengths().tolist() == [[2, 2]] and layer.attend(query[:, :, :1], 0.5).isfinite().all()
+
+
+SPECIAL = [  # policies whose layers hold more than keys and values
+    p.RazorAttention(budget=12, sinks=2, recent=3, heads=()),
+    p.Quantised(budget=6, sinks=1, recent=2, scorer=p.SnapKV(pool=1)),
+    p.ElasticCache(budget=8, sinks=1, recent=3, distance=3),
+    p.LazyEviction(budget=8, sinks=1, recent=2, lag=2, alpha=0.08),
+]
+special = pytest.mark.parametrize("policy", SPECIAL, ids=lambda policy: policy.name)
+
+
+@special
+def test_rows_are_swapped_and_repeated_with_all_they_hold(policy):
+    rows = [example(n=20, dh=8, seed=seed) for seed in range(2)]
+    layer = policy.cache_layer()
+    layer.update(torch.stack([r.keys for r in rows]), torch.stack([r.values for r in rows]))
+    layer.compress(policy.compress(view_of(*rows)))
+    gen = torch.Generator().manual_seed(0)
+
+    def decode(layer, order, steps=5):
+        gen.manual_seed(1)
+        out = []
+        for _ in range(steps):
+            key, value = torch.randn(2, 2, 2, 1, 8, generator=gen)
+            layer.update(key[order], value[order])
+            out.append(layer.attend(torch.randn(2, 4, 1, 8, generator=gen)[order], 0.5))
+        return torch.stack(out)
+
+    decode(layer, [0, 1])
+    swapped, repeated = layer.fork(), layer.fork()
+    want = decode(layer, [0, 1])
+    swapped.reorder_cache(torch.tensor([1, 0]))
+    assert torch.equal(decode(swapped, [1, 0]), want[:, [1, 0]])
+    repeated.batch_repeat_interleave(2)
+    torch.testing.assert_close(decode(repeated, [0, 0, 1, 1]), want[:, [0, 0, 1, 1]])
+
+
+@special
+def test_special_layers_are_saved_and_loaded(policy, tmp_path):
+    model, inputs = tiny.build("qwen2_5_vl"), prompt("qwen2_5_vl", text=24)
+    ids = torch.randint(tiny.FIRST_TEXT, tiny.VOCAB, (1, 7), generator=torch.Generator().manual_seed(0))
+    with Accelerated(model, policy), torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        steps(model, cache, ids[:, :3])
+        persist.save(cache, tmp_path / "kv.safetensors")
+        want = steps(model, cache, ids[:, 3:])
+        assert torch.equal(steps(model, persist.load(tmp_path / "kv.safetensors"), ids[:, 3:]), want)
 
 
 @pytest.mark.parametrize("int8", [False, True])
