@@ -113,6 +113,8 @@ def _policies() -> list[Any]:
         p.Quantised(keep=0.25, sinks=1, recent=2, scorer=p.MixKV()),
         p.LazyEviction(keep=0.5, sinks=2, recent=4, lag=6),
         p.LazyEviction(keep=0.25, sinks=1, recent=2, lag=2, alpha=0.05),
+        p.ShadowKV(keep=0.5, sinks=2, recent=4, chunk=4, rank=24),
+        p.ShadowKV(keep=0.25, sinks=1, recent=2, chunk=2, rank=8),
         p.StreamingLLM(keep=0.5, sinks=2, recent=4),
         p.StreamingLLM(keep=0.25, sinks=1, recent=2),
         p.KeyDiff(keep=0.5, sinks=2, recent=4),

@@ -15,7 +15,7 @@ from test_prefill import Accelerated, generate, prompt, state, steps, under, wal
 import vlmfast
 from vlmfast import kernels
 from vlmfast import prefill as p
-from vlmfast.core import CompressedLayer, Kind, LayerView, Unsupported, UserError
+from vlmfast.core import CompressedLayer, Kind, LayerView, Rotation, Unsupported, UserError
 from vlmfast.decode import PromptLookup, Speculate
 from vlmfast.prefill import persist
 from vlmfast.prefill.base import Row
@@ -54,7 +54,8 @@ def test_padded_rows_equal_single_rows_and_the_budget_holds(policy, family):
         if isinstance(policy, p.Quantised):
             assert (held == row["input_ids"].shape[1] + 4).all()
             held = held - torch.stack([lengths(layer.low) for layer in single.past_key_values.layers])
-        assert total - 1 < float(held.double().mean()) - left_of(4, policy) <= total
+        spare = policy.chunk if isinstance(policy, p.ShadowKV) else 1  # it reads whole chunks
+        assert total - spare < float(held.double().mean()) - left_of(4, policy) <= total
         logits = torch.stack([x[i] for x in out.logits]), torch.stack([x[0] for x in single.logits])
         torch.testing.assert_close(*logits, atol=2e-4, rtol=1e-4)
 
@@ -87,7 +88,9 @@ def lengths(store):
 @every_policy
 def test_bytes_are_those_of_the_tensors(policy):
     out, _ = under(policy, tiny.build("qwen2_5_vl"), prompt("qwen2_5_vl", batch=2, media=("image", "image")), 3)
-    for layer in out.past_key_values.layers:
+    layers = out.past_key_values.layers
+    assert sum(layer.nbytes()["resident"] for layer in layers) == sum(walk(layers))
+    for layer in layers if not isinstance(policy, p.ShadowKV) else ():
         tiers, bias = layer.nbytes(), 4 * (layer.exact.bias is not None)
         assert tiers["resident"] == sum(walk(layer)) and tiers["fast"] <= tiers["fast_allocated"]
         low = sum(layer.low.lengths) if layer.low is not None else 0
@@ -113,7 +116,8 @@ def test_crop_after_compression_is_exact_and_reaches_into_the_prefill(policy):
         steps(model, cache, ids[:, 3:8])
         model(input_ids=ids[:, 8:], past_key_values=cache)
         cache.crop(-8)
-        assert torch.equal(steps(model, cache, ids[:, :3]), want)
+        slack = 2e-5 if isinstance(policy, p.ShadowKV) else 0  # chunks come back in other slots
+        torch.testing.assert_close(steps(model, cache, ids[:, :3]), want, atol=slack, rtol=5 * slack)
         cache.crop(-13)  # three decoded columns and ten of the prompt
         assert cache.get_seq_length() == length - 10
         for layer in cache.layers:
@@ -150,7 +154,10 @@ def view_of(*rows):
     """One-layer view of rows of equal length, without padding."""
     queries = torch.ones(len(rows), rows[0].window.shape[1], dtype=torch.bool)
     parts = [torch.stack([getattr(r, name) for r in rows]) for name in ("keys", "values", "kinds", "window")]
-    return LayerView(*parts, rows[0].layer, rows[0].layers, None, queries)
+    n, dh = rows[0].keys.shape[1:]
+    angle = torch.arange(n)[:, None] * 100.0 ** (-torch.arange(dh // 2) / (dh // 2))
+    cos, sin = (torch.cat([f(angle)] * 2, -1)[None] for f in (torch.cos, torch.sin))
+    return LayerView(*parts, rows[0].layer, rows[0].layers, None, queries, Rotation(cos, sin, 0))
 
 
 def test_h2o_keeps_heavy_hitters_and_recent_columns():
@@ -476,6 +483,7 @@ SPECIAL = [  # policies whose layers hold more than keys and values
     p.RazorAttention(budget=12, sinks=2, recent=3, heads=()),
     p.Quantised(budget=6, sinks=1, recent=2, scorer=p.SnapKV(pool=1)),
     p.ElasticCache(budget=8, sinks=1, recent=3, distance=3),
+    p.ShadowKV(budget=12, sinks=1, recent=3, chunk=2, rank=6),
     p.LazyEviction(budget=8, sinks=1, recent=2, lag=2, alpha=0.08),
 ]
 special = pytest.mark.parametrize("policy", SPECIAL, ids=lambda policy: policy.name)
@@ -519,6 +527,46 @@ def test_special_layers_are_saved_and_loaded(policy, tmp_path):
         assert torch.equal(steps(model, persist.load(tmp_path / "kv.safetensors"), ids[:, 3:]), want)
 
 
+def test_shadowkv_rebuilds_chunks_from_low_rank_keys():
+    row = example(n=23, dh=8)
+    policy, view = p.ShadowKV(budget=11, sinks=2, recent=3, chunk=2, rank=5), view_of(row)
+    turn = torch.polar(torch.ones(23, 4), torch.arange(23)[:, None] * 100.0 ** (-torch.arange(4) / 4))
+    bare = torch.complex(row.keys[..., :4], row.keys[..., 4:]) / turn  # keys before RoPE, as complex numbers
+    flat = torch.cat([torch.cat([x.real, x.imag], -1) for x in bare], -1)  # (n, 2 heads of 8)
+    u, s, vh = torch.linalg.svd(flat)
+    low = (u[:, :5] * s[:5]) @ vh[:5]
+    assert (low - flat).norm() > 0.1 * flat.norm()
+    rebuilt = [torch.complex(x[:, :4], x[:, 4:]) * turn for x in (low[:, :8], low[:, 8:])]
+    layer = KVLayer()
+    layer.update(row.keys[None], row.values[None])
+    layer.compress(policy.compress(view))
+    gen = torch.Generator().manual_seed(3)
+    query, new = torch.randn(1, 4, 1, 8, generator=gen), torch.randn(2, 1, 2, 1, 8, generator=gen)
+    layer.update(*new)
+    got = layer.attend(query, 0.5)
+    store = layer.dynamic.store
+    for h in range(2):
+        chunks = [list(range(c, c + 2)) for c in range(2, 20, 2)]
+        reach = [max(float(q @ row.keys[h, c].mean(0)) for q in query[0, 2 * h : 2 * h + 2, 0]) for c in chunks]
+        best = sorted(range(9), key=lambda c: -reach[c])[:3]
+        columns = sorted([0, 1, 20, 21, 22, *(i for c in best for i in chunks[c])])
+        _, keys, values, where = store.segment(store.rows.index(h), torch.float32)
+        order = where[:-1].argsort()
+        assert where[:-1][order].tolist() == columns
+        want = torch.cat([rebuilt[h].real, rebuilt[h].imag], -1)[columns]
+        torch.testing.assert_close(keys[:-1][order], want, atol=1e-5, rtol=1e-4)
+        assert torch.equal(values[:-1][order], row.values[h][columns])
+        k, v = torch.cat([want, new[0, 0, h]]), torch.cat([row.values[h][columns], new[1, 0, h]])
+        weight = (query[0, 2 * h : 2 * h + 2, 0] @ k.T * 0.5).softmax(-1)
+        torch.testing.assert_close(got[0, 2 * h : 2 * h + 2, 0], weight @ v, atol=1e-5, rtol=1e-4)
+    tiers = layer.nbytes()
+    assert tiers["host"] == 2 * 23 * (8 * 4 + 4) + 2 * 3 * 8  # values, positions, slot tables; no keys
+    factors = 4 * (23 * 5 + 5 * 16 + 2 * 23 * 8)
+    assert tiers["fast"] == store.nbytes()[0] + 2 * 9 * 8 * 4 + factors
+    with pytest.raises(Unsupported, match="needs the rotation of every column"):
+        policy.compress(dataclasses.replace(view, rotation=None))
+
+
 @pytest.mark.parametrize("int8", [False, True])
 def test_parts_of_rows_read_alike_by_both_kernels(int8):
     gen = torch.Generator().manual_seed(0)
@@ -551,6 +599,8 @@ def test_parts_of_rows_read_alike_by_both_kernels(int8):
         (lambda: p.LazyEviction(alpha=1), "alpha=1 in lazyeviction"),
         (lambda: p.LazyEviction(budget=30, recent=4), "cannot hold the 36 columns"),
         (lambda: p.ElasticCache(distance=0), "distance=0 in elasticcache"),
+        (lambda: p.ShadowKV(rank=0), "rank=0 in shadowkv"),
+        (lambda: p.ShadowKV(int8=True), "lower rank"),
         (lambda: p.LookM(merge="sum"), "choose one of averaged, pivotal, weighted"),
         (lambda: p.ElasticCache(queries=0), "queries=0 in elasticcache"),
         (lambda: p.KVMerger(heavy=1), "heavy=1 in kvmerger"),

@@ -80,6 +80,26 @@ class TokenPruner(Protocol):
 
 
 @dataclass
+class Rotation:
+    """RoPE of the columns of one prefill: one object, shared by all its layers."""
+
+    cos: Tensor  # (B, L, Dh), or B = 1 for all rows alike
+    sin: Tensor
+    owner: int  # the first layer that may keep it; its bytes are counted there
+
+
+@dataclass
+class LowRank:
+    """Keys of one row as `rotate(left @ right, cos, sin)`."""
+
+    left: Tensor  # (n, r), one tensor for all heads of a batch row
+    right: Tensor  # (r, Dh)
+    cos: Tensor  # (n, Dh), views of a `Rotation`
+    sin: Tensor
+    owner: bool  # are cos and sin counted in this layer?
+
+
+@dataclass
 class LayerView:
     """One layer's cache right after its prefill attention, as a KV policy sees it."""
 
@@ -91,6 +111,7 @@ class LayerView:
     layers: int
     positions: Tensor | None = None  # (B, L) int64 logical column of each physical one, -1 on padding
     queries: Tensor | None = None  # (B, W) bool: which of the window's queries count: text after the media
+    rotation: Rotation | None = None  # None where the rotation of every column is not known
 
 
 @dataclass(frozen=True)
@@ -124,6 +145,8 @@ class CompressedLayer:
     mass: list[Tensor | None] | None = None
     # per row: ascending columns that stay besides those in `keep`, as int8 with a scale per vector; None = none
     low: list[Tensor] | None = None
+    # per row, dynamic heads only: factors of the keys, kept in fast memory in place of the keys in host memory
+    low_rank: list[LowRank | None] | None = None
 
 
 @runtime_checkable

@@ -18,17 +18,18 @@ from vlmfast.prefill.pyramidkv import PyramidKV
 from vlmfast.prefill.quantised import Quantised
 from vlmfast.prefill.random import Random
 from vlmfast.prefill.razor import RazorAttention
+from vlmfast.prefill.shadowkv import ShadowKV
 from vlmfast.prefill.snapkv import SnapKV
 from vlmfast.prefill.streaming import StreamingLLM
 
 _POLICIES: tuple[type[KVPolicy], ...] = (
     HybridKV, SnapKV, AdaKV, H2O, PyramidKV, CAKE, PrefixKV, MixKV, LookM, ElasticCache, KVMerger,
-    RazorAttention, Quantised, LazyEviction, StreamingLLM, KeyDiff, Random,
+    RazorAttention, Quantised, LazyEviction, ShadowKV, StreamingLLM, KeyDiff, Random,
 )  # fmt: skip
 METHODS: dict[str, type[KVPolicy]] = {m.name: m for m in _POLICIES}
 
 __all__ = [
     "METHODS", "AdaKV", "CAKE", "ElasticCache", "Full", "H2O", "HybridKV", "KVLayer", "KVMerger", "KVPolicy",
     "KeyDiff", "LazyEviction", "LookM", "MixKV", "PrefixKV", "PyramidKV", "Quantised", "Random",
-    "RazorAttention", "SnapKV", "StreamingLLM",
+    "RazorAttention", "ShadowKV", "SnapKV", "StreamingLLM",
 ]  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vlmfast.core import CompressedLayer, Kind, LayerView, Retrieval, UserError, check_fraction
+from vlmfast.core import CompressedLayer, Kind, LayerView, LowRank, Retrieval, Rotation, UserError, check_fraction
 from vlmfast.prefill.cache import KVLayer
 
 
@@ -27,6 +27,7 @@ class Row:
     window: Tensor | None  # (H, W, n) float32 softmax weights of the text queries after the media
     layer: int
     layers: int
+    rotation: Rotation | None = None  # of this row: cos and sin (n, Dh)
 
     @property
     def n(self) -> int:
@@ -51,6 +52,7 @@ class Choice:
     merged: list[tuple[Tensor, Tensor] | None] | None = None  # per head, keys and values of what is kept
     mass: list[Tensor | None] | None = None  # per head, how many columns each kept one stands for
     low: list[Tensor] | None = None  # per head, columns that stay besides, as int8
+    low_rank: list[LowRank | None] | None = None  # per head, factors of the keys
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,7 @@ class KVPolicy:
         merged: list[tuple[Tensor, Tensor] | None] = []
         mass: list[Tensor | None] = []
         low: list[Tensor] = []
+        low_rank: list[LowRank | None] = []
         stats: dict[str, Any] = {}
         for i, (columns, choice) in enumerate(zip(real_columns(view), choices, strict=True)):
             if choice is None:
@@ -147,10 +150,12 @@ class KVPolicy:
                 merged += [None] * hk
                 mass += [None] * hk
                 low += [columns[:0]] * hk
+                low_rank += [None] * hk
                 continue
             keep += [columns[k] for k in choice.keep]
             merged += choice.merged or [None] * hk
             mass += choice.mass or [None] * hk
+            low_rank += choice.low_rank or [None] * hk
             low += [columns[k] for k in choice.low or [columns[:0]] * hk]
             if choice.dynamic is not None and choice.budget is not None:
                 dynamic[i * hk : (i + 1) * hk], budget[i * hk : (i + 1) * hk] = choice.dynamic, choice.budget
@@ -159,7 +164,7 @@ class KVPolicy:
         stats = stats if any(stats.get("rows", [])) else {}
         return CompressedLayer(
             keep, dynamic, budget, small, self.retrieval(), stats, _given(merged), _given(mass),
-            low if any(map(len, low)) else None,
+            low if any(map(len, low)) else None, _given(low_rank),
         )  # fmt: skip
 
     def _too_small(self, budget: int) -> str:
@@ -229,4 +234,8 @@ def row_of(view: LayerView, i: int, columns: Tensor) -> Row:
     if view.window is not None and view.queries is not None:
         window = view.window[i][:, view.queries[i]][..., where]
     kinds = view.kinds[i, where]
-    return Row(view.keys[i][:, where], view.values[i][:, where], kinds, window, view.layer, view.layers)
+    row = Row(view.keys[i][:, where], view.values[i][:, where], kinds, window, view.layer, view.layers)
+    if view.rotation is not None:
+        cos, sin = (x[min(i, len(x) - 1)][where] for x in (view.rotation.cos, view.rotation.sin))
+        row.rotation = Rotation(cos, sin, view.rotation.owner)
+    return row

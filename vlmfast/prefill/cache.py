@@ -182,7 +182,9 @@ class KVLayer(CacheLayerMixin):
         if parts["dynamic"]:
             assert kept.budget is not None and kept.retrieval is not None, "dynamic heads need a budget and a Retrieval"
             budgets = [int(kept.budget[s[0]]) for s in parts["dynamic"]]
-            self.dynamic = Dynamic(parts["dynamic"], budgets, kept.retrieval, b * hk, self.base, keys.device)
+            self.dynamic = Dynamic(
+                parts["dynamic"], budgets, kept.retrieval, b * hk, self.base, keys.device, kept.low_rank
+            )
         if kept.low is not None:
             assert self.dynamic is None, "dynamic heads hold whole columns"
             rows = [(r, *divmod(r, hk), columns) for r, columns in enumerate(kept.low) if len(columns)]

@@ -22,7 +22,7 @@ from transformers.cache_utils import (
 )
 
 from vlmfast import kernels
-from vlmfast.core import CompressedLayer, Kind, LayerView, Policy, StageDidNotFire, Unsupported
+from vlmfast.core import CompressedLayer, Kind, LayerView, Policy, Rotation, StageDidNotFire, Unsupported
 from vlmfast.runtime.attention import AttentionSwitch
 from vlmfast.runtime.clock import clock
 from vlmfast.runtime.patch import Patch
@@ -48,6 +48,7 @@ class KVHooks:
         self.compressed = 0
         self.notes: list[str] = []
         self.stats: list[dict[str, Any]] = []
+        self.rotation: Rotation | None = None
         self.rated: list[tuple[LayerView, Any]] = []  # layers that wait for the last one
         self.seconds = self.window_seconds = 0.0
 
@@ -168,7 +169,7 @@ class KVHooks:
             window, queries = self._window(module, args, kwargs, layer.keys, columns.kinds)
             view = LayerView(
                 layer.keys, layer.values, columns.kinds, window, module.layer_idx, len(self.cache.layers),
-                columns.index, queries,
+                columns.index, queries, self._rotation(kwargs, held),
             )  # fmt: skip
             if not self.policy.spans:
                 kept = self.policy.compress(view)
@@ -183,6 +184,13 @@ class KVHooks:
                         self._store(waiting, kept)
                     self.rated = []
         self.seconds += clock(self.text_model) - start
+
+    def _rotation(self, kwargs: dict, held: int) -> Rotation | None:
+        """The rotation this layer's attention was given, where it covers all columns."""
+        tables = kwargs.get("position_embeddings")
+        if self.rotation is None and tables and tables[0].ndim == 3 and tables[0].shape[1] == held:
+            self.rotation = Rotation(tables[0], tables[1], min(self.originals))
+        return self.rotation
 
     def _store(self, view: LayerView, kept: CompressedLayer) -> None:
         self.cache.layers[view.layer].compress(kept, view.positions)
