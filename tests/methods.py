@@ -91,6 +91,30 @@ def _policies() -> list[Any]:
         p.SnapKV(keep=0.25, sinks=1, recent=2),
         p.AdaKV(keep=0.5, sinks=2, recent=4),
         p.AdaKV(keep=0.25, sinks=1, recent=2),
+        p.H2O(keep=0.5, sinks=2, recent=4),
+        p.H2O(keep=0.25, sinks=0, recent=2, heavy=0.3),
+        p.PyramidKV(keep=0.5, sinks=2, recent=4),
+        p.PyramidKV(keep=0.25, sinks=1, recent=2, beta=3.0),
+        p.CAKE(keep=0.5, sinks=2, recent=4),
+        p.CAKE(keep=0.25, sinks=1, recent=2, tau1=0.5, tau2=1.5),
+        p.PrefixKV(keep=0.5, sinks=2, recent=4),
+        p.PrefixKV(keep=0.25, sinks=1, recent=2),
+        p.MixKV(keep=0.5, sinks=2, recent=4),
+        p.MixKV(keep=0.25, sinks=1, recent=2),
+        p.LookM(keep=0.5, sinks=2, recent=4),
+        p.LookM(keep=0.25, sinks=1, recent=2, merge="weighted"),
+        p.ElasticCache(keep=0.5, sinks=2, recent=4, distance=3),
+        p.ElasticCache(keep=0.25, sinks=1, recent=2),
+        p.KVMerger(keep=0.5, sinks=2, recent=4),
+        p.KVMerger(keep=0.25, sinks=1, recent=2, heavy=0.2),
+        p.RazorAttention(keep=0.5, sinks=2, recent=4),
+        p.RazorAttention(keep=0.25, sinks=1, recent=2, share=0.1),
+        p.Quantised(keep=0.5, sinks=2, recent=4),
+        p.Quantised(keep=0.25, sinks=1, recent=2, scorer=p.MixKV()),
+        p.LazyEviction(keep=0.5, sinks=2, recent=4, lag=6),
+        p.LazyEviction(keep=0.25, sinks=1, recent=2, lag=2, alpha=0.05),
+        p.ShadowKV(keep=0.5, sinks=2, recent=4, chunk=4, rank=24),
+        p.ShadowKV(keep=0.25, sinks=1, recent=2, chunk=2, rank=8),
         p.StreamingLLM(keep=0.5, sinks=2, recent=4),
         p.StreamingLLM(keep=0.25, sinks=1, recent=2),
         p.KeyDiff(keep=0.5, sinks=2, recent=4),
@@ -112,4 +136,5 @@ def _rules() -> list[Any]:
 
 
 POLICIES: list[Any] = _policies()
+CROPPABLE: list[Any] = [p for p in POLICIES if p.cache_layer().is_croppable]  # the others cannot take drafts back
 RULES: list[Any] = _rules()

@@ -355,7 +355,7 @@ def test_speculation_says_what_the_model_says(family):
     assert a.text == b.text and b.report["verify_rounds"] >= 1
 
 
-@pytest.mark.parametrize("name", ["hybridkv", "snapkv", "streamingllm", "random"])
+@pytest.mark.parametrize("name", ["hybridkv", "snapkv", "streamingllm", "cake", "lookm", "random"])
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_onevision"])
 def test_kv_policies_act_on_the_working_set(family, name):
     """A budget it fits in changes nothing; half of it leaves half of the bytes and an answer of its own."""

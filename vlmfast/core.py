@@ -80,6 +80,26 @@ class TokenPruner(Protocol):
 
 
 @dataclass
+class Rotation:
+    """RoPE of the columns of one prefill: one object, shared by all its layers."""
+
+    cos: Tensor  # (B, L, Dh), or B = 1 for all rows alike
+    sin: Tensor
+    owner: int  # the first layer that may keep it; its bytes are counted there
+
+
+@dataclass
+class LowRank:
+    """Keys of one row as `rotate(left @ right, cos, sin)`."""
+
+    left: Tensor  # (n, r), one tensor for all heads of a batch row
+    right: Tensor  # (r, Dh)
+    cos: Tensor  # (n, Dh), views of a `Rotation`
+    sin: Tensor
+    owner: bool  # are cos and sin counted in this layer?
+
+
+@dataclass
 class LayerView:
     """One layer's cache right after its prefill attention, as a KV policy sees it."""
 
@@ -91,6 +111,7 @@ class LayerView:
     layers: int
     positions: Tensor | None = None  # (B, L) int64 logical column of each physical one, -1 on padding
     queries: Tensor | None = None  # (B, W) bool: which of the window's queries count: text after the media
+    rotation: Rotation | None = None  # None where the rotation of every column is not known
 
 
 @dataclass(frozen=True)
@@ -118,6 +139,14 @@ class CompressedLayer:
     int8: Tensor | None = None  # (B * Hk,) bool, heads stored as int8 with scales
     retrieval: Retrieval | None = None  # needed when any head is dynamic
     stats: dict[str, Any] = field(default_factory=dict)
+    # per row: keys (len(keep), Dh) and values (len(keep), Dv) to store in place of the columns' own; None = their own
+    merged: list[tuple[Tensor, Tensor] | None] | None = None
+    # per row: (len(keep),) float32, how many columns each kept one stands for in the softmax; None = one
+    mass: list[Tensor | None] | None = None
+    # per row: ascending columns that stay besides those in `keep`, as int8 with a scale per vector; None = none
+    low: list[Tensor] | None = None
+    # per row, dynamic heads only: factors of the keys, kept in fast memory in place of the keys in host memory
+    low_rank: list[LowRank | None] | None = None
 
 
 @runtime_checkable
@@ -125,6 +154,7 @@ class Policy(Protocol):
     """What the runtime asks of a KV policy."""
 
     per_query: ClassVar[bool]  # wants every window query by itself; False = their mean (W times less memory)
+    spans: ClassVar[bool]  # decides for all layers together: `rate` and `compress_all` instead of `compress`
 
     def window(self) -> int:
         """Number of text queries whose attention it needs (0 = attention-free)."""
@@ -140,6 +170,14 @@ class Policy(Protocol):
 
     def compress(self, view: LayerView) -> CompressedLayer | None:
         """Choose what stays; None = the context fits the budget, leave the layer as it is."""
+        ...
+
+    def rate(self, view: LayerView) -> Any:
+        """What a policy that `spans` layers remembers of this one; the view's window is freed afterwards."""
+        ...
+
+    def compress_all(self, views: list[LayerView], rated: list[Any]) -> list[CompressedLayer]:
+        """Choose what stays of every layer, after the last one was rated; never called when all rows fit."""
         ...
 
 

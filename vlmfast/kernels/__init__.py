@@ -14,31 +14,41 @@ from vlmfast.kernels.reference import Ragged, dequantise, quantise
 Backend = Literal["reference", "cpu", "triton"]
 
 
-def ragged_attention(query: Tensor, kv: Ragged, scaling: float, out: Tensor, backend: Backend | None = None) -> Tensor:
+def ragged_attention(
+    query: Tensor,
+    kv: Ragged,
+    scaling: float,
+    out: Tensor,
+    backend: Backend | None = None,
+    lse: Tensor | None = None,
+    causal: bool = True,
+) -> Tensor:
     """Attention of (B, H, q, D) queries over ragged rows, see `reference.ragged_attention`.
 
-    backend None picks Triton on CUDA where it takes the shapes (up to 16 query tokens), else grouped dense calls.
+    backend None picks Triton on CUDA where it takes the shapes (up to 16 query tokens), else grouped dense calls; parts
+    of rows (`lse`, not `causal`) are read by grouped dense calls.
     Raises UserError for a backend that does not exist or does not take these shapes.
     """
     if not len(kv):
         return out
     if backend is None:
         backend = "cpu"
-        if query.is_cuda:
+        if query.is_cuda and lse is None and causal:
             from vlmfast.kernels import triton_ragged
 
             backend = "triton" if triton_ragged.supports(query, kv) else "cpu"
     if backend == "reference":
-        return reference.ragged_attention(query, kv, scaling, out)
+        return reference.ragged_attention(query, kv, scaling, out, lse, causal)
     if backend == "cpu":
-        return cpu.ragged_attention(query, kv, scaling, out)
+        return cpu.ragged_attention(query, kv, scaling, out, lse, causal)
     if backend == "triton":
         from vlmfast.kernels import triton_ragged
 
-        if not triton_ragged.supports(query, kv):
+        if not triton_ragged.supports(query, kv) or lse is not None or not causal:
             raise UserError(
-                f"the Triton kernel takes {triton_ragged.MAX_QUERIES} query tokens, 128 grouped queries, heads "
-                f"of 256 in float16, bfloat16 or float32; got {list(query.shape)} {query.dtype}; use backend='cpu'"
+                f"the Triton kernel takes {triton_ragged.MAX_QUERIES} query tokens, 128 grouped queries, heads of "
+                "256 in float16, bfloat16 or float32, no bias, whole rows; "
+                f"got {list(query.shape)} {query.dtype}; use backend='cpu'"
             )
         return triton_ragged.ragged_attention(query, kv, scaling, out)
     raise UserError(f"backend={backend!r} does not exist: choose reference, cpu or triton")

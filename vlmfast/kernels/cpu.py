@@ -44,14 +44,16 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
-def ragged_attention(query: Tensor, kv: Ragged, scaling: float, out: Tensor) -> Tensor:
+def ragged_attention(
+    query: Tensor, kv: Ragged, scaling: float, out: Tensor, lse: Tensor | None = None, causal: bool = True
+) -> Tensor:
     """See `reference.ragged_attention`. Scores are kept in the storage's dtype, softmax runs in float32."""
     b, h, q, d = query.shape
     group = b * h // kv.total
     qs = query.reshape(kv.total, group * q, d)
     os = out.view(kv.total, group * q, out.shape[-1])
     hidden = None
-    if q > 1:
+    if q > 1 and causal:
         hidden = torch.ones(q, q, dtype=torch.bool, device=query.device).triu(1)
     for first, count, stride in runs(kv):
         n, at = kv.lengths[first], kv.offsets[first]
@@ -65,8 +67,12 @@ def ragged_attention(query: Tensor, kv: Ragged, scaling: float, out: Tensor) -> 
         scores = _matmul(mine, k.transpose(1, 2)).float().mul_(scaling)
         if kv.key_scale is not None:
             scores *= _block(kv.key_scale[:, None], at, count, stride, n).transpose(1, 2)
+        if kv.bias is not None:
+            scores += _block(kv.bias[:, None], at, count, stride, n).transpose(1, 2)
         if hidden is not None:
             scores.view(count, group, q, n)[..., n - q :].masked_fill_(hidden, float("-inf"))
+        if lse is not None:
+            lse.view(kv.total, group * q)[rows] = scores.logsumexp(-1)
         p = torch.softmax(scores, -1)
         if kv.value_scale is not None:
             p *= _block(kv.value_scale[:, None], at, count, stride, n).transpose(1, 2)

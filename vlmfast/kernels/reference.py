@@ -24,6 +24,7 @@ class Ragged:
     total: int  # B * Hk, rows of the layer (this storage may hold only some of them)
     key_scale: Tensor | None = None  # (T,) float32, int8 storage only: key = int8 * scale
     value_scale: Tensor | None = None  # (T,) float32
+    bias: Tensor | None = None  # (T,) float32 added to the scores, log n for a slot that stands for n columns
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -40,11 +41,15 @@ def dequantise(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (x.float() * scale[..., None]).to(dtype)
 
 
-def ragged_attention(query: Tensor, kv: Ragged, scaling: float, out: Tensor) -> Tensor:
+def ragged_attention(
+    query: Tensor, kv: Ragged, scaling: float, out: Tensor, lse: Tensor | None = None, causal: bool = True
+) -> Tensor:
     """Attention of the last q columns of every row over all its columns.
 
-    query (B, H, q, D): query t of a row of length n sees its columns 0 ... n - q + t (causal within the last q).
+    query (B, H, q, D): query t of a row of length n sees its columns 0 ... n - q + t (causal within the last q), or all
+    of them where not `causal` (the storage then holds earlier columns only).
     out   (B, H, q, Dv): the heads of the rows in `kv` are written, all others left as they are; returned.
+    lse   (B, H, q) float32, likewise: the log of the sum of exponentials, by which two parts of a row are joined.
     """
     b, h, q, d = query.shape
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -57,8 +62,13 @@ def ragged_attention(query: Tensor, kv: Ragged, scaling: float, out: Tensor) -> 
             k = k * kv.key_scale[at : at + n, None].to(dtype)
             v = v * kv.value_scale[at : at + n, None].to(dtype)
         scores = qs[row].to(dtype) @ k.T * scaling
+        if kv.bias is not None:
+            scores += kv.bias[at : at + n]
         hidden = torch.ones(q, n, dtype=torch.bool, device=k.device).triu(n - q + 1)
-        os[row] = (scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v).to(out.dtype)
+        scores = scores.masked_fill(hidden & causal, float("-inf"))
+        os[row] = (scores.softmax(-1) @ v).to(out.dtype)
+        if lse is not None:
+            lse.view(kv.total, group, q)[row] = scores.logsumexp(-1).to(lse.dtype)
     return out
 
 

@@ -87,9 +87,15 @@ def _combine(  # type: ignore[no-untyped-def]
 
 
 def supports(query: Tensor, kv: Ragged) -> bool:
-    """True where the kernel takes these shapes: up to 16 query tokens, up to 128 grouped queries, heads up to 256."""
+    """True where the kernel takes it: up to 16 query tokens, up to 128 grouped queries, heads up to 256, no bias."""
     b, h, q, d = query.shape
-    return q <= MAX_QUERIES and b * h // kv.total * q <= 128 and d <= 256 and query.dtype != torch.float64
+    return (
+        kv.bias is None
+        and q <= MAX_QUERIES
+        and b * h // kv.total * q <= 128
+        and d <= 256
+        and query.dtype != torch.float64
+    )
 
 
 def ragged_attention(query: Tensor, kv: Ragged, scaling: float, out: Tensor, splits: int | None = None) -> Tensor:

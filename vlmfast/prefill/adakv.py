@@ -31,6 +31,8 @@ class AdaKV(KVPolicy):
         check_fraction("floor", self.floor)
         if not isinstance(self.scorer, KVPolicy) or type(self.scorer).score is KVPolicy.score:
             raise UserError(f"scorer={self.scorer!r} cannot score columns: use e.g. AdaKV(scorer=SnapKV())")
+        if self.scorer.spans or self.scorer.per_query:
+            raise UserError(f"scorer={self.scorer.name} decides over layers or single queries: use e.g. SnapKV()")
 
     def window(self) -> int:
         return self.scorer.window()

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vlmfast.core import CompressedLayer, Kind, LayerView, Retrieval, UserError, check_fraction
+from vlmfast.core import CompressedLayer, Kind, LayerView, LowRank, Retrieval, Rotation, UserError, check_fraction
 from vlmfast.prefill.cache import KVLayer
 
 
@@ -27,6 +27,7 @@ class Row:
     window: Tensor | None  # (H, W, n) float32 softmax weights of the text queries after the media
     layer: int
     layers: int
+    rotation: Rotation | None = None  # of this row: cos and sin (n, Dh)
 
     @property
     def n(self) -> int:
@@ -48,6 +49,10 @@ class Choice:
     dynamic: Tensor | None = None  # (Hk,) bool
     budget: Tensor | None = None  # (Hk,) int64
     stats: dict[str, Any] = field(default_factory=dict)
+    merged: list[tuple[Tensor, Tensor] | None] | None = None  # per head, keys and values of what is kept
+    mass: list[Tensor | None] | None = None  # per head, how many columns each kept one stands for
+    low: list[Tensor] | None = None  # per head, columns that stay besides, as int8
+    low_rank: list[LowRank | None] | None = None  # per head, factors of the keys
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ class KVPolicy:
 
     name: ClassVar[str]
     per_query: ClassVar[bool] = False  # the mean over the window's queries is enough
+    spans: ClassVar[bool] = False  # each layer is decided by itself, see `across.AcrossLayers`
     keep: float = 0.10
     budget: int | None = None
     sinks: int = 4
@@ -112,28 +118,54 @@ class KVPolicy:
 
     def compress(self, view: LayerView) -> CompressedLayer | None:
         """Choose what stays of every row. None when all rows fit."""
-        b, hk, _, _ = view.keys.shape
-        real = [(kinds != Kind.PAD).nonzero()[:, 0] for kinds in view.kinds]
+        real = real_columns(view)
         if all(self.fits(len(columns)) for columns in real):
             return None
+        choices = [None if self.fits(len(c)) else self.choose(row_of(view, i, c)) for i, c in enumerate(real)]
+        return self.gather(view, choices)
+
+    def rate(self, view: LayerView) -> Any:
+        """For policies that share a budget among layers, see `across.AcrossLayers`."""
+        raise NotImplementedError
+
+    def compress_all(self, views: list[LayerView], rated: list[Any]) -> list[CompressedLayer]:
+        """For policies that share a budget among layers, see `across.AcrossLayers`."""
+        raise NotImplementedError
+
+    def gather(self, view: LayerView, choices: list[Choice | None]) -> CompressedLayer:
+        """One layer from the choices of its rows; None = the row stays whole."""
+        b, hk, _, _ = view.keys.shape
         keep: list[Tensor] = []
         device = view.keys.device
         dynamic = torch.zeros(b * hk, dtype=torch.bool, device=device)
         budget = torch.zeros(b * hk, dtype=torch.int64, device=device)
+        merged: list[tuple[Tensor, Tensor] | None] = []
+        mass: list[Tensor | None] = []
+        low: list[Tensor] = []
+        low_rank: list[LowRank | None] = []
         stats: dict[str, Any] = {}
-        for i, columns in enumerate(real):
-            if self.fits(len(columns)):
+        for i, (columns, choice) in enumerate(zip(real_columns(view), choices, strict=True)):
+            if choice is None:
                 keep += [columns] * hk
+                merged += [None] * hk
+                mass += [None] * hk
+                low += [columns[:0]] * hk
+                low_rank += [None] * hk
                 continue
-            choice = self.choose(row_of(view, i, columns))
             keep += [columns[k] for k in choice.keep]
+            merged += choice.merged or [None] * hk
+            mass += choice.mass or [None] * hk
+            low_rank += choice.low_rank or [None] * hk
+            low += [columns[k] for k in choice.low or [columns[:0]] * hk]
             if choice.dynamic is not None and choice.budget is not None:
                 dynamic[i * hk : (i + 1) * hk], budget[i * hk : (i + 1) * hk] = choice.dynamic, choice.budget
             stats.setdefault("rows", []).append(choice.stats)
         small = torch.full_like(dynamic, self.int8)
+        stats = stats if any(stats.get("rows", [])) else {}
         return CompressedLayer(
-            keep, dynamic, budget, small, self.retrieval(), stats if any(stats.get("rows", [])) else {}
-        )
+            keep, dynamic, budget, small, self.retrieval(), stats, _given(merged), _given(mass),
+            low if any(map(len, low)) else None, _given(low_rank),
+        )  # fmt: skip
 
     def _too_small(self, budget: int) -> str:
         return (
@@ -155,11 +187,20 @@ class KVPolicy:
         """Columns each head keeps; their mean is at most `total`. scores (Hk, n), protected columns +inf."""
         return [total] * scores.shape[0]
 
+    def allowance(self, row: Row) -> int:
+        """Columns a head of this row's layer may keep on average; at least `least()`, at most `row.n`."""
+        return self.total(row.n)
+
     def choose(self, row: Row) -> Choice:
         """Score, protect sinks and recent columns, keep the best of every head."""
         scores = protect(self.score(row).float(), self.sinks, self.recent)
-        counts = self.counts(scores, self.total(row.n))
+        counts = self.counts(scores, self.allowance(row))
         return Choice([best(s, c) for s, c in zip(scores, counts, strict=True)])
+
+
+def _given(values: list) -> list | None:
+    """The list, or None when nobody gave anything."""
+    return values if any(v is not None for v in values) else None
 
 
 def protect(scores: Tensor, sinks: int, recent: int) -> Tensor:
@@ -180,6 +221,11 @@ def max_pool(scores: Tensor, width: int) -> Tensor:
     return torch.nn.functional.max_pool1d(scores[None], width, stride=1, padding=width // 2)[0] if width > 1 else scores
 
 
+def real_columns(view: LayerView) -> list[Tensor]:
+    """Columns of every batch row that are not padding, int64."""
+    return [(kinds != Kind.PAD).nonzero()[:, 0] for kinds in view.kinds]
+
+
 def row_of(view: LayerView, i: int, columns: Tensor) -> Row:
     n = len(columns)
     first = int(columns[0])
@@ -188,4 +234,8 @@ def row_of(view: LayerView, i: int, columns: Tensor) -> Row:
     if view.window is not None and view.queries is not None:
         window = view.window[i][:, view.queries[i]][..., where]
     kinds = view.kinds[i, where]
-    return Row(view.keys[i][:, where], view.values[i][:, where], kinds, window, view.layer, view.layers)
+    row = Row(view.keys[i][:, where], view.values[i][:, where], kinds, window, view.layer, view.layers)
+    if view.rotation is not None:
+        cos, sin = (x[min(i, len(x) - 1)][where] for x in (view.rotation.cos, view.rotation.sin))
+        row.rotation = Rotation(cos, sin, view.rotation.owner)
+    return row

@@ -34,6 +34,7 @@ class KVLayer(CacheLayerMixin):
         self.values: Tensor | None = None
         self.exact: Store | None = None  # fast memory, the model's dtype
         self.int8: Store | None = None  # fast memory, int8 with a scale per vector
+        self.low: Store | None = None  # fast memory, int8: prefill columns of rows whose other columns are in `exact`
         self.dynamic: Dynamic | None = None  # host memory, with fast slots
         self.entered = 0  # columns that came in
         self.skipped = 0  # logical columns that never entered
@@ -88,7 +89,7 @@ class KVLayer(CacheLayerMixin):
         """Go back -n columns (n <= 0), or to n logical columns (n > 0, as before transformers 5.20).
 
         Exact for columns that came after the compression. Columns of the prefill can be taken back too: every head
-        then holds what it kept among the columns that remain.
+        then holds what it kept among the columns that remain (a merged one keeps what was merged into it).
         """
         length = self.get_seq_length()
         remove = -tokens_to_remove if tokens_to_remove <= 0 else length - tokens_to_remove
@@ -102,6 +103,8 @@ class KVLayer(CacheLayerMixin):
                 store.drop_last(remove)
             elif store is not None:
                 store.keep_before(length)
+        if self.low is not None and length < self.base:
+            self.low.keep_before(length)
         if self.dynamic is not None:
             self.dynamic.crop(length, remove)
         self.entered -= remove
@@ -120,7 +123,7 @@ class KVLayer(CacheLayerMixin):
         if self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys[batch], self.values[batch]
         rows = {old * self.heads + h for old in batch for h in range(self.heads)}
-        for name in ("exact", "int8"):
+        for name in ("exact", "int8", "low"):
             store = getattr(self, name)
             if store is not None and rows.isdisjoint(store.rows):
                 setattr(self, name, None)
@@ -143,7 +146,7 @@ class KVLayer(CacheLayerMixin):
         self.skipped += n
 
     def stores(self) -> list[Store]:
-        """The fast-memory stores that exist."""
+        """The fast-memory stores that exist and grow."""
         found = (self.exact, self.int8, self.dynamic.store if self.dynamic else None)
         return [s for s in found if s is not None]
 
@@ -161,36 +164,56 @@ class KVLayer(CacheLayerMixin):
         if kept is None:
             real = [(p >= 0).nonzero()[:, 0] for p in positions]
             kept = CompressedLayer(keep=[real[r // hk] for r in range(b * hk)])
+        assert kept.dynamic is None or kept.mass is None or not kept.dynamic.any(), "dynamic heads hold plain columns"
         dynamic = kept.dynamic.tolist() if kept.dynamic is not None else [False] * (b * hk)
         small = kept.int8.tolist() if kept.int8 is not None else [False] * (b * hk)
         parts: dict[str, list] = {"exact": [], "int8": [], "dynamic": []}
         for r, columns in enumerate(kept.keep):
             i, h = divmod(r, hk)
-            if len(columns) == n:
-                segment = (r, keys[i, h], values[i, h], positions[i].to(torch.int32))
-            else:
-                segment = (r, keys[i, h][columns], values[i, h][columns], positions[i][columns].to(torch.int32))
+            where = slice(None) if len(columns) == n else columns
+            merged = kept.merged[r] if kept.merged is not None else None
+            k, v = merged if merged is not None else (keys[i, h][where], values[i, h][where])
+            segment = (r, k, v, positions[i][where].to(torch.int32))
             parts["dynamic" if dynamic[r] else "int8" if small[r] else "exact"].append(segment)
         if parts["exact"]:
-            self.exact = Store.build(parts["exact"], b * hk)
+            self.exact = Store.build(parts["exact"], b * hk, mass=kept.mass)
         if parts["int8"]:
-            self.int8 = Store.build(parts["int8"], b * hk, int8=True)
+            self.int8 = Store.build(parts["int8"], b * hk, int8=True, mass=kept.mass)
         if parts["dynamic"]:
             assert kept.budget is not None and kept.retrieval is not None, "dynamic heads need a budget and a Retrieval"
             budgets = [int(kept.budget[s[0]]) for s in parts["dynamic"]]
-            self.dynamic = Dynamic(parts["dynamic"], budgets, kept.retrieval, b * hk, self.base, keys.device)
+            self.dynamic = Dynamic(
+                parts["dynamic"], budgets, kept.retrieval, b * hk, self.base, keys.device, kept.low_rank
+            )
+        if kept.low is not None:
+            assert self.dynamic is None, "dynamic heads hold whole columns"
+            rows = [(r, *divmod(r, hk), columns) for r, columns in enumerate(kept.low) if len(columns)]
+            low = [(r, keys[i, h][at], values[i, h][at], positions[i][at].to(torch.int32)) for r, i, h, at in rows]
+            self.low = Store.build(low, b * hk, int8=True).compact()
         self.keys = self.values = None
         self.stats = kept.stats
 
     def attend(self, query: Tensor, scaling: float) -> Tensor:
         """Attention of the last q columns (already in the layer), causal: (B, H, q, Dh) -> (B, H, q, Dv)."""
         out = query.new_empty(*query.shape[:3], self.stores()[0].values.shape[-1])
+        if self.low is not None:
+            return self._joined(query, scaling, out, self.low)
         for store in (self.exact, self.int8):
             if store is not None:
                 kernels.ragged_attention(query, store, scaling, out, self.backend)
         if self.dynamic is not None:
             self.dynamic.attend(query, scaling, out, self.get_seq_length())
         return out
+
+    def _joined(self, query: Tensor, scaling: float, out: Tensor, low: Store) -> Tensor:
+        """Attention over rows that lie in two stores: each by itself, joined by their sums of exponentials."""
+        more = torch.zeros_like(out)
+        here, there = (query.new_full(query.shape[:3], float("-inf"), dtype=torch.float32) for _ in range(2))
+        for store in self.stores():
+            kernels.ragged_attention(query, store, scaling, out, self.backend, here)
+        kernels.ragged_attention(query, low, scaling, more, self.backend, there, causal=False)
+        share = torch.sigmoid(there - here)[..., None]
+        return torch.lerp(out.float(), more.float(), share).to(out.dtype)
 
     # -- accounts --------------------------------------------------------------------------------------------------
 
@@ -199,8 +222,8 @@ class KVLayer(CacheLayerMixin):
         if self.keys is not None:
             return torch.full((self.batch, self.heads), self.entered)
         out = torch.zeros(self.batch * self.heads, dtype=torch.int64)
-        for store in self.stores():
-            out[store.rows] = torch.tensor(store.lengths)
+        for store in [*self.stores(), *([self.low] if self.low is not None else [])]:
+            out[store.rows] += torch.tensor(store.lengths)
         return out.view(self.batch, self.heads)
 
     def cached_tokens(self) -> float:
@@ -217,12 +240,12 @@ class KVLayer(CacheLayerMixin):
             n = sum(t.numel() * t.element_size() for t in (self.keys, self.values))
             return {"fast": n, "int8": 0, "fast_allocated": n, "host": 0, "resident": n}
         tiers = {"fast": 0, "int8": 0, "fast_allocated": 0, "host": 0}
-        for store in (self.exact, self.int8):
+        for store in (self.exact, self.int8, self.low):
             if store is not None:
                 used, allocated = store.nbytes()
                 tiers["fast"] += used
                 tiers["fast_allocated"] += allocated
-                tiers["int8"] += used if store is self.int8 else 0
+                tiers["int8"] += used if store is not self.exact else 0
         if self.dynamic is not None:
             for tier, size in self.dynamic.nbytes().items():
                 tiers[tier] += size

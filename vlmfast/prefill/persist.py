@@ -12,13 +12,29 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DynamicCache
 
-from vlmfast.core import Retrieval, UserError
+from vlmfast.core import LowRank, Retrieval, UserError
 from vlmfast.prefill.cache import KVLayer
-from vlmfast.prefill.retrieve import Dynamic, Group
+from vlmfast.prefill.elasticcache import FixedPointLayer
+from vlmfast.prefill.lazyeviction import LaggedLayer
+from vlmfast.prefill.retrieve import Dynamic, Group, LowRankGroup
 from vlmfast.prefill.store import Store
 from vlmfast.runtime.state import Columns
 
-_KNOWN: dict[str, type] = {c.__name__: c for c in (KVLayer, Store, Dynamic, Group, Retrieval, Columns)}
+_KNOWN: dict[str, type] = {
+    c.__name__: c
+    for c in (
+        KVLayer,
+        FixedPointLayer,
+        LaggedLayer,
+        Store,
+        Dynamic,
+        Group,
+        LowRankGroup,
+        LowRank,
+        Retrieval,
+        Columns,
+    )
+}
 _HOST = ("host_", "held", "history")  # attributes whose tensors stay in host memory
 
 

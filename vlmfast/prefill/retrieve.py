@@ -8,14 +8,17 @@ chunk bounds as in Quest, arXiv 2406.10774).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlmfast import kernels
-from vlmfast.core import Retrieval
+from vlmfast.core import LowRank, Retrieval
 from vlmfast.kernels import Ragged
 from vlmfast.prefill.store import Segment, Store
+from vlmfast.runtime.late_rope import rotate
 
 MAX_STEP = 16  # more query tokens than this at once are a new turn: they read every column
 
@@ -51,9 +54,43 @@ class Group:
             at = self._columns(self.held[i])
             at = torch.cat([torch.arange(min(self.how.sinks, self.n)), at, torch.arange(min(cut, self.n), self.n)])
             device = self.representatives.device
-            k, v, p = self.host_keys[i][at], self.host_values[i][at], self.host_positions[i][at]
+            k, v, p = self.columns(i, at)
             out.append((row, k.to(device), v.to(device), p.to(device)))
         return out
+
+    def columns(self, i: int, at: Tensor | slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and positions of row i at some columns, wherever they lie."""
+        return self.host_keys[i][at], self.host_values[i][at], self.host_positions[i][at]
+
+    def blocks(self, i: int, chunks: Tensor) -> Iterator[Tensor]:
+        """Keys, values and positions of row i, some chunks (S,) of them: (S, chunk * D) each."""
+        span = slice(self.how.sinks, self.how.sinks + self.chunks * self.chunk)
+        for host in (self.host_keys, self.host_values, self.host_positions):
+            yield host[i, span].view(self.chunks, -1)[chunks]
+
+    def before(self, i: int, n: int) -> LowRank | None:
+        """Factors of the first n columns of row i, for keys that are kept as such."""
+        return None
+
+    def pick(self, rows: list[int], index: Tensor) -> Group:
+        """A group of some of these rows (int64, repeats allowed) under new names."""
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        new.rows = rows
+        for name in ("host_keys", "host_values", "host_positions", "held"):
+            setattr(new, name, getattr(self, name)[index])
+        new.representatives = self.representatives[index.to(self.representatives.device)]
+        new.history = [(position, held[index]) for position, held in self.history]
+        return new
+
+    def nbytes(self) -> tuple[int, int]:
+        """Bytes beside the fast rows: in fast memory, in host memory (slot tables included)."""
+        host = (self.host_keys, self.host_values, self.host_positions, self.held)
+        return _bytes(self.representatives), sum(map(_bytes, host))
+
+    def shared(self) -> list[Tensor]:
+        """Further tensors in fast memory, which several rows or groups may share."""
+        return []
 
     def _columns(self, chunks: Tensor) -> Tensor:
         """Host columns of some chunks (S,) -> (S * chunk,)."""
@@ -69,40 +106,80 @@ class Group:
         mark = torch.zeros(len(self.rows), self.chunks, dtype=torch.bool)
         new = ~mark.scatter(1, self.held, True).gather(1, wanted)  # as many per row as there are slots to free
         free = ~mark.scatter(1, wanted, True).gather(1, self.held)
-        sinks, span = self.how.sinks, self.chunk
         for i, row in enumerate(self.rows):
             chunks, slots = wanted[i][new[i]], free[i].nonzero()[:, 0]
             if not len(chunks):
                 continue
-            at = store.offsets[store.rows.index(row)] + sinks
+            at = store.offsets[store.rows.index(row)] + self.how.sinks
             target = slots.to(store.keys.device, non_blocking=True)
-            for host, fast in (
-                (self.host_keys, store.keys),
-                (self.host_values, store.values),
-                (self.host_positions, store.positions),
-            ):
-                blocks = host[i, sinks : sinks + self.chunks * span].view(self.chunks, -1)[chunks]
-                place = fast[at : at + self.slots * span].view(self.slots, -1)
+            for blocks, fast in zip(self.blocks(i, chunks), (store.keys, store.values, store.positions), strict=True):
+                place = fast[at : at + self.slots * self.chunk].view(self.slots, -1)
                 place.index_copy_(0, target, blocks.to(fast.device, non_blocking=True))
             self.held[i, slots] = chunks
             self.moved += len(chunks)
+
+
+class LowRankGroup(Group):
+    """Rows whose keys are factors in fast memory, multiplied and rotated when columns are read (ShadowKV)."""
+
+    def __init__(self, *args: Any, factors: list[LowRank]) -> None:
+        super().__init__(*args)
+        self.factors = factors
+        self.host_keys = self.host_keys[:, :0].clone()
+
+    def columns(self, i: int, at: Tensor | slice) -> tuple[Tensor, Tensor, Tensor]:
+        f = self.factors[i]
+        here = at.to(f.left.device) if isinstance(at, Tensor) else at
+        keys = rotate(f.left[here] @ f.right, f.cos[here], f.sin[here])
+        return keys, self.host_values[i][at], self.host_positions[i][at]
+
+    def blocks(self, i: int, chunks: Tensor) -> Iterator[Tensor]:
+        for x in self.columns(i, self._columns(chunks)):
+            yield x.reshape(len(chunks), -1)
+
+    def before(self, i: int, n: int) -> LowRank:
+        f = self.factors[i]
+        return replace(f, left=f.left[:n], cos=f.cos[:n], sin=f.sin[:n])
+
+    def pick(self, rows: list[int], index: Tensor) -> Group:
+        new: Any = super().pick(rows, index)
+        new.factors = [self.factors[i] for i in index.tolist()]
+        return new
+
+    def shared(self) -> list[Tensor]:
+        return [x for f in self.factors for x in (f.left, f.right, *((f.cos, f.sin) if f.owner else ()))]
 
 
 class Dynamic:
     """All dynamic rows of one layer: a fast `Store` and the host groups behind it."""
 
     def __init__(
-        self, segments: list[Segment], budgets: list[int], how: Retrieval, total: int, base: int, device: torch.device
+        self,
+        segments: list[Segment],
+        budgets: list[int],
+        how: Retrieval,
+        total: int,
+        base: int,
+        device: torch.device,
+        factors: list[LowRank | None] | None = None,
     ) -> None:
-        """segments: whole rows, anywhere; base: logical length of the sequence at the end of the prefill."""
+        """segments: whole rows, anywhere; base: logical length of the sequence at the end of the prefill.
+
+        factors: per row of the layer, what stands for its keys; None = the keys themselves, in host memory.
+        """
         self.how, self.base = how, base
         alike: dict[tuple[int, int], list[Segment]] = {}
         for segment, budget in zip(segments, budgets, strict=True):
             alike.setdefault((segment[1].shape[0], budget), []).append(segment)
-        self.groups = []
+        self.groups: list[Group] = []
         for (_, budget), same in alike.items():
             keys, values, positions = (torch.stack([s[i] for s in same]).to(device) for i in (1, 2, 3))  # type: ignore[misc]
-            self.groups.append(Group([s[0] for s in same], keys, values, positions, budget, how))
+            rows = [s[0] for s in same]
+            mine = [f for f in (factors[row] for row in rows) if f is not None] if factors is not None else []
+            if mine:
+                self.groups.append(LowRankGroup(rows, keys, values, positions, budget, how, factors=mine))
+            else:
+                self.groups.append(Group(rows, keys, values, positions, budget, how))
         self.store = Store.build([s for g in self.groups for s in g.segments()], total)
 
     def attend(self, query: Tensor, scaling: float, out: Tensor, length: int) -> None:
@@ -146,7 +223,7 @@ class Dynamic:
                 entry = self.store.rows.index(row)
                 _, k, v, p = self.store.segment(entry, self.store.keys.dtype)
                 tail = slice(self._prefilled(group), None)
-                host = [x[i].to(k.device) for x in (group.host_keys, group.host_values, group.host_positions)]
+                host = [x.to(k.device) for x in group.columns(i, slice(None))]
                 parts = [torch.cat([a, b]) for a, b in zip(host, (k[tail], v[tail], p[tail]), strict=True)]
                 segments.append((row, parts[0], parts[1], parts[2]))
         return Store.build(segments, self.store.total)
@@ -167,12 +244,14 @@ class Dynamic:
             return
         segments: list[Segment] = []
         budgets = []
+        factors: list[LowRank | None] = [None] * self.store.total
         for g in self.groups:
             for i, row in enumerate(g.rows):
                 n = int((g.host_positions[i] < length).sum())
-                segments.append((row, g.host_keys[i, :n], g.host_values[i, :n], g.host_positions[i, :n]))
+                segments.append((row, *g.columns(i, slice(n))))
                 budgets.append(g.budget)
-        self.__init__(segments, budgets, self.how, self.store.total, length, self.store.keys.device)  # type: ignore[misc]
+                factors[row] = g.before(i, n)
+        self.__init__(segments, budgets, self.how, self.store.total, length, self.store.keys.device, factors)  # type: ignore[misc]
 
     def take(self, batch: list[int], heads: int) -> None:
         """Keep (and repeat) batch rows in the given order."""
@@ -187,15 +266,7 @@ class Dynamic:
             ]
             if not pairs:
                 continue
-            index = torch.tensor([i for _, i in pairs])
-            copy = object.__new__(Group)
-            copy.__dict__.update(g.__dict__)
-            copy.rows = [row for row, _ in pairs]
-            for name in ("host_keys", "host_values", "host_positions", "held"):
-                setattr(copy, name, getattr(g, name)[index])
-            copy.representatives = g.representatives[index.to(g.representatives.device)]
-            copy.history = [(position, held[index]) for position, held in g.history]
-            groups.append(copy)
+            groups.append(g.pick([row for row, _ in pairs], torch.tensor([i for _, i in pairs])))
         self.groups = groups
         if groups:
             self.store.take(batch, heads)
@@ -203,10 +274,10 @@ class Dynamic:
     def nbytes(self) -> dict[str, int]:
         """Bytes: fast used, fast allocated (representatives included), host (slot tables included)."""
         used, allocated = self.store.nbytes()
-        extra = sum(_bytes(g.representatives) for g in self.groups)
-        host = sum(
-            _bytes(g.host_keys) + _bytes(g.host_values) + _bytes(g.host_positions) + _bytes(g.held) for g in self.groups
-        )
+        sizes = [g.nbytes() for g in self.groups]
+        extra, host = sum(fast for fast, _ in sizes), sum(host for _, host in sizes)
+        storages = [x.untyped_storage() for g in self.groups for x in g.shared()]
+        extra += sum({s.data_ptr(): s.nbytes() for s in storages}.values())
         return {"fast": used + extra, "fast_allocated": allocated + extra, "host": host}
 
 

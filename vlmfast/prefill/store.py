@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vlmfast.kernels import Ragged, dequantise, quantise
 
+_BUFFERS = ("keys", "values", "positions", "key_scale", "value_scale", "bias")  # one slot each per column
 Segment = tuple[int, Tensor, Tensor, Tensor]  # row, keys (n, D), values (n, Dv), positions (n,) logical columns
 
 
@@ -25,8 +26,18 @@ class Store(Ragged):
     cursor: Tensor = None  # type: ignore[assignment]  # (entries,) int64 next free slot of each entry
 
     @classmethod
-    def build(cls, segments: list[Segment], total: int, int8: bool = False, room: int = 0) -> Store:
-        """Copy segments into a new buffer with at least `room` free slots each. `total` = B * Hk of the layer."""
+    def build(
+        cls,
+        segments: list[Segment],
+        total: int,
+        int8: bool = False,
+        room: int = 0,
+        mass: list[Tensor | None] | None = None,
+    ) -> Store:
+        """Copy segments into a new buffer with at least `room` free slots each. `total` = B * Hk of the layer.
+
+        mass: per row of the layer, how many columns each column of its segment stands for (n,), None = one.
+        """
         segments = sorted(segments, key=lambda s: s[1].shape[0])
         lengths = [s[1].shape[0] for s in segments]
         room = max(room, 32, max(lengths) // 32)
@@ -51,6 +62,12 @@ class Store(Ragged):
         for at, (_, keys, values, positions) in zip(offsets, segments, strict=True):
             new._write(slice(at, at + keys.shape[0]), keys, values)
             new.positions[at : at + keys.shape[0]] = positions
+        if mass is not None and any(mass[row] is not None for row in new.rows):
+            new.bias = k.new_zeros(ends[-1], dtype=torch.float32)
+            for row, at, n in zip(new.rows, offsets, lengths, strict=True):
+                given = mass[row]
+                if given is not None:
+                    new.bias[at : at + n] = given.log()
         return new
 
     def _write(self, where: slice | Tensor, keys: Tensor, values: Tensor) -> None:
@@ -84,6 +101,8 @@ class Store(Ragged):
             self.values.index_copy_(0, where, values)
         else:
             self._write(where, keys, values)
+        if self.bias is not None:
+            self.bias[where] = 0.0
         self.positions.index_copy_(0, where, (steps + position).to(torch.int32).repeat(len(self)))
         self.lengths = [n + q for n in self.lengths]
         self.cursor += q
@@ -91,17 +110,17 @@ class Store(Ragged):
     def _grow(self, q: int) -> None:
         self._copy_from([self._raw(i) for i in range(len(self))], room=q + 32)
 
-    def _raw(self, i: int) -> tuple[int, slice, int]:
+    def _raw(self, i: int) -> tuple[int, slice | Tensor, int]:
         return self.rows[i], slice(self.offsets[i], self.offsets[i] + self.lengths[i]), self.lengths[i]
 
-    def _copy_from(self, entries: list[tuple[int, slice, int]], room: int) -> None:
+    def _copy_from(self, entries: list[tuple[int, slice | Tensor, int]], room: int) -> None:
         """Re-lay the given (row, slots, length) entries of this store in a new buffer, byte for byte."""
         entries = sorted(entries, key=lambda e: e[2])
         room = max(room, max(e[2] for e in entries) // 32) if room else 0
         capacity = [e[2] + room for e in entries]
         ends = torch.tensor(capacity).cumsum(0).tolist()
         offsets = [end - c for end, c in zip(ends, capacity, strict=True)]
-        for name in ("keys", "values", "positions", "key_scale", "value_scale"):
+        for name in _BUFFERS:
             old = getattr(self, name)
             if old is None:
                 continue
@@ -126,6 +145,26 @@ class Store(Ragged):
         self.cursor -= torch.tensor([n - c for n, c in zip(self.lengths, cut, strict=True)], device=self.cursor.device)
         self.lengths = cut
 
+    def drop_at(self, distance: int) -> None:
+        """Forget the column `distance` before the end of every entry (1 = the last); those behind it move up."""
+        steps = torch.arange(distance - 1, device=self.cursor.device)
+        target = (self.cursor[:, None] - distance + steps).reshape(-1)
+        for name in _BUFFERS:
+            buffer = getattr(self, name)
+            if buffer is not None:
+                buffer.index_copy_(0, target, buffer[target + 1])
+        self.drop_last(1)
+
+    def keep(self, kept: dict[int, Tensor], room: int) -> None:
+        """Keep only some columns of some rows: row -> ascending places within its entry (int64)."""
+        entries: list[tuple[int, slice | Tensor, int]] = []
+        for i, row in enumerate(self.rows):
+            if row in kept:
+                entries.append((row, self.offsets[i] + kept[row], len(kept[row])))
+            else:
+                entries.append(self._raw(i))
+        self._copy_from(entries, room)
+
     def compact(self) -> Store:
         """A copy without free slots."""
         new = replace(self)
@@ -145,8 +184,8 @@ class Store(Ragged):
         self._copy_from(entries, room=32)
 
     def nbytes(self) -> tuple[int, int]:
-        """(bytes of the columns held, bytes allocated), positions, scales and the entry table included."""
-        tensors = [self.keys, self.values, self.positions, self.key_scale, self.value_scale]
+        """(bytes of the columns held, bytes allocated), positions, scales, biases and the entry table included."""
+        tensors = [self.keys, self.values, self.positions, self.key_scale, self.value_scale, self.bias]
         per_slot = sum(t[0].numel() * t.element_size() for t in tensors if t is not None)
         table = self.cursor.numel() * self.cursor.element_size()
         return per_slot * sum(self.lengths) + table, per_slot * self.keys.shape[0] + table

@@ -1,5 +1,6 @@
 """Hooks that let a KV policy act on a prefill: our cache layers go in first, each is compressed after its attention.
 
+A policy that shares one budget among the layers (`spans`) rates each after its attention; all shrink after the last.
 Only the first prefill of an empty cache is compressed; decoded tokens, verified drafts and later turns are appended.
 Where the whole context fits the budget the cache gets its own layers back, untouched.
 """
@@ -21,7 +22,7 @@ from transformers.cache_utils import (
 )
 
 from vlmfast import kernels
-from vlmfast.core import Kind, LayerView, Policy, StageDidNotFire, Unsupported
+from vlmfast.core import CompressedLayer, Kind, LayerView, Policy, Rotation, StageDidNotFire, Unsupported
 from vlmfast.runtime.attention import AttentionSwitch
 from vlmfast.runtime.clock import clock
 from vlmfast.runtime.patch import Patch
@@ -47,6 +48,8 @@ class KVHooks:
         self.compressed = 0
         self.notes: list[str] = []
         self.stats: list[dict[str, Any]] = []
+        self.rotation: Rotation | None = None
+        self.rated: list[tuple[LayerView, Any]] = []  # layers that wait for the last one
         self.seconds = self.window_seconds = 0.0
 
     def install(self, patch: Patch) -> None:
@@ -166,14 +169,33 @@ class KVHooks:
             window, queries = self._window(module, args, kwargs, layer.keys, columns.kinds)
             view = LayerView(
                 layer.keys, layer.values, columns.kinds, window, module.layer_idx, len(self.cache.layers),
-                columns.index, queries,
+                columns.index, queries, self._rotation(kwargs, held),
             )  # fmt: skip
-            kept = self.policy.compress(view)
-            if kept is not None:
-                layer.compress(kept, columns.index)
-                self.compressed += 1
-                self.stats.append({"layer": module.layer_idx, **kept.stats})
+            if not self.policy.spans:
+                kept = self.policy.compress(view)
+                if kept is not None:
+                    self._store(view, kept)
+            else:
+                self.rated.append((view, self.policy.rate(view)))
+                view.window = None
+                if view.layer == max(self.originals):
+                    views, rated = [list(x) for x in zip(*self.rated, strict=True)]
+                    for waiting, kept in zip(views, self.policy.compress_all(views, rated), strict=True):
+                        self._store(waiting, kept)
+                    self.rated = []
         self.seconds += clock(self.text_model) - start
+
+    def _rotation(self, kwargs: dict, held: int) -> Rotation | None:
+        """The rotation this layer's attention was given, where it covers all columns."""
+        tables = kwargs.get("position_embeddings")
+        if self.rotation is None and tables and tables[0].ndim == 3 and tables[0].shape[1] == held:
+            self.rotation = Rotation(tables[0], tables[1], min(self.originals))
+        return self.rotation
+
+    def _store(self, view: LayerView, kept: CompressedLayer) -> None:
+        self.cache.layers[view.layer].compress(kept, view.positions)
+        self.compressed += 1
+        self.stats.append({"layer": view.layer, **kept.stats})
 
     def _window(
         self, module: Any, args: tuple, kwargs: dict, keys: Tensor, kinds: Tensor

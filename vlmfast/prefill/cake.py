@@ -1,0 +1,66 @@
+"""CAKE: layers whose attention is dispersed or shifts over time keep more (arXiv 2503.12491)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vlmfast.core import UserError
+from vlmfast.prefill.across import AcrossLayers
+from vlmfast.prefill.base import Row, max_pool
+from vlmfast.prefill.budget import by_head
+
+
+@dataclass(frozen=True)
+class CAKE(AcrossLayers):
+    """A layer's share of all columns goes with H^(1/tau1) V^(1/tau2); a column's score is mean + gamma variance.
+
+    H is the entropy of the mean attention (spatial dispersion), V the sum over columns of the variance over the
+    window's queries (temporal shift), both averaged over heads. The paper compresses in a cascade, again after every
+    layer; its last budgets are those of one division after the last layer, which is what happens here, so the whole
+    prefill is held until then. The window is text after the media.
+
+    queries  size of the observation window (paper 32)
+    tau1     temperature of the dispersion (paper: tuned per model, 0.2 to 2)
+    tau2     temperature of the shift (likewise)
+    gamma    weight of the variance in a column's score (paper 200)
+    pool     width of the max pooling over columns, odd (5)
+    """
+
+    name: ClassVar[str] = "cake"
+    per_query: ClassVar[bool] = True
+    queries: int = 32
+    tau1: float = 1.0
+    tau2: float = 1.0
+    gamma: float = 200.0
+    pool: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_counts(queries=1, pool=1)
+        if self.pool % 2 == 0:
+            raise UserError(f"pool={self.pool} in {self.name}: the pooling width is odd, e.g. pool={self.pool + 1}")
+        if not (self.tau1 > 0 and self.tau2 > 0 and self.gamma >= 0):
+            raise UserError(
+                f"tau1={self.tau1}, tau2={self.tau2}, gamma={self.gamma} in {self.name}: "
+                "temperatures are positive and gamma is not negative"
+            )
+
+    def score(self, row: Row) -> Tensor:
+        assert row.window is not None
+        indicator = row.window.mean(1) + self.gamma * row.window.var(1, correction=0)
+        return max_pool(indicator.view(row.keys.shape[0], -1, row.n).mean(1), self.pool)
+
+    def weigh(self, row: Row, scores: Tensor) -> float:
+        """The layer's preference."""
+        assert row.window is not None
+        mean = row.window.mean(1)
+        dispersion = -(mean * mean.clamp(min=1e-12).log()).sum(-1).mean()
+        shift = row.window.var(1, correction=0).sum(-1).mean()
+        return float(dispersion.clamp(min=1e-12) ** (1 / self.tau1) * shift.clamp(min=1e-12) ** (1 / self.tau2))
+
+    def spread(self, weights: list[Any], n: int) -> list[int]:
+        return by_head(self.total(n) * len(weights), torch.tensor(weights), self.least(), n)

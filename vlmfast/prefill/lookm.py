@@ -1,0 +1,58 @@
+"""LOOK-M: text stays before pictures, and evicted pictures are merged into what stays (arXiv 2406.18139)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from vlmfast.core import Kind
+from vlmfast.prefill.base import Choice, KVPolicy, Row
+from vlmfast.prefill.merge import folded, nearest_key, others
+
+
+@dataclass(frozen=True)
+class LookM(KVPolicy):
+    """Score = accumulated attention, every text column raised above every visual one (text prior).
+
+    Each evicted column is merged into the kept column of its head whose key is most similar, keys and values alike.
+    Attention is that of the text after the media (the paper sums over the whole prompt). Text is evicted, and merged
+    like the rest, only where it alone exceeds the budget.
+
+    queries  text queries summed over, the last ones
+    merge    a kept vector c takes in m evicted e: "averaged" (c + sum e) / (m + 1), "pivotal" (c + sum (c + e) / 2) /
+             (m + 1), or "weighted" (c + sum s e) / (m + 1) with s the cosine of the keys (paper: pivotal does best)
+    """
+
+    name: ClassVar[str] = "lookm"
+    queries: int = 64
+    merge: str = "pivotal"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_counts(queries=1)
+        self.check_choice(merge=("averaged", "pivotal", "weighted"))
+
+    def score(self, row: Row) -> Tensor:
+        scores = row.relevance()
+        return scores + (row.kinds != Kind.VISUAL) * scores.amax()
+
+    def choose(self, row: Row) -> Choice:
+        choice = super().choose(row)
+        choice.merged = [
+            self.merged(keys, values, kept)
+            for keys, values, kept in zip(row.keys, row.values, choice.keep, strict=True)
+        ]
+        return choice
+
+    def merged(self, keys: Tensor, values: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (m, D) to store for the kept columns (m,) of one head; keys and values (n, D)."""
+        gone = others(kept, len(keys))
+        into, cosine = nearest_key(keys, kept, gone)
+        if self.merge == "weighted":
+            return folded(keys, kept, gone, into, cosine), folded(values, kept, gone, into, cosine)
+        mean_keys, mean_values = folded(keys, kept, gone, into), folded(values, kept, gone, into)
+        if self.merge == "averaged":
+            return mean_keys, mean_values
+        return (keys[kept] + mean_keys) / 2, (values[kept] + mean_values) / 2

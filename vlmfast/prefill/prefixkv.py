@@ -1,0 +1,55 @@
+"""PrefixKV: every layer keeps the same share of its attention, the share that fills the budget (arXiv 2412.03409)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vlmfast.prefill.across import AcrossLayers
+from vlmfast.prefill.base import Row
+
+
+@dataclass(frozen=True)
+class PrefixKV(AcrossLayers):
+    """Columns of a layer in order of importance; a layer keeps the shortest prefix that holds a share p of it.
+
+    p is one number for all layers, the largest for which the prefixes fit the budget together, found by bisection.
+    The paper averages p's prefix lengths over ten sample prompts beforehand; here every prompt finds its own. The
+    importance is the attention of the text after the media; each head keeps its own best columns.
+
+    queries  text queries observed, the last ones
+    """
+
+    name: ClassVar[str] = "prefixkv"
+    queries: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_counts(queries=1)
+
+    def score(self, row: Row) -> Tensor:
+        return row.relevance()
+
+    def weigh(self, row: Row, scores: Tensor) -> Tensor:
+        """(n,) float64: the share of the layer's importance that its best 1, 2, ... n columns hold."""
+        mass = scores.mean(0).double().cpu()
+        return (mass / mass.sum().clamp(min=1e-12)).sort(descending=True).values.cumsum(0)
+
+    def spread(self, weights: list[Any], n: int) -> list[int]:
+        curves = torch.stack(weights)
+        low, high = 0.0, 1.0 + 1e-6
+        for _ in range(50):
+            p = (low + high) / 2
+            if sum(self.prefix(curves, p)) <= self.total(n) * len(weights):
+                low = p
+            else:
+                high = p
+        return self.prefix(curves, low)
+
+    def prefix(self, curves: Tensor, p: float) -> list[int]:
+        """Shortest prefix of each layer whose share reaches p; curves (layers, n)."""
+        lengths = (curves < p).sum(1) + 1
+        return lengths.clamp(self.least(), curves.shape[1]).tolist()

@@ -1,0 +1,37 @@
+"""PyramidKV: lower layers keep more columns than higher ones, falling linearly with depth (arXiv 2406.02069)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vlmfast.core import UserError
+from vlmfast.prefill.base import Row
+from vlmfast.prefill.snapkv import SnapKV
+
+
+@dataclass(frozen=True)
+class PyramidKV(SnapKV):
+    """SnapKV's scores, a budget per layer: with m the mean, the last layer keeps m / beta, the first 2 m - m / beta.
+
+    The pyramid is built on what is left after sinks and recent columns, which every layer keeps. Where the first layer
+    would keep more than there is, it keeps everything and the slope is flatter, so the mean stays.
+
+    beta  mean budget over the smallest, at least 1 (1 = every layer the same; paper 20)
+    """
+
+    name: ClassVar[str] = "pyramidkv"
+    beta: float = 20.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.beta >= 1:
+            raise UserError(f"beta={self.beta!r} in {self.name}: the mean budget over the smallest is at least 1")
+
+    def allowance(self, row: Row) -> int:
+        mean, least = self.total(row.n) - self.least(), self.least()
+        first = min(2 * mean - mean / self.beta, row.n - least)
+        slope = 2 * (first - mean) / max(1, row.layers - 1)
+        free = [first - slope * i for i in range(row.layers)] if row.layers > 1 else [float(mean)]
+        # rounding the running sum, not the layers, keeps the sum over the layers exact
+        return least + round(sum(free[: row.layer + 1])) - round(sum(free[: row.layer]))
