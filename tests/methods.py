@@ -101,13 +101,16 @@ def _policies() -> list[Any]:
 
 
 def _rules() -> list[Any]:
-    from vlmfast.decode import Exact, PromptLookup, SelfDraft, Speculate
+    from vlmfast.decode import BiLD, Ensemble, Exact, PromptLookup, SelfDraft, Speculate, TargetAttention
     from vlmfast.encode import Uniform as Even
 
     return [
         Speculate(),
         Speculate(draft=PromptLookup(), accept=Exact()),
         Speculate(draft=SelfDraft(prune=Even(keep=0.3)), accept=Exact(), length=3),
+        Speculate(draft=SelfDraft(prune=TargetAttention(keep=0.3)), accept=Exact(), length=3),
+        Speculate(draft=SelfDraft(prune=Even(keep=0.3)), accept=BiLD(fallback=0.1, rollback=0), length=3),
+        Speculate(draft=SelfDraft(prune=Even(keep=0.3)), accept=Ensemble(weight=1), length=3),
     ]
 
 
