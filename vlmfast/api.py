@@ -80,7 +80,7 @@ class Accelerated:
         if getattr(guide, "guided", False):
             if self._reuse is not None:
                 raise Unsupported(
-                    f"{guide.name} reads the prefill that reuse= may skip: leave reuse= away, or use another draft pruner"
+                    f"{guide.name} reads the prefill that reuse= may skip: leave reuse= away, or use another pruner"
                 )
             self.columns.gaze = Gaze(model, self.family, self.columns, guide.queries)
             self.columns.gaze.watch(patch)

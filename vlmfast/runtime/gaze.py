@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vlmfast import kernels
@@ -16,7 +17,7 @@ from vlmfast.runtime.patch import Patch
 
 
 class Gaze:
-    """Mean attention over layers, heads and the last `queries` text columns, of the prefill that last brought media.
+    """Attention averaged over heads and the last `queries` text columns, of the prefill that last brought media.
 
     Recomputed from queries and keys of those few rows: the attention that the model has stays. Layers after a cut
     between layers hold fewer columns and are left out.
@@ -31,8 +32,7 @@ class Gaze:
         self.on = False
         self.kinds: Tensor | None = None  # (1, P) of the columns that entered
         self.index: Tensor | None = None  # (1, P) logical column of each
-        self.total: Tensor | None = None  # (P,) float32, summed over layers
-        self.layers = 0
+        self.rows: list[Tensor] = []  # per layer (P,) float32, mean over heads and text columns
 
     def watch(self, patch: Patch) -> None:
         """Look at every layer: to be called before a KV policy is installed, which empties what is read here."""
@@ -45,11 +45,11 @@ class Gaze:
 
     def scores(self, length: int) -> Tensor | None:
         """(length,) float32 per logical column, 0 where the target dropped it; None before any media was seen."""
-        if self.total is None or self.index is None:
+        if not self.rows or self.index is None:
             return None
-        out = self.total.new_zeros(length)
-        index = self.index[0]
-        out[index[index >= 0]] = self.total[index >= 0] / self.layers
+        mean, index = torch.stack(self.rows).mean(0), self.index[0]
+        out = mean.new_zeros(length)
+        out[index[index >= 0]] = mean[index >= 0]
         return out
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -59,7 +59,7 @@ class Gaze:
         if self.on and entered is not None:
             q = kwargs["inputs_embeds"].shape[1]
             self.kinds, self.index = entered.kinds[:, -q:], entered.index[:, -q:]
-            self.total, self.layers = None, 0
+            self.rows = []
 
     def _attended(self, module: Any, args: tuple, kwargs: dict, output: Any) -> None:
         if not self.on or self.kinds is None:
@@ -73,6 +73,4 @@ class Gaze:
         w, counted = text_queries(self.kinds, min(self.queries, n))
         query = window_queries(module, hidden[:, -w:], tables)
         weights = kernels.window_mean(query, keys, module.scaling, self.kinds != Kind.PAD, counted)
-        seen = weights[0].float().mean((0, 1))
-        self.total = seen if self.total is None else self.total + seen
-        self.layers += 1
+        self.rows.append(weights[0].float().mean((0, 1)))
