@@ -49,6 +49,7 @@ class VisualTokens:
         None  # (N,) tower attention received, or (A, N) of several layers, if `needs` asks for it
     )
     rope: Tensor | None = None  # (2, N) mean cos and mean sin of each token's rotation, if `needs` asks for it
+    pixels: Tensor | None = None  # (N, P) pixel values of each token's patches, before the tower, if `needs` asks
 
     @property
     def n(self) -> int:
