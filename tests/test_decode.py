@@ -77,7 +77,7 @@ def test_lossless_equals_greedy(family: str, media: str) -> None:
         for rule in (Exact(), Lossless()):
             got, numbers = speak(target, batch, Speculate(source, rule, length=4))
             assert torch.equal(got, expected), (source, rule)
-            assert numbers["engine"] == "lean"
+            assert numbers["engine"] == ("module" if family == "qwen3_vl_moe" else "lean")  # experts are not ours
 
 
 def test_a_good_draft_saves_forwards() -> None:
@@ -511,7 +511,7 @@ def test_a_prompt_without_visual_tokens_is_verified_strictly() -> None:
 # ---------------------------------------------------------------- the stepper
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", [f for f in tiny.FAMILIES if f != "qwen3_vl_moe"])
 @pytest.mark.parametrize("pad", [0, 2])
 def test_both_engines_step_rewind_and_fork(family: str, pad: int) -> None:
     target, batch = tiny.build(family), tiny.inputs(family, pad=pad)
