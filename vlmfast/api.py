@@ -76,7 +76,7 @@ class Accelerated:
         self.columns.reuse = self._reuse
         self.meter = Meter(model, self.family)
         draft = getattr(plan.speculate, "draft", None)
-        guide = getattr(draft, "prune", None)
+        guide: Any = getattr(draft, "prune", None)
         if getattr(guide, "guided", False):
             if self._reuse is not None:
                 raise Unsupported(

@@ -120,7 +120,7 @@ class ModelDraft:
     def open(self, request: Request) -> Draft:
         """Prefill the draft with the same prompt and media, over a cache of its own."""
         draft = self.load()
-        hooks = getattr(request.handle, "columns", None)
+        hooks: Any = getattr(request.handle, "columns", None)
         if self.prune is not None and hooks is None:
             raise Unsupported(
                 f"{self.name}(prune=...) prunes through vlmfast.accelerate(model, speculate=...): use that call"
