@@ -17,6 +17,7 @@ from vlmfast.encode import (
     IVCPrune,
     MaxMin,
     MMTok,
+    PixelPrune,
     PyramidDrop,
     Random,
     Uniform,
@@ -60,6 +61,12 @@ BREADTH: list[Any] = [
     IVCPrune(keep=0.3),
 ]
 
+# before the tower, from pixels: test_pixelprune holds the laws where the pixels have something to foretell
+BEFORE: list[Any] = [
+    PixelPrune(),
+    PixelPrune(keep=0.3, threshold=0.5),
+]
+
 # between layers of the language model (the tiny ones have four; Qwen3-VL's DeepStack fills the first two)
 BETWEEN: list[Any] = [
     FastV(keep=0.7),
@@ -73,7 +80,7 @@ BETWEEN: list[Any] = [
 ]
 
 OUTER: list[Any] = FIRST + BREADTH  # at the tower's output
-PRUNERS: list[Any] = OUTER + BETWEEN
+PRUNERS: list[Any] = OUTER + BEFORE + BETWEEN
 
 
 def carries(method: Any, family: str, media: tuple[str, ...]) -> bool:
@@ -125,13 +132,16 @@ def _policies() -> list[Any]:
 
 
 def _rules() -> list[Any]:
-    from vlmfast.decode import Exact, PromptLookup, SelfDraft, Speculate
+    from vlmfast.decode import BiLD, Ensemble, Exact, PromptLookup, SelfDraft, Speculate, TargetAttention
     from vlmfast.encode import Uniform as Even
 
     return [
         Speculate(),
         Speculate(draft=PromptLookup(), accept=Exact()),
         Speculate(draft=SelfDraft(prune=Even(keep=0.3)), accept=Exact(), length=3),
+        Speculate(draft=SelfDraft(prune=TargetAttention(keep=0.3)), accept=Exact(), length=3),
+        Speculate(draft=SelfDraft(prune=Even(keep=0.3)), accept=BiLD(fallback=0.1, rollback=0), length=3),
+        Speculate(draft=SelfDraft(prune=Even(keep=0.3)), accept=Ensemble(weight=1), length=3),
     ]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.core import UserError
-from vlmfast.decode import ACCEPT, Exact, FLy, Loose, Lossless, RandomRelax, criteria
+from vlmfast.decode import ACCEPT, BiLD, Ensemble, Exact, FLy, Loose, Lossless, RandomRelax, criteria
 from vlmfast.decode.accept import EXACT, LOOSE, SHIFT, Round, Verdict
 from vlmfast.decode.guards import strict_tokens
 from vlmfast.decode.relevance import VisualMemory, collect
@@ -27,7 +27,10 @@ def round_of(draft: list[int], picks: list[int], **extra: object) -> Round:
     return Round(torch.tensor(draft), lambda i: scores[i], lambda i: picks[i], **extra)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("rule", [Exact(), Lossless(), Loose(relax=0, shift=0), FLy(theta=1.0), RandomRelax(relax=0)])
+STRICT = [Exact(), Lossless(), Loose(relax=0, shift=0), FLy(theta=1.0), RandomRelax(relax=0)]
+
+
+@pytest.mark.parametrize("rule", [*STRICT, BiLD(rollback=0), Ensemble(weight=1)])
 @pytest.mark.parametrize(
     ("draft", "picks", "n"),
     [([1, 2, 3], [1, 2, 3, 4], 3), ([1, 2, 3], [1, 9, 3, 4], 1), ([1, 2, 3], [9, 2, 3, 4], 0), ([], [5], 0)],
@@ -102,6 +105,54 @@ def test_fly_needs_doubt_and_a_draft_that_finds_back() -> None:
     assert judge(FLy(window=3), [1, 2, 3, 4], unsure) == [EXACT]  # the window does not fit
     entropy = criteria.normalised_entropy(torch.stack([unsure, sure]))
     assert entropy[0] == pytest.approx(1.0) and entropy[1] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_bild_takes_back_what_the_target_finds_too_unlikely() -> None:
+    scores = torch.tensor([0.5, 0.2, 0.1, 0.1, 0.1]).log()
+
+    def judge(rollback: float, draft: list[int], **extra: object) -> Verdict:
+        r = Round(torch.tensor(draft), lambda i: scores, lambda i: 0, **extra)  # type: ignore[arg-type]
+        return BiLD(rollback=rollback).judge(r)
+
+    assert judge(-math.log(0.2) + 1e-3, [0, 1, 1, 2, 0]) == Verdict([EXACT, LOOSE, LOOSE], 0)  # 2 is less likely
+    assert judge(-math.log(0.2) - 1e-3, [0, 1, 1, 2, 0]) == Verdict([EXACT], 0)
+    assert judge(5.0, [4, 3]) == Verdict([LOOSE, LOOSE], 0)
+    end = torch.tensor([False, False, True, False, False])
+    assert judge(5.0, [1, 2], strict=end) == Verdict([LOOSE], 0)  # the end of the answer is not loosened
+
+
+def test_ensemble_is_greedy_on_the_mixture() -> None:
+    p = torch.tensor([[0.5, 0.3, 0.2], [0.9, 0.1, 0.0], [0.2, 0.2, 0.6]])
+    q = torch.tensor([[0.1, 0.8, 0.1], [0.1, 0.8, 0.1]])
+
+    def judge(weight: float, draft: list[int]) -> Verdict:
+        r = Round(torch.tensor(draft), lambda i: p[i].log(), lambda i: int(p[i].argmax()), draft_probs=q)
+        return Ensemble(weight=weight).judge(r)
+
+    assert judge(0.5, [1, 1]) == Verdict([LOOSE], 0)  # 0.3 against 0.55, then 0.5 against 0.45
+    assert judge(0.3, [1, 1]) == Verdict([LOOSE, LOOSE], 2)  # then 0.34 against 0.59, and the target's own word
+    assert judge(0.9, [1, 1]) == Verdict([], 0)
+    assert judge(0.9, [0, 0]) == Verdict([EXACT, EXACT], 2)
+    assert judge(0.3, [0, 0]) == Verdict([], 1)  # the mixture refuses what the target would say
+    with pytest.raises(UserError, match="gave no probabilities"):
+        Ensemble().judge(round_of([1], [1, 2]))
+
+
+@pytest.mark.parametrize("weight", [0.3, 0.8])
+def test_ensemble_draws_from_the_mixture(weight: float) -> None:
+    """Chi-square over many rounds: the first emitted token is distributed as weight p + (1 - weight) q."""
+    torch.manual_seed(0)
+    n, p = 6000, torch.tensor([0.45, 0.05, 0.3, 0.15, 0.05])
+    q = torch.tensor([0.1, 0.4, 0.2, 0.1, 0.2])
+    counts = torch.zeros(5)
+    for _ in range(n):
+        token = int(torch.multinomial(q, 1))
+        r = Round(torch.tensor([token]), lambda i: p.log(), lambda i: 0, True, q[None])
+        verdict = Ensemble(weight=weight).judge(r)
+        counts[token if verdict.how else verdict.next] += 1
+    v = weight * p + (1 - weight) * q
+    chi2 = float(((counts - n * v) ** 2 / (n * v)).sum())
+    assert chi2 < 23.5, counts / n  # 4 degrees of freedom, p = 1e-4
 
 
 def test_random_relaxation_hits_its_rate_and_repeats() -> None:
@@ -201,6 +252,11 @@ BAD = [
     (lambda: FLy(window=1.5), "window=1.5"),  # type: ignore[arg-type]
     (lambda: RandomRelax(relax=2), "relax=2"),
     (lambda: RandomRelax(seed=-1), "seed=-1"),
+    (lambda: BiLD(fallback=1.5), "fallback=1.5"),
+    (lambda: BiLD(rollback=-1), "rollback=-1"),
+    (lambda: BiLD(rollback=float("nan")), "rollback=nan"),
+    (lambda: Ensemble(weight=0), "weight=0"),
+    (lambda: Ensemble(weight=2), "weight=2"),
 ]
 
 
@@ -211,7 +267,7 @@ def test_bad_fields_are_named(make: object, says: str) -> None:
 
 
 def test_rules_are_named_and_frozen() -> None:
-    assert set(ACCEPT) == {"exact", "lossless", "loose", "fly", "randomrelax"}
+    assert set(ACCEPT) == {"exact", "lossless", "loose", "fly", "bild", "ensemble", "randomrelax"}
     for name, rule in ACCEPT.items():
         made = rule()
         assert made.name == name

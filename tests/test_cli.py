@@ -276,6 +276,62 @@ def test_check_notices_what_is_left_behind(checkpoint: Any, files: Path) -> None
     assert laws.fingerprint(model) != before
 
 
+# -- heads -------------------------------------------------------------------------------------------------------------
+
+
+def test_heads_prints_what_classify_says_and_draws_it(files: Path, checkpoint: Any, tmp_path: Path) -> None:
+    from vlmfast.prefill import HybridKV, heads
+
+    arguments = (
+        "heads",
+        "--model",
+        checkpoint("qwen3_vl"),
+        "--image",
+        files / "a.png",
+        "--kv",
+        "hybridkv:split=0.5,recent=4",
+    )
+    result = call(*arguments, "--json", QUESTION)
+    assert result.exit_code == 0, result.stderr
+    loaded = loading.load(checkpoint("qwen3_vl"))
+    inputs = loaded.inputs(QUESTION, images=[read_image(files / "a.png")])
+    table = heads.classify(loaded.model, inputs, HybridKV(split=0.5, recent=4))
+    listed = json.loads(result.stdout)["heads"]
+    assert [(r["layer"], r["head"]) for r in listed] == [(i, h) for i in range(4) for h in range(2)]
+    assert [r["type"] == "dynamic" for r in listed] == table.dynamic[0].flatten().tolist()
+    assert [r["concentration"] for r in listed] == pytest.approx(table.concentration[0].flatten().tolist())
+    shown = call(*arguments, "--out", tmp_path / "heads.png", QUESTION)
+    assert shown.exit_code == 0, shown.stderr
+    cells = [f"{100 * r['concentration']:.0f}{'*' if r['type'] == 'dynamic' else ''}" for r in listed]
+    lines = [line.split() for line in shown.stdout.splitlines()]
+    assert [["0", *cells[:2], "1", "of", "2"], ["3", *cells[6:], "1", "of", "2"]] == [
+        line for line in lines if line[:1] in (["0"], ["3"])
+    ]
+    with Image.open(tmp_path / "heads.png") as picture:
+        assert picture.width > 300 and len(picture.getcolors(1 << 20) or []) > 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--kv", "snapkv"], "head types"),
+        (["--kv", "hybridkv:theta=2"], "theta"),
+        (["--out", "heads.bmp"], ".png"),
+        (["--out", "no/such/folder/heads.png"], "folder"),
+        (["--out", "TAKEN"], "--force"),
+        (["--image", "gone.png"], "gone.png"),
+    ],
+)
+def test_heads_refuses_in_one_line(arguments: list[str], word: str, checkpoint: Any, tmp_path: Path) -> None:
+    taken = tmp_path / "taken.png"
+    taken.write_text("mine")
+    given = [str(taken) if a == "TAKEN" else a for a in arguments]
+    result = call("heads", "--model", checkpoint("qwen2_vl"), *given, QUESTION)
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert result.exit_code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and word in lines[0]
+    assert taken.read_text() == "mine" and result.stdout == ""
+
+
 # -- methods, help, the registry ---------------------------------------------------------------------------------------
 
 

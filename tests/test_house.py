@@ -12,6 +12,7 @@ import pytest
 
 import vlmfast
 from vlmfast import decode, encode, prefill
+from vlmfast.plan import parse
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "vlmfast").rglob("*.py"))
@@ -65,6 +66,23 @@ def test_internals_of_transformers_stay_in_their_rooms() -> None:
             for number, line in enumerate(path.read_text().splitlines(), 1):
                 code = line.split("#")[0]
                 assert not pattern.search(code), f"vlmfast/{name}:{number} touches internals: {line.strip()}"
+
+
+def test_the_guide_rests_on_results_and_names_what_exists() -> None:
+    """docs/choosing.md: a row ends in a result file or a law that is there, or says that nothing was measured."""
+    text = (ROOT / "docs" / "choosing.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    rows = [row for row in rows if row[-1] != "evidence" and set(row[-1]) != {"-"}]
+    assert len(rows) > 8
+    for row in rows:
+        found = re.fullmatch(r"`(evals/results/[\w-]+\.json)`|a law: `(tests/\w+\.py)`", row[-1])
+        assert row[-1] == "not measured yet" or (found and (ROOT / (found[1] or found[2])).is_file()), row
+        measured = re.search(r"\d(\.\d+)?x|points", " ".join(row[:-1]))
+        assert (found and found[1]) or not measured, f"a figure without a result file: {row}"
+    for stage, spec in re.findall(r"--(prune|kv|speculate) ([^\s`]+)", text):
+        parse(stage, spec)
+    for name in re.findall(r"`([A-Z]\w+)`", text):
+        assert hasattr(decode, name), f"{name} is not a draft or rule"
 
 
 def test_files_stay_short() -> None:

@@ -83,7 +83,10 @@ def test_keep_one_is_bypassed_and_bit_identical(policy, family):
 @every_family
 def test_full_contents_through_our_attention(family):
     model, inputs = tiny.build(family), prompt(family, batch=2, pad=2)
-    exact = generate(copy.deepcopy(model).double(), doubled(inputs), 6)
+    reference = copy.deepcopy(model).double()
+    if family == "qwen3_vl_moe":
+        reference.set_experts_implementation("eager")  # the grouped products take no float64
+    exact = generate(reference, doubled(inputs), 6)
     plain = generate(model, inputs, 6)
     got, _ = under(Full(), model, inputs, 6)
     assert torch.equal(got.sequences, plain.sequences) and torch.equal(exact.sequences, plain.sequences)

@@ -30,6 +30,12 @@ def test_weights_are_those_of_the_model(family: str, tmp_path: Path) -> None:
     assert shape.vision_weights == vision - deepstack
 
 
+def test_a_mixture_of_experts_gets_no_floor(tmp_path: Path) -> None:
+    tiny.build("qwen3_vl_moe").config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="mixture of experts"):
+        roofline.shape_of(str(tmp_path))
+
+
 def test_flops_are_what_torch_counts(tmp_path: Path) -> None:
     """Eager attention computes the whole square where causal attention needs half: the one difference, added back."""
     model = tiny.build("qwen2_5_vl")

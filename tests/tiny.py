@@ -26,7 +26,7 @@ import transformers
 
 VOCAB, HIDDEN, PATCH = 320, 64, 4
 PAD, BOS, EOS, VISION_START, VISION_END, IMAGE, VIDEO, FIRST_TEXT = range(8)
-QWEN = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+QWEN = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
 LLAVA = ["llava", "llava_next", "llava_next_video", "llava_onevision"]
 FAMILIES = QWEN + LLAVA
 TILED = ["internvl", "idefics3", "smolvlm"]  # images as equal tiles; built and fed here, no processor
@@ -37,6 +37,7 @@ PINPOINTS_ONEVISION = [[16, 16], *PINPOINTS]
 SIZES = [(24, 32), (16, 24), (32, 16)]  # (height, width) of the first, second, third image of a row
 CLASS = {
     "qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL",
+    "qwen3_vl_moe": "Qwen3VLMoe",
     "llava": "Llava", "llava_next": "LlavaNext", "llava_next_video": "LlavaNextVideo",
     "llava_onevision": "LlavaOnevision",
     "internvl": "InternVL", "idefics3": "Idefics3", "smolvlm": "SmolVLM",
@@ -63,10 +64,12 @@ def _config(family: str, text: dict[str, Any], vision: dict[str, Any], top: dict
             vis |= {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": HIDDEN}
         if family == "qwen2_5_vl":
             vis |= {"tokens_per_second": 2, "window_size": 16, "fullatt_block_indexes": [1]}
-        if family == "qwen3_vl":
+        if family.startswith("qwen3_vl"):
             txt["head_dim"] = 16
             rope |= {"mrope_section": [4, 2, 2], "mrope_interleaved": True}
             vis |= {"depth": 3, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
+        if family == "qwen3_vl_moe":
+            txt |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
         txt["rope_parameters"] = rope
         cfg = {"image_token_id": IMAGE, "video_token_id": VIDEO}
         cfg |= {"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
@@ -105,7 +108,8 @@ def _rescale(model: torch.nn.Module, seed: int) -> None:
     for name, p in sorted(model.named_parameters()):
         x = torch.randn(p.shape, generator=gen)
         if p.ndim > 1:
-            x = x / math.sqrt(p[0].numel()) * 1.5
+            fan_in = p.shape[-1] if ".experts." in name else p[0].numel()
+            x = x / math.sqrt(fan_in) * 1.5
         elif "norm" in name and name.endswith("weight"):
             x = 1 + 0.1 * x
         else:
@@ -189,7 +193,7 @@ def _video(
     out: dict[str, Any] = {"pixel_values_videos": torch.randn(gt * gh * gw, 3 * 2 * PATCH * PATCH, generator=gen)}
     out["video_grid_thw"] = torch.tensor([[gt, gh, gw]])
     per = gh * gw // 4
-    if family == "qwen3_vl":  # each frame pair: the timestamp as text, then its own start and end
+    if family.startswith("qwen3_vl"):  # each frame pair: the timestamp as text, then its own start and end
         ids = [i for _ in range(gt) for i in [*_text(gen, 3), VISION_START, *[VIDEO] * per, VISION_END]]
         return ids, out
     if family == "qwen2_5_vl":
@@ -314,17 +318,17 @@ def processor(family: str) -> Any:
     t, tok = transformers, tokenizer(family)
     vision = "<|vision_start|>{}<|vision_end|>" if family in QWEN else "{}\n"
     # Qwen3-VL's processor writes start and end for every frame
-    around = "{}" if family == "qwen3_vl" else vision
+    around = "{}" if family.startswith("qwen3_vl") else vision
     template = _TEMPLATE.replace("IMAGE", vision.format(tok.image_token))
     template = template.replace("VIDEO", around.format(tok.video_token))
     kwargs: dict[str, Any] = {"tokenizer": tok, "chat_template": template}
     if family in QWEN:
         pixels: dict[str, Any] = {"patch_size": PATCH, "size": {"shortest_edge": 256, "longest_edge": 1024}}
-        clip = t.Qwen3VLVideoProcessor if family == "qwen3_vl" else t.Qwen2VLVideoProcessor
+        clip = t.Qwen3VLVideoProcessor if family.startswith("qwen3_vl") else t.Qwen2VLVideoProcessor
         kwargs["image_processor"] = t.Qwen2VLImageProcessor(**pixels)
         pixels["size"] = {"shortest_edge": 256, "longest_edge": 16384}  # of a whole clip, not of a frame
         kwargs["video_processor"] = clip(**pixels)
-        return getattr(t, CLASS[family] + "Processor")(**kwargs)
+        return getattr(t, CLASS[family].removesuffix("Moe") + "Processor")(**kwargs)
     if family == "llava_onevision":
         kwargs |= {"num_image_tokens": 16, "vision_feature_select_strategy": "full"}
         square: dict[str, Any] = {"size": {"height": TILE, "width": TILE}}

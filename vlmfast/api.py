@@ -15,6 +15,7 @@ from vlmfast.core import StageDidNotFire, Unsupported, UserError, parse_bytes
 from vlmfast.plan import Plan, resolve
 from vlmfast.report import Report
 from vlmfast.runtime.columns import ColumnHooks
+from vlmfast.runtime.gaze import Gaze
 from vlmfast.runtime.inner import InnerHooks
 from vlmfast.runtime.meter import Meter, cache_counts
 from vlmfast.runtime.patch import Patch
@@ -74,6 +75,15 @@ class Accelerated:
         self.columns = ColumnHooks(model, self.family, outer)
         self.columns.reuse = self._reuse
         self.meter = Meter(model, self.family)
+        draft = getattr(plan.speculate, "draft", None)
+        guide: Any = getattr(draft, "prune", None)
+        if getattr(guide, "guided", False):
+            if self._reuse is not None:
+                raise Unsupported(
+                    f"{guide.name} reads the prefill that reuse= may skip: leave reuse= away, or use another pruner"
+                )
+            self.columns.gaze = Gaze(model, self.family, self.columns, guide.queries)
+            self.columns.gaze.watch(patch)
         if plan.kv is not None:
             from vlmfast.runtime.layers import KVHooks
 
@@ -81,6 +91,8 @@ class Accelerated:
             self.kv = KVHooks(text, text.config, plan.kv, self._stage["prefill"].update)
             self.kv.install(patch)
         self.columns.install(patch)
+        if self.columns.gaze is not None:
+            self.columns.gaze.install(patch)
         if between:
             if plan.kv is not None or self._reuse is not None:
                 raise Unsupported(
@@ -92,7 +104,6 @@ class Accelerated:
         if layers:
             self.columns.attention = TowerAttention(model, self.family, layers)
             self.columns.attention.install(patch)
-        draft = getattr(plan.speculate, "draft", None)
         pruners = (outer, getattr(draft, "prune", None))
         blocks = [b for p in pruners if (b := getattr(p, "after_block", None)) is not None]
         if any(b != "auto" or self.family.tower_pruning for b in blocks):
@@ -110,7 +121,8 @@ class Accelerated:
             return None
         if unwrap(model) is self.model:
             raise Unsupported("the draft is the target itself: use SelfDraft(prune=...) instead of ModelDraft")
-        handle = accelerate(model, prune=draft.prune)
+        guided = getattr(draft.prune, "guided", False)  # told what to keep by the target, prompt by prompt
+        handle = accelerate(model, prune=None if guided else draft.prune)
         self._patch.call(handle.remove)
         return handle
 

@@ -49,6 +49,7 @@ class VisualTokens:
         None  # (N,) tower attention received, or (A, N) of several layers, if `needs` asks for it
     )
     rope: Tensor | None = None  # (2, N) mean cos and mean sin of each token's rotation, if `needs` asks for it
+    pixels: Tensor | None = None  # (N, P) pixel values of each token's patches, before the tower, if `needs` asks
 
     @property
     def n(self) -> int:
@@ -187,8 +188,8 @@ class Draft(Protocol):
     def propose(self, ids: Tensor, k: int, pick: Any = None) -> tuple[Tensor, Tensor | None]:
         """Guess up to k tokens after `ids` (1, L) int64, which holds everything emitted so far.
 
-        Returns tokens (k',) int64, k' = 0 when it has no guess, and what they were drawn from, (k', V) float32
-        probabilities, or None when they were not drawn. pick: (ids (1, L'), logits (1, V)) -> (token, its (V,)
+        Returns tokens (k',) int64, k' = 0 when it has no guess, and what they were chosen from, (k', V) float32
+        probabilities, or None when `pick` gave none. pick: (ids (1, L'), logits (1, V)) -> (token, its (V,)
         probabilities or None), the choice under the request's logits processors; None = argmax.
         """
         ...

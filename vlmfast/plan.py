@@ -123,6 +123,10 @@ def _methods(field: str) -> dict[str, type]:
 def _build(field: str, data: Any) -> Any:
     if isinstance(data, dict) and "method" in data:
         methods = _methods(field)
+        if field == "prune":  # a draft's pruner may follow the target
+            from vlmfast.decode import TargetAttention
+
+            methods |= {TargetAttention.name: TargetAttention}
         name = str(data["method"])
         if name not in methods:
             raise UserError(f"unknown {field} method {name!r}; known: {', '.join(sorted(methods))}")

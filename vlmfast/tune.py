@@ -42,7 +42,7 @@ class Candidate:
 
 def candidates(names: str | None = None, draft: str | None = None) -> dict[str, Plan]:
     """Plans to try: the named ones, or presets, pruners, policies, exact and loose decoding, and their compositions."""
-    methods = _evals("methods")
+    methods = from_evals("methods")
     if names:
         return {n: methods.plan(n, draft) for n in (x.strip() for x in names.split(",")) if n != "plain"}
     exact = ["plain_loop", "lossless@lookup", *(["lossless", "loose"] if draft else [])]
@@ -113,7 +113,7 @@ def _settled(field_: list[Candidate]) -> bool:
 def _ask(
     run: Any, task: Any, racing: list[Candidate], journal: Any, chosen: list[int], deadline: float, tokens: int | None
 ) -> bool:
-    accuracy = _evals("accuracy")
+    accuracy = from_evals("accuracy")
     plans = {"plain": Plan()} | {c.name: c.plan for c in racing}
     for at in range(0, len(chosen), SLICE):
         accuracy.answer(run, task, plans, journal, chosen[at : at + SLICE], 1, tokens)
@@ -123,7 +123,7 @@ def _ask(
 
 
 def _judge(c: Candidate, records: dict, ids: list[str], floor: float) -> None:
-    stats = _evals("stats")
+    stats = from_evals("stats")
     c.answered = [i for i in ids if (i, c.name) in records and (i, "plain") in records]
     if not c.answered:
         return
@@ -163,7 +163,7 @@ def tune(
         raise UserError(f"floor={floor} is outside (0, 1]: it is the share of the plain score to keep, e.g. 0.99")
     if minutes <= 0 or (limit is not None and limit < 1):
         raise UserError(f"minutes={minutes} and limit={limit} must be positive")
-    accuracy, runner, tasks = _evals("accuracy"), _evals("runner"), _evals("tasks")
+    accuracy, runner, tasks = from_evals("accuracy"), from_evals("runner"), from_evals("tasks")
     if out.suffix != ".json":
         raise UserError(f"--out {out.name}: a plan file ends in .json")
     if out.exists() and not force:
@@ -178,7 +178,7 @@ def tune(
     chosen = best(field_)
     record = _record(run, task, identity, book, field_, chosen, floor, minutes)
     out.parent.mkdir(parents=True, exist_ok=True)
-    _evals("records").write(out.with_suffix(".record.json"), record, force=True)
+    from_evals("records").write(out.with_suffix(".record.json"), record, force=True)
     from vlmfast import page
 
     note = explain(chosen, field_, floor, task.name, out)
@@ -197,7 +197,7 @@ def _record(
     floor: float,
     minutes: float,
 ) -> dict[str, Any]:
-    summary, records = _evals("summary"), _evals("records")
+    summary, records = from_evals("summary"), from_evals("records")
     tune_ = {"floor": floor, "minutes": minutes, "chosen": chosen.name}
     result = records.head(task.name, key="task", config={**identity, "tune": tune_}, seed=0, repeats=1,
                           device=str(run.device), dtype=str(run.model.dtype).removeprefix("torch."))  # fmt: skip
@@ -233,7 +233,7 @@ def explain(chosen: Candidate, field_: list[Candidate], floor: float, task: str,
     return f"<p>{first}</p><pre>{html.escape(use)}</pre><p>{tried}{counts[FAILED]} failed.</p>"
 
 
-def _evals(name: str) -> Any:
+def from_evals(name: str) -> Any:
     import importlib
 
     try:

@@ -1,16 +1,23 @@
 """Decode: guess several tokens, let through those close enough. `Speculate` is the stage's method object."""
 
-from vlmfast.decode.accept import METHODS as ACCEPT
+from typing import Any
+
 from vlmfast.decode.accept import Exact, FLy, Loose, Lossless, RandomRelax
+from vlmfast.decode.bild import BiLD
 from vlmfast.decode.drafts import DRAFTS, LookupThenModel, ModelDraft, PromptLookup, SelfDraft
+from vlmfast.decode.ensemble import Ensemble
+from vlmfast.decode.guided import TargetAttention
 from vlmfast.decode.speculate import Speculate
 
 METHODS = {Speculate.name: Speculate}
+ACCEPT: dict[str, Any] = {rule.name: rule for rule in (Exact, Lossless, Loose, FLy, BiLD, Ensemble, RandomRelax)}
 
 __all__ = [
     "ACCEPT",
     "DRAFTS",
     "METHODS",
+    "BiLD",
+    "Ensemble",
     "Exact",
     "FLy",
     "LookupThenModel",
@@ -21,4 +28,5 @@ __all__ = [
     "RandomRelax",
     "SelfDraft",
     "Speculate",
+    "TargetAttention",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -61,13 +61,13 @@ class Verdict:
     next: int
 
 
-def _leading(codes: list[int], r: Round) -> Verdict:
+def leading(codes: list[int], r: Round) -> Verdict:
     """The run of accepted codes from the start, then the target's own token."""
     n = next((i for i, c in enumerate(codes) if c == REFUSED), len(codes))
     return Verdict(codes[:n], r.pick(n))
 
 
-def _guarded(r: Round, picks: Tensor) -> Tensor:
+def guarded(r: Round, picks: Tensor) -> Tensor:
     """(k,) bool: neither the drafted nor the target's token is one that is never loosened."""
     if r.strict is None:
         return torch.ones_like(r.draft, dtype=torch.bool)
@@ -83,10 +83,15 @@ class Rule:
     name: ClassVar[str]
     lossless: ClassVar[bool] = False
     visual: ClassVar[bool] = False  # does it need relevance to what is seen?
+    draws: ClassVar[bool] = False  # under sampling: does the draft draw its tokens, or take its best?
 
     def judge(self, r: Round) -> Verdict:
         """Which of the drafted tokens are let through, and what follows them."""
         raise NotImplementedError
+
+    def graded(self) -> bool:
+        """Does it read the draft's own probabilities, also in greedy decoding? Prompt lookup has none to give."""
+        return False
 
     def words(self) -> tuple[str, ...]:
         """Classes of words (see decode.guards) that are never loosened; non-empty means a tokenizer is needed."""
@@ -134,6 +139,7 @@ class Lossless(Rule):
 
     name: ClassVar[str] = "lossless"
     lossless: ClassVar[bool] = True
+    draws: ClassVar[bool] = True
 
     def judge(self, r: Round) -> Verdict:
         if not r.sampling:
@@ -206,14 +212,14 @@ class Loose(Rule):
         picks = r.picks()
         equal = r.draft == picks[:-1]
         if bool(equal.all()):
-            return _leading([EXACT] * r.draft.shape[0], r)
+            return leading([EXACT] * r.draft.shape[0], r)
         if self.scope == "window":
             free = least_relevant(r.relevance, self.relax)
         elif self.scope == "running":
             free = below_quantile(r.relevance, r.past_relevance, self.relax)
         else:
             free = r.relevance < self.threshold
-        allowed = _guarded(r, picks)
+        allowed = guarded(r, picks)
         if self.bigram:
             allowed &= ~repeats_bigram(r.draft, r.committed)
         shift = shifted(r.draft, picks, r.committed, self.shift) & allowed
@@ -225,7 +231,7 @@ class Loose(Rule):
             if self.ratio:
                 loose &= within_ratio(scores, r.draft, self.ratio)
         codes = torch.where(equal, EXACT, torch.where(loose, LOOSE, torch.where(shift, SHIFT, REFUSED)))
-        return _leading(codes.tolist(), r)
+        return leading(codes.tolist(), r)
 
 
 @dataclass(frozen=True)
@@ -252,14 +258,14 @@ class FLy(Rule):
         picks = r.picks()
         equal = r.draft == picks[:-1]
         if bool(equal.all()):
-            return _leading([EXACT] * k, r)
-        unsure = (normalised_entropy(r.scores()) >= self.theta) & _guarded(r, picks)
+            return leading([EXACT] * k, r)
+        unsure = (normalised_entropy(r.scores()) >= self.theta) & guarded(r, picks)
         match = equal.tolist()
         codes = [EXACT if m else REFUSED for m in match]
         for j, gate in enumerate(unsure.tolist()):
             if not match[j] and gate and j + self.window < k and all(match[j + 1 : j + 1 + self.window]):
                 codes[j] = LOOSE
-        return _leading(codes, r)
+        return leading(codes, r)
 
 
 @dataclass(frozen=True)
@@ -281,9 +287,6 @@ class RandomRelax(Rule):
         if k == 0:
             return Exact().judge(r)
         picks = r.picks()
-        lucky = (torch.rand(k, generator=r.random) < self.relax).to(r.draft.device) & _guarded(r, picks)
+        lucky = (torch.rand(k, generator=r.random) < self.relax).to(r.draft.device) & guarded(r, picks)
         codes = torch.where(r.draft == picks[:-1], EXACT, torch.where(lucky, LOOSE, REFUSED))
-        return _leading(codes.tolist(), r)
-
-
-METHODS: dict[str, Any] = {rule.name: rule for rule in (Exact, Lossless, Loose, FLy, RandomRelax)}
+        return leading(codes.tolist(), r)

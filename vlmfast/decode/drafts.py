@@ -11,10 +11,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from vlmfast import families
 from vlmfast.core import Draft, StageDidNotFire, Unsupported, UserError
+from vlmfast.decode.guided import TargetAttention
 from vlmfast.decode.live import Chain, Either, Ngrams
 from vlmfast.runtime.stepper import Stepper
 
@@ -59,7 +61,8 @@ class ModelDraft:
     arXiv 2508.16201); survivors keep their original positions.
 
     model: the model, or a path or hub id to load it from; prune: its own pruner or a spec string, applied by
-    `vlmfast.accelerate`, None = it sees everything; confidence: stop a draft where the model's own probability falls
+    `vlmfast.accelerate`, None = it sees everything, "targetattention" = what the target looked at (SpecVLM, see
+    `TargetAttention`); confidence: stop a draft where the model's own probability falls
     under it (0 = never).
     """
 
@@ -67,9 +70,12 @@ class ModelDraft:
     prune: Any = "uniform:keep=0.1"
     confidence: float = 0.0
     name: ClassVar[str] = "modeldraft"
+    graded: ClassVar[bool] = True  # gives the probabilities of every token it proposes
     _loaded: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if self.prune == TargetAttention.name:
+            object.__setattr__(self, "prune", TargetAttention())
         if not isinstance(self.model, (str, nn.Module)):
             raise UserError(f"{self.name}: model={type(self.model).__name__} must be a model, or a path or id to load")
         _confidence(self.name, self.confidence)
@@ -114,7 +120,7 @@ class ModelDraft:
     def open(self, request: Request) -> Draft:
         """Prefill the draft with the same prompt and media, over a cache of its own."""
         draft = self.load()
-        hooks = getattr(request.handle, "columns", None)
+        hooks: Any = getattr(request.handle, "columns", None)
         if self.prune is not None and hooks is None:
             raise Unsupported(
                 f"{self.name}(prune=...) prunes through vlmfast.accelerate(model, speculate=...): use that call"
@@ -126,11 +132,28 @@ class ModelDraft:
         kwargs |= {"use_cache": True, "logits_to_keep": 1, "past_key_values": request.fresh_cache(draft)}
         if hooks is not None:
             hooks.reset()
-        stepper = Stepper.prefill(draft, ids, request.generation_config, kwargs)
+        with hooks.using(_pruner(self.prune, request)) if _guided(self.prune) else nullcontext():
+            stepper = Stepper.prefill(draft, ids, request.generation_config, kwargs)
         if hooks is not None and hooks.stats["visual_tokens"] == 0 and _sees(draft, ids):
             raise StageDidNotFire("visual tokens were in the prompt but the draft's pruner never saw them")
         vocab = min(_vocabulary(draft), _vocabulary(request.model))
         return Chain(stepper, ids.shape[1], request.stop, vocab, self.confidence)
+
+
+def _guided(prune: Any) -> bool:
+    return bool(getattr(prune, "guided", False))
+
+
+def _pruner(prune: Any, request: Request) -> Any:
+    """The draft's pruner for this prompt: one that follows the target is told what the target looked at."""
+    if not _guided(prune):
+        return prune
+    ids, gaze = request.input_ids[0], getattr(request.columns, "gaze", None)
+    scores = None if gaze is None else gaze.scores(ids.shape[0])
+    if scores is None:
+        return prune.guided_by(None)
+    tokens = families.get(request.model).visual_ids(request.model).values()
+    return prune.guided_by(torch.cat([scores[(ids == token).to(scores.device)] for token in tokens]))
 
 
 def _sees(model: Any, ids: Tensor) -> bool:
@@ -147,6 +170,7 @@ class SelfDraft:
     prune: Any
     confidence: float = 0.0
     name: ClassVar[str] = "selfdraft"
+    graded: ClassVar[bool] = True  # gives the probabilities of every token it proposes
 
     def __post_init__(self) -> None:
         if not hasattr(self.prune, "select"):
@@ -167,7 +191,7 @@ class SelfDraft:
         hooks = request.columns
         stats, cache, notes = dict(hooks.stats), hooks.cache, list(hooks.notes)
         kwargs = {**request.model_kwargs, "past_key_values": request.fresh_cache(request.model)}
-        with hooks.using(self.prune) if hasattr(hooks, "using") else nullcontext():
+        with hooks.using(_pruner(self.prune, request)) if hasattr(hooks, "using") else nullcontext():
             stepper = Stepper.prefill(request.model, request.input_ids, request.generation_config, kwargs)
         hooks.stats, hooks.cache, hooks.notes = stats, cache, notes
         vocab = _vocabulary(request.model)
@@ -205,6 +229,7 @@ class LookupThenModel(ModelDraft):
     longest: int = 4
     shortest: int = 2
     name: ClassVar[str] = "lookupthenmodel"
+    graded: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

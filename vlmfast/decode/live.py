@@ -19,11 +19,12 @@ class Chain:
         self.stepper, self.fed, self.stop, self.vocab, self.confidence = stepper, fed, stop, vocab, confidence
         self.rows = stepper.embed.weight.shape[0]  # a target may have a few more, unused by the tokenizer
         self.floor, self.refusal = 0.0, 1.0  # stop once everything so far passes with less than `floor`
+        self.fallback = 0.0  # hand over, even at once, where the highest probability is below this
         self.certainty: list[float] = []  # the model's own probability of each token of the last proposal
         self.last = self.fed_tokens = 0  # tokens of the last proposal, and how many of them the model was fed
 
     def propose(self, ids: Tensor, k: int, pick: Pick | None = None) -> tuple[Tensor, Tensor | None]:
-        """See `core.Draft`. Stops early at an end-of-answer token, or where its certainty is under `confidence`."""
+        """See `core.Draft`. Stops early at an end-of-answer token, or where it is not certain enough."""
         self._back(self.fed - (ids.shape[1] - 1))  # an answer may end inside an accepted draft
         new = ids[:, self.fed :].clamp(max=self.rows - 1)
         logits = self.stepper.step(new)[:, -1, : self.vocab]
@@ -37,8 +38,11 @@ class Chain:
                 token, q = int(logits.argmax()), None
             else:
                 token, q = pick(grown, logits)
-            if self.confidence or self.floor:
-                sure = float(logits[0].softmax(-1)[token])
+            if self.confidence or self.floor or self.fallback:
+                own = logits[0].softmax(-1)
+                sure = float(own[token])
+                if float(own.max()) < self.fallback:
+                    break
                 if tokens and sure < self.confidence:
                     break
                 self.certainty.append(sure)
@@ -55,7 +59,7 @@ class Chain:
                 grown = torch.cat([grown, step], 1)
         self.last = len(tokens)
         self.fed_tokens = self.fed - ids.shape[1]
-        return torch.tensor(tokens, device=ids.device), torch.stack(probs) if probs else None
+        return torch.tensor(tokens, dtype=torch.long, device=ids.device), torch.stack(probs) if probs else None
 
     def rewind(self, n: int) -> None:
         """Forget the last n proposed tokens; the very last was never fed to the model."""

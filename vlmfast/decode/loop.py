@@ -73,7 +73,13 @@ def build(
         scores, logits = kept and bool(config.output_scores), kept and bool(config.output_logits)
         out = Output(input_ids, limit, eos, rest, streamer, scores, logits)
         run = _Run(model, speculate, config, out)
-        cache = run.go(Choice(logits_processor, run.sampling, run.drawn), tokenizer, (columns, draft), media, kwargs)
+        cache = run.go(
+            Choice(logits_processor, run.sampling, run.drawn, run.rule.graded()),
+            tokenizer,
+            (columns, draft),
+            media,
+            kwargs,
+        )
         if streamer is not None:
             streamer.end()
         if sink is not None:
@@ -93,7 +99,7 @@ class _Run:
         self.model, self.speculate, self.config, self.out = model, speculate, config, out
         self.rule = speculate.accept
         self.sampling = bool(config.do_sample)
-        self.drawn = self.sampling and isinstance(self.rule, rules.Lossless)
+        self.drawn = self.sampling and self.rule.draws
         self.ledger = Ledger()
         self.draft: Draft | None = None
         self.memory: VisualMemory | None = None
@@ -209,6 +215,7 @@ class _Run:
         chain = getattr(self.draft, "chain", self.draft)
         if isinstance(chain, Chain):
             chain.floor, chain.refusal, chain.certainty = self.pace.floor(), self.pace.refusal, []
+            chain.fallback = getattr(self.rule, "fallback", 0.0)
         tokens, q = self.draft.propose(self.out.ids, k, None if self.choice.plain else self.choice.for_draft)
         return (tokens if tokens.shape[0] else None), q
 

@@ -17,17 +17,18 @@ ROW_WISE = (
 
 
 class Choice:
-    """The request's logits processors, and greedy or sampling. drawn: must a draft draw its tokens too?"""
+    """The request's logits processors, and greedy or sampling. drawn: must a draft draw its tokens too? graded: does
+    the rule read the draft's probabilities?"""
 
-    def __init__(self, logits_processor: Any, sampling: bool, drawn: bool) -> None:
+    def __init__(self, logits_processor: Any, sampling: bool, drawn: bool, graded: bool = False) -> None:
         self.processors = logits_processor if logits_processor is not None and len(logits_processor) else None
         self.row_wise = self.processors is not None and all(isinstance(p, ROW_WISE) for p in self.processors)
-        self.sampling, self.drawn = sampling, drawn
+        self.sampling, self.drawn, self.graded = sampling, drawn, graded
 
     @property
     def plain(self) -> bool:
         """True when a draft may take its argmax."""
-        return self.processors is None and not self.drawn
+        return self.processors is None and not self.drawn and not self.graded
 
     def process(self, ids: Tensor, logits: Tensor) -> Tensor:
         """ids (1, L), logits (1, V) -> processed scores (1, V)."""
@@ -40,11 +41,11 @@ class Choice:
         return int(scores.argmax())
 
     def for_draft(self, ids: Tensor, logits: Tensor) -> tuple[int, Tensor | None]:
-        """The draft's choice and what it was drawn from (see `core.Draft`)."""
+        """The draft's choice and its distribution (see `core.Draft`)."""
         scores = self.process(ids, logits.clone())[0]
-        if not self.drawn:
-            return int(scores.argmax()), None
-        q = scores.softmax(-1)
+        q = scores.softmax(-1) if self.drawn or self.graded else None
+        if not self.drawn or q is None:
+            return int(scores.argmax()), q
         return int(torch.multinomial(q, 1)), q
 
 

@@ -14,6 +14,7 @@ from vlmfast.encode.hired import HiRED
 from vlmfast.encode.ivcprune import IVCPrune
 from vlmfast.encode.maxmin import MaxMin
 from vlmfast.encode.mmtok import MMTok
+from vlmfast.encode.pixelprune import PixelPrune
 from vlmfast.encode.pyramiddrop import PyramidDrop
 from vlmfast.encode.random import Random
 from vlmfast.encode.uniform import Uniform
@@ -26,12 +27,12 @@ METHODS: dict[str, type[Any]] = {
     m.name: m
     for m in (
         Uniform, Random, EVS, VidCom2, MaxMin,
-        VisionZip, HiRED, CDPruner, MMTok, DTD, VCast, FlashVID, IVCPrune,
+        VisionZip, HiRED, CDPruner, MMTok, DTD, VCast, FlashVID, IVCPrune, PixelPrune,
         FastV, PyramidDrop, V2Drop, AdaptInfer,
     )
 }  # fmt: skip
 
 __all__ = [
     "DTD", "EVS", "METHODS", "AdaptInfer", "CDPruner", "FastV", "FlashVID", "HiRED", "IVCPrune", "LayerPruner", "MMTok",
-    "MaxMin", "Pruner", "PyramidDrop", "Random", "Uniform", "V2Drop", "VCast", "VidCom2", "VisionZip",
+    "MaxMin", "PixelPrune", "Pruner", "PyramidDrop", "Random", "Uniform", "V2Drop", "VCast", "VidCom2", "VisionZip",
 ]  # fmt: skip

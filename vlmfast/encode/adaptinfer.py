@@ -14,10 +14,10 @@ from vlmfast.runtime.cuts import Sight
 
 @dataclass(frozen=True)
 class AdaptInfer(LayerPruner):
-    """AdaptInfer (2025): text tokens rate the visual ones, each with the weight of the attention it receives itself
-    from the text (a soft prior in place of one fixed rater); mean over heads. layers: where to cut; the default, a
-    quarter, a half and three quarters of the depth, stands for the paper's schedule found offline. raters: how many of
-    the last columns are looked at.
+    """AdaptInfer (arXiv 2508.06084): text tokens rate the visual ones, each with the weight of the attention it
+    receives itself from the text (a soft prior in place of one fixed rater); mean over heads. layers: where to cut; the
+    default is a quarter, a half and three quarters of the depth, `vlmfast calibrate` finds a schedule for your model.
+    raters: how many of the last columns are looked at.
     """
 
     layers: tuple[int, ...] | None = None

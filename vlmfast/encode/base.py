@@ -53,7 +53,7 @@ class Pruner:
             )
 
     def need(self, tokens: VisualTokens, what: str) -> Tensor:
-        """tokens.attention, .question or .rope; raises Unsupported where the caller had none to give."""
+        """tokens.attention, .question, .rope or .pixels; raises Unsupported where the caller had none to give."""
         value: Tensor | None = getattr(tokens, what)
         if value is None:
             raise Unsupported(

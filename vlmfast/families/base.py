@@ -49,6 +49,10 @@ class Family:
                 ids[kind] = int(token)
         return ids
 
+    def stamped(self, model: nn.Module) -> bool:
+        """Does the prompt give every temporal grid of a video its own start, end and time stamp?"""
+        return False
+
     def items(self, model: nn.Module, kind: str, call: dict[str, Any], features: list[Tensor]) -> list[Item]:
         """Layouts of the items that one `get_{kind}_features(**call)` returned; features: list of (n, D)."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL: merged patch grid, 3-D positions (M-RoPE), DeepStack columns (3-VL)."""
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL (also its experts): merged patch grid, M-RoPE, DeepStack columns (3-VL)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from vlmfast.families.base import Family, Item, frames_of
 
 
 class Qwen(Family):
-    model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+    model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
     rope_axes = 3
     media = ("image", "video")
     tower_pruning = True
 
     def tower(self, model: nn.Module) -> nn.Module:
         return self.base(model).visual  # type: ignore[return-value]
+
+    def stamped(self, model: nn.Module) -> bool:
+        return str(model.config.model_type).startswith("qwen3_vl")  # type: ignore[union-attr]
 
     def items(self, model: nn.Module, kind: str, call: dict[str, Any], features: list[Tensor]) -> list[Item]:
         grids = call[f"{kind}_grid_thw"]

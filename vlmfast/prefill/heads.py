@@ -44,7 +44,7 @@ class HeadTable:
         import matplotlib.figure  # heavy, and only needed here
 
         grid = self.concentration[row]
-        figure = matplotlib.figure.Figure(figsize=(1.5 + 0.35 * grid.shape[1], 1.5 + 0.22 * grid.shape[0]))
+        figure = matplotlib.figure.Figure(figsize=(max(4.0, 1.5 + 0.35 * grid.shape[1]), 1.5 + 0.22 * grid.shape[0]))
         axes = figure.subplots()
         image = axes.imshow(grid.numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto")
         for j, h in self.dynamic[row].nonzero().tolist():
@@ -83,7 +83,8 @@ def classify(model: nn.Module, inputs: dict[str, Any], policy: HybridKV | None =
     """
     policy = policy or HybridKV()
     if not isinstance(policy, HybridKV):
-        raise UserError(f"{policy!r} has no head types: give a HybridKV")
+        name = getattr(policy, "name", type(policy).__name__)
+        raise UserError(f"{name} has no head types: judge heads by a HybridKV, e.g. hybridkv:theta=0.8")
     fields = {f.name: getattr(policy, f.name) for f in dataclasses.fields(HybridKV)}
     observe = _Observe(**fields)
     family = families.get(model)

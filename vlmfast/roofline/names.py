@@ -55,6 +55,10 @@ def _from_config(name: str, config: Any) -> Shape:
     text, vision = config.get_text_config(), getattr(config, "vision_config", None)
     if vision is None:
         raise UserError(f"{name} ({config.model_type}) has no vision_config: roofline is about vision-language models")
+    if getattr(text, "num_experts", None):
+        raise UserError(
+            f"{name} ({config.model_type}) is a mixture of experts, whose cost is not counted here: no floor"
+        )
     d = getattr(vision, "embed_dim", None) if config.model_type == "qwen2_vl" else None
     d = d or vision.hidden_size
     depth = getattr(vision, "depth", None) or vision.num_hidden_layers

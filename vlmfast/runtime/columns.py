@@ -36,6 +36,7 @@ class ColumnHooks:
         self.ids = family.visual_ids(model)
         self.tower_kept: dict[str, list[Tensor]] | None = None  # filled by TowerHooks: kept rows per item
         self.attention: TowerAttention | None = None  # where tower attention comes from, when a pruner needs it
+        self.gaze: Any = None  # a `runtime.gaze.Gaze`, when a draft prunes by the target's attention
         self.reuse: Reuse | None = None  # encoded media kept between calls, when asked for
         self.media: dict[str, list[Item]] = {}  # layout of the media encoded for the running request
         self.kind: str | None = None  # the media being encoded right now
@@ -47,6 +48,8 @@ class ColumnHooks:
     def reset(self) -> None:
         """Forget the last request."""
         self.media, self.seen, self.tower_kept = {}, {}, None
+        if self.gaze is not None:
+            self.gaze.reset()
         self.kept: dict[str, list[Tensor]] = {}  # kept indices of every item, in the order of `media`; {} = all
         self.stats = {"visual_tokens": 0, "kept_tokens": 0, "encode_ms": 0.0, "select_ms": 0.0, "prefills": 0}
         self.notes = []

@@ -23,6 +23,12 @@ from vlmfast.runtime.layers import window_queries
 from vlmfast.runtime.patch import Patch
 
 
+def deep_layers(model: nn.Module) -> int:
+    """First layers of the language model that DeepStack adds visual features after: none of them may be cut."""
+    vision = getattr(model.config, "vision_config", None)
+    return len(getattr(vision, "deepstack_visual_indexes", None) or ())
+
+
 class InnerHooks:
     """Installs one method on one text model; `columns` says which columns are visual."""
 
@@ -36,8 +42,7 @@ class InnerHooks:
         self._check()
 
     def _check(self) -> None:
-        vision = getattr(self.model.config, "vision_config", None)
-        deep = len(getattr(vision, "deepstack_visual_indexes", None) or ())
+        deep = deep_layers(self.model)
         for at in self.cuts:
             if not 1 <= at < len(self.layers):
                 raise Unsupported(

@@ -205,14 +205,10 @@ class KVHooks:
         if w == 0:
             return None, None
         start = clock(self.text_model)
-        recent = kinds[:, -w:]
-        queries = recent == Kind.TEXT
-        none = ~queries.any(1, keepdim=True)  # media at the very end: the last columns, whatever they are
-        queries = queries | (none & (recent != Kind.PAD))
-        w = min(w, int(queries.flip(1).long().cumsum(1).argmax(1).max()) + 1)  # columns back to the first that counts
+        w, queries = text_queries(kinds, w)
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         query = window_queries(module, hidden[:, -w:], kwargs["position_embeddings"])
-        queries, visible = queries[:, -w:], kinds != Kind.PAD
+        visible = kinds != Kind.PAD
         if self.policy.per_query:
             weights = kernels.window_attention(query, keys, module.scaling, visible)
             weights.masked_fill_(~queries[:, None, :, None], 0.0)
@@ -221,6 +217,16 @@ class KVHooks:
             queries = queries[:, -1:] | True
         self.window_seconds += clock(self.text_model) - start
         return weights, queries
+
+
+def text_queries(kinds: Tensor, w: int) -> tuple[int, Tensor]:
+    """Which of the last w columns of kinds (B, L) are text after the media: how far back they reach, (B, that) bool."""
+    recent = kinds[:, -w:]
+    queries = recent == Kind.TEXT
+    none = ~queries.any(1, keepdim=True)  # media at the very end: the last columns, whatever they are
+    queries = queries | (none & (recent != Kind.PAD))
+    w = min(w, int(queries.flip(1).long().cumsum(1).argmax(1).max()) + 1)  # columns back to the first that counts
+    return w, queries[:, -w:]
 
 
 def window_queries(module: Any, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:

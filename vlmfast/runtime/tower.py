@@ -27,13 +27,14 @@ class TowerHooks:
         if not isinstance(family, Qwen):
             raise Unsupported(
                 f"pruning inside the tower (after_block) needs a Qwen vision tower, not {type(family).__name__}'s: "
-                "leave after_block=None to prune at the tower's output"
+                "leave after_block=None, or use a pruner of the tower's output (vidcom2, maxmin)"
             )
         self.model, self.family, self.columns = model, family, columns
         self.tower = family.tower(model)
         self.unit = int(self.tower.spatial_merge_size) ** 2  # type: ignore[arg-type]
         self.groups: Tensor | None = None  # (G,) bool kept merge groups, in the tower's order
         self.grid: Tensor | None = None
+        self.pixels: Tensor | None = None  # (patches, values), held from the tower's entrance to the pruned block
 
     def install(self, patch: Patch) -> None:
         patch.hook(self.tower.register_forward_pre_hook(self._begin, with_kwargs=True))
@@ -57,8 +58,10 @@ class TowerHooks:
             raise Unsupported(f"after_block={self.at} but this tower has blocks 0 to {depth - 1}")
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.groups = None
+        self.groups = self.pixels = None
         self.grid = kwargs.get("grid_thw", args[1] if len(args) > 1 else None)
+        if self.at is not None and "pixels" in getattr(self.columns.pruner, "needs", ()):
+            self.pixels = args[0] if args else kwargs["hidden_states"]
 
     def _block(self, i: int) -> Any:
         def pre(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -92,6 +95,8 @@ class TowerHooks:
         features = group_mean(hidden, self.unit)
         if order is not None:  # un-permute window order: features[order.argsort()] is the placeholder order
             features = features[order.argsort()]
+        pixels, self.pixels = self.pixels, None  # in placeholder order as they come in
+        pixels = None if pixels is None else pixels.reshape(len(features), -1)
         kept, at = [], 0
         groups = torch.zeros(len(features), dtype=torch.bool, device=hidden.device)
         for item in grid_items(self.grid, int(self.unit**0.5), kind == "video"):
@@ -100,6 +105,7 @@ class TowerHooks:
                 frame=item.frame.to(hidden.device),
                 grid=item.grid,
                 video=item.video,
+                pixels=None if pixels is None else pixels[at : at + item.n],
             )
             chosen = pruner.select(tokens)
             groups[at + chosen] = True

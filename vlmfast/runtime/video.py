@@ -45,18 +45,13 @@ class Layout:
         self.token = family.visual_ids(model)["video"]
         tower: Any = family.tower(model)
         self.merge = int(tower.spatial_merge_size)
-        self.timed = not self._per_frame(model)
+        self.timed = not family.stamped(model)
         if self.timed:
             one, five = (self._index(9, 2, 2, seconds) for seconds in (1.0, 5.0))
             self.step = int(one[0, 4] - one[0, 0])
             if int(five[0, 4] - five[0, 0]) != self.step:
                 self.rate = float(five[0, 4] - five[0, 0]) / 5.0
             self.after_max = int(one[0, -1]) > 2
-
-    @staticmethod
-    def _per_frame(model: Any) -> bool:
-        """Does the prompt give every temporal grid its own start, end and time stamp (Qwen3-VL)?"""
-        return model.config.model_type == "qwen3_vl"
 
     def _index(self, t: int, h: int, w: int, seconds: float) -> Tensor:
         """The model's positions (3, t * h * w + 1) of a video of t grids and one text token after it."""
@@ -106,7 +101,7 @@ class Eyes:
         self.qwen = self.family.rope_axes == 3
         vision = model.config.vision_config
         self.frames = int(vision.temporal_patch_size) if self.qwen else 1  # frames per temporal grid
-        self.stamped = self.type == "qwen3_vl"
+        self.stamped = self.family.stamped(model)
         self.layout = Layout(model)
         self.device = next(model.parameters()).device
 

@@ -1,0 +1,103 @@
+"""`vlmfast calibrate`: where AdaptInfer should cut in this model, as a plan file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vlmfast.cli import console, options
+
+
+def calibrate(
+    questions: Annotated[list[str] | None, typer.Argument(help="asked about --image and --video, one by one")] = None,
+    model: options.Model = "pocket",
+    task: Annotated[str | None, typer.Option(help="or a task: pocket/<kind>, easy-vqa, a file of questions")] = None,
+    limit: Annotated[int, typer.Option(help="at most this many questions of the task", min=1)] = 32,
+    image: options.Images = None,
+    video: options.VideoPath = None,
+    stages: Annotated[int, typer.Option(help="at most this many cuts", min=1)] = 3,
+    keep: Annotated[float, typer.Option(help="fraction of the visual tokens left after the last cut")] = 0.25,
+    out: Annotated[Path | None, typer.Option(help="plan to write (.json)")] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace an existing plan")] = False,
+    frames: options.Frames = None,
+    fps: options.Fps = None,
+    select: options.Select = None,
+    backend: options.Backend = "pyav",
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+    as_json: options.Json = False,
+) -> None:
+    """Find the layers where a model's text turns to other visual tokens, and cut after them (AdaptInfer)."""
+    from vlmfast.core import UserError
+    from vlmfast.encode import AdaptInfer
+    from vlmfast.plan import Plan
+
+    asked = list(questions or ())
+    if task is not None and (asked or image or video):
+        raise UserError("--task brings its own questions and media: leave the questions, --image and --video away")
+    if task is None and not (asked and (image or video)):
+        raise UserError("nothing to look at: give --task pocket/all, or a question with --image or --video")
+    if out is not None and out.suffix != ".json":
+        raise UserError(f"--out {out.name}: a plan file ends in .json")
+    if out is not None and out.exists() and not force:
+        raise UserError(f"{out} exists: choose another --out, or pass --force to replace it")
+    AdaptInfer(keep=keep)  # says what is wrong with keep before anything is loaded
+    media = (options.images(image), options.video(video, frames, fps, select, backend))
+
+    from vlmfast import loading
+    from vlmfast.encode import inflection
+
+    with console.waiting(f"loading {model}"):
+        loaded = loading.load(model, dtype, device)
+    prompts = of_task(loaded, task, limit) if task is not None else (loaded.inputs(q, *media) for q in asked)
+    with console.waiting("looking"):
+        found = inflection.calibrate(loaded.model, prompts, stages)
+    plan = Plan(prune=AdaptInfer(keep=keep, layers=found.layers))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        plan.save(out)
+    record = {
+        "model": model,
+        "task": task,
+        "prompts": found.prompts,
+        "shift": found.shift.tolist(),
+        "plan": plan.json(),
+    }
+    if as_json:
+        print(json.dumps(record, indent=1))
+        return
+    show(record, out)
+
+
+def of_task(loaded: Any, name: str, limit: int) -> Iterator[dict[str, Any]]:
+    """The task's first questions as inputs, one row each."""
+    from vlmfast.core import UserError
+    from vlmfast.tune import from_evals
+
+    task = from_evals("tasks").get(name)
+    run = from_evals("runner").Runner(loaded.model, loaded.processor, loaded.name)
+    for i in task.first(limit):
+        sample = task.sample(i)
+        if sample.error:
+            raise UserError(f"question {sample.id} of {name} cannot be asked: {sample.error}")
+        yield run.inputs([sample])
+
+
+def show(record: dict[str, Any], out: Path | None) -> None:
+    """The shift of every layer as a bar, and the cuts between them."""
+    page, prune, shift = console.out(), record["plan"]["prune"], record["shift"]
+    page.print(f"how far the text's look at the visual tokens moves, layer by layer ({record['prompts']} prompts)\n")
+    most = max(*shift, 1e-9)
+    for layer, value in enumerate(shift):
+        if layer in prune["layers"]:
+            page.print("[yellow]       ---- cut ----[/]")
+        page.print(f"[cyan]{layer:4}[/]  {value:5.3f}  {'█' * round(40 * value / most)}")
+    page.print(f"\nadaptinfer keep={prune['keep']:g} layers={prune['layers']}")
+    if out is not None:
+        page.print(f'plan written to [bold]{out}[/bold]: vlmfast.accelerate(model, "{out}")')
+    else:
+        page.print(json.dumps(record["plan"]), soft_wrap=True)

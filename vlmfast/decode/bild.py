@@ -1,0 +1,47 @@
+"""BiLD: the draft speaks until it is unsure, the target takes back what it finds too unlikely."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vlmfast.core import UserError
+from vlmfast.decode.accept import EXACT, LOOSE, REFUSED, Exact, Round, Rule, Verdict, guarded, leading
+
+
+@dataclass(frozen=True)
+class BiLD(Rule):
+    """Big Little Decoder (Kim et al., arXiv 2302.07863). Changes the output, unless rollback=0 under greedy decoding.
+
+    fallback: the draft hands over to the target, even at once, where its highest probability is below this, in [0, 1]
+    (0 = never). rollback: a drafted token and all after it are taken back where the target's cross-entropy with it,
+    -log p(d_i) in nats, exceeds this, 0 or more. The defaults are those of the authors' code for T5. eos: never loosen
+    the end of the answer. The draft must know its own probabilities unless fallback=0.
+    """
+
+    fallback: float = 0.6
+    rollback: float = 5.0
+    eos: bool = True
+    name: ClassVar[str] = "bild"
+    draws: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        self._check(fallback=self.fallback)
+        if isinstance(self.rollback, bool) or not isinstance(self.rollback, (int, float)) or not self.rollback >= 0:
+            raise UserError(
+                f"bild: rollback={self.rollback!r} is a distance in nats, 0 (strict) or more, e.g. rollback=2"
+            )
+
+    def graded(self) -> bool:
+        return self.fallback > 0
+
+    def judge(self, r: Round) -> Verdict:
+        if r.draft.shape[0] == 0:
+            return Exact().judge(r)
+        picks = r.picks()
+        distance = -r.scores().log_softmax(-1).gather(1, r.draft[:, None])[:, 0]
+        near = (distance <= self.rollback) & guarded(r, picks)
+        codes = torch.where(r.draft == picks[:-1], EXACT, torch.where(near, LOOSE, REFUSED))
+        return leading(codes.tolist(), r)
