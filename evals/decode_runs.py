@@ -170,6 +170,16 @@ def rotate(
     return results
 
 
+def accepted_shares(got: list[dict[str, Any]]) -> list[float]:
+    """Share of the rounds that accepted 0, 1, 2, ... draft tokens; rounds without a draft accepted none."""
+    counts: dict[int, int] = {}
+    for r in got:
+        for _, accepted in r["trace"]:
+            counts[accepted] = counts.get(accepted, 0) + 1
+    total = sum(counts.values())
+    return [round(counts.get(n, 0) / total, 4) for n in range(max(counts, default=0) + 1)] if total else []
+
+
 def tokens_equal(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> float:
     """Share of items with the same text."""
     return sum(x["text"] == y["text"] for x, y in zip(a, b, strict=True)) / len(a)

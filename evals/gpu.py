@@ -20,7 +20,7 @@ import typer
 
 from evals import gpu_extra, methods, records, timing
 from evals.shapes import TOY, Shape, build, clip
-from evals.speed_presets import ACCEPT, SHOWN, Replay
+from evals.speed_presets import DRY, SHOWN, Replay, measured_shares
 from vlmfast.plan import Plan
 
 QWEN_7B = Shape("Qwen2.5-VL-7B", 28, 3584, 18944, 28, 4, 152064, 32, 1280, 3420, 16, (7, 15, 23, 31), (8, 16, 16))
@@ -62,14 +62,15 @@ def inputs_on(shape: Shape, visual: int, batch: int, device: str) -> dict[str, A
     return {k: v.to(device) for k, v in whole.items()}
 
 
-def plan_of(name: str, said: tuple[int, ...], prompt: int, vocab: int) -> Plan:
+def plan_of(name: str, said: tuple[int, ...], prompt: int, vocab: int, dry: bool = False) -> Plan:
     """The plan of a cell; `exact` and `loose` draft by replaying what was said without a draft."""
     from vlmfast.decode import Loose, Speculate
 
     parts = [p for p in name.split("+") if p not in ("exact", "loose")]
     plan = methods.plan("+".join(parts) or "plain")
     if len(parts) < len(name.split("+")):
-        draft = Replay(said, prompt, ACCEPT, vocab)
+        shares = DRY if dry else measured_shares("loose" if "loose" in name else "lossless", "modeldraft")
+        draft = Replay(said, prompt, shares, vocab)
         speculate = (
             Speculate(draft=draft, accept=Loose(digits=False, negation=False, comparison=False))
             if "loose" in name
@@ -113,7 +114,7 @@ def measure(shape: Shape, device: str, minutes: float, save: Any, dry: bool) -> 
     machine = timing.rates(device, torch.bfloat16)
     sizes, batches, new = (TOY_SIZES, (1, 2), 5) if dry else (SIZES, (1, 8), NEW)
     record = records.head("gpu", seed=0, repeats=1 if dry else 2, device=device, dtype="bfloat16", config={
-        **shape.json(), "minutes": minutes, "dry": dry, "new_tokens": new, "accept_replayed": ACCEPT,
+        **shape.json(), "minutes": minutes, "dry": dry, "new_tokens": new, "accept_replayed": "pocket captions",
         "matmul_gflops": round(machine.flops / 1e9, 1), "copy_gbytes": round(machine.bytes / 1e9, 2)})  # fmt: skip
     record["kernels"] = gpu_extra.kernels(device)
     model = model_on(shape, device)
@@ -132,7 +133,7 @@ def measure(shape: Shape, device: str, minutes: float, save: Any, dry: bool) -> 
                     continue
                 try:
                     base = "+".join(p for p in name.split("+") if p not in ("exact", "loose")) or "plain"
-                    plan = plan_of(name, said.get(base, ()), prompt, shape.vocab)
+                    plan = plan_of(name, said.get(base, ()), prompt, shape.vocab, dry)
                     samples = []
                     for k in range(rounds + (not dry)):  # the first is a warm-up
                         sample, said[name] = ask(model, inputs, plan, new, device)

@@ -18,11 +18,13 @@ DRAFTS = ("model", "self", "lookup", "both")
 
 def plan(name: str, draft: str | None = None) -> Plan:
     """The plan behind a method's name. draft: folder or id of a draft model, for names that speculate with one."""
-    result = Plan()
+    result, given = Plan(), set()
     for part in name.split("+"):
         for stage, method in _part(part.strip(), draft).items():
-            if getattr(result, stage) is not None:
+            if stage in given:
                 raise UserError(f"method {name!r} sets {stage} twice: one pruner, one policy, one rule")
+            if part.strip() not in PRESETS:  # what stands beside a preset replaces its stage
+                given.add(stage)
             result = Plan(**{s: method if s == stage else getattr(result, s) for s in STAGES})
     return result
 

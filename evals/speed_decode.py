@@ -82,6 +82,7 @@ def _row(
         rounds = max(1.0, total["verify_rounds"])
         spent = total["draft_ms"] + total["verify_ms"] + total["overhead_ms"]
         metrics["accepted_length"] = accepted / rounds
+        metrics["accepted_shares"] = runs.accepted_shares(got)
         metrics["drafted_per_round"] = total["drafted"] / rounds
         metrics["overhead_share"] = total["overhead_ms"] / spent if spent else 0.0
         step = sum(r["verify_ms"] for r in loop) / max(1.0, sum(r["verify_rounds"] for r in loop))

@@ -2,12 +2,13 @@
 
 Random weights in real shapes (see `evals.shapes`): times of encode, prefill and decode are real, answers mean nothing.
 What a draft gets right is a property of trained models, so a preset that drafts is timed with its acceptance replayed:
-drafted tokens are the model's own next tokens with probability `accept` (an assumption near the
-draft's measured agreement on pocket captions, given in the config), and cost what a draft of that kind costs here.
+in every round as many drafted tokens are right as the same draft and rule had right in a round on pocket captions,
+drawn from the shares that the decode suite measured (`accepted_shares` of `evals/results/cpu-decode.json`).
 """
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from typing import Any, ClassVar
 
 from evals import records, timing
 from evals.shapes import QWEN_3B, TOY, build, clip, encode_cost, prefill_cost
-from vlmfast.core import tower_block
+from vlmfast.core import UserError, tower_block
 from vlmfast.plan import PRESETS, Plan, preset
 
 SIXTH = replace(
@@ -26,7 +27,8 @@ SIXTH = replace(
 NEW = 64
 ROUNDS = 3
 SEED = 0
-ACCEPT = 0.8  # assumed probability that the next drafted token is the target's (draft agreement on captions: 0.80)
+DRY = (0.5, 0.3, 0.2)  # stands for the measured shares where shapes are toys
+MEASURED = records.ROOT / "evals" / "results" / "cpu-decode.json"
 STAGES = ("encode_ms", "select_ms", "prefill_ms", "ttft_ms", "decode_ms_per_token", "total_ms")
 COUNTS = ("visual_tokens", "kept_tokens", "cached_tokens", "kv_fast_bytes", "kv_host_bytes")
 SHOWN = (*STAGES, *COUNTS, "accepted_length", "verify_rounds")
@@ -34,11 +36,11 @@ SHOWN = (*STAGES, *COUNTS, "accepted_length", "verify_rounds")
 
 @dataclass(frozen=True)
 class Replay:
-    """A draft that proposes the known continuation, each token right with probability `accept`; costs no model."""
+    """A draft that proposes the known continuation, right for as many tokens as luck has it; costs no model."""
 
     tokens: tuple[int, ...]  # what plain says
     prompt: int  # length of the prompt
-    accept: float
+    shares: tuple[float, ...]  # of rounds with 0, 1, 2, ... right tokens
     vocab: int
     seed: int = SEED
     name: ClassVar[str] = "replay"
@@ -58,8 +60,9 @@ class Replay:
 
         luck = self._random[0]
         at = ids.shape[1] - self.prompt
-        right = self.tokens[at : at + k]
-        said = [t if luck.random() < self.accept else (t + 1) % self.vocab for t in right]
+        good = luck.choices(range(len(self.shares)), self.shares)[0]
+        next_ = self.tokens[at : at + k]
+        said = [t if i < good else (t + 1) % self.vocab for i, t in enumerate(next_)]
         return torch.tensor(said, dtype=torch.long, device=ids.device), None
 
     def rewind(self, n: int) -> None:
@@ -71,11 +74,30 @@ def plans() -> dict[str, Plan]:
     return {"plain": Plan()} | {name: preset(name) for name in PRESETS}
 
 
-def replayed(plan: Plan, said: tuple[int, ...], prompt: int, vocab: int) -> Plan:
+def measured_shares(name: str, draft: str) -> tuple[float, ...]:
+    """`accepted_shares` of a rule and draft in the decode record. Raises UserError where it was not measured."""
+    try:
+        rows = json.loads(MEASURED.read_text())["rows"]
+        return tuple(
+            next(
+                r["metrics"]["accepted_shares"]
+                for r in rows
+                if r["name"] == name and r["params"].get("draft") == draft and r["metrics"].get("accepted_shares")
+            )
+        )
+    except (OSError, StopIteration):
+        raise UserError(
+            f"how often {name} accepts {draft} was not measured: run python -m evals.speed --suite decode "
+            f"--out {MEASURED.relative_to(records.ROOT)} first"
+        ) from None
+
+
+def replayed(plan: Plan, said: tuple[int, ...], prompt: int, vocab: int, quick: bool = False) -> Plan:
     """The plan with its draft, if it has one, replaced by a replay of known acceptance."""
     if plan.speculate is None or plan.speculate.draft is None:
         return plan
-    draft = Replay(said, prompt, ACCEPT, vocab)
+    kind = (plan.speculate.accept.name, plan.speculate.draft.name)
+    draft = Replay(said, prompt, DRY if quick else measured_shares(*kind), vocab)
     return replace(plan, speculate=replace(plan.speculate, draft=draft))
 
 
@@ -106,7 +128,7 @@ def run(quick: bool = False) -> dict[str, Any]:
             bare = replace(plan, speculate=None)
             same = next((n for n, p in wanted.items() if n in said and replace(p, speculate=None) == bare), None)
             said[name] = said[same] if same else ask(bare)[1]
-        ready = {n: replayed(p, said[n], prompt, shape.vocab) for n, p in wanted.items()}
+        ready = {n: replayed(p, said[n], prompt, shape.vocab, quick) for n, p in wanted.items()}
         answers: dict[str, tuple[int, ...]] = {}
 
         def runner(name: str) -> Callable[[], timing.Sample]:
@@ -130,7 +152,8 @@ def run(quick: bool = False) -> dict[str, Any]:
         vs = {} if name == "plain" else {"plain": timing.ratios(samples["plain"], samples[name])}
         rows.append(records.row(name, plan=preset_json(name, plan), params=params, metrics=metrics, vs=vs))
     return {
-        "config": {**shape.json(), "visual_tokens": shape.visual, "new_tokens": new, "accept_replayed": ACCEPT,
+        "config": {**shape.json(), "visual_tokens": shape.visual, "new_tokens": new,
+                   "accept_replayed": "pocket captions",
                    "floor": "encode and prefill", "matmul_gflops": round(machine.flops / 1e9, 1),
                    "copy_gbytes": round(machine.bytes / 1e9, 2)},
         "seed": SEED, "repeats": rounds, "device": "cpu", "dtype": "bfloat16", "rows": rows,
