@@ -29,7 +29,7 @@ def kind_row(model: Any, kind: str, limit: int, **options: Any) -> dict[str, Any
     """Accuracy of one kind on `limit` held-out questions."""
     if kind in ("needle", "caption"):
         limit = max(1, limit // 2)
-    right = blank = held_right = held = 0
+    right = blank = held_right = held = seen_right = seen = 0
     answers: Counter[str] = Counter()
     cpu = torch.device("cpu")
     for i in range(0, limit, 20):
@@ -40,6 +40,8 @@ def kind_row(model: Any, kind: str, limit: int, **options: Any) -> dict[str, Any
         answers.update(s.answer for s in items)
         held_right += sum(h for h, s in zip(hits, items) if s.meta["asked_heldout"])
         held += sum(s.meta["asked_heldout"] for s in items)
+        seen_right += sum(h for h, s in zip(hits, items) if not s.meta["heldout"])
+        seen += sum(not s.meta["heldout"] for s in items)
     return {
         "name": kind,
         "params": {"questions": limit, **options},
@@ -48,6 +50,7 @@ def kind_row(model: Any, kind: str, limit: int, **options: Any) -> dict[str, Any
             "blank": blank / limit,
             "majority": answers.most_common(1)[0][1] / limit,
             "heldout_pairs": held_right / held if held else None,
+            "seen_pairs": seen_right / seen if seen else None,
         },
     }
 
@@ -145,19 +148,22 @@ def table(result: dict[str, Any]) -> str:
     def show(value: float | None) -> str:
         return "" if value is None else f"{100 * value:.1f}"
 
-    lines = ["| kind | questions | correct % | pixels grey % | commonest answer % | on held-out pairs % |"]
-    lines.append("|---|---|---|---|---|---|")
+    names = ("correct %", "pixels grey %", "commonest answer %", "only known pairs in view %", "asked of a new pair %")
+    lines = [f"| kind | questions | {' | '.join(names)} |", "|---" * (2 + len(names)) + "|"]
     for row in result["rows"]:
         m, size = row["metrics"], row["params"].get("size")
         name = row["name"] + (f" at {size} px ({size * size // 256} tokens)" if size else "")
         main = m.get("accuracy", m.get("f1"))
         name += " fact F1" if "f1" in m else ""
-        cells = [show(main), show(m["blank"]), show(m.get("majority")), show(m.get("heldout_pairs"))]
+        cells = [show(main), show(m["blank"]), show(m.get("majority"))]
+        cells += [show(m.get("seen_pairs")), show(m.get("heldout_pairs"))]
         lines.append(f"| {name} | {row['params']['questions']} | {' | '.join(cells)} |")
     for row in result["rows"]:
         if "draft_agreement" in row["metrics"]:
             share = show(row["metrics"]["draft_agreement"])
-            lines.append(f"| draft agreement per token, {row['name']} | {row['params']['questions']} | {share} | | | |")
+            lines.append(
+                f"| draft agreement per token, {row['name']} | {row['params']['questions']} | {share} | | | | |"
+            )
     return "\n".join(lines)
 
 
