@@ -1,35 +1,46 @@
-"""How much visual token pruning saves: every method at the tower's output, and inside the tower, against plain.
+"""How much visual token pruning saves: at the tower's output, inside the tower, between text layers, against plain.
 
 Random weights in real shapes (see `evals.shapes`), one clip, one new token: what is timed is request to first token.
-`plain` is the model with nothing asked of vlmfast, whose logits are bit-identical to stock transformers (law 1); its
-hooks only read the clock.
+Two groups, each with its own plain: a quarter of the model for pruning inside the tower and between layers, where depth
+matters, and a twelfth for every method at the tower's output. `plain` is the model with nothing asked of vlmfast, whose
+logits are bit-identical to stock transformers (law 1); its hooks only read the clock.
 """
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from evals import records, timing
-from evals.shapes import QWEN_3B_TWELFTH, TOY, Shape, build, clip, encode_cost, prefill_cost
+from evals.shapes import QWEN_3B_QUARTER, QWEN_3B_TWELFTH, TOY, Shape, build, clip, encode_cost, prefill_cost
 
 KEEP = 0.25
 SEED = 0
 ROUNDS = 3
-TIMED = ("uniform", "random", "evs", "vidcom2", "maxmin")
+DEEP = ("uniform", "vidcom2")  # methods of the deep group: at the output, and inside the tower
+THRESHOLD = ("dtd", "pixelprune")  # keep what their threshold says; `keep` is a ceiling
 
 
-def pruners(shape: Shape) -> dict[str, Any]:
-    """Row key -> pruner: each timed method at the tower's output, VidCom2 and Uniform inside the tower."""
-    from vlmfast.encode import METHODS
+def outside(shape: Shape) -> dict[str, Any]:
+    """Row key -> pruner: every method that acts at the tower's output or before the tower."""
+    from vlmfast.encode import METHODS, Pruner
 
-    rows: dict[str, Any] = {name: METHODS[name](keep=KEEP) for name in TIMED}
+    made = {name: m() if name in THRESHOLD else m(keep=KEEP) for name, m in METHODS.items() if issubclass(m, Pruner)}
+    # the random tower makes all tokens alike, still or not: only what is nearly the same has not changed
+    return made | {"dtd": METHODS["dtd"](keep=1 - 1e-4, threshold=0.999)}
+
+
+def deep(shape: Shape) -> dict[str, Any]:
+    """Row key -> pruner: two methods at the output and after a quarter of the tower, all methods between layers."""
+    from vlmfast.encode import METHODS, LayerPruner
+
+    rows: dict[str, Any] = {name: METHODS[name](keep=KEEP) for name in DEEP}
     block = max(1, round(shape.depth / 4))
-    for name in ("vidcom2", "uniform"):
-        rows[f"{name} after block {block}"] = METHODS[name](keep=KEEP, after_block=block)
-    return rows
+    rows |= {f"{name} after block {block}": METHODS[name](keep=KEEP, after_block=block) for name in DEEP}
+    return rows | {name: m(keep=KEEP) for name, m in METHODS.items() if issubclass(m, LayerPruner)}
 
 
 def one_run(model: Any, inputs: dict[str, Any], pruner: Any) -> Callable[[], timing.Sample]:
@@ -53,26 +64,38 @@ def run(quick: bool = False) -> dict[str, Any]:
     """Measure; returns the rows and what the head needs."""
     import torch
 
-    shape, rounds = (TOY, 2) if quick else (QWEN_3B_TWELFTH, ROUNDS)
-    model, inputs = build(shape, SEED), clip(shape, SEED)
-    methods: dict[str, Any] = {"plain": None, **pruners(shape)}
-    runs = {name: one_run(model, inputs, pruner) for name, pruner in methods.items()}
-    with torch.inference_mode():
-        one_run(model, clip(shortest(shape), SEED), None)()  # touch every weight once
-        samples = timing.interleaved(runs, rounds, warmup=int(quick), progress=ticker(len(runs) * rounds))
+    groups = ((TOY, deep), (TOY, outside)) if quick else ((QWEN_3B_QUARTER, deep), (QWEN_3B_TWELFTH, outside))
     machine = timing.rates("cpu", torch.bfloat16)
-    rows = [summary(name, methods[name], samples, shape, machine) for name in methods]
+    rows = [
+        r for shape, methods in groups for r in group(shape, methods(shape), 2 if quick else ROUNDS, machine, quick)
+    ]
     return {
-        "config": {**shape.json(), "keep": KEEP, "visual_tokens": shape.visual, "new_tokens": 1,
+        "config": {"shapes": [s.json() for s, _ in groups], "keep": KEEP, "new_tokens": 1,
                    "matmul_gflops": round(machine.flops / 1e9, 1), "copy_gbytes": round(machine.bytes / 1e9, 2)},
         "seed": SEED,
-        "repeats": rounds,
+        "repeats": 2 if quick else ROUNDS,
         "device": "cpu",
         "dtype": "bfloat16",
         "rows": rows,
         "show": ["kept_tokens", "encode_ms", "select_ms", "prefill_ms", "ttft_ms", "encode_floor_ms",
                  "prefill_floor_ms"],
     }  # fmt: skip
+
+
+def group(
+    shape: Shape, pruners: dict[str, Any], rounds: int, machine: timing.Rates, quick: bool = False
+) -> list[dict[str, Any]]:
+    """The rows of one shape: plain and each pruner in turn."""
+    import torch
+
+    gc.collect()
+    model, inputs = build(shape, SEED), clip(shape, SEED)
+    methods: dict[str, Any] = {"plain": None, **pruners}
+    runs = {name: one_run(model, inputs, pruner) for name, pruner in methods.items()}
+    with torch.inference_mode():
+        one_run(model, clip(shortest(shape), SEED), None)()  # touch every weight once
+        samples = timing.interleaved(runs, rounds, warmup=int(quick), progress=ticker(len(runs) * rounds))
+    return [summary(name, methods[name], samples, shape, machine) for name in methods]
 
 
 def shortest(shape: Shape) -> Shape:
@@ -89,12 +112,15 @@ def summary(
     medians = timing.medians(samples[name])
     kept, block = int(medians["kept_tokens"]), getattr(pruner, "after_block", None)
     encode = timing.floor_ms(*encode_cost(shape, kept, block), machine)
-    prefill = timing.floor_ms(*prefill_cost(shape, kept), machine)
+    cuts = pruner.cuts(shape.layers) if hasattr(pruner, "cuts") else ()
+    prefill = timing.floor_ms(*prefill_cost(shape, kept, cuts), machine)
     plain_prefill = timing.medians(samples["plain"])["prefill_ms"]
     metrics = {**medians, "encode_floor_ms": encode, "prefill_floor_ms": prefill, "floor_ms": encode + prefill}
     if pruner is not None:
         metrics["select_of_plain_prefill"] = medians["select_ms"] / plain_prefill
-    params = {} if pruner is None else {"keep": pruner.keep} | ({} if block is None else {"after_block": block})
+    params: dict[str, Any] = {"layers": shape.layers, "depth": shape.depth}
+    if pruner is not None:
+        params |= {"keep": pruner.keep} | ({} if block is None else {"after_block": block})
     vs = {} if pruner is None else {"plain": timing.ratios(samples["plain"], samples[name])}
     plan = {"prune": to_json(pruner), "kv": None, "speculate": None}
     return records.row(name.split(" ")[0], plan=plan, params=params, metrics=metrics, vs=vs)

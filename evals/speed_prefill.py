@@ -29,6 +29,7 @@ from vlmfast import kernels
 from vlmfast.core import Kind, LayerView, to_json
 from vlmfast.prefill import AdaKV, Full, HybridKV, KVLayer, KVPolicy, SnapKV
 from vlmfast.runtime.attention import AttentionSwitch, tag
+from vlmfast.runtime.names import CACHE
 from vlmfast.runtime.patch import Patch
 
 SEED, SPLIT, DRIFT, TEXT, DTYPE = 0, 0.25, 0.95, 64, torch.bfloat16
@@ -184,7 +185,7 @@ def competitor(shape: Shape, model: Qwen2Model, entry: Entry, batch: int, contex
         layer.crop(-1)
         del k, v
         begin = timing.now()
-        model(inputs_embeds=hidden, past_key_values=entry.cache, position_ids=torch.full((batch, 1), context))
+        model(inputs_embeds=hidden, **{CACHE: entry.cache}, position_ids=torch.full((batch, 1), context))
         end = timing.now()
         entry.cache.crop(-1)
         tiers = bytes_of(entry.cache)

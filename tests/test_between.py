@@ -29,7 +29,7 @@ def entering(model: Any, inputs: dict) -> dict[str, Any]:
     seen: dict[str, Any] = {}
 
     def record(module: Any, args: tuple, kwargs: dict) -> None:
-        seen.setdefault("kw", {k: v for k, v in kwargs.items() if k != "past_key_values"})
+        seen.setdefault("kw", {k: v for k, v in kwargs.items() if k not in ("past_key_values", "cache")})
 
     handle = families.get(model).text(model).register_forward_pre_hook(record, with_kwargs=True)
     model.generate(**inputs, max_new_tokens=1, do_sample=False)

@@ -82,11 +82,15 @@ def test_the_costs_are_what_torch_counts(keep: float | None, block: int | None) 
     import vlmfast
     from vlmfast.encode import Uniform
 
+    def attention(q: Any, k: Any, *_: Any, **__: Any) -> int:
+        return 4 * q[0] * q[1] * q[2] * k[2] * q[3]
+
+    fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}  # torch 2.14 does not count it
     shape = shapes.TOY
     model, inputs = shapes.build(shape), shapes.clip(shape)
     kept = shape.visual if keep is None else round(keep * shape.visual)
     with vlmfast.accelerate(model, prune=keep and Uniform(keep=keep, after_block=block)) as fast:
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=fused) as counter:
             model.generate(**inputs, max_new_tokens=1)
         assert fast.report.encode["kept_tokens"] == kept
     head = 2 * shape.hidden * shape.vocab  # the output layer, of the last position only
@@ -94,7 +98,7 @@ def test_the_costs_are_what_torch_counts(keep: float | None, block: int | None) 
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.06)
 
 
-@pytest.mark.parametrize("cut", [shapes.QWEN_3B_SIXTH, shapes.QWEN_3B_TWELFTH], ids=["sixth", "twelfth"])
+@pytest.mark.parametrize("cut", [shapes.QWEN_3B_QUARTER, shapes.QWEN_3B_SIXTH, shapes.QWEN_3B_TWELFTH])
 def test_towers_are_cut_in_the_same_proportion(cut: shapes.Shape) -> None:
     share = [
         shapes.encode_cost(s, s.visual, None)[0] / shapes.prefill_cost(s, s.visual)[0] for s in (shapes.QWEN_3B, cut)
@@ -159,6 +163,8 @@ def _speed(*arguments: Any) -> Any:
 
 
 def test_the_quick_encode_suite_writes_the_record(tmp_path: Path) -> None:
+    from evals.speed_encode import THRESHOLD
+    from vlmfast.encode import METHODS
     from vlmfast.plan import Plan
 
     out = tmp_path / "encode.json"
@@ -168,17 +174,17 @@ def test_the_quick_encode_suite_writes_the_record(tmp_path: Path) -> None:
     records.check(record)
     rows = record["rows"]
     assert rows[0]["name"] == "plain" and rows[0]["vs"] == {}
-    assert {"uniform", "random", "evs", "vidcom2", "maxmin"} <= {r["name"] for r in rows}
+    assert set(METHODS) <= {r["name"] for r in rows}, "every pruner has its row"
     assert any(r["params"].get("after_block") for r in rows)
     wanted = {"encode_ms", "select_ms", "prefill_ms", "ttft_ms", "total_ms", "visual_tokens", "kept_tokens", "floor_ms"}
     for r in rows:
         assert wanted <= set(r["metrics"])
-        assert Plan.from_json(r["plan"]).prune is None or r["params"]["keep"] == 0.25
+        assert Plan.from_json(r["plan"]).prune is None or r["params"]["keep"] == 0.25 or r["name"] in THRESHOLD
         for middle, low, high in r["vs"].get("plain", {}).values():
             assert low <= middle <= high
-        if r["name"] not in ("plain", "evs"):
+        if r["name"] not in ("plain", "evs", *THRESHOLD):
             assert r["metrics"]["kept_tokens"] == r["metrics"]["visual_tokens"] / 4
-            assert r["vs"]["plain"]["kv_fast_bytes"][0] > 1.5
+            assert r["vs"]["plain"]["kv_fast_bytes"][0] > 1.1, r
     assert "vidcom2" in result.stdout
     again = _speed("--suite", "encode", "--quick", "--out", out)
     assert again.exit_code == 2 and "--force" in again.stderr

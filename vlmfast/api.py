@@ -18,6 +18,7 @@ from vlmfast.runtime.columns import ColumnHooks
 from vlmfast.runtime.gaze import Gaze
 from vlmfast.runtime.inner import InnerHooks
 from vlmfast.runtime.meter import Meter, cache_counts
+from vlmfast.runtime.names import cache_in
 from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.reuse import Reuse
 from vlmfast.runtime.tower import TowerHooks
@@ -135,7 +136,7 @@ class Accelerated:
             self._refuse(option)
             if self._reuse is not None:
                 self._reuse.find(kwargs, self.columns.pruner)
-            cache = kwargs.get("past_key_values")
+            cache = cache_in(kwargs)
             past = cache.get_seq_length() if cache is not None else 0
             self.columns.reset()
             for stage in self._stage.values():

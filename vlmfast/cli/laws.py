@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmfast.cli.ask import GREEDY
 from vlmfast.core import Unsupported, UserError
+from vlmfast.runtime.names import cache_of
 
 if TYPE_CHECKING:
     from vlmfast.loading import Loaded
@@ -90,10 +91,10 @@ def length(case: Case) -> Verdict:
         encode, prefill = fast.report.encode, fast.report.prefill
     prompt, visual, kept = case.inputs["input_ids"].shape[1], encode["visual_tokens"], encode["kept_tokens"]
     expected = prompt - visual + kept + TOKENS - 1
-    layers = out.past_key_values.layers
+    layers = cache_of(out).layers
     held = [layer.keys.shape[-2] for layer in layers if getattr(layer, "keys", None) is not None]
     size = sum(t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values))
-    text = out.past_key_values.vlmfast_columns.kinds
+    text = cache_of(out).vlmfast_columns.kinds
     wrong = [f"layer {i} holds {n} columns, not {expected}" for i, n in enumerate(held) if n != expected]
     if not visual or kept >= visual:
         wrong.append(f"{kept} of {visual} visual tokens were kept: nothing was pruned")

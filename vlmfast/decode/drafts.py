@@ -18,6 +18,7 @@ from vlmfast import families
 from vlmfast.core import Draft, StageDidNotFire, Unsupported, UserError
 from vlmfast.decode.guided import TargetAttention
 from vlmfast.decode.live import Chain, Either, Ngrams
+from vlmfast.runtime.names import CACHE, OLD
 from vlmfast.runtime.stepper import Stepper
 
 PADDING_ROWS = 512  # vocabularies of one tokenizer may differ by this many unused rows (Qwen: 151936 and 152064)
@@ -127,9 +128,9 @@ class ModelDraft:
             )
         rows = int(draft.get_input_embeddings().weight.shape[0])
         ids = request.input_ids.clamp(max=rows - 1)
-        skip = ("input_ids", "inputs", "inputs_embeds", "past_key_values", "position_ids", "mm_encoder_outputs")
+        skip = ("input_ids", "inputs", "inputs_embeds", OLD, CACHE, "position_ids", "mm_encoder_outputs")
         kwargs = {k: v for k, v in request.inputs.items() if k not in skip}
-        kwargs |= {"use_cache": True, "logits_to_keep": 1, "past_key_values": request.fresh_cache(draft)}
+        kwargs |= {"use_cache": True, "logits_to_keep": 1, CACHE: request.fresh_cache(draft)}
         if hooks is not None:
             hooks.reset()
         with hooks.using(_pruner(self.prune, request)) if _guided(self.prune) else nullcontext():
@@ -190,7 +191,7 @@ class SelfDraft:
             raise Unsupported("SelfDraft prunes through vlmfast.accelerate(model, speculate=...): use that call")
         hooks = request.columns
         stats, cache, notes = dict(hooks.stats), hooks.cache, list(hooks.notes)
-        kwargs = {**request.model_kwargs, "past_key_values": request.fresh_cache(request.model)}
+        kwargs = {**request.model_kwargs, CACHE: request.fresh_cache(request.model)}
         with hooks.using(_pruner(self.prune, request)) if hasattr(hooks, "using") else nullcontext():
             stepper = Stepper.prefill(request.model, request.input_ids, request.generation_config, kwargs)
         hooks.stats, hooks.cache, hooks.notes = stats, cache, notes

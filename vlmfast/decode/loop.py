@@ -30,6 +30,7 @@ from vlmfast.decode.refuse import check, tokenizer_for
 from vlmfast.decode.relevance import VisualMemory, collect
 from vlmfast.decode.rows import Choice, Rows
 from vlmfast.decode.speculate import Pace, Speculate
+from vlmfast.runtime.names import CACHE, cache_in
 from vlmfast.runtime.stepper import Stepper
 
 __all__ = ["build", "check"]
@@ -87,7 +88,7 @@ def build(
         ids = out.ids.clone()
         if not kept:
             return ids
-        return GenerateDecoderOnlyOutput(sequences=ids, scores=out.scores, logits=out.logits, past_key_values=cache)
+        return GenerateDecoderOnlyOutput(sequences=ids, scores=out.scores, logits=out.logits, **{CACHE: cache})
 
     return custom_generate
 
@@ -112,7 +113,7 @@ class _Run:
     ) -> Any:
         """Prefill, decode, and hand back the cache, cropped to what `generate` would leave."""
         out, self.choice = self.out, choice
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         continued = cache is not None and cache.get_seq_length() > 0
         before = dict(kwargs)
         room = 256 if out.limit is None else min(4096, out.limit - out.start + self.speculate.most + 2)

@@ -17,6 +17,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlmfast.core import Unsupported
+from vlmfast.runtime.names import cache_in
 from vlmfast.runtime.patch import Patch
 
 NAME = "vlmfast"
@@ -81,7 +82,7 @@ class AttentionSwitch:
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         current = self.config._attn_implementation
         self._before.append(current)
-        layers = getattr(kwargs.get("past_key_values"), "layers", None) or []
+        layers = getattr(cache_in(kwargs), "layers", None) or []
         ours = [bool(getattr(layer, "ragged", False)) for layer in layers]
         if any(ours):
             self.config._attn_implementation_internal = NAME if all(ours) else _mixed(current)

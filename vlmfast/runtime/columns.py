@@ -21,6 +21,7 @@ from vlmfast.core import Kind, TokenPruner, Unsupported
 from vlmfast.families import Family, Item
 from vlmfast.families.base import feature_list
 from vlmfast.runtime.clock import clock
+from vlmfast.runtime.names import cache_in, put_cache
 from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.reuse import Reuse
 from vlmfast.runtime.selection import drop, select_kind
@@ -148,7 +149,7 @@ class ColumnHooks:
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         embeds = kwargs["inputs_embeds"]
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         columns: Columns | None = getattr(cache, "vlmfast_columns", None)
         past = cache.get_seq_length() if cache is not None else 0
         seen, self.seen = self.seen, {}
@@ -209,9 +210,9 @@ class ColumnHooks:
             padded = padded or columns.padded
         state = Columns(kinds, index, past + q, padded)
         self.entered = state if has_media else None
-        cache = kw.get("past_key_values")
+        cache = cache_in(kw)
         if cache is None and kw.get("use_cache") and rows is not None:
-            cache = kw["past_key_values"] = DynamicCache(config=self.family.text(self.model).config)
+            cache = put_cache(kw, DynamicCache(config=self.family.text(self.model).config))
         if cache is not None:
             if rows is not None:
                 count_skipped(cache, q - rows_width(rows), len(self.family.layers(self.model)))
@@ -219,9 +220,9 @@ class ColumnHooks:
             self.cache = cache
         if rows is not None or (columns is not None and columns.padded):
             mask = entry_mask(state)
-            if mask is None and kw.get("past_key_values") is None:  # gaps in positions would read as packing
+            if mask is None and cache_in(kw) is None:  # gaps in positions would read as packing
                 mask = torch.ones(b, kw["inputs_embeds"].shape[1], dtype=torch.long, device=embeds.device)
-            elif mask is not None and kw.get("past_key_values") is None:
+            elif mask is not None and cache_in(kw) is None:
                 mask = mask[:, -kw["inputs_embeds"].shape[1] :]
             kw["attention_mask"] = mask
 

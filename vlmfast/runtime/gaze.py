@@ -13,6 +13,7 @@ from vlmfast.families import Family
 from vlmfast.runtime.columns import ColumnHooks
 from vlmfast.runtime.cuts import all_keys
 from vlmfast.runtime.layers import text_queries, window_queries
+from vlmfast.runtime.names import cache_in
 from vlmfast.runtime.patch import Patch
 
 
@@ -68,7 +69,7 @@ class Gaze:
         tables, n = kwargs["position_embeddings"], hidden.shape[1]
         if n != self.kinds.shape[1]:
             return
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         keys = cache.layers[module.layer_idx].keys[:, :, -n:] if cache is not None else all_keys(module, hidden, tables)
         w, counted = text_queries(self.kinds, min(self.queries, n))
         query = window_queries(module, hidden[:, -w:], tables)

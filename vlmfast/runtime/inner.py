@@ -20,6 +20,7 @@ from vlmfast.runtime.clock import clock
 from vlmfast.runtime.columns import ColumnHooks
 from vlmfast.runtime.cuts import Held, LayerMethod, Run, Sight, all_keys, prunable, take_tables
 from vlmfast.runtime.layers import window_queries
+from vlmfast.runtime.names import cache_in
 from vlmfast.runtime.patch import Patch
 
 
@@ -75,7 +76,7 @@ class InnerHooks:
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.run, self.masks = None, {}
-        entered, cache = self.columns.entered, kwargs.get("past_key_values")
+        entered, cache = self.columns.entered, cache_in(kwargs)
         mask = kwargs.get("attention_mask")
         plain = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
         if not plain and (self.columns.has_media or hasattr(cache, "vlmfast_cuts")):
@@ -111,7 +112,7 @@ class InnerHooks:
         start = clock(self.model)
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         tables, n = kwargs["position_embeddings"], hidden.shape[1]
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         keys = cache.layers[module.layer_idx].keys[:, :, -n:] if cache is not None else all_keys(module, hidden, tables)
         query = window_queries(module, hidden[:, -w:], tables)
         self.run.weights = kernels.window_attention(query, keys, module.scaling, self.run.kinds != Kind.PAD)
@@ -145,7 +146,7 @@ class InnerHooks:
 
     def _cut(self, i: int, hidden: Tensor, kwargs: dict) -> Tensor:
         """Rate, choose, gather: the hidden states (B, S, D) of the columns that stay."""
-        run, cache = self.run, kwargs.get("past_key_values")
+        run, cache = self.run, cache_in(kwargs)
         assert run is not None and run.before is not None
         scores = self.method.rate(Sight(run.kinds, hidden, run.before, run.weights)).float()
         keep = self._stays(scores, run, self.cuts[i])
@@ -193,7 +194,7 @@ class InnerHooks:
 
     def _continue(self, i: int, hidden: Tensor, kwargs: dict) -> None:
         """Decode, verification or a turn without new media, over layers that were cut before."""
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         cuts: dict[int, Held] = getattr(cache, "vlmfast_cuts", {})
         at = max((c for c in cuts if c <= i), default=None)
         if at is None or cache is None:

@@ -25,6 +25,7 @@ from vlmfast import kernels
 from vlmfast.core import CompressedLayer, Kind, LayerView, Policy, Rotation, StageDidNotFire, Unsupported
 from vlmfast.runtime.attention import AttentionSwitch
 from vlmfast.runtime.clock import clock
+from vlmfast.runtime.names import cache_in, put_cache
 from vlmfast.runtime.patch import Patch
 
 
@@ -65,10 +66,10 @@ class KVHooks:
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         self._reset()
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         use_cache = kwargs.get("use_cache")
         if cache is None and (self.config.use_cache if use_cache is None else use_cache):
-            cache = kwargs["past_key_values"] = DynamicCache(config=self.config)
+            cache = put_cache(kwargs, DynamicCache(config=self.config))
         if cache is None:
             return args, kwargs
         layers = self._layers(cache)

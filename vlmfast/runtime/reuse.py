@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmfast.families import Family
+from vlmfast.runtime.names import cache_in, put_cache
 
 PIXELS = ("pixel_values", "pixel_values_videos")
 
@@ -59,7 +60,7 @@ class Reuse:
             return False
         ids = kwargs.get("input_ids")
         pixels = {k: v for k, v in kwargs.items() if isinstance(v, Tensor) and k in (*PIXELS, "image_sizes")}
-        if ids is None or ids.shape[0] != 1 or not pixels or kwargs.get("past_key_values") is not None:
+        if ids is None or ids.shape[0] != 1 or not pixels or cache_in(kwargs) is not None:
             return False
         if kwargs.get("use_cache") is False or (kwargs.get("num_beams") or 1) > 1:
             return False
@@ -80,7 +81,7 @@ class Reuse:
         kwargs["position_ids"] = positions
         for name in PIXELS:
             kwargs.pop(name, None)
-        kwargs["past_key_values"] = copy.deepcopy(cache)
+        put_cache(kwargs, copy.deepcopy(cache))
         self.hits.append(f"reuse: KV of {self._visual_end} prompt columns found, media neither encoded nor prefilled")
         return True
 

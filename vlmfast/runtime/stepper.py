@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vlmfast import families
 from vlmfast.core import Kind, Unsupported
 from vlmfast.runtime.lean import Lean, why_not
+from vlmfast.runtime.names import CACHE, cache_of
 
 _CHECKED: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
@@ -59,7 +60,7 @@ class Stepper:
         """Run the prompt, as `generate` would, with everything that `generate` prepared.
 
         input_ids (1, L) int64; model_kwargs: as handed to a `custom_generate` callable, or the user's own inputs with
-        an empty cache as `past_key_values`; hidden_layer: of a decoder
+        an empty cache; hidden_layer: of a decoder
         layer whose output to record, first here as `.hidden` (1, P, D) over the physical columns that entered, then at
         every step. engine: "auto", "lean" or "module" ("lean" raises where it cannot run). room: tokens expected.
         """
@@ -79,7 +80,7 @@ class Stepper:
         finally:
             if handle is not None:
                 handle.remove()
-        cache = out.past_key_values
+        cache = cache_of(out)
         positions = model_kwargs["position_ids"]
         mask = model_kwargs.get("attention_mask")
         if mask is not None and bool((mask == 1).all()):
@@ -159,7 +160,7 @@ class Stepper:
                 inputs_embeds=self.embed(tokens),
                 position_ids=self.position + torch.arange(n, device=tokens.device),
                 attention_mask=mask,
-                past_key_values=self.cache,
+                **{CACHE: self.cache},
                 use_cache=True,
             )
         finally:

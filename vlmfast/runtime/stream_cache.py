@@ -15,6 +15,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from vlmfast.core import Unsupported
 from vlmfast.runtime.late_rope import attend, cos_sin, mark, rotate, running
+from vlmfast.runtime.names import CACHE
 
 
 class _Layer(CacheLayerMixin):
@@ -102,7 +103,7 @@ class WindowCache(DynamicCache):
                 out = self.text(
                     inputs_embeds=embeds,
                     position_ids=ids.to(embeds.device),
-                    past_key_values=self,
+                    **{CACHE: self},
                     use_cache=True,
                     **deep,
                 )
@@ -230,7 +231,7 @@ class ProbeCache(DynamicCache):
             return self.text(
                 inputs_embeds=embeds,
                 position_ids=ids if axes > 1 else ids[0],
-                past_key_values=self,
+                **{CACHE: self},
                 use_cache=True,
             ).last_hidden_state
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.runtime.late_rope import cos_sin, rotate, running
+from vlmfast.runtime.names import CACHE
 from vlmfast.runtime.stream_cache import ProbeCache, work_cache
 from vlmfast.stream import positions
 from vlmfast.stream.blocks import Block
@@ -176,7 +177,7 @@ class Recall:
         n = embeds.shape[1]
         at = torch.arange(context.start, context.start + n, device=embeds.device)[None]
         ids = at.expand(self.encoder.layout.axes, 1, -1) if self.encoder.layout.axes > 1 else at
-        self.eyes.text(inputs_embeds=embeds, position_ids=ids, past_key_values=context.cache, use_cache=True)  # type: ignore[operator]
+        self.eyes.text(inputs_embeds=embeds, position_ids=ids, **{CACHE: context.cache}, use_cache=True)  # type: ignore[operator]
         context.start += n
         context.past += n
 
@@ -189,7 +190,7 @@ class Recall:
         at = torch.full(ids.shape, context.start, dtype=torch.long, device=device)
         axes = self.encoder.layout.axes
         return {
-            "input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": context.cache,
+            "input_ids": ids, "attention_mask": torch.ones_like(ids), CACHE: context.cache,
             "position_ids": at.expand(axes, 1, -1).clone() if axes > 1 else at,
         }  # fmt: skip
 
@@ -202,7 +203,7 @@ class Recall:
             ids = last["input_ids"][:, -1:]
             out = self.eyes.text(  # type: ignore[operator]
                 inputs_embeds=self.eyes.embed(ids[0].tolist())[None], position_ids=last["position_ids"][..., -1:],
-                past_key_values=context.cache, use_cache=True,
+                **{CACHE: context.cache}, use_cache=True,
             )  # fmt: skip
         return self.eyes.model.get_output_embeddings()(out.last_hidden_state)[0, -1].float()  # type: ignore[operator]
 

@@ -1,0 +1,33 @@
+"""What transformers calls the cache: `past_key_values` until 5.23, `cache` since.
+
+Callers may still use the old name, and hooks run before transformers translates it, so both are read; what is written
+carries the name of the version that is installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+OLD = "past_key_values"
+CACHE = OLD if OLD in BaseModelOutputWithPast.__dataclass_fields__ else "cache"
+
+
+def cache_in(kwargs: Mapping[str, Any]) -> Any:
+    """The cache among keyword arguments, under either name; None without one."""
+    found = kwargs.get(CACHE)
+    return kwargs.get(OLD) if found is None else found
+
+
+def put_cache(kwargs: MutableMapping[str, Any], cache: Any) -> Any:
+    """Make `cache` the one among keyword arguments, under the installed name; returns it."""
+    kwargs.pop(OLD, None)
+    kwargs[CACHE] = cache
+    return cache
+
+
+def cache_of(output: Any) -> Any:
+    """The cache of a model's or generate's output."""
+    return getattr(output, CACHE)
