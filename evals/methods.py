@@ -83,8 +83,9 @@ def _part(text: str, draft: str | None) -> dict[str, Any]:
         for s in (stage,) if stage else ("prune", "kv"):
             if name in tables.get(s, {}):
                 return {s: _kept(tables[s][name], float(percent) / 100, text)}
-    if stage in ("", "kv") and rest in tables["kv"]:
-        return {"kv": tables["kv"][rest]()}
+    for s in ("kv", "prune"):  # without a percentage: as the method's own defaults have it
+        if stage in ("", s) and rest in tables[s]:
+            return {s: tables[s][rest]()}
     if stage in ("", "speculate"):
         rule, _, source = rest.partition("@")
         if rest == "plain_loop" or rule in tables["speculate"]:

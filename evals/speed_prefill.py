@@ -8,6 +8,7 @@ are correlated (`DRIFT`), otherwise every step would swap every chunk.
 Rows: `plain` (stock transformers: growing DynamicCache, sdpa), `full` (every column, our storage and kernels), `snapkv`
 and `hybridkv` at several budgets, and `adakv-masked`: AdaKV as most peers have it, columns masked and not removed.
 `bound_vs_full` is the step ratio that bytes alone would give; `floor_ms` the bytes of a step over the copy rate.
+Rows marked `end_to_end` are every policy through `generate` on one prompt (see `evals.speed_policies`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, Qwen2Config, Qwen2Model
 
-from evals import records, timing
+from evals import records, speed_policies, timing
 from vlmfast import kernels
 from vlmfast.core import Kind, LayerView, to_json
 from vlmfast.prefill import AdaKV, Full, HybridKV, KVLayer, KVPolicy, SnapKV
@@ -292,6 +293,9 @@ def run(quick: bool = False, shape: Shape | None = None, split: float = SPLIT, r
         "prefill_floor_ms": {str(first): shape.prefill_flops(first, 1) / machine.flops * 1e3},
     }  # fmt: skip
     patch.remove()
+    del model
+    gc.collect()
+    rows += speed_policies.rows(split, quick)
     torch.set_num_threads(threads)
     return {"config": config, "seed": SEED, "repeats": rounds, "device": "cpu", "dtype": "bfloat16", "rows": rows}
 

@@ -18,9 +18,26 @@ import typer
 from evals import accuracy, compose, methods, records, runner, tasks
 from vlmfast.core import UserError
 
-PRUNERS = ",".join(f"{p}-{k}" for p in ("vidcom2", "maxmin", "uniform", "random") for k in (50, 25, 10))
-EVS = ",evs-50,evs-25,evs-10"
-POLICIES = ",".join(f"{p}-{k}" for p in ("hybridkv", "snapkv", "adakv", "kv.random") for k in (50, 20, 10, 5))
+KEEPS = (50, 25, 10)
+FIXED = ("dtd", "pixelprune")  # keep what their threshold says
+PRUNERS = ",".join(f"{p}-{k}" for p in ("vidcom2", "maxmin", "uniform", "random") for k in KEEPS)
+
+
+def every_pruner() -> str:
+    """All pruners at every kept fraction; those with a threshold once, at theirs."""
+    from vlmfast.encode import METHODS
+
+    return ",".join(name for p in METHODS for name in ([p] if p in FIXED else [f"{p}-{k}" for k in KEEPS]))
+
+
+def policies() -> str:
+    """All policies at a tenth, and the ones that HybridKV is held against at other budgets too."""
+    from vlmfast.prefill import METHODS
+
+    main = [f"{p}-{k}" for p in ("hybridkv", "snapkv", "adakv", "kv.random") for k in (50, 20, 5)]
+    return ",".join([*(f"kv.{p}-10" if p == "random" else f"{p}-10" for p in METHODS), *main])
+
+
 GRID = ("vidcom2-25", "hybridkv-25", "lossless", "loose")
 
 
@@ -44,8 +61,8 @@ def grid() -> str:
 
 TABLES = {
     "easy-vqa": Table("easy-vqa", f"{PRUNERS},balanced,fast", batch=64, first=512),
-    "pocket": Table("pocket/all", f"{PRUNERS}{EVS},balanced,fast", batch=16, first=52, share=2),
-    "long": Table("pocket/long", POLICIES, first=11, share=3),
+    "pocket": Table("pocket/mid", f"{every_pruner()},balanced,fast", batch=12, first=60, share=2),
+    "long": Table("pocket/long", policies(), first=11, share=3),
     "captions": Table("pocket/caption:size=256", f"plain_loop,{grid()}", first=8, share=2),
 }
 

@@ -55,7 +55,7 @@ def save(cache: Any, path: str | Path) -> None:
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> DynamicCache:
-    """Read what `save` wrote; fast tiers go to `device`, host tiers stay. For the next `generate(past_key_values=...)`."""
+    """Read what `save` wrote; fast tiers go to `device`, host tiers stay. For `generate(past_key_values=...)`."""
     if not Path(path).is_file():
         raise UserError(f"no saved cache at {path}: prefill.persist.save writes one")
     with safe_open(str(path), framework="pt") as file:
