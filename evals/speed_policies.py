@@ -25,11 +25,10 @@ METRICS = ("compress_ms", "prefill_ms", "ttft_ms", "decode_ms_per_token", "cache
 
 
 def policies(split: float) -> dict[str, Any]:
-    """Name -> policy: all of them, and `full`, everything under our attention."""
-    from vlmfast.prefill import METHODS, Full, HybridKV
+    """Name -> policy: all of them."""
+    from vlmfast.prefill import METHODS, HybridKV
 
-    made: dict[str, Any] = {name: m(keep=KEEP) for name, m in METHODS.items()}
-    return {"full": Full(), **made, "hybridkv": HybridKV(keep=KEEP, split=split)}
+    return {name: m(keep=KEEP) for name, m in METHODS.items()} | {"hybridkv": HybridKV(keep=KEEP, split=split)}
 
 
 def one_run(model: Any, inputs: dict[str, Any], policy: Any, new: int) -> Callable[[], timing.Sample]:

@@ -30,14 +30,14 @@ def every_pruner() -> str:
     return ",".join(name for p in METHODS for name in ([p] if p in FIXED else [f"{p}-{k}" for k in KEEPS]))
 
 
-def policies() -> str:
-    """All policies at a tenth, and the ones that HybridKV is held against at other budgets too."""
+def every_policy() -> str:
+    """All policies at every kept fraction."""
     from vlmfast.prefill import METHODS
 
-    main = [f"{p}-{k}" for p in ("hybridkv", "snapkv", "adakv", "kv.random") for k in (50, 20, 5)]
-    return ",".join([*(f"kv.{p}-10" if p == "random" else f"{p}-10" for p in METHODS), *main])
+    return ",".join(f"kv.{p}-{k}" if p == "random" else f"{p}-{k}" for p in METHODS for k in KEEPS)
 
 
+POLICIES = ",".join(f"{p}-{k}" for p in ("hybridkv", "snapkv", "adakv", "kv.random") for k in (50, 20, 10, 5))
 GRID = ("vidcom2-25", "hybridkv-25", "lossless", "loose")
 
 
@@ -62,7 +62,8 @@ def grid() -> str:
 TABLES = {
     "easy-vqa": Table("easy-vqa", f"{PRUNERS},balanced,fast", batch=64, first=512),
     "pocket": Table("pocket/mid", f"{every_pruner()},balanced,fast", batch=12, first=60, share=2),
-    "long": Table("pocket/long", policies(), first=11, share=3),
+    "long": Table("pocket/long", POLICIES, first=22, share=3),
+    "policies": Table("pocket/long", every_policy(), first=11, share=3),
     "captions": Table("pocket/caption:size=256", f"plain_loop,{grid()}", first=8, share=2),
 }
 

@@ -349,3 +349,26 @@ def test_turns_before_the_question_are_said() -> None:
     places = [text.index(part.rstrip(" ?."), visual) for part in (question, said, sample.question)]
     assert places == sorted(places)
     assert text.count("assistant") == 2
+
+
+def test_measured_columns_are_what_the_results_say(tmp_path: Path) -> None:
+    from evals import readme, records
+
+    row = records.row(
+        "uniform", metrics={"select_of_plain_prefill": 0.011}, params={"keep": 0.25},
+        vs={"plain": {"prefill_ms": [3.14, 3, 4], "ttft_ms": [1.5, 1, 2]}},
+    )  # fmt: skip
+    (tmp_path / "cpu-encode.json").write_text(json.dumps({"rows": [row]}))
+    kept = [
+        records.row(f"uniform-{k}", metrics={"diff_vs_plain": d, "diff_ci95": ci})
+        for k, d, ci in ((50, -0.004, [-0.01, 0.01]), (25, -0.05, [-0.08, -0.02]))
+    ]
+    (tmp_path / "accuracy-pocket.json").write_text(json.dumps({"rows": kept}))
+    cells = readme.encode_cells(tmp_path)
+    assert cells == {"uniform": ["3.1x", "1.50x", "1.1 %", "-0.4 / **-5.0** / -"]}
+    table = "| name | a | b | c | old |\n|---|---|---|---|---|\n| `uniform` | 1 | 2 | 3 | 9 |"
+    text = f"x\n<!-- measured: encode -->\n{table}\n\ny"
+    new = readme.filled(text, "encode", cells)
+    assert "| `uniform` | 1 | 2 | 3 | 3.1x | 1.50x | 1.1 % | -0.4 / **-5.0** / - |\n\ny" in new and "| 9 |" not in new
+    assert readme.filled(new, "encode", cells) == new
+    assert readme.build(readme.README.read_text()) == readme.README.read_text(), "run python -m evals.readme"

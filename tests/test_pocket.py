@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vlmfast import pocket
-from vlmfast.pocket import batches, captions, distil, models, probe, state, train, world
+from vlmfast.pocket import batches, captions, distil, models, probe, scenes, state, train, world
 
 
 @pytest.fixture(scope="module")
@@ -232,12 +232,49 @@ def test_insight_knows_what_comes_and_goes() -> None:
     assert set(still.unique().tolist()) == {NOTHING, STAYS}
     model = models.build("target")
     side = Insight(model, torch.device("cpu"), 1e-3)
-    batch = batches.tensors(model, item.frames[None], [[(item.question, item.answer)]])
-    batch.pop("labels")
+    asked = [[("is there a red circle ?", "no"), (item.question, item.answer)]]
+    batch = batches.tensors(model, item.frames[None], asked, apart=True)
+    labels = batch.pop("labels")
     model(**batch)
-    before = side.reader[1].weight.clone()
-    side.loss([scene], (8, 4, 4), batches.VISUAL_FROM).backward()
+    before = {n: side.reader[n][1].weight.clone() for n in ("seen", "said")}
+    side.loss([scene], (8, 4, 4), batches.VISUAL_FROM, batch["input_ids"], labels).backward()
     side.step()
-    assert not torch.equal(before, side.reader[1].weight)
-    assert model.model.language_model.layers[2].mlp.up_proj.weight.grad is not None
-    assert model.model.language_model.layers[3].mlp.up_proj.weight.grad is None
+    assert all(not torch.equal(w, side.reader[n][1].weight) for n, w in before.items())
+    assert model.model.language_model.layers[3].mlp.up_proj.weight.grad is not None
+    assert model.model.language_model.layers[4].mlp.up_proj.weight.grad is None
+
+
+def test_mentions_are_found_and_told_what_is_true() -> None:
+    from vlmfast.pocket import mentions
+
+    red = scenes.Obj("red", "circle", "small", 0.2, 0.2, 0.1, 0, move="up", t_in=3.0)
+    scene = scenes.Scene(64, 64, 16, 2.0, [red, scenes.Obj("red", "cross", "large", 0.8, 0.8, 0.1, 8, blinks=(1, 3))])
+    turns = [("where is the red circle ?", "top left"), ("how many crosses are there ?", "1")]
+    ids, labels, _ = batches.packed_ids(turns, 4, True)
+    said = [(c, s) for _, c, s in mentions.meant(ids, [a < 0 for a in labels])]
+    assert said == [("red", ""), ("red", "circle"), ("", "cross")], "answers are not mentions"
+    names = list(mentions.KINDS)
+    got = dict(zip(names, mentions.label(scene, "red", "circle")))
+    assert (got["count"], got["place"], got["arrives"], got["blinks"]) == (1, 0, 3, 0)
+    assert mentions.WAYS[got["move"]] == "up"
+    assert mentions.label(scene, "red", "") == [2] + [mentions.OPEN] * 6, "two red ones: no single place"
+    assert mentions.label(scene, "blue", "ring")[0] == 0
+
+
+def test_questions_asked_apart_are_those_questions_alone() -> None:
+    model = models.build("target").eval()
+    item = world.sample("follow-up", 3, "train")
+    groups = [[("is there a red circle ?", "no")], [*item.before, (item.question, item.answer)], [("a ?", "b")]]
+    with torch.no_grad():
+        packed = batches.tensors(model, item.frames[None], [[t for g in groups for t in g]], apart=True)
+        packed.pop("labels")
+        together = model(**packed).logits[0]
+        _, _, owner = batches.packed_ids([t for g in groups for t in g], 8 * 16, True)
+        assert max(owner) == len(groups), "what asks about 'it' stays with the turn before"
+        for number, group in enumerate(groups, 1):
+            single = batches.tensors(model, item.frames[None], [group])
+            single.pop("labels")
+            alone = model(**single).logits[0]
+            mine = [i for i, o in enumerate(owner) if o == number]
+            first = owner.count(0)
+            torch.testing.assert_close(together[mine], alone[first : first + len(mine)], atol=2e-5, rtol=1e-4)

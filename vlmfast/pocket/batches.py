@@ -1,9 +1,10 @@
 """Training batches: many questions about each picture in one causal sequence, as tensors for the model.
 
-One question per picture wastes the vision tower. A row is a chat of several turns about one picture or clip, half of
-the time with a full description, mostly at the end, where the answers cannot be copied from it; the loss is on the
-assistant's words only. All rows of a batch share one frame
-shape, so the visual prefix and its positions are the same in every row.
+One question per picture wastes the vision tower. A row holds several questions about one picture or clip, half of the
+time a full description too; the loss is on the assistant's words only. The questions do not see each other (`apart`):
+each has the picture and itself, at the positions it would have alone, because one that names a red circle would answer
+the next one, whether there is a red circle. All rows of a batch share one frame shape, so the visual prefix and its
+positions are the same in every row.
 """
 
 from __future__ import annotations
@@ -85,20 +86,58 @@ def chat_ids(turns: Turns, visual: int, video: bool) -> tuple[list[int], list[in
     return ids, labels
 
 
+def packed_ids(turns: Turns, visual: int, video: bool) -> tuple[list[int], list[int], list[int]]:
+    """As `chat_ids`, for questions that are asked apart, with the number of each token's question (0: the picture).
+
+    A question about "it" belongs to the turn before.
+    """
+    start, end = _word("<|im_start|>")[0], _word("<|im_end|>")[0]
+    user, assistant = _word("user")[0], _word("assistant")[0]
+    ids, labels = chat_ids([("", "")], visual, video)
+    first = VISUAL_FROM + visual + 1
+    ids, labels, owner, number = ids[:first], labels[:first], [0] * first, 0
+    for question, answer in turns:
+        linked = number > 0 and "it" in question.split()
+        number += not linked
+        head = [*([start, user] if linked else []), *ids_of(question), end, start, assistant]
+        tail = [*ids_of(answer), end]
+        ids, labels = ids + head + tail, labels + [-100] * len(head) + tail
+        owner += [number] * (len(head) + len(tail))
+    return ids, labels, owner
+
+
+def padded(rows: Sequence[list[int]], fill: int, length: int) -> torch.Tensor:
+    """(B, length) int64 from lists, right-padded."""
+    return torch.tensor([r + [fill] * (length - len(r)) for r in rows])
+
+
+def apart_mask(owner: torch.Tensor, model: Any) -> torch.Tensor:
+    """(B, 1, S, S) mask of `owner` (B, S): a token sees the picture and its own question, both up to itself."""
+    seen = (owner[:, :, None] == owner[:, None, :]) | (owner[:, None, :] == 0)
+    seen = (seen & torch.ones_like(seen[0]).tril())[:, None]
+    eager = model.config.get_text_config()._attn_implementation == "eager"
+    return torch.zeros(seen.shape).masked_fill(~seen, -1e9) if eager else seen
+
+
 def tensors(
-    model: Any, frames: torch.Tensor, chats: Sequence[Turns], fps: float = 2.0, device: torch.device | str = "cpu"
+    model: Any,
+    frames: torch.Tensor,
+    chats: Sequence[Turns],
+    fps: float = 2.0,
+    device: torch.device | str = "cpu",
+    apart: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Everything a forward needs: ids and labels (B, S), positions (3, B, S), pixels and grids. Right-padded."""
+    """Everything a forward needs: ids and labels (B, S), positions (3, B, S), pixels and grids. Right-padded.
+
+    apart: the turns of a chat do not see each other (see the module), which takes a mask (B, 1, S, S) too.
+    """
     video = frames.shape[1] > 1
     pixels, grid = patchify(frames)
     visual = grid[0] * grid[1] * grid[2] // MERGE**2
-    rows = [chat_ids(t, visual, video) for t in chats]
+    rows = [packed_ids(t, visual, video) if apart else chat_ids(t, visual, video) for t in chats]
     length = max(len(r[0]) for r in rows)
     length += -length % 8
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    labels = torch.full((len(rows), length), -100)
-    for i, (a, b) in enumerate(rows):
-        ids[i, : len(a)], labels[i, : len(b)] = torch.tensor(a), torch.tensor(b)
+    ids, labels = padded([r[0] for r in rows], 0, length), padded([r[1] for r in rows], -100, length)
     kind = "video" if video else "image"
     types = torch.zeros(1, length, dtype=torch.int32)
     types[0, VISUAL_FROM : VISUAL_FROM + visual] = 2 if video else 1
@@ -107,10 +146,21 @@ def tensors(
     position, _ = model.model.get_rope_index(
         ids[:1], types, **{f"{kind}_grid_thw": grids}, **extra
     )  # same in every row
+    positions = position.expand(3, len(rows), length)
+    extra = {}
+    if apart:
+        owner = padded([r[2] for r in rows], -1, length)  # type: ignore[misc]
+        steps = torch.arange(length).expand_as(owner)
+        begins = torch.where(owner != torch.cat([owner[:, :1], owner[:, :-1]], 1), steps, 0).cummax(1).values
+        first = VISUAL_FROM + visual + 1
+        alone = position[:, :, first : first + 1] + steps - begins  # every question begins behind the picture
+        positions = torch.where(owner == 0, positions, alone)
+        extra["attention_mask"] = apart_mask(owner, model)
     out = {
         "input_ids": ids,
         "labels": labels,
-        "position_ids": position.expand(3, len(rows), length).contiguous(),
+        "position_ids": positions.contiguous(),
+        **extra,
         "pixel_values" + ("_videos" if video else ""): pixels,
         f"{kind}_grid_thw": grids.expand(len(rows), 3).contiguous(),
     }

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if step % 3 == 0:  # on the target's own words, as the draft will meet them
             question = CLIP if recipe.seconds else PICTURE
             chats = [[(question, spaced(text))] for text in own_words(target, frames)]
-        batch = batches.tensors(target, frames, chats, device=device)
+        batch = batches.tensors(target, frames, chats, device=device, apart=True)
         labels = batch.pop("labels")[:, 1:]
         with torch.autocast(device.type, torch.bfloat16):
             with torch.no_grad():

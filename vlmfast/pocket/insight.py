@@ -8,15 +8,18 @@ layer `LAYER` says of every visual token what happens there, in which second, an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vlmfast.pocket import mentions
 from vlmfast.pocket.scenes import DIRECTIONS, PLACES, Obj, Scene
 
 LAYER = 2
+LISTENED = (LAYER, mentions.LAYER)
 WEIGHT = 0.3  # of the side task in the loss
 NOTHING, STAYS, COMES, GONE = range(4)
 EVENT = torch.tensor([0.05, 0.3, 1.0, 1.0])  # weight of each
@@ -61,20 +64,30 @@ class Insight:
         text = model.model.language_model
         width = model.config.get_text_config().hidden_size
         heads = len(EVENT) + SECONDS + len(PLACES)
-        self.reader = torch.nn.Sequential(torch.nn.RMSNorm(width), torch.nn.Linear(width, heads)).to(device)
+        seen = torch.nn.Sequential(torch.nn.RMSNorm(width), torch.nn.Linear(width, heads))
+        self.reader = torch.nn.ModuleDict({"seen": seen, "said": mentions.reader(width)}).to(device)
         self.opt = torch.optim.AdamW(self.reader.parameters(), lr=lr)
-        self.hidden: Tensor | None = None
-        text.layers[LAYER].register_forward_hook(self._see)
+        self.hidden: dict[int, Tensor] = {}
+        for at in LISTENED:
+            text.layers[at].register_forward_hook(partial(self._see, at))
 
-    def _see(self, module: Any, args: tuple, output: Any) -> None:
-        self.hidden = output[0] if isinstance(output, tuple) else output
+    def _see(self, at: int, module: Any, args: tuple, output: Any) -> None:
+        self.hidden[at] = output[0] if isinstance(output, tuple) else output
 
-    def loss(self, scenes: Sequence[Scene], grid: tuple[int, int, int], first: int) -> Tensor:
-        """Loss on the last forward's hidden states; visual tokens begin at column `first` of every row."""
-        assert self.hidden is not None
-        t, h, w = grid
-        what = events(scenes, grid).flatten(1).to(self.hidden.device)
-        read = self.reader(self.hidden[:, first : first + t * h * w].float())
+    def loss(
+        self, scenes: Sequence[Scene], grid: tuple[int, int, int], first: int, ids: Tensor, labels: Tensor
+    ) -> Tensor:
+        """Loss on the last forward's hidden states; visual tokens begin at column `first` of every row.
+
+        ids, labels (B, S): the chats, for what their questions mention.
+        """
+        said = mentions.loss(self.reader["said"], self.hidden[mentions.LAYER], ids, labels, scenes)
+        return said + self._seen(scenes, grid, first)
+
+    def _seen(self, scenes: Sequence[Scene], grid: tuple[int, int, int], first: int) -> Tensor:
+        hidden, (t, h, w) = self.hidden[LAYER], grid
+        what = events(scenes, grid).flatten(1).to(hidden.device)
+        read = self.reader["seen"](hidden[:, first : first + t * h * w].float())
         event, second, place = read.split([len(EVENT), SECONDS, len(PLACES)], -1)
         loss = F.cross_entropy(event.flatten(0, 1), what.flatten(), weight=EVENT.to(what.device))
         row, column = torch.arange(h) * 3 // h, torch.arange(w) * 3 // w
@@ -91,4 +104,4 @@ class Insight:
         """After the backward pass."""
         self.opt.step()
         self.opt.zero_grad(set_to_none=True)
-        self.hidden = None
+        self.hidden.clear()

@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from vlmfast.pocket import batches, curriculum, eyes, models, state
-from vlmfast.pocket.insight import LAYER, Insight
+from vlmfast.pocket.insight import LISTENED, Insight
 from vlmfast.pocket.probe import Probe
 from vlmfast.pocket.scenes import DIRECTIONS, SHAPES, Scene
 
@@ -66,10 +66,10 @@ def data(
     if isinstance(recipe, str):
         got = curriculum.easy(step)
         if got is not None:
-            return batches.tensors(model, got[0].to(device), got[1], device=device), []
+            return batches.tensors(model, got[0].to(device), got[1], device=device, apart=True), []
         recipe = curriculum.FEW  # easy-VQA is not installed: one more batch of our own
     frames, chats, scenes = batches.make(recipe, step, device)
-    return batches.tensors(model, frames, chats, device=device), scenes
+    return batches.tensors(model, frames, chats, device=device, apart=True), scenes
 
 
 class Log:
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.compile:  # one compilation serves all layers and lengths
         torch._dynamo.config.cache_size_limit = 64
         for i, layer in enumerate(model.model.language_model.layers):
-            if i != LAYER:  # that one is listened to
+            if i not in LISTENED:
                 layer.compile(dynamic=True)
     log, probe = Log(folder / "target.jsonl"), Probe(args.probe)
     done = counters.get("eyes", 0.0)
@@ -135,7 +135,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if scenes:
             grid = next(v for k, v in batch.items() if k.endswith("grid_thw"))[0].tolist()
             side = (grid[0], grid[1] // models.MERGE, grid[2] // models.MERGE)
-            loss = loss + insight.loss(scenes, side, batches.VISUAL_FROM)
+            loss = loss + insight.loss(scenes, side, batches.VISUAL_FROM, batch["input_ids"], batch["labels"])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for opt in opts:
