@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from evals import accuracy, compose, methods, records, runner, tasks
 from vlmfast.core import UserError
+from vlmfast.plan import Plan
 
 KEEPS = (50, 25, 10)
 FIXED = ("dtd", "pixelprune")  # keep what their threshold says
@@ -41,12 +43,28 @@ POLICIES = ",".join(f"{p}-{k}" for p in ("hybridkv", "snapkv", "adakv", "kv.rand
 GRID = ("vidcom2-25", "hybridkv-25", "lossless", "loose")
 
 
+#: What HybridKV's paper leaves open, one field changed at a time from the default.
+OPEN_FIELDS: dict[str, tuple[Any, ...]] = {
+    "theta": (0.8, 0.95), "top": (0.05, 0.2), "group": ("max",), "split": (0.25, 0.5), "ratio": (0.5, 2.0),
+    "share": ("sparse", "equal"), "text_first": (False,), "pool": (1, 13), "chunk": (8, 64), "bound": ("minmax",),
+    "refresh": (4,), "queries": (16,),
+}  # fmt: skip
+
+
+def ablations() -> dict[str, Plan]:
+    """HybridKV at a tenth, as it is and with one field changed."""
+    from vlmfast.prefill import HybridKV
+
+    changed = {f"hybridkv-10 {f}={v}": HybridKV(keep=0.1, **{f: v}) for f, vs in OPEN_FIELDS.items() for v in vs}
+    return {name: Plan(kv=policy) for name, policy in ({"hybridkv-10": HybridKV(keep=0.1)} | changed).items()}
+
+
 @dataclass(frozen=True)
 class Table:
-    """One record: a task, its methods, questions per round, and its share of the time."""
+    """One record: a task, its methods (names, or plans by name), questions per round, and its share of the time."""
 
     task: str
-    methods: str
+    methods: str | Callable[[], dict[str, Plan]]
     batch: int = 1
     first: int = 100
     share: float = 1.0
@@ -64,15 +82,22 @@ TABLES = {
     "pocket": Table("pocket/mid", f"{every_pruner()},balanced,fast", batch=12, first=60, share=2),
     "long": Table("pocket/long", POLICIES, first=22, share=3),
     "policies": Table("pocket/long", every_policy(), first=11, share=3),
+    "hybridkv": Table("pocket/long", ablations, first=11, share=1),
     "captions": Table("pocket/caption:size=256", f"plain_loop,{grid()}", first=8, share=2),
 }
+
+
+def plans_of(table: Table, draft: str | None) -> dict[str, Plan]:
+    """The plans of a table by name, plain first."""
+    names = table.methods
+    return methods.named(names, draft=draft) if isinstance(names, str) else {"plain": Plan()} | names()
 
 
 def run(name: str, table: Table, minutes: float, out: Path, answers: Path, model: str, force: bool) -> dict:
     """One table within its minutes."""
     deadline = time.monotonic() + 60 * minutes
     loaded, weights = runner.load(model), runner.fingerprint(model)
-    plans = methods.named(table.methods, draft=runner.own_draft(model))
+    plans = plans_of(table, runner.own_draft(model))
     total, limit = len(tasks.get(table.task).ids), table.first
     while True:
         start = time.monotonic()
