@@ -246,19 +246,33 @@ def test_insight_knows_what_comes_and_goes() -> None:
 
 def test_mentions_are_found_and_told_what_is_true() -> None:
     from vlmfast.pocket import mentions
+    from vlmfast.pocket.mentions import Mention
 
-    red = scenes.Obj("red", "circle", "small", 0.2, 0.2, 0.1, 0, move="up", t_in=3.0)
-    scene = scenes.Scene(64, 64, 16, 2.0, [red, scenes.Obj("red", "cross", "large", 0.8, 0.8, 0.1, 8, blinks=(1, 3))])
-    turns = [("where is the red circle ?", "top left"), ("how many crosses are there ?", "1")]
+    red = scenes.Obj("red", "circle", "small", 0.2, 0.2, 0.1, 0, move="up", t_in=3.0, t_out=4.0)
+    other = scenes.Obj("red", "cross", "large", 0.8, 0.8, 0.1, 8, blinks=(1, 3))
+    scene = scenes.Scene(64, 64, 16, 2.0, [red, other], flash=3)
+    turns = [
+        ("where is the red circle ?", "top left"),
+        ("how many crosses are there ?", "1"),
+        ("what appears at second 13 ?", "red circle"),
+        ("what is shown when the light flashes ?", "red circle"),
+    ]
     ids, labels, _ = batches.packed_ids(turns, 4, True)
-    said = [(c, s) for _, c, s in mentions.meant(ids, [a < 0 for a in labels])]
-    assert said == [("red", ""), ("red", "circle"), ("", "cross")], "answers are not mentions"
-    names = list(mentions.KINDS)
-    got = dict(zip(names, mentions.label(scene, "red", "circle")))
+    said = [(m.colour, m.shape, m.second) for m in mentions.meant(ids, [a < 0 for a in labels])]
+    assert said == [
+        ("red", "", None),
+        ("red", "circle", None),
+        ("", "cross", None),
+        ("", "", 13),
+        ("", "", -1),
+    ], "answers are not mentions"
+    got = dict(zip(mentions.KINDS, mentions.label(Mention(0, "red", "circle"), scene)))
     assert (got["count"], got["place"], got["arrives"], got["blinks"]) == (1, 0, 3, 0)
     assert mentions.WAYS[got["move"]] == "up"
-    assert mentions.label(scene, "red", "") == [2] + [mentions.OPEN] * 6, "two red ones: no single place"
-    assert mentions.label(scene, "blue", "ring")[0] == 0
+    assert mentions.label(Mention(0, "red"), scene) == [2] + [mentions.OPEN] * 6, "two red ones: no single place"
+    assert mentions.label(Mention(0, "blue", "ring"), scene)[0] == 0
+    assert mentions.label(Mention(0, second=3), scene) == mentions.label(Mention(0, second=-1), scene)
+    assert mentions.label(Mention(0, second=2), scene)[0] == 0
 
 
 def test_questions_asked_apart_are_those_questions_alone() -> None:

@@ -2,13 +2,15 @@
 
 An answer tells once per question whether a "red circle" was looked up rightly, and of "is there a red circle ?" it
 tells one bit that nothing but the whole search explains: presence stayed at chance for 35,000 rows. This tells it at
-every mention. At each colour or shape word of a question a throw-away reader after text layer `LAYER` says how many
-objects are meant and, where it is one, its place, colour, shape, way, when it comes and how often it blinks.
+every mention. At each colour or shape word of a question, and where it names a second or the flash, a throw-away reader
+after text layer `LAYER` says how many objects are meant and, where it is one, its place, colour, shape, way, when it
+comes and how often it blinks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -40,27 +42,65 @@ def _words() -> dict[int, tuple[str, str]]:
     return out
 
 
-def meant(ids: list[int], asked: list[bool]) -> list[tuple[int, str, str]]:
-    """(column, colour, shape) of every mention in one row; a part that is not named is empty.
+@dataclass(frozen=True)
+class Mention:
+    """What a word of a question names: objects of a colour, of a shape or of both, or what comes at a second (-1: when
+    the light flashes)."""
+
+    column: int
+    colour: str = ""
+    shape: str = ""
+    second: int | None = None
+
+    def objects(self, scene: Scene) -> list[Obj]:
+        """The objects of the scene that are meant."""
+        if self.second is not None:
+            at = scene.flash if self.second < 0 else self.second
+            brief = self.second < 0  # the flash is asked about what shows up with it and goes
+            found = [o for o in scene.objects if o.t_in == at and o.t_in >= 1 and (o.t_out == o.t_in + 1 or not brief)]
+        else:
+            found = [o for o in scene.objects if self.colour in ("", o.colour) and self.shape in ("", o.shape)]
+        if self.shape == NEEDLE or (self.colour and self.shape):
+            return found
+        return [o for o in found if o.shape != NEEDLE]  # counts, times and lone attributes are of ordinary objects
+
+
+def meant(ids: list[int], asked: list[bool]) -> list[Mention]:
+    """Every mention in one row, in order.
 
     ids: token ids; asked: is the token part of a question? At a colour only the colour is known, at a shape after it
-    both are.
+    both are; a number after "second" is a time at its last digit.
     """
-    words, out = _words(), []
+    words, numbers, out = _words(), _digits(), []
+    second, flashes = batches.ids_of("second")[0], batches.ids_of("flashes")[0]
+    run = ""  # the digits after "second" so far
     for i, token in enumerate(ids):
-        if token in words and asked[i]:
+        if not asked[i]:
+            continue
+        if token in words:
             colour, shape = words[token]
             if shape and i and asked[i - 1]:
                 colour = words.get(ids[i - 1], ("", ""))[0]
-            out.append((i, colour, shape))
+            out.append(Mention(i, colour, shape))
+        elif token == flashes:
+            out.append(Mention(i, second=-1))
+        if token in numbers and i and (run or ids[i - 1] == second):
+            run += numbers[token]
+            if i + 1 == len(ids) or ids[i + 1] not in numbers:
+                out.append(Mention(i, second=int(run)))
+        else:
+            run = ""
     return out
 
 
-def label(scene: Scene, colour: str, shape: str) -> list[int]:
-    """What is true of the objects that a mention names, in the order of `KINDS`."""
-    found = [o for o in scene.objects if colour in ("", o.colour) and shape in ("", o.shape)]
-    if shape != NEEDLE and not (colour and shape):  # counts and lone attributes are asked of ordinary objects
-        found = [o for o in found if o.shape != NEEDLE]
+@lru_cache(maxsize=1)
+def _digits() -> dict[int, str]:
+    return {batches.ids_of(d)[0]: d for d in "0123456789"}
+
+
+def label(mention: Mention, scene: Scene) -> list[int]:
+    """What is true of the objects that are meant, in the order of `KINDS`."""
+    found = mention.objects(scene)
     return [min(len(found), MOST), *(_about(found[0]) if len(found) == 1 else [OPEN] * (len(KINDS) - 1))]
 
 
@@ -81,9 +121,9 @@ def loss(read: torch.nn.Module, hidden: Tensor, ids: Tensor, labels: Tensor, sce
     where: list[tuple[int, int]] = []
     true: list[list[int]] = []
     for row, (tokens, answers, scene) in enumerate(zip(ids.tolist(), labels.tolist(), scenes)):
-        for column, colour, shape in meant(tokens, [a < 0 for a in answers]):
-            where.append((row, column))
-            true.append(label(scene, colour, shape))
+        for mention in meant(tokens, [a < 0 for a in answers]):
+            where.append((row, mention.column))
+            true.append(label(mention, scene))
     if not where:
         return hidden.new_zeros(())
     at, what = torch.tensor(where, device=hidden.device), torch.tensor(true, device=hidden.device)
