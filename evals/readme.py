@@ -1,7 +1,8 @@
-"""The measured columns of the README's method tables, from `evals/results`: `python -m evals.readme [--check]`.
+"""The measured columns and tables of the documents, from `evals/results`: `python -m evals.readme [--check]`.
 
 A table is found by its marker (`<!-- measured: encode -->`); its first columns are words and stay, the measured ones
-are written anew, so that no figure in it was typed by hand. A method without a measurement has a dash.
+are written anew, so that no figure in it was typed by hand. A method without a measurement has a dash. Whole tables
+(`evals.readme_tables`) stand behind `<!-- table: NAME -->` in the README and in `evals/README.md`.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from typing import Annotated, Any
 
 import typer
 
-from evals import records
+from evals import readme_tables, records
 from evals.tables import KEEPS
 
-README = records.ROOT / "README.md"
+DOCUMENTS = (records.ROOT / "README.md", records.ROOT / "evals" / "README.md")
 RESULTS = records.ROOT / "evals" / "results"
 WORDS = {"encode": 4, "prefill": 3}  # columns that are not measured
 HEADS = {
@@ -94,22 +95,40 @@ def filled(text: str, stage: str, cells: dict[str, list[str]]) -> str:
     return before + marker + "\n".join(lines)
 
 
+def placed(text: str, name: str, table: str) -> str:
+    """The text with the table behind `<!-- table: NAME -->` replaced."""
+    before, marker, after = text.partition(f"<!-- table: {name} -->\n")
+    if not marker:
+        return text
+    lines = after.split("\n")
+    rest = next((i for i, line in enumerate(lines) if not line.startswith("|")), len(lines))
+    return before + marker + "\n".join([*table.split("\n"), *lines[rest:]])
+
+
 def build(text: str) -> str:
-    """The whole README, measured columns anew."""
-    return filled(filled(text, "encode", encode_cells()), "prefill", prefill_cells())
+    """A whole document, measured columns and tables anew."""
+    for stage, cells in (("encode", encode_cells), ("prefill", prefill_cells)):
+        if f"<!-- measured: {stage} -->" in text:
+            text = filled(text, stage, cells())
+    for name, (file, table) in readme_tables.TABLES.items():
+        rows = rows_of(file)
+        if rows:
+            text = placed(text, name, table(rows))
+    return text
 
 
 def main(
-    check: Annotated[bool, typer.Option("--check", help="change nothing; fail when it is out of date")] = False,
+    check: Annotated[bool, typer.Option("--check", help="change nothing; fail when one is out of date")] = False,
 ) -> None:
-    """Write (or check) the measured columns."""
-    old = README.read_text()
-    new = build(old)
-    if check and new != old:
-        print("error: README.md is not what evals/results say: run python -m evals.readme", file=sys.stderr)
-        raise typer.Exit(1)
-    if not check:
-        README.write_text(new)
+    """Write (or check) what was measured."""
+    for document in DOCUMENTS:
+        old = document.read_text()
+        new = build(old)
+        if check and new != old:
+            print(f"error: {document.name} is not what evals/results say: run python -m evals.readme", file=sys.stderr)
+            raise typer.Exit(1)
+        if not check:
+            document.write_text(new)
 
 
 if __name__ == "__main__":
