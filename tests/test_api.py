@@ -84,6 +84,15 @@ def test_sampling_follows_the_seed() -> None:
     assert torch.equal(*draws)
 
 
+@pytest.mark.parametrize("keep", [0.5, 1.0])
+@pytest.mark.parametrize("kwargs", [{"cache_implementation": "static"}, {"prefill_chunk_size": 8}], ids=str)
+def test_static_caches_and_chunked_prefill(kwargs: dict, keep: float) -> None:
+    """`test_rewrite.py` holds what this is made of."""
+    model, inputs = tiny.build(FAMILY), tiny.inputs(FAMILY)
+    with vlmfast.accelerate(model, prune=VidCom2(keep=keep)):
+        assert torch.equal(greedy(model, inputs, **kwargs), greedy(model, inputs))
+
+
 @pytest.mark.parametrize("family", tiny.LLAVA)
 def test_inputs_embeds(family: str) -> None:
     """Placeholders are found by their embedding, as transformers itself does (its Qwen generate takes ids only)."""
@@ -265,31 +274,13 @@ def test_refuses_compiled_models() -> None:
         vlmfast.accelerate(torch.compile(model))
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"prefill_chunk_size": 8}, "prefill_chunk_size"),
-        ({"cache_implementation": "static"}, "cache_implementation='static'"),
-    ],
-)
-def test_refuses_what_pruned_columns_cannot_follow(kwargs: dict, message: str) -> None:
-    model, inputs = tiny.build(FAMILY), tiny.inputs(FAMILY)
-    with (
-        vlmfast.accelerate(model, prune=VidCom2(keep=0.5)),
-        pytest.raises(vlmfast.Unsupported, match=message),
-    ):
-        greedy(model, inputs, **kwargs)
-    with vlmfast.accelerate(model, prune=VidCom2(keep=1.0)):
-        greedy(model, inputs, **kwargs)  # nothing is dropped, so nothing is refused
-
-
-def test_refuses_a_static_cache_object() -> None:
+def test_refuses_a_static_cache_in_a_plain_forward() -> None:
     from transformers import StaticCache
 
     model, inputs = tiny.build(FAMILY), tiny.inputs(FAMILY)
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=64)
     with vlmfast.accelerate(model, prune=VidCom2(keep=0.5)), pytest.raises(vlmfast.Unsupported, match="dynamic cache"):
-        greedy(model, inputs, past_key_values=cache)
+        model(**inputs, past_key_values=cache, use_cache=True)
 
 
 def test_refuses_labels() -> None:

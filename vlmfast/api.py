@@ -21,6 +21,7 @@ from vlmfast.runtime.meter import Meter, cache_counts
 from vlmfast.runtime.names import cache_in
 from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.reuse import Reuse
+from vlmfast.runtime.rewrite import Rewrite, needs
 from vlmfast.runtime.tower import TowerHooks
 from vlmfast.runtime.tower_attention import TowerAttention, wanted_layers
 
@@ -76,6 +77,7 @@ class Accelerated:
         self.columns = ColumnHooks(model, self.family, outer)
         self.columns.reuse = self._reuse
         self.meter = Meter(model, self.family)
+        self.rewrite = Rewrite(model, self.family, self.columns, patch, self.meter)
         draft = getattr(plan.speculate, "draft", None)
         guide: Any = getattr(draft, "prune", None)
         if getattr(guide, "guided", False):
@@ -133,19 +135,24 @@ class Accelerated:
         @functools.wraps(inner)
         def generate(*args: Any, **kwargs: Any) -> Any:
             option = functools.partial(_option, self.model, kwargs)
-            self._refuse(option)
+            why = needs(option, cache_in(kwargs))
+            self._refuse(option, why)
+            rewritten = why is not None and self.columns.active
             if self._reuse is not None:
-                self._reuse.find(kwargs, self.columns.pruner)
+                self._reuse.find(kwargs, self.columns.pruner, features_only=rewritten)
             cache = cache_in(kwargs)
-            past = cache.get_seq_length() if cache is not None else 0
+            past = int(cache.get_seq_length()) if cache is not None else 0
             self.columns.reset()
             for stage in self._stage.values():
                 stage.clear()
             self.meter.reset()
             ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-            self._speculate(args, kwargs)
+            self._speculate(args, kwargs, why if rewritten else None)
             try:
-                out = inner(*args, **kwargs)
+                if rewritten:
+                    out = self.rewrite.run(inner, args, kwargs, option, str(why))
+                else:
+                    out = inner(*args, **kwargs)
                 if self._reuse is not None:
                     self._reuse.store(self.columns.cache)
                     self.columns.notes += self._reuse.hits
@@ -156,8 +163,11 @@ class Accelerated:
 
         return generate
 
-    def _speculate(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Put our loop into the arguments of `generate`, unless the call cannot be drafted and the plan allows it."""
+    def _speculate(self, args: tuple, kwargs: dict[str, Any], why: str | None) -> None:
+        """Put our loop into the arguments of `generate`, unless the call cannot be drafted and the plan allows it.
+
+        why: what makes this call one of rewritten inputs, which transformers' own loop decodes.
+        """
         plan = self.plan.speculate
         if plan is None:
             return
@@ -165,6 +175,8 @@ class Accelerated:
 
         try:
             loop.check(self.model, plan, args, kwargs)
+            if why is not None:
+                raise Unsupported(f"{why} with prune= is decoded by transformers' own loop: drop {why} or speculate=")
         except Unsupported as e:
             if plan.otherwise == "refuse":
                 raise
@@ -180,15 +192,14 @@ class Accelerated:
             sink=self._stage["decode"].update,
         )
 
-    def _refuse(self, option: Callable[[str], Any]) -> None:
-        if self.columns.active or hasattr(self.plan.prune, "cuts") or self.plan.kv is not None:
-            if option("prefill_chunk_size"):
-                raise Unsupported("prefill_chunk_size splits the prompt before columns can be chosen: unset it")
-            if option("cache_implementation") not in (None, "dynamic"):
-                raise Unsupported(
-                    f"cache_implementation={option('cache_implementation')!r} has a fixed layout: "
-                    "use the default dynamic cache with prune= or kv="
-                )
+    def _refuse(self, option: Callable[[str], Any], why: str | None) -> None:
+        between = hasattr(self.plan.prune, "cuts")
+        if why is not None and (between or self.plan.kv is not None):
+            raise Unsupported(
+                f"{why}: {self.plan.prune.name if between else 'kv='} lets layers differ in the columns they hold, "
+                "which static caches and chunked prefill cannot: use the default dynamic cache in one prefill, or a "
+                "pruner that acts before the language model"
+            )
         if self.plan.kv is not None and (option("num_beams") or 1) > 1:
             raise Unsupported(f"num_beams={option('num_beams')} with kv=: beams share no ragged cache; use num_beams=1")
 
@@ -245,5 +256,8 @@ def _option(model: nn.Module, kwargs: dict, name: str) -> Any:
     """A generation option as generate() would resolve it."""
     if kwargs.get(name) is not None:
         return kwargs[name]
-    config = kwargs.get("generation_config") or model.generation_config
-    return getattr(config, name, None)
+    for config in (kwargs.get("generation_config"), model.generation_config):
+        value = getattr(config, name, None)
+        if value is not None:
+            return value
+    return None

@@ -53,6 +53,10 @@ class Family:
         """Does the prompt give every temporal grid of a video its own start, end and time stamp?"""
         return False
 
+    def takes_any_rows(self, model: nn.Module) -> bool:
+        """Does the model accept pre-encoded features of which any part was left out?"""
+        return True
+
     def items(self, model: nn.Module, kind: str, call: dict[str, Any], features: list[Tensor]) -> list[Item]:
         """Layouts of the items that one `get_{kind}_features(**call)` returned; features: list of (n, D)."""
         raise NotImplementedError

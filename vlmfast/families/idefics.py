@@ -20,6 +20,11 @@ class Idefics(Family):
     def tower(self, model: nn.Module) -> nn.Module:
         return self.base(model).vision_model  # type: ignore[return-value]
 
+    def takes_any_rows(self, model: nn.Module) -> bool:
+        config: Any = model.config
+        # older versions of SmolVLM put features in by whole tiles
+        return not (config.model_type == "smolvlm" and hasattr(self.base(model), "inputs_merger"))
+
     def items(self, model: nn.Module, kind: str, call: dict[str, Any], features: list[Tensor]) -> list[Item]:
         tile = int(self.base(model).image_seq_len)  # type: ignore[arg-type]
         return [tile_item(tile) for f in features for _ in range(f.shape[0] // tile)]

@@ -24,7 +24,7 @@ from vlmfast.runtime.clock import clock
 from vlmfast.runtime.names import cache_in, put_cache
 from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.reuse import Reuse
-from vlmfast.runtime.selection import drop, select_kind
+from vlmfast.runtime.selection import drop, left_padded, select_kind
 from vlmfast.runtime.state import Columns, column_kinds, contiguous_positions, count_skipped, entry_mask, rows_width
 from vlmfast.runtime.tower_attention import TowerAttention
 
@@ -81,7 +81,7 @@ class ColumnHooks:
         patch.hook(text.register_forward_pre_hook(self._enter, with_kwargs=True))
         if self.family.rope_axes == 1:  # FlashAttention reads packing from the positions the layers get
             for layer in self.family.layers(self.model):
-                patch.hook(layer.register_forward_pre_hook(contiguous_positions, with_kwargs=True))
+                patch.hook(layer.register_forward_pre_hook(contiguous_positions, with_kwargs=True), stays=True)
 
     # -- tap 1: media layout ---------------------------------------------------------------------------------------
 
@@ -172,8 +172,8 @@ class ColumnHooks:
                 self._bypass(seen)
                 return
             raise Unsupported(
-                "a prebuilt attention mask (static cache or compiled generate) cannot follow pruned columns: "
-                "use the default dynamic cache"
+                "a prebuilt attention mask cannot follow pruned columns: pass a 2-D mask and a dynamic cache, "
+                "or call generate(), which rewrites its inputs for a static one"
             )
         valid = torch.ones(b, q, dtype=torch.bool, device=embeds.device)
         if mask is not None:
@@ -193,13 +193,9 @@ class ColumnHooks:
         kinds = column_kinds(visual, valid, past > 0)
         index = torch.arange(past, past + q, device=embeds.device).expand(b, q)
         index = index.masked_fill(~valid, -1)
-        rows = self._rows(kw, seen, visual, valid) if has_media else None
+        rows = self.rows(kw, seen, visual, valid) if has_media else None
         if rows is not None:
-            source = torch.zeros(b, max(len(r) for r in rows), dtype=torch.long, device=embeds.device)
-            filled = torch.zeros_like(source, dtype=torch.bool)
-            for i, r in enumerate(rows):  # rows are left-padded to the longest
-                source[i, source.shape[1] - len(r) :] = r
-                filled[i, source.shape[1] - len(r) :] = True
+            source, filled = left_padded(rows, embeds.device)
             padded = len({len(r) for r in rows}) > 1
             drop(kw, source, filled, rows, past)
             kinds = kinds.gather(1, source).masked_fill(~filled, Kind.PAD)
@@ -226,7 +222,7 @@ class ColumnHooks:
                 mask = mask[:, -kw["inputs_embeds"].shape[1] :]
             kw["attention_mask"] = mask
 
-    def _rows(self, kw: dict, seen: dict[str, Tensor], visual: Tensor, valid: Tensor) -> list[Tensor] | None:
+    def rows(self, kw: dict, seen: dict[str, Tensor], visual: Tensor, valid: Tensor) -> list[Tensor] | None:
         """Kept column indices of every row, ascending; None when nothing is dropped."""
         if not self.active:
             self._bypass(seen)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from vlmfast.families import Family
 from vlmfast.runtime.clock import clock
@@ -39,6 +40,17 @@ class Meter:
             self.first = clock(self.model)
             self.prefill_ms = (self.first - self._entered) * 1e3
 
+    def first_token(self, entered: float) -> Callable[[Tensor, Tensor], Tensor]:
+        """A logits processor that ends the prefill begun at `entered`, for calls whose model bears no hooks."""
+
+        def mark(input_ids: Tensor, scores: Tensor) -> Tensor:
+            if self.prefill_ms is None:
+                self.first = clock(self.model)
+                self.prefill_ms = (self.first - entered) * 1e3
+            return scores
+
+        return mark
+
     def timings(self, new_tokens: int) -> tuple[dict[str, float], dict[str, Any]]:
         """Prefill and decode times; call at the end of generate. new_tokens: tokens per row, the first included."""
         end = clock(self.model)
@@ -63,7 +75,9 @@ def cache_counts(cache: Any) -> dict[str, float]:
             columns += layer.cached_tokens()
         elif getattr(layer, "is_initialized", False) and getattr(layer, "keys", None) is not None:
             fast += sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
-            columns += layer.keys.shape[-2] if layer.keys.numel() else 0
+            held = layer.keys.shape[-2] if layer.keys.numel() else 0
+            # a static layer has its bytes from the start, and columns as they come
+            columns += min(held, int(layer.get_seq_length())) if hasattr(layer, "max_cache_len") else held
         else:
             continue
         layers += 1

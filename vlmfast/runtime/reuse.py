@@ -49,12 +49,16 @@ class Reuse:
 
     # -- the visual prefix's KV ----------------------------------------------------------------------------------------
 
-    def find(self, kwargs: dict[str, Any], pruner: Any = None) -> bool:
+    def find(self, kwargs: dict[str, Any], pruner: Any = None, features_only: bool = False) -> bool:
         """Look the request up; on a hit, rewrite kwargs to continue behind the stored prefix. One row only.
 
         A pruner that reads the question keeps other tokens for every question: then only features are reused.
+        features_only: the call brings a cache layout (static, chunks) that a stored prefix does not have.
         """
         self.hits, self._key = [], None
+        if features_only:
+            self.hits.append("reuse: a static cache or chunked prefill, so only features are kept, not their KV")
+            return False
         if "question" in getattr(pruner, "needs", ()):
             self.hits.append(f"reuse: {pruner.name} reads the question, so only features are kept, not their KV")
             return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -110,6 +110,16 @@ def choose(
     return chosen
 
 
+def left_padded(rows: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Kept columns of every row -> source (B, S) int64 and filled (B, S) bool, rows left-padded to the longest."""
+    source = torch.zeros(len(rows), max(len(r) for r in rows), dtype=torch.long, device=device)
+    filled = torch.zeros_like(source, dtype=torch.bool)
+    for i, r in enumerate(rows):
+        source[i, source.shape[1] - len(r) :] = r
+        filled[i, source.shape[1] - len(r) :] = True
+    return source, filled
+
+
 def drop(kw: dict, source: Tensor, filled: Tensor, rows: list[Tensor], past: int) -> None:
     """Shrink everything that has a column axis from q to the kept columns."""
     embeds = kw["inputs_embeds"]
@@ -133,3 +143,21 @@ def drop(kw: dict, source: Tensor, filled: Tensor, rows: list[Tensor], past: int
         for i, row in enumerate(rows):
             stays[i, row] = True
         kw["deepstack_visual_embeds"] = [e[stays[masks]] for e in kw["deepstack_visual_embeds"]]
+
+
+def repack(output: Any, features: Tensor, deep: list[Tensor] | None, counts: list[int], n: int) -> Any:
+    """What `get_*_features` returned, holding other rows: the media of every batch row n times.
+
+    features (K, D) in (row, column) order, of which batch row i has counts[i]; deep: DeepStack's, likewise. The
+    container stays what the model reads: one tensor, or a list of tensors of as many axes as before.
+    """
+    if n > 1:
+        order = torch.arange(len(features), device=features.device).split(counts)
+        repeated = torch.cat([rows for rows in order for _ in range(n)])
+        features, deep = features[repeated], deep and [d[repeated] for d in deep]
+    pooled = output.pooler_output
+    if isinstance(pooled, Tensor):
+        held: Any = features[None]
+    else:
+        held = [features[None] if pooled[0].ndim == 3 else features]
+    return type(output)(pooler_output=held, **({"deepstack_features": [[d] for d in deep]} if deep else {}))
