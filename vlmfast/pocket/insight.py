@@ -22,7 +22,8 @@ LAYER = 2
 LISTENED = (LAYER, mentions.LAYER)
 WEIGHT = 0.3  # of the side task in the loss
 NOTHING, STAYS, COMES, GONE = range(4)
-EVENT = torch.tensor([0.05, 0.3, 1.0, 1.0])  # weight of each
+EVENT = torch.tensor([0.05, 0.15, 4.0, 2.0])  # weight of each: one token in a hundred tells that something comes
+CHANGE = 3.0  # weight of the event beside place and second
 SECONDS = 64
 
 
@@ -90,6 +91,7 @@ class Insight:
         read = self.reader["seen"](hidden[:, first : first + t * h * w].float())
         event, second, place = read.split([len(EVENT), SECONDS, len(PLACES)], -1)
         loss = F.cross_entropy(event.flatten(0, 1), what.flatten(), weight=EVENT.to(what.device))
+        loss = loss * (CHANGE if t > 1 else 1.0)
         row, column = torch.arange(h) * 3 // h, torch.arange(w) * 3 // w
         places = (row[:, None] * 3 + column).flatten().repeat(t).expand_as(what.cpu()).to(what.device)
         seconds = torch.arange(t).repeat_interleave(h * w).clamp(max=SECONDS - 1).expand_as(what.cpu()).to(what.device)

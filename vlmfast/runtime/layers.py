@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers.cache_utils import (
-    BaseQuantizedLayer,
     Cache,
     CacheLayerMixin,
     DynamicCache,
@@ -25,7 +24,7 @@ from vlmfast import kernels
 from vlmfast.core import CompressedLayer, Kind, LayerView, Policy, Rotation, StageDidNotFire, Unsupported
 from vlmfast.runtime.attention import AttentionSwitch
 from vlmfast.runtime.clock import clock
-from vlmfast.runtime.names import cache_in, put_cache
+from vlmfast.runtime.names import QuantizedLayerBase, cache_in, put_cache
 from vlmfast.runtime.patch import Patch
 
 
@@ -93,7 +92,7 @@ class KVHooks:
         """Swap the empty layers of a dynamic cache for the policy's; sliding and linear ones are left alone."""
         alone = []
         for i, layer in enumerate(layers):
-            if isinstance(layer, (StaticLayer, BaseQuantizedLayer)):
+            if isinstance(layer, (StaticLayer, QuantizedLayerBase)):
                 raise Unsupported(
                     f"a {type(layer).__name__} has a fixed layout that a kv policy cannot shrink: "
                     "use the default dynamic cache (cache_implementation unset)"

@@ -1,7 +1,7 @@
-"""What transformers calls the cache: `past_key_values` until 5.23, `cache` since.
+"""What transformers calls things in the versions we support.
 
-Callers may still use the old name, and hooks run before transformers translates it, so both are read; what is written
-carries the name of the version that is installed.
+The cache is `past_key_values` until 5.23 and `cache` since. Callers may still use the old name, and hooks run before
+transformers translates it, so both are read; what is written carries the name of the version that is installed.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
+from transformers import cache_utils
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 OLD = "past_key_values"
+QuantizedLayerBase: type = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)  # not in 5.18
 CACHE = OLD if OLD in BaseModelOutputWithPast.__dataclass_fields__ else "cache"
 
 
