@@ -68,6 +68,7 @@ class Table:
     batch: int = 1
     first: int = 100
     share: float = 1.0
+    dtype: str = "auto"  # float32 on a CPU; long prompts in bfloat16, which is four times as fast
 
 
 def grid() -> str:
@@ -80,9 +81,9 @@ def grid() -> str:
 TABLES = {
     "easy-vqa": Table("easy-vqa", f"{PRUNERS},balanced,fast", batch=64, first=512),
     "pocket": Table("pocket/mid", f"{every_pruner()},balanced,fast", batch=12, first=60, share=2),
-    "long": Table("pocket/long", POLICIES, first=22, share=3),
-    "policies": Table("pocket/long", every_policy(), first=11, share=3),
-    "hybridkv": Table("pocket/long", ablations, first=11, share=1),
+    "long": Table("pocket/long", POLICIES, first=22, share=3, dtype="bfloat16"),
+    "policies": Table("pocket/long", every_policy(), first=11, share=3, dtype="bfloat16"),
+    "hybridkv": Table("pocket/long", ablations, first=11, share=1, dtype="bfloat16"),
     "captions": Table("pocket/caption:size=256", f"plain_loop,{grid()}", first=8, share=2),
 }
 
@@ -96,7 +97,7 @@ def plans_of(table: Table, draft: str | None) -> dict[str, Plan]:
 def run(name: str, table: Table, minutes: float, out: Path, answers: Path, model: str, force: bool) -> dict:
     """One table within its minutes."""
     deadline = time.monotonic() + 60 * minutes
-    loaded, weights = runner.load(model), runner.fingerprint(model)
+    loaded, weights = runner.load(model, dtype=table.dtype), runner.fingerprint(model)
     plans = plans_of(table, runner.own_draft(model))
     total, limit = len(tasks.get(table.task).ids), table.first
     while True:

@@ -38,7 +38,7 @@ STAGES: list[tuple[float, list[tuple[Recipe | str, float]]]] = [
         [
             (FEW, 3),
             (MORE, 1.5),
-            (DIGITS, 1.3),
+            (DIGITS, 2.5),
             ("easy", 0.6),
             (MID, 0.5),
             (WIDE, 0.4),

@@ -36,7 +36,7 @@ def rate(step: int, progress: float) -> float:
 def _emphasis(vocab: int, device: torch.device) -> torch.Tensor:
     """Weight per token: the words that need sight count more than the words between them."""
     weight = torch.ones(vocab, device=device)
-    for words, value in (((*SHAPES, "yes", "no"), 3.0), ((*DIRECTIONS, *"0123456789"), 1.5)):
+    for words, value in (((*SHAPES, "yes", "no"), 3.0), (tuple("0123456789"), 2.5), (tuple(DIRECTIONS), 1.5)):
         for word in words:
             weight[batches.ids_of(word)] = value
     return weight
