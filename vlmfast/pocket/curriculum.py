@@ -20,6 +20,8 @@ HUGE = Recipe(6, (256, 256), objects=(1, 4), tokens=150)
 GIANT = Recipe(2, (512, 512), objects=(1, 4), tokens=150)
 CLIP4 = Recipe(24, (64, 64), 4, (1, 3), 100)
 CLIP8 = Recipe(16, (64, 64), 8, (1, 3), 120)
+CLIP128 = Recipe(4, (128, 128), 8, (1, 3), 150)
+CLIP192 = Recipe(2, (192, 192), 8, (1, 3), 150)
 WHEN = Recipe(16, (64, 64), 8, (2, 3), 120, "what-when")
 BLINK = Recipe(16, (64, 64), 8, (1, 3), 120, "how-often")
 ORDER = Recipe(16, (64, 64), 8, (2, 3), 120, "order")
@@ -42,11 +44,13 @@ STAGES: list[tuple[float, list[tuple[Recipe | str, float]]]] = [
             ("easy", 0.6),
             (MID, 0.5),
             (WIDE, 0.4),
-            (LARGE, 0.6),
-            (HUGE, 0.4),
-            (GIANT, 0.15),
+            (LARGE, 1.2),
+            (HUGE, 1.2),
+            (GIANT, 0.4),
             (CLIP4, 0.5),
-            (CLIP8, 2.5),
+            (CLIP8, 2),
+            (CLIP128, 1),
+            (CLIP192, 0.6),
             (WHEN, 1.6),
             (ORDER, 1.2),
             (DURING, 1),

@@ -216,9 +216,9 @@ def set_depth(model: Any, layers: int) -> None:
 
 
 def draft_from(target: Any) -> Any:
-    """A draft that starts as the target's tower, embeddings and outermost text layers."""
+    """A draft that starts as the target's tower, embeddings, first text layer, and the last one of its shallow half."""
     draft = build("draft")
-    state, last = target.state_dict(), TEXT_LAYERS["target"] - 1
+    state, last = target.state_dict(), GROW_FROM - 1  # the layers above it began as the identity
     for key in draft.state_dict():
         source = key.replace("language_model.layers.1.", f"language_model.layers.{last}.")
         draft.state_dict()[key].copy_(state[source])
