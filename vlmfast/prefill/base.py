@@ -6,6 +6,7 @@ row of a batch is treated exactly like that row alone.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -214,6 +215,11 @@ def protect(scores: Tensor, sinks: int, recent: int) -> Tensor:
 def best(scores: Tensor, count: int) -> Tensor:
     """Indices of the `count` highest of scores (n,), ascending int64."""
     return scores.topk(count).indices.sort().values
+
+
+def under(policy: KVPolicy, scorer: KVPolicy) -> KVPolicy:
+    """The scorer that `policy` wraps, with the columns that stay anyway under that policy."""
+    return dataclasses.replace(scorer, keep=1.0, budget=None, sinks=policy.sinks, recent=policy.recent)
 
 
 def max_pool(scores: Tensor, width: int) -> Tensor:
