@@ -15,7 +15,8 @@ class PyramidKV(SnapKV):
     """SnapKV's scores, a budget per layer: with m the mean, the last layer keeps m / beta, the first 2 m - m / beta.
 
     The pyramid is built on what is left after sinks and recent columns, which every layer keeps. Where the first layer
-    would keep more than there is, it keeps everything and the slope is flatter, so the mean stays.
+    would keep more than there is, it keeps everything and the slope is flatter, so the mean stays. (kvpress counts the
+    window into the pyramid, and falls back to equal budgets where the last layer could not hold it.)
 
     beta  mean budget over the smallest, at least 1 (1 = every layer the same; paper 20)
     """
