@@ -29,6 +29,7 @@ class Row:
     layer: int
     layers: int
     rotation: Rotation | None = None  # of this row: cos and sin (n, Dh)
+    rank: int | None = None  # as in `LayerView`
 
     @property
     def n(self) -> int:
@@ -240,7 +241,7 @@ def row_of(view: LayerView, i: int, columns: Tensor) -> Row:
     if view.window is not None and view.queries is not None:
         window = view.window[i][:, view.queries[i]][..., where]
     kinds = view.kinds[i, where]
-    row = Row(view.keys[i][:, where], view.values[i][:, where], kinds, window, view.layer, view.layers)
+    row = Row(view.keys[i][:, where], view.values[i][:, where], kinds, window, view.layer, view.layers, rank=view.rank)
     if view.rotation is not None:
         cos, sin = (x[min(i, len(x) - 1)][where] for x in (view.rotation.cos, view.rotation.sin))
         row.rotation = Rotation(cos, sin, view.rotation.owner)

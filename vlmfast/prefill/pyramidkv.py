@@ -35,4 +35,5 @@ class PyramidKV(SnapKV):
         slope = 2 * (first - mean) / max(1, row.layers - 1)
         free = [first - slope * i for i in range(row.layers)] if row.layers > 1 else [float(mean)]
         # rounding the running sum, not the layers, keeps the sum over the layers exact
-        return least + round(sum(free[: row.layer + 1])) - round(sum(free[: row.layer]))
+        at = row.layer if row.rank is None else row.rank
+        return least + round(sum(free[: at + 1])) - round(sum(free[:at]))
