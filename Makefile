@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 
-.PHONY: demo test lint test-slow floor setup clean
+.PHONY: demo test lint test-slow floor originals setup clean
 
 demo: setup
 	$(BIN)/vlmfast demo
@@ -26,6 +26,11 @@ floor: setup
 	$(BIN)/python -m pip install -q --no-deps --upgrade --target .floor "transformers==5.18.0"
 	PYTHONPATH=.floor $(BIN)/python -m pytest -n 2 -m "not slow" tests/test_laws.py tests/test_tiny.py
 
+# our rules beside the authors' or a reference's, as published; test-only, without their dependencies
+originals: setup
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target .originals kvpress visionzip sparsevlm flowcut
+	$(BIN)/python -m pytest -rs tests/test_originals.py
+
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -36,4 +41,4 @@ $(STAMP): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .floor demo-out
+	rm -rf $(VENV) .floor .originals demo-out

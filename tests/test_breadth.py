@@ -35,7 +35,8 @@ def pruned_equals_short(family: str, media: tuple, method: Any) -> None:
     kept = [i[i >= 0] for i in columns.index]
     torch.testing.assert_close(logits(out), short_reference(model, inputs, kept, NEW), rtol=2e-4, atol=2e-4)
     width = max(len(k) for k in kept) + NEW - 1
-    assert {layer.keys.shape[-2] for layer in out.past_key_values.layers} == {width}
+    held = [layer for layer in out.past_key_values.layers if hasattr(layer, "keys")]  # others have a state alone
+    assert {layer.keys.shape[-2] for layer in held} == {width}
     assert fast.report.encode["kept_tokens"] == int((columns.kinds == Kind.VISUAL).sum())
     assert fast.report.encode["kept_tokens"] < fast.report.encode["visual_tokens"] or method.video_only
 

@@ -160,6 +160,18 @@ def view_of(*rows):
     return LayerView(*parts, rows[0].layer, rows[0].layers, None, queries, Rotation(cos, sin, 0))
 
 
+def test_snapkv_pools_up_to_the_recent_columns():
+    row = example(n=12, w=3)
+    row.window[..., 10] = 5.0  # a recent column stays anyway and lifts none of its neighbours
+    p_mean = row.window.mean(1).view(2, 2, 12).mean(1)
+    got = p.SnapKV(sinks=1, recent=2, pool=3).score(row)
+    for head in range(2):
+        assert got[head, 10:].tolist() == p_mean[head, 10:].tolist()
+        assert got[head, :10].tolist() == [float(p_mean[head, max(0, i - 1) : min(10, i + 2)].max()) for i in range(10)]
+    for wrapper in (p.AdaKV, p.Quantised):  # the wrapper says what stays
+        assert torch.equal(wrapper(sinks=1, recent=2, scorer=p.SnapKV(pool=3)).score(row), got)
+
+
 def test_h2o_keeps_heavy_hitters_and_recent_columns():
     row = example(n=12, w=3)
     choice = p.H2O(budget=6, sinks=0, recent=1).choose(row)
@@ -176,7 +188,7 @@ def test_pyramidkv_falls_linearly_and_keeps_the_mean():
     tight = [len(policy.choose(example(n=70, layer=i, layers=5)).keep[0]) for i in range(5)]
     assert tight == [70, 60, 50, 40, 30]  # the first layer holds all there is
     row = example(n=70)
-    assert torch.equal(policy.score(row), p.SnapKV().score(row))
+    assert torch.equal(policy.score(row), p.SnapKV(recent=8).score(row))
 
 
 def layers_of(policy, rows):

@@ -29,6 +29,8 @@ PAD, BOS, EOS, VISION_START, VISION_END, IMAGE, VIDEO, FIRST_TEXT = range(8)
 QWEN = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
 LLAVA = ["llava", "llava_next", "llava_next_video", "llava_onevision"]
 FAMILIES = QWEN + LLAVA
+HYBRID = ["qwen3_5", "qwen3_5_moe"]  # every other layer keeps a recurrent state: no drafts, no streams
+MROPE = QWEN + HYBRID
 TILED = ["internvl", "idefics3", "smolvlm"]  # images as equal tiles; built and fed here, no processor
 VIDEO_FAMILIES = [*QWEN, "llava_next_video", "llava_onevision"]
 TILE = 16  # side in pixels of a LLaVA tile: 4 x 4 patches
@@ -37,7 +39,7 @@ PINPOINTS_ONEVISION = [[16, 16], *PINPOINTS]
 SIZES = [(24, 32), (16, 24), (32, 16)]  # (height, width) of the first, second, third image of a row
 CLASS = {
     "qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL",
-    "qwen3_vl_moe": "Qwen3VLMoe",
+    "qwen3_vl_moe": "Qwen3VLMoe", "qwen3_5": "Qwen3_5", "qwen3_5_moe": "Qwen3_5Moe",
     "llava": "Llava", "llava_next": "LlavaNext", "llava_next_video": "LlavaNextVideo",
     "llava_onevision": "LlavaOnevision",
     "internvl": "InternVL", "idefics3": "Idefics3", "smolvlm": "SmolVLM",
@@ -54,7 +56,7 @@ def _config(family: str, text: dict[str, Any], vision: dict[str, Any], top: dict
         "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD,
     }  # fmt: skip
     vis: dict[str, Any]
-    if family in QWEN:
+    if family in MROPE:
         rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
         vis = {"depth": 2, "num_heads": 2, "in_channels": 3, "patch_size": PATCH}
         vis |= {"spatial_merge_size": 2, "temporal_patch_size": 2}
@@ -68,8 +70,16 @@ def _config(family: str, text: dict[str, Any], vision: dict[str, Any], top: dict
             txt["head_dim"] = 16
             rope |= {"mrope_section": [4, 2, 2], "mrope_interleaved": True}
             vis |= {"depth": 3, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
-        if family == "qwen3_vl_moe":
+        if family in HYBRID:
+            txt |= {"head_dim": 16, "layer_types": ["linear_attention", "full_attention"] * 2}
+            txt |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+            txt |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+            rope |= {"mrope_section": [2, 1, 1], "mrope_interleaved": True, "partial_rotary_factor": 0.5}
+            vis["num_position_embeddings"] = 16
+        if family.endswith("moe"):
             txt |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+        if family == "qwen3_5_moe":
+            txt["shared_expert_intermediate_size"] = 48
         txt["rope_parameters"] = rope
         cfg = {"image_token_id": IMAGE, "video_token_id": VIDEO}
         cfg |= {"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
@@ -111,7 +121,7 @@ def _rescale(model: torch.nn.Module, seed: int) -> None:
             fan_in = p.shape[-1] if ".experts." in name else p[0].numel()
             x = x / math.sqrt(fan_in) * 1.5
         elif "norm" in name and name.endswith("weight"):
-            x = 1 + 0.1 * x
+            x = p.data + 0.1 * x  # ones, or zeros where the norm itself adds the one
         else:
             x = 0.2 * x
         p.data.copy_(x)
@@ -164,7 +174,7 @@ def _text(gen: torch.Generator, n: int) -> list[int]:
 def _image(family: str, gen: torch.Generator, size: tuple[int, int], single: bool) -> tuple[list[int], dict[str, Any]]:
     """Ids and tensors of one image; `single`: the only one of its row (OneVision tiles only those)."""
     h, w = size
-    if family in QWEN:
+    if family in MROPE:
         gh, gw = h // PATCH, w // PATCH
         # an image is one frame shown twice
         one = torch.randn(gh * gw, 3, 1, PATCH * PATCH, generator=gen).expand(-1, -1, 2, -1)
@@ -185,7 +195,7 @@ def _video(
     family: str, gen: torch.Generator, size: tuple[int, int], frames: int, fps: float
 ) -> tuple[list[int], dict[str, Any]]:
     """Ids and tensors of one video of `frames` frames sampled at `fps`."""
-    if family not in QWEN:
+    if family not in MROPE:
         # 4 x 4 patches pooled 2 x 2; OneVision ends with a newline
         n = frames * 4 + (family == "llava_onevision")
         return [VIDEO] * n, {"pixel_values_videos": torch.randn(1, frames, 3, TILE, TILE, generator=gen)}
@@ -193,7 +203,7 @@ def _video(
     out: dict[str, Any] = {"pixel_values_videos": torch.randn(gt * gh * gw, 3 * 2 * PATCH * PATCH, generator=gen)}
     out["video_grid_thw"] = torch.tensor([[gt, gh, gw]])
     per = gh * gw // 4
-    if family.startswith("qwen3_vl"):  # each frame pair: the timestamp as text, then its own start and end
+    if family.startswith("qwen3"):  # each frame pair: the timestamp as text, then its own start and end
         ids = [i for _ in range(gt) for i in [*_text(gen, 3), VISION_START, *[VIDEO] * per, VISION_END]]
         return ids, out
     if family == "qwen2_5_vl":
@@ -218,7 +228,7 @@ def _row(family: str, media: Sequence[str], text: int, size: Any, frames: int, f
         row["batch_num_images"] = torch.tensor([list(media).count("image")])
     row["input_ids"] = torch.tensor([ids])
     row["attention_mask"] = torch.ones_like(row["input_ids"])
-    if family in QWEN:
+    if family in MROPE:
         row["mm_token_type_ids"] = (row["input_ids"] == IMAGE).long() + 2 * (row["input_ids"] == VIDEO).long()
     return row
 
@@ -249,9 +259,10 @@ def rows(
     """
     per_row = list(media) if media and not isinstance(media[0], str) else [media] * batch
     lengths = [text + 2 * r for r in range(len(per_row))] if isinstance(text, int) else list(text)
-    assert family in FAMILIES + TILED, f"no tiny model of {family!r}; there are {FAMILIES + TILED}"
+    known = FAMILIES + HYBRID + TILED
+    assert family in known, f"no tiny model of {family!r}; there are {known}"
     assert {m for r in per_row for m in r} <= {"image", "video"}, f"image or video, got {media}"
-    assert family in VIDEO_FAMILIES or not any("video" in r for r in per_row), f"{family} takes no video"
+    assert family in VIDEO_FAMILIES + HYBRID or not any("video" in r for r in per_row), f"{family} takes no video"
     assert frames % 2 == 0, f"an even number of frames, got {frames}"
     assert size is None or size[0] % 8 == size[1] % 8 == 0, f"a size in steps of 8, got {size}"
     zipped = enumerate(zip(per_row, lengths, strict=True))
@@ -295,7 +306,7 @@ def tokenizer(family: str) -> Any:
     """A byte-level BPE tokenizer of VOCAB tokens whose special ids are the constants above; pads left."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    image, video = ("<|image_pad|>", "<|video_pad|>") if family in QWEN else ("<image>", "<video>")
+    image, video = ("<|image_pad|>", "<|video_pad|>") if family in MROPE else ("<image>", "<video>")
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
@@ -316,19 +327,20 @@ def tokenizer(family: str) -> Any:
 def processor(family: str) -> Any:
     """A real HF processor that fits `build(family)`, chat template included."""
     t, tok = transformers, tokenizer(family)
-    vision = "<|vision_start|>{}<|vision_end|>" if family in QWEN else "{}\n"
+    vision = "<|vision_start|>{}<|vision_end|>" if family in MROPE else "{}\n"
     # Qwen3-VL's processor writes start and end for every frame
-    around = "{}" if family.startswith("qwen3_vl") else vision
+    around = "{}" if family.startswith("qwen3") else vision
     template = _TEMPLATE.replace("IMAGE", vision.format(tok.image_token))
     template = template.replace("VIDEO", around.format(tok.video_token))
     kwargs: dict[str, Any] = {"tokenizer": tok, "chat_template": template}
-    if family in QWEN:
+    if family in MROPE:
         pixels: dict[str, Any] = {"patch_size": PATCH, "size": {"shortest_edge": 256, "longest_edge": 1024}}
-        clip = t.Qwen3VLVideoProcessor if family.startswith("qwen3_vl") else t.Qwen2VLVideoProcessor
+        clip = t.Qwen3VLVideoProcessor if family.startswith("qwen3") else t.Qwen2VLVideoProcessor
         kwargs["image_processor"] = t.Qwen2VLImageProcessor(**pixels)
         pixels["size"] = {"shortest_edge": 256, "longest_edge": 16384}  # of a whole clip, not of a frame
         kwargs["video_processor"] = clip(**pixels)
-        return getattr(t, CLASS[family].removesuffix("Moe") + "Processor")(**kwargs)
+        name = "Qwen3VL" if family.startswith("qwen3") else CLASS[family]
+        return getattr(t, name + "Processor")(**kwargs)
     if family == "llava_onevision":
         kwargs |= {"num_image_tokens": 16, "vision_feature_select_strategy": "full"}
         square: dict[str, Any] = {"size": {"height": TILE, "width": TILE}}

@@ -109,10 +109,11 @@ class LayerView:
     kinds: Tensor  # (B, L) int8, `Kind`
     window: Tensor | None  # (B, H, W, L) float32 softmax weights of the last W columns' queries, or W = 1: their mean
     layer: int
-    layers: int
+    layers: int  # how many the policy compresses: those with full attention
     positions: Tensor | None = None  # (B, L) int64 logical column of each physical one, -1 on padding
     queries: Tensor | None = None  # (B, W) bool: which of the window's queries count: text after the media
     rotation: Rotation | None = None  # None where the rotation of every column is not known
+    rank: int | None = None  # this layer's place among those, where some are left alone; None = `layer`
 
 
 @dataclass(frozen=True)

@@ -91,10 +91,12 @@ def length(case: Case) -> Verdict:
         encode, prefill = fast.report.encode, fast.report.prefill
     prompt, visual, kept = case.inputs["input_ids"].shape[1], encode["visual_tokens"], encode["kept_tokens"]
     expected = prompt - visual + kept + TOKENS - 1
-    layers = cache_of(out).layers
-    held = [layer.keys.shape[-2] for layer in layers if getattr(layer, "keys", None) is not None]
-    size = sum(t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values))
-    text = cache_of(out).vlmfast_columns.kinds
+    cache = cache_of(out)
+    layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]  # others have a state alone
+    held = [layer.keys.shape[-2] for layer in layers]
+    tensors = [t for layer in layers for t in (layer.keys, layer.values)]
+    size = sum(t.numel() * t.element_size() for t in tensors)
+    text = cache.vlmfast_columns.kinds
     wrong = [f"layer {i} holds {n} columns, not {expected}" for i, n in enumerate(held) if n != expected]
     if not visual or kept >= visual:
         wrong.append(f"{kept} of {visual} visual tokens were kept: nothing was pruned")

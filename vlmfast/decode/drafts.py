@@ -104,6 +104,11 @@ class ModelDraft:
             )
         draft = self.load()
         mine, theirs = families.get(draft), families.get(model)
+        if mine.recurrent:
+            raise Unsupported(
+                f"layers of the draft, a {draft.config.model_type}, keep a recurrent state that cannot give back "
+                "refused tokens: use a draft with attention in every layer"
+            )
         sizes = _vocabulary(draft), _vocabulary(model)
         if abs(sizes[0] - sizes[1]) > PADDING_ROWS:
             raise Unsupported(

@@ -36,7 +36,11 @@ def option(model: Any, kwargs: dict[str, Any], name: str) -> Any:
 
 def check(model: Any, speculate: Speculate, args: tuple, kwargs: dict[str, Any]) -> None:
     """Raise Unsupported, in one line, for whatever this loop cannot honour; called before anything runs."""
-    families.get(model)
+    if families.get(model).recurrent:
+        raise Unsupported(
+            f"layers of a {model.config.model_type} keep a recurrent state that cannot give back refused tokens: "
+            "drop speculate= for this model"
+        )
     ask = {name: option(model, kwargs, name) for name in (*REFUSED_OPTIONS, "num_beams", "num_return_sequences")}
     for name, why in REFUSED_OPTIONS.items():
         value = ask[name]

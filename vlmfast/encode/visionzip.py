@@ -20,7 +20,8 @@ class VisionZip(Pruner):
 
     contextual: share of the budget given to "contextual" tokens (0.16 in the paper, 0 here): evenly spaced among the
     rest, each gaining the mean of the dropped tokens most like it. That changes features and is refused under M-RoPE,
-    where merged tokens drift from their positions. Likeness is of features here, of the layer's keys in the paper.
+    where merged tokens drift from their positions. Likeness is of features here, of the layer's keys in the paper, and
+    the even steps reach the end of the rest, where the authors' code takes every (rest // count)-th from the start.
     """
 
     contextual: float = 0.0

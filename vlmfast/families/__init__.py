@@ -9,9 +9,9 @@ from vlmfast.families.base import Family, Item
 from vlmfast.families.idefics import Idefics
 from vlmfast.families.internvl import InternVL
 from vlmfast.families.llava import Llava
-from vlmfast.families.qwen import Qwen
+from vlmfast.families.qwen import Qwen, Qwen35
 
-FAMILIES: tuple[Family, ...] = (Qwen(), Llava(), InternVL(), Idefics())
+FAMILIES: tuple[Family, ...] = (Qwen(), Qwen35(), Llava(), InternVL(), Idefics())
 
 
 def supported() -> list[str]:

@@ -28,6 +28,7 @@ class Family:
     rope_axes: int = 1  # 1, or 3 under M-RoPE
     media: tuple[str, ...] = ("image",)
     tower_pruning: bool = False  # can a pruner act inside the tower (`after_block`)?
+    recurrent: bool = False  # do some text layers keep a running state, which no token can be taken out of?
 
     def base(self, model: nn.Module) -> nn.Module:
         """The module whose forward receives `input_ids` and merges features into embeddings."""
@@ -63,6 +64,20 @@ class Family:
 
     def tower(self, model: nn.Module) -> nn.Module:
         return self.base(model).vision_tower  # type: ignore[return-value]
+
+
+def attentions(text: Any) -> list[nn.Module]:
+    """The attention modules of a text decoder; layers with a recurrent state have none."""
+    return [layer.self_attn for layer in text.layers if hasattr(layer, "self_attn")]
+
+
+def queries(module: Any, hidden: Tensor) -> Tensor:
+    """(B, W, H, Dh) queries of hidden (B, W, D) as an attention module projects them, before norm and rotation.
+
+    Where the projection also makes a gate of the same size, it stands behind each head's query (Qwen3.5).
+    """
+    heads = module.q_proj(hidden).unflatten(-1, (module.config.num_attention_heads, -1))
+    return heads[..., : module.head_dim]
 
 
 def feature_list(output: Any) -> list[Tensor]:

@@ -1,4 +1,5 @@
-"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL (also its experts): merged patch grid, M-RoPE, DeepStack columns (3-VL)."""
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5 (the last two also with experts): merged patch grid, M-RoPE, DeepStack
+columns (3-VL), layers with a recurrent state (3.5)."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from vlmfast.families.base import Family, Item, frames_of
 
 
 class Qwen(Family):
-    model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+    model_types: tuple[str, ...] = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
     rope_axes = 3
     media = ("image", "video")
     tower_pruning = True
@@ -48,6 +49,20 @@ class Qwen(Family):
             patch_size=tower.patch_size,
         )
         return index.to(grid.device)
+
+
+class Qwen35(Qwen):
+    """Three layers of four are gated delta nets: each folds every column into a state of fixed size.
+
+    Pruned columns simply never enter them, and a KV policy leaves them alone. Nothing can be taken out of a state
+    again: what takes tokens back (drafts) or brings columns back by name (streams, reuse of a prefix) is refused.
+    """
+
+    model_types = ("qwen3_5", "qwen3_5_moe")
+    recurrent = True
+
+    def stamped(self, model: nn.Module) -> bool:
+        return True
 
 
 def grid_items(grids: Tensor, merge: int, video: bool) -> list[Item]:

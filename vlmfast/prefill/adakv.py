@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from vlmfast.core import UserError, check_fraction
-from vlmfast.prefill.base import KVPolicy, Row
+from vlmfast.prefill.base import KVPolicy, Row, under
 from vlmfast.prefill.snapkv import SnapKV
 
 
@@ -16,9 +16,11 @@ from vlmfast.prefill.snapkv import SnapKV
 class AdaKV(KVPolicy):
     """Wraps a scorer: the best columns over all heads together stay, every head is sure of a floor.
 
-    Heads really hold different numbers of columns; nothing is masked.
+    Heads really hold different numbers of columns; nothing is masked. The floor is a minimum, as in kvpress, with which
+    the kept columns agree; the authors' code blends, giving a head (1 - floor) of what the ranking says and floor of
+    the mean.
 
-    scorer  any policy with a `score` (its own keep and budget are not used)
+    scorer  any policy with a `score` (its own keep, budget, sinks and recent are not used)
     floor   share of the mean budget that each head gets whatever its scores, in (0, 1] (paper's code 0.5, kvpress 0.2)
     """
 
@@ -38,7 +40,7 @@ class AdaKV(KVPolicy):
         return self.scorer.window()
 
     def score(self, row: Row) -> Tensor:
-        return self.scorer.score(row)
+        return under(self, self.scorer).score(row)
 
     def counts(self, scores: Tensor, total: int) -> list[int]:
         heads, n = scores.shape

@@ -6,6 +6,7 @@ row of a batch is treated exactly like that row alone.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -28,6 +29,7 @@ class Row:
     layer: int
     layers: int
     rotation: Rotation | None = None  # of this row: cos and sin (n, Dh)
+    rank: int | None = None  # as in `LayerView`
 
     @property
     def n(self) -> int:
@@ -216,6 +218,11 @@ def best(scores: Tensor, count: int) -> Tensor:
     return scores.topk(count).indices.sort().values
 
 
+def under(policy: KVPolicy, scorer: KVPolicy) -> KVPolicy:
+    """The scorer that `policy` wraps, with the columns that stay anyway under that policy."""
+    return dataclasses.replace(scorer, keep=1.0, budget=None, sinks=policy.sinks, recent=policy.recent)
+
+
 def max_pool(scores: Tensor, width: int) -> Tensor:
     """Maximum over `width` neighbouring columns (odd), same length: (Hk, n) -> (Hk, n)."""
     return torch.nn.functional.max_pool1d(scores[None], width, stride=1, padding=width // 2)[0] if width > 1 else scores
@@ -234,7 +241,7 @@ def row_of(view: LayerView, i: int, columns: Tensor) -> Row:
     if view.window is not None and view.queries is not None:
         window = view.window[i][:, view.queries[i]][..., where]
     kinds = view.kinds[i, where]
-    row = Row(view.keys[i][:, where], view.values[i][:, where], kinds, window, view.layer, view.layers)
+    row = Row(view.keys[i][:, where], view.values[i][:, where], kinds, window, view.layer, view.layers, rank=view.rank)
     if view.rotation is not None:
         cos, sin = (x[min(i, len(x) - 1)][where] for x in (view.rotation.cos, view.rotation.sin))
         row.rotation = Rotation(cos, sin, view.rotation.owner)

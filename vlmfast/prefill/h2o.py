@@ -17,6 +17,8 @@ class H2O(KVPolicy):
 
     The paper sums over every query of the prompt and goes on evicting while it decodes. Here the sum runs over the text
     after the media (no full attention map exists under FlashAttention) and the choice is made once, after the prefill.
+    kvpress' observed attention also divides a column's sum by the number of queries that can see it and keeps no recent
+    half, neither of which is in the paper: with that undone the scores agree.
 
     queries  text queries summed over, the last ones
     heavy    share of the budget for heavy hitters, in [0, 1]; the rest goes to recent columns (paper 0.5)

@@ -15,7 +15,8 @@ class PyramidKV(SnapKV):
     """SnapKV's scores, a budget per layer: with m the mean, the last layer keeps m / beta, the first 2 m - m / beta.
 
     The pyramid is built on what is left after sinks and recent columns, which every layer keeps. Where the first layer
-    would keep more than there is, it keeps everything and the slope is flatter, so the mean stays.
+    would keep more than there is, it keeps everything and the slope is flatter, so the mean stays. (kvpress counts the
+    window into the pyramid, and falls back to equal budgets where the last layer could not hold it.)
 
     beta  mean budget over the smallest, at least 1 (1 = every layer the same; paper 20)
     """
@@ -34,4 +35,5 @@ class PyramidKV(SnapKV):
         slope = 2 * (first - mean) / max(1, row.layers - 1)
         free = [first - slope * i for i in range(row.layers)] if row.layers > 1 else [float(mean)]
         # rounding the running sum, not the layers, keeps the sum over the layers exact
-        return least + round(sum(free[: row.layer + 1])) - round(sum(free[: row.layer]))
+        at = row.layer if row.rank is None else row.rank
+        return least + round(sum(free[: at + 1])) - round(sum(free[:at]))

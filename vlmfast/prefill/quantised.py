@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from vlmfast.core import UserError
-from vlmfast.prefill.base import Choice, KVPolicy, Row
+from vlmfast.prefill.base import Choice, KVPolicy, Row, under
 from vlmfast.prefill.merge import others
 from vlmfast.prefill.snapkv import SnapKV
 
@@ -21,7 +21,8 @@ class Quantised(KVPolicy):
     papers go down to 2 to 4 bits with balanced or channel-wise scales; here the low tier has 8, so the cache shrinks to
     about half at most in bfloat16.
 
-    scorer  any policy with a `score` (its own keep and budget are not used); ZipCache ranks by attention per query
+    scorer  any policy with a `score` (its own keep, budget, sinks and recent are not used); ZipCache ranks by attention
+            per query
     """
 
     name: ClassVar[str] = "quantised"
@@ -42,7 +43,7 @@ class Quantised(KVPolicy):
         return self.scorer.window()
 
     def score(self, row: Row) -> Tensor:
-        return self.scorer.score(row)
+        return under(self, self.scorer).score(row)
 
     def choose(self, row: Row) -> Choice:
         choice = super().choose(row)

@@ -49,6 +49,11 @@ class ShadowKV(KVPolicy):
                 "set, say): use HybridKV, whose dynamic heads keep whole keys"
             )
         hk, n, d = row.keys.shape
+        if row.rotation.cos.shape[-1] != d:
+            raise Unsupported(
+                f"{self.name} undoes the rotation of whole keys, and this model rotates "
+                f"{row.rotation.cos.shape[-1]} of {d} channels: use HybridKV, whose dynamic heads keep whole keys"
+            )
         cos, sin = row.rotation.cos.float(), row.rotation.sin.float()
         flat = rotate(row.keys.float(), cos, -sin) / (cos.square() + sin.square())  # keys before RoPE
         u, s, vh = torch.linalg.svd(flat.transpose(0, 1).reshape(n, hk * d), full_matrices=False)

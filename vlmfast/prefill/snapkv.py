@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from vlmfast.core import UserError
@@ -15,7 +16,9 @@ from vlmfast.prefill.base import KVPolicy, Row, max_pool
 class SnapKV(KVPolicy):
     """Score = attention of the observation window, mean over its queries and the head group, max-pooled.
 
-    Here the window is text after the media (the paper's last queries may hold none of the question's words).
+    Here the window is text after the media (the paper's last queries may hold none of the question's words). As in the
+    paper, the pooling ends where the `recent` columns begin. kvpress pools by an average over 5 columns, so it keeps
+    other columns; without pooling both keep the same.
 
     queries  size of the observation window (paper 32)
     pool     width of the max pooling over columns, odd (paper 7; 1 = none)
@@ -32,4 +35,6 @@ class SnapKV(KVPolicy):
             raise UserError(f"pool={self.pool} in {self.name}: the pooling width is odd, e.g. pool={self.pool + 1}")
 
     def score(self, row: Row) -> Tensor:
-        return max_pool(row.relevance(), self.pool)
+        relevance = row.relevance()
+        past = max(0, row.n - self.recent)
+        return torch.cat([max_pool(relevance[:, :past], self.pool), relevance[:, past:]], 1)

@@ -59,6 +59,10 @@ def _from_config(name: str, config: Any) -> Shape:
         raise UserError(
             f"{name} ({config.model_type}) is a mixture of experts, whose cost is not counted here: no floor"
         )
+    if "linear_attention" in (getattr(text, "layer_types", None) or ()):
+        raise UserError(
+            f"{name} ({config.model_type}) has layers with a recurrent state, whose cost is not counted here: no floor"
+        )
     d = getattr(vision, "embed_dim", None) if config.model_type == "qwen2_vl" else None
     d = d or vision.hidden_size
     depth = getattr(vision, "depth", None) or vision.num_hidden_layers

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -83,7 +84,8 @@ class AttentionSwitch:
         current = self.config._attn_implementation
         self._before.append(current)
         layers = getattr(cache_in(kwargs), "layers", None) or []
-        ours = [bool(getattr(layer, "ragged", False)) for layer in layers]
+        attended = [layer for layer in layers if isinstance(layer, CacheLayerMixin)]  # not those with a state alone
+        ours = [bool(getattr(layer, "ragged", False)) for layer in attended]
         if any(ours):
             self.config._attn_implementation_internal = NAME if all(ours) else _mixed(current)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vlmfast import kernels
 from vlmfast.core import Kind
 from vlmfast.families import Family
+from vlmfast.families.base import attentions
 from vlmfast.runtime.columns import ColumnHooks
 from vlmfast.runtime.cuts import all_keys
 from vlmfast.runtime.layers import text_queries, window_queries
@@ -37,8 +38,8 @@ class Gaze:
 
     def watch(self, patch: Patch) -> None:
         """Look at every layer: to be called before a KV policy is installed, which empties what is read here."""
-        for layer in self.family.layers(self.model):
-            patch.hook(layer.self_attn.register_forward_hook(self._attended, with_kwargs=True))  # type: ignore
+        for attention in attentions(self.family.text(self.model)):
+            patch.hook(attention.register_forward_hook(self._attended, with_kwargs=True))
 
     def install(self, patch: Patch) -> None:
         """Follow the prefills: to be called after the column hooks are installed, which say what enters."""

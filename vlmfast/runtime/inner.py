@@ -43,6 +43,11 @@ class InnerHooks:
         self._check()
 
     def _check(self) -> None:
+        if self.family.recurrent:
+            raise Unsupported(
+                f"{self.method.name} drops columns between layers, and layers of this model keep a recurrent state "
+                "that takes a mask of its own: use a pruner of the tower's output (vidcom2, maxmin)"
+            )
         deep = deep_layers(self.model)
         for at in self.cuts:
             if not 1 <= at < len(self.layers):

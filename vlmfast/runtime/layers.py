@@ -22,6 +22,7 @@ from transformers.cache_utils import (
 
 from vlmfast import kernels
 from vlmfast.core import CompressedLayer, Kind, LayerView, Policy, Rotation, StageDidNotFire, Unsupported
+from vlmfast.families.base import attentions, queries
 from vlmfast.runtime.attention import AttentionSwitch
 from vlmfast.runtime.clock import clock
 from vlmfast.runtime.names import QuantizedLayerBase, cache_in, put_cache
@@ -55,8 +56,8 @@ class KVHooks:
     def install(self, patch: Patch) -> None:
         text = self.text_model
         patch.call(self._reset)
-        for layer in text.layers:  # type: ignore[union-attr]
-            patch.hook(layer.self_attn.register_forward_hook(self._after_attention, with_kwargs=True))
+        for attention in attentions(text):
+            patch.hook(attention.register_forward_hook(self._after_attention, with_kwargs=True))
         AttentionSwitch(text, self.config).install(patch)
         patch.hook(text.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True))
         patch.hook(text.register_forward_hook(self._leave, with_kwargs=True, always_call=True))
@@ -166,10 +167,11 @@ class KVHooks:
                 raise Unsupported("padding on the right of a prompt: pad on the left (padding_side='left') to generate")
             self.fits = self.policy.fits(int((columns.kinds != Kind.PAD).sum(1).max()))
         if not self.fits:
-            window, queries = self._window(module, args, kwargs, layer.keys, columns.kinds)
+            window, counted = self._window(module, args, kwargs, layer.keys, columns.kinds)
+            mine = sorted(self.originals)
             view = LayerView(
-                layer.keys, layer.values, columns.kinds, window, module.layer_idx, len(self.cache.layers),
-                columns.index, queries, self._rotation(kwargs, held),
+                layer.keys, layer.values, columns.kinds, window, module.layer_idx, len(mine),
+                columns.index, counted, self._rotation(kwargs, held), mine.index(module.layer_idx),
             )  # fmt: skip
             if not self.policy.spans:
                 kept = self.policy.compress(view)
@@ -205,18 +207,18 @@ class KVHooks:
         if w == 0:
             return None, None
         start = clock(self.text_model)
-        w, queries = text_queries(kinds, w)
+        w, counted = text_queries(kinds, w)
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         query = window_queries(module, hidden[:, -w:], kwargs["position_embeddings"])
         visible = kinds != Kind.PAD
         if self.policy.per_query:
             weights = kernels.window_attention(query, keys, module.scaling, visible)
-            weights.masked_fill_(~queries[:, None, :, None], 0.0)
+            weights.masked_fill_(~counted[:, None, :, None], 0.0)
         else:
-            weights = kernels.window_mean(query, keys, module.scaling, visible, queries)
-            queries = queries[:, -1:] | True
+            weights = kernels.window_mean(query, keys, module.scaling, visible, counted)
+            counted = counted[:, -1:] | True
         self.window_seconds += clock(self.text_model) - start
-        return weights, queries
+        return weights, counted
 
 
 def text_queries(kinds: Tensor, w: int) -> tuple[int, Tensor]:
@@ -234,8 +236,8 @@ def window_queries(module: Any, hidden: Tensor, position_embeddings: tuple[Tenso
 
     hidden (B, W, D) is what the module received; position_embeddings its full-length cos and sin.
     """
-    b, w, _ = hidden.shape
-    query = module.q_proj(hidden).view(b, w, -1, module.head_dim)
+    w = hidden.shape[1]
+    query = queries(module, hidden)
     if hasattr(module, "q_norm"):
         query = module.q_norm(query)
     query = query.transpose(1, 2)

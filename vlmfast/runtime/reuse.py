@@ -52,7 +52,8 @@ class Reuse:
     def find(self, kwargs: dict[str, Any], pruner: Any = None, features_only: bool = False) -> bool:
         """Look the request up; on a hit, rewrite kwargs to continue behind the stored prefix. One row only.
 
-        A pruner that reads the question keeps other tokens for every question: then only features are reused.
+        A pruner that reads the question keeps other tokens for every question, and a recurrent state knows no prefix of
+        its past: then only features are reused.
         features_only: the call brings a cache layout (static, chunks) that a stored prefix does not have.
         """
         self.hits, self._key = [], None
@@ -61,6 +62,9 @@ class Reuse:
             return False
         if "question" in getattr(pruner, "needs", ()):
             self.hits.append(f"reuse: {pruner.name} reads the question, so only features are kept, not their KV")
+            return False
+        if self.family.recurrent:
+            self.hits.append("reuse: a recurrent state cannot be cut behind the media, so only features are kept")
             return False
         ids = kwargs.get("input_ids")
         pixels = {k: v for k, v in kwargs.items() if isinstance(v, Tensor) and k in (*PIXELS, "image_sizes")}

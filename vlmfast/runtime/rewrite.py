@@ -153,6 +153,11 @@ class Rewrite:
             )
         if not media:
             return
+        if self.family.recurrent:
+            raise Unsupported(
+                f"{says}: this model's layers with a recurrent state are served over the default dynamic cache in one "
+                "prefill only; use that"
+            )
         if call.get("input_ids") is None:
             raise Unsupported(f"{says} needs input_ids: inputs_embeds are pruned over the default dynamic cache only")
         for other in REPLACED:

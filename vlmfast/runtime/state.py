@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from vlmfast.core import Kind, Unsupported
 
@@ -131,6 +131,8 @@ def count_skipped(cache: Any, n: int, text_layers: int) -> None:
     if not layers:
         cache.layers.extend(PrunedLayer() for _ in range(text_layers))
     for i, layer in enumerate(cache.layers):
+        if not isinstance(layer, CacheLayerMixin):  # a recurrent state alone: it counts no columns
+            continue
         if type(layer) is DynamicLayer:
             new = PrunedLayer()
             new.__dict__.update(layer.__dict__)

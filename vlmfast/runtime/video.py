@@ -89,6 +89,11 @@ class Eyes:
         self.base: Any = self.family.base(model)
         self.text: Any = self.family.text(model)
         self.type = str(model.config.model_type)
+        if self.family.recurrent:
+            raise Unsupported(
+                f"layers of a {self.type} keep a recurrent state, out of which no frame can be taken or brought back: "
+                "a stream needs a model with attention in every layer"
+            )
         if "video" not in self.family.visual_ids(model):
             raise Unsupported(f"{self.type} reads no video: a stream needs a video model (Qwen-VL, LLaVA-OneVision)")
         for part in ("video_processor", "tokenizer", "apply_chat_template"):
