@@ -40,7 +40,12 @@ def decode(rows: list[Row]) -> str:
     out = []
     for r in rows:
         p, m = r["params"], r["metrics"]
-        if "shape" in p or ("relax" in p and r["name"] != "randomrelax") or r["name"] == "loose-paper":
+        if (
+            "shape" in p
+            or r.get("predicted")
+            or ("relax" in p and r["name"] != "randomrelax")
+            or r["name"] == "loose-paper"
+        ):
             continue
         if r["name"] == "loose" and set(p) - {"draft", "length", "batch"}:
             continue

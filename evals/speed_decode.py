@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from evals import decode_runs as runs
+from evals import decode_tree
 from evals.decode_shapes import rows as shape_rows
 from evals.records import head, row, write
 from evals.stats import paired
@@ -36,7 +37,7 @@ def run(quick: bool, pictures: int | None = None) -> dict[str, Any]:
     target, processor = pocket.load("target")
     draft, _ = pocket.load("draft")
     tokenizer = processor.tokenizer
-    n = pictures or (4 if quick else 60)
+    n = pictures or (4 if quick else 40)
     items = runs.captions(processor, n)
     who = runs.competitors(draft, quick) + ([] if quick else runs.curve(draft) + runs.ablations(draft))
     results = runs.rotate(target, tokenizer, items, who)
@@ -48,6 +49,7 @@ def run(quick: bool, pictures: int | None = None) -> dict[str, Any]:
     strict = next(got for c, got in zip(who, results, strict=True) if c.name == "lossless")
     trace = [pair for r in strict for pair in r["trace"] if pair[0]] or [(1, 0)]
     rows += shape_rows(trace, quick)
+    rows.append(decode_tree.row(target, draft, items[0][0], 4 if quick else n, 3 if quick else 15))
     out = {
         "rows": rows, "show": SHOW, "seed": 0, "repeats": n,
         "config": {"quick": quick, "pictures": n, "max_new_tokens": runs.TOKENS, "draft_keep": runs.KEEP},
@@ -146,7 +148,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--quick", action="store_true", help="four pictures, under a minute")
-    parser.add_argument("--pictures", type=int, help="how many pictures (default 60)")
+    parser.add_argument("--pictures", type=int, help="how many pictures (default 40)")
     parser.add_argument("--out", required=True, help="result file (JSON)")
     parser.add_argument("--force", action="store_true", help="replace an existing result")
     given = parser.parse_args()
