@@ -269,7 +269,13 @@ def test_mentions_are_found_and_told_what_is_true() -> None:
     got = dict(zip(mentions.KINDS, mentions.label(Mention(0, "red", "circle"), scene)))
     assert (got["count"], got["place"], got["arrives"], got["blinks"]) == (1, 0, 3, 0)
     assert mentions.WAYS[got["move"]] == "up"
-    assert mentions.label(Mention(0, "red"), scene) == [2] + [mentions.OPEN] * 6, "two red ones: no single place"
+    assert mentions.label(Mention(0, "red"), scene) == [2] + [mentions.OPEN] * 10, "two red ones: no single place"
+    scene.texts = [scenes.Text("705", 0.5, 0.5, 0.03, True)]
+    read = mentions.label(Mention(0, number=True), scene)
+    assert "".join(mentions.GLYPHS[i] for i in read[7:]) == "705 " and set(read[:7]) == {mentions.OPEN}
+    from vlmfast.pocket.insight import ranks
+
+    assert sorted(ranks([scene], 4, 4).flatten().tolist())[-2:] == [1, 3], "7 and 0 share a token, 5 has the next"
     assert mentions.label(Mention(0, "blue", "ring"), scene)[0] == 0
     assert mentions.label(Mention(0, second=3), scene) == mentions.label(Mention(0, second=-1), scene)
     assert mentions.label(Mention(0, second=2), scene)[0] == 0

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from vlmfast.pocket import batches, state
 from vlmfast.pocket.render import FONT, render
-from vlmfast.pocket.scenes import COLOUR_NAMES, DIRECTIONS, NEEDLE, SHAPES, SIZES, Rng, Scene, moving, still
+from vlmfast.pocket.scenes import COLOUR_NAMES, DIRECTIONS, NEEDLE, SHAPES, SIZES, Rng, Scene, Text, moving, still
 
 FRESH = 20  # steps in which only the reader learns
 NOWHERE = -100  # label of what a token cannot tell: the colour of no object
@@ -38,7 +38,6 @@ def targets(scenes: list[Scene], at: float, rows: int, columns: int) -> torch.Te
     out = torch.full((len(scenes), rows, columns, len(KINDS)), NOWHERE)
     out[..., 0] = out[..., 4] = out[..., 5] = 0
     for number, scene in enumerate(scenes):
-        side = min(scene.height, scene.width)
         for obj in scene.objects:
             if not (obj.t_in <= at < obj.t_out) or any(b <= at < b + 1 for b in obj.blinks):
                 continue
@@ -50,10 +49,15 @@ def targets(scenes: list[Scene], at: float, rows: int, columns: int) -> torch.Te
                 out[number, row, column, :4] = torch.tensor([k.index(v) for k, v in zip(KINDS.values(), said)])
         for text in scene.texts:
             for i, char in enumerate(text.string):
-                x = text.x + (6 * i + 2.5 - 3 * len(text.string)) * text.dot * side / scene.width
-                slots = out[number, int(text.y * rows), min(int(x * columns), columns - 1)]
+                slots = out[(number, *char_token(text, i, scene, rows, columns))]
                 slots[5 if slots[4] else 4] = GLYPHS.index(char)
     return out.flatten(0, 2)
+
+
+def char_token(text: Text, i: int, scene: Scene, rows: int, columns: int) -> tuple[int, int]:
+    """(row, column) of the token that holds the middle of character `i`."""
+    x = text.x + (6 * i + 2.5 - 3 * len(text.string)) * text.dot * min(scene.height, scene.width) / scene.width
+    return int(text.y * rows), min(int(x * columns), columns - 1)
 
 
 class Eyes:

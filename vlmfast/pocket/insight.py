@@ -2,7 +2,8 @@
 
 A tower sees one second at a time. That something has appeared, or is gone, is known only to whoever compares seconds:
 the text layers. Answers tell them so once per question; this tells them once per token. A throw-away reader after text
-layer `LAYER` says of every visual token what happens there, in which second, and in which of the nine places it lies.
+layer `LAYER` says of every visual token what happens there, in which second, in which of the nine places it lies,
+whether the light flashes, and which character of a written string is the first in it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlmfast.pocket import mentions
+from vlmfast.pocket.eyes import char_token
 from vlmfast.pocket.scenes import DIRECTIONS, PLACES, Obj, Scene
 
 LAYER = 2
@@ -25,6 +27,9 @@ NOTHING, STAYS, COMES, GONE = range(4)
 EVENT = torch.tensor([0.05, 0.15, 4.0, 2.0])  # weight of each: one token in a hundred tells that something comes
 CHANGE = 3.0  # weight of the event beside place and second
 SECONDS = 64
+RANK = torch.tensor([0.05, 1.0, 1.0, 1.0, 1.0])  # weight: no character begins here, or the first, second, ...
+LIT = torch.tensor([0.2, 1.0])
+HEADS = (len(EVENT), SECONDS, len(PLACES), len(RANK), len(LIT))
 
 
 def shown(obj: Obj, second: int) -> bool:
@@ -58,14 +63,23 @@ def events(scenes: Sequence[Scene], grid: tuple[int, int, int]) -> Tensor:
     return out
 
 
+def ranks(scenes: Sequence[Scene], rows: int, columns: int) -> Tensor:
+    """1 + the number of the first character whose middle lies in each token, 0 for none: int64 (B, rows * columns)."""
+    out = torch.zeros(len(scenes), rows, columns, dtype=torch.long)
+    for number, scene in enumerate(scenes):
+        for text in scene.texts:
+            for i in reversed(range(len(text.string))):
+                out[(number, *char_token(text, i, scene, rows, columns))] = i + 1
+    return out.flatten(1)
+
+
 class Insight:
     """The side task of one training run; the reader is not kept."""
 
     def __init__(self, model: Any, device: torch.device, lr: float) -> None:
         text = model.model.language_model
         width = model.config.get_text_config().hidden_size
-        heads = len(EVENT) + SECONDS + len(PLACES)
-        seen = torch.nn.Sequential(torch.nn.RMSNorm(width), torch.nn.Linear(width, heads))
+        seen = torch.nn.Sequential(torch.nn.RMSNorm(width), torch.nn.Linear(width, sum(HEADS)))
         self.reader = torch.nn.ModuleDict({"seen": seen, "said": mentions.reader(width)}).to(device)
         self.opt = torch.optim.AdamW(self.reader.parameters(), lr=lr)
         self.hidden: dict[int, Tensor] = {}
@@ -89,7 +103,7 @@ class Insight:
         hidden, (t, h, w) = self.hidden[LAYER], grid
         what = events(scenes, grid).flatten(1).to(hidden.device)
         read = self.reader["seen"](hidden[:, first : first + t * h * w].float())
-        event, second, place = read.split([len(EVENT), SECONDS, len(PLACES)], -1)
+        event, second, place, rank, lit = read.split(HEADS, -1)
         loss = F.cross_entropy(event.flatten(0, 1), what.flatten(), weight=EVENT.to(what.device))
         loss = loss * (CHANGE if t > 1 else 1.0)
         row, column = torch.arange(h) * 3 // h, torch.arange(w) * 3 // w
@@ -100,6 +114,13 @@ class Insight:
             loss = loss + 0.5 * F.cross_entropy(place[there], places[there])
             if t > 1:
                 loss = loss + 0.5 * F.cross_entropy(second[there], seconds[there])
+        if t == 1:
+            order = ranks(scenes, h, w).to(what.device)
+            loss = loss + F.cross_entropy(rank.flatten(0, 1), order.flatten(), weight=RANK.to(what.device))
+        else:
+            flash = torch.tensor([-1 if s.flash is None else s.flash for s in scenes], device=what.device)
+            bright = (seconds == flash[:, None]).long()
+            loss = loss + F.cross_entropy(lit.flatten(0, 1), bright.flatten(), weight=LIT.to(what.device))
         return WEIGHT * loss
 
     def step(self) -> None:

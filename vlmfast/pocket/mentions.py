@@ -4,7 +4,7 @@ An answer tells once per question whether a "red circle" was looked up rightly, 
 tells one bit that nothing but the whole search explains: presence stayed at chance for 35,000 rows. This tells it at
 every mention. At each colour or shape word of a question, and where it names a second or the flash, a throw-away reader
 after text layer `LAYER` says how many objects are meant and, where it is one, its place, colour, shape, way, when it
-comes and how often it blinks.
+comes and how often it blinks; and where it asks for a number, which.
 """
 
 from __future__ import annotations
@@ -18,18 +18,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlmfast.pocket import batches
+from vlmfast.pocket.eyes import GLYPHS as FONT
 from vlmfast.pocket.scenes import COLOUR_NAMES, DIRECTIONS, NEEDLE, PLACES, SHAPES, Obj, Scene
 
 LAYER = 3
 WEIGHT = 0.3  # of the side task in the loss
 OPEN = -100  # label of what a mention leaves open
-MOST, SECONDS = 4, 64
+MOST, SECONDS, CHARACTERS = 4, 64, 4
 FORMS = (*SHAPES, NEEDLE)
+GLYPHS = (" ", *FONT[1:])  # a space where the string has ended
 WAYS = ("", *DIRECTIONS)
 KINDS: dict[str, tuple[int, float]] = {  # classes and weight of each
     "count": (MOST + 1, 1.0), "place": (len(PLACES), 1.0), "colour": (len(COLOUR_NAMES), 0.5),
     "shape": (len(FORMS), 0.5), "move": (len(WAYS), 0.5), "arrives": (SECONDS, 0.7), "blinks": (MOST + 1, 0.5),
+    **{f"character {i}": (len(GLYPHS), 0.7) for i in range(CHARACTERS)},
 }  # fmt: skip
+OF_OBJECTS = len(KINDS) - CHARACTERS
 
 
 @lru_cache(maxsize=1)
@@ -44,13 +48,14 @@ def _words() -> dict[int, tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Mention:
-    """What a word of a question names: objects of a colour, of a shape or of both, or what comes at a second (-1: when
-    the light flashes)."""
+    """What a word of a question names: objects of a colour, of a shape or of both, what comes at a second (-1: when the
+    light flashes), or the number that is written."""
 
     column: int
     colour: str = ""
     shape: str = ""
     second: int | None = None
+    number: bool = False
 
     def objects(self, scene: Scene) -> list[Obj]:
         """The objects of the scene that are meant."""
@@ -72,7 +77,7 @@ def meant(ids: list[int], asked: list[bool]) -> list[Mention]:
     both are; a number after "second" is a time at its last digit.
     """
     words, numbers, out = _words(), _digits(), []
-    second, flashes = batches.ids_of("second")[0], batches.ids_of("flashes")[0]
+    second, flashes, number = (batches.ids_of(w)[0] for w in ("second", "flashes", "number"))
     run = ""  # the digits after "second" so far
     for i, token in enumerate(ids):
         if not asked[i]:
@@ -84,6 +89,8 @@ def meant(ids: list[int], asked: list[bool]) -> list[Mention]:
             out.append(Mention(i, colour, shape))
         elif token == flashes:
             out.append(Mention(i, second=-1))
+        elif token == number:
+            out.append(Mention(i, number=True))
         if token in numbers and i and (run or ids[i - 1] == second):
             run += numbers[token]
             if i + 1 == len(ids) or ids[i + 1] not in numbers:
@@ -100,8 +107,13 @@ def _digits() -> dict[int, str]:
 
 def label(mention: Mention, scene: Scene) -> list[int]:
     """What is true of the objects that are meant, in the order of `KINDS`."""
+    if mention.number:
+        written = next((t.string for t in scene.texts if t.string.isdigit()), None)
+        known = [OPEN] * CHARACTERS if written is None else [GLYPHS.index(c) for c in written.ljust(CHARACTERS)]
+        return [*[OPEN] * OF_OBJECTS, *known]
     found = mention.objects(scene)
-    return [min(len(found), MOST), *(_about(found[0]) if len(found) == 1 else [OPEN] * (len(KINDS) - 1))]
+    about = _about(found[0]) if len(found) == 1 else [OPEN] * (OF_OBJECTS - 1)
+    return [min(len(found), MOST), *about, *[OPEN] * CHARACTERS]
 
 
 def _about(obj: Obj) -> list[int]:
