@@ -35,6 +35,23 @@ def difference(m: dict[str, Any]) -> str:
     return f"{100 * m['diff_vs_plain']:+.1f} [{low}, {high}]"
 
 
+def encode(rows: list[Row]) -> str:
+    """The deep group of the encode suite: the tower's output, inside the tower, between layers."""
+    out, first = [], rows[0]["params"].get("layers")
+    for r in rows:
+        p, m = r["params"], r["metrics"]
+        if p.get("layers") != first:
+            continue
+        name = r["name"] + (f", after tower block {p['after_block']} of {p['depth']}" if "after_block" in p else "")
+        times = [f"{m[k]:,.0f}" for k in ("encode_ms", "select_ms")]
+        times += [f"{m[k]:,.0f}" + (f" ({ratio(r, k, 'plain', True)})" if r["vs"] else "") for k in
+                  ("prefill_ms", "ttft_ms")]  # fmt: skip
+        floor = f"{m['encode_floor_ms']:,.0f} + {m['prefill_floor_ms']:,.0f}"
+        out.append([name, f"{m['visual_tokens']:,.0f} → {m['kept_tokens']:,.0f}", *times, floor])
+    heads = ["method", "visual tokens", "encode", "choose", "prefill", "TTFT", "floor: encode + prefill"]
+    return markdown(heads, out)
+
+
 def decode(rows: list[Row]) -> str:
     """Pocket captions: every rule and draft against stock generate and our plain loop."""
     out = []
@@ -138,6 +155,7 @@ def accuracy(rows: list[Row]) -> str:
 
 #: marker -> (result file, table)
 TABLES = {
+    "encode": ("cpu-encode.json", encode),
     "decode": ("cpu-decode.json", decode),
     "kv": ("cpu-prefill.json", kv),
     "stream": ("cpu-stream.json", stream),
