@@ -19,7 +19,14 @@ RECIPES = [
     (Recipe(24, (64, 64), 8, (1, 3), 90), 1.5),
     (Recipe(32, (96, 96), objects=(2, 4), tokens=80), 0.5),
 ]
+OWN = 5  # every so many steps
+WARMUP, DECAY = 20, 0.5  # a draft trains for minutes: few steps of warm-up, a long fall
 PICTURE, CLIP = "describe the picture .", "describe the clip ."
+
+
+def rate(step: int, progress: float) -> float:
+    """Share of the peak learning rate."""
+    return min(1.0, (step + 1) / WARMUP) * min(1.0, max(0.02, (1.0 - progress) / DECAY))
 
 
 @torch.no_grad()
@@ -79,7 +86,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         rng = Rng(1, 1003, step)
         recipe = rng.pick([r for r, _ in RECIPES], [w for _, w in RECIPES])
         frames, chats, _ = batches.make(recipe, 10_000_000 + step, device)
-        if step % 3 == 0:  # on the target's own words, as the draft will meet them
+        if step % OWN == 0:  # on the target's own words, as the draft will meet them; they cost as much as four steps
             question = CLIP if recipe.seconds else PICTURE
             chats = [[(question, spaced(text))] for text in own_words(target, frames)]
         batch = batches.tensors(target, frames, chats, device=device, apart=True)
@@ -92,7 +99,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             said = F.log_softmax(draft.lm_head(hidden).float(), -1)
         loss = F.kl_div(said, wanted, reduction="batchmean", log_target=True)
         loss.backward()
-        share = train.rate(step, counters["seconds"] / total)
+        share = rate(step, counters["seconds"] / total)
         state.set_rate(opts, args.lr * share)
         torch.nn.utils.clip_grad_norm_(draft.parameters(), 1.0)
         for opt in opts:

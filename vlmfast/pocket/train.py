@@ -22,8 +22,8 @@ from vlmfast.pocket.insight import LISTENED, Insight
 from vlmfast.pocket.probe import Probe
 from vlmfast.pocket.scenes import DIRECTIONS, SHAPES, Scene
 
-GROW = 0.6  # share of the run with the lower half of the text layers only, at half the price
-THAW, TOWER = 0.65, 0.3  # share of the run with the tower frozen; its rate after that, relative to the rest
+GROW = 0.8  # share of the run with the lower half of the text layers only, at half the price
+THAW, TOWER = 0.7, 0.3  # share of the run with the tower frozen; its rate after that, relative to the rest
 WARMUP, DECAY = 100, 0.35  # steps of warm-up; last fraction of the run in which the rate falls to zero
 
 
