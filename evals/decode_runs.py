@@ -87,7 +87,7 @@ def curve(draft: Any, length: int | str = "adaptive") -> list[Competitor]:
     out = []
     for relax in (0.3, 0.5, 0.7, 0.9, 1.0):
         out.append(ours(Loose(relax=relax), small, "loose", "modeldraft", length, relax=relax))
-    bare = {"bigram": False, "within": 0, "digits": False, "negation": False, "comparison": False}
+    bare = {"bigram": False, "within": 0, "ratio": 0.0, "digits": False, "negation": False, "comparison": False}
     for relax in (0.3, 0.5, 0.7):
         out.append(ours(Loose(relax=relax, **bare), small, "loose-paper", "modeldraft", length, relax=relax))
     for relax in (0.1, 0.25, 0.5, 0.75):
@@ -100,7 +100,7 @@ def ablations(draft: Any, length: int | str = "adaptive") -> list[Competitor]:
     small = ModelDraft(draft, prune=None)
     changes: list[dict[str, Any]] = [
         {"shift": 0}, {"digits": False, "negation": False, "comparison": False}, {"bigram": False}, {"within": 0},
-        {"top": 1}, {"layer": -4}, {"offset": "self"}, {"scope": "running"}, {"ratio": 0.1},
+        {"top": 1}, {"layer": -4}, {"offset": "self"}, {"scope": "running"}, {"ratio": 0.0}, {"ratio": 0.3},
     ]  # fmt: skip
     return [ours(Loose(**c), small, "loose", "modeldraft", length, **c) for c in changes]
 
