@@ -18,7 +18,7 @@ from vlmfast.decode.guards import strict_tokens
 from vlmfast.decode.relevance import VisualMemory, collect
 
 V = 12
-FREE = {"digits": False, "negation": False, "comparison": False, "bigram": False, "within": 0, "shift": 0}
+FREE = dict.fromkeys(("digits", "negation", "comparison", "bigram", "within", "ratio", "shift"), 0)  # no guard
 
 
 def round_of(draft: list[int], picks: list[int], **extra: object) -> Round:

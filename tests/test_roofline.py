@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -131,3 +132,25 @@ def test_the_command_prints_every_stage(capsys: pytest.CaptureFixture[str], monk
     assert e.value.code in (0, None)
     out = json.loads(capsys.readouterr().out)
     assert set(out["stages"]) == {"encode", "prefill", "decode"} and math.isfinite(out["savings"][-1]["best_ratio"])
+
+
+def test_check_takes_a_record_of_several_shapes() -> None:
+    def row(name: str, layers: int, kept: int, ms: float) -> dict[str, Any]:
+        return {
+            "name": name,
+            "params": {"layers": layers},
+            "metrics": {"kept_tokens": kept, "encode_ms": ms, "prefill_ms": ms},
+        }
+
+    from dataclasses import replace
+
+    from evals.shapes import TOY
+
+    deep = replace(TOY, layers=5)
+    rows = [row("plain", 3, 128, 4.0), row("uniform", 3, 32, 2.0), row("plain", 5, 128, 8.0), row("fastv", 5, 32, 6.0)]
+    config = {"shapes": [TOY.json(), deep.json()], "matmul_gflops": 100.0, "copy_gbytes": 10.0}
+    found = roofline.check({"config": config, "hardware": {"name": "x"}, "rows": rows})
+    assert [r["name"] for r in found] == ["plain", "uniform", "plain"], "what cuts between layers is not predicted"
+    assert found[0]["prefill"]["predicted"] == pytest.approx(4.0) and found[2]["prefill"]["predicted"] == pytest.approx(
+        8.0
+    )

@@ -14,9 +14,18 @@ from vlmfast.roofline.names import shape_of
 def check(record: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of a speed record: per stage its floor, what the plain row's efficiency predicts, and what was measured.
 
-    Predicted = floor / efficiency, the efficiency being floor / measured of the same stage of the record's plain row.
+    Predicted = floor / efficiency, the efficiency being floor / measured of the same stage of the record's plain row. A
+    record of several shapes is checked shape by shape; methods that cut between layers are left out.
     """
     config = record["config"]
+    if "shapes" in config:
+        groups = []
+        for shape_ in config["shapes"]:
+            rows = [r for r in record["rows"] if r["params"].get("layers") == shape_["layers"] and not _between(r)]
+            if rows:
+                rest = {k: v for k, v in config.items() if k != "shapes"}
+                groups += check({**record, "config": {**rest, **shape_}, "rows": rows})
+        return groups
     shape, rates = shape_of(config), (config.get("matmul_gflops"), config.get("copy_gbytes"))
     if None in rates:
         raise UserError("the result file's config lacks matmul_gflops and copy_gbytes: make it anew with evals.speed")
@@ -39,6 +48,13 @@ def check(record: dict[str, Any]) -> list[dict[str, Any]]:
             entry[stage] = {"floor": ms, "predicted": ms * scale, "measured": row["metrics"][f"{stage}_ms"]}
         out.append(entry)
     return out
+
+
+def _between(row: dict[str, Any]) -> bool:
+    from vlmfast.encode import METHODS, LayerPruner
+
+    method = METHODS.get(row["name"])
+    return method is not None and issubclass(method, LayerPruner)
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
