@@ -151,6 +151,7 @@ def run(quick: bool = False) -> dict[str, Any]:
             params["keep"] = plan.prune.keep
         vs = {} if name == "plain" else {"plain": timing.ratios(samples["plain"], samples[name])}
         rows.append(records.row(name, plan=preset_json(name, plan), params=params, metrics=metrics, vs=vs))
+    rows.append(second_question(model, inputs, rounds))
     return {
         "config": {**shape.json(), "visual_tokens": shape.visual, "new_tokens": new,
                    "accept_replayed": "pocket captions",
@@ -159,6 +160,34 @@ def run(quick: bool = False) -> dict[str, Any]:
         "seed": SEED, "repeats": rounds, "device": "cpu", "dtype": "bfloat16", "rows": rows,
         "show": ["kept_tokens", "encode_ms", "prefill_ms", "ttft_ms", "decode_ms_per_token", "total_ms"],
     }  # fmt: skip
+
+
+def second_question(model: Any, inputs: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """The row `reuse`: time to first token of a second question about the same clip, kept in memory or not."""
+    import torch
+
+    import vlmfast
+
+    other = {**inputs, "input_ids": inputs["input_ids"].clone()}
+    other["input_ids"][:, -4:] += 1  # other words after the same media
+
+    def first_token(fast: Any, asked: dict[str, Any]) -> timing.Sample:
+        model.generate(**asked, max_new_tokens=1)
+        return {"ttft_ms": float(fast.report.prefill["ttft_ms"])}
+
+    def plain() -> timing.Sample:
+        with vlmfast.accelerate(model) as fast:
+            return first_token(fast, other)
+
+    def reused() -> timing.Sample:
+        with vlmfast.accelerate(model, reuse="1GiB") as fast:
+            first_token(fast, inputs)
+            return first_token(fast, other)
+
+    with torch.inference_mode():
+        samples = timing.interleaved({"plain": plain, "reuse": reused}, rounds, warmup=0)
+    vs = {"plain": timing.ratios(samples["plain"], samples["reuse"])}
+    return records.row("reuse", params={"batch": 1, "question": 2}, metrics=timing.medians(samples["reuse"]), vs=vs)
 
 
 def preset_json(name: str, plan: Plan) -> dict[str, Any]:
