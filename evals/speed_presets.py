@@ -94,17 +94,23 @@ def plans() -> dict[str, Plan]:
     return {"plain": Plan()} | {name: preset(name) for name in PRESETS}
 
 
+def per_round(shares: list[float], accepted: float) -> tuple[float, ...]:
+    """Shares of drafted rounds as shares of all rounds: those without a draft accept none, `accepted` is the mean."""
+    mean = sum(n * s for n, s in enumerate(shares))
+    drafted = min(1.0, accepted / mean) if mean else 0.0
+    return (1 - drafted * (1 - shares[0]), *(drafted * s for s in shares[1:]))
+
+
 def measured_shares(name: str, draft: str) -> tuple[float, ...]:
     """`accepted_shares` of a rule and draft in the decode record. Raises UserError where it was not measured."""
     try:
         rows = json.loads(MEASURED.read_text())["rows"]
-        return tuple(
-            next(
-                r["metrics"]["accepted_shares"]
-                for r in rows
-                if r["name"] == name and r["params"].get("draft") == draft and r["metrics"].get("accepted_shares")
-            )
+        row = next(
+            r
+            for r in rows
+            if r["name"] == name and r["params"].get("draft") == draft and r["metrics"].get("accepted_shares")
         )
+        return per_round(row["metrics"]["accepted_shares"], row["metrics"]["accepted_length"])
     except (OSError, StopIteration):
         raise UserError(
             f"how often {name} accepts {draft} was not measured: run python -m evals.speed --suite decode "

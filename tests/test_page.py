@@ -98,6 +98,13 @@ def test_presets_suite_replays_drafts_and_keeps_exact_answers(monkeypatch: pytes
     assert len(rows["fast"]["vs"]["plain"]["total_ms"]) == 3
 
 
+def test_rounds_without_a_draft_count_in_the_replay() -> None:
+    from evals.speed_presets import per_round
+
+    assert per_round([0.5, 0.25, 0.25], 0.375) == (0.75, 0.125, 0.125), "half of the rounds drafted"
+    assert per_round([0.5, 0.5], 0.5) == (0.5, 0.5)
+
+
 def test_gpu_suite_runs_dry(tmp_path: Path) -> None:
     from evals import gpu
     from evals.shapes import TOY
