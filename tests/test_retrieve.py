@@ -25,6 +25,7 @@ from vlmfast.stream.retrieve import (
     smoothed,
     top,
 )
+from vlmfast.stream.standing import Standing
 
 
 def blocks(n, tokens=4, gap=1.0):
@@ -122,7 +123,31 @@ def test_shared_scores_weigh_layers_alike():
     agree = torch.tensor([0.0, 0.0, 1.0, 0.0])
     mixed = Internal(scope="shared").combine([loud, agree, agree])
     assert int(mixed.argmax()) == 2
-    assert int(Internal(scope="shared", layers=(0,)).combine([loud, agree, agree]).argmax()) == 0
+    assert Internal(scope="shared", layers=(0, -1)).asked(3) == [0, 2]
+    with pytest.raises(UserError, match="layers are 0 to 2"):
+        Internal(scope="shared", layers=(3,)).asked(3)
+
+
+def test_layers_can_be_spelled() -> None:
+    assert parse("internal:similarity=centred,scope=shared,layers=2+3").layers == (2, 3)
+    assert parse("internal:layers=none,frames=8") == Internal(frames=8)
+
+
+def test_a_dropped_token_is_stood_in_for() -> None:
+    """The representative is the mean over all places, each with the key it kept last."""
+    keys = torch.randn(2, 3, 4, 5)
+    standing = Standing()
+    everywhere = torch.ones(4, dtype=torch.bool)
+    torch.testing.assert_close(standing.see(keys, everywhere), keys.mean(2))
+    new = torch.randn(2, 3, 1, 5)
+    one = torch.tensor([False, False, True, False])
+    shown = torch.cat([keys[:, :, :2], new, keys[:, :, 3:]], 2)
+    torch.testing.assert_close(standing.see(new, one), shown.mean(2))
+    again = Standing()
+    again.restore(standing.state(), torch.device("cpu"))
+    torch.testing.assert_close(again.see(new, one), shown.mean(2))
+    standing.forget()
+    torch.testing.assert_close(standing.see(new, one), new.mean(2))  # what was never seen counts for nothing
 
 
 def test_recency_uniform_random():

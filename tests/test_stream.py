@@ -22,7 +22,7 @@ from vlmfast.decode import PromptLookup, SelfDraft, Speculate
 from vlmfast.encode import METHODS as PRUNERS
 from vlmfast.plan import Plan
 from vlmfast.prefill import METHODS as POLICIES
-from vlmfast.stream.retrieve import Evenly, External, Internal, Oracle, Recency
+from vlmfast.stream.retrieve import Evenly, External, Internal, Oracle, Recency, standardised
 from vlmfast.stream.segments import StoreError
 from vlmfast.stream.session import StreamSession
 
@@ -341,6 +341,21 @@ def test_pruners_act_on_every_grid():
         pieces.push(part)
     assert close(logits(s), logits(pieces))
     s.ask(Q, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_onevision"])
+def test_layers_above_the_last_one_asked_do_not_run(family, monkeypatch):
+    """Layers (0, 1) choose what they chose when all layers ran, and the model is whole after the early stop."""
+    s = session(family, window=40, retrieve=Internal(frames=3, scope="shared", layers=(0, 1)))
+    s.push(video(40))
+    ran: list[int] = []
+    scores = Internal.layer_scores
+    monkeypatch.setattr(Internal, "layer_scores", lambda r, v, i, q: (ran.append(i), scores(r, v, i, q))[1])
+    early = logits(s)
+    assert ran == [0, 1]
+    monkeypatch.setattr(Internal, "asked", lambda r, count: list(range(count)))
+    monkeypatch.setattr(Internal, "combine", lambda r, found: standardised(torch.stack(found[:2])).mean(0))
+    assert torch.equal(early, logits(s)) and ran == [0, 1, 0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava_onevision"])

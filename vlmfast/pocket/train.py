@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from vlmfast.pocket import batches, curriculum, eyes, models, state
+from vlmfast.pocket.finding import Finding
 from vlmfast.pocket.insight import LISTENED, Insight
 from vlmfast.pocket.probe import Probe
 from vlmfast.pocket.scenes import DIRECTIONS, SHAPES, Scene
@@ -60,16 +61,16 @@ def loss_of(
 
 def data(
     model: Any, step: int, progress: float, rows: int, device: torch.device
-) -> tuple[dict[str, torch.Tensor], list[Scene]]:
-    """The batch of one training step, and its scenes (none for easy-VQA)."""
+) -> tuple[dict[str, torch.Tensor], list[Scene], list[batches.Turns]]:
+    """The batch of one training step, its scenes (none for easy-VQA) and its chats."""
     recipe = curriculum.choose(step, progress, rows)
     if isinstance(recipe, str):
         got = curriculum.easy(step)
         if got is not None:
-            return batches.tensors(model, got[0].to(device), got[1], device=device, apart=True), []
+            return batches.tensors(model, got[0].to(device), got[1], device=device, apart=True), [], []
         recipe = curriculum.FEW  # easy-VQA is not installed: one more batch of our own
     frames, chats, scenes = batches.make(recipe, step, device)
-    return batches.tensors(model, frames, chats, device=device, apart=True), scenes
+    return batches.tensors(model, frames, chats, device=device, apart=True), scenes, chats
 
 
 class Log:
@@ -104,6 +105,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     # plain matmul attention: on the CPU the fused kernel's backward is several times slower at these short lengths
     model.set_attn_implementation("eager" if device.type == "cpu" else "sdpa")
     opts, insight = state.optimizers(model, args.lr), Insight(model, device, args.lr)
+    finding = Finding(model)
     every = [*opts, insight.opt]
     file = folder / "target.safetensors"
     counters: dict[str, Any] = {"step": 0, "seconds": 0.0, "rows": args.rows}
@@ -123,12 +125,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     total, saved, probed = 60.0 * args.minutes, time.monotonic(), counters["seconds"]
     model.train()
     running: list[float] = []
+    sought = 0.0
     while counters["seconds"] < total and (args.steps is None or counters["step"] < args.steps):
         begun, progress = time.monotonic(), counters["seconds"] / total
         models.set_depth(model, models.GROW_FROM if progress < args.grow else models.TEXT_LAYERS["target"])
         # frozen eyes: cheaper steps, and words that need not chase them
         model.model.visual.requires_grad_(progress >= args.thaw)
-        batch, scenes = data(model, counters["step"], progress, counters["rows"], device)
+        batch, scenes, chats = data(model, counters["step"], progress, counters["rows"], device)
         share = rate(counters["step"], progress)
         state.set_rate(opts, args.lr * share, TOWER)
         loss, mean, _ = loss_of(model, batch)
@@ -136,6 +139,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             grid = next(v for k, v in batch.items() if k.endswith("grid_thw"))[0].tolist()
             side = (grid[0], grid[1] // models.MERGE, grid[2] // models.MERGE)
             loss = loss + insight.loss(scenes, side, batches.VISUAL_FROM, batch["input_ids"], batch["labels"])
+            found = finding.loss(scenes, chats, side, batches.VISUAL_FROM)
+            loss, sought = loss + found, float(found.detach())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for opt in opts:
@@ -155,6 +160,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 seconds=round(counters["seconds"]),
                 lr=share * args.lr,
                 loss=sum(running) / len(running),
+                finding=sought,
                 clock=time.strftime("%H:%M:%S"),
             )
             running.clear()

@@ -21,6 +21,7 @@ from vlmfast.core import Unsupported, UserError, VisualTokens
 from vlmfast.runtime.stream_cache import WindowCache
 from vlmfast.runtime.video import Eyes, Grids
 from vlmfast.stream.blocks import Block, Payload
+from vlmfast.stream.standing import Standing
 
 FORWARD = 2048  # most tokens of one forward
 
@@ -59,6 +60,8 @@ class _Piece:
     embeds: Tensor  # (n, D)
     visual: Tensor  # (n,) bool
     deep: list[Tensor]  # DeepStack rows of the visual tokens
+    keep: Tensor  # (P,) bool, the places of the picture that it kept
+    fresh: bool  # the first picture of its size
 
 
 def redundant(feature: Tensor, last: Tensor, tau: float) -> tuple[Tensor, Tensor]:
@@ -88,6 +91,7 @@ class Encoder:
         self.offsets: dict[int, int] = {}  # block id -> its first column in the cache
         self.state = State(cursor=self.base, shift=[0] * self.layout.axes)
         self.last: Tensor | None = None  # (n, D) last kept features
+        self.standing = Standing()
         self.size: tuple[int, int] | None = None
         self.span = 0  # spatial extent of the first grid: where text begins under the timed rule
         if init:
@@ -125,6 +129,7 @@ class Encoder:
         start, last = clip.times[g]
         state.first = start if state.first is None else state.first
         self.span = self.span or self.layout.span(h, w)
+        fresh = self.last is None or (h, w) != self.size
         keep = self._keep(rows, (h, w))
         state.visual += rows.shape[0]
         state.kept += int(keep.sum())
@@ -156,7 +161,7 @@ class Encoder:
         visual = torch.zeros(block.n, dtype=torch.bool, device=rows.device)
         visual[k : k + int(keep.sum())] = True
         embeds = torch.cat([p.to(parts[0]) for p in parts])
-        return _Piece(block, embeds, visual, [level[g][keep] for level in grids.deep])
+        return _Piece(block, embeds, visual, [level[g][keep] for level in grids.deep], keep, fresh)
 
     def _keep(self, rows: Tensor, size: tuple[int, int]) -> Tensor:
         """(n,) bool: redundancy, then the plan's pruner; at least one token of every grid."""
@@ -241,7 +246,9 @@ class Encoder:
             self.offsets[block.id] = a + column
             self.resident.append(block)
             k, v = keys[:, :, column:to], values[:, :, column:to]
-            yield block, Payload(k, v, k[:, :, piece.visual].float().mean(2))
+            if piece.fresh:
+                self.standing.forget()
+            yield block, Payload(k, v, self.standing.see(k[:, :, piece.visual], piece.keep))
             column = to
 
     def window_layer(self, block: Block, layer: int) -> tuple[Tensor, Tensor] | None:

@@ -7,6 +7,7 @@ own keys and values are thrown away); then the whole prompt reads [init tokens, 
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +37,10 @@ class Context:
     weights: dict[int, float]
     stats: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+
+class _Enough(Exception):
+    """All layers that choose have been asked; those above need not run."""
 
 
 class Recall:
@@ -70,23 +75,27 @@ class Recall:
         scores: list[Tensor] = []
         embeds = self.eyes.embed(self.eyes.encode(question))[None]
         axes, n = self.encoder.layout.axes, embeds.shape[1]
+        layers = len(self.encoder.cache.layers)
+        asked = retriever.asked(layers)
 
         def fetch(layer: int, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            found = retriever.layer_scores(view, layer, queries)
             blocks: list[Block] = []
             if retriever.scope == "layer":
-                blocks = self._best(retriever, view, found)
+                blocks = self._best(retriever, view, retriever.layer_scores(view, layer, queries))
                 chosen.append(blocks)
-            else:
-                scores.append(found)
+            elif layer in asked:
+                scores.append(retriever.layer_scores(view, layer, queries))
+                if layer == asked[-1]:
+                    raise _Enough
             keys, values = self.gather(layer, blocks)
             start = self.text_start(blocks)
             return keys, values, torch.arange(start, start + n).expand(axes, -1)
 
-        ProbeCache(self.eyes.text, fetch).forward(self.eyes.model, embeds, axes)
+        with suppress(_Enough):
+            ProbeCache(self.eyes.text, fetch).forward(self.eyes.model, embeds, axes)
         if retriever.scope == "layer":
             return chosen
-        return [self._best(retriever, view, retriever.combine(scores))] * len(scores)
+        return [self._best(retriever, view, retriever.combine(scores))] * layers
 
     @staticmethod
     def _best(retriever: Internal, view: View, scores: Tensor) -> list[Block]:

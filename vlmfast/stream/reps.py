@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+
 import torch
 from torch import Tensor
 
-SLOTS = 64
+SLOTS = 64  # of the first slab
+MOST = 512  # of any slab
 
 
 class RepTable:
-    """Slabs of `SLOTS` slots: rep (L, SLOTS, Hk * Dh) float16, their norms (L, SLOTS) float32, optional embeddings
-    (SLOTS, E) float16 for an external encoder. A freed slot is used again before a slab is added."""
+    """Slabs of slots: rep (L, slots, Hk * Dh) float16, their norms (L, slots) float32, optional embeddings (slots, E)
+    float16 for an external encoder. A freed slot is used again before a slab is added, and each new slab is as large
+    as all before it (up to `MOST`): an hour is scored in a few products, and little is reserved for nothing."""
 
     def __init__(self) -> None:
         self.slabs: list[Tensor] = []
@@ -19,28 +23,39 @@ class RepTable:
         self.slot: dict[int, int] = {}  # block id -> slot
         self.free: list[int] = []
         self.heads = 0
+        self.total = 0  # slots in all slabs
+        self.starts: list[int] = []  # first slot of each
+
+    def _at(self, slot: int) -> tuple[int, int]:
+        """Slab and row of a slot."""
+        slab = bisect_right(self.starts, slot) - 1
+        return slab, slot - self.starts[slab]
 
     def cost(self, rep: Tensor, embedding: Tensor | None) -> int:
         """Bytes that adding one more block takes (0 while a slot is free)."""
-        return 0 if self.free else self._slab_bytes(rep, embedding)
+        if self.free:
+            return 0
+        return self._next * (2 * rep.numel() + 4 * rep.shape[0] + (0 if embedding is None else 2 * embedding.numel()))
 
-    @staticmethod
-    def _slab_bytes(rep: Tensor, embedding: Tensor | None) -> int:
-        layers = rep.shape[0]
-        return SLOTS * (2 * rep.numel() + 4 * layers + (0 if embedding is None else 2 * embedding.numel()))
+    @property
+    def _next(self) -> int:
+        """Slots of the next slab."""
+        return min(MOST, max(SLOTS, self.total))
 
     def add(self, block: int, rep: Tensor, embedding: Tensor | None) -> None:
         """rep (L, Hk, Dh)."""
         layers, self.heads, width = rep.shape
         if not self.free:
-            first = len(self.slabs) * SLOTS
-            self.slabs.append(torch.zeros(layers, SLOTS, self.heads * width, dtype=torch.float16))
-            self.norms.append(torch.zeros(layers, SLOTS))
+            first, many = self.total, self._next
+            self.slabs.append(torch.zeros(layers, many, self.heads * width, dtype=torch.float16))
+            self.norms.append(torch.zeros(layers, many))
             if embedding is not None:
-                self.embeddings.append(torch.zeros(SLOTS, embedding.numel(), dtype=torch.float16))
-            self.free = list(range(first + SLOTS - 1, first - 1, -1))
+                self.embeddings.append(torch.zeros(many, embedding.numel(), dtype=torch.float16))
+            self.starts.append(first)
+            self.total = first + many
+            self.free = list(range(self.total - 1, first - 1, -1))
         slot = self.free.pop()
-        slab, row = divmod(slot, SLOTS)
+        slab, row = self._at(slot)
         self.slabs[slab][:, row] = rep.reshape(layers, -1)
         self.norms[slab][:, row] = rep.float().reshape(layers, -1).norm(dim=-1)
         if embedding is not None:
@@ -52,7 +67,7 @@ class RepTable:
 
     def rep(self, block: int, layer: int) -> Tensor:
         """(Hk, Dh) float16."""
-        slab, row = divmod(self.slot[block], SLOTS)
+        slab, row = self._at(self.slot[block])
         return self.slabs[slab][layer, row].view(self.heads, -1)
 
     def slots(self, ids: list[int]) -> Tensor:

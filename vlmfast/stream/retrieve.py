@@ -181,10 +181,17 @@ class Internal(Retriever):
             scores = standardised(scores)
         return smoothed(scores.amax(0), view.tokens, self.smooth)
 
+    def asked(self, count: int) -> list[int]:
+        """The layers, of `count`, whose scores are combined, ascending. Raises UserError for one that is not there."""
+        wanted = range(count) if self.layers is None else self.layers
+        wrong = [i for i in wanted if not -count <= i < count]
+        if wrong:
+            raise UserError(f"layers={self.layers}: this model's layers are 0 to {count - 1}")
+        return sorted({i % count for i in wanted})
+
     def combine(self, scores: list[Tensor]) -> Tensor:
-        """(N,) from the scores of every layer: mean of the standardised ones."""
-        picked = scores if self.layers is None else [scores[i] for i in self.layers]
-        return standardised(torch.stack(picked)).mean(0)
+        """(N,) from the scores of the layers that were asked: mean of the standardised ones."""
+        return standardised(torch.stack(scores)).mean(0)
 
 
 def standardised(scores: Tensor) -> Tensor:
@@ -283,8 +290,19 @@ METHODS: dict[str, type[Retriever]] = {
 }
 
 
+def _value(key: str, text: str) -> Any:
+    """A field's value from text; layers are joined with a plus."""
+    if text == "none":
+        return None
+    numbers = text.split("+")
+    if all(part.lstrip("-").isdigit() for part in numbers):
+        return tuple(map(int, numbers)) if key == "layers" else int(text)
+    return text
+
+
 def parse(spec: Any) -> Retriever | None:
-    """A retriever from itself, None or "none" (the window alone), a name, or `name:field=value,...`."""
+    """A retriever from itself, None or "none" (the window alone), a name, or `name:field=value,...`, as in
+    `internal:similarity=centred,scope=shared,layers=2+3`."""
     if spec is None or isinstance(spec, Retriever):
         return spec
     name, _, rest = str(spec).partition(":")
@@ -299,5 +317,5 @@ def parse(spec: Any) -> Retriever | None:
         if not equals or key.strip() not in known:
             raise UserError(f"{part!r} in {spec!r} is not field=value with a field of {', '.join(known)}")
         text = value.strip()
-        fields[key.strip()] = None if text == "none" else int(text) if text.lstrip("-").isdigit() else text
+        fields[key.strip()] = _value(key.strip(), text)
     return METHODS[name](**fields)

@@ -90,6 +90,7 @@ def _state(session: StreamSession) -> tuple[dict[str, Tensor], dict[str, Any]]:
     }
     if encoder.last is not None:
         tensors["last"] = encoder.last.cpu().contiguous()
+    tensors |= encoder.standing.state()
     for i, (frame, _) in enumerate(session.pending):
         tensors[f"pending.{i}"] = frame.contiguous()
     meta = {
@@ -162,6 +163,7 @@ def _restore(session: StreamSession, tensors: dict[str, Tensor], meta: dict[str,
     encoder.span = meta["span"]
     if "last" in tensors:
         encoder.last = tensors["last"].to(session.eyes.device)
+    encoder.standing.restore(tensors, session.eyes.device)
     blocks = [Block.from_json(b) for b in meta["resident"]]
     _fill(session, blocks, tensors["raw"][:, :, encoder.base :], tensors["val"][:, :, encoder.base :])
     session.pending = [(tensors[f"pending.{i}"], t) for i, t in enumerate(meta["pending"])]

@@ -247,8 +247,8 @@ class StreamSession(Intake):
 
     @property
     def fast_bytes(self) -> int:
-        """Bytes of the window's buffers and of the largest working set so far."""
-        return self.encoder.cache.nbytes() + self.working_peak
+        """Bytes of the window's buffers, of the standing keys and of the largest working set so far."""
+        return self.encoder.cache.nbytes() + self.encoder.standing.nbytes() + self.working_peak
 
     def stats(self) -> dict[str, Any]:
         """Counts, bytes per tier, and what was dropped, evicted or lost."""
