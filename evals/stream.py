@@ -4,10 +4,12 @@ Pocket clips of every length are encoded once; their questions (past events, the
 is on screen: `now`) are answered with every retriever at the same number of blocks, one block being one temporal grid
 (two frames, one second). Rows:
 
-* one per length and retriever (`external` knows colours only, `oracle` where the evidence lies): accuracy, evidence
-  recall, latency, tokens read;
+* `layers`: evidence recall of every layer on a clip of the train split; the two best choose for `internal`;
+* one per length and retriever (`internal-by-layer` is ReKV's own rule, `external` knows colours only, `oracle` where the
+  evidence lies): accuracy, evidence recall, latency, tokens read;
 * `session`: sustained fps, bytes per tier, archive bytes per hour, plain ReKV's bytes per hour for the same stream;
-* `rekv` (up to 10 minutes): nothing dropped, two bytes per number, inner products per layer: what compression costs;
+* `internal-full` and `rekv` (up to 10 minutes): nothing dropped, two bytes per number, what compression costs; with
+  the retriever of `internal`, and with inner products per layer;
 * `reencode` (up to 10 minutes): all frames through the model again for every question;
 * `natural`: decoding, encoding, retrieval and limits on a real clip, whatever the pocket model makes of it.
 
@@ -64,6 +66,7 @@ def main(
 
 def rows(config: dict[str, Any], most: int | None) -> list[dict[str, Any]]:
     """All rows of a run."""
+    from evals import records
     from evals import stream_runs as runs
     from vlmfast import loading
     from vlmfast.pocket.clips import clip
@@ -71,13 +74,17 @@ def rows(config: dict[str, Any], most: int | None) -> list[dict[str, Any]]:
 
     loaded = loading.load(config["model"])
     options = {k: config[k] for k in ("redundancy", "window", "ram", "keep_as")}
-    ways = runs.methods(config["frames"])
+    layers, out = None, []
+    if not config["quick"]:
+        layers, found = runs.best_layers(loaded.model, loaded.processor, config["frames"], **options)
+        tell(f"layers {layers} choose; recall of each: {' '.join(f'{x:.2f}' for x in found)}")
+        out.append(records.row("layers", params={"chosen": list(layers)}, metrics={"evidence_recall_by_layer": found}))
+    ways = runs.methods(config["frames"], layers)
     if config["quick"]:
         ways = {k: ways[k] for k in ("internal", "recency", "oracle")}
-    out: list[dict[str, Any]] = []
     for minutes in config["minutes"]:
         results = {name: runs.Result() for name in ways}
-        rekv, plain = runs.Result(), runs.Result()
+        rekv, whole, plain = runs.Result(), runs.Result(), runs.Result()
         clips = runs.plan_of(minutes, config["quick"])
         for seed, count in clips:
             drawn = clip(seed, round(minutes * 60), questions=count)
@@ -97,13 +104,14 @@ def rows(config: dict[str, Any], most: int | None) -> list[dict[str, Any]]:
                 for question in asked:
                     tool = Internal(frames=config["frames"], similarity="inner")
                     runs.ask(done.session, question, tool, rekv)
+                    runs.ask(done.session, question, runs.internal(config["frames"], layers), whole)
                 done.close()
                 for question in asked if minutes <= 1 else _spread(asked, 2):
                     score, ms = runs.reencode(loaded.model, loaded.processor, drawn, question)
                     plain.scores.append(score)
                     plain.clips.append(name)
                     plain.reports.append({"total_ms": ms})
-        results |= {"rekv": rekv, "reencode": plain}
+        results |= {"internal-full": whole, "rekv": rekv, "reencode": plain}
         for way, result in results.items():
             if result.scores:
                 out.append(method_row(way, result, results, minutes, config["frames"]))

@@ -15,6 +15,7 @@ import torch
 
 from vlmfast.core import UserError
 from vlmfast.stream import Anywhere, Evenly, External, Internal, Oracle, Recency, StreamSession
+from vlmfast.stream.layers import layer_recall
 from vlmfast.stream.retrieve import Retriever, in_time
 
 TOKENS = 12  # longest answer
@@ -158,14 +159,31 @@ def ask(session: StreamSession, asked: Asked, retriever: Retriever | None, into:
     into.kinds.append(asked.kind)
 
 
-def methods(frames: int) -> dict[str, Callable[[Asked], Retriever | None]]:
+def best_layers(model: Any, processor: Any, frames: int, count: int = 2, **options: Any) -> tuple[tuple[int, ...], Any]:
+    """The layers that recall most evidence on a clip of the train split (ascending), and the recall of every layer."""
+    from vlmfast.pocket.clips import clip
+
+    drawn = clip(7, 600, split="train", questions=16)
+    done = encode(model, processor, drawn, "train", **options)
+    asked = [(q.question, q.time, q.evidence) for q in questions(drawn, "train") if q.kind != "now"]
+    found = layer_recall(done.session, asked, Internal(frames=frames, similarity="centred"))
+    done.close()
+    ranked = sorted(range(len(found)), key=lambda i: -found[i])
+    return tuple(sorted(ranked[:count])), found
+
+
+def internal(frames: int, layers: tuple[int, ...] | None) -> Internal:
+    """The retriever that is put to the test: centred keys, one choice for all layers, made by `layers`."""
+    return Internal(frames=frames, similarity="centred", scope="shared", layers=layers)
+
+
+def methods(frames: int, layers: tuple[int, ...] | None) -> dict[str, Callable[[Asked], Retriever | None]]:
     """Name -> the retriever for a question. `window` retrieves nothing and reads the sliding window."""
     external = by_colour(frames)
     return {
-        "internal": lambda q: Internal(frames=frames),
-        "internal-inner": lambda q: Internal(frames=frames, similarity="inner"),
-        "internal-each": lambda q: Internal(frames=frames, query="each", smooth=2),
-        "internal-shared": lambda q: Internal(frames=frames, scope="shared"),
+        "internal": lambda q: internal(frames, layers),
+        "internal-all-layers": lambda q: internal(frames, None),
+        "internal-by-layer": lambda q: Internal(frames=frames),
         "external": lambda q: external,
         "recency": lambda q: Recency(frames=frames),
         "uniform": lambda q: Evenly(frames=frames),

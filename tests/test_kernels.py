@@ -12,6 +12,7 @@ from vlmfast import kernels
 from vlmfast.core import UserError
 from vlmfast.kernels import cpu, reference
 from vlmfast.kernels.reference import Ragged
+from vlmfast.prefill.store import Store
 
 NAN = float("nan")
 
@@ -110,7 +111,26 @@ def test_only_the_rows_of_the_storage_are_written(backend):
 
 def test_equal_neighbours_become_one_dense_call():
     kv = storage((8, 8, 8, 9, 9, 12), 4, torch.float32)
-    assert [(first, count) for first, count, _ in cpu.runs(kv)] == [(0, 3), (3, 2), (5, 1)]
+    assert [(first, count) for first, count, *_ in cpu.runs(kv)] == [(0, 3), (3, 2), (5, 1)]
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["exact", "int8"])
+@pytest.mark.parametrize("q", [1, 4])
+def test_about_equal_rows_are_read_as_one_and_free_slots_do_not_count(q, int8):
+    """A store gives them equal room; what lies in it is finite, may be anything, and has no weight."""
+    lengths = (200, 990, 1000, 1003, 1003)
+    segments = [(i, *torch.randn(2, n, 32), torch.arange(n, dtype=torch.int32)) for i, n in enumerate(lengths)]
+    store = Store.build(segments, len(lengths), int8=int8)
+    assert [(first, count) for first, count, *_ in cpu.runs(store)] == [(0, 1), (1, 4)]
+    used = torch.zeros(len(store.keys), dtype=torch.bool)
+    for o, n in zip(store.offsets, store.lengths):
+        used[o : o + n] = True
+    for buffer in (store.keys, store.values):
+        buffer[~used] = 100
+    query = torch.randn(1, 2 * len(lengths), q, 32)
+    want = exact(query, store, 0.2)
+    got = kernels.ragged_attention(query, store, 0.2, torch.full(query.shape, NAN), backend="cpu")
+    assert (got.double() - want).abs().max() <= 2 * plain_error(query, store, 0.2, want)
 
 
 def test_quantise_error_is_half_a_step():

@@ -97,6 +97,7 @@ def test_bytes_are_those_of_the_tensors(policy):
         assert tiers["int8"] == low * (2 * 16 + 2 * 4 + 4) + (8 * layer.lengths().numel() if low else 0)
         exact = (2 * 16 * 4 + 4 + bias) * (int(layer.lengths().sum()) - low) + 8 * layer.lengths().numel()
         tables = 8 * layer.last.numel() if isinstance(policy, p.LazyEviction) else 0
+        tables += 8 * sum(len(x) for x in layer.stores() if x.rows != list(range(x.total)))  # the order of its rows
         assert tiers["fast"] == exact + tiers["int8"] + tables
 
 

@@ -22,7 +22,8 @@ from vlmfast.decode import PromptLookup, SelfDraft, Speculate
 from vlmfast.encode import METHODS as PRUNERS
 from vlmfast.plan import Plan
 from vlmfast.prefill import METHODS as POLICIES
-from vlmfast.stream.retrieve import Evenly, External, Internal, Oracle, Recency, standardised
+from vlmfast.stream.layers import layer_recall
+from vlmfast.stream.retrieve import Evenly, External, Internal, Oracle, Recency, in_time, standardised
 from vlmfast.stream.segments import StoreError
 from vlmfast.stream.session import StreamSession
 
@@ -356,6 +357,23 @@ def test_layers_above_the_last_one_asked_do_not_run(family, monkeypatch):
     monkeypatch.setattr(Internal, "asked", lambda r, count: list(range(count)))
     monkeypatch.setattr(Internal, "combine", lambda r, found: standardised(torch.stack(found[:2])).mean(0))
     assert torch.equal(early, logits(s)) and ran == [0, 1, 0, 1, 2, 3]
+
+
+def test_recall_by_layer_is_what_each_layer_brings_back():
+    """Against the choice that `Internal` with that layer alone makes."""
+    s = session("qwen2_5_vl", window=40)
+    s.push(video(40))
+    evidence, tool = (3.0, 9.0), Internal(frames=5)
+    got = layer_recall(s, [(Q, None, evidence)], tool)
+    blocks = list(s.store.blocks.values())
+    wanted = {b.id for b in in_time(blocks, None, evidence)}
+    for i, share in enumerate(got):
+        alone = Internal(frames=5, scope="shared", layers=(i,))
+        chosen = s.recall.choose(alone, blocks, Q)[0][0]
+        assert share == pytest.approx(len(wanted & {b.id for b in chosen}) / len(wanted))
+    assert len(got) == 4
+    with pytest.raises(UserError, match="evidence"):
+        layer_recall(s, [(Q, None, (900.0, 901.0))])
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava_onevision"])

@@ -12,17 +12,29 @@ from torch import Tensor
 from vlmfast.kernels.reference import Ragged
 
 
-def runs(kv: Ragged) -> list[tuple[int, int, int]]:
-    """Entries that form one dense block, as (first, count, stride): neighbours of equal length, evenly spaced."""
-    out: list[tuple[int, int, int]] = []
-    i, n = 0, len(kv)
-    while i < n:
-        j, stride = i + 1, kv.lengths[i]
-        if j < n and kv.lengths[j] == kv.lengths[i]:
-            stride = kv.offsets[j] - kv.offsets[i]
-        while j < n and kv.lengths[j] == kv.lengths[i] and kv.offsets[j] - kv.offsets[j - 1] == stride:
+SLACK = 8  # up to 1/SLACK of what is read may be free slots, if that makes one dense tensor of several rows
+
+
+def runs(kv: Ragged) -> list[tuple[int, int, int, int]]:
+    """Entries that are read as one block, (first, count, stride, n): evenly spaced neighbours, n columns of each.
+
+    They are of equal length; or, where free slots may be read, of about equal length and with those slots between them
+    (n = stride), because half-precision matmuls want their matrices without gaps.
+    """
+    out: list[tuple[int, int, int, int]] = []
+    i, many = 0, len(kv)
+    while i < many:
+        length, j = kv.lengths[i], i + 1
+        stride = kv.offsets[j] - kv.offsets[i] if j < many else length
+        dense = kv.finite and (stride - length) * SLACK <= stride and length <= stride
+        if not dense and j < many and kv.lengths[j] != length:
+            stride = length
+        while j < many and kv.offsets[j] - kv.offsets[j - 1] == stride and kv.offsets[j] + stride <= len(kv.keys):
+            if kv.lengths[j] != length and not (dense and 0 <= (stride - kv.lengths[j]) * SLACK <= stride):
+                break
             j += 1
-        out.append((i, j - i, stride))
+        alone = j == i + 1
+        out.append((i, j - i, length if alone else stride, stride if dense and not alone else length))
         i = j
     return out
 
@@ -34,8 +46,9 @@ def _block(flat: Tensor, offset: int, count: int, stride: int, n: int) -> Tensor
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Batched a @ b. Half-precision CPU kernels copy a batch with gaps between its matrices: go one by one there."""
-    dense = b.shape[0] == 1 or b.stride(0) == b.shape[1] * b.shape[2]
+    """Batched a @ b. Half-precision CPU kernels copy a batch with gaps between its matrices, and leave a batch of one
+    to a single core: go one by one there."""
+    dense = b.shape[0] > 1 and b.stride(0) == b.shape[1] * b.shape[2]
     if a.is_cuda or dense or a.dtype not in (torch.bfloat16, torch.float16):
         return torch.matmul(a, b)
     out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
@@ -55,8 +68,8 @@ def ragged_attention(
     hidden = None
     if q > 1 and causal:
         hidden = torch.ones(q, q, dtype=torch.bool, device=query.device).triu(1)
-    for first, count, stride in runs(kv):
-        n, at = kv.lengths[first], kv.offsets[first]
+    for first, count, stride, n in runs(kv):
+        at, lengths = kv.offsets[first], kv.lengths[first : first + count]
         rows = kv.rows[first : first + count]
         whole = rows == list(range(rows[0], rows[0] + count))
         mine = qs[rows[0] : rows[0] + count] if whole else qs[rows]
@@ -69,8 +82,11 @@ def ragged_attention(
             scores *= _block(kv.key_scale[:, None], at, count, stride, n).transpose(1, 2)
         if kv.bias is not None:
             scores += _block(kv.bias[:, None], at, count, stride, n).transpose(1, 2)
-        if hidden is not None:
-            scores.view(count, group, q, n)[..., n - q :].masked_fill_(hidden, float("-inf"))
+        for i, length in enumerate(lengths):
+            if length < n:  # free slots
+                scores[i, :, length:] = float("-inf")
+            if hidden is not None:
+                scores[i].view(group, q, n)[..., length - q : length].masked_fill_(hidden, float("-inf"))
         if lse is not None:
             lse.view(kv.total, group * q)[rows] = scores.logsumexp(-1)
         p = torch.softmax(scores, -1)

@@ -25,6 +25,7 @@ class Ragged:
     key_scale: Tensor | None = None  # (T,) float32, int8 storage only: key = int8 * scale
     value_scale: Tensor | None = None  # (T,) float32
     bias: Tensor | None = None  # (T,) float32 added to the scores, log n for a slot that stands for n columns
+    finite: bool = False  # slots of no entry hold finite numbers, so they may be read and given no weight
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -103,13 +103,14 @@ class Group:
 
     def load(self, wanted: Tensor, store: Store) -> None:
         """Make the slots hold `wanted` (R, slots), copying only chunks that are not there yet."""
-        mark = torch.zeros(len(self.rows), self.chunks, dtype=torch.bool)
-        new = ~mark.scatter(1, self.held, True).gather(1, wanted)  # as many per row as there are slots to free
-        free = ~mark.scatter(1, wanted, True).gather(1, self.held)
         for i, row in enumerate(self.rows):
-            chunks, slots = wanted[i][new[i]], free[i].nonzero()[:, 0]
-            if not len(chunks):
+            held, asked = self.held[i].tolist(), wanted[i].tolist()
+            there, stays = set(held), set(asked)
+            came = [chunk for chunk in asked if chunk not in there]  # as many as there are slots to free
+            if not came:
                 continue
+            chunks = torch.tensor(came)
+            slots = torch.tensor([slot for slot, chunk in enumerate(held) if chunk not in stays])
             at = store.offsets[store.rows.index(row)] + self.how.sinks
             target = slots.to(store.keys.device, non_blocking=True)
             for blocks, fast in zip(self.blocks(i, chunks), (store.keys, store.values, store.positions), strict=True):
@@ -201,7 +202,7 @@ class Dynamic:
             left = q - 1 - t
             step = Ragged(
                 self.store.keys, self.store.values, self.store.rows, self.store.offsets,
-                [n - left for n in self.store.lengths], self.store.total,
+                [n - left for n in self.store.lengths], self.store.total, finite=True,
             )  # fmt: skip
             one = torch.empty_like(out[:, :, :1]) if q > 1 else out
             kernels.ragged_attention(query[:, :, t : t + 1], step, scaling, one)

@@ -13,17 +13,35 @@ _BUFFERS = ("keys", "values", "positions", "key_scale", "value_scale", "bias")  
 Segment = tuple[int, Tensor, Tensor, Tensor]  # row, keys (n, D), values (n, Dv), positions (n,) logical columns
 
 
+def _even(capacity: list[int], slack: int = 32) -> list[int]:
+    """Raise ascending capacities to that of the largest neighbour within 1/slack."""
+    out = list(capacity)
+    for i in range(len(out) - 2, -1, -1):
+        if (out[i + 1] - out[i]) * slack <= out[i + 1]:
+            out[i] = out[i + 1]
+    return out
+
+
 @dataclass
 class Store(Ragged):
     """A `Ragged` that can grow, shrink and be copied. Entries are ordered by length, so equal ones are neighbours.
 
     Each entry owns `room` slots more than its columns at the last allocation; when one runs out, all move to a larger
-    buffer (amortised: at least 32 slots or 1/32 of the longest row are added). Unused slots are never read.
+    buffer (amortised: at least 32 slots or 1/32 of the longest row are added). Rows of about equal length own equally
+    many slots, so that they are read as one tensor; unused slots hold finite numbers and never count.
     """
 
     positions: Tensor = None  # type: ignore[assignment]  # (T,) int32 logical column of each slot
     capacity: list[int] = None  # type: ignore[assignment]  # slots owned by each entry
     cursor: Tensor = None  # type: ignore[assignment]  # (entries,) int64 next free slot of each entry
+    _index: tuple[list[int], Tensor] | None = None
+
+    @property
+    def index(self) -> Tensor:
+        """`rows` as a tensor (entries,) int64 on the storage's device."""
+        if self._index is None or self._index[0] is not self.rows:
+            self._index = self.rows, torch.tensor(self.rows, device=self.keys.device)
+        return self._index[1]
 
     @classmethod
     def build(
@@ -41,21 +59,22 @@ class Store(Ragged):
         segments = sorted(segments, key=lambda s: s[1].shape[0])
         lengths = [s[1].shape[0] for s in segments]
         room = max(room, 32, max(lengths) // 32)
-        capacity = [n + room for n in lengths]
+        capacity = _even([n + room for n in lengths])
         ends = torch.tensor(capacity).cumsum(0).tolist()
         offsets = [end - c for end, c in zip(ends, capacity, strict=True)]
         _, k, v, _ = segments[0]
         dtype = torch.int8 if int8 else k.dtype
         new = cls(
-            keys=k.new_empty(ends[-1], k.shape[1], dtype=dtype),
-            values=v.new_empty(ends[-1], v.shape[1], dtype=dtype),
+            keys=k.new_zeros(ends[-1], k.shape[1], dtype=dtype),
+            values=v.new_zeros(ends[-1], v.shape[1], dtype=dtype),
             rows=[s[0] for s in segments],
             offsets=offsets,
             lengths=lengths,
             total=total,
-            key_scale=k.new_empty(ends[-1], dtype=torch.float32) if int8 else None,
-            value_scale=k.new_empty(ends[-1], dtype=torch.float32) if int8 else None,
+            key_scale=k.new_zeros(ends[-1], dtype=torch.float32) if int8 else None,
+            value_scale=k.new_zeros(ends[-1], dtype=torch.float32) if int8 else None,
             positions=k.new_empty(ends[-1], dtype=torch.int32),
+            finite=True,
             capacity=capacity,
             cursor=torch.tensor(offsets, device=k.device) + torch.tensor(lengths, device=k.device),
         )
@@ -92,9 +111,14 @@ class Store(Ragged):
         if min(c - n for c, n in zip(self.capacity, self.lengths, strict=True)) < q:
             self._grow(q)
         if self.rows != list(range(self.total)):
-            keys, values = keys[self.rows], values[self.rows]
-        steps = torch.arange(q, device=self.cursor.device)
-        where = (self.cursor[:, None] + steps).reshape(-1)
+            keys, values = keys[self.index], values[self.index]
+        if q == 1:
+            where = self.cursor
+            self.positions.index_fill_(0, where, position)
+        else:
+            steps = torch.arange(q, device=self.cursor.device)
+            where = (self.cursor[:, None] + steps).reshape(-1)
+            self.positions.index_copy_(0, where, (steps + position).to(torch.int32).repeat(len(self)))
         keys, values = keys.reshape(-1, keys.shape[-1]), values.reshape(-1, values.shape[-1])
         if self.key_scale is None:
             self.keys.index_copy_(0, where, keys)
@@ -102,8 +126,7 @@ class Store(Ragged):
         else:
             self._write(where, keys, values)
         if self.bias is not None:
-            self.bias[where] = 0.0
-        self.positions.index_copy_(0, where, (steps + position).to(torch.int32).repeat(len(self)))
+            self.bias.index_fill_(0, where, 0.0)
         self.lengths = [n + q for n in self.lengths]
         self.cursor += q
 
@@ -117,14 +140,14 @@ class Store(Ragged):
         """Re-lay the given (row, slots, length) entries of this store in a new buffer, byte for byte."""
         entries = sorted(entries, key=lambda e: e[2])
         room = max(room, max(e[2] for e in entries) // 32) if room else 0
-        capacity = [e[2] + room for e in entries]
+        capacity = _even([e[2] + room for e in entries]) if room else [e[2] for e in entries]
         ends = torch.tensor(capacity).cumsum(0).tolist()
         offsets = [end - c for end, c in zip(ends, capacity, strict=True)]
         for name in _BUFFERS:
             old = getattr(self, name)
             if old is None:
                 continue
-            new = old.new_empty(ends[-1], *old.shape[1:])
+            new = old.new_zeros(ends[-1], *old.shape[1:])
             for at, (_, slots, n) in zip(offsets, entries, strict=True):
                 new[at : at + n] = old[slots]
             setattr(self, name, new)
@@ -187,5 +210,6 @@ class Store(Ragged):
         """(bytes of the columns held, bytes allocated), positions, scales, biases and the entry table included."""
         tensors = [self.keys, self.values, self.positions, self.key_scale, self.value_scale, self.bias]
         per_slot = sum(t[0].numel() * t.element_size() for t in tensors if t is not None)
-        table = self.cursor.numel() * self.cursor.element_size()
+        tables = [self.cursor] if self._index is None else [self.cursor, self._index[1]]
+        table = sum(t.numel() * t.element_size() for t in tables)
         return per_slot * sum(self.lengths) + table, per_slot * self.keys.shape[0] + table

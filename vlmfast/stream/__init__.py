@@ -24,6 +24,7 @@ _HOME = {
     "Internal": "retrieve",
     "Oracle": "retrieve",
     "Recency": "retrieve",
+    "layer_recall": "layers",
     "Store": "store",
 }
 

@@ -7,6 +7,7 @@ own keys and values are thrown away); then the whole prompt reads [init tokens, 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,6 +55,10 @@ class Recall:
         self._made: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}  # of the context being built
         self._turns: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}  # cos and sin by blocks, likewise
 
+    def begin(self) -> None:
+        """Forget what was gathered for the question before."""
+        self.lost, self._made, self._turns = [], {}, {}
+
     # -- which ---------------------------------------------------------------------------------------------------------
 
     def choose(self, retriever: Retriever | None, blocks: list[Block], question: str) -> tuple[list[list[Block]], str]:
@@ -72,30 +77,45 @@ class Recall:
     def _internal(self, retriever: Internal, view: View, question: str) -> list[list[Block]]:
         """Pass 1: the bare question, layer by layer."""
         chosen: list[list[Block]] = []
-        scores: list[Tensor] = []
+        layers = len(self.encoder.cache.layers)
+        if retriever.scope == "shared":
+            scores = self.scores(retriever, view, question, retriever.asked(layers))
+            return [self._best(retriever, view, retriever.combine(scores))] * layers
+
+        def choose(layer: int, queries: Tensor) -> list[Block]:
+            chosen.append(self._best(retriever, view, retriever.layer_scores(view, layer, queries)))
+            return chosen[-1]
+
+        self._probe(question, choose)
+        return chosen
+
+    def scores(self, retriever: Internal, view: View, question: str, layers: list[int]) -> list[Tensor]:
+        """(N,) scores of the bare question, alone before the video, at each of `layers` (ascending)."""
+        out: list[Tensor] = []
+
+        def score(layer: int, queries: Tensor) -> list[Block]:
+            if layer in layers:
+                out.append(retriever.layer_scores(view, layer, queries))
+            if layer == layers[-1]:
+                raise _Enough
+            return []
+
+        with suppress(_Enough):
+            self._probe(question, score)
+        return out
+
+    def _probe(self, question: str, choose: Callable[[int, Tensor], list[Block]]) -> None:
+        """Run the bare question through the layers; each reads the blocks that `choose` gives it for its queries."""
         embeds = self.eyes.embed(self.eyes.encode(question))[None]
         axes, n = self.encoder.layout.axes, embeds.shape[1]
-        layers = len(self.encoder.cache.layers)
-        asked = retriever.asked(layers)
 
         def fetch(layer: int, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            blocks: list[Block] = []
-            if retriever.scope == "layer":
-                blocks = self._best(retriever, view, retriever.layer_scores(view, layer, queries))
-                chosen.append(blocks)
-            elif layer in asked:
-                scores.append(retriever.layer_scores(view, layer, queries))
-                if layer == asked[-1]:
-                    raise _Enough
+            blocks = choose(layer, queries)
             keys, values = self.gather(layer, blocks)
             start = self.text_start(blocks)
             return keys, values, torch.arange(start, start + n).expand(axes, -1)
 
-        with suppress(_Enough):
-            ProbeCache(self.eyes.text, fetch).forward(self.eyes.model, embeds, axes)
-        if retriever.scope == "layer":
-            return chosen
-        return [self._best(retriever, view, retriever.combine(scores))] * layers
+        ProbeCache(self.eyes.text, fetch).forward(self.eyes.model, embeds, axes)
 
     @staticmethod
     def _best(retriever: Internal, view: View, scores: Tensor) -> list[Block]:
@@ -150,7 +170,7 @@ class Recall:
     ) -> Context:
         """The working set for prompt `ids` about `question`. dense: a plain cache (all layers of one length)."""
         clock = time.perf_counter()
-        self.lost, self._made, self._turns = [], {}, {}
+        self.begin()
         per_layer, how = self.choose(retriever, blocks, question)
         chosen = time.perf_counter()
         layers = [self.gather(i, blocks) for i, blocks in enumerate(per_layer)]
