@@ -33,10 +33,11 @@ def every_pruner() -> str:
 
 
 def every_policy() -> str:
-    """All policies at every kept fraction."""
+    """All policies at every kept fraction, but those that evict while decoding: their caches cannot go back."""
     from vlmfast.prefill import METHODS
 
-    return ",".join(f"kv.{p}-{k}" if p == "random" else f"{p}-{k}" for p in METHODS for k in KEEPS)
+    names = [name for name, policy in METHODS.items() if policy().cache_layer().is_croppable]
+    return ",".join(f"kv.{p}-{k}" if p == "random" else f"{p}-{k}" for p in names for k in KEEPS)
 
 
 POLICIES = ",".join(f"{p}-{k}" for p in ("hybridkv", "snapkv", "adakv", "kv.random") for k in (50, 20, 10, 5))
@@ -81,9 +82,9 @@ def grid() -> str:
 TABLES = {
     "easy-vqa": Table("easy-vqa", f"{PRUNERS},balanced,fast", batch=64, first=512),
     "pocket": Table("pocket/mid", f"{every_pruner()},balanced,fast", batch=12, first=60, share=2),
-    "long": Table("pocket/long", POLICIES, first=22, share=3, dtype="bfloat16"),
-    "policies": Table("pocket/long", every_policy(), first=11, share=3, dtype="bfloat16"),
-    "hybridkv": Table("pocket/long", ablations, first=11, share=1, dtype="bfloat16"),
+    "long": Table("pocket/again", POLICIES, batch=5, first=50, share=3, dtype="bfloat16"),
+    "policies": Table("pocket/again", every_policy(), batch=5, first=50, share=3, dtype="bfloat16"),
+    "hybridkv": Table("pocket/again", ablations, batch=5, first=50, share=2, dtype="bfloat16"),
     "captions": Table("pocket/caption:size=256", f"plain_loop,{grid()}", first=8, share=2),
 }
 

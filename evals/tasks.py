@@ -1,7 +1,7 @@
 """Tasks: what is asked. A task knows its questions by number and makes each one when it is needed.
 
 `get("pocket/colour")`, `get("pocket/needle:size=96,seconds=64")`, `get("pocket/all")`, `get("pocket/long")`,
-`get("pocket/mid")`, `get("easy-vqa")`, `get("questions.jsonl")` (also `.parquet`, or a folder that holds such a file).
+`get("pocket/mid")`, `get("pocket/again")`, `get("easy-vqa")`, `get("questions.jsonl")` (also `.parquet`, or a folder that holds such a file).
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class Sample:
     choices: list[str] | None = None
     before: list[tuple[str, str]] = field(default_factory=list)  # turns (question, answer) about the media so far
     error: str | None = None  # why its media could not be read
+    opening: str | None = None  # a question that is asked first; this one reads the cache it left (`evals.again`)
 
 
 @dataclass
@@ -87,6 +88,10 @@ def get(name: str, metric: str | None = None, frames: str = "uniform:16") -> Tas
     """The task of a name. metric, frames (how videos are sampled): for tasks of one's own questions."""
     if name == "easy-vqa":
         return easy_vqa()
+    if name == "pocket/again":
+        from evals import again
+
+        return again.task(name)
     if name.startswith("pocket/"):
         return pocket(name)
     path = Path(name)
@@ -95,7 +100,7 @@ def get(name: str, metric: str | None = None, frames: str = "uniform:16") -> Tas
 
         return questions.load(path, metric, frames)
     raise UserError(
-        f"unknown task {name!r}; known: easy-vqa, pocket/all, pocket/long, pocket/mid, "
+        f"unknown task {name!r}; known: easy-vqa, pocket/all, pocket/again, pocket/long, pocket/mid, "
         f"{', '.join(f'pocket/{k}' for k in POCKET_KINDS)}, or a path to questions.jsonl, .parquet or a folder with one"
     )
 

@@ -244,6 +244,40 @@ def test_insight_knows_what_comes_and_goes() -> None:
     assert model.model.language_model.layers[4].mlp.up_proj.weight.grad is None
 
 
+def test_finding_rewards_keys_that_the_words_find() -> None:
+    """Which seconds show what is named; the loss is that of guessing on fresh weights, and falls when trained on."""
+    from vlmfast.pocket.finding import Finding, named, seconds_of
+
+    assert named("where is the red circle ?").shape == "circle" and named("where is the red circle ?").colour == "red"
+    assert named("how many circles are there ?").colour == "" and named("is it moving ?") is None
+    assert named("is the red circle left of the blue square ?") is None
+    late = scenes.Obj("red", "circle", "small", 0.2, 0.2, 0.1, 0, t_in=3.0, t_out=5.0)
+    clip = scenes.Scene(64, 64, 16, 2.0, [late])
+    other = scenes.Scene(
+        64, 64, 16, 2.0, [scenes.Obj("blue", "circle", "small", 0.8, 0.8, 0.1, 8, t_in=0.0, t_out=9.0)]
+    )
+    mention = named("where is the red circle ?")
+    assert seconds_of(mention, [clip, other], 8).tolist() == [3 <= t < 5 for t in range(8)] + [False] * 8
+    torch.manual_seed(0)
+    model = models.build("target")
+    model.set_attn_implementation("eager")
+    side, opt = Finding(model), torch.optim.Adam(model.parameters(), lr=3e-3)
+    chats = [[("where is the red circle ?", "top left")], [("where is the blue circle ?", "bottom right")]]
+    frames = torch.randint(256, (2, 16, 64, 64, 3), dtype=torch.uint8)
+    batch = batches.tensors(model, frames, chats, apart=True)
+    batch.pop("labels")
+    losses = []
+    for _ in range(12):
+        model(**batch)
+        losses.append(side.loss([clip, other], chats, (8, 4, 4), batches.VISUAL_FROM))
+        losses[-1].backward()
+        opt.step()
+        opt.zero_grad()
+    assert float(losses[-1]) < 0.5 * float(losses[0])
+    model(**batch)
+    assert not float(side.loss([clip, other], [[("is it there ?", "yes")]] * 2, (8, 4, 4), batches.VISUAL_FROM))
+
+
 def test_mentions_are_found_and_told_what_is_true() -> None:
     from vlmfast.pocket import mentions
     from vlmfast.pocket.mentions import Mention

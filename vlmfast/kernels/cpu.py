@@ -11,7 +11,6 @@ from torch import Tensor
 
 from vlmfast.kernels.reference import Ragged
 
-
 SLACK = 8  # up to 1/SLACK of what is read may be free slots, if that makes one dense tensor of several rows
 
 

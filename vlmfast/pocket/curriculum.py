@@ -87,6 +87,7 @@ STAGES: list[tuple[float, list[tuple[Recipe | str, float]]]] = [
 #: What a slow machine learns in the last part of its time when it has not come to the clips.
 SHORT: list[tuple[Recipe | str, float]] = [(FEW, 5), ("easy", 1), (MOTION, 3), (CLIP4, 1), (LARGE, 0.3)]
 CLIPS_FROM, LATE = 30, 0.75
+CONVERSE_FROM = 142  # thousand rows
 
 
 def choose(step: int, progress: float, rows: int) -> Recipe | str:

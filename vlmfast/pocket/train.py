@@ -25,6 +25,7 @@ from vlmfast.pocket.scenes import DIRECTIONS, SHAPES, Scene
 
 GROW = 0.8  # share of the run with the lower half of the text layers only, at half the price
 THAW, TOWER = 0.7, 0.3  # share of the run with the tower frozen; its rate after that, relative to the rest
+CONVERSE = 5  # every so many steps the questions of a row are asked in one conversation
 WARMUP, DECAY = 100, 0.35  # steps of warm-up; last fraction of the run in which the rate falls to zero
 
 
@@ -70,7 +71,9 @@ def data(
             return batches.tensors(model, got[0].to(device), got[1], device=device, apart=True), [], []
         recipe = curriculum.FEW  # easy-VQA is not installed: one more batch of our own
     frames, chats, scenes = batches.make(recipe, step, device)
-    return batches.tensors(model, frames, chats, device=device, apart=True), scenes, chats
+    # now and then as one conversation, so that an answer given before is not taken for the one that is asked for
+    apart = step % CONVERSE != 0 or rows < 1000 * curriculum.CONVERSE_FROM
+    return batches.tensors(model, frames, chats, device=device, apart=apart), scenes, chats
 
 
 class Log:
