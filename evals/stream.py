@@ -5,8 +5,8 @@ is on screen: `now`) are answered with every retriever at the same number of blo
 (two frames, one second). Rows:
 
 * `layers`: evidence recall of every layer on a clip of the train split; the two best choose for `internal`;
-* one per length and retriever (`internal-by-layer` is ReKV's own rule, `external` knows colours only, `oracle` where the
-  evidence lies): accuracy, evidence recall, latency, tokens read;
+* one per length and retriever (`internal-by-layer` is ReKV's own rule, `external` knows colours only, `oracle` where
+  the evidence lies): accuracy, evidence recall, latency, tokens read;
 * `session`: sustained fps, bytes per tier, archive bytes per hour, plain ReKV's bytes per hour for the same stream;
 * `internal-full` and `rekv` (up to 10 minutes): nothing dropped, two bytes per number, what compression costs; with
   the retriever of `internal`, and with inner products per layer;

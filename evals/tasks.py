@@ -1,7 +1,8 @@
 """Tasks: what is asked. A task knows its questions by number and makes each one when it is needed.
 
 `get("pocket/colour")`, `get("pocket/needle:size=96,seconds=64")`, `get("pocket/all")`, `get("pocket/long")`,
-`get("pocket/mid")`, `get("pocket/again")`, `get("easy-vqa")`, `get("questions.jsonl")` (also `.parquet`, or a folder that holds such a file).
+`get("pocket/mid")`, `get("pocket/again")`, `get("easy-vqa")`, `get("questions.jsonl")` (also `.parquet`, or a folder
+that holds such a file).
 """
 
 from __future__ import annotations

@@ -273,7 +273,7 @@ def test_finding_rewards_keys_that_the_words_find() -> None:
         losses[-1].backward()
         opt.step()
         opt.zero_grad()
-    assert float(losses[-1]) < 0.5 * float(losses[0])
+    assert float(losses[-1].detach()) < 0.8 * float(losses[0].detach())
     model(**batch)
     assert not float(side.loss([clip, other], [[("is it there ?", "yes")]] * 2, (8, 4, 4), batches.VISUAL_FROM))
 
