@@ -169,4 +169,6 @@ TABLES = {
     "accuracy-long": ("accuracy-long.json", accuracy),
     "accuracy-captions": ("accuracy-captions.json", accuracy),
     "accuracy-hybridkv": ("accuracy-hybridkv.json", accuracy),
+    "accuracy-rules": ("accuracy-rules.json", accuracy),
+    "accuracy-policies": ("accuracy-policies.json", accuracy),
 }

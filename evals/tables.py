@@ -85,6 +85,7 @@ TABLES = {
     "long": Table("pocket/again", POLICIES, batch=5, first=50, share=3, dtype="bfloat16"),
     "policies": Table("pocket/again", every_policy(), batch=5, first=50, share=3, dtype="bfloat16"),
     "hybridkv": Table("pocket/again", ablations, batch=5, first=50, share=2, dtype="bfloat16"),
+    "rules": Table("pocket/mid", "plain_loop,lossless,loose,fly,randomrelax", first=120),
     "captions": Table("pocket/caption:size=256", f"plain_loop,{grid()}", first=8, share=2),
 }
 

@@ -33,6 +33,7 @@ from vlmfast.encode.cdpruner import greedy_map
 from vlmfast.encode.flashvid import attended_and_diverse
 from vlmfast.encode.hired import parts
 from vlmfast.encode.vcast import curvature
+from vlmfast.plan import Plan
 
 D = 12
 
@@ -463,6 +464,18 @@ def test_ivcprune_keeps_the_axes_whatever_it_wraps() -> None:
         assert {1, 8, 20, 33, 40, 2, 9, 21, 34, 41} <= set(kept.tolist())
         alone = dataclasses.replace(inner, keep=0.29).select(fit(inner, video(rope=rope)))
         assert set(alone.tolist()) <= set(kept.tolist()), "the wrapped pruner's best are there too"
+
+
+def test_evs_leaves_images_to_the_pruner_of_stills() -> None:
+    clip = video()
+    still = dataclasses.replace(clip, video=False)
+    both = EVS(keep=0.3, stills=VidCom2(keep=0.5))
+    assert torch.equal(both.select(clip), EVS(keep=0.3).select(clip))
+    assert torch.equal(both.select(still), VidCom2(keep=0.5).select(still))
+    assert EVS(keep=0.3).select(still).shape[0] == still.n
+    assert Plan.from_json(Plan(prune=both).json()) == Plan(prune=both)
+    with pytest.raises(UserError, match="features"):
+        EVS(stills=CDPruner())
 
 
 def test_ivcprune_asks_for_what_it_wraps() -> None:

@@ -108,7 +108,7 @@ def resolve(plan: Plan | str | Path | dict | None, **stages: Any) -> Plan:
 
 def _methods(field: str) -> dict[str, type]:
     """The methods a field of this name may hold (method objects nest: a draft has its own pruner)."""
-    if field == "prune":
+    if field in ("prune", "stills"):
         from vlmfast.encode import METHODS as pruners
 
         return dict(pruners)
@@ -145,7 +145,7 @@ def _build(field: str, data: Any) -> Any:
             return kind(**{k: _build(k, v) for k, v in data.items() if k != "method"})
         except TypeError as e:
             raise UserError(f"{name}: {e}") from None
-    if field in ("draft", "accept", "base", "scorer", "prune") and isinstance(data, str) and data in _methods(field):
+    if field in ("draft", "accept", "base", "scorer", "prune", "stills") and isinstance(data, str) and data in _methods(field):
         return _build(field, {"method": data})
     return data
 

@@ -9,17 +9,29 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from vlmfast.core import VisualTokens
+from vlmfast.core import UserError, VisualTokens
 from vlmfast.encode.base import Pruner
 
 
 @dataclass(frozen=True)
 class EVS(Pruner):
     """Efficient Video Sampling (NVIDIA, arXiv 2510.14624): a token's score is its cosine distance to the token at the
-    same place in the previous frame; the first frame is kept whole. Video only: images pass unpruned."""
+    same place in the previous frame; the first frame is kept whole. Video only: images pass unpruned, or are left to
+    `stills`, a pruner of features, whose own keep counts for them."""
 
+    stills: Pruner | None = None
     name: ClassVar[str] = "evs"
     video_only: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stills is not None and (not isinstance(self.stills, Pruner) or set(self.stills.needs) != {"features"}):
+            raise UserError(f"evs leaves images to a pruner of features, not {self.stills!r}: e.g. stills=VidCom2()")
+
+    def select(self, tokens: VisualTokens) -> Tensor:
+        if self.stills is not None and not tokens.video:
+            return self.stills.select(tokens)
+        return super().select(tokens)
 
     def budget(self, tokens: VisualTokens) -> int:
         per_frame = tokens.n // tokens.frames
