@@ -82,8 +82,9 @@ def ask(runner: Runner, samples: Sequence[Sample], plan: Plan, tokens: int) -> t
     )
     inputs = runner.inputs([replace(samples[0], question=str(samples[0].opening))])
     decode, answers = runner.processor.tokenizer.decode, []
+    extra = {"tokenizer": runner.processor.tokenizer} if plan.speculate is not None else {}
     with vlmfast.accelerate(runner.model, plan) as fast:
-        out = runner.model.generate(**inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
+        out = runner.model.generate(**inputs, **extra, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
         report, kept = fast.report.json(), cache_of(out)
         for ids in prompts:
             short = min(ids.shape[1], opening.shape[1])
@@ -92,7 +93,7 @@ def ask(runner: Runner, samples: Sequence[Sample], plan: Plan, tokens: int) -> t
             cache.crop(common - cache.get_seq_length())
             said = runner.model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False,
-                **{CACHE: cache},
+                **{CACHE: cache}, **extra,
             )  # fmt: skip
             answers.append(decode(said[0, ids.shape[1] :], skip_special_tokens=True))
     return answers, report

@@ -169,6 +169,7 @@ TABLES = {
     "accuracy-long": ("accuracy-long.json", accuracy),
     "accuracy-captions": ("accuracy-captions.json", accuracy),
     "accuracy-hybridkv": ("accuracy-hybridkv.json", accuracy),
+    "accuracy-presets": ("accuracy-presets.json", accuracy),
     "accuracy-rules": ("accuracy-rules.json", accuracy),
     "accuracy-policies": ("accuracy-policies.json", accuracy),
 }

@@ -144,7 +144,9 @@ class Runner:
 
         texts, report = again.ask(self, samples, plan, tokens)
         flat = {**report["encode"], **report["prefill"]}
-        fields = {k: round(flat[k], 4) for k in ("cached_tokens", "kv_fast_bytes", "kv_host_bytes") if k in flat}
+        names = ("visual_tokens", "kept_tokens", "cached_tokens", "kv_fast_bytes", "kv_host_bytes")
+        fields = {k: round(flat[k], 4) for k in names if flat.get(k) is not None}
+        fields["no_speed"] = "questions on a copied cache are not timed"
         return [
             {**_identity(s, method), "answer": text.strip(), "score": float(s.score(text)), "batch": 1, **fields}
             for s, text in zip(samples, texts, strict=True)

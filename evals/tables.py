@@ -46,9 +46,9 @@ GRID = ("vidcom2-25", "hybridkv-25", "lossless", "loose")
 
 #: What HybridKV's paper leaves open, one field changed at a time from the default.
 OPEN_FIELDS: dict[str, tuple[Any, ...]] = {
-    "theta": (0.8, 0.95), "top": (0.05, 0.2), "group": ("max",), "split": (0.25, 0.5), "ratio": (0.5, 2.0),
-    "share": ("sparse", "equal"), "text_first": (False,), "pool": (1, 13), "chunk": (8, 64), "bound": ("minmax",),
-    "refresh": (4,), "queries": (16,),
+    "theta": (0.8, 0.95), "top": (0.05, 0.2), "group": ("max",), "split": (0.25, 0.5, 1.0), "ratio": (0.5, 2.0),
+    "share": ("sparse", "broad"), "text_first": (False,), "pool": (3, 7), "chunk": (8, 32), "bound": ("mean",),
+    "refresh": (1,), "queries": (16,),
 }  # fmt: skip
 
 
@@ -83,6 +83,7 @@ TABLES = {
     "easy-vqa": Table("easy-vqa", f"{PRUNERS},balanced,fast", batch=64, first=512),
     "pocket": Table("pocket/mid", f"{every_pruner()},balanced,fast", batch=12, first=60, share=2),
     "long": Table("pocket/again", POLICIES, batch=5, first=50, share=3, dtype="bfloat16"),
+    "presets": Table("pocket/again", "vidcom2-25,vidcom2-10,balanced,fast", batch=5, first=50, dtype="bfloat16"),
     "policies": Table("pocket/again", every_policy(), batch=5, first=50, share=3, dtype="bfloat16"),
     "hybridkv": Table("pocket/again", ablations, batch=5, first=50, share=2, dtype="bfloat16"),
     "rules": Table("pocket/mid", "plain_loop,lossless,loose,fly,randomrelax", first=120),
