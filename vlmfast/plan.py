@@ -145,7 +145,11 @@ def _build(field: str, data: Any) -> Any:
             return kind(**{k: _build(k, v) for k, v in data.items() if k != "method"})
         except TypeError as e:
             raise UserError(f"{name}: {e}") from None
-    if field in ("draft", "accept", "base", "scorer", "prune", "stills") and isinstance(data, str) and data in _methods(field):
+    if (
+        field in ("draft", "accept", "base", "scorer", "prune", "stills")
+        and isinstance(data, str)
+        and data in _methods(field)
+    ):
         return _build(field, {"method": data})
     return data
 
