@@ -35,7 +35,7 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="one short clip, under a minute")] = False,
     model: Annotated[str, typer.Option(help="'pocket', or a checkpoint folder of the same world")] = "pocket",
     frames: Annotated[int, typer.Option(help="blocks retrieved")] = 16,
-    redundancy: Annotated[float, typer.Option(help="cosine distance below which a token is dropped")] = 0.1,
+    redundancy: Annotated[float, typer.Option(help="cosine distance below which a token is dropped")] = 0.01,
     window: Annotated[int, typer.Option(help="tokens of the sliding window")] = 1024,
     ram: Annotated[str, typer.Option(help="archive in memory")] = "16MiB",
     questions: Annotated[int | None, typer.Option(help="most questions per length")] = None,
