@@ -39,6 +39,7 @@ def main(
     window: Annotated[int, typer.Option(help="tokens of the sliding window")] = 1024,
     ram: Annotated[str, typer.Option(help="archive in memory")] = "16MiB",
     questions: Annotated[int | None, typer.Option(help="most questions per length")] = None,
+    first: Annotated[int, typer.Option(help="seed of the first clip: others than those a setting was chosen on")] = 1,
     force: Annotated[bool, typer.Option("--force", help="replace an existing result")] = False,
 ) -> None:
     """Measure the stream and write its record and plot."""
@@ -52,7 +53,7 @@ def main(
         raise typer.Exit(2) from None
     config = {
         "minutes": lengths, "quick": quick, "model": model, "frames": frames, "redundancy": redundancy,
-        "window": window, "ram": ram, "keep_as": "int8",
+        "window": window, "ram": ram, "keep_as": "int8", "first": first,
     }  # fmt: skip
     record = records.head("stream", config=config, seed=1, repeats=1)
     record["rows"] = rows(config, questions)
@@ -85,7 +86,7 @@ def rows(config: dict[str, Any], most: int | None) -> list[dict[str, Any]]:
     for minutes in config["minutes"]:
         results = {name: runs.Result() for name in ways}
         rekv, whole, plain = runs.Result(), runs.Result(), runs.Result()
-        clips = runs.plan_of(minutes, config["quick"])
+        clips = runs.plan_of(minutes, config["quick"], config["first"])
         for seed, count in clips:
             drawn = clip(seed, round(minutes * 60), questions=count)
             name = f"{minutes:g}min-{seed}"

@@ -63,12 +63,12 @@ class Encoded:
         self.folder.cleanup()
 
 
-def plan_of(minutes: float, quick: bool) -> list[tuple[int, int]]:
+def plan_of(minutes: float, quick: bool, first: int = 1) -> list[tuple[int, int]]:
     """(seed, questions) of the clips of one length: short ones are many, so that every length has enough questions."""
     if quick:
-        return [(1, 4)]
+        return [(first, 4)]
     clips = 6 if minutes <= 2 else 2 if minutes <= 15 else 1
-    return [(seed, 8 if minutes <= 2 else 16) for seed in range(1, clips + 1)]
+    return [(seed, 8 if minutes <= 2 else 16) for seed in range(first, first + clips)]
 
 
 def questions(clip: Any, name: str) -> list[Asked]:
