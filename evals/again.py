@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from evals.stream_runs import right
 from evals.tasks import Clip, Sample, Task
 from vlmfast.plan import Plan
 
@@ -51,18 +52,11 @@ def task(name: str) -> Task:
         seed, j = divmod(i, EACH)
         item, asked = chat(seed)
         (opening, _), (question, answer) = asked[0], asked[1 + j]
-        right = functools.partial(_right, answer)
-        return Sample(f"again/{seed}/{j}", question, [answer], [Clip(item.frames.numpy(), item.fps)], right,
-                      cluster=f"again/{seed}", kind="again", opening=opening)  # fmt: skip
+        return Sample(f"again/{seed}/{j}", question, [answer], [Clip(item.frames.numpy(), item.fps)],
+                      lambda said: right(said, answer), cluster=f"again/{seed}", kind="again", opening=opening)  # fmt: skip
 
     ids = [f"again/{seed}/{j}" for seed in range(CLIPS) for j in range(EACH)]
     return Task(name, ids, make, 10, "accuracy", bucket=lambda i: i // EACH, config={"size": SIZE, "each": EACH})
-
-
-def _right(expected: str, said: str) -> float:
-    from vlmfast.pocket.captions import normalise
-
-    return float(normalise(said).rstrip(" .") == normalise(expected).rstrip(" ."))
 
 
 def ask(runner: Runner, samples: Sequence[Sample], plan: Plan, tokens: int) -> tuple[list[str], dict[str, Any]]:
