@@ -53,7 +53,8 @@ def task(name: str) -> Task:
         item, asked = chat(seed)
         (opening, _), (question, answer) = asked[0], asked[1 + j]
         return Sample(f"again/{seed}/{j}", question, [answer], [Clip(item.frames.numpy(), item.fps)],
-                      lambda said: right(said, answer), cluster=f"again/{seed}", kind="again", opening=opening)  # fmt: skip
+                      lambda said: right(said, answer), cluster=f"again/{seed}", kind="again",
+                      opening=opening)  # fmt: skip
 
     ids = [f"again/{seed}/{j}" for seed in range(CLIPS) for j in range(EACH)]
     return Task(name, ids, make, 10, "accuracy", bucket=lambda i: i // EACH, config={"size": SIZE, "each": EACH})

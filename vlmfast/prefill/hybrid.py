@@ -34,8 +34,8 @@ class HybridKV(KVPolicy):
     bound       what stands for a chunk: its mean key, or the minmax bound of its keys (open)
     refresh     choose chunks anew every this many tokens (open)
 
-    Of the open fields the ablation in `evals/README.md` (second questions about pocket clips, 10 %, 50 questions) decides
-    one: broad shares lose 18 points to equal ones. The other defaults are within its error bars of their neighbours.
+    Of the open fields the ablation in `evals/README.md` (50 second questions about pocket clips, 10 %) decides one:
+    broad shares lose 18 points to equal ones. The other defaults are within its error bars of their neighbours.
     """
 
     name: ClassVar[str] = "hybridkv"
