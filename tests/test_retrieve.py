@@ -126,6 +126,8 @@ def test_shared_scores_weigh_layers_alike():
     assert Internal(scope="shared", layers=(0, -1)).asked(3) == [0, 2]
     with pytest.raises(UserError, match="layers are 0 to 2"):
         Internal(scope="shared", layers=(3,)).asked(3)
+    with pytest.raises(UserError, match="layers are 0 to 2"):
+        Internal(scope="shared", layers=()).asked(3)
 
 
 def test_layers_can_be_spelled() -> None:

@@ -185,7 +185,7 @@ class Internal(Retriever):
         """The layers, of `count`, whose scores are combined, ascending. Raises UserError for one that is not there."""
         wanted = range(count) if self.layers is None else self.layers
         wrong = [i for i in wanted if not -count <= i < count]
-        if wrong:
+        if wrong or not wanted:
             raise UserError(f"layers={self.layers}: this model's layers are 0 to {count - 1}")
         return sorted({i % count for i in wanted})
 
