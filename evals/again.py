@@ -2,8 +2,10 @@
 
 The first token of an answer is read off the prefill, before anything is compressed, so a question with a one-word
 answer loses nothing to any policy. What compression costs shows in what is asked afterwards: the cache was compressed
-for another question, and each further one reads only what is left. `task` draws clips of 1,152 visual tokens, each
-with one opening question and several that follow, each on a copy of the compressed cache.
+for another question, and each further one reads only what is left. Every clip has one opening question and several that
+follow, each on a copy of the compressed cache: `pocket/again`, eight seconds in 1,152 visual tokens; `pocket/turns`, a bit
+over a minute in 1,024, a new scene every eight seconds and every question about another of them; `easy-vqa/again`, its
+pictures enlarged to 1,024 tokens.
 """
 
 from __future__ import annotations
@@ -14,21 +16,28 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from evals.stream_runs import right
 from evals.tasks import Clip, Sample, Task
+from vlmfast.core import UserError
 from vlmfast.plan import Plan
 
 if TYPE_CHECKING:
     from evals.runner import Runner
 
+OFFSET = 100  # clips of `evals.stream` have smaller seeds
 CLIPS, EACH, SIZE = 400, 5, 192  # clips, questions about each, pixels a side: 8 seconds are 8 * 144 tokens
 SCENES = ("order", "what-when")  # kinds whose clips give rise to many questions
 KINDS = (*SCENES, "motion", "when", "how-often", "during")
+MINUTE, SCENE_QUESTIONS = 64, 9  # seconds of a clip of `pocket/turns`, and questions about it, one of them the opening
+SIDE = 512  # pixels a side of an enlarged picture
+Chat = tuple[Any, list[tuple[str, str]]]  # a `Clip` or a picture, questions with their answers, the opening first
 
 
 @functools.lru_cache(maxsize=4)
-def chat(seed: int, size: int = SIZE) -> tuple[Any, list[tuple[str, str]]]:
-    """A held-out clip (`world.Sample`) and 1 + EACH different questions about it with their answers."""
+def chat(seed: int, size: int = SIZE) -> Chat:
+    """A held-out clip of one scene, with 1 + EACH different questions."""
     from vlmfast.pocket import questions, world
     from vlmfast.pocket.scenes import Rng
 
@@ -41,23 +50,65 @@ def chat(seed: int, size: int = SIZE) -> tuple[Any, list[tuple[str, str]]]:
             if got is not None:
                 asked.setdefault(*got)
             if len(asked) > EACH:
-                return item, list(asked.items())
+                return Clip(item.frames.numpy(), item.fps), list(asked.items())
     raise RuntimeError(f"no clip with {EACH + 1} questions for seed {seed}")
 
 
+@functools.lru_cache(maxsize=4)
+def minute(seed: int) -> Chat:
+    """A held-out clip of eight scenes, with one question about each and one about what shows up briefly."""
+    from vlmfast.pocket.clips import clip
+    from vlmfast.pocket.scenes import Rng
+
+    drawn = clip(OFFSET + seed, MINUTE, questions=SCENE_QUESTIONS - 1)
+    asked = Rng(2, 2002, seed).shuffled([(q.question, q.answer) for q in drawn.questions])
+    return Clip(np.stack([frame.numpy() for _, frame in drawn.frames()]), drawn.fps), asked
+
+
+@functools.lru_cache(maxsize=1)
+def _pictures() -> list[tuple[str, list[tuple[str, str]]]]:
+    """Path and questions of the easy-VQA test pictures that have enough of them."""
+    import easy_vqa as data
+
+    asked, answered, images = data.get_test_questions()
+    paths, by_image = data.get_test_image_paths(), dict[int, dict[str, str]]()
+    for question, answer, image in zip(asked, answered, images, strict=True):
+        by_image.setdefault(image, {}).setdefault(question, answer)
+    return [(paths[i], list(qa.items())[: EACH + 1]) for i, qa in sorted(by_image.items()) if len(qa) > EACH]
+
+
+@functools.lru_cache(maxsize=4)
+def picture(seed: int) -> Chat:
+    """An easy-VQA test picture, enlarged, with 1 + EACH of its questions."""
+    from PIL import Image
+
+    path, asked = _pictures()[seed]
+    return Image.open(path).convert("RGB").resize((SIDE, SIDE), Image.Resampling.NEAREST), asked
+
+
+TASKS = {"pocket/again": (chat, EACH), "pocket/turns": (minute, SCENE_QUESTIONS - 1), "easy-vqa/again": (picture, EACH)}
+
+
 def task(name: str) -> Task:
-    """Question i is one of those that follow the opening of clip i // EACH."""
+    """Question i of a task of `TASKS` is one of those that follow the opening of clip (or picture) i // each."""
+    draw, each = TASKS[name]
+    short = name.removeprefix("pocket/")
+    try:
+        many = min(CLIPS, len(_pictures())) if draw is picture else CLIPS
+    except ImportError:
+        raise UserError(f"task {name} needs its data: pip install easy-vqa") from None
 
     def make(i: int) -> Sample:
-        seed, j = divmod(i, EACH)
-        item, asked = chat(seed)
+        seed, j = divmod(i, each)
+        media, asked = draw(seed)
         (opening, _), (question, answer) = asked[0], asked[1 + j]
-        return Sample(f"again/{seed}/{j}", question, [answer], [Clip(item.frames.numpy(), item.fps)],
-                      lambda said: right(said, answer), cluster=f"again/{seed}", kind="again",
-                      opening=opening)  # fmt: skip
+        return Sample(f"{short}/{seed}/{j}", question, [answer], [media], lambda said: right(said, answer),
+                      cluster=f"{short}/{seed}", kind=short, opening=opening)  # fmt: skip
 
-    ids = [f"again/{seed}/{j}" for seed in range(CLIPS) for j in range(EACH)]
-    return Task(name, ids, make, 10, "accuracy", bucket=lambda i: i // EACH, config={"size": SIZE, "each": EACH})
+    ids = [f"{short}/{seed}/{j}" for seed in range(many) for j in range(each)]
+    size = {"pocket/again": SIZE, "pocket/turns": MINUTE, "easy-vqa/again": SIDE}[name]
+    config = {"seconds" if draw is minute else "size": size, "each": each}
+    return Task(name, ids, make, 10, "accuracy", bucket=lambda i: i // each, config=config)
 
 
 def ask(runner: Runner, samples: Sequence[Sample], plan: Plan, tokens: int) -> tuple[list[str], dict[str, Any]]:

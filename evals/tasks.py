@@ -1,8 +1,8 @@
 """Tasks: what is asked. A task knows its questions by number and makes each one when it is needed.
 
 `get("pocket/colour")`, `get("pocket/needle:size=96,seconds=64")`, `get("pocket/all")`, `get("pocket/long")`,
-`get("pocket/mid")`, `get("pocket/again")`, `get("easy-vqa")`, `get("questions.jsonl")` (also `.parquet`, or a folder
-that holds such a file).
+`get("pocket/mid")`, `get("pocket/again")`, `get("pocket/turns")`, `get("easy-vqa")`, `get("easy-vqa/again")`,
+`get("questions.jsonl")` (also `.parquet`, or a folder that holds such a file).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ MID = {k: {"size": 128} for k in ("presence", "colour", "shape", "count", "relat
     k: {} for k in ("motion", "order", "when", "what-when", "how-often")
 }  # fmt: skip
 MIXES: dict[str, dict[str, dict[str, int]]] = {"long": LONG, "mid": MID}
+AGAIN = ("pocket/again", "pocket/turns", "easy-vqa/again")  # second questions, see `evals.again`
 POCKET_SIZE = 1000  # questions per kind
 
 
@@ -89,7 +90,7 @@ def get(name: str, metric: str | None = None, frames: str = "uniform:16") -> Tas
     """The task of a name. metric, frames (how videos are sampled): for tasks of one's own questions."""
     if name == "easy-vqa":
         return easy_vqa()
-    if name == "pocket/again":
+    if name in AGAIN:
         from evals import again
 
         return again.task(name)
@@ -101,7 +102,7 @@ def get(name: str, metric: str | None = None, frames: str = "uniform:16") -> Tas
 
         return questions.load(path, metric, frames)
     raise UserError(
-        f"unknown task {name!r}; known: easy-vqa, pocket/all, pocket/again, pocket/long, pocket/mid, "
+        f"unknown task {name!r}; known: easy-vqa, {', '.join(AGAIN)}, pocket/all, pocket/long, pocket/mid, "
         f"{', '.join(f'pocket/{k}' for k in POCKET_KINDS)}, or a path to questions.jsonl, .parquet or a folder with one"
     )
 

@@ -29,6 +29,16 @@ def test_questions_of_a_clip_differ_from_each_other_and_from_the_opening(asked):
     assert asked[0].score(asked[0].expected[0]) == 1 and asked[0].score("no such thing") == 0
 
 
+@pytest.mark.parametrize("name", ["pocket/turns", "easy-vqa/again"])
+def test_the_other_tasks_of_second_questions(run, name):
+    task = tasks.get(name)
+    each = task.config["each"]
+    mine = [task.sample(i) for i in range(each, 2 * each)]
+    assert len({s.cluster for s in mine}) == 1 and len({*(s.question for s in mine), mine[0].opening}) == each + 1
+    got = run.ask(mine, Plan(), "plain", 8)
+    assert sum(r["score"] for r in got) / each > 0.6 and not any("error" in r for r in got)
+
+
 def test_on_the_whole_cache_each_is_answered_as_if_asked_alone(run, asked):
     got = run.ask(asked, Plan(), "plain", 8)
     alone = [run.ask([replace(s, opening=None)], Plan(), "plain", 8)[0] for s in asked]

@@ -156,27 +156,35 @@ def test_two_conversations_interleave_over_one_model() -> None:
     assert torch.equal(apart[1], mixed[1])
 
 
-def test_pipeline() -> None:
+@pytest.mark.parametrize("stage", ["prune", "kv", "speculate"])
+def test_pipeline(stage: str, tmp_path: Path) -> None:
+    from PIL import Image
     from transformers import pipeline
 
-    folder = Path(pytest.importorskip("tempfile").mkdtemp())
-    tiny.save(FAMILY, folder)
-    pipe = pipeline("image-text-to-text", model=str(folder))
-    from PIL import Image
+    from vlmfast.decode import Exact, PromptLookup, Speculate
+    from vlmfast.prefill import SnapKV
 
-    messages = [
-        {
-            "role": "user",
-            "content": [
-                {"type": "image", "image": Image.new("RGB", (32, 32), (200, 30, 30))},
-                {"type": "text", "text": "what color"},
-            ],
-        }
-    ]
-    with vlmfast.accelerate(pipe.model, prune=VidCom2(keep=0.25)) as fast:
-        out = pipe(text=messages, max_new_tokens=4, do_sample=False)
-    assert out[0]["generated_text"]
-    assert fast.report.encode["kept_tokens"] < fast.report.encode["visual_tokens"]
+    tiny.save(FAMILY, tmp_path)
+    pipe = pipeline("image-text-to-text", model=str(tmp_path))
+    picture = {"type": "image", "image": Image.new("RGB", (32, 32), (200, 30, 30))}
+    messages = [{"role": "user", "content": [picture, {"type": "text", "text": "what color"}]}]
+    ask = lambda: pipe(text=messages, max_new_tokens=4, do_sample=False)[0]["generated_text"]  # noqa: E731
+    plain = ask()
+    methods = {
+        "prune": VidCom2(keep=0.25),
+        "kv": SnapKV(budget=8, sinks=1, recent=2),
+        "speculate": Speculate(PromptLookup(), Exact()),
+    }
+    with vlmfast.accelerate(pipe.model, **{stage: methods[stage]}) as fast:
+        fast_answer = ask()
+    report = fast.report
+    if stage == "prune":
+        assert report.encode["kept_tokens"] < report.encode["visual_tokens"]
+    elif stage == "kv":
+        assert report.prefill["cached_tokens"] < report.prefill["input_tokens"]
+    else:
+        assert fast_answer == plain and report.decode["verify_rounds"] > 0
+    assert ask() == plain
 
 
 def test_device_map(tmp_path: Path) -> None:

@@ -231,13 +231,13 @@ def test_prefixkv_keeps_one_share_of_attention_everywhere():
     policy = p.PrefixKV(budget=20, sinks=0, recent=1)
     curves = []
     for row in rows:
-        mass = sorted(row.window.mean((0, 1)).tolist(), reverse=True)
-        curves.append([sum(mass[: k + 1]) / sum(mass) for k in range(60)])
-    share = max(  # the largest share for which the prefixes fit, searched among all that matter
-        p for curve in curves for p in curve if sum(1 + sum(x < p for x in c) for c in curves) <= 60
+        heads = [sorted(row.window[2 * h : 2 * h + 2].mean((0, 1))[:59].tolist(), reverse=True) for h in range(2)]
+        curves.append([sum(sum(m[: k + 1]) / sum(m) for m in heads) / 2 for k in range(59)])
+    share = max(  # the largest share for which the prefixes fit, searched among all that matter; one column is recent
+        p for curve in curves for p in curve if sum(2 + sum(x < p for x in c) for c in curves) <= 60
     )
     lengths = [len(layer[0]) for layer in layers_of(policy, rows)]
-    assert lengths == [1 + sum(x < share for x in c) for c in curves] and len(set(lengths)) == 3
+    assert lengths == [2 + sum(x < share for x in c) for c in curves] and len(set(lengths)) == 3
     assert lengths == sorted(lengths, reverse=True) and 58 <= sum(lengths) <= 60
 
 

@@ -39,10 +39,18 @@ class Round:
     sampling: bool = False
     draft_probs: Tensor | None = None  # (k, V) float32, what the draft sampled from; None = it was certain
     committed: list[int] = field(default_factory=list)  # emitted text tokens before the draft, in order
-    relevance: Tensor | None = None  # (k,) float32, how much each predicting position is about what is seen
+    # (k,) float32, how much each predicting position is about what is seen; or what computes it, when it is asked for
+    relevance: Tensor | Callable[[], Tensor] | None = None
     past_relevance: Tensor | None = None  # (m,) float32, of earlier positions of this request
     strict: Tensor | None = None  # (V,) bool, token ids never loosened
     random: torch.Generator | None = None
+
+    def seen(self) -> Tensor:
+        """The relevance, computed once."""
+        if callable(self.relevance):
+            self.relevance = self.relevance()
+        assert self.relevance is not None
+        return self.relevance
 
     def picks(self) -> Tensor:
         """(k + 1,) int64, the target's choice at every row."""
@@ -208,31 +216,40 @@ class Loose(Rule):
         return tuple(w for w in ("digits", "negation", "comparison") if getattr(self, w))
 
     def judge(self, r: Round) -> Verdict:
-        if r.relevance is None or r.draft.shape[0] == 0:
+        if r.relevance is None:
             return Exact().judge(r)
-        picks = r.picks()
-        equal = r.draft == picks[:-1]
-        if bool(equal.all()):
-            return leading([EXACT] * r.draft.shape[0], r)
+        codes: list[int] = []
+        for i, token in enumerate(r.draft.tolist()):
+            code = EXACT if token == r.pick(i) else self._pardon(r, i)
+            if code == REFUSED:
+                break
+            codes.append(code)
+        return Verdict(codes, r.pick(len(codes)))
+
+    def _pardon(self, r: Round, i: int) -> int:
+        """What becomes of drafted token i, which is not the target's: LOOSE, SHIFT or REFUSED. Cheap guards first."""
+        draft = r.draft[i : i + 1]
+        if r.strict is not None and bool(r.strict[draft] | r.strict[r.pick(i)]):
+            return REFUSED
+        if self.bigram and bool(repeats_bigram(r.draft[: i + 1], r.committed)[i]):
+            return REFUSED
+        if self._likely(r.score(i)[None], draft) and bool(self._free(r)[i]):
+            return LOOSE
+        return SHIFT if self.shift and bool(shifted(r.draft, r.picks(), r.committed, self.shift)[i]) else REFUSED
+
+    def _likely(self, scores: Tensor, draft: Tensor) -> bool:
+        """scores (1, V), draft (1,): do `within` and `ratio` let it pass?"""
+        if self.within and not bool(within_top(scores, draft, self.within)):
+            return False
+        return not self.ratio or bool(within_ratio(scores, draft, self.ratio))
+
+    def _free(self, r: Round) -> Tensor:
+        """(k,) bool: positions that are not about what is seen."""
         if self.scope == "window":
-            free = least_relevant(r.relevance, self.relax)
-        elif self.scope == "running":
-            free = below_quantile(r.relevance, r.past_relevance, self.relax)
-        else:
-            free = r.relevance < self.threshold
-        allowed = guarded(r, picks)
-        if self.bigram:
-            allowed &= ~repeats_bigram(r.draft, r.committed)
-        shift = shifted(r.draft, picks, r.committed, self.shift) & allowed
-        loose = free & allowed
-        if self.within or self.ratio:
-            scores = r.scores()
-            if self.within:
-                loose &= within_top(scores, r.draft, self.within)
-            if self.ratio:
-                loose &= within_ratio(scores, r.draft, self.ratio)
-        codes = torch.where(equal, EXACT, torch.where(loose, LOOSE, torch.where(shift, SHIFT, REFUSED)))
-        return leading(codes.tolist(), r)
+            return least_relevant(r.seen(), self.relax)
+        if self.scope == "running":
+            return below_quantile(r.seen(), r.past_relevance, self.relax)
+        return r.seen() < self.threshold
 
 
 @dataclass(frozen=True)

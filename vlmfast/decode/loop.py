@@ -250,13 +250,14 @@ class _Run:
         target.rewind(k - accepted)
 
     def _view(self, rows: Rows, draft: Tensor, q: Tensor | None, target: Stepper) -> rules.Round:
-        relevance = past = None
+        relevance: Any = None
+        past = None
         k, size = draft.shape[0], rows.logits.shape[-1]
         if self.memory is not None and target.hidden is not None:
             first = 1 if getattr(self.rule, "offset", "predict") == "self" else 0
-            relevance = self.memory.score(target.hidden[0, first : first + k])
+            relevance = partial(self.memory.score, target.hidden[0, first : first + k])
             if getattr(self.rule, "scope", "window") == "running":
-                past = torch.cat(self.past) if self.past else None
+                relevance, past = relevance(), torch.cat(self.past) if self.past else None
                 self.past.append(relevance)
         if q is not None and q.shape[-1] < size:
             q = torch.nn.functional.pad(q, (0, size - q.shape[-1]))

@@ -18,7 +18,9 @@ class PrefixKV(AcrossLayers):
 
     p is one number for all layers, the largest for which the prefixes fit the budget together, found by bisection.
     The paper averages p's prefix lengths over ten sample prompts beforehand; here every prompt finds its own. The
-    importance is the attention of the text after the media; each head keeps its own best columns.
+    importance is the attention of the text after the media; each head keeps its own best columns, so a layer's share is
+    the mean of its heads'. Sinks and recent columns stay anyway and are left out of the shares: they would hold most of
+    every layer's attention, and a layer that looks at few things would be left with nothing beside them.
 
     queries  text queries observed, the last ones
     """
@@ -34,9 +36,10 @@ class PrefixKV(AcrossLayers):
         return row.relevance()
 
     def weigh(self, row: Row, scores: Tensor) -> Tensor:
-        """(n,) float64: the share of the layer's importance that its best 1, 2, ... n columns hold."""
-        mass = scores.mean(0).double().cpu()
-        return (mass / mass.sum().clamp(min=1e-12)).sort(descending=True).values.cumsum(0)
+        """(m,) float64: the share of the layer's importance that its best 1, 2, ... m of the free columns hold."""
+        free = scores[:, self.sinks : row.n - self.recent].double().cpu()
+        best = free.sort(dim=1, descending=True).values.cumsum(1)
+        return (best / best[:, -1:].clamp(min=1e-12)).mean(0)
 
     def spread(self, weights: list[Any], n: int) -> list[int]:
         curves = torch.stack(weights)
@@ -50,6 +53,6 @@ class PrefixKV(AcrossLayers):
         return self.prefix(curves, low)
 
     def prefix(self, curves: Tensor, p: float) -> list[int]:
-        """Shortest prefix of each layer whose share reaches p; curves (layers, n)."""
-        lengths = (curves < p).sum(1) + 1
-        return lengths.clamp(self.least(), curves.shape[1]).tolist()
+        """Columns of each layer, the shortest prefix whose share reaches p among them; curves (layers, m)."""
+        lengths = (curves < p).sum(1) + int(p > 0)
+        return (lengths.clamp(max=curves.shape[1]) + self.least()).tolist()
