@@ -122,24 +122,27 @@ def ask(runner: Runner, samples: Sequence[Sample], plan: Plan, tokens: int) -> t
     import vlmfast
     from vlmfast.runtime.names import CACHE, cache_of
 
+    model = runner.model
     opening, *prompts = (
-        runner.inputs([replace(s, question=q)])["input_ids"]
+        runner.inputs([replace(s, question=q)])
         for s, q in [(samples[0], str(samples[0].opening)), *((s, s.question) for s in samples)]
     )
-    inputs = runner.inputs([replace(samples[0], question=str(samples[0].opening))])
     decode, answers = runner.processor.tokenizer.decode, []
     extra = {"tokenizer": runner.processor.tokenizer} if plan.speculate is not None else {}
-    with vlmfast.accelerate(runner.model, plan) as fast:
-        out = runner.model.generate(**inputs, **extra, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
+    with vlmfast.accelerate(model, plan) as fast:
+        out = model.generate(**opening, **extra, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
         report, kept = fast.report.json(), cache_of(out)
-        for ids in prompts:
-            short = min(ids.shape[1], opening.shape[1])
-            common = int((ids[0, :short] == opening[0, :short]).long().cumprod(0).sum())
+        for prompt in prompts:
+            ids, before = prompt["input_ids"], opening["input_ids"]
+            short = min(ids.shape[1], before.shape[1])
+            common = int((ids[0, :short] == before[0, :short]).long().cumprod(0).sum())
+            # on a kept cache transformers puts text behind the end of a long clip, in a whole prompt behind its start
+            positions = model._prepare_position_ids_for_generation(ids, dict(prompt))[..., common:]
             cache = copy.deepcopy(kept)
             cache.crop(common - cache.get_seq_length())
-            said = runner.model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False,
-                **{CACHE: cache}, **extra,
+            said = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, max_new_tokens=tokens,
+                do_sample=False, **{CACHE: cache}, **extra,
             )  # fmt: skip
             answers.append(decode(said[0, ids.shape[1] :], skip_special_tokens=True))
     return answers, report

@@ -181,7 +181,7 @@ def test_pipeline(stage: str, tmp_path: Path) -> None:
     if stage == "prune":
         assert report.encode["kept_tokens"] < report.encode["visual_tokens"]
     elif stage == "kv":
-        assert report.prefill["cached_tokens"] < report.prefill["input_tokens"]
+        assert report.prefill["cached_tokens"] < 12
     else:
         assert fast_answer == plain and report.decode["verify_rounds"] > 0
     assert ask() == plain

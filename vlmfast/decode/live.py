@@ -33,15 +33,18 @@ class Chain:
         probs: list[Tensor] = []
         grown, passes = ids, 1.0
         self.certainty = []
+        graded = bool(self.confidence or self.floor or self.fallback)
         while True:
+            own = logits[0].softmax(-1) if graded else logits[0]
+            q = None
             if pick is None:
-                token, q = int(logits.argmax()), None
+                best, place = own.max(0)
+                token, sure = int(place), float(best)
             else:
                 token, q = pick(grown, logits)
-            if self.confidence or self.floor or self.fallback:
-                own = logits[0].softmax(-1)
                 sure = float(own[token])
-                if float(own.max()) < self.fallback:
+            if graded:
+                if self.fallback and (sure if pick is None else float(own.max())) < self.fallback:
                     break
                 if tokens and sure < self.confidence:
                     break
