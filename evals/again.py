@@ -83,7 +83,7 @@ def picture(seed: int) -> Chat:
     from PIL import Image
 
     path, asked = _pictures()[seed]
-    return Image.open(path).convert("RGB").resize((SIDE, SIDE), Image.Resampling.NEAREST), asked
+    return Image.open(path).convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC), asked
 
 
 TASKS = {"pocket/again": (chat, EACH), "pocket/turns": (minute, SCENE_QUESTIONS - 1), "easy-vqa/again": (picture, EACH)}

@@ -167,6 +167,8 @@ TABLES = {
     "presets": ("cpu-presets.json", presets),
     "accuracy-easy-vqa": ("accuracy-easy-vqa.json", accuracy),
     "accuracy-long": ("accuracy-long.json", accuracy),
+    "accuracy-turns": ("accuracy-turns.json", accuracy),
+    "accuracy-easy-again": ("accuracy-easy-again.json", accuracy),
     "accuracy-captions": ("accuracy-captions.json", accuracy),
     "accuracy-hybridkv": ("accuracy-hybridkv.json", accuracy),
     "accuracy-presets": ("accuracy-presets.json", accuracy),

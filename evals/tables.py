@@ -18,7 +18,7 @@ import typer
 
 from evals import accuracy, compose, methods, records, runner, tasks
 from vlmfast.core import UserError
-from vlmfast.plan import Plan
+from vlmfast.plan import Plan, preset
 
 KEEPS = (50, 25, 10)
 FIXED = ("dtd", "pixelprune")  # keep what their threshold says
@@ -47,7 +47,7 @@ GRID = ("vidcom2-25", "hybridkv-25", "lossless", "loose")
 #: What HybridKV's paper leaves open, one field changed at a time from the default.
 OPEN_FIELDS: dict[str, tuple[Any, ...]] = {
     "theta": (0.8, 0.95), "top": (0.05, 0.2), "group": ("max",), "split": (0.25, 0.5, 1.0), "ratio": (0.5, 2.0),
-    "share": ("sparse", "broad"), "text_first": (False,), "pool": (3, 7), "chunk": (8, 32), "bound": ("mean",),
+    "share": ("sparse", "broad"), "text_first": (False,), "static": ("attention", "keys"), "pool": (3, 7), "chunk": (8, 32), "bound": ("mean",),
     "refresh": (1,), "queries": (16,),
 }  # fmt: skip
 
@@ -60,7 +60,16 @@ def ablations() -> dict[str, Plan]:
     return {name: Plan(kv=policy) for name, policy in ({"hybridkv-10": HybridKV(keep=0.1)} | changed).items()}
 
 
-UNDRAWN = ("hybridkv", "presets", "rules")  # tables that make no curves
+def inside() -> dict[str, Plan]:
+    """Pruning inside the tower from a half to a tenth. The presets prune so; their drafting is exact and left out."""
+    from vlmfast.encode import METHODS
+
+    kept = {"vidcom2": (0.5, 0.4, 0.33, 0.25, 0.2, 0.15, 0.1), "maxmin": (0.4, 0.2), "uniform": (0.4, 0.2)}
+    plans = {f"{n} {k:.0%}": Plan(prune=METHODS[n](keep=k, after_block="auto")) for n, ks in kept.items() for k in ks}
+    return plans | {name: Plan(prune=preset(name).prune) for name in ("balanced", "fast")}
+
+
+UNDRAWN = ("hybridkv", "presets", "rules", "policies")  # tables that make no curves
 
 
 @dataclass(frozen=True)
@@ -85,10 +94,12 @@ def grid() -> str:
 TABLES = {
     "easy-vqa": Table("easy-vqa", f"{PRUNERS},balanced,fast", batch=64, first=512),
     "pocket": Table("pocket/mid", f"{every_pruner()},balanced,fast", batch=12, first=60, share=2),
-    "long": Table("pocket/again", POLICIES, batch=5, first=50, share=3, dtype="bfloat16"),
-    "presets": Table("pocket/again", "vidcom2-25,vidcom2-10,balanced,fast", batch=5, first=50, dtype="bfloat16"),
-    "policies": Table("pocket/again", every_policy(), batch=5, first=50, share=3, dtype="bfloat16"),
-    "hybridkv": Table("pocket/again", ablations, batch=5, first=50, share=2, dtype="bfloat16"),
+    "long": Table("pocket/again", POLICIES, batch=5, first=400, share=3, dtype="bfloat16"),
+    "turns": Table("pocket/turns", POLICIES, batch=8, first=400, share=3, dtype="bfloat16"),
+    "easy-again": Table("easy-vqa/again", POLICIES, batch=5, first=200, share=2, dtype="bfloat16"),
+    "policies": Table("pocket/turns", every_policy(), batch=8, first=80, share=3, dtype="bfloat16"),
+    "hybridkv": Table("pocket/turns", ablations, batch=8, first=160, share=2, dtype="bfloat16"),
+    "presets": Table("pocket/long", inside, batch=4, first=220, share=2, dtype="bfloat16"),
     "rules": Table("pocket/mid", "plain_loop,lossless,loose,fly,randomrelax", first=120),
     "captions": Table("pocket/caption:size=256", f"plain_loop,{grid()}", first=8, share=2),
 }

@@ -205,8 +205,30 @@ def test_several_tokens_at_once_read_what_one_by_one_would(refresh):
     with Accelerated(model, policy), torch.no_grad():
         cache = model(**inputs, use_cache=True).past_key_values
         want = steps(model, copy.deepcopy(cache), ids)
+        for layer in cache.layers:
+            layer.verifying = True
         got = model(input_ids=ids, past_key_values=cache).logits
     torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("refresh", [1, 4])
+def test_a_new_turn_reads_every_column_of_dynamic_heads(refresh):
+    """And its last token chooses what the answer starts from; taking the turn back takes that back too."""
+    model, inputs = tiny.build("qwen3_vl"), prompt("qwen3_vl", text=24)
+    ids = torch.randint(tiny.FIRST_TEXT, tiny.VOCAB, (1, 6), generator=torch.Generator().manual_seed(5))
+    with Accelerated(model, HybridKV(**SMALL, chunk=4, split=1.0, refresh=refresh)), torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        got = model(input_ids=ids, past_key_values=cache).logits
+        group = cache.layers[-1].dynamic.groups[0]
+        chosen, moved = group.held.clone(), group.moved
+        cache.crop(-6)
+        again = model(input_ids=ids, past_key_values=cache).logits
+    with torch.no_grad():
+        whole = model(**inputs, use_cache=True).past_key_values
+        want = model(input_ids=ids, past_key_values=whole).logits
+    assert 0 < group.slots < group.chunks and moved > 0 and torch.equal(chosen.sort().values, group.held.sort().values)
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(again, got, atol=2e-5, rtol=1e-4)
 
 
 @policies

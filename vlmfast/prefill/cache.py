@@ -42,6 +42,7 @@ class KVLayer(CacheLayerMixin):
         self.heads = self.batch = 0
         self.stats: dict[str, Any] = {}
         self.backend: kernels.Backend | None = None
+        self.verifying = False  # several tokens at once are drafted ones under verification, and not a new turn
 
     # -- what transformers asks ------------------------------------------------------------------------------------
 
@@ -202,7 +203,8 @@ class KVLayer(CacheLayerMixin):
             if store is not None:
                 kernels.ragged_attention(query, store, scaling, out, self.backend)
         if self.dynamic is not None:
-            self.dynamic.attend(query, scaling, out, self.get_seq_length())
+            turn = query.shape[2] > 1 and not self.verifying
+            self.dynamic.attend(query, scaling, out, self.get_seq_length(), turn)
         return out
 
     def _joined(self, query: Tensor, scaling: float, out: Tensor, low: Store) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from vlmfast.core import Kind, Retrieval, UserError, check_fraction
 from vlmfast.prefill.base import Choice, KVPolicy, Row, best, max_pool, protect
 from vlmfast.prefill.budget import by_head, by_type
+from vlmfast.prefill.keydiff import distinctness
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class HybridKV(KVPolicy):
     ratio       level 1: a dynamic head's budget over the mean budget (open)
     share       level 2, static heads: "broad" gives less concentrated heads more, "sparse" the reverse, or "equal"
     text_first  static heads keep all text before any visual column (paper)
+    static      what else they keep: the columns most attended to ("attention", paper), those whose keys are unlike the
+                others ("keys", see KeyDiff), or as many of "both": attention knows this question only, and a head that
+                looks at few things now may have to look at others for the next question
     pool        width of the max pooling that makes visual columns locally salient, odd (open)
     chunk       columns per chunk of a dynamic head (open); fewer where its budget cannot hold two of them
     bound       what stands for a chunk: its mean key, or the minmax bound of its keys (open)
@@ -47,6 +51,7 @@ class HybridKV(KVPolicy):
     ratio: float = 1.0
     share: str = "equal"
     text_first: bool = True
+    static: str = "both"
     pool: int = 1
     chunk: int = 16
     bound: str = "minmax"
@@ -56,7 +61,10 @@ class HybridKV(KVPolicy):
         self.check_counts(queries=1, pool=1, chunk=1, refresh=1)
         super().__post_init__()
         check_fraction("top", self.top)
-        self.check_choice(group=("mean", "max"), share=("broad", "sparse", "equal"), bound=("mean", "minmax"))
+        self.check_choice(
+            group=("mean", "max"), share=("broad", "sparse", "equal"), bound=("mean", "minmax"),
+            static=("attention", "keys", "both"),
+        )  # fmt: skip
         if self.pool % 2 == 0:
             raise UserError(f"pool={self.pool} in {self.name}: the pooling width is odd, e.g. pool={self.pool + 1}")
         if not 0 <= self.theta <= 1 or (self.split is not None and not 0 <= self.split <= 1):
@@ -90,13 +98,14 @@ class HybridKV(KVPolicy):
     # -- stages 2 and 3: budgets, then what each type keeps --------------------------------------------------------
 
     def score(self, row: Row) -> Tensor:
-        """(Hk, n) text-prior scores of static heads: text above every visual column, visual ones pooled."""
+        """(Hk, n) scores of static heads: text above every visual column, visual ones pooled."""
         p = row.relevance(self.group)
         visual = row.kinds == Kind.VISUAL
-        pooled = max_pool(p * visual, self.pool)
-        if not self.text_first:
-            return torch.where(visual, pooled, p)
-        return torch.where(visual, pooled, p + 1e3)
+        score = torch.where(visual, max_pool(p * visual, self.pool), p)
+        if self.static != "attention":
+            unlike = distinctness(row.keys)
+            score = unlike if self.static == "keys" else torch.maximum(_rank(score), _rank(unlike))
+        return torch.where(visual, score, score + 1e3) if self.text_first else score
 
     def choose(self, row: Row) -> Choice:
         sigma = self.concentration(row)
@@ -118,3 +127,8 @@ class HybridKV(KVPolicy):
         keep = [everything if dynamic[h] else best(scores[h], int(budget[h])) for h in range(heads)]
         stats = {"concentration": sigma.tolist(), "dynamic": dynamic.tolist(), "budget": budget.tolist()}
         return Choice(keep, dynamic.to(scores.device), budget.to(scores.device), stats)
+
+
+def _rank(x: Tensor) -> Tensor:
+    """Place of every column in its head's ascending order, in [0, 1): (Hk, n) float32."""
+    return x.argsort(dim=-1, stable=True).argsort(dim=-1).float() / x.shape[-1]

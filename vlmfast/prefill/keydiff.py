@@ -11,13 +11,17 @@ from torch.nn.functional import cosine_similarity, normalize
 from vlmfast.prefill.base import KVPolicy, Row
 
 
+def distinctness(keys: Tensor) -> Tensor:
+    """Minus the cosine between a key and the mean of the normalised keys of its head: (Hk, n, D) -> (Hk, n) float32."""
+    keys = keys.float()
+    return -cosine_similarity(keys, normalize(keys, dim=-1).mean(1, keepdim=True), dim=-1)
+
+
 @dataclass(frozen=True)
 class KeyDiff(KVPolicy):
-    """Score = minus the cosine between a key and the mean of the normalised keys of its head."""
+    """Score = how unlike the mean key of its head a key is (`distinctness`)."""
 
     name: ClassVar[str] = "keydiff"
 
     def score(self, row: Row) -> Tensor:
-        keys = row.keys.float()
-        anchor = normalize(keys, dim=-1).mean(1, keepdim=True)
-        return -cosine_similarity(keys, anchor, dim=-1)
+        return distinctness(row.keys)

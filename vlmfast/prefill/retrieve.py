@@ -20,7 +20,7 @@ from vlmfast.kernels import Ragged
 from vlmfast.prefill.store import Segment, Store
 from vlmfast.runtime.late_rope import rotate
 
-MAX_STEP = 16  # more query tokens than this at once are a new turn: they read every column
+MAX_STEP = 16  # most drafted tokens of one verification that read as one-by-one decoding would
 
 
 class Group:
@@ -183,22 +183,22 @@ class Dynamic:
                 self.groups.append(Group(rows, keys, values, positions, budget, how))
         self.store = Store.build([s for g in self.groups for s in g.segments()], total)
 
-    def attend(self, query: Tensor, scaling: float, out: Tensor, length: int) -> None:
+    def attend(self, query: Tensor, scaling: float, out: Tensor, length: int, turn: bool = False) -> None:
         """Attention of the last q tokens (already appended; logical length `length` with them) into `out`.
 
-        Every token chooses its own chunks, so a verified draft reads exactly what one-by-one decoding would.
+        turn: they are a new turn of the conversation. It reads every column, once, and its last token chooses what the
+        answer starts from: what was chosen for the question before has little to do with it. Otherwise every token
+        chooses its own chunks, so a verified draft reads exactly what one-by-one decoding would.
         """
         q = query.shape[2]
-        if q > MAX_STEP:
-            kernels.ragged_attention(query, self._everything(), scaling, out)
-            return
         packed = query.reshape(self.store.total, -1, q, query.shape[-1])
+        if turn or q > MAX_STEP:
+            kernels.ragged_attention(query, self._everything(), scaling, out)
+            self._search(self.groups, packed[:, :, -1], length - 1)
+            return
         for t in range(q):
             position = length - q + t
-            for group in self._due(position):
-                group.load(group.choose(packed[group.rows, :, t]), self.store)
-                if group.how.refresh > 1:
-                    group.history.append((position, group.held.clone()))
+            self._search(list(self._due(position)), packed[:, :, t], position)
             left = q - 1 - t
             step = Ragged(
                 self.store.keys, self.store.values, self.store.rows, self.store.offsets,
@@ -211,9 +211,17 @@ class Dynamic:
                 mine = one.view(self.store.total, -1, out.shape[-1])
                 heads[self.store.rows, :, t] = mine[self.store.rows]
 
+    def _search(self, groups: list[Group], query: Tensor, position: int) -> None:
+        """Swap in the chunks that the token at a logical position asks for; query (rows of the layer, G, D)."""
+        for group in groups:
+            if 0 < group.slots < group.chunks:
+                group.load(group.choose(query[group.rows]), self.store)
+                if group.how.refresh > 1:
+                    group.history.append((position, group.held.clone()))
+
     def _due(self, position: int) -> Iterator[Group]:
         for group in self.groups:
-            if 0 < group.slots < group.chunks and (position - self.base) % group.how.refresh == 0:
+            if (position - self.base) % group.how.refresh == 0:
                 yield group
 
     def _everything(self) -> Ragged:

@@ -155,6 +155,9 @@ class Stepper:
         handle = None
         if self.hidden_layer is not None:
             handle = self.text.layers[self.hidden_layer].register_forward_hook(self._keep_hidden)
+        ours = [layer for layer in self.cache.layers if hasattr(layer, "verifying")]
+        for layer in ours:
+            layer.verifying = True
         try:
             out = self.text(
                 inputs_embeds=self.embed(tokens),
@@ -164,6 +167,8 @@ class Stepper:
                 use_cache=True,
             )
         finally:
+            for layer in ours:
+                layer.verifying = False
             if handle is not None:
                 handle.remove()
         return self.head(out.last_hidden_state)
