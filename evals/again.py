@@ -2,10 +2,10 @@
 
 The first token of an answer is read off the prefill, before anything is compressed, so a question with a one-word
 answer loses nothing to any policy. What compression costs shows in what is asked afterwards: the cache was compressed
-for another question, and each further one reads only what is left. Every clip has one opening question and several that
-follow, each on a copy of the compressed cache: `pocket/again`, eight seconds in 1,152 visual tokens; `pocket/turns`, a bit
-over a minute in 1,024, a new scene every eight seconds and every question about another of them; `easy-vqa/again`, its
-pictures enlarged to 1,024 tokens.
+for another question, and each further one reads only what is left. Every clip has one opening question and several
+that follow, each on a copy of the compressed cache: `pocket/again`, eight seconds in 1,152 visual tokens;
+`pocket/turns`, a bit over a minute in 1,024, a new scene every eight seconds and every question about another of them;
+`easy-vqa/again`, its pictures enlarged to 1,024 tokens.
 """
 
 from __future__ import annotations

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
 
 import vlmfast
 from vlmfast.decode import (
@@ -110,6 +112,14 @@ def ours(rule: Any, draft: Any, name: str, source: str, length: int | str, **par
     return Competitor(name, {"draft": source, "length": length, **params}, Speculate(draft, rule, length=length))
 
 
+def drawn(who: Competitor, seed: int) -> Competitor:
+    """The competitor for one picture: a rule that draws lots draws others for every picture."""
+    if who.speculate is None or not isinstance(who.speculate.accept, RandomRelax):
+        return who
+    rule = replace(who.speculate.accept, seed=seed)
+    return replace(who, speculate=replace(who.speculate, accept=rule))
+
+
 def timed(model: Any, tokenizer: Any, inputs: dict[str, Any], who: Competitor) -> tuple[dict[str, float], str, list]:
     """One answer: times and counts, its text, and the trace of rounds."""
     watch = Clock()
@@ -137,7 +147,9 @@ def timed(model: Any, tokenizer: Any, inputs: dict[str, Any], who: Competitor) -
     return sample, text, report.get("trace", [])
 
 
-def captions(processor: Any, n: int, kind: str = "caption") -> list[tuple[dict[str, Any], Any]]:
+def captions(
+    processor: Any, n: int, kind: str = "caption", dtype: torch.dtype = torch.float32
+) -> list[tuple[dict[str, Any], Any]]:
     """The first n test pictures with the request to describe them: (inputs of generate, world sample)."""
     from vlmfast.pocket import world
 
@@ -147,7 +159,8 @@ def captions(processor: Any, n: int, kind: str = "caption") -> list[tuple[dict[s
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": item.question}]}
         text = processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
         picture = item.frames[0].permute(2, 0, 1)
-        out.append((dict(processor(text=[text], images=[picture], return_tensors="pt")), item))
+        inputs = dict(processor(text=[text], images=[picture], return_tensors="pt"))
+        out.append((inputs | {"pixel_values": inputs["pixel_values"].to(dtype)}, item))
     return out
 
 
@@ -165,7 +178,7 @@ def rotate(
         for j in order:
             if progress is not None:
                 progress(f"{i + 1}/{len(items)} {who[j].name}")
-            sample, text, trace = timed(model, tokenizer, inputs, who[j])
+            sample, text, trace = timed(model, tokenizer, inputs, drawn(who[j], i))
             results[j].append({**sample, "text": text, "trace": trace, "f1": world.score(item, text)})
     return results
 

@@ -59,16 +59,18 @@ def decode(rows: list[Row]) -> str:
         p, m = r["params"], r["metrics"]
         if (
             "shape" in p
+            or "captions" in p
             or r.get("predicted")
             or ("relax" in p and r["name"] != "randomrelax")
             or r["name"] == "loose-paper"
         ):
             continue
-        if r["name"] == "loose" and set(p) - {"draft", "length", "batch"}:
+        if r["name"] == "loose" and set(p) - {"draft", "length", "batch", "dtype"}:
             continue
         if r["name"] == "randomrelax" and p.get("relax") != 0.5:
             continue
         name = f"{r['name']} ({p['draft']})" if "draft" in p and r["name"] != "plain" else r["name"]
+        name += ", bfloat16" if "dtype" in p else ""
         accepted = f"{m['accepted_length']:.2f}" if m.get("drafted") else "-"
         out.append([
             name, ratio(r, "decode_ms_per_token", "plain", True), ratio(r, "decode_ms_per_token", "plain_loop", True),
@@ -76,6 +78,22 @@ def decode(rows: list[Row]) -> str:
         ])  # fmt: skip
     heads = ["rule (draft)", "decode, against plain", "against plain_loop", "whole answer", "accepted per round",
              "caption F1 kept", "points", "same text"]  # fmt: skip
+    return markdown(heads, out)
+
+
+def luck(rows: list[Row]) -> str:
+    """Rules at equal accepted length: what looking keeps that luck loses."""
+    out, first = [], ""
+    for r in (r for r in rows if "captions" in r["params"]):
+        p, m = r["params"], r["metrics"]
+        first = first or str(p["captions"])
+        cells = [r["name"] + (f" relax={p['relax']:g}" if "relax" in p else ""), f"{m['accepted_length']:.2f}"]
+        cells += [percent(m["f1"]), difference(m)]
+        for mean, low, high in m.get("vs_random", {}).values():
+            cells.append(f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]")
+        out.append(cells + [""] * (7 - len(cells)))
+    ratios = [k for r in rows for k in r["metrics"].get("vs_random", {})][:3]
+    heads = ["rule", "accepted per round", "caption F1", "points against exact", *(f"against luck {k}" for k in ratios)]
     return markdown(heads, out)
 
 
@@ -161,6 +179,7 @@ def accuracy(rows: list[Row]) -> str:
 TABLES = {
     "encode": ("cpu-encode.json", encode),
     "decode": ("cpu-decode.json", decode),
+    "luck": ("cpu-decode.json", luck),
     "kv": ("cpu-prefill.json", kv),
     "stream": ("cpu-stream.json", stream),
     "sessions": ("cpu-stream.json", sessions),

@@ -2,6 +2,9 @@
 
 python -m evals.speed --suite decode --out FILE.json     (or this file alone: python -m evals.speed_decode)
 
+Groups of rows: every competitor in float32 (faster on a CPU for so small a model), the main ones in bfloat16, the loop
+at 3B widths, and the loose rules against luck on many captions (`evals.decode_luck`).
+
 Every competitor describes every picture, in turns, so that a noisy machine disturbs all alike; ratios are paired per
 picture. `f1` counts the facts of a caption against the scene. `decode_ms_per_token` runs from the first token to the
 last and holds everything that speculation adds, the draft's own encoding and prefill included.
@@ -12,11 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from evals import decode_luck, decode_tree
 from evals import decode_runs as runs
-from evals import decode_tree
 from evals.decode_shapes import rows as shape_rows
 from evals.records import head, row, write
 from evals.stats import paired
@@ -27,6 +31,7 @@ from vlmfast.decode.speculate import predicted_speedup
 SHOW = ["decode_ms_per_token", "total_ms", "accepted_length", "verify_rounds", "f1", "diff_vs_plain", "same_text",
         "overhead_share"]  # fmt: skip
 TIMES = ["decode_ms_per_token", "total_ms", "ttft_ms"]
+CAPTIONS = 400  # for the comparison with luck
 PLOT = Path(__file__).resolve().parent.parent / "docs" / "speculation.png"
 
 
@@ -48,7 +53,8 @@ def run(quick: bool, pictures: int | None = None) -> dict[str, Any]:
         rows.append(_row(c, got, plain, loop, n))
     strict = next(got for c, got in zip(who, results, strict=True) if c.name == "lossless")
     trace = [pair for r in strict for pair in r["trace"] if pair[0]] or [(1, 0)]
-    rows += shape_rows(trace, quick)
+    rows += half(2 if quick else n) + shape_rows(trace, quick)
+    rows += decode_luck.rows(target, processor, draft, 4 if quick else CAPTIONS)
     rows.append(decode_tree.row(target, draft, items[0][0], 4 if quick else n, 3 if quick else 15))
     out = {
         "rows": rows, "show": SHOW, "seed": 0, "repeats": n,
@@ -57,6 +63,18 @@ def run(quick: bool, pictures: int | None = None) -> dict[str, Any]:
     if not quick:
         plot(rows, PLOT)
     return out
+
+
+def half(pictures: int) -> list[dict[str, Any]]:
+    """The main rows once more in bfloat16, the type the checkpoints are stored in."""
+    from vlmfast import pocket
+
+    target, processor = pocket.load("target", dtype="bfloat16")
+    draft, _ = pocket.load("draft", dtype="bfloat16")
+    items, who = runs.captions(processor, pictures, dtype=target.dtype), runs.competitors(draft, quick=True)
+    results = runs.rotate(target, processor.tokenizer, items, who)
+    who = [replace(c, params={**c.params, "dtype": "bfloat16"}) for c in who]
+    return [_row(c, got, results[0], results[1], pictures) for c, got in zip(who, results, strict=True)]
 
 
 def _row(
@@ -124,7 +142,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         points = [
             (r["vs"]["plain"]["decode_ms_per_token"][0], 100 * r["metrics"]["retention"], r["params"]["relax"])
             for r in rows
-            if r["name"] == name and "relax" in r["params"] and "retention" in r["metrics"]
+            if r["name"] == name and "relax" in r["params"] and r["vs"] and "dtype" not in r["params"]
         ]
         points.sort(key=lambda p: p[2])
         if points:

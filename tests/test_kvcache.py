@@ -206,7 +206,11 @@ def test_heads_are_classified_and_drawn(tmp_path):
     table = heads.classify(model, inputs, HybridKV(split=0.5, recent=4))
     assert table.dynamic.shape == table.concentration.shape == (2, 4, 2) and table.layers == [0, 1, 2, 3]
     assert (table.dynamic.sum(-1) == 1).all()
-    assert (table.dynamic.long().argmax(-1) == table.concentration.argmin(-1)).all()
+    assert (table.dynamic.long().argmax(-1) == table.concentration.argmax(-1)).all()
+    turned = HybridKV(split=0.5, dynamic="diffuse")
+    assert all(
+        torch.equal(~turned.classify(s), HybridKV(split=0.5).classify(s)) for s in table.concentration.flatten(0, 1)
+    )
     assert len(table.rows()) == 16 and {r["type"] for r in table.rows()} == {"static", "dynamic"}
     assert table.draw(tmp_path / "heads.png").stat().st_size > 1000
     assert torch.equal(generate(model, inputs, 2).sequences, plain.sequences)

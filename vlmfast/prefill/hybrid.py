@@ -23,10 +23,13 @@ class HybridKV(KVPolicy):
     """Heads are classified at every prefill from the attention of the text after the media.
 
     queries     text queries observed, the last ones (open in the paper)
-    theta       a head is static when the top columns hold at least this share of its attention (paper 0.9)
+    theta       a head is concentrated when the top columns hold at least this share of its attention (paper 0.9)
     top         fraction of the columns that counts as top (open; 0.1 = "90 % of the mass in the 10 % budget")
+    dynamic     which heads are dynamic: the "concentrated" ones, or the "diffuse" ones (paper). Concentrated heads are
+                those that search: what they find for this question is not what the next one asks for, so they need
+                everything within reach, where a diffuse head sums up what any good sample of the columns tells
     group       how a key head's query group is summarised: mean or max (open)
-    split       fraction of heads made dynamic, the least concentrated ones, instead of theta (None = theta)
+    split       fraction of heads made dynamic, the most or the least concentrated ones, instead of theta (None = theta)
     ratio       level 1: a dynamic head's budget over the mean budget (open)
     share       level 2, static heads: "broad" gives less concentrated heads more, "sparse" the reverse, or "equal"
     text_first  static heads keep all text before any visual column (paper)
@@ -46,6 +49,7 @@ class HybridKV(KVPolicy):
     queries: int = 64
     theta: float = 0.9
     top: float = 0.1
+    dynamic: str = "concentrated"
     group: str = "mean"
     split: float | None = None
     ratio: float = 1.0
@@ -63,7 +67,7 @@ class HybridKV(KVPolicy):
         check_fraction("top", self.top)
         self.check_choice(
             group=("mean", "max"), share=("broad", "sparse", "equal"), bound=("mean", "minmax"),
-            static=("attention", "keys", "both"),
+            static=("attention", "keys", "both"), dynamic=("concentrated", "diffuse"),
         )  # fmt: skip
         if self.pool % 2 == 0:
             raise UserError(f"pool={self.pool} in {self.name}: the pooling width is odd, e.g. pool={self.pool + 1}")
@@ -82,17 +86,19 @@ class HybridKV(KVPolicy):
     # -- stage 1: head types ---------------------------------------------------------------------------------------
 
     def concentration(self, row: Row) -> Tensor:
-        """(Hk,) float32 in [0, 1]: share of a head's attention on its top columns, recent ones left out."""
-        p = row.relevance(self.group)[:, : max(1, row.n - self.recent)]
+        """(Hk,) float32 in [0, 1]: share of a head's attention on its top columns; sinks and recent ones are left out,
+        since they stay anyway and would make every head look concentrated."""
+        p = row.relevance(self.group)[:, self.sinks : max(self.sinks + 1, row.n - self.recent)]
         m = max(1, int(-(-self.top * p.shape[1] // 1)))
         return p.topk(m, dim=1).values.sum(1) / p.sum(1).clamp(min=1e-12)
 
     def classify(self, sigma: Tensor) -> Tensor:
         """(Hk,) bool, True = dynamic."""
+        searching = self.dynamic == "concentrated"
         if self.split is None:
-            return sigma < self.theta
+            return (sigma >= self.theta) == searching
         dynamic = torch.zeros_like(sigma, dtype=torch.bool)
-        dynamic[sigma.argsort(stable=True)[: round(self.split * len(sigma))]] = True
+        dynamic[sigma.argsort(stable=True, descending=searching)[: round(self.split * len(sigma))]] = True
         return dynamic
 
     # -- stages 2 and 3: budgets, then what each type keeps --------------------------------------------------------

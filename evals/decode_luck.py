@@ -1,0 +1,48 @@
+"""Is a loose rule better than luck? Rules at about equal accepted length, on many captions, drafts of a fixed length.
+
+`RandomRelax` lets any refused token through with a small probability; what it loses in facts at the accepted length of
+a loose rule is what that length costs when nobody looks. Nothing is timed here.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from evals import decode_runs as runs
+from evals.records import row
+from evals.stats import paired
+from vlmfast.decode import Exact, FLy, Loose, ModelDraft, RandomRelax
+
+LENGTH = 6
+LUCK = (0.02, 0.04, 0.07)
+
+
+def rows(target: Any, processor: Any, draft: Any, captions: int) -> list[dict[str, Any]]:
+    """One row per rule: accepted length, caption F1, differences to exact drafting and to every random ratio."""
+    small = ModelDraft(draft, prune=None)
+    rules = [("lossless", Exact(), {}), ("fly", FLy(window=3), {})]
+    rules += [("loose", Loose(relax=r), {"relax": r}) for r in (0.7, 1.0)]
+    rules += [("randomrelax", RandomRelax(relax=r), {"relax": r}) for r in LUCK]
+    who = [runs.ours(rule, small, name, "modeldraft", LENGTH, **params) for name, rule, params in rules]
+    results = runs.rotate(target, processor.tokenizer, runs.captions(processor, captions), who)
+    names = [str(i) for i in range(captions)]
+    facts = [[r["f1"] for r in got] for got in results]
+    out = []
+    for c, got, mine in zip(who, results, facts, strict=True):
+        keys = ("accepted_exact", "accepted_loose", "accepted_shift")
+        accepted = sum(r[k] for r in got for k in keys) / sum(r["verify_rounds"] for r in got)
+        diff = paired(mine, facts[0], names)
+        metrics: dict[str, Any] = {
+            "accepted_length": accepted, "f1": statistics.fmean(mine), "same_text": runs.tokens_equal(got, results[0]),
+            "diff_vs_plain": diff.mean, "diff_ci95": [diff.low, diff.high],
+        }  # fmt: skip
+        if c.name != "randomrelax":
+            against = {str(r["relax"]): paired(mine, f, names) for (_, _, r), f in _random(rules, facts)}
+            metrics["vs_random"] = {k: [d.mean, d.low, d.high] for k, d in against.items()}
+        out.append(row(c.name, params={**c.params, "captions": captions, "batch": 1}, metrics=metrics))
+    return out
+
+
+def _random(rules: list[Any], facts: list[list[float]]) -> list[tuple[Any, list[float]]]:
+    return [(r, f) for r, f in zip(rules, facts, strict=True) if r[0] == "randomrelax"]
