@@ -46,9 +46,9 @@ GRID = ("vidcom2-25", "hybridkv-25", "lossless", "loose")
 
 #: What HybridKV's paper leaves open, one field changed at a time from the default.
 OPEN_FIELDS: dict[str, tuple[Any, ...]] = {
-    "theta": (0.8, 0.95), "top": (0.05, 0.2), "dynamic": ("diffuse",), "group": ("max",), "split": (0.25, 0.5, 1.0), "ratio": (0.5, 2.0),
-    "share": ("sparse", "broad"), "text_first": (False,), "static": ("attention", "keys"), "pool": (3, 7),
-    "chunk": (8, 32), "bound": ("mean",), "refresh": (1,), "queries": (16,),
+    "theta": (0.8, 0.95), "top": (0.05, 0.2), "dynamic": ("diffuse",), "group": ("max",), "split": (0.25, 0.5, 1.0),
+    "ratio": (0.5, 2.0), "share": ("sparse", "broad"), "text_first": (False,), "static": ("attention", "keys"),
+    "pool": (3, 7), "chunk": (8, 32), "bound": ("mean",), "refresh": (1,), "queries": (16,),
 }  # fmt: skip
 
 
