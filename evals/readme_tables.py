@@ -188,6 +188,7 @@ TABLES = {
     "accuracy-long": ("accuracy-long.json", accuracy),
     "accuracy-turns": ("accuracy-turns.json", accuracy),
     "accuracy-easy-again": ("accuracy-easy-again.json", accuracy),
+    "accuracy-grounding": ("accuracy-grounding.json", accuracy),
     "accuracy-captions": ("accuracy-captions.json", accuracy),
     "accuracy-hybridkv": ("accuracy-hybridkv.json", accuracy),
     "accuracy-presets": ("accuracy-presets.json", accuracy),

@@ -41,6 +41,7 @@ def every_policy() -> str:
 
 
 POLICIES = ",".join(f"{p}-{k}" for p in ("hybridkv", "snapkv", "adakv", "kv.random") for k in (50, 20, 10, 5))
+WHERE = ",".join(f"{p}-{k}" for p in ("vidcom2", "ivcprune", "maxmin", "uniform") for k in (50, 25))
 GRID = ("vidcom2-25", "hybridkv-25", "lossless", "loose")
 
 
@@ -69,7 +70,7 @@ def inside() -> dict[str, Plan]:
     return plans | {name: Plan(prune=preset(name).prune) for name in ("balanced", "fast")}
 
 
-UNDRAWN = ("hybridkv", "presets", "rules", "policies")  # tables that make no curves
+UNDRAWN = ("hybridkv", "presets", "rules", "policies", "grounding")  # tables that make no curves
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ TABLES = {
     "policies": Table("pocket/turns", every_policy(), batch=8, first=80, share=3, dtype="bfloat16"),
     "hybridkv": Table("pocket/turns", ablations, batch=8, first=160, share=2, dtype="bfloat16"),
     "presets": Table("pocket/long", inside, batch=4, first=220, share=2, dtype="bfloat16"),
+    "grounding": Table("pocket/location:size=256", WHERE, batch=12, first=240),
     "rules": Table("pocket/mid", "plain_loop,lossless,loose,fly,randomrelax", first=120),
     "captions": Table("pocket/caption:size=256", f"plain_loop,{grid()}", first=8, share=2),
 }

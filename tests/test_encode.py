@@ -483,3 +483,16 @@ def test_ivcprune_asks_for_what_it_wraps() -> None:
     assert IVCPrune(prune=EVS()).video_only and not IVCPrune().video_only
     with pytest.raises(UserError, match="wraps another pruner"):
         IVCPrune(prune="vidcom2")  # type: ignore[arg-type]
+
+
+def test_small_media_pass_whole() -> None:
+    """`least` tokens stay: an item with no more of them is not pruned, a larger one keeps that many at least."""
+    for method in (VidCom2, Uniform, MaxMin, EVS, DTD):
+        pruner = method(keep=0.25, least=20)
+        assert torch.equal(pruner.select(video(t=2, h=3, w=3)), torch.arange(18))
+        assert len(pruner.select(video(t=4, h=3, w=4))) >= 20
+        assert len(method(keep=0.25, least=3).select(video(t=4, h=3, w=4))) == len(
+            method(keep=0.25).select(video(t=4, h=3, w=4))
+        )
+    with pytest.raises(UserError, match="least=-1"):
+        VidCom2(least=-1)

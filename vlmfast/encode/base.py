@@ -19,7 +19,8 @@ from vlmfast.core import Unsupported, UserError, VisualTokens, check_fraction
 class Pruner:
     """Keeps a fraction `keep` of the visual tokens of each image or video.
 
-    keep: fraction kept, in (0, 1]. floor: tokens every frame keeps at least (the budget grows to hold it).
+    keep: fraction kept, in (0, 1]. floor: tokens every frame keeps at least (the budget grows to hold it). least: tokens
+    the image or video keeps at least, so that a small one passes whole: it costs little and has nothing to spare.
     after_block: None prunes at the tower's output; k prunes inside the tower, before block k, so that blocks k, k+1,
     ... run short (Qwen towers); a float below 1 is a share of the tower's depth; "auto" is a quarter of the depth where
     the tower can run short, and the output elsewhere (the report says which).
@@ -29,6 +30,7 @@ class Pruner:
     keep: float = 0.25
     floor: int = 1
     after_block: int | float | str | None = None
+    least: int = 0
 
     name: ClassVar[str] = ""
     needs: ClassVar[tuple[str, ...]] = ("features",)
@@ -38,6 +40,8 @@ class Pruner:
         check_fraction("keep", self.keep)
         if self.floor < 0:
             raise UserError(f"floor={self.floor} is negative: give the number of tokens every frame keeps, 0 or more")
+        if isinstance(self.least, bool) or not isinstance(self.least, int) or self.least < 0:
+            raise UserError(f"least={self.least!r} in {self.name}: give a number of tokens, 0 or more, e.g. least=256")
         block = self.after_block
         if isinstance(block, bool) or (isinstance(block, str) and block != "auto"):
             raise UserError(f'after_block={block!r}: give a tower block index, a share of the depth below 1, or "auto"')
@@ -70,9 +74,9 @@ class Pruner:
         return None
 
     def budget(self, tokens: VisualTokens) -> int:
-        """Number of tokens kept: round(keep * N), at least one, and enough for the floor of every frame."""
+        """Number of tokens kept: round(keep * N), at least one, `least`, and enough for the floor of every frame."""
         n = tokens.n
-        return min(n, max(1, round(self.keep * n), self.floor * tokens.frames))
+        return min(n, max(1, round(self.keep * n), self.floor * tokens.frames, self.least))
 
     def select(self, tokens: VisualTokens) -> Tensor:
         """Kept indices (K,) int64, strictly ascending, separators included."""

@@ -41,7 +41,7 @@ class DTD(Pruner):
         per_frame = tokens.n // tokens.frames
         least = per_frame + self.floor * (tokens.frames - 1)
         changed = (self.repeated(tokens) <= self.threshold).view(tokens.frames, -1).sum(1).clamp(min=self.floor)
-        return min(tokens.n, max(least, min(super().budget(tokens), int(changed.sum()))))
+        return min(tokens.n, max(least, self.least, min(super().budget(tokens), int(changed.sum()))))
 
     def score(self, tokens: VisualTokens) -> Tensor:
         return -self.repeated(tokens)

@@ -42,7 +42,7 @@ class PixelPrune(Pruner):
     def select_body(self, tokens: VisualTokens, budget: int) -> Tensor:
         error = self.error(tokens)
         wrong = (error > self.threshold).view(tokens.frames, -1).sum(1).clamp(min=self.floor)
-        return ranked(error, tokens.frame, min(budget, int(wrong.sum())), self.floor, None)
+        return ranked(error, tokens.frame, min(budget, max(int(wrong.sum()), self.least)), self.floor, None)
 
     def error(self, tokens: VisualTokens) -> Tensor:
         """(N,) float32, largest distance of each token's pixels from their prediction; inf at the start of a frame."""
