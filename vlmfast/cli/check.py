@@ -19,6 +19,9 @@ WORDS = {
 }
 
 
+TIMED = ("vidcom2:keep=0.25,after_block=auto", "speculate:draft=promptlookup,otherwise=plain")  # where nothing is asked
+
+
 def check(
     model: options.Model = "pocket",
     image: options.Images = None,
@@ -39,8 +42,9 @@ def check(
     as_json: options.Json = False,
 ) -> None:
     """Check the laws on your own checkpoint and time it before and after."""
-    asked = any(v is not None for v in (preset, plan, prune, kv, speculate))
-    chosen = options.plan(preset if asked else "balanced", plan, prune, kv, speculate)
+    if all(v is None for v in (preset, plan, prune, kv, speculate)):
+        prune, speculate = TIMED  # a preset might leave a small picture alone
+    chosen = options.plan(preset, plan, prune, kv, speculate)
     media: dict[str, Any] = {"images": options.images(image)}
     media["video"] = options.video(video, frames, fps, select, backend)
     if not media["images"] and media["video"] is None:
