@@ -95,7 +95,7 @@ def grid() -> str:
 TABLES = {
     "easy-vqa": Table("easy-vqa", f"{PRUNERS},balanced,fast", batch=64, first=512),
     "pocket": Table("pocket/mid", f"{every_pruner()},balanced,fast", batch=12, first=60, share=2),
-    "long": Table("pocket/again", POLICIES, batch=5, first=400, share=3, dtype="bfloat16"),
+    "long": Table("pocket/again", POLICIES, batch=5, first=200, share=3, dtype="bfloat16"),
     "turns": Table("pocket/turns", POLICIES, batch=8, first=400, share=3, dtype="bfloat16"),
     "easy-again": Table("easy-vqa/again", POLICIES, batch=5, first=200, share=2, dtype="bfloat16"),
     "policies": Table("pocket/turns", every_policy(), batch=8, first=80, share=3, dtype="bfloat16"),
