@@ -65,8 +65,8 @@ def inside() -> dict[str, Plan]:
     """Pruning inside the tower from a half to a fifth. The presets prune so; their drafting is exact and left out."""
     from vlmfast.encode import METHODS
 
-    kept = [(n, k) for n in ("vidcom2", "maxmin") for k in (0.5, 0.4, 0.33, 0.25, 0.2)]
-    plans = {f"{n} {k:.0%}": Plan(prune=METHODS[n](keep=k, after_block="auto")) for n, k in kept}
+    kept = {"vidcom2": (0.5, 0.4, 0.33, 0.25, 0.2), "maxmin": (0.5, 0.4, 0.2)}
+    plans = {f"{n} {k:.0%}": Plan(prune=METHODS[n](keep=k, after_block="auto")) for n, ks in kept.items() for k in ks}
     return plans | {name: Plan(prune=preset(name).prune) for name in ("balanced", "fast")}
 
 
@@ -97,10 +97,10 @@ TABLES = {
     "pocket": Table("pocket/mid", f"{every_pruner()},balanced,fast", batch=12, first=60, share=2),
     "long": Table("pocket/again", POLICIES, batch=5, first=200, share=3, dtype="bfloat16"),
     "turns": Table("pocket/turns", POLICIES, batch=8, first=400, share=3, dtype="bfloat16"),
-    "easy-again": Table("easy-vqa/again", POLICIES, batch=5, first=200, share=2, dtype="bfloat16"),
+    "easy-again": Table("easy-vqa/again", POLICIES, batch=5, first=100, share=2, dtype="bfloat16"),
     "policies": Table("pocket/turns", every_policy(), batch=8, first=80, share=3, dtype="bfloat16"),
     "hybridkv": Table("pocket/turns", ablations, batch=8, first=160, share=2, dtype="bfloat16"),
-    "presets": Table("pocket/long", inside, batch=4, first=660, share=2, dtype="bfloat16"),
+    "presets": Table("pocket/long", inside, batch=4, first=440, share=2, dtype="bfloat16"),
     "grounding": Table("pocket/location:size=256", WHERE, batch=12, first=240),
     "rules": Table("pocket/mid", "plain_loop,lossless,loose,fly,randomrelax", first=120),
     "captions": Table("pocket/caption:size=256", f"plain_loop,{grid()}", first=8, share=2),
