@@ -54,11 +54,13 @@ OPEN_FIELDS: dict[str, tuple[Any, ...]] = {
 
 
 def ablations() -> dict[str, Plan]:
-    """HybridKV at a tenth, as it is and with one field changed."""
+    """HybridKV at a twentieth: as it is, with one field changed, and as far as the paper's rule is known."""
     from vlmfast.prefill import HybridKV
 
-    changed = {f"hybridkv-10 {f}={v}": HybridKV(keep=0.1, **{f: v}) for f, vs in OPEN_FIELDS.items() for v in vs}
-    return {name: Plan(kv=policy) for name, policy in ({"hybridkv-10": HybridKV(keep=0.1)} | changed).items()}
+    changes = {f"{f}={v}": {f: v} for f, vs in OPEN_FIELDS.items() for v in vs}
+    changes |= {"as published": {"dynamic": "diffuse", "static": "attention"}}
+    plans = {f"hybridkv-5 {name}": Plan(kv=HybridKV(keep=0.05, **fields)) for name, fields in changes.items()}
+    return {"hybridkv-5": Plan(kv=HybridKV(keep=0.05))} | plans
 
 
 def inside() -> dict[str, Plan]:
