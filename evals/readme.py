@@ -72,7 +72,8 @@ def encode_cells(results: Path = RESULTS) -> dict[str, list[str]]:
 
 def prefill_cells(results: Path = RESULTS) -> dict[str, list[str]]:
     """Method -> measured cells of the policies' table."""
-    accuracy, out = rows_of("accuracy-policies.json", results), {}
+    accuracy = [*rows_of("accuracy-policies.json", results), *rows_of("accuracy-lazy.json", results)]
+    out = {}
     for row in rows_of("cpu-prefill.json", results):
         if row.get("end_to_end") and row["name"] != "plain":
             cells = [ratio(row, "kv_fast_bytes"), ratio(row, "decode_ms_per_token")]

@@ -189,6 +189,7 @@ TABLES = {
     "accuracy-turns": ("accuracy-turns.json", accuracy),
     "accuracy-easy-again": ("accuracy-easy-again.json", accuracy),
     "accuracy-grounding": ("accuracy-grounding.json", accuracy),
+    "accuracy-lazy": ("accuracy-lazy.json", accuracy),
     "accuracy-captions": ("accuracy-captions.json", accuracy),
     "accuracy-hybridkv": ("accuracy-hybridkv.json", accuracy),
     "accuracy-presets": ("accuracy-presets.json", accuracy),

@@ -41,6 +41,7 @@ def every_policy() -> str:
 
 
 POLICIES = ",".join(f"{p}-{k}" for p in ("hybridkv", "snapkv", "adakv", "kv.random") for k in (50, 20, 10, 5))
+LAZY = ",".join(f"lazyeviction-{k}" for k in KEEPS)  # evicts while it decodes: long answers are its task
 WHERE = ",".join(f"{p}-{k}" for p in ("vidcom2", "ivcprune", "maxmin", "uniform") for k in (50, 25))
 GRID = ("vidcom2-25", "hybridkv-25", "lossless", "loose")
 
@@ -72,7 +73,7 @@ def inside() -> dict[str, Plan]:
     return plans | {name: Plan(prune=preset(name).prune) for name in ("balanced", "fast")}
 
 
-UNDRAWN = ("hybridkv", "presets", "rules", "policies", "grounding")  # tables that make no curves
+UNDRAWN = ("hybridkv", "presets", "rules", "policies", "grounding", "lazy")  # tables that make no curves
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def grid() -> str:
 TABLES = {
     "easy-vqa": Table("easy-vqa", f"{PRUNERS},balanced,fast", batch=64, first=512),
     "pocket": Table("pocket/mid", f"{every_pruner()},balanced,fast", batch=12, first=60, share=2),
-    "long": Table("pocket/again", POLICIES, batch=5, first=200, share=3, dtype="bfloat16"),
+    "long": Table("pocket/again", POLICIES, batch=5, first=100, share=3, dtype="bfloat16"),
     "turns": Table("pocket/turns", POLICIES, batch=8, first=400, share=3, dtype="bfloat16"),
     "easy-again": Table("easy-vqa/again", POLICIES, batch=5, first=100, share=2, dtype="bfloat16"),
     "policies": Table("pocket/turns", every_policy(), batch=8, first=80, share=3, dtype="bfloat16"),
@@ -105,6 +106,7 @@ TABLES = {
     "presets": Table("pocket/long", inside, batch=4, first=440, share=2, dtype="bfloat16"),
     "grounding": Table("pocket/location:size=256", WHERE, batch=12, first=240),
     "rules": Table("pocket/mid", "plain_loop,lossless,loose,fly,randomrelax", first=120),
+    "lazy": Table("pocket/caption:size=256", LAZY, first=32),
     "captions": Table("pocket/caption:size=256", f"plain_loop,{grid()}", first=8, share=2),
 }
 
