@@ -1,16 +1,18 @@
 """Is a loose rule better than luck? Rules at about equal accepted length, on many captions, drafts of a fixed length.
 
 `RandomRelax` lets any refused token through with a small probability; what it loses in facts at the accepted length of
-a loose rule is what that length costs when nobody looks. Nothing is timed here.
+a loose rule is what that length costs when nobody looks. Nothing is timed here. By itself, on more captions than the
+decode suite asks for: `python -m evals.decode_luck --out FILE.json`.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from typing import Any
 
 from evals import decode_runs as runs
-from evals.records import row
+from evals.records import claim, head, row, write
 from evals.stats import paired
 from vlmfast.decode import Exact, FLy, Loose, ModelDraft, RandomRelax
 
@@ -46,3 +48,19 @@ def rows(target: Any, processor: Any, draft: Any, captions: int) -> list[dict[st
 
 def _random(rules: list[Any], facts: list[list[float]]) -> list[tuple[Any, list[float]]]:
     return [(r, f) for r, f in zip(rules, facts, strict=True) if r[0] == "randomrelax"]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--out", required=True, help="result file (JSON)")
+    parser.add_argument("--captions", type=int, default=1000)
+    parser.add_argument("--force", action="store_true", help="replace an existing result")
+    args = parser.parse_args()
+    claim(args.out, args.force)
+    from vlmfast import pocket
+
+    target, processor = pocket.load("target")
+    config = {"captions": args.captions, "length": LENGTH}
+    record = head("luck", config=config, seed=0, repeats=1) | {"rows": []}
+    record["rows"] = rows(target, processor, pocket.load("draft")[0], args.captions)
+    write(args.out, record, args.force)

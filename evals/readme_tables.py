@@ -179,7 +179,7 @@ def accuracy(rows: list[Row]) -> str:
 TABLES = {
     "encode": ("cpu-encode.json", encode),
     "decode": ("cpu-decode.json", decode),
-    "luck": ("cpu-decode.json", luck),
+    "luck": ("luck.json", luck),
     "kv": ("cpu-prefill.json", kv),
     "stream": ("cpu-stream.json", stream),
     "sessions": ("cpu-stream.json", sessions),

@@ -96,8 +96,8 @@ def grid() -> str:
 
 
 TABLES = {
-    "easy-vqa": Table("easy-vqa", f"{PRUNERS},balanced,fast", batch=64, first=512),
-    "pocket": Table("pocket/mid", f"{every_pruner()},balanced,fast", batch=12, first=60, share=2),
+    "easy-vqa": Table("easy-vqa", PRUNERS, batch=64, first=1024),
+    "pocket": Table("pocket/mid", every_pruner(), batch=12, first=120, share=2),
     "long": Table("pocket/again", POLICIES, batch=5, first=100, share=3, dtype="bfloat16"),
     "turns": Table("pocket/turns", POLICIES, batch=8, first=400, share=3, dtype="bfloat16"),
     "easy-again": Table("easy-vqa/again", POLICIES, batch=5, first=100, share=2, dtype="bfloat16"),

@@ -69,7 +69,7 @@ def preset(name: str) -> Plan:
 
     "safe" answers as the plain model does: it only looks words up that it may draft, and verifies them losslessly.
     "balanced" and "fast" keep two fifths and a fifth of the visual tokens besides, inside the tower where it allows,
-    but 256 of an image or video at least: smaller ones gain little and lose much (see `evals/README.md`).
+    but 384 of an image or video at least: smaller ones gain little and lose much (see `evals/README.md`).
     """
     from vlmfast.decode import Lossless, PromptLookup, Speculate
     from vlmfast.encode import VidCom2
@@ -78,9 +78,9 @@ def preset(name: str) -> Plan:
     if name == "safe":
         return Plan(speculate=lookup)
     if name == "balanced":
-        return Plan(prune=VidCom2(keep=0.4, after_block="auto", least=256), speculate=lookup)
+        return Plan(prune=VidCom2(keep=0.4, after_block="auto", least=384), speculate=lookup)
     if name == "fast":
-        return Plan(prune=VidCom2(keep=0.2, after_block="auto", least=256), speculate=lookup)
+        return Plan(prune=VidCom2(keep=0.2, after_block="auto", least=384), speculate=lookup)
     raise UserError(f"unknown preset {name!r}; presets: {', '.join(PRESETS)}")
 
 
