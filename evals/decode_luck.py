@@ -53,7 +53,7 @@ def _random(rules: list[Any], facts: list[list[float]]) -> list[tuple[Any, list[
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--out", required=True, help="result file (JSON)")
-    parser.add_argument("--captions", type=int, default=1000)
+    parser.add_argument("--captions", type=int, default=800)
     parser.add_argument("--force", action="store_true", help="replace an existing result")
     args = parser.parse_args()
     claim(args.out, args.force)

@@ -107,7 +107,7 @@ TABLES = {
     "grounding": Table("pocket/location:size=256", WHERE, batch=12, first=240),
     "rules": Table("pocket/mid", "plain_loop,lossless,loose,fly,randomrelax", first=120),
     "lazy": Table("pocket/caption:size=256", LAZY, first=32),
-    "captions": Table("pocket/caption:size=256", f"plain_loop,{grid()}", first=8, share=2),
+    "captions": Table("pocket/caption:size=256", f"plain_loop,{grid()}", first=32, share=2),
 }
 
 
