@@ -287,8 +287,7 @@ def run(quick: bool = False, shape: Shape | None = None, split: float = SPLIT, r
     """Measure every combination that fits; returns the rows and what the head needs."""
     shape = shape or (TOY if quick else Shape())
     rounds, threads = 3 if quick else rounds, torch.get_num_threads()
-    if quick:
-        torch.set_num_threads(1)  # tiny shapes lose more to waiting threads than they win
+    torch.set_num_threads(1 if quick else threads)  # tiny shapes lose more to waiting threads than they win
     model, patch, machine = build(shape), Patch(), timing.rates("cpu", DTYPE)
     AttentionSwitch(model, model.config).install(patch)
     rows, skipped = [], []
@@ -308,7 +307,6 @@ def run(quick: bool = False, shape: Shape | None = None, split: float = SPLIT, r
     }  # fmt: skip
     patch.remove()
     del model
-    gc.collect()
     rows += speed_policies.rows(split, quick)
     torch.set_num_threads(threads)
     return {"config": config, "seed": SEED, "repeats": rounds, "device": "cpu", "dtype": "bfloat16", "rows": rows}
