@@ -36,7 +36,7 @@ class HybridKV(KVPolicy):
     static      what else they keep: the columns most attended to ("attention", paper), those whose keys are unlike the
                 others ("keys", see KeyDiff), or as many of "both"
     pool        width of the max pooling that makes visual columns locally salient, odd (open)
-    chunk       columns per chunk of a dynamic head (open); fewer where its budget cannot hold two of them
+    chunk       columns per chunk of a dynamic head (open); fewer where its budget cannot hold four of them
     bound       what stands for a chunk: its mean key, or the minmax bound of its keys (open)
     refresh     choose chunks anew every this many tokens (open)
 

@@ -20,6 +20,7 @@ from vlmfast.kernels import Ragged
 from vlmfast.prefill.store import Segment, Store
 from vlmfast.runtime.late_rope import rotate
 
+SLOTS = 4  # chunks a budget holds at least: chunks are cut shorter for a small one
 MAX_STEP = 16  # most drafted tokens of one verification that read as one-by-one decoding would
 
 
@@ -31,7 +32,7 @@ class Group:
         self.rows, self.budget, self.how = rows, budget, how
         r, n, d = keys.shape
         self.n = n
-        self.chunk = max(1, min(how.chunk, (budget - how.sinks - how.recent + 1) // 2))
+        self.chunk = max(1, min(how.chunk, (budget - how.sinks - how.recent + 1) // SLOTS))
         self.chunks = max(0, (n - how.sinks - how.recent) // self.chunk)
         outside = n - self.chunks * self.chunk  # sinks, recent and what does not fill a chunk
         self.slots = min(self.chunks, max(1, (budget - outside) // self.chunk))
