@@ -542,7 +542,7 @@ def test_special_layers_are_saved_and_loaded(policy, tmp_path):
 
 def test_shadowkv_rebuilds_chunks_from_low_rank_keys():
     row = example(n=23, dh=8)
-    policy, view = p.ShadowKV(budget=11, sinks=2, recent=3, chunk=2, rank=5), view_of(row)
+    policy, view = p.ShadowKV(budget=13, sinks=2, recent=3, chunk=2, rank=5), view_of(row)
     turn = torch.polar(torch.ones(23, 4), torch.arange(23)[:, None] * 100.0 ** (-torch.arange(4) / 4))
     bare = torch.complex(row.keys[..., :4], row.keys[..., 4:]) / turn  # keys before RoPE, as complex numbers
     flat = torch.cat([torch.cat([x.real, x.imag], -1) for x in bare], -1)  # (n, 2 heads of 8)
@@ -561,7 +561,7 @@ def test_shadowkv_rebuilds_chunks_from_low_rank_keys():
     for h in range(2):
         chunks = [list(range(c, c + 2)) for c in range(2, 20, 2)]
         reach = [max(float(q @ row.keys[h, c].mean(0)) for q in query[0, 2 * h : 2 * h + 2, 0]) for c in chunks]
-        best = sorted(range(9), key=lambda c: -reach[c])[:3]
+        best = sorted(range(9), key=lambda c: -reach[c])[:4]
         columns = sorted([0, 1, 20, 21, 22, *(i for c in best for i in chunks[c])])
         _, keys, values, where = store.segment(store.rows.index(h), torch.float32)
         order = where[:-1].argsort()
@@ -573,7 +573,7 @@ def test_shadowkv_rebuilds_chunks_from_low_rank_keys():
         weight = (query[0, 2 * h : 2 * h + 2, 0] @ k.T * 0.5).softmax(-1)
         torch.testing.assert_close(got[0, 2 * h : 2 * h + 2, 0], weight @ v, atol=1e-5, rtol=1e-4)
     tiers = layer.nbytes()
-    assert tiers["host"] == 2 * 23 * (8 * 4 + 4) + 2 * 3 * 8  # values, positions, slot tables; no keys
+    assert tiers["host"] == 2 * 23 * (8 * 4 + 4) + 2 * 4 * 8  # values, positions, slot tables; no keys
     factors = 4 * (23 * 5 + 5 * 16 + 2 * 23 * 8)
     assert tiers["fast"] == store.nbytes()[0] + 2 * 9 * 8 * 4 + factors
     with pytest.raises(Unsupported, match="needs the rotation of every column"):
