@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evals.stream_runs import right
-from evals.tasks import Clip, Sample, Task
+from evals.tasks import AGAIN, Clip, Sample, Task
 from vlmfast.core import UserError
 from vlmfast.plan import Plan
 
@@ -86,13 +86,16 @@ def picture(seed: int) -> Chat:
     return Image.open(path).convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC), asked
 
 
-TASKS = {"pocket/again": (chat, EACH), "pocket/turns": (minute, SCENE_QUESTIONS - 1), "easy-vqa/again": (picture, EACH)}
+TASKS = dict(zip(AGAIN, [
+    (chat, {"size": SIZE, "each": EACH}), (minute, {"seconds": MINUTE, "each": SCENE_QUESTIONS - 1}),
+    (picture, {"size": SIDE, "each": EACH}),
+], strict=True))  # fmt: skip
 
 
 def task(name: str) -> Task:
     """Question i of a task of `TASKS` is one of those that follow the opening of clip (or picture) i // each."""
-    draw, each = TASKS[name]
-    short = name.removeprefix("pocket/")
+    draw, config = TASKS[name]
+    each, short = config["each"], name.removeprefix("pocket/")
     try:
         many = min(CLIPS, len(_pictures())) if draw is picture else CLIPS
     except ImportError:
@@ -106,8 +109,6 @@ def task(name: str) -> Task:
                       cluster=f"{short}/{seed}", kind=short, opening=opening)  # fmt: skip
 
     ids = [f"{short}/{seed}/{j}" for seed in range(many) for j in range(each)]
-    size = {"pocket/again": SIZE, "pocket/turns": MINUTE, "easy-vqa/again": SIDE}[name]
-    config = {"seconds" if draw is minute else "size": size, "each": each}
     return Task(name, ids, make, 10, "accuracy", bucket=lambda i: i // each, config=config)
 
 

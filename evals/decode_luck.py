@@ -1,8 +1,9 @@
 """Is a loose rule better than luck? Rules at about equal accepted length, on many captions, drafts of a fixed length.
 
 `RandomRelax` lets any refused token through with a small probability; what it loses in facts at the accepted length of
-a loose rule is what that length costs when nobody looks. Nothing is timed here. By itself, on more captions than the
-decode suite asks for: `python -m evals.decode_luck --out FILE.json`.
+a loose rule is what that length costs when nobody looks. Nothing is timed here.
+
+python -m evals.decode_luck --captions 800 --out FILE.json
 """
 
 from __future__ import annotations
@@ -40,14 +41,11 @@ def rows(target: Any, processor: Any, draft: Any, captions: int) -> list[dict[st
             "diff_vs_plain": diff.mean, "diff_ci95": [diff.low, diff.high],
         }  # fmt: skip
         if c.name != "randomrelax":
-            against = {str(r["relax"]): paired(mine, f, names) for (_, _, r), f in _random(rules, facts)}
+            luck = [(c.params["relax"], f) for c, f in zip(who, facts, strict=True) if c.name == "randomrelax"]
+            against = {str(relax): paired(mine, f, names) for relax, f in luck}
             metrics["vs_random"] = {k: [d.mean, d.low, d.high] for k, d in against.items()}
         out.append(row(c.name, params={**c.params, "captions": captions, "batch": 1}, metrics=metrics))
     return out
-
-
-def _random(rules: list[Any], facts: list[list[float]]) -> list[tuple[Any, list[float]]]:
-    return [(r, f) for r, f in zip(rules, facts, strict=True) if r[0] == "randomrelax"]
 
 
 if __name__ == "__main__":

@@ -59,7 +59,6 @@ def decode(rows: list[Row]) -> str:
         p, m = r["params"], r["metrics"]
         if (
             "shape" in p
-            or "captions" in p
             or r.get("predicted")
             or ("relax" in p and r["name"] != "randomrelax")
             or r["name"] == "loose-paper"
@@ -83,10 +82,9 @@ def decode(rows: list[Row]) -> str:
 
 def luck(rows: list[Row]) -> str:
     """Rules at equal accepted length: what looking keeps that luck loses."""
-    out, first = [], ""
-    for r in (r for r in rows if "captions" in r["params"]):
+    out = []
+    for r in rows:
         p, m = r["params"], r["metrics"]
-        first = first or str(p["captions"])
         cells = [r["name"] + (f" relax={p['relax']:g}" if "relax" in p else ""), f"{m['accepted_length']:.2f}"]
         cells += [percent(m["f1"]), difference(m)]
         for mean, low, high in m.get("vs_random", {}).values():

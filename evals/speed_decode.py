@@ -2,8 +2,8 @@
 
 python -m evals.speed --suite decode --out FILE.json     (or this file alone: python -m evals.speed_decode)
 
-Groups of rows: every competitor in float32 (faster on a CPU for so small a model), the main ones in bfloat16, the loop
-at 3B widths, and the loose rules against luck on many captions (`evals.decode_luck`).
+Groups of rows: every competitor in float32 (faster on a CPU for so small a model), the main ones in bfloat16, and the
+loop at 3B widths. Loose rules against luck, on many captions: `evals.decode_luck`.
 
 Every competitor describes every picture, in turns, so that a noisy machine disturbs all alike; ratios are paired per
 picture. `f1` counts the facts of a caption against the scene. `decode_ms_per_token` runs from the first token to the
@@ -19,8 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from evals import decode_luck, decode_tree
 from evals import decode_runs as runs
+from evals import decode_tree
 from evals.decode_shapes import rows as shape_rows
 from evals.records import head, row, write
 from evals.stats import paired
@@ -31,7 +31,6 @@ from vlmfast.decode.speculate import predicted_speedup
 SHOW = ["decode_ms_per_token", "total_ms", "accepted_length", "verify_rounds", "f1", "diff_vs_plain", "same_text",
         "overhead_share"]  # fmt: skip
 TIMES = ["decode_ms_per_token", "total_ms", "ttft_ms"]
-CAPTIONS = 400  # for the comparison with luck
 PLOT = Path(__file__).resolve().parent.parent / "docs" / "speculation.png"
 
 
@@ -54,7 +53,6 @@ def run(quick: bool, pictures: int | None = None) -> dict[str, Any]:
     strict = next(got for c, got in zip(who, results, strict=True) if c.name == "lossless")
     trace = [pair for r in strict for pair in r["trace"] if pair[0]] or [(1, 0)]
     rows += half(2 if quick else n) + shape_rows(trace, quick)
-    rows += decode_luck.rows(target, processor, draft, 4 if quick else CAPTIONS)
     rows.append(decode_tree.row(target, draft, items[0][0], 4 if quick else n, 3 if quick else 15))
     out = {
         "rows": rows, "show": SHOW, "seed": 0, "repeats": n,
@@ -139,12 +137,12 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     marks = {"loose": "o-", "loose-paper": "s--", "randomrelax": "^:"}
     labels = {"loose": "loose, guarded", "loose-paper": "loose as published", "randomrelax": "random relaxation"}
     for name, mark in marks.items():
-        points = [
-            (r["vs"]["plain"]["decode_ms_per_token"][0], 100 * r["metrics"]["retention"], r["params"]["relax"])
+        by_relax = {  # one point per ratio, also where a ratio is measured twice
+            r["params"]["relax"]: (r["vs"]["plain"]["decode_ms_per_token"][0], 100 * r["metrics"]["retention"])
             for r in rows
-            if r["name"] == name and "relax" in r["params"] and r["vs"] and "dtype" not in r["params"]
-        ]
-        points.sort(key=lambda p: p[2])
+            if r["name"] == name and "relax" in r["params"] and "dtype" not in r["params"]
+        }
+        points = [(*at, relax) for relax, at in sorted(by_relax.items())]
         if points:
             axis.plot([p[0] for p in points], [p[1] for p in points], mark, label=labels[name], markersize=5)
             for x, y, relax in points:

@@ -55,13 +55,16 @@ OPEN_FIELDS: dict[str, tuple[Any, ...]] = {
 
 
 def ablations() -> dict[str, Plan]:
-    """HybridKV at a twentieth: as it is, with one field changed, and as far as the paper's rule is known."""
+    """HybridKV at a twentieth: as it is, with one field changed, and as far as the paper's rule is known, also at a
+    tenth."""
     from vlmfast.prefill import HybridKV
 
     changes = {f"{f}={v}": {f: v} for f, vs in OPEN_FIELDS.items() for v in vs}
-    changes |= {"as published": {"dynamic": "diffuse", "static": "attention"}}
-    plans = {f"hybridkv-5 {name}": Plan(kv=HybridKV(keep=0.05, **fields)) for name, fields in changes.items()}
-    return {"hybridkv-5": Plan(kv=HybridKV(keep=0.05))} | plans
+    published: dict[str, Any] = {"dynamic": "diffuse", "static": "attention"}
+    policies = {"hybridkv-5": HybridKV(keep=0.05)}
+    policies |= {f"hybridkv-5 {name}": HybridKV(keep=0.05, **fields) for name, fields in changes.items()}
+    policies |= {f"hybridkv-{k} as published": HybridKV(keep=k / 100, **published) for k in (5, 10)}
+    return {name: Plan(kv=policy) for name, policy in policies.items()}
 
 
 def inside() -> dict[str, Plan]:

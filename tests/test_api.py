@@ -374,9 +374,7 @@ def test_presets_run(name: str) -> None:
     plain = greedy(copy.deepcopy(model), inputs)
     with vlmfast.accelerate(model, name):
         out = greedy(model, inputs)
-    assert out.shape == plain.shape
-    if name == "safe":
-        assert torch.equal(out, plain)
+    assert torch.equal(out, plain)  # so small a picture is not pruned, and drafting is exact
 
 
 STAGES = {

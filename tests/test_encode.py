@@ -33,7 +33,7 @@ from vlmfast.encode.cdpruner import greedy_map
 from vlmfast.encode.flashvid import attended_and_diverse
 from vlmfast.encode.hired import parts
 from vlmfast.encode.vcast import curvature
-from vlmfast.plan import Plan
+from vlmfast.plan import Plan, preset
 
 D = 12
 
@@ -496,3 +496,10 @@ def test_small_media_pass_whole() -> None:
         )
     with pytest.raises(UserError, match="least=-1"):
         VidCom2(least=-1)
+
+
+@pytest.mark.parametrize(("name", "kept"), [("balanced", 410), ("fast", 384)])
+def test_presets_prune_what_is_large(name: str, kept: int) -> None:
+    pruner = preset(name).prune
+    assert len(pruner.select(video(t=4, h=16, w=16))) == kept
+    assert len(pruner.select(video(t=1, h=16, w=16))) == 256

@@ -200,7 +200,7 @@ def test_crop_after_compression_is_exact(policy, family):
 @pytest.mark.parametrize("refresh", [1, 3])
 def test_several_tokens_at_once_read_what_one_by_one_would(refresh):
     model, inputs = tiny.build("qwen3_vl"), prompt("qwen3_vl", text=24)
-    ids = torch.randint(tiny.FIRST_TEXT, tiny.VOCAB, (1, 7), generator=torch.Generator().manual_seed(5))
+    ids = torch.randint(tiny.FIRST_TEXT, tiny.VOCAB, (1, 20), generator=torch.Generator().manual_seed(5))
     policy = HybridKV(**SMALL, chunk=4, split=1.0, refresh=refresh)
     with Accelerated(model, policy), torch.no_grad():
         cache = model(**inputs, use_cache=True).past_key_values

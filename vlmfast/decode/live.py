@@ -35,16 +35,11 @@ class Chain:
         self.certainty = []
         graded = bool(self.confidence or self.floor or self.fallback)
         while True:
-            own = logits[0].softmax(-1) if graded else logits[0]
-            q = None
-            if pick is None:
-                best, place = own.max(0)
-                token, sure = int(place), float(best)
-            else:
-                token, q = pick(grown, logits)
-                sure = float(own[token])
+            token, q = (int(logits.argmax()), None) if pick is None else pick(grown, logits)
             if graded:
-                if self.fallback and (sure if pick is None else float(own.max())) < self.fallback:
+                own = logits[0].softmax(-1)
+                sure = float(own[token])
+                if self.fallback and float(own.max()) < self.fallback:
                     break
                 if tokens and sure < self.confidence:
                     break

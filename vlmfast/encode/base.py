@@ -20,8 +20,7 @@ class Pruner:
     """Keeps a fraction `keep` of the visual tokens of each image or video.
 
     keep: fraction kept, in (0, 1]. floor: tokens every frame keeps at least (the budget grows to hold it).
-    least: tokens the image or video keeps at least, so that a small one passes whole: it costs little and has nothing
-    to spare.
+    least: tokens the image or video keeps at least, so that a small one, which has little to spare, passes whole.
     after_block: None prunes at the tower's output; k prunes inside the tower, before block k, so that blocks k, k+1,
     ... run short (Qwen towers); a float below 1 is a share of the tower's depth; "auto" is a quarter of the depth where
     the tower can run short, and the output elsewhere (the report says which).

@@ -21,7 +21,6 @@ from vlmfast.prefill.store import Segment, Store
 from vlmfast.runtime.late_rope import rotate
 
 SLOTS = 4  # chunks a budget holds at least: chunks are cut shorter for a small one
-MAX_STEP = 16  # most drafted tokens of one verification that read as one-by-one decoding would
 
 
 class Group:
@@ -184,7 +183,7 @@ class Dynamic:
                 self.groups.append(Group(rows, keys, values, positions, budget, how))
         self.store = Store.build([s for g in self.groups for s in g.segments()], total)
 
-    def attend(self, query: Tensor, scaling: float, out: Tensor, length: int, turn: bool = False) -> None:
+    def attend(self, query: Tensor, scaling: float, out: Tensor, length: int, turn: bool) -> None:
         """Attention of the last q tokens (already appended; logical length `length` with them) into `out`.
 
         turn: they are a new turn of the conversation. It reads every column, once, and its last token chooses what the
@@ -193,7 +192,7 @@ class Dynamic:
         """
         q = query.shape[2]
         packed = query.reshape(self.store.total, -1, q, query.shape[-1])
-        if turn or q > MAX_STEP:
+        if turn:
             kernels.ragged_attention(query, self._everything(), scaling, out)
             self._search(self.groups, packed[:, :, -1], length - 1)
             return
