@@ -87,7 +87,7 @@ class HybridKV(KVPolicy):
 
     def concentration(self, row: Row) -> Tensor:
         """(Hk,) float32 in [0, 1]: share of a head's attention on its top columns; sinks and recent ones are left out,
-        since they stay anyway and would make every head look concentrated."""
+        since they stay anyway and could make any head look concentrated."""
         p = row.relevance(self.group)[:, self.sinks : max(self.sinks + 1, row.n - self.recent)]
         m = max(1, int(-(-self.top * p.shape[1] // 1)))
         return p.topk(m, dim=1).values.sum(1) / p.sum(1).clamp(min=1e-12)
