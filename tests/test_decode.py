@@ -32,7 +32,7 @@ from vlmfast.decode import (
     TargetAttention,
     loop,
 )
-from vlmfast.decode.speculate import Pace
+from vlmfast.decode.pace import Pace
 from vlmfast.encode import Uniform, VidCom2
 from vlmfast.plan import Plan
 from vlmfast.prefill import SnapKV

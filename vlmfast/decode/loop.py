@@ -26,17 +26,19 @@ from vlmfast.decode.guards import strict_tokens
 from vlmfast.decode.ledger import Ledger
 from vlmfast.decode.live import Chain
 from vlmfast.decode.output import Output
+from vlmfast.decode.pace import Pace
 from vlmfast.decode.refuse import check, tokenizer_for
 from vlmfast.decode.relevance import VisualMemory, collect
 from vlmfast.decode.rows import Choice, Rows
-from vlmfast.decode.speculate import Pace, Speculate
+from vlmfast.decode.speculate import Speculate
 from vlmfast.runtime.names import CACHE, cache_in
 from vlmfast.runtime.stepper import Stepper
 
 __all__ = ["build", "check"]
 
 _KEPT: weakref.WeakKeyDictionary[Any, tuple[Any, Draft | None]] = weakref.WeakKeyDictionary()  # live drafts by cache
-_PACES: weakref.WeakKeyDictionary[Any, tuple[Speculate, Pace]] = weakref.WeakKeyDictionary()  # by target model
+# by target model, then by plan; both weak: a plan holds its draft model
+_PACES: weakref.WeakKeyDictionary[Any, list[tuple[weakref.ref[Speculate], Pace]]] = weakref.WeakKeyDictionary()
 
 
 def build(
@@ -196,11 +198,14 @@ class _Run:
     def _pace(self) -> Pace:
         """Running acceptance and costs, kept from call to call of one model and plan when adaptive."""
         plan = self.speculate
-        held = _PACES.get(self.model)
-        if plan.length != "adaptive" or held is None or held[0] is not plan:
-            held = (plan, Pace(plan.length, plan.most))
-            _PACES[self.model] = held
-        return held[1]
+        if plan.length != "adaptive":
+            return Pace(plan.length, plan.most)
+        held = _PACES[self.model] = [entry for entry in _PACES.get(self.model, ()) if entry[0]() is not None]
+        pace = next((pace for known, pace in held if known() is plan), None)
+        if pace is None:
+            pace = Pace(plan.length, plan.most)
+            held.append((weakref.ref(plan), pace))
+        return pace
 
     # -- tokens ----------------------------------------------------------------------------------------------------
 

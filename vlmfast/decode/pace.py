@@ -1,0 +1,119 @@
+"""How many tokens to draft next, from what was seen so far. Host arithmetic only."""
+
+from __future__ import annotations
+
+import math
+
+FADE = 0.95  # of what earlier rounds say, per round
+OUTLIER = 2.0  # a round that took more than this multiple of what was expected counts as that multiple
+
+
+class Line:
+    """Milliseconds of n tokens as base + each * n: least squares over what was seen, earlier rounds fading.
+
+    share: of the cost of n tokens, what is taken to grow with n as long as only one n was seen.
+    """
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+        self.w = self.x = self.y = self.xx = self.xy = 0.0
+
+    def saw(self, n: int, ms: float) -> None:
+        """Record one measurement."""
+        if self.w > 3:
+            ms = min(ms, OUTLIER * self.at(n))
+        self.w, self.x, self.y, self.xx, self.xy = (
+            FADE * old + new
+            for old, new in zip((self.w, self.x, self.y, self.xx, self.xy), (1, n, ms, n * n, n * ms), strict=True)
+        )
+
+    @property
+    def known(self) -> bool:
+        return self.w > 0
+
+    @property
+    def each(self) -> float:
+        """Milliseconds of one more token."""
+        if not self.known:
+            return 0.0
+        mean_x, mean_y = self.x / self.w, self.y / self.w
+        spread = self.xx / self.w - mean_x**2
+        most = mean_y / max(1.0, mean_x)  # no base below zero
+        if spread < 0.05:
+            return self.share * most
+        return min(most, max(0.0, (self.xy / self.w - mean_x * mean_y) / spread))
+
+    def at(self, n: float) -> float:
+        """Milliseconds of n tokens."""
+        return max(1e-6, (self.y + self.each * (n * self.w - self.x)) / self.w) if self.known else 0.0
+
+
+class Pace:
+    """How many tokens to draft next.
+
+    Fixed length: that many. Adaptive: a draft goes on as long as one more token is worth its cost. Its worth is the
+    probability that everything drafted so far passes; where the draft says how sure it is, a token passes with
+    1 - refusal * (1 - its certainty), `refusal` being what was measured of this draft and rule, else with the running
+    rate. Its cost is what the milliseconds that one more token adds, to the draft and to the verification, yield at
+    the pace reached so far (Dinkelbach's iteration for the best ratio of tokens to time).
+    """
+
+    def __init__(self, length: int | str, most: int) -> None:
+        self.fixed = length if isinstance(length, int) else None
+        self.most = most if self.fixed is None else self.fixed
+        self.rate = 0.8  # probability that the next drafted token passes, given that those before it did
+        self.doubted, self.refused = 2.0, 2.0  # sums of 1 - certainty, and of refusals, over tokens that were tried
+        self.draft, self.verify = Line(1.0), Line(0.04)
+        self.tokens = self.ms = 0.0  # emitted in rounds that drafted, and what those took
+        self.idle = 0  # rounds since drafting was last tried, while it does not pay
+
+    @property
+    def refusal(self) -> float:
+        """Refusals per unit of the draft's own doubt."""
+        return min(4.0, max(0.02, self.refused / self.doubted))
+
+    def length(self) -> int:
+        """Most tokens to draft in the coming round; 0 = take a plain step."""
+        if self.fixed is not None:
+            return self.fixed
+        if not self.draft.known:
+            return min(5, self.most)
+        best = self._best()
+        if best == 0:
+            self.idle += 1
+            return 2 if self.idle % 16 == 0 else 0
+        self.idle = 0
+        return min(self.most, 2 * best)  # certainty may carry a draft beyond the average
+
+    def floor(self) -> float:
+        """Probability of passing under which a further token does not pay."""
+        if self.fixed is not None or not self.draft.known or self.ms == 0:
+            return 0.0
+        pace = max(self.tokens / self.ms, 1 / self.verify.at(1))
+        return min(0.9, pace * (self.draft.each + self.verify.each))
+
+    def _best(self) -> int:
+        """The fixed draft length that would yield most tokens per millisecond."""
+        gain, tokens, best = 1.0, 1.0, (1 / self.verify.at(1), 0)
+        for k in range(1, self.most + 1):
+            gain *= self.rate
+            tokens += gain
+            best = max(best, (tokens / (self.verify.at(k + 1) + self.draft.at(k)), k))
+        return best[1]
+
+    def saw(
+        self, drafted: int, accepted: int, draft_ms: float, verify_ms: float, certainty: list[float] | None = None
+    ) -> None:
+        """Record one round; certainty: the draft's own probability of each token, when it knows."""
+        self.verify.saw(drafted + 1, verify_ms)
+        if drafted == 0:
+            return
+        self.draft.saw(drafted, draft_ms)
+        self.tokens = FADE * self.tokens + accepted + 1
+        self.ms = FADE * self.ms + draft_ms + verify_ms
+        tried = min(drafted, accepted + 1)
+        weight = math.exp(-tried / 16)
+        self.rate = min(0.99, weight * self.rate + (1 - weight) * accepted / tried)
+        if certainty:
+            self.doubted = 0.98 * self.doubted + sum(1 - p for p in certainty[:tried])
+            self.refused = 0.98 * self.refused + (accepted < drafted)
