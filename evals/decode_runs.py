@@ -102,7 +102,7 @@ def ablations(draft: Any, length: int | str = "adaptive") -> list[Competitor]:
     small = ModelDraft(draft, prune=None)
     changes: list[dict[str, Any]] = [
         {"shift": 0}, {"digits": False, "negation": False, "comparison": False}, {"bigram": False}, {"within": 0},
-        {"top": 1}, {"layer": -4}, {"offset": "self"}, {"scope": "running"}, {"ratio": 0.0}, {"ratio": 0.3},
+        {"top": 1}, {"layer": -4}, {"offset": "self"}, {"scope": "running"}, {"ratio": 0.0}, {"ratio": 0.1},
     ]  # fmt: skip
     return [ours(Loose(**c), small, "loose", "modeldraft", length, **c) for c in changes]
 
@@ -148,13 +148,13 @@ def timed(model: Any, tokenizer: Any, inputs: dict[str, Any], who: Competitor) -
 
 
 def captions(
-    processor: Any, n: int, kind: str = "caption", dtype: torch.dtype = torch.float32
+    processor: Any, n: int, kind: str = "caption", dtype: torch.dtype = torch.float32, first: int = 0
 ) -> list[tuple[dict[str, Any], Any]]:
-    """The first n test pictures with the request to describe them: (inputs of generate, world sample)."""
+    """n test pictures from `first` on, with the request to describe them: (inputs of generate, world sample)."""
     from vlmfast.pocket import world
 
     out = []
-    for seed in range(n):
+    for seed in range(first, first + n):
         item = world.sample(kind, seed, "test")
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": item.question}]}
         text = processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)

@@ -1,7 +1,8 @@
 """The loop at real shapes: 3B widths, few layers, random bf16 weights, acceptance as measured on the pocket pair.
 
-Random weights accept nothing, so the rule replays a measured trace: it lets as many drafted tokens through as the
-pocket's rule did. What is measured is what the loop costs: draft, verification, and everything between (`overhead_ms`).
+Random weights accept nothing, so draft and rule replay a measured trace: as many tokens are drafted in a round, and as
+many let through, as were on the pocket pair. What is measured is what the loop costs: draft, verification, and
+everything between (`overhead_ms`).
 """
 
 from __future__ import annotations
@@ -11,30 +12,59 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from evals.timing import interleaved, medians, ratios
 from vlmfast.decode import ModelDraft, Speculate, loop
 from vlmfast.decode.accept import EXACT, Round, Rule, Verdict
+from vlmfast.decode.drafts import Request
 from vlmfast.decode.speculate import predicted_speedup
 
 WIDTH, MLP, HEADS, KV, VOCAB = 2048, 11008, 16, 2, 32768  # Qwen2.5-VL-3B, with a smaller vocabulary
 
 
+Trace = tuple[tuple[int, int], ...]  # (drafted, accepted) of every round
+
+
+def entry(trace: Trace, said: int) -> tuple[int, int]:
+    """The round of the trace, over and over, that begins when `said` tokens were said."""
+    at, sum_ = 0, 1
+    while sum_ < said:
+        sum_ += trace[at % len(trace)][1] + 1
+        at += 1
+    return trace[at % len(trace)]
+
+
 @dataclass(frozen=True)
 class Replay(Rule):
-    """Accepts as many tokens per round as `trace` says, over and over, starting again with each answer."""
+    """Accepts as many tokens per round as `trace` says, starting again with each answer."""
 
-    trace: tuple[int, ...]
+    trace: Trace
     name: ClassVar[str] = "replay"
 
     def judge(self, r: Round) -> Verdict:
-        """The next entry of the trace, found by how much was said."""
-        at, said = 0, 1
-        while said < len(r.committed):
-            said += self.trace[at % len(self.trace)] + 1
-            at += 1
-        n = min(self.trace[at % len(self.trace)], r.draft.shape[0])
+        """The accepted part of the trace's entry."""
+        n = min(entry(self.trace, len(r.committed))[1], r.draft.shape[0])
         return Verdict([EXACT] * n, r.pick(n))
+
+
+@dataclass(frozen=True)
+class ReplayDraft(ModelDraft):
+    """Drafts as many tokens per round as `trace` says."""
+
+    trace: Trace = ()
+    name: ClassVar[str] = "replaydraft"
+
+    def open(self, request: Request) -> Any:
+        """The model's chain, told how far to go."""
+        chain, start = super().open(request), request.input_ids.shape[1]
+        propose = chain.propose
+
+        def paced(ids: Tensor, k: int, pick: Any = None) -> Any:
+            return propose(ids, min(k, entry(self.trace, ids.shape[1] - start)[0]), pick)
+
+        chain.propose = paced  # type: ignore[method-assign]
+        return chain
 
 
 def model(layers: int, width: int = WIDTH, mlp: int = MLP, heads: int = HEADS, vocab: int = VOCAB) -> Any:
@@ -67,7 +97,8 @@ def rows(trace: list[tuple[int, int]], quick: bool) -> list[dict[str, Any]]:
     from evals.records import row
 
     layers, tokens, repeats = (1, 9, 2) if quick else (4, 41, 6)
-    length = max(k for k, _ in trace)
+    played = tuple(trace)
+    length = max(k for k, _ in played)
     target = model(layers)
     # a quarter of the target's cost per token or less, whatever few layers the target has
     draft = model(1, WIDTH // (4 if quick else 2), MLP // (4 if quick else 2), HEADS // (4 if quick else 2))
@@ -76,7 +107,7 @@ def rows(trace: list[tuple[int, int]], quick: bool) -> list[dict[str, Any]]:
     plans = {
         "plain": None,
         "plain_loop": Speculate(),
-        "lossless": Speculate(ModelDraft(draft, None), Replay(tuple(n for _, n in trace)), length=length),
+        "lossless": Speculate(ReplayDraft(draft, None, trace=played), Replay(played), length=length),
     }
 
     def run(plan: Speculate | None) -> dict[str, float]:

@@ -177,8 +177,8 @@ class Loose(Rule):
     token's own. shift: position-shift tolerance, rows to either side (0 = off).
     Guards beyond the paper, each a field: eos, digits, negation, comparison (words never loosened, found through the
     tokenizer), bigram (nothing that makes a bigram repeat), within (the draft token is among the target's `within`
-    best; 0 = off), ratio (its probability is at least this share of the best one's; 0 = off; without it a sixth of the
-    facts of pocket captions went, see `evals/README.md`). relax=0 with shift=0 is
+    best; 0 = off), ratio (its probability is at least this share of the best one's; 0 = off; the guard that keeps most
+    facts on pocket captions, see `evals/README.md`). relax=0 with shift=0 is
     `Exact`. A prompt without visual tokens is verified strictly, and the report says so.
     """
 
@@ -195,7 +195,7 @@ class Loose(Rule):
     comparison: bool = True
     bigram: bool = True
     within: int = 5
-    ratio: float = 0.1
+    ratio: float = 0.3
     name: ClassVar[str] = "loose"
     visual: ClassVar[bool] = True
 

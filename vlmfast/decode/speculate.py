@@ -24,7 +24,7 @@ class Speculate:
     draft: Any = None
     accept: Any = field(default_factory=Exact)
     length: int | str = "adaptive"
-    most: int = 10
+    most: int = 16
     tokenizer: Any = field(default=None, repr=False, compare=False)
     otherwise: str = "refuse"
     name: ClassVar[str] = "speculate"
