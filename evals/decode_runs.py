@@ -101,7 +101,8 @@ def ablations(draft: Any, length: int | str = "adaptive") -> list[Competitor]:
     """Loose with one thing changed at a time."""
     small = ModelDraft(draft, prune=None)
     changes: list[dict[str, Any]] = [
-        {"shift": 0}, {"digits": False, "negation": False, "comparison": False}, {"bigram": False}, {"within": 0},
+        {"shift": 0}, {"eos": False}, {"digits": False}, {"negation": False}, {"comparison": False},
+        {"digits": False, "negation": False, "comparison": False}, {"bigram": False}, {"within": 0},
         {"top": 1}, {"layer": -4}, {"offset": "self"}, {"scope": "running"}, {"ratio": 0.0}, {"ratio": 0.1},
     ]  # fmt: skip
     return [ours(Loose(**c), small, "loose", "modeldraft", length, **c) for c in changes]

@@ -80,7 +80,9 @@ def row(target: Any, draft: Any, inputs: dict[str, Any], pictures: int, rounds: 
     verify = step_ms(target, inputs, SIZES, rounds)
     draft_ms = step_ms(draft, inputs, (1,), rounds)[1]
     chains = {k: pace(a, p2, k, 0, verify, draft_ms) for k in range(1, MOST + 1)}
-    trees = {(k, m): pace(a, p2, k, m, verify, draft_ms) for k in chains for m in range(1, min(k, SIZES[-1] - 1 - k) + 1)}
+    trees = {
+        (k, m): pace(a, p2, k, m, verify, draft_ms) for k in chains for m in range(1, min(k, SIZES[-1] - 1 - k) + 1)
+    }
     k, (tree_k, tree_m) = max(chains, key=chains.__getitem__), max(trees, key=trees.__getitem__)
     metrics = {
         "first_choice": a, "second_choice": p2, "verify_ms_by_tokens": {str(n): round(t, 4) for n, t in verify.items()},

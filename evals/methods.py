@@ -1,9 +1,9 @@
 """Names of methods as plans: the rows of every table.
 
 `plan("vidcom2-25")` keeps a quarter of the visual tokens, `plan("hybridkv-10")` a tenth of the cache,
-`plan("loose@lookup")` speculates, `plan("balanced")` is a preset, `plan("vidcom2-25+snapkv-10+lossless")` composes,
-`plan("plain")` is nothing. A pruner and a policy of one name are told apart by a prefix: `prune.random-10`,
-`kv.random-10` (without one: the pruner).
+`plan("loose@lookup")` speculates, `plan("loose-30")` at a relax ratio of 0.3, `plan("balanced")` is a preset,
+`plan("vidcom2-25+snapkv-10+lossless")` composes, `plan("plain")` is nothing. A pruner and a policy of one name are
+told apart by a prefix: `prune.random-10`, `kv.random-10` (without one: the pruner).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from vlmfast.core import UserError
 from vlmfast.plan import PRESETS, STAGES, Plan, parse, preset
 
 DRAFTS = ("model", "self", "lookup", "both")
+DIALS = ("relax", "theta", "weight")  # what a percentage behind an acceptance rule's name sets
 
 
 def plan(name: str, draft: str | None = None) -> Plan:
@@ -88,8 +89,11 @@ def _part(text: str, draft: str | None) -> dict[str, Any]:
             return {s: tables[s][rest]()}
     if stage in ("", "speculate"):
         rule, _, source = rest.partition("@")
-        if rest == "plain_loop" or rule in tables["speculate"]:
-            return {"speculate": _speculate(rule, source, draft, text)}
+        head, dash, percent = rule.rpartition("-")
+        share = float(percent) / 100 if dash and _number(percent) else None
+        rule = rule if share is None else head
+        if (rule == "plain_loop" and share is None) or rule in tables["speculate"]:
+            return {"speculate": _speculate(rule, share, source, draft, text)}
     known = [f"{n}-25" for n in tables["prune"]] + [f"{n}-10" for n in tables["kv"]] + [*tables["speculate"], *PRESETS]
     raise UserError(f"unknown method {text!r}; known (any percentage, joined by +): {', '.join(known)}")
 
@@ -109,7 +113,7 @@ def _kept(method: Any, fraction: float, text: str) -> Any:
         raise UserError(f"{text!r}: {method.name} has no field 'keep'; name it without a percentage") from None
 
 
-def _speculate(rule: str, source: str, draft: str | None, text: str) -> Any:
+def _speculate(rule: str, share: float | None, source: str, draft: str | None, text: str) -> Any:
     from vlmfast import decode
     from vlmfast.encode import Uniform
 
@@ -126,7 +130,11 @@ def _speculate(rule: str, source: str, draft: str | None, text: str) -> Any:
         "self": lambda: decode.SelfDraft(prune=Uniform(keep=0.1)),
         "lookup": decode.PromptLookup,
     }
-    return decode.Speculate(draft=made[source](), accept=decode.ACCEPT[rule]())
+    accept = decode.ACCEPT[rule]
+    dial = next((d for d in DIALS if d in accept.__dataclass_fields__), None)
+    if share is not None and dial is None:
+        raise UserError(f"{text!r}: {rule} has no ratio to set; name it without a percentage")
+    return decode.Speculate(draft=made[source](), accept=accept() if share is None else accept(**{dial: share}))
 
 
 def _number(text: str) -> bool:

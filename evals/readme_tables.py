@@ -83,14 +83,15 @@ def decode(rows: list[Row]) -> str:
 def luck(rows: list[Row]) -> str:
     """Rules at equal accepted length: what looking keeps that luck loses."""
     out = []
+    ratios = list(dict.fromkeys(k for r in rows for k in r["metrics"].get("vs_random", {})))
     for r in rows:
         p, m = r["params"], r["metrics"]
         cells = [r["name"] + (f" relax={p['relax']:g}" if "relax" in p else ""), f"{m['accepted_length']:.2f}"]
         cells += [percent(m["f1"]), difference(m)]
-        for mean, low, high in m.get("vs_random", {}).values():
-            cells.append(f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]")
-        out.append(cells + [""] * (7 - len(cells)))
-    ratios = [k for r in rows for k in r["metrics"].get("vs_random", {})][:3]
+        for k in ratios:
+            mean, low, high = m["vs_random"][k] if "vs_random" in m else (None, None, None)
+            cells.append("" if mean is None else f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]")
+        out.append(cells)
     heads = ["rule", "accepted per round", "caption F1", "points against exact", *(f"against luck {k}" for k in ratios)]
     return markdown(heads, out)
 

@@ -43,6 +43,10 @@ def every_policy() -> str:
 POLICIES = ",".join(f"{p}-{k}" for p in ("hybridkv", "snapkv", "adakv", "kv.random") for k in (50, 20, 10, 5))
 LAZY = ",".join(f"lazyeviction-{k}" for k in KEEPS)  # evicts while it decodes: long answers are its task
 WHERE = ",".join(f"{p}-{k}" for p in ("vidcom2", "ivcprune", "maxmin", "uniform") for k in (50, 25))
+RULES = ",".join(
+    ["plain_loop", "lossless", *(f"loose-{k}" for k in (30, 50, 70, 100)), *(f"fly-{k}" for k in (10, 30)),
+     "ensemble", "bild", *(f"randomrelax-{k}" for k in (10, 25, 50))]
+)  # fmt: skip
 GRID = ("vidcom2-25", "hybridkv-25", "lossless", "loose")
 
 
@@ -108,7 +112,7 @@ TABLES = {
     "hybridkv": Table("pocket/turns", ablations, batch=8, first=160, share=2, dtype="bfloat16"),
     "presets": Table("pocket/long", inside, batch=4, first=440, share=2, dtype="bfloat16"),
     "grounding": Table("pocket/location:size=256", WHERE, batch=12, first=240),
-    "rules": Table("pocket/mid", "plain_loop,lossless,loose,fly,randomrelax", first=120),
+    "rules": Table("pocket/mid", RULES, first=240),
     "lazy": Table("pocket/caption:size=256", LAZY, first=32),
     "captions": Table("pocket/caption:size=256", f"plain_loop,{grid()}", first=32, share=2),
 }

@@ -25,6 +25,13 @@ def test_names_become_plans() -> None:
     composed = methods.plan("uniform-50+keydiff-20+lossless@lookup")
     assert (composed.prune.keep, composed.kv.keep, composed.speculate.accept.name) == (0.5, 0.2, "lossless")
     assert methods.plan("loose", draft="some/model").speculate.draft.model == "some/model"
+    relaxed = methods.plan("snapkv-25+loose-30@lookup")
+    assert (relaxed.kv.keep, relaxed.speculate.accept.relax, relaxed.speculate.draft.name) == (
+        0.25,
+        0.3,
+        "promptlookup",
+    )
+    assert methods.plan("fly-10@lookup").speculate.accept.theta == 0.1
     assert (
         methods.label("prune", composed.prune) == "uniform-50"
         and methods.label("speculate", composed.speculate) == "lossless"
@@ -34,7 +41,7 @@ def test_names_become_plans() -> None:
 @pytest.mark.parametrize(
     ("name", "word"),
     [("vidcom3-25", "vidcom3-25"), ("vidcom2-25+evs-10", "prune twice"), ("loose@model", "--draft"), ("loose@x", "'x'"),
-     ("vidcom2-0", "vidcom2-0")],
+     ("vidcom2-0", "vidcom2-0"), ("exact-30@lookup", "no ratio"), ("plain_loop-30", "plain_loop-30")],
 )  # fmt: skip
 def test_bad_names_say_what_is_wrong(name: str, word: str) -> None:
     with pytest.raises(UserError, match=word):
