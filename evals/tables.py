@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,10 +43,7 @@ def every_policy() -> str:
 POLICIES = ",".join(f"{p}-{k}" for p in ("hybridkv", "snapkv", "adakv", "kv.random") for k in (50, 20, 10, 5))
 LAZY = ",".join(f"lazyeviction-{k}" for k in KEEPS)  # evicts while it decodes: long answers are its task
 WHERE = ",".join(f"{p}-{k}" for p in ("vidcom2", "ivcprune", "maxmin", "uniform") for k in (50, 25))
-RULES = ",".join(
-    ["plain_loop", "lossless", *(f"loose-{k}" for k in (30, 50, 70, 100)), *(f"fly-{k}" for k in (10, 30)),
-     "ensemble", "bild", *(f"randomrelax-{k}" for k in (10, 25, 50))]
-)  # fmt: skip
+RATIOS = {"loose": (30, 50, 70, 100), "fly": (10, 30), "randomrelax": (10, 25, 50)}
 GRID = ("vidcom2-25", "hybridkv-25", "lossless", "loose")
 
 
@@ -58,7 +55,7 @@ OPEN_FIELDS: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
-def ablations() -> dict[str, Plan]:
+def ablations(draft: str | None = None) -> dict[str, Plan]:
     """HybridKV at a twentieth: as it is, with one field changed, and as far as the paper's rule is known, also at a
     tenth."""
     from vlmfast.prefill import HybridKV
@@ -71,7 +68,18 @@ def ablations() -> dict[str, Plan]:
     return {name: Plan(kv=policy) for name, policy in policies.items()}
 
 
-def inside() -> dict[str, Plan]:
+def rules(draft: str | None) -> dict[str, Plan]:
+    """Acceptance rules at several ratios. Answers are short: a draft of adaptive length would mostly wait, so that all
+    but the defaults of `lossless` and `loose` draft four tokens in every round."""
+    names = ["lossless", *(f"{rule}-{k}" for rule, ks in RATIOS.items() for k in ks), "ensemble", "bild"]
+    always = {}
+    for name in names:
+        plan = methods.plan(name, draft)
+        always[f"{name}, always"] = replace(plan, speculate=replace(plan.speculate, length=4))
+    return methods.named("plain_loop,lossless,loose", draft=draft) | always
+
+
+def inside(draft: str | None = None) -> dict[str, Plan]:
     """Pruning inside the tower from a half to a fifth. The presets prune so; their drafting is exact and left out."""
     from vlmfast.encode import METHODS
 
@@ -88,7 +96,7 @@ class Table:
     """One record: a task, its methods (names, or plans by name), questions per round, and its share of the time."""
 
     task: str
-    methods: str | Callable[[], dict[str, Plan]]
+    methods: str | Callable[[str | None], dict[str, Plan]]  # the draft model's path -> plans
     batch: int = 1
     first: int = 100
     share: float = 1.0
@@ -112,7 +120,7 @@ TABLES = {
     "hybridkv": Table("pocket/turns", ablations, batch=8, first=160, share=2, dtype="bfloat16"),
     "presets": Table("pocket/long", inside, batch=4, first=440, share=2, dtype="bfloat16"),
     "grounding": Table("pocket/location:size=256", WHERE, batch=12, first=240),
-    "rules": Table("pocket/mid", RULES, first=240),
+    "rules": Table("pocket/mid", rules, first=240),
     "lazy": Table("pocket/caption:size=256", LAZY, first=32),
     "captions": Table("pocket/caption:size=256", f"plain_loop,{grid()}", first=32, share=2),
 }
@@ -121,7 +129,7 @@ TABLES = {
 def plans_of(table: Table, draft: str | None) -> dict[str, Plan]:
     """The plans of a table by name, plain first."""
     names = table.methods
-    return methods.named(names, draft=draft) if isinstance(names, str) else {"plain": Plan()} | names()
+    return methods.named(names, draft=draft) if isinstance(names, str) else {"plain": Plan()} | names(draft)
 
 
 def run(name: str, table: Table, minutes: float, out: Path, answers: Path, model: str, force: bool) -> dict:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import random
 
 import pytest
+import torch
 from test_decode import pair, speak
+from transformers import DynamicCache
 
-from vlmfast.decode import Exact, ModelDraft, Speculate, loop
-from vlmfast.decode.pace import Line, Pace
+from vlmfast.decode import Exact, Loose, ModelDraft, Speculate, loop
+from vlmfast.decode.pace import FEW, Line, Pace
 
 
 def test_a_line_finds_base_and_slope_and_shrugs_at_an_outlier() -> None:
@@ -69,9 +72,65 @@ def test_plans_that_take_turns_keep_their_own_pace() -> None:
             speak(target, batch, plan, 12)
     held = {entry[0](): entry[1] for entry in loop._PACES[target]}
     assert set(held) == set(plans)
-    assert all(held[plan].most == plan.most and held[plan].draft.w > 1 for plan in plans)
+    assert all(held[plan].most == plan.most and list(held[plan].lengths) == [11, 11] for plan in plans)
     plans.clear()
     held.clear()
     del plan
+    gc.collect()
     speak(target, batch, Speculate(ModelDraft(draft, None)), 4)
     assert len(loop._PACES[target]) == 1  # forgotten with the plan: it would keep the draft model in memory
+
+
+# ---------------------------------------------------------------- answers too short for a draft
+
+
+def told(lengths: list[int], opening: float = 6.0) -> Pace:
+    """A pace that knows plain steps of 2 ms, drafted tokens of 0.8 ms, and these answers."""
+    pace = Pace("adaptive", 16)
+    for _ in range(40):
+        pace.saw(0, 0, 0.0, 2.0)
+        pace.saw(6, 5, 2.0, 2.8, [0.95] * 6)
+    for n in lengths:
+        pace.answered(n, opening)
+    return pace
+
+
+def test_the_draft_waits_where_answers_end_before_it_pays() -> None:
+    assert told([1, 2, 1]).wait() == 0  # too few to know
+    assert told([1, 2, 1, 2]).wait() == 2  # an answer that goes on after two tokens would be a new kind
+    assert told([1, 2, 1, 2], opening=0.05).wait() == 0  # lookup costs nothing to open
+    assert told([40, 43, 50, 45]).wait() == 0
+    mixed = told([1, 1, 1, 60] * 4)
+    assert mixed.wait() == 1  # one plain token tells the kinds apart
+    calls = [mixed.wait() for _ in range(32)]
+    assert calls.count(0) == 2  # a look now and then, in case opening has become cheaper
+    assert Pace(4, 16).wait() == 0
+
+
+def test_a_draft_that_waits_changes_no_token_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, draft, batch = pair()
+    start = batch["input_ids"].shape[1]
+    for rule in (Exact(), Loose(relax=0.0, shift=0, digits=False, negation=False, comparison=False)):
+        plan = Speculate(ModelDraft(draft, None), rule)
+        once, _ = speak(target, batch, plan, 24)
+        monkeypatch.setattr(Pace, "wait", lambda self: 5)
+        got, numbers = speak(target, batch, plan, 24)
+        assert torch.equal(got, once) and numbers["draft_prefill_ms"] > 0
+        assert any("short" in note for note in numbers["notes"])
+        short, numbers = speak(target, batch, plan, 4)
+        assert torch.equal(short, once[:, : start + 4]) and numbers["drafted"] == numbers["draft_prefill_ms"] == 0
+        held = DynamicCache(config=target.config.get_text_config())
+        _, numbers = speak(target, batch, plan, 4, past_key_values=held)
+        assert numbers["draft_prefill_ms"] > 0  # the next turn on this cache finds a draft that saw this one
+        monkeypatch.undo()
+
+
+def test_short_answers_are_noticed_and_long_ones_too() -> None:
+    target, draft, batch = pair()
+    plan = Speculate(ModelDraft(draft, None))
+    for _ in range(FEW + 1):
+        speak(target, batch, plan, 2)
+    (pace,) = (p for ref, p in loop._PACES[target] if ref() is plan)
+    assert list(pace.lengths) == [1] * (FEW + 1) and len(pace.opened) == FEW
+    speak(target, batch, plan, 20)
+    assert pace.lengths[-1] == 19

@@ -75,7 +75,7 @@ def build(
         kept = bool(config.return_dict_in_generate)
         scores, logits = kept and bool(config.output_scores), kept and bool(config.output_logits)
         out = Output(input_ids, limit, eos, rest, streamer, scores, logits)
-        run = _Run(model, speculate, config, out)
+        run = _Run(model, speculate, config, out, goes_on=kept or cache_in(inputs) is not None)
         cache = run.go(
             Choice(logits_processor, run.sampling, run.drawn, run.rule.graded()),
             tokenizer,
@@ -96,10 +96,10 @@ def build(
 
 
 class _Run:
-    """One call: the state of the loop."""
+    """One call: the state of the loop. goes_on: the caller gets the cache, for another turn perhaps."""
 
-    def __init__(self, model: Any, speculate: Speculate, config: Any, out: Output) -> None:
-        self.model, self.speculate, self.config, self.out = model, speculate, config, out
+    def __init__(self, model: Any, speculate: Speculate, config: Any, out: Output, goes_on: bool = False) -> None:
+        self.model, self.speculate, self.config, self.out, self.goes_on = model, speculate, config, out, goes_on
         self.rule = speculate.accept
         self.sampling = bool(config.do_sample)
         self.drawn = self.sampling and self.rule.draws
@@ -109,6 +109,7 @@ class _Run:
         self.past: list[Tensor] = []  # relevance of every position so far, where the rule asks for it
         self.strict: Tensor | None = None
         self.random: torch.Generator | None = None
+        self.pace = None if speculate.draft is None else self._pace()
 
     def go(
         self, choice: Choice, tokenizer: Any, hooks: tuple[Any, Any], media: dict[str, Any], kwargs: dict[str, Any]
@@ -126,14 +127,22 @@ class _Run:
         try:
             rows = Rows(choice, out.ids, None, target.logits)
             out.emit(rows.pick(0), partial(rows.kept, 0))  # the first token waits for no draft
-            if self.speculate.draft is not None and not out.done:
+            waiting, wait = self.pace is not None, 0
+            if self.pace is not None and not out.done:
                 self._prepare(tokenizer, target)
-                self._open(*hooks, media, target.cache, before, continued)
+                wait = 0 if self.goes_on or continued else self.pace.wait()
             start = time.perf_counter()
             while not out.done:
+                if waiting and len(out.said) > wait:
+                    self._open(*hooks, media, target.cache, before, continued)
+                    waiting = False
                 self._round(target)
             total, times = (time.perf_counter() - start) * 1e3, self.ledger.times
-            times["overhead_ms"] = total - times["draft_ms"] - times["verify_ms"]
+            times["overhead_ms"] = total - times["draft_ms"] - times["verify_ms"] - times["draft_prefill_ms"]
+            if self.pace is not None:
+                self.pace.answered(len(out.said) - 1, times["draft_prefill_ms"])
+            if wait:
+                self.ledger.notes.append(f"speculate: recent answers were short, no draft for {wait + 1} tokens")
         finally:
             target.rewind(max(0, target.length - max(out.start, out.length - 1)))
             target.finish()
@@ -179,7 +188,6 @@ class _Run:
     ) -> None:
         """Make the draft live; on a cache that is continued, the one of the turns before goes on."""
         config, start = self.speculate.draft, time.perf_counter()
-        self.pace = self._pace()
         kept = _KEPT.get(cache)
         if continued and kept is not None and kept[0] is config:
             self.draft = kept[1]
@@ -211,7 +219,7 @@ class _Run:
 
     def _propose(self) -> tuple[Tensor | None, Tensor | None]:
         """At most as many tokens as may still be said, the target's own last word excluded."""
-        if self.draft is None:
+        if self.draft is None or self.pace is None:
             return None, None
         k, left = self.pace.length(), self.out.left()
         if left is not None:
@@ -238,7 +246,7 @@ class _Run:
         if draft is None:
             out.emit(rows.pick(0), partial(rows.kept, 0))
             self.ledger.round(0, [], draft_ms, verify_ms)
-            if self.draft is not None:
+            if self.pace is not None:
                 self.pace.saw(0, 0, draft_ms, verify_ms)
             return
         k = draft.shape[0]
@@ -249,8 +257,8 @@ class _Run:
                 break
         self.ledger.round(k, verdict.how, draft_ms, verify_ms)
         chain = getattr(self.draft, "chain", self.draft)
+        assert self.draft is not None and self.pace is not None
         self.pace.saw(k, accepted, draft_ms, verify_ms, getattr(chain, "certainty", None))
-        assert self.draft is not None
         self.draft.rewind(k - accepted)
         target.rewind(k - accepted)
 

@@ -1,11 +1,15 @@
-"""How many tokens to draft next, from what was seen so far. Host arithmetic only."""
+"""How many tokens to draft next, and whether to draft at all, from what was seen so far. Host arithmetic only."""
 
 from __future__ import annotations
 
 import math
+from collections import deque
 
 FADE = 0.95  # of what earlier rounds say, per round
 OUTLIER = 2.0  # a round that took more than this multiple of what was expected counts as that multiple
+ANSWERS = 32  # whose lengths are remembered
+FEW = 4  # answers before their lengths say anything
+LOOK = 16  # calls that let the draft wait, until one opens it at once, in case its cost has changed
 
 
 class Line:
@@ -66,11 +70,34 @@ class Pace:
         self.draft, self.verify = Line(1.0), Line(0.04)
         self.tokens = self.ms = 0.0  # emitted in rounds that drafted, and what those took
         self.idle = 0  # rounds since drafting was last tried, while it does not pay
+        self.lengths: deque[int] = deque(maxlen=ANSWERS)  # tokens of recent answers, the first one not counted
+        self.opened: deque[float] = deque(maxlen=FEW)  # what opening the draft took lately, its prefill most of it
+        self.waited = 0  # calls since the draft was last opened at once
 
     @property
     def refusal(self) -> float:
         """Refusals per unit of the draft's own doubt."""
         return min(4.0, max(0.02, self.refused / self.doubted))
+
+    def wait(self) -> int:
+        """Tokens to decode plainly before the draft is opened: the number that would have been best for the answers so
+        far. Opening costs a prefill of the draft, which an answer of one word never earns back."""
+        if self.fixed is not None or len(self.lengths) < FEW or not self.opened or self.ms == 0:
+            return 0
+        step, drafted, opening = self.verify.at(1), self.ms / self.tokens, min(self.opened)
+
+        def cost(n: int) -> float:
+            return sum(min(said, n) * step + (said > n) * (opening + (said - n) * drafted) for said in self.lengths)
+
+        best = min({0, *self.lengths}, key=lambda n: (cost(n), n))
+        self.waited = self.waited + 1 if best else 0
+        return best if self.waited % LOOK else 0
+
+    def answered(self, said: int, opening_ms: float) -> None:
+        """Record one answer: its tokens after the first, and what opening the draft took (0: it was not opened)."""
+        self.lengths.append(said)
+        if opening_ms > 0:
+            self.opened.append(opening_ms)
 
     def length(self) -> int:
         """Most tokens to draft in the coming round; 0 = take a plain step."""
