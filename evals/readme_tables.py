@@ -64,7 +64,7 @@ def decode(rows: list[Row]) -> str:
             or r["name"] == "loose-paper"
         ):
             continue
-        if r["name"] == "loose" and set(p) - {"draft", "length", "batch", "dtype"}:
+        if r["name"] == "loose" and set(p) - {"draft", "length", "batch", "dtype", "processes"}:
             continue
         if r["name"] == "randomrelax" and p.get("relax") != 0.5:
             continue

@@ -6,8 +6,9 @@ Groups of rows: every competitor in float32 (faster on a CPU for so small a mode
 loop at 3B widths. Loose rules against luck, on many captions: `evals.decode_luck`.
 
 Every competitor describes every picture, in turns, so that a noisy machine disturbs all alike; ratios are paired per
-picture. `f1` counts the facts of a caption against the scene. `decode_ms_per_token` runs from the first token to the
-last and holds everything that speculation adds, the draft's own encoding and prefill included.
+picture. Where a process happens to lie in memory moves them by a tenth, so the main ones are measured in `PROCESSES`.
+`f1` counts the facts of a caption against the scene. `decode_ms_per_token` runs from the first token to the last and
+holds everything that speculation adds, the draft's own encoding and prefill included.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
+import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +35,7 @@ from vlmfast.decode.speculate import predicted_speedup
 SHOW = ["decode_ms_per_token", "total_ms", "accepted_length", "verify_rounds", "f1", "diff_vs_plain", "same_text",
         "overhead_share"]  # fmt: skip
 TIMES = ["decode_ms_per_token", "total_ms", "ttft_ms"]
+PROCESSES = 5
 PLOT = Path(__file__).resolve().parent.parent / "docs" / "speculation.png"
 
 
@@ -40,19 +45,14 @@ def run(quick: bool, pictures: int | None = None) -> dict[str, Any]:
 
     target, processor = pocket.load("target")
     draft, _ = pocket.load("draft")
-    tokenizer = processor.tokenizer
     n = pictures or (4 if quick else 40)
     items = runs.captions(processor, n)
     who = runs.competitors(draft, quick) + ([] if quick else runs.curve(draft) + runs.ablations(draft))
-    results = runs.rotate(target, tokenizer, items, who)
-    plain = results[0]
-    loop = results[1]
-    rows = []
-    for c, got in zip(who, results, strict=True):
-        rows.append(_row(c, got, plain, loop, n))
+    results = runs.rotate(target, processor.tokenizer, items, who)
+    rows = _rows(who, results, n, 1 if quick else PROCESSES, "float32")
     strict = next(got for c, got in zip(who, results, strict=True) if c.name == "lossless")
     trace = [pair for r in strict for pair in r["trace"] if pair[0]] or [(1, 0)]
-    rows += half(2 if quick else n) + shape_rows(trace, quick)
+    rows += half(2 if quick else n, 1 if quick else PROCESSES) + shape_rows(trace, quick)
     rows.append(decode_tree.row(target, draft, items[0][0], 4 if quick else n, 3 if quick else 15))
     out = {
         "rows": rows, "show": SHOW, "seed": 0, "repeats": n,
@@ -63,34 +63,58 @@ def run(quick: bool, pictures: int | None = None) -> dict[str, Any]:
     return out
 
 
-def half(pictures: int) -> list[dict[str, Any]]:
+def half(pictures: int, processes: int) -> list[dict[str, Any]]:
     """The main rows once more in bfloat16, the type the checkpoints are stored in."""
+    who, results = main_ones(pictures, "bfloat16")
+    who = [replace(c, params={**c.params, "dtype": "bfloat16"}) for c in who]
+    return _rows(who, results, pictures, processes, "bfloat16")
+
+
+def main_ones(pictures: int, dtype: str) -> tuple[list[runs.Competitor], list[list[dict[str, Any]]]]:
+    """Stock generate, our plain loop and the rules, in this process."""
     from vlmfast import pocket
 
-    target, processor = pocket.load("target", dtype="bfloat16")
-    draft, _ = pocket.load("draft", dtype="bfloat16")
+    target, processor = pocket.load("target", dtype=dtype)
+    draft, _ = pocket.load("draft", dtype=dtype)
     items, who = runs.captions(processor, pictures, dtype=target.dtype), runs.competitors(draft, quick=True)
-    results = runs.rotate(target, processor.tokenizer, items, who)
-    who = [replace(c, params={**c.params, "dtype": "bfloat16"}) for c in who]
-    return [_row(c, got, results[0], results[1], pictures) for c, got in zip(who, results, strict=True)]
+    return who, runs.rotate(target, processor.tokenizer, items, who)
+
+
+def elsewhere(pictures: int, dtype: str) -> list[list[dict[str, Any]]]:
+    """The same in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "samples.json"
+        command = [sys.executable, "-m", "evals.speed_decode", "--samples", dtype, "--pictures", str(pictures)]
+        subprocess.run([*command, "--out", str(path)], check=True, cwd=Path(__file__).resolve().parent.parent)
+        return json.loads(path.read_text())
+
+
+def _rows(
+    who: list[runs.Competitor], results: list[list[dict[str, Any]]], n: int, processes: int, dtype: str
+) -> list[dict[str, Any]]:
+    """Result rows; the main competitors, which come first, are measured in more processes than this one."""
+    more = [elsewhere(n, dtype) for _ in range(processes - 1)]
+    pooled = [got + [r for other in more if j < len(other) for r in other[j]] for j, got in enumerate(results)]
+    return [_row(c, got, pooled[0], pooled[1], n) for c, got in zip(who, pooled, strict=True)]
 
 
 def _row(
     c: runs.Competitor, got: list[dict[str, Any]], plain: list[dict[str, Any]], loop: list[dict[str, Any]], n: int
 ) -> dict[str, Any]:
+    plain, loop = plain[: len(got)], loop[: len(got)]
     keys = [k for k, v in got[0].items() if isinstance(v, (int, float))]
     metrics: dict[str, Any] = {k: statistics.median(r[k] for r in got) for k in keys}
     metrics["f1"] = statistics.fmean(r["f1"] for r in got)
     metrics["same_text"] = runs.tokens_equal(got, plain)
     vs = {}
-    if got is not plain:
-        names = [str(i) for i in range(n)]
+    if c.name != "plain":
+        names = [str(i % n) for i in range(len(got))]
         diff = paired([r["f1"] for r in got], [r["f1"] for r in plain], names)
         base = statistics.fmean(r["f1"] for r in plain)
         metrics |= {"diff_vs_plain": diff.mean, "diff_ci95": [diff.low, diff.high]}
         metrics["retention"] = metrics["f1"] / base if base else 0.0
         for name, baseline in (("plain", plain), ("plain_loop", loop)):
-            if got is not baseline:
+            if c.name != name:
                 vs[name] = ratios(_times(baseline), _times(got), TIMES)
     if "drafted" in metrics:
         total = {
@@ -110,7 +134,7 @@ def _row(
                 total["draft_ms"] / total["drafted"] / step,
             )  # fmt: skip
     plan = {"speculate": _plan(c.speculate)} if c.speculate is not None else {}
-    return row(c.name, plan=plan, params={**c.params, "batch": 1}, metrics=metrics, vs=vs)
+    return row(c.name, plan=plan, params={**c.params, "processes": len(got) // n, "batch": 1}, metrics=metrics, vs=vs)
 
 
 def _times(got: list[dict[str, Any]]) -> list[dict[str, float]]:
@@ -167,7 +191,11 @@ if __name__ == "__main__":
     parser.add_argument("--pictures", type=int, help="how many pictures (default 40)")
     parser.add_argument("--out", required=True, help="result file (JSON)")
     parser.add_argument("--force", action="store_true", help="replace an existing result")
+    parser.add_argument("--samples", metavar="DTYPE", help="only the main competitors, as raw samples")
     given = parser.parse_args()
+    if given.samples:
+        Path(given.out).write_text(json.dumps(main_ones(given.pictures or 40, given.samples)[1]))
+        sys.exit()
     result = run(given.quick, given.pictures)
     config, repeats = result.pop("config"), result.pop("repeats")
     record = {**head("decode", config=config, seed=result.pop("seed"), repeats=repeats), **result}

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from vlmfast.decode import Exact, Loose, ModelDraft, Speculate, loop
 from vlmfast.decode.pace import FEW, Line, Pace
+from vlmfast.runtime.names import cache_in
 
 
 def test_a_line_finds_base_and_slope_and_shrugs_at_an_outlier() -> None:
@@ -134,3 +135,14 @@ def test_short_answers_are_noticed_and_long_ones_too() -> None:
     assert list(pace.lengths) == [1] * (FEW + 1) and len(pace.opened) == FEW
     speak(target, batch, plan, 20)
     assert pace.lengths[-1] == 19
+
+
+def test_what_reaches_the_caller_is_ordinary_tensors() -> None:
+    target, _, batch = pair()
+    out, _ = speak(
+        target, batch, Speculate(), 300, return_dict_in_generate=True, output_logits=True, output_scores=True
+    )
+    cache = cache_in(out)
+    for tensor in (out.sequences, *out.logits, *out.scores, *(x for c in cache.layers for x in (c.keys, c.values))):
+        assert not tensor.is_inference()
+        tensor.add_(0)

@@ -139,13 +139,15 @@ class Stepper:
         n = tokens.shape[1]
         self.length += n
         if self.lean is not None:
-            logits = self.lean.step(tokens[0], self.hidden_layer)[None]
+            with torch.inference_mode():  # a tenth less to do per operation than under no_grad
+                logits = self.lean.step(tokens[0], self.hidden_layer)[None]
+            logits = logits.to(torch.float32, copy=True)  # an ordinary tensor: it may reach the caller
             if self.hidden_layer is not None and self.lean.hidden is not None:
                 self.hidden = self.lean.hidden[None]
         else:
-            logits = self._module_step(tokens)
+            logits = self._module_step(tokens).float()
         self.position = self.position + n
-        return logits.float()
+        return logits
 
     def _module_step(self, tokens: Tensor) -> Tensor:
         n = tokens.shape[1]
