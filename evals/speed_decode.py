@@ -108,8 +108,8 @@ def _row(
     metrics["same_text"] = runs.tokens_equal(got, plain)
     vs = {}
     if c.name != "plain":
-        names = [str(i % n) for i in range(len(got))]
-        diff = paired([r["f1"] for r in got], [r["f1"] for r in plain], names)
+        facts, plainly = _facts(got, n), _facts(plain, n)
+        diff = paired(facts, plainly, [str(i) for i in range(n)])
         base = statistics.fmean(r["f1"] for r in plain)
         metrics |= {"diff_vs_plain": diff.mean, "diff_ci95": [diff.low, diff.high]}
         metrics["retention"] = metrics["f1"] / base if base else 0.0
@@ -135,6 +135,11 @@ def _row(
             )  # fmt: skip
     plan = {"speculate": _plan(c.speculate)} if c.speculate is not None else {}
     return row(c.name, plan=plan, params={**c.params, "processes": len(got) // n, "batch": 1}, metrics=metrics, vs=vs)
+
+
+def _facts(got: list[dict[str, Any]], n: int) -> list[float]:
+    """Caption F1 of each of n pictures: the mean over processes, which are no further evidence."""
+    return [statistics.fmean(r["f1"] for r in got[i::n]) for i in range(n)]
 
 
 def _times(got: list[dict[str, Any]]) -> list[dict[str, float]]:

@@ -11,6 +11,7 @@ from test_decode import pair, speak
 from transformers import DynamicCache
 
 from vlmfast.decode import Exact, Loose, ModelDraft, Speculate, loop
+from vlmfast.decode.drafts import Request, _positions
 from vlmfast.decode.pace import FEW, Line, Pace
 from vlmfast.runtime.names import cache_in
 
@@ -146,3 +147,21 @@ def test_what_reaches_the_caller_is_ordinary_tensors() -> None:
     for tensor in (out.sequences, *out.logits, *out.scores, *(x for c in cache.layers for x in (c.keys, c.values))):
         assert not tensor.is_inference()
         tensor.add_(0)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_positions_taken_from_the_target_are_those_the_draft_would_compute(family: str) -> None:
+    target, draft, batch = pair(family)
+    given = {k: v for k, v in batch.items() if k != "input_ids"}
+    own = draft._prepare_position_ids_for_generation(batch["input_ids"], dict(given))
+    heard: list[torch.Tensor] = []
+    handle = draft.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: heard.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    speak(target, batch, Speculate(ModelDraft(draft, None)), 3)
+    handle.remove()
+    assert torch.equal(heard[0][-own.shape[0] :], own) and own.unique().shape[0] > 2
+    theirs = Request(target, batch["input_ids"], None, {"position_ids": own}, {})
+    assert _positions(draft, theirs) is own
+    draft.config.vision_config.spatial_merge_size += 1
+    assert _positions(draft, theirs) is None  # other pixels per token: it computes its own
