@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -113,12 +113,10 @@ def ours(rule: Any, draft: Any, name: str, source: str, length: int | str, **par
     return Competitor(name, {"draft": source, "length": length, **params}, Speculate(draft, rule, length=length))
 
 
-def drawn(who: Competitor, seed: int) -> Competitor:
-    """The competitor for one picture: a rule that draws lots draws others for every picture."""
-    if who.speculate is None or not isinstance(who.speculate.accept, RandomRelax):
-        return who
-    rule = replace(who.speculate.accept, seed=seed)
-    return replace(who, speculate=replace(who.speculate, accept=rule))
+def draw(who: Competitor, seed: int) -> None:
+    """A rule that draws lots draws others for every picture. Its plan stays the same object: the pace belongs to it."""
+    if who.speculate is not None and isinstance(who.speculate.accept, RandomRelax):
+        object.__setattr__(who.speculate.accept, "seed", seed)
 
 
 def timed(model: Any, tokenizer: Any, inputs: dict[str, Any], who: Competitor) -> tuple[dict[str, float], str, list]:
@@ -179,7 +177,8 @@ def rotate(
         for j in order:
             if progress is not None:
                 progress(f"{i + 1}/{len(items)} {who[j].name}")
-            sample, text, trace = timed(model, tokenizer, inputs, drawn(who[j], i))
+            draw(who[j], i)
+            sample, text, trace = timed(model, tokenizer, inputs, who[j])
             results[j].append({**sample, "text": text, "trace": trace, "f1": world.score(item, text)})
     return results
 
