@@ -117,3 +117,9 @@ def test_gpu_suite_runs_dry(tmp_path: Path) -> None:
     assert rows["vidcom2-25", 2]["kept_tokens"] == 2 * 160 and rows["exact", 1]["verify_rounds"] >= 1
     assert rows["snapkv-10", 1]["kv_fast_bytes"] < 0.3 * rows["plain", 1]["kv_fast_bytes"]
     gpu.show(record)
+
+
+def test_no_two_series_look_alike() -> None:
+    from vlmfast.page import look
+
+    assert len({look(i) for i in range(50)}) == 50

@@ -18,6 +18,7 @@ from vlmfast.core import UserError
 
 Record = dict[str, Any]
 COLOURS = ("#2a6fdb", "#d9822b", "#2f9e6e", "#b5479b", "#7a5cd1", "#c0392b", "#4b8a99", "#8a6d3b", "#5f6b7a", "#9aa23c")
+MARKERS = "osD^vPX"  # once all colours are used
 STAGES = (
     ("encode_ms", "encode", "#7fb3d5"),
     ("select_ms", "select", "#f5b041"),
@@ -100,12 +101,12 @@ def curves(records: Sequence[tuple[str, Record]]) -> Any:
     if not tasks:
         raise UserError("none of these files holds accuracy rows: curves are drawn from evals.accuracy summaries")
     names = dict.fromkeys(_series(x["name"]) for _, r in tasks for x in r["rows"] if x["name"] != "plain")
-    colour = {n: COLOURS[i % len(COLOURS)] for i, n in enumerate(names)}
+    looks = {n: look(i) for i, n in enumerate(names)}
     figure = Figure(figsize=(11.5, 3.7 * len(tasks) + 0.5), layout="constrained")
     axes = figure.subplots(len(tasks), 2, squeeze=False, sharey="row")
     for row_axes, (_, record) in zip(axes, tasks, strict=True):
-        _panel(row_axes[0], record, "total_ms", 1e-3, "seconds per question", colour)
-        _panel(row_axes[1], record, "kv_fast_bytes", 1e-6, "KV cache, MB", colour)
+        _panel(row_axes[0], record, "total_ms", 1e-3, "seconds per question", looks)
+        _panel(row_axes[1], record, "kv_fast_bytes", 1e-6, "KV cache, MB", looks)
         metric = next(score_of(x) for x in record["rows"])
         row_axes[0].set_ylabel("caption facts F1, %" if metric and metric[0] == "f1" else "accuracy, %")
         questions = record["rows"][0]["params"].get("questions", "?")
@@ -121,13 +122,18 @@ def curves(records: Sequence[tuple[str, Record]]) -> Any:
     return figure
 
 
+def look(i: int) -> tuple[str, str]:
+    """(colour, marker) of the i-th series, unlike those of every other one."""
+    return COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)]
+
+
 def _series(name: str) -> str:
     """The name without its percentages: rows of one series are joined by a line."""
     parts = (p.rpartition("-") for p in name.split("+"))
     return "+".join(a if a and b.replace(".", "").isdigit() else a + dash + b for a, dash, b in parts)
 
 
-def _panel(axis: Any, record: Record, key: str, scale: float, title: str, colour: dict[str, str]) -> None:
+def _panel(axis: Any, record: Record, key: str, scale: float, title: str, looks: dict[str, tuple[str, str]]) -> None:
     points: list[tuple[str, float, float, list[float]]] = []
     for row in record["rows"]:
         found, x = score_of(row), row["metrics"].get(key)
@@ -173,13 +179,14 @@ def _panel(axis: Any, record: Record, key: str, scale: float, title: str, colour
             continue
         errors = [[max(0.0, v - p[3][0]) for v, p in zip(heights, members, strict=True)],
                   [max(0.0, p[3][1] - v) for v, p in zip(heights, members, strict=True)]]  # fmt: skip
-        axis.errorbar(across, heights, yerr=errors, marker="o", markersize=5.5, linewidth=1.1, elinewidth=1, capsize=2,
-                      color=colour[series], label=series, zorder=3)  # fmt: skip
+        colour, marker = looks[series]
+        axis.errorbar(across, heights, yerr=errors, marker=marker, markersize=5.5, linewidth=1.1, elinewidth=1,
+                      capsize=2, color=colour, label=series, zorder=3)  # fmt: skip
         for p in members:
             percent = "/".join(q.rpartition("-")[2] for q in p[0].split("+") if "-" in q)
             if percent.replace("/", "").replace(".", "").isdigit():
                 axis.annotate(f"{percent}", (p[1], p[2]), textcoords="offset points", xytext=(5, 4), fontsize=7.5,
-                              color=colour[series])  # fmt: skip
+                              color=colour)  # fmt: skip
 
 
 # ---------------------------------------------------------------- the page
