@@ -28,9 +28,9 @@ Trace = tuple[tuple[int, int], ...]  # (drafted, accepted) of every round
 
 def entry(trace: Trace, said: int) -> tuple[int, int]:
     """The round of the trace, over and over, that begins when `said` tokens were said."""
-    at, sum_ = 0, 1
-    while sum_ < said:
-        sum_ += trace[at % len(trace)][1] + 1
+    at, begun = 0, 1
+    while begun < said:
+        begun += trace[at % len(trace)][1] + 1
         at += 1
     return trace[at % len(trace)]
 

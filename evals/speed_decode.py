@@ -6,7 +6,7 @@ Groups of rows: every competitor in float32 (faster on a CPU for so small a mode
 loop at 3B widths. Loose rules against luck, on many captions: `evals.decode_luck`.
 
 Every competitor describes every picture, in turns, so that a noisy machine disturbs all alike; ratios are paired per
-picture. Where a process happens to lie in memory moves them by a tenth, so the main ones are measured in `PROCESSES`.
+picture. They also differ from one process to the next, so the main ones are measured in `PROCESSES` of them.
 `f1` counts the facts of a caption against the scene. `decode_ms_per_token` runs from the first token to the last and
 holds everything that speculation adds, the draft's own encoding and prefill included.
 """
@@ -26,7 +26,7 @@ from typing import Any
 from evals import decode_runs as runs
 from evals import decode_tree
 from evals.decode_shapes import rows as shape_rows
-from evals.records import head, row, write
+from evals.records import ROOT, head, row, write
 from evals.stats import paired
 from evals.timing import ratios
 from vlmfast.core import to_json
@@ -36,7 +36,7 @@ SHOW = ["decode_ms_per_token", "total_ms", "accepted_length", "verify_rounds", "
         "overhead_share"]  # fmt: skip
 TIMES = ["decode_ms_per_token", "total_ms", "ttft_ms"]
 PROCESSES = 5
-PLOT = Path(__file__).resolve().parent.parent / "docs" / "speculation.png"
+PLOT = ROOT / "docs" / "speculation.png"
 
 
 def run(quick: bool, pictures: int | None = None) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def elsewhere(pictures: int, dtype: str) -> list[list[dict[str, Any]]]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "samples.json"
         command = [sys.executable, "-m", "evals.speed_decode", "--samples", dtype, "--pictures", str(pictures)]
-        subprocess.run([*command, "--out", str(path)], check=True, cwd=Path(__file__).resolve().parent.parent)
+        subprocess.run([*command, "--out", str(path)], check=True, cwd=ROOT)
         return json.loads(path.read_text())
 
 

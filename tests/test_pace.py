@@ -10,9 +10,10 @@ import torch
 from test_decode import pair, speak
 from transformers import DynamicCache
 
-from vlmfast.decode import Exact, Loose, ModelDraft, Speculate, loop
-from vlmfast.decode.drafts import Request, _positions
+import vlmfast
+from vlmfast.decode import Exact, LookupThenModel, Loose, ModelDraft, PromptLookup, SelfDraft, Speculate, loop
 from vlmfast.decode.pace import FEW, Line, Pace
+from vlmfast.encode import Uniform
 from vlmfast.runtime.names import cache_in
 
 
@@ -100,7 +101,12 @@ def told(lengths: list[int], opening: float = 6.0) -> Pace:
 def test_the_draft_waits_where_answers_end_before_it_pays() -> None:
     assert told([1, 2, 1]).wait() == 0  # too few to know
     assert told([1, 2, 1, 2]).wait() == 2  # an answer that goes on after two tokens would be a new kind
-    assert told([1, 2, 1, 2], opening=0.05).wait() == 0  # lookup costs nothing to open
+    assert told([1, 2, 1, 2], opening=0.02).wait() == 0  # lookup costs nothing to open
+    useless = told([9, 9, 9, 9], opening=0.02)
+    for _ in range(60):
+        useless.saw(6, 0, 2.0, 2.8, [0.95] * 6)
+    assert useless.length() == 0 and useless.wait() == 0  # open, it is left idle, and looked at within the answer
+    assert told([9, 9, 9, 9], opening=20.0).wait() == 9
     assert told([40, 43, 50, 45]).wait() == 0
     mixed = told([1, 1, 1, 60] * 4)
     assert mixed.wait() == 1  # one plain token tells the kinds apart
@@ -118,7 +124,7 @@ def test_a_draft_that_waits_changes_no_token_and_says_so(monkeypatch: pytest.Mon
         monkeypatch.setattr(Pace, "wait", lambda self: 5)
         got, numbers = speak(target, batch, plan, 24)
         assert torch.equal(got, once) and numbers["draft_prefill_ms"] > 0
-        assert any("short" in note for note in numbers["notes"])
+        assert any("did not pay" in note for note in numbers["notes"])
         short, numbers = speak(target, batch, plan, 4)
         assert torch.equal(short, once[:, : start + 4]) and numbers["drafted"] == numbers["draft_prefill_ms"] == 0
         held = DynamicCache(config=target.config.get_text_config())
@@ -149,19 +155,16 @@ def test_what_reaches_the_caller_is_ordinary_tensors() -> None:
         tensor.add_(0)
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
-def test_positions_taken_from_the_target_are_those_the_draft_would_compute(family: str) -> None:
-    target, draft, batch = pair(family)
-    given = {k: v for k, v in batch.items() if k != "input_ids"}
-    own = draft._prepare_position_ids_for_generation(batch["input_ids"], dict(given))
-    heard: list[torch.Tensor] = []
-    handle = draft.model.language_model.register_forward_pre_hook(
-        lambda module, args, kwargs: heard.append(kwargs["position_ids"]), with_kwargs=True
-    )
-    speak(target, batch, Speculate(ModelDraft(draft, None)), 3)
-    handle.remove()
-    assert torch.equal(heard[0][-own.shape[0] :], own) and own.unique().shape[0] > 2
-    theirs = Request(target, batch["input_ids"], None, {"position_ids": own}, {})
-    assert _positions(draft, theirs) is own
-    draft.config.vision_config.spatial_merge_size += 1
-    assert _positions(draft, theirs) is None  # other pixels per token: it computes its own
+@pytest.mark.parametrize("draft", ["promptlookup", "lookupthenmodel", "selfdraft", "targetattention"])
+def test_any_draft_may_open_late(monkeypatch: pytest.MonkeyPatch, draft: str) -> None:
+    target, small, batch = pair()
+    made = {
+        "promptlookup": PromptLookup, "lookupthenmodel": lambda: LookupThenModel(small, None),
+        "selfdraft": lambda: SelfDraft(Uniform(keep=0.5)),
+        "targetattention": lambda: ModelDraft(small, "targetattention"),
+    }[draft]()  # fmt: skip
+    expected = target.generate(**batch, max_new_tokens=24, do_sample=False)
+    monkeypatch.setattr(Pace, "wait", lambda self: 5)
+    with vlmfast.accelerate(target, speculate=Speculate(made)) as fast:
+        assert torch.equal(target.generate(**batch, max_new_tokens=24, do_sample=False), expected)
+        assert fast.report.decode["draft_prefill_ms"] > 0

@@ -178,8 +178,8 @@ class Loose(Rule):
     Guards beyond the paper, each a field: eos, digits, negation, comparison (words never loosened, found through the
     tokenizer), bigram (nothing that makes a bigram repeat), within (the draft token is among the target's `within`
     best; 0 = off), ratio (its probability is at least this share of the best one's; 0 = off; the guard that keeps most
-    facts on pocket captions, see `evals/README.md`). relax=0 with shift=0 is
-    `Exact`. A prompt without visual tokens is verified strictly, and the report says so.
+    facts on pocket captions, see `evals/README.md`). relax=0 with shift=0 is `Exact`. A prompt without visual tokens is
+    verified strictly, and the report says so.
     """
 
     relax: float = 0.7

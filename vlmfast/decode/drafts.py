@@ -19,9 +19,8 @@ from vlmfast.core import Draft, StageDidNotFire, Unsupported, UserError
 from vlmfast.decode.guided import TargetAttention
 from vlmfast.decode.live import Chain, Either, Ngrams
 from vlmfast.runtime.names import CACHE, OLD
-from vlmfast.runtime.stepper import Stepper, padding
+from vlmfast.runtime.stepper import Stepper
 
-GRID = ("image_size", "patch_size", "spatial_merge_size", "temporal_patch_size", "tokens_per_second")
 PADDING_ROWS = 512  # vocabularies of one tokenizer may differ by this many unused rows (Qwen: 151936 and 152064)
 
 
@@ -137,7 +136,6 @@ class ModelDraft:
         skip = ("input_ids", "inputs", "inputs_embeds", OLD, CACHE, "position_ids", "mm_encoder_outputs")
         kwargs = {k: v for k, v in request.inputs.items() if k not in skip}
         kwargs |= {"use_cache": True, "logits_to_keep": 1, CACHE: request.fresh_cache(draft)}
-        kwargs |= {"position_ids": _positions(draft, request), "attention_mask": padding(kwargs.get("attention_mask"))}
         if hooks is not None:
             hooks.reset()
         guide = hooks.using(_pruner(self.prune, request)) if _guided(self.prune) else nullcontext()
@@ -147,13 +145,6 @@ class ModelDraft:
             raise StageDidNotFire("visual tokens were in the prompt but the draft's pruner never saw them")
         vocab = min(_vocabulary(draft), _vocabulary(request.model))
         return Chain(stepper, ids.shape[1], request.stop, vocab, self.confidence)
-
-
-def _positions(draft: Any, request: Request) -> Tensor | None:
-    """The target's positions, where the draft would only compute the same ones: same class, same grid of patches."""
-    mine, theirs = (getattr(m.config, "vision_config", None) for m in (draft, request.model))
-    same = type(draft) is type(request.model) and all(getattr(mine, f, 0) == getattr(theirs, f, 0) for f in GRID)
-    return request.model_kwargs.get("position_ids") if same else None
 
 
 def _guided(prune: Any) -> bool:

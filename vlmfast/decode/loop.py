@@ -142,7 +142,7 @@ class _Run:
             if self.pace is not None:
                 self.pace.answered(len(out.said) - 1, times["draft_prefill_ms"])
             if wait:
-                self.ledger.notes.append(f"speculate: recent answers were short, no draft for {wait + 1} tokens")
+                self.ledger.notes.append(f"speculate: drafts did not pay in recent answers, none for {wait + 1} tokens")
         finally:
             target.rewind(max(0, target.length - max(out.start, out.length - 1)))
             target.finish()

@@ -9,6 +9,7 @@ FADE = 0.95  # of what earlier rounds say, per round
 OUTLIER = 2.0  # a round that took more than this multiple of what was expected counts as that multiple
 ANSWERS = 32  # whose lengths are remembered
 FEW = 4  # answers before their lengths say anything
+WORTH = 0.02  # of the time of recent answers, what waiting must have saved
 LOOK = 16  # calls that let the draft wait, until one opens it at once, in case its cost has changed
 
 
@@ -53,13 +54,13 @@ class Line:
 
 
 class Pace:
-    """How many tokens to draft next.
+    """How many tokens to draft next. length: of `Speculate`, a number or "adaptive"; most: the longest adaptive draft.
 
     Fixed length: that many. Adaptive: a draft goes on as long as one more token is worth its cost. Its worth is the
     probability that everything drafted so far passes; where the draft says how sure it is, a token passes with
     1 - refusal * (1 - its certainty), `refusal` being what was measured of this draft and rule, else with the running
     rate. Its cost is what the milliseconds that one more token adds, to the draft and to the verification, yield at
-    the pace reached so far (Dinkelbach's iteration for the best ratio of tokens to time).
+    the pace reached so far (Dinkelbach's iteration for the best ratio of tokens to time, Management Science 13, 1967).
     """
 
     def __init__(self, length: int | str, most: int) -> None:
@@ -72,7 +73,7 @@ class Pace:
         self.idle = 0  # rounds since drafting was last tried, while it does not pay
         self.lengths: deque[int] = deque(maxlen=ANSWERS)  # tokens of recent answers, the first one not counted
         self.opened: deque[float] = deque(maxlen=FEW)  # what opening the draft took lately, its prefill most of it
-        self.waited = 0  # calls since the draft was last opened at once
+        self.waited = 0  # calls in a row for which waiting was best
 
     @property
     def refusal(self) -> float:
@@ -80,16 +81,19 @@ class Pace:
         return min(4.0, max(0.02, self.refused / self.doubted))
 
     def wait(self) -> int:
-        """Tokens to decode plainly before the draft is opened: the number that would have been best for the answers so
-        far. Opening costs a prefill of the draft, which an answer of one word never earns back."""
+        """Tokens after the first to decode plainly before the draft is opened: the number that would have been best for
+        the answers so far. Opening costs a prefill of the draft, which an answer of one word never earns back."""
         if self.fixed is not None or len(self.lengths) < FEW or not self.opened or self.ms == 0:
             return 0
-        step, drafted, opening = self.verify.at(1), self.ms / self.tokens, min(self.opened)
+        step, opening = self.verify.at(1), min(self.opened)
+        drafted = min(step, self.ms / self.tokens)  # an open draft is left idle where it does not pay
 
         def cost(n: int) -> float:
             return sum(min(said, n) * step + (said > n) * (opening + (said - n) * drafted) for said in self.lengths)
 
-        best = min({0, *self.lengths}, key=lambda n: (cost(n), n))
+        best = min(self.lengths, key=lambda n: (cost(n), n))
+        if cost(best) >= (1 - WORTH) * cost(0):
+            best = 0
         self.waited = self.waited + 1 if best else 0
         return best if self.waited % LOOK else 0
 
@@ -113,7 +117,7 @@ class Pace:
         return min(self.most, 2 * best)  # certainty may carry a draft beyond the average
 
     def floor(self) -> float:
-        """Probability of passing under which a further token does not pay."""
+        """Probability in [0, 0.9] of passing under which a further token does not pay; 0 = go on to `length`."""
         if self.fixed is not None or not self.draft.known or self.ms == 0:
             return 0.0
         pace = max(self.tokens / self.ms, 1 / self.verify.at(1))
@@ -131,7 +135,8 @@ class Pace:
     def saw(
         self, drafted: int, accepted: int, draft_ms: float, verify_ms: float, certainty: list[float] | None = None
     ) -> None:
-        """Record one round; certainty: the draft's own probability of each token, when it knows."""
+        """Record one round: tokens drafted and accepted, milliseconds of the draft and of the verification. certainty:
+        the draft's own probability of each drafted token, when it knows."""
         self.verify.saw(drafted + 1, verify_ms)
         if drafted == 0:
             return

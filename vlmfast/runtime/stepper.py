@@ -23,8 +23,8 @@ _CHECKED: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDict
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 
-def padding(mask: Tensor | None) -> Tensor | None:
-    """An attention mask, or None where it hides nothing."""
+def _padding(mask: Tensor | None) -> Tensor | None:
+    """An attention mask (B, L), or None where it hides nothing."""
     return None if mask is None or bool((mask == 1).all()) else mask
 
 
@@ -71,9 +71,8 @@ class Stepper:
         """
         text = families.get(model).text(model)
         if model_kwargs.get("position_ids") is None:  # raw inputs: what `generate` does before it calls
-            given = {k: v for k, v in model_kwargs.items() if k != "position_ids"}
-            model_kwargs["position_ids"] = model._prepare_position_ids_for_generation(input_ids, given)
-            model_kwargs["attention_mask"] = padding(model_kwargs.get("attention_mask"))
+            model_kwargs["position_ids"] = model._prepare_position_ids_for_generation(input_ids, dict(model_kwargs))
+            model_kwargs["attention_mask"] = _padding(model_kwargs.get("attention_mask"))
         seen: list[Tensor] = []
         handle = None
         if hidden_layer is not None:
@@ -87,7 +86,7 @@ class Stepper:
                 handle.remove()
         cache = cache_of(out)
         positions = model_kwargs["position_ids"]
-        mask = padding(model_kwargs.get("attention_mask"))
+        mask = _padding(model_kwargs.get("attention_mask"))
         logits = out.logits[:, -1].to(device=input_ids.device, dtype=torch.float32, copy=True)
         self = cls(model, cache, positions[..., -1:] + 1, logits, mask, hidden_layer)
         if seen:
