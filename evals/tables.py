@@ -7,7 +7,6 @@ stay in `runs/tables`, so that a second call goes on where the first one stopped
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from evals import accuracy, compose, methods, records, runner, tasks
+from vlmfast.cli.errors import application
 from vlmfast.core import UserError
 from vlmfast.plan import Plan, preset
 
@@ -162,26 +162,22 @@ def main(
     from vlmfast import page
 
     chosen = only.split(",") if only else list(TABLES)
-    try:
-        for name in chosen:
-            if name not in TABLES:
-                raise UserError(f"unknown table {name!r}; known: {', '.join(TABLES)}")
-        whole = sum(TABLES[n].share for n in chosen)
-        for name in chosen:
-            table = TABLES[name]
-            result = run(name, table, minutes * table.share / whole, out, answers, model, force)
-            accuracy.show(result)
-            if name == "captions":
-                result["products"], result["sums"] = compose.products(result), compose.accuracy_sums(result)
-                records.write(out / f"accuracy-{name}.json", result, force=True)
-                print(json.dumps(result["products"], indent=1))
-        files = [f for f in sorted(out.glob("accuracy-*.json")) if f.stem.removeprefix("accuracy-") not in UNDRAWN]
-        figure = page.curves(page.read(files, mixed=True))
-        figure.savefig(out / "pareto.png", dpi=110)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        raise typer.Exit(2) from None
+    for name in chosen:
+        if name not in TABLES:
+            raise UserError(f"unknown table {name!r}; known: {', '.join(TABLES)}")
+    whole = sum(TABLES[n].share for n in chosen)
+    for name in chosen:
+        table = TABLES[name]
+        result = run(name, table, minutes * table.share / whole, out, answers, model, force)
+        accuracy.show(result)
+        if name == "captions":
+            result["products"], result["sums"] = compose.products(result), compose.accuracy_sums(result)
+            records.write(out / f"accuracy-{name}.json", result, force=True)
+            print(json.dumps(result["products"], indent=1))
+    files = [f for f in sorted(out.glob("accuracy-*.json")) if f.stem.removeprefix("accuracy-") not in UNDRAWN]
+    figure = page.curves(page.read(files, mixed=True))
+    figure.savefig(out / "pareto.png", dpi=110)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    application(main)()

@@ -27,7 +27,7 @@ def record(tmp_path: Path, name: str, **versions: str) -> Path:
 
 
 def test_front_is_what_nothing_beats() -> None:
-    from vlmfast.page import front
+    from vlmfast.curves import front
 
     assert front([(1, 5), (2, 4), (3, 9), (3, 8), (0.5, 1)]) == [4, 0, 2]
 
@@ -120,6 +120,6 @@ def test_gpu_suite_runs_dry(tmp_path: Path) -> None:
 
 
 def test_no_two_series_look_alike() -> None:
-    from vlmfast.page import look
+    from vlmfast.curves import look
 
     assert len({look(i) for i in range(50)}) == 50

@@ -12,6 +12,8 @@ import torch
 from typer.testing import CliRunner
 
 from evals import records, shapes, speed, timing
+from vlmfast.cli.errors import application
+from vlmfast.core import UserError
 
 # -- timing ------------------------------------------------------------------------------------------------------------
 
@@ -135,7 +137,7 @@ def test_a_record_is_written_whole_once_or_not_at_all(tmp_path: Path) -> None:
     out = tmp_path / "new" / "r.json"
     records.write(out, _record())
     assert json.loads(out.read_text())["rows"][0]["metrics"] == {"prefill_ms": 12}
-    with pytest.raises(FileExistsError, match="--force"):
+    with pytest.raises(UserError, match="--force"):
         records.write(out, _record())
     before = out.read_bytes()
     bad = _record()
@@ -155,11 +157,7 @@ def test_a_record_is_written_whole_once_or_not_at_all(tmp_path: Path) -> None:
 
 
 def _speed(*arguments: Any) -> Any:
-    import typer
-
-    app = typer.Typer()
-    app.command()(speed.main)
-    return CliRunner().invoke(app, [str(a) for a in arguments])
+    return CliRunner().invoke(application(speed.main), [str(a) for a in arguments])
 
 
 def test_the_quick_encode_suite_writes_the_record(tmp_path: Path) -> None:

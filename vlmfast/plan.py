@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmfast.core import UserError, to_json
+from vlmfast.files import write_text
 
 PRESETS = ("safe", "balanced", "fast")
 STAGES = ("prune", "kv", "speculate")
@@ -47,9 +48,8 @@ class Plan:
         return cls(**{stage: _build(stage, value) for stage, value in data.items()})
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON."""
-        text = json.dumps(self.json(), indent=2)
-        Path(path).write_text(text + "\n")
+        """Write the plan as JSON, whole or not at all."""
+        write_text(path, json.dumps(self.json(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

@@ -24,15 +24,19 @@ def ask(
     fps: options.Fps = None,
     select: options.Select = None,
     backend: options.Backend = "pyav",
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="longest answer")] = 128,
+    max_new_tokens: options.NewTokens = 128,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
     as_json: options.Json = False,
 ) -> None:
     """Ask a question of a picture or a video."""
+    from vlmfast.core import UserError
+
     chosen = options.plan(preset, plan, prune, kv, speculate)
     pictures = options.images(image)
     clip = options.video(video, frames, fps, select, backend)
+    if not pictures and clip is None:
+        raise UserError("nothing to look at: give --image or --video")
 
     from vlmfast import loading
 
@@ -57,7 +61,7 @@ def answer(loaded: Any, inputs: Any, plan: Any, max_new_tokens: int, stream: boo
         model: Any = fast.model
         out = model.generate(**inputs, max_new_tokens=max_new_tokens, **GREEDY, **more)
         if stream:
-            console.remarks().print(f"[dim]{fast.report}[/dim]")
+            console.remarks().print(str(fast.report), style="dim", markup=False)
         return {
             "answer": loaded.decode(out, inputs),
             "tokens": out.shape[1] - inputs["input_ids"].shape[1],

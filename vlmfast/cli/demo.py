@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,9 +24,14 @@ def demo(
     """Answer questions about real video files, plain and accelerated, and show what was kept."""
     from vlmfast.cli import scenes, sheet
     from vlmfast.core import UserError
+    from vlmfast.files import claim, write_text
 
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: give a folder")
+    claim(out / "demo.json", force=True)
+    held = [name for name in FILES if (out / name).exists()]
+    if held and not (out / "demo.json").exists():
+        raise UserError(f"--out {out} holds {held[0]}, which no demo wrote: give another folder")
 
     from vlmfast import loading
 
@@ -45,12 +49,16 @@ def demo(
         warm_up(loaded, media)
         results = [[trial(loaded, medium, name, plan, step) for name, plan in plans.items()] for medium in media]
     sheet.draw(media, results, out / "kept.png", title(loaded))
-    write(out / "demo.json", {"model": model, "seed": seed, "media": record(media, results)})
+    data = {"model": model, "seed": seed, "media": record(media, results)}
+    write_text(out / "demo.json", json.dumps(data, indent=1) + "\n")
     show(media, results)
     files = ", ".join([*(m.name for m in media), "demo.json"])
     console.out().print(
         f"\nWhich patches were kept in which frame: [bold]{out / 'kept.png'}[/bold]   [dim](also {files})[/dim]"
     )
+
+
+FILES = ("moves.mp4", "events.mp4", "picture.png", "kept.png")
 
 
 def title(loaded: Any) -> str:
@@ -122,13 +130,6 @@ def record(media: list[Any], results: list[list[dict[str, Any]]]) -> list[dict[s
         {"name": m.name, "questions": [{"question": q, "expected": a} for q, a in m.turns], "rows": rows}
         for m, rows in zip(media, results, strict=True)
     ]
-
-
-def write(path: Path, data: Any) -> None:
-    """JSON that appears whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(data, indent=1) + "\n")
-    os.replace(part, path)
 
 
 def show(media: list[Any], results: list[list[dict[str, Any]]]) -> None:

@@ -61,9 +61,11 @@ def read_record(path: str | Path) -> dict[str, Any]:
     """A speed record for `check`."""
     try:
         record = json.loads(Path(path).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise UserError(f"{path} is no result file: --check takes what evals.speed --suite encode writes") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{path} is no result file: it holds a {type(record).__name__}")
     for key in ("config", "rows", "hardware"):
         if key not in record:
             raise UserError(f"{path} is no result file: field {key!r} is missing")
-    return dict(record)
+    return record

@@ -35,7 +35,10 @@ def shape_of(model: str | dict[str, Any]) -> Shape:
         return _from_record(model)
     if model.lower() in SHAPES:
         return SHAPES[model.lower()]
+    from huggingface_hub.utils import logging
     from transformers import AutoConfig
+
+    logging.set_verbosity_error()  # what goes wrong on the way to the hub is said once, below
 
     folder = model
     if model == "pocket":
@@ -43,8 +46,8 @@ def shape_of(model: str | dict[str, Any]) -> Shape:
 
         folder = pocket.path()
     try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception:  # transformers lets through whatever a broken config.json makes it raise
         raise UserError(
             f"no config of {model!r}: give a folder with config.json, or one of {', '.join(SHAPES)}"
         ) from None
@@ -136,11 +139,15 @@ def measured(device: str, seconds: float = 1.0) -> Device:
 def parse(tokens: str) -> Request:
     """`2000` (visual tokens) or `visual=2000,text=100,new=64,batch=1,frames=8`."""
     request = Request()
-    if tokens.isdigit():
-        return replace(request, visual=int(tokens))
+    if tokens.isdecimal():
+        tokens = f"visual={tokens}"
     for part in tokens.split(","):
         key, _, value = part.partition("=")
-        if key.strip() not in Request.__dataclass_fields__ or not value.strip().isdigit():
+        if (
+            key.strip() not in Request.__dataclass_fields__
+            or not 0 < len(value.strip()) <= 12
+            or not value.strip().isdecimal()
+        ):
             fields = ", ".join(Request.__dataclass_fields__)
             raise UserError(f"{part!r} in --tokens is not field=number; fields: {fields}")
         request = replace(request, **{key.strip(): int(value)})
