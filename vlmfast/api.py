@@ -36,6 +36,7 @@ def accelerate(
     kv: Any = None,
     speculate: Any = None,
     reuse: int | str | None = None,
+    replace: bool = False,
 ) -> Accelerated:
     """Make `model.generate(...)` follow a plan, in place.
 
@@ -43,23 +44,30 @@ def accelerate(
     ("safe", "balanced", "fast"), a plan file, or JSON. prune, kv, speculate: method objects that replace the plan's.
     reuse: bytes (or "1GiB") for encoded media kept between calls: a second question about the same pixels skips the
     tower, and, where the prompt up to the media is the same too, their prefill (one row at a time).
+    replace: take an earlier handle off this model first, as a notebook cell that runs twice must.
     Nothing asked is the identity. Returns a handle: `.report`, `.remove()`, or use it in a `with`.
     Raises Unsupported (a ValueError) for an unknown family, a compiled model, or a second `accelerate`.
     """
-    return Accelerated(model, resolve(plan, prune=prune, kv=kv, speculate=speculate), reuse)
+    return Accelerated(model, resolve(plan, prune=prune, kv=kv, speculate=speculate), reuse, replace)
 
 
 class Accelerated:
     """What `accelerate` returns: owns every hook on the model until `remove()`."""
 
-    def __init__(self, model: nn.Module, plan: Plan, reuse: int | str | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, plan: Plan, reuse: int | str | None = None, replace: bool = False
+    ) -> None:
         self.plan = plan
         self.report = Report()
         self.model = unwrap(model)
         self.family = families.get(self.model)
-        if MARK in vars(self.model):
-            raise Unsupported("this model is already accelerated: call .remove() on the first handle, then try again")
         limit = parse_bytes("reuse", reuse)
+        if MARK in vars(self.model):
+            if not replace:
+                raise Unsupported(
+                    "this model is already accelerated: call .remove() on the first handle, or pass replace=True"
+                )
+            vars(self.model)[MARK].remove()
         self._reuse = Reuse(self.model, self.family, limit) if limit is not None else None
         self._patch = Patch()
         self._stage: dict[str, dict[str, Any]] = {"prefill": {}, "decode": {}}
@@ -215,7 +223,7 @@ class Accelerated:
             elif not stats["visual_tokens"]:
                 raise StageDidNotFire("visual tokens were in the prompt but the pruner never saw them")
             elif self.plan.prune.keep < 1 and stats["kept_tokens"] == stats["visual_tokens"]:
-                notes.append(f"prune: {self.plan.prune.name} kept every token of this media")
+                notes.append(self._why_all(stats["visual_tokens"]))
         sequences = getattr(out, "sequences", out)
         prompt = ids.shape[1] if ids is not None else 0
         prefill, decode = self.meter.timings(max(0, sequences.shape[1] - prompt))
@@ -228,11 +236,22 @@ class Accelerated:
         encode = {k: stats[k] for k in shown if k in stats}
         self.report = Report(encode, prefill, decode | self._stage["decode"], notes)
 
+    def _why_all(self, tokens: int) -> str:
+        """Why the pruner kept everything."""
+        least = getattr(self.plan.prune, "least", 0)
+        if all(item.n <= least for items in self.columns.media.values() for item in items):
+            return f"prune: {tokens:,} visual tokens, no image or video has more than least={least}, all kept"
+        return f"prune: {self.plan.prune.name} kept every token of this media"
+
     # -- life --------------------------------------------------------------------------------------------------------
 
     def remove(self) -> None:
         """Take every hook off the model; it is as it was. Safe to call twice."""
         self._patch.remove()
+
+    def __repr__(self) -> str:
+        state = "on" if vars(self.model).get(MARK) is self else "removed"
+        return f"<vlmfast {state}: {type(self.model).__name__} ({self.model.config.model_type}), {self.plan}>"
 
     def __enter__(self) -> Accelerated:
         return self

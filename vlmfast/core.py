@@ -16,7 +16,32 @@ from torch import Tensor
 
 
 class UserError(ValueError):
-    """Bad input: one line that names what came in, what is supported, and the way out (exit code 2 in the CLI)."""
+    """Bad input: one line that names what came in, what is supported, and the way out (exit code 2 in the CLI).
+
+    message: put on one line, the tree of a torch module as its class's name, and cut in its middle beyond `MOST`
+    characters: what came in may be of any length.
+    """
+
+    MOST = 800
+
+    def __init__(self, message: object = "") -> None:
+        text = re.sub(r"(\w+)\(\n(?: +.*\n)+\)", r"\1", str(message))
+        super().__init__(brief(text, self.MOST))
+
+
+def brief(text: str, most: int = 200) -> str:
+    """The text on one line, cut in its middle where it is longer than `most` characters."""
+    line = " ".join(text.split())
+    if len(line) <= most:
+        return line
+    half = (most - 5) // 2
+    return f"{line[:half]} ... {line[-half:]}"
+
+
+def named(value: Any) -> str:
+    """A value for an error message: numbers and short text as they are, of anything else its class's name."""
+    plain = value is None or isinstance(value, (bool, int, float, str))
+    return brief(repr(value), 80) if plain else f"an object of {type(value).__name__}"
 
 
 class Unsupported(UserError):
@@ -272,6 +297,6 @@ def parse_bytes(name: str, value: int | float | str | None) -> int | None:
         if number is None:
             raise UserError(f'{name}={value!r} is not a size: give bytes, or text such as "512MB" or "2GiB"')
         value = number
-    if isinstance(value, bool) or not value > 0:
-        raise UserError(f"{name}={value!r} must be positive: it is the most bytes that tier may hold")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise UserError(f"{name}={named(value)} must be a positive number: it is the most bytes that tier may hold")
     return int(value)

@@ -7,7 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from vlmfast.core import UserError
+from vlmfast.core import UserError, brief
 
 
 def claim(path: str | Path, force: bool = False, endings: tuple[str, ...] = (), option: str = "--out") -> None:
@@ -50,12 +50,3 @@ def write_text(path: str | Path, text: str) -> None:
         with contextlib.suppress(OSError):
             os.unlink(part)
         raise
-
-
-def brief(text: str, most: int = 200) -> str:
-    """The text on one line, cut in its middle where it is longer than `most` characters."""
-    line = " ".join(text.split())
-    if len(line) <= most:
-        return line
-    half = (most - 5) // 2
-    return f"{line[:half]} ... {line[-half:]}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmfast.core import UserError, to_json
+from vlmfast.core import UserError, named, to_json
 from vlmfast.files import write_text
 
 PRESETS = ("safe", "balanced", "fast")
@@ -28,10 +28,17 @@ class Plan:
             value = getattr(self, stage)
             methods = _methods(stage) if value is not None else {}
             if methods and not isinstance(value, tuple(methods.values())):
+                draft = stage == "speculate" and hasattr(value, "generate")
+                example = "Speculate(draft=ModelDraft(small_model))" if draft else _example(methods)
                 raise UserError(
-                    f"{stage}={value!r} is not a {stage} method; use one of {', '.join(sorted(methods))}, "
-                    f"e.g. {stage}={_example(methods)}"
+                    f"{stage}={named(value)} is not a {stage} method; use one of {', '.join(sorted(methods))}, "
+                    f"e.g. {stage}={example}"
                 )
+
+    def __str__(self) -> str:
+        """The stages asked for, with the fields that are not at their defaults: `prune vidcom2 keep=0.4`."""
+        stages = [f"{stage} {_summary(value)}" for stage in STAGES if (value := getattr(self, stage)) is not None]
+        return ", ".join(stages) or "nothing asked"
 
     def json(self) -> dict[str, Any]:
         """Plain-JSON form; `Plan.from_json` reads it back."""
@@ -99,12 +106,43 @@ def parse(stage: str, spec: str) -> Any:
 def resolve(plan: Plan | str | Path | dict | None, **stages: Any) -> Plan:
     """One Plan from a Plan, preset name, plan file or JSON object, with single stages replaced where given."""
     if isinstance(plan, (str, Path)):
-        plan = preset(str(plan)) if str(plan) in PRESETS or not str(plan).endswith(".json") else Plan.load(plan)
+        text = str(plan)
+        if text not in PRESETS and not text.endswith(".json"):
+            _refuse_method(text.partition(":")[0].strip(), text)
+        plan = Plan.load(plan) if text.endswith(".json") else preset(text)
     elif isinstance(plan, dict):
         plan = Plan.from_json(plan)
+    elif plan is not None and not isinstance(plan, Plan):
+        _refuse_method(getattr(plan, "name", ""), None)
+        raise UserError(
+            f"plan={named(plan)}: give a Plan, a preset's name ({', '.join(PRESETS)}), a plan file (.json) or a dict"
+        )
     plan = plan or Plan()
     given = {k: parse(k, v) if isinstance(v, str) else v for k, v in stages.items() if v is not None}
     return dataclasses.replace(plan, **given) if given else plan
+
+
+def _refuse_method(name: Any, spec: str | None) -> None:
+    """Raise UserError where a method stands in the plan's place: it belongs to a stage. spec: its text, if it is one."""
+    stages = [stage for stage in STAGES if name in _methods(stage)]
+    if stages:
+        said = " or ".join(f"{stage}={spec!r}" if spec is not None else f"{stage}=..." for stage in stages)
+        raise UserError(f"{name} is a method of one stage, not a plan: pass it as {said}")
+
+
+def _summary(method: Any) -> str:
+    """A method's name and the plain fields that differ from their defaults."""
+    words = [str(getattr(method, "name", type(method).__name__))]
+    for f in dataclasses.fields(method) if dataclasses.is_dataclass(method) else ():
+        value = getattr(method, f.name, None)
+        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        if not f.init or value == default:
+            continue
+        if isinstance(value, (bool, int, float, str)):
+            words.append(f"{f.name}={value}")
+        elif hasattr(type(value), "name"):
+            words.append(f"{f.name}={type(value).name}")
+    return " ".join(words)
 
 
 def _methods(field: str) -> dict[str, type]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from typing import Annotated, Any
 
 import typer
@@ -61,13 +62,19 @@ def answer(loaded: Any, inputs: Any, plan: Any, max_new_tokens: int, stream: boo
         model: Any = fast.model
         out = model.generate(**inputs, max_new_tokens=max_new_tokens, **GREEDY, **more)
         if stream:
-            console.remarks().print(str(fast.report), style="dim", markup=False)
+            console.remarks().print(wrapped(str(fast.report)), style="dim", markup=False)
         return {
             "answer": loaded.decode(out, inputs),
             "tokens": out.shape[1] - inputs["input_ids"].shape[1],
             "report": fast.report.json(),
             "plan": plan.json(),
         }
+
+
+def wrapped(report: str) -> str:
+    """The report's lines, those too long for the terminal indented below their stage's name."""
+    width = console.remarks().width
+    return "\n".join(textwrap.fill(line, width, subsequent_indent=" " * 9) for line in report.splitlines())
 
 
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}

@@ -96,6 +96,6 @@ def show(record: dict[str, Any], out: Path | None) -> None:
         page.print(f"[cyan]{layer:4}[/]  {value:5.3f}  {'█' * round(40 * value / most)}")
     page.print(f"\nadaptinfer keep={prune['keep']:g} layers={prune['layers']}")
     if out is not None:
-        page.print(f'plan written to [bold]{out}[/bold]: vlmfast.accelerate(model, "{out}")')
+        page.print(f'plan written to {out}: vlmfast.accelerate(model, "{out}")', markup=False, soft_wrap=True)
     else:
-        page.print(json.dumps(record["plan"]), soft_wrap=True)
+        page.print(json.dumps(record["plan"]), markup=False, soft_wrap=True)

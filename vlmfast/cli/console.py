@@ -28,7 +28,7 @@ def waiting(text: str) -> Iterator[None]:
     if not console.is_terminal:
         yield
         return
-    with console.status(text):
+    with console.status(plain(text)):
         yield
 
 
@@ -45,7 +45,7 @@ def counting(total: int) -> Iterator[Any]:
 
         def step(text: str) -> None:
             nonlocal started
-            bar.update(task, description=text, advance=1 if started else 0)
+            bar.update(task, description=plain(text), advance=1 if started else 0)
             started = True
 
         yield step
@@ -74,10 +74,11 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", 
         cells = [heads[column], *(row[column] for row in rows)]
         return 2 + max((len(line) for cell in cells for line in Text.from_markup(cell).plain.split("\n")), default=0)
 
-    first = min(width(0), max(18, console.width // 3))
+    widths = [width(column) for column in range(len(heads))]
+    first = min(widths[0], max(18, console.width // 3, console.width - sum(widths[1:])))
     parts: list[list[int]] = [[]]
     for column in range(1, len(heads)):
-        if parts[-1] and first + sum(map(width, parts[-1])) + width(column) > console.width:
+        if parts[-1] and first + sum(widths[c] for c in parts[-1]) + widths[column] > console.width:
             parts.append([])
         parts[-1].append(column)
     for number, part in enumerate(parts):

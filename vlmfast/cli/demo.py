@@ -54,7 +54,7 @@ def demo(
     show(media, results)
     files = ", ".join([*(m.name for m in media), "demo.json"])
     console.out().print(
-        f"\nWhich patches were kept in which frame: [bold]{out / 'kept.png'}[/bold]   [dim](also {files})[/dim]"
+        console.plain(f"\nWhich patches were kept in which frame: {out / 'kept.png'}   (also {files})")
     )
 
 
@@ -133,38 +133,26 @@ def record(media: list[Any], results: list[list[dict[str, Any]]]) -> list[dict[s
 
 
 def show(media: list[Any], results: list[list[dict[str, Any]]]) -> None:
-    """One table: a section per clip or picture, a row per method; green answers are right."""
-    from rich import box
-    from rich.table import Table
-
-    most = max(len(m.turns) for m in media)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("", no_wrap=True)
-    for i in range(most):
-        table.add_column("answers" if i == 0 else "", min_width=9)
-    for heading in ("visual\ntokens", "encode\nms", "prefill\nms", "decode\nms/token", "KV\nkB"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for medium, rows in zip(media, results, strict=True):
-        asked = [f"[dim]{q}[/dim] [bold]{a}[/bold]" for q, a in medium.turns] + [""] * (most - len(medium.turns))
-        table.add_row(f"[bold]{medium.name}[/bold]", *asked, end_section=False)
-        for row in rows:
-            cells = [
-                f"[{'green' if right else 'red'}]{'✓' if right else '✗'} {_short(answer)}[/]"
-                for answer, right in zip(row["answers"], row["right"], strict=True)
-            ] + [""] * (most - len(row["answers"]))
-            m = row["metrics"]
-            table.add_row(
-                row["name"],
-                *cells,
-                f"{m['kept_tokens']:,.0f}",
-                f"{m['encode_ms']:.1f}",
-                f"{m['prefill_ms']:.1f}",
-                f"{m['decode_ms_per_token']:.1f}",
-                f"{m['kv_fast_bytes'] / 1e3:,.0f}",
-            )
-        table.add_section()
+    """A table per clip or picture, below its questions, a row per method; green answers are right."""
     page = console.out()
-    page.print(table)
+    heads = ("", "visual\ntokens", "encode\nms", "prefill\nms", "decode\nms/token", "KV\nkB")
+    for medium, rows in zip(media, results, strict=True):
+        page.print(f"\n[bold]{console.plain(medium.name)}[/bold]")
+        for question, answer in medium.turns:
+            page.print(f"  [dim]{console.plain(question)}[/dim] {console.plain(answer)}")
+        lines = []
+        for row in rows:
+            answers = [
+                f"[{'green' if right else 'red'}]{'✓' if right else '✗'} {console.plain(_short(answer))}[/]"
+                for answer, right in zip(row["answers"], row["right"], strict=True)
+            ]
+            m = row["metrics"]
+            lines.append([
+                f"{console.plain(row['name'])}\n  {'  '.join(answers)}",
+                f"{m['kept_tokens']:,.0f}", f"{m['encode_ms']:.1f}", f"{m['prefill_ms']:.1f}",
+                f"{m['decode_ms_per_token']:.1f}", f"{m['kv_fast_bytes'] / 1e3:,.0f}",
+            ])  # fmt: skip
+        console.table(heads, lines)
     for name in dict.fromkeys(row["name"] for rows in results for row in rows):
         right = [r for rows in results for row in rows if row["name"] == name for r in row["right"]]
         page.print(f"  {name:<22} {sum(right)} of {len(right)} right")

@@ -24,7 +24,7 @@ USAGE: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickE
 
 def say(text: str) -> None:
     """Print an error as one line on stderr."""
-    from vlmfast.files import brief
+    from vlmfast.core import brief
 
     line = "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in text)
     print(f"error: {brief(line, MOST)}", file=sys.stderr)

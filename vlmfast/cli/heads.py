@@ -56,7 +56,7 @@ def heads(
         return
     show(rows, table.policy)
     if out is not None:
-        console.out().print(f"drawn to [bold]{out}[/bold]")
+        console.out().print(f"drawn to {out}", markup=False)
 
 
 def check_picture(path: Path, force: bool) -> None:

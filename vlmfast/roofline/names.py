@@ -142,13 +142,9 @@ def parse(tokens: str) -> Request:
     if tokens.isdecimal():
         tokens = f"visual={tokens}"
     for part in tokens.split(","):
-        key, _, value = part.partition("=")
-        if (
-            key.strip() not in Request.__dataclass_fields__
-            or not 0 < len(value.strip()) <= 12
-            or not value.strip().isdecimal()
-        ):
+        key, _, value = (x.strip() for x in part.partition("="))
+        if key not in Request.__dataclass_fields__ or len(value) > 12 or not value.isdecimal():
             fields = ", ".join(Request.__dataclass_fields__)
             raise UserError(f"{part!r} in --tokens is not field=number; fields: {fields}")
-        request = replace(request, **{key.strip(): int(value)})
+        request = replace(request, **{key: int(value)})
     return request
