@@ -241,6 +241,7 @@ def main(
     force: Annotated[bool, typer.Option("--force", help="start anew, replacing existing files")] = False,
 ) -> None:
     """Ask a task's questions of the plain model and of every method; write answers and the paired summary."""
+    runner.check_draft(draft)
     draft = draft or runner.own_draft(model)
     plans = methods.named(methods_, prune, kv, speculate, draft, {p.stem: Plan.load(p) for p in plan or []})
     result = evaluate(

@@ -15,6 +15,7 @@ from typing import Any
 from vlmfast.core import UserError
 
 WAY_OUT = "choose another --out, or pass --force"
+FIRST = b'{"id":'  # how every line begins
 Key = tuple[str, str]  # (question id, method)
 
 
@@ -55,7 +56,10 @@ class Journal:
             if self.plans.get(key[1], plan) != plan:
                 raise UserError(f"{self.path} line {n}: method {key[1]!r} was run with another plan: {WAY_OUT}")
             self.records.setdefault(key, record)
-        if len(whole) < len(data):  # the last line was cut off when the run was killed
+        tail = data[len(whole) :]
+        if tail and not (tail.startswith(FIRST) or FIRST.startswith(tail)):
+            raise UserError(f"{self.path} ends in what is no record of evals.accuracy: choose another --out")
+        if tail:  # the last line was cut off when the run was killed
             with self.path.open("r+b") as f:
                 f.truncate(len(whole))
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmfast.core import Unsupported, UserError
+from vlmfast.core import Unsupported, UserError, named
 
 if TYPE_CHECKING:
     import numpy as np
@@ -120,11 +120,30 @@ def load(name: str = "pocket", dtype: str = "auto", device: str | None = None) -
     dtype: "auto" keeps the checkpoint's. device: None = the GPU if there is one. Raises UserError with one line that
     names what is missing or unsupported; weights are read last.
     """
+    where = _device(device)
     folder = _pocket(name)
     config = _config(name, folder)
     _supported(name, config)
     processor = _processor(name, folder)
-    return Loaded(_model(name, folder, dtype, device), processor, name)
+    return Loaded(_model(name, folder, dtype, where), processor, name)
+
+
+def _device(name: str | None) -> str:
+    """The device's name, the GPU if there is one where none is given. Raises UserError for one that is not here."""
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        if torch.device(name).type not in ("cpu", "cuda", "mps", "xpu"):
+            raise ValueError
+    except (RuntimeError, ValueError):
+        raise UserError(f"device {named(name)} is not known: choose cpu, cuda, cuda:1, mps or xpu") from None
+    try:
+        torch.empty(1, device=name)
+    except Exception as e:  # whatever the backend says of a device that is missing
+        raise UserError(f"device {name} is not available here ({_brief(e)}): choose cpu") from None
+    return name
 
 
 def _pocket(name: str) -> str:
@@ -190,7 +209,7 @@ def _processor(name: str, folder: str) -> Any:
     return processor
 
 
-def _model(name: str, folder: str, dtype: str, device: str | None) -> Any:
+def _model(name: str, folder: str, dtype: str, device: str) -> Any:
     import torch
     from transformers import AutoModelForImageTextToText
 
@@ -201,7 +220,7 @@ def _model(name: str, folder: str, dtype: str, device: str | None) -> Any:
         )
     except Exception as e:
         raise UserError(f"the weights of {name} cannot be loaded ({_brief(e)}): download or save them again") from None
-    return model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model.eval().to(device)
 
 
 def quiet_progress() -> None:

@@ -65,6 +65,8 @@ class Plan:
             return cls.from_json(json.loads(Path(path).read_text()))
         except FileNotFoundError:
             raise UserError(f"no plan file at {path}: write one with Plan.save or `vlmfast tune`") from None
+        except RecursionError:
+            raise UserError(f"{path} is nested too deeply: a plan file is what Plan.save writes") from None
         except json.JSONDecodeError as e:
             raise UserError(
                 f"{path} is not JSON ({e.msg}, line {e.lineno}): a plan file is what Plan.save writes"

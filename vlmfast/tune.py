@@ -198,6 +198,7 @@ def tune(
     accuracy, runner, tasks = from_evals("accuracy"), from_evals("runner"), from_evals("tasks")
     page.check_drawing()
     task = tasks.get(task_name)
+    runner.check_draft(draft)
     draft = draft or runner.own_draft(model)
     plans = candidates(names, draft)
     run = loaded or runner.load(model)

@@ -75,7 +75,8 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", 
         return 2 + max((len(line) for cell in cells for line in Text.from_markup(cell).plain.split("\n")), default=0)
 
     widths = [width(column) for column in range(len(heads))]
-    first = min(widths[0], max(18, console.width // 3, console.width - sum(widths[1:])))
+    room = console.width - sum(widths[1:])
+    first = min(widths[0], room if room >= 18 else max(18, console.width // 3))
     parts: list[list[int]] = [[]]
     for column in range(1, len(heads)):
         if parts[-1] and first + sum(widths[c] for c in parts[-1]) + widths[column] > console.width:
@@ -83,7 +84,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", 
         parts[-1].append(column)
     for number, part in enumerate(parts):
         shown = Table(title=title if not number else "", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-        shown.padding, shown.pad_edge = (0, 1), False
+        shown.padding, shown.pad_edge = (0, 1, 0, 0), False
         shown.add_column(heads[0], overflow="fold", max_width=first - 2)
         for column in part:
             shown.add_column(heads[column], justify="right", overflow="fold")

@@ -146,9 +146,10 @@ def show(media: list[Any], results: list[list[dict[str, Any]]]) -> None:
                 f"[{'green' if right else 'red'}]{'✓' if right else '✗'} {console.plain(_short(answer))}[/]"
                 for answer, right in zip(row["answers"], row["right"], strict=True)
             ]
-            m = row["metrics"]
+            m, each = row["metrics"], 4 if sum(len(_short(a)) + 4 for a in row["answers"]) <= 36 else 2
+            below = ["  " + "  ".join(answers[i : i + each]) for i in range(0, len(answers), each)]
             lines.append([
-                f"{console.plain(row['name'])}\n  {'  '.join(answers)}",
+                "\n".join([console.plain(row["name"]), *below]),
                 f"{m['kept_tokens']:,.0f}", f"{m['encode_ms']:.1f}", f"{m['prefill_ms']:.1f}",
                 f"{m['decode_ms_per_token']:.1f}", f"{m['kv_fast_bytes'] / 1e3:,.0f}",
             ])  # fmt: skip

@@ -38,7 +38,7 @@ def stream(
     disk_limit: Annotated[str | None, typer.Option("--disk-limit", help="most bytes in --save")] = None,
     redundancy: Annotated[float, typer.Option("--redundancy", help="cosine distance of tokens to drop; 0: none")] = 0.2,
     sample_fps: Annotated[float, typer.Option("--fps", help="frames taken per second")] = 2.0,
-    size: Annotated[int | None, typer.Option("--size", min=1, help="longer side in pixels")] = None,
+    size: Annotated[int | None, typer.Option("--size", min=1, max=65536, help="longer side in pixels")] = None,
     realtime: Annotated[bool, typer.Option("--realtime", help="play a file at its own speed")] = False,
     prune: options.Prune = None,
     speculate: options.Speculation = None,
