@@ -139,11 +139,15 @@ def measure(shape: Shape, device: str, minutes: float, save: Any, dry: bool) -> 
                     plan = plan_of(name, said.get(base, ()), prompt, shape.vocab, dry)
                     samples = []
                     for k in range(rounds + (not dry)):  # the first is a warm-up
+                        if time.monotonic() > deadline:
+                            raise TimeoutError("out of time")
                         sample, said[name] = ask(model, inputs, plan, new, device)
                         samples += [sample] if k or dry else []
                     done[name] = samples
                     row = _row(name, plan, samples, done.get("plain"), shape, visual, batch, new, machine)
                     record["rows"].append(row)
+                except TimeoutError as e:
+                    record["skipped"].append(f"{where}: {e}")
                 except torch.cuda.OutOfMemoryError:
                     torch.cuda.empty_cache()
                     record["skipped"].append(f"{where}: out of memory")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmfast import files
+from vlmfast.core import UserError
 
 HEAD = ("command", "commit", "versions", "hardware", "config", "seed", "repeats", "rows")
 ROW = ("name", "plan", "params", "metrics", "vs")
@@ -152,7 +153,7 @@ def check(record: dict[str, Any]) -> None:
     if missing:
         raise ValueError(f"the record lacks {', '.join(missing)}")
     if not record["rows"]:
-        raise ValueError("the record has no rows")
+        raise UserError("the record has no rows: nothing was measured in the time given")
 
 
 def write(path: str | Path, record: dict[str, Any], force: bool = False) -> None:

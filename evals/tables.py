@@ -132,26 +132,30 @@ def plans_of(table: Table, draft: str | None) -> dict[str, Plan]:
     return methods.named(names, draft=draft) if isinstance(names, str) else {"plain": Plan()} | names(draft)
 
 
-def run(name: str, table: Table, minutes: float, out: Path, answers: Path, model: str, force: bool) -> dict:
-    """One table within its minutes."""
-    deadline = time.monotonic() + 60 * minutes
+def run(
+    name: str, table: Table, minutes: float, out: Path, answers: Path, model: str, force: bool,
+    clock: Callable[[], float] = time.monotonic,
+) -> dict:  # fmt: skip
+    """One table within its minutes, by `clock`, which is looked at before every batch of answers."""
+    deadline = clock() + 60 * minutes
     loaded, weights = runner.load(model, dtype=table.dtype), runner.fingerprint(model)
     plans = plans_of(table, runner.own_draft(model))
     total, limit = len(tasks.get(table.task).ids), table.first
     while True:
-        start = time.monotonic()
+        start = clock()
         result = accuracy.evaluate(
             table.task, answers / f"{name}.jsonl", out / f"accuracy-{name}.json", plans=plans, model=model,
             limit=min(limit, total), batch=table.batch, loaded=loaded, weights=weights, force=force,
+            stop=lambda: clock() >= deadline,
         )  # fmt: skip
-        spent, force = time.monotonic() - start, False
-        if limit >= total or time.monotonic() + 1.3 * spent > deadline:
+        spent, force = clock() - start, False
+        if limit >= total or clock() + 1.3 * spent > deadline:
             return result
         limit *= 2
 
 
 def main(
-    minutes: Annotated[float, typer.Option(help="time for all tables together")] = 40.0,
+    minutes: Annotated[float, typer.Option(help="time for all tables together", min=0)] = 40.0,
     only: Annotated[str | None, typer.Option(help=f"some of {', '.join(TABLES)}, joined by commas")] = None,
     out: Annotated[Path, typer.Option(help="folder of the summaries")] = Path("evals/results"),
     answers: Annotated[Path, typer.Option(help="folder of the answers")] = Path("runs/tables"),

@@ -26,10 +26,9 @@ from vlmfast.cli.errors import application
 from vlmfast.core import UserError, brief
 from vlmfast.stream.source import write_video
 
-EVALS = ("accuracy", "speed", "gpu", "stream", "tables", "pareto", "speed_decode", "speed_prefill", "decode_luck")
 HUGE = "9" * 400
-NUMBERS = ("x", "", "nan", "-1", "1e400", "0x10", "1,5", "١")
-TEXTS = ("", "\udcff", "\x1b[31mred", "a\nb", "[/bold]", "{}", "name:", "name:field", ":=,=:", "x" * 5000, HUGE, "../..")
+NUMBERS = ("x", "", "nan", "-1", "1e400", "0x10", "1,5", "\u0661")
+TEXTS = ("", "\udcff", "\x1b[31mred", "a\nb", "[/bold]", "{}", "name:", "name:field", ":=,=:", "x" * 5000, HUGE)
 PATHS = ("missing", "folder", "noise.bin", "list.json", "deep.json", "latin.txt", "empty", "null\\0", "x" * 5000)
 WRITTEN = {"out", "summary", "answers", "save"}  # options that name what is written
 NEVER = ("nan", "\udcff", "1e400")  # no option of any type takes these
@@ -109,13 +108,11 @@ GOOD: dict[str, list[str]] = {  # arguments with which a command would do its wo
 }
 
 
-def programs() -> dict[str, typer.Typer]:
-    """Every command's name (`stream*` is the evaluation) and its program."""
-    found = {name: cli.build() for name in cli.COMMANDS if name in GOOD}
-    return found | {
-        name if name != "stream" else "stream*": application(importlib.import_module(f"evals.{name}").main)
-        for name in EVALS
-    }
+def function_of(name: str) -> Any:
+    """A command's function; `stream*` is the evaluation of that name."""
+    if name in cli.COMMANDS:
+        return getattr(importlib.import_module(f"vlmfast.cli.{name}"), name)
+    return importlib.import_module(f"evals.{name.strip('*')}").main
 
 
 @dataclass
@@ -129,10 +126,8 @@ class Asked:
 
 def options_of(name: str) -> list[Asked]:
     """What a command may be given, as its signature says it; switches are left out."""
-    module = importlib.import_module(f"vlmfast.cli.{name}" if name in cli.COMMANDS else f"evals.{name.strip('*')}")
-    function = getattr(module, name) if name in cli.COMMANDS else module.main
     found = []
-    for parameter, hint in typing.get_type_hints(function, include_extras=True).items():
+    for parameter, hint in typing.get_type_hints(function_of(name), include_extras=True).items():
         info = next((x for x in getattr(hint, "__metadata__", ()) if hasattr(x, "param_decls")), None)
         kinds = [k for k in (int, float, Path, str, bool) if str(k.__name__) in str(hint).partition(", <typer")[0]]
         if info is None or bool in kinds:
@@ -152,9 +147,8 @@ def bad_values(option: Asked, command: str) -> tuple[str, ...]:
     return (*PATHS, *TEXTS) if option.kind is Path else (*TEXTS, "missing", "noise.bin", "folder")
 
 
-def invoke(name: str, program: typer.Typer, arguments: list[str]) -> Any:
-    group = hasattr(typer.main.get_command(program), "commands")
-    return CliRunner().invoke(program, [name, *arguments] if group else arguments)
+def invoke(program: typer.Typer, arguments: list[str]) -> Any:
+    return CliRunner().invoke(program, arguments)
 
 
 def replaced(option: Asked, value: str, good: list[str]) -> list[str]:
@@ -192,11 +186,11 @@ def test_bad_values_end_in_one_line(name: str, place: Path, read: bool) -> None:
 
 def walk(name: str, place: Path) -> None:
     """Every bad value of every option, one at a time."""
-    program, before = programs()[name], {p.name for p in place.iterdir()}
+    program, before = application(function_of(name)), {p.name for p in place.iterdir()}
     wrong = {}
     for option in options_of(name):
         for value in bad_values(option, name):
-            result = invoke(name, program, replaced(option, value, GOOD[name]))
+            result = invoke(program, replaced(option, value, GOOD[name]))
             said = fault(result)
             if said is None and result.exit_code == 0 and (value in NEVER or option.name in ("out", "summary")):
                 said = "was accepted"
@@ -208,13 +202,24 @@ def walk(name: str, place: Path) -> None:
         assert {p.name for p in place.iterdir()} <= before | {"new"}, "something was written on the way to an error"
 
 
+def test_no_command_is_left_out() -> None:
+    found = {c.name for c in cli.build().registered_commands}
+    programs = {p.stem for p in Path(importlib.import_module("evals").__file__ or "").parent.glob("*.py")
+                if "application(main)" in p.read_text()}  # fmt: skip
+    assert found <= set(GOOD) and programs - {"readme"} <= {name.strip("*") for name in GOOD}
+    for arguments in (["no-such-command"], ["--no-such-option"], ["ask"]):
+        result = CliRunner().invoke(cli.build(), arguments)
+        assert result.exit_code == 2 and fault(result) is None, result.stderr
+    assert CliRunner().invoke(cli.build(), []).exit_code == 0
+
+
 @pytest.mark.parametrize("name", GOOD)
 def test_typers_own_errors_are_one_line_too(name: str, place: Path) -> None:
-    program = programs()[name]
+    program = application(function_of(name))
     for arguments in (["--no-such-option"], ["a", "b", "c", "d"], ["--out"], ["--model"]):
         if name in ("page", "pareto", "calibrate") and arguments[0] == "a":
             continue  # these take several words
-        result = invoke(name, program, arguments)
+        result = invoke(program, arguments)
         assert result.exit_code == 2 and fault(result) is None, (arguments, result.stderr, result.exception)
 
 

@@ -54,9 +54,7 @@ def accelerate(
 class Accelerated:
     """What `accelerate` returns: owns every hook on the model until `remove()`."""
 
-    def __init__(
-        self, model: nn.Module, plan: Plan, reuse: int | str | None = None, replace: bool = False
-    ) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, reuse: int | str | None = None, replace: bool = False) -> None:
         self.plan = plan
         self.report = Report()
         self.model = unwrap(model)

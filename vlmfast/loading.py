@@ -210,7 +210,6 @@ def _processor(name: str, folder: str) -> Any:
 
 
 def _model(name: str, folder: str, dtype: str, device: str) -> Any:
-    import torch
     from transformers import AutoModelForImageTextToText
 
     quiet_progress()

@@ -53,9 +53,7 @@ def demo(
     write_text(out / "demo.json", json.dumps(data, indent=1) + "\n")
     show(media, results)
     files = ", ".join([*(m.name for m in media), "demo.json"])
-    console.out().print(
-        console.plain(f"\nWhich patches were kept in which frame: {out / 'kept.png'}   (also {files})")
-    )
+    console.out().print(console.plain(f"\nWhich patches were kept in which frame: {out / 'kept.png'}   (also {files})"))
 
 
 FILES = ("moves.mp4", "events.mp4", "picture.png", "kept.png")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,31 +112,47 @@ def device_of(name: str) -> Device:
     return measured("cuda" if cuda else "cpu")
 
 
-def measured(device: str, seconds: float = 1.0) -> Device:
-    """Peak rates of this machine: the best of repeated bf16 matrix products and of copies (read + written)."""
-    import time
+def measured(
+    device: str, seconds: float = 1.0, dtype: str = "bfloat16", clock: Callable[[], float] = time.perf_counter
+) -> Device:
+    """Peak rates of this machine: the best of repeated matrix products in `dtype`, and of copies (read + written).
 
+    Each takes about `seconds` by `clock`: the matrices grow only while the machine is fast enough for larger ones.
+    """
     import torch
 
-    side, size = (8192, 2**30) if device == "cuda" else (2048, 2**27)
-    a, b = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
+    largest, size = (8192, 2**30) if device.startswith("cuda") else (2048, 2**27)
+
+    def once(work: Any) -> float:
+        before = clock()
+        work()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)
+        return clock() - before
 
     def best(work: Any) -> float:
-        times: list[float] = []
-        start = time.perf_counter()
-        while len(times) < 3 or time.perf_counter() - start < seconds:
-            before = time.perf_counter()
-            work()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - before)
+        start = clock()
+        times = [once(work)]
+        while len(times) < 3 or clock() - start < seconds:
+            times.append(once(work))
+            if clock() - start > 2 * seconds:
+                break
         return min(times)
 
-    name = torch.cuda.get_device_name() if device == "cuda" else f"this CPU, {torch.get_num_threads()} threads"
-    flops, rate = 2 * side**3 / best(lambda: a @ b), 2 * size / best(lambda: target.copy_(source))
-    return Device(name, flops, rate, "measured, bf16")
+    side = 128
+    while True:
+        a, b = (torch.randn(side, side, device=device).to(getattr(torch, dtype)) for _ in range(2))
+        product = functools.partial(torch.mm, a, b, out=torch.empty_like(a))
+        once(product)  # the first product of a size is slow
+        if side >= largest or 8 * once(product) > seconds / 4:
+            break
+        side *= 2
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    gpu = device.startswith("cuda")
+    name = torch.cuda.get_device_name(device) if gpu else f"this CPU, {torch.get_num_threads()} threads"
+    flops, rate = 2 * side**3 / best(product), 2 * size / best(lambda: target.copy_(source))
+    return Device(name, flops, rate, f"measured, {dtype}")
 
 
 def parse(tokens: str) -> Request:
