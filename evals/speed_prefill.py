@@ -244,7 +244,7 @@ def combination(
     keys, values = (torch.randn(batch, shape.kv_heads, context, shape.head).to(DTYPE) for _ in range(2))
     entries = {name: prefilled(shape, policy, keys, values) for name, policy in methods(shape, split).items()}
     runs = {name: competitor(shape, model, entry, batch, context) for name, entry in entries.items()}
-    samples = timing.interleaved(runs, rounds)
+    samples = timing.interleaved(runs, rounds, progress=timing.ticker(len(runs) * (rounds + 1)))
     prefill = shape.prefill_flops(context, batch) / machine.flops * 1e3
     weights, whole = 2 * shape.weights, timing.medians(samples["full"])["kv_fast_bytes"]
     rows = []

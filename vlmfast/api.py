@@ -249,7 +249,8 @@ class Accelerated:
 
     def __repr__(self) -> str:
         state = "on" if vars(self.model).get(MARK) is self else "removed"
-        return f"<vlmfast {state}: {type(self.model).__name__} ({self.model.config.model_type}), {self.plan}>"
+        kind = getattr(self.model.config, "model_type", "")
+        return f"<vlmfast {state}: {type(self.model).__name__} ({kind}), {self.plan}>"
 
     def __enter__(self) -> Accelerated:
         return self

@@ -125,7 +125,7 @@ def resolve(plan: Plan | str | Path | dict | None, **stages: Any) -> Plan:
 
 
 def _refuse_method(name: Any, spec: str | None) -> None:
-    """Raise UserError where a method stands in the plan's place: it belongs to a stage. spec: its text, if it is one."""
+    """Raise UserError where a method stands in the plan's place: it belongs to a stage. spec: its text, if any."""
     stages = [stage for stage in STAGES if name in _methods(stage)]
     if stages:
         said = " or ".join(f"{stage}={spec!r}" if spec is not None else f"{stage}=..." for stage in stages)
@@ -142,8 +142,8 @@ def _summary(method: Any) -> str:
             continue
         if isinstance(value, (bool, int, float, str)):
             words.append(f"{f.name}={value}")
-        elif hasattr(type(value), "name"):
-            words.append(f"{f.name}={type(value).name}")
+        elif isinstance(name := getattr(value, "name", None), str):
+            words.append(f"{f.name}={name}")
     return " ".join(words)
 
 

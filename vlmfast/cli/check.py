@@ -104,9 +104,8 @@ def picture(side: int = 448) -> Any:
 def show(record: dict[str, Any]) -> None:
     """The record in plain words."""
     page = console.out()
-    page.print(
-        f"\n[bold]{console.plain(record['model'])} · {record['model_type']} · {record['dtype']} on {record['device']}[/bold]\n"
-    )
+    title = f"{record['model']} · {record['model_type']} · {record['dtype']} on {record['device']}"
+    page.print(f"\n[bold]{console.plain(title)}[/bold]\n")
     laws = {law["name"]: (law["ok"], law["said"]) for law in record["laws"]}
     page.print(
         listing({f"{'[green]holds[/]' if ok else '[red]BROKEN[/]'}  {n}": said for n, (ok, said) in laws.items()})
