@@ -322,9 +322,8 @@ def main(
 ) -> None:
     """The prefill suite by itself, with its share of dynamic heads open to change."""
     records.claim(out, force)
-    result = run(quick, split=split)
-    meta = {k: result.pop(k) for k in ("config", "seed", "repeats", "device", "dtype")}
-    records.write(out, records.head("prefill", **meta) | result, force)
+    head = {k: v for k, v in (result := run(quick, split=split)).items() if k != "rows"}
+    records.write(out, records.head("prefill", **head) | result, force)
 
 
 if __name__ == "__main__":
