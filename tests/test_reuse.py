@@ -12,7 +12,7 @@ from test_laws import logits, run
 import vlmfast
 from vlmfast.decode import PromptLookup, Speculate
 from vlmfast.encode import CDPruner, VidCom2
-from vlmfast.prefill import HybridKV
+from vlmfast.prefill import SnapKV
 
 
 def questions(family: str) -> tuple[dict, dict]:
@@ -74,17 +74,29 @@ def test_other_pixels_are_other_media() -> None:
     assert torch.equal(logits(got), logits(fresh))
 
 
-def test_on_a_compressed_cache_and_with_speculation() -> None:
+def test_a_kv_policy_reuses_features_only_and_answers_as_a_fresh_call() -> None:
     model = tiny.build("qwen2_5_vl")
     first, second = questions("qwen2_5_vl")
-    plan = {"prune": VidCom2(keep=0.7), "kv": HybridKV(keep=0.5, sinks=1, recent=2, chunk=2)}
+    plan = {"prune": VidCom2(keep=0.7), "kv": SnapKV(keep=0.3, sinks=1, recent=2)}
+    with vlmfast.accelerate(model, **plan):
+        fresh = run(model, second)
+    with vlmfast.accelerate(model, **plan, reuse="64MiB") as fast:
+        run(model, first)
+        got = run(model, second)
+        assert any("a KV policy keeps other columns" in n for n in fast.report.notes)
+        assert sum("tower skipped" in n for n in fast.report.notes) == 2
+    torch.testing.assert_close(logits(got), logits(fresh), rtol=1e-5, atol=1e-5)
+
+
+def test_with_speculation_over_a_stored_prefix() -> None:
+    model = tiny.build("qwen2_5_vl")
+    first, second = questions("qwen2_5_vl")
     outs = []
     for speculate in (None, Speculate(draft=PromptLookup())):
-        with vlmfast.accelerate(model, **plan, speculate=speculate, reuse="64MiB") as fast:
+        with vlmfast.accelerate(model, prune=VidCom2(keep=0.7), speculate=speculate, reuse="64MiB") as fast:
             run(model, first)
             outs.append(run(model, second))
             assert any("neither encoded nor prefilled" in n for n in fast.report.notes)
-            assert fast.report.prefill["cached_tokens"] < second["input_ids"].shape[1]
     assert torch.equal(outs[0].sequences, outs[1].sequences)
 
 

@@ -451,6 +451,9 @@ def test_the_model_is_untouched_between_calls(family):
     s.push(video())
     s.ask(Q, max_new_tokens=2, retrieve=Internal(frames=2))
     assert torch.equal(before, model.generate(**inputs, max_new_tokens=4, do_sample=False))
+    extra = {n: set(vars(m)) - attributes[n] for n, m in model.named_modules()}
+    assert set().union(*extra.values()) == {"generate", "forward"}  # which wait for their turn while a stream is open
+    s.close()
     assert {n: set(vars(m)) for n, m in model.named_modules()} == attributes
     assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()] == hooks
     assert model.config.get_text_config()._attn_implementation == "sdpa"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,6 +19,7 @@ from vlmfast.runtime.columns import ColumnHooks
 from vlmfast.runtime.gaze import Gaze
 from vlmfast.runtime.inner import InnerHooks
 from vlmfast.runtime.meter import Meter, cache_counts
+from vlmfast.runtime.model_lock import lock_functions, model_lock, streamed
 from vlmfast.runtime.names import cache_in
 from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.reuse import Reuse
@@ -46,6 +48,11 @@ def accelerate(
     Nothing asked is the identity. Returns a handle: `.report`, `.remove()`, or use it in a `with`.
     Raises Unsupported (a ValueError) for an unknown family, a compiled model, or a second `accelerate`.
     """
+    if streamed(unwrap(model)):
+        raise Unsupported(
+            "an open StreamSession uses this model, and would run through the hooks: give the session plan=..., or "
+            "close it first"
+        )
     return Accelerated(model, resolve(plan, prune=prune, kv=kv, speculate=speculate), reuse)
 
 
@@ -63,6 +70,8 @@ class Accelerated:
         self._reuse = Reuse(self.model, self.family, limit) if limit is not None else None
         self._patch = Patch()
         self._stage: dict[str, dict[str, Any]] = {"prefill": {}, "decode": {}}
+        self._calls = 0  # `generate` calls now running: one, or more inside it
+        self.kv: Any = None
         try:
             self._install()
         except BaseException:
@@ -72,6 +81,10 @@ class Accelerated:
     def _install(self) -> None:
         model, plan, patch = self.model, self.plan, self._patch
         patch.set(model, MARK, self)
+        for name in ("__deepcopy__", "__reduce_ex__"):
+            patch.set(model, name, _refuse_copy)
+        if plan != Plan() or self._reuse is not None:
+            patch.call(lock_functions(model))
         between = hasattr(plan.prune, "cuts")  # acts between layers of the language model; may hold a first pruner
         outer = plan.prune.prune if between else plan.prune
         self.columns = ColumnHooks(model, self.family, outer)
@@ -134,34 +147,69 @@ class Accelerated:
     def _wrap(self, inner: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(inner)
         def generate(*args: Any, **kwargs: Any) -> Any:
-            option = functools.partial(_option, self.model, kwargs)
-            why = needs(option, cache_in(kwargs))
-            self._refuse(option, why)
-            rewritten = why is not None and self.columns.active
-            if self._reuse is not None:
-                self._reuse.find(kwargs, self.columns.pruner, features_only=rewritten)
-            cache = cache_in(kwargs)
-            past = int(cache.get_seq_length()) if cache is not None else 0
-            self.columns.reset()
-            for stage in self._stage.values():
-                stage.clear()
-            self.meter.reset()
-            ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-            self._speculate(args, kwargs, why if rewritten else None)
-            try:
-                if rewritten:
-                    out = self.rewrite.run(inner, args, kwargs, option, str(why))
-                else:
-                    out = inner(*args, **kwargs)
-                if self._reuse is not None:
-                    self._reuse.store(self.columns.cache)
-                    self.columns.notes += self._reuse.hits
-                self._fill(ids, out, past)
-            finally:
-                self.columns.cache = None
-            return out
+            with ExitStack() as held:
+                held.enter_context(model_lock(self.model))
+                if vars(self.model).get(MARK) is not self:  # removed while this thread waited for its turn
+                    return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+                if self.draft is not None:
+                    held.enter_context(model_lock(self.draft.model))
+                held.enter_context(self._call())
+                return self._generate(inner, args, kwargs)
 
         return generate
+
+    @contextmanager
+    def _call(self) -> Iterator[None]:
+        """Around one call: its own state, also for a call made by a streamer or processor of another one."""
+        held = [self.columns, self.meter, self.columns.gaze, self._reuse]
+        before = [
+            (owner, {name: getattr(owner, name) for name in owner.per_call})
+            for owner in held
+            if owner is not None and self._calls
+        ]
+        stages = {name: dict(stage) for name, stage in self._stage.items()}
+        self._calls += 1
+        try:
+            yield
+        except BaseException:
+            if self.kv is not None:  # torch calls no hook after a KeyboardInterrupt
+                self.kv.abandon()
+            raise
+        finally:
+            self._calls -= 1
+            self.columns.cache, self.columns.in_call = None, False
+            for owner, state in before:
+                vars(owner).update(state)
+            if before:
+                for name, stage in self._stage.items():
+                    stage.clear()
+                    stage.update(stages[name])
+
+    def _generate(self, inner: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        asked = functools.partial(option, self.model, kwargs)
+        why = needs(asked, cache_in(kwargs))
+        self._refuse(asked, why)
+        rewritten = why is not None and self.columns.active
+        if self._reuse is not None:
+            self._reuse.find(kwargs, asked, self.columns.pruner, self.plan.kv)
+        cache = cache_in(kwargs)
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        self.columns.reset()
+        self.columns.in_call = True
+        for stage in self._stage.values():
+            stage.clear()
+        self.meter.reset()
+        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        self._speculate(args, kwargs, why if rewritten else None)
+        if rewritten:
+            out = self.rewrite.run(inner, args, kwargs, asked, str(why))
+        else:
+            out = inner(*args, **kwargs)
+        if self._reuse is not None:
+            self._reuse.store(self.columns.cache)
+            self.columns.notes += self._reuse.hits
+        self._fill(ids, out, past)
+        return out
 
     def _speculate(self, args: tuple, kwargs: dict[str, Any], why: str | None) -> None:
         """Put our loop into the arguments of `generate`, unless the call cannot be drafted and the plan allows it.
@@ -252,7 +300,14 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def _option(model: nn.Module, kwargs: dict, name: str) -> Any:
+def _refuse_copy(*_: Any) -> Any:
+    raise Unsupported(
+        "this model is accelerated, and its hooks would follow a copy back to the original: call .remove() on the "
+        "handle, copy or save the model (save_pretrained works as it is), then accelerate each"
+    )
+
+
+def option(model: nn.Module, kwargs: dict, name: str) -> Any:
     """A generation option as generate() would resolve it."""
     if kwargs.get(name) is not None:
         return kwargs[name]

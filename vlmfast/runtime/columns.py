@@ -21,6 +21,7 @@ from vlmfast.core import Kind, TokenPruner, Unsupported
 from vlmfast.families import Family, Item
 from vlmfast.families.base import feature_list
 from vlmfast.runtime.clock import clock
+from vlmfast.runtime.model_lock import model_lock
 from vlmfast.runtime.names import cache_in, put_cache
 from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.reuse import Reuse
@@ -31,6 +32,9 @@ from vlmfast.runtime.tower_attention import TowerAttention
 
 class ColumnHooks:
     """Installs the three taps. `pruner` None = observe only (column kinds for KV policies and speculation)."""
+
+    per_call = ("media", "kind", "stats", "notes", "seen", "tower_kept", "kept", "cache", "in_call", "entered",
+                "has_media")  # fmt: skip
 
     def __init__(self, model: nn.Module, family: Family, pruner: TokenPruner | None) -> None:
         self.model, self.family, self.pruner = model, family, pruner
@@ -48,13 +52,14 @@ class ColumnHooks:
 
     def reset(self) -> None:
         """Forget the last request."""
-        self.media, self.seen, self.tower_kept = {}, {}, None
+        self.media, self.seen, self.tower_kept, self.kind = {}, {}, None, None
         if self.gaze is not None:
             self.gaze.reset()
         self.kept: dict[str, list[Tensor]] = {}  # kept indices of every item, in the order of `media`; {} = all
         self.stats = {"visual_tokens": 0, "kept_tokens": 0, "encode_ms": 0.0, "select_ms": 0.0, "prefills": 0}
         self.notes = []
-        self.cache: Any = None
+        self.cache: Any = None  # of the running `generate` call
+        self.in_call = False  # is one running?
         self.entered: Columns | None = None  # the columns of the forward now running, when it brings new media
         self.has_media = False
 
@@ -92,6 +97,10 @@ class ColumnHooks:
 
         @functools.wraps(inner)
         def tapped(*args: Any, **kwargs: Any) -> Any:
+            with model_lock(self.model):
+                return tap(*args, **kwargs)
+
+        def tap(*args: Any, **kwargs: Any) -> Any:
             if self.kind is not None:  # Qwen3-VL encodes video by calling the image function
                 return inner(*args, **kwargs)
             bound = signature.bind(*args, **kwargs).arguments
@@ -111,7 +120,7 @@ class ColumnHooks:
         key, found = "", None
         reuse = self.reuse if self.attention is None else None  # tower attention exists only while the tower runs
         if reuse is not None:
-            key, found = reuse.features(kind, call)
+            key, found = reuse.features(kind, call | {"pruner": repr(self.pruner)})
         if found is not None:
             if found[1] is not None:
                 self.tower_kept = (self.tower_kept or {}) | {kind: found[1]}
@@ -154,7 +163,7 @@ class ColumnHooks:
         past = cache.get_seq_length() if cache is not None else 0
         seen, self.seen = self.seen, {}
         has_media = any(bool(m.any()) for m in seen.values())
-        self.cache = cache if cache is not None else self.cache
+        self._note_cache(cache)
         self.entered, self.has_media = None, has_media
         if past and not has_media:  # decode, verification, or a turn without new media
             if columns is not None and columns.padded:
@@ -213,7 +222,7 @@ class ColumnHooks:
             if rows is not None:
                 count_skipped(cache, q - rows_width(rows), len(self.family.layers(self.model)))
             cache.vlmfast_columns = state
-            self.cache = cache
+            self._note_cache(cache)
         if rows is not None or (columns is not None and columns.padded):
             mask = entry_mask(state)
             if mask is None and cache_in(kw) is None:  # gaps in positions would read as packing
@@ -238,6 +247,11 @@ class ColumnHooks:
         rows = [k.nonzero()[:, 0] for k in keep]
         self.stats["select_ms"] += (clock(self.model) - start) * 1e3
         return None if kept_total == total else rows
+
+    def _note_cache(self, cache: Any) -> None:
+        """Remember the cache of the call: the first one, since streamers and processors may bring others meanwhile."""
+        if self.in_call and self.cache is None:
+            self.cache = cache
 
     def _bypass(self, seen: dict[str, Tensor]) -> None:
         total = sum(int(m.sum()) for m in seen.values())

@@ -25,6 +25,7 @@ from vlmfast.core import CompressedLayer, Kind, LayerView, Policy, Rotation, Sta
 from vlmfast.families.base import attentions, queries
 from vlmfast.runtime.attention import AttentionSwitch
 from vlmfast.runtime.clock import clock
+from vlmfast.runtime.cuts import prunable
 from vlmfast.runtime.names import QuantizedLayerBase, cache_in, put_cache
 from vlmfast.runtime.patch import Patch
 
@@ -40,6 +41,7 @@ class KVHooks:
         self, text_model: nn.Module, text_config: Any, policy: Policy, report_sink: Callable[[dict], None]
     ) -> None:
         self.text_model, self.config, self.policy, self.sink = text_model, text_config, policy, report_sink
+        self.switch = AttentionSwitch(text_model, text_config)
         self._reset()
 
     def _reset(self) -> None:
@@ -58,9 +60,14 @@ class KVHooks:
         patch.call(self._reset)
         for attention in attentions(text):
             patch.hook(attention.register_forward_hook(self._after_attention, with_kwargs=True))
-        AttentionSwitch(text, self.config).install(patch)
+        self.switch.install(patch)
         patch.hook(text.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True))
         patch.hook(text.register_forward_hook(self._leave, with_kwargs=True, always_call=True))
+
+    def abandon(self) -> None:
+        """Forget a forward that was interrupted."""
+        self._reset()
+        self.switch.restore()
 
     # -- around the text model -------------------------------------------------------------------------------------
 
@@ -135,11 +142,13 @@ class KVHooks:
             if self.compressed == 0:
                 for i, original in self.originals.items():
                     ours = self.cache.layers[i]
+                    self.cache.layers[i] = original
+                    if ours.skipped:  # a pruner dropped columns on the way in: the layer must count them
+                        if not hasattr(original, "skip"):
+                            original = prunable(self.cache, i, len(self.cache.layers))
+                        original.skip(ours.skipped)
                     if ours.keys is not None:
                         original.update(ours.keys, ours.values)
-                    if ours.skipped:
-                        original.skip(ours.skipped)
-                    self.cache.layers[i] = original
                 if output is not None:
                     self.notes.append("kv: the context fits the budget, bypassed")
             if output is not None:

@@ -15,6 +15,8 @@ from vlmfast.runtime.patch import Patch
 class Meter:
     """Hooks on the text model: the first forward is the prefill, everything after it is decode."""
 
+    per_call = ("prefill_ms", "first", "start", "_entered")
+
     def __init__(self, model: nn.Module, family: Family) -> None:
         self.model, self.family = model, family
         self.start = 0.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.core import UserError
-from vlmfast.runtime.late_rope import lock
+from vlmfast.runtime.model_lock import model_lock
 from vlmfast.runtime.video import Eyes
 from vlmfast.stream.encode import Clip, Encoder
 from vlmfast.stream.feed import Queue, Timed, as_frames, as_times
@@ -39,7 +38,7 @@ class Intake:
         self.counts: dict[str, Any] = {"frames": 0, "questions": 0, "encode_s": 0.0}
         self._accepted: float | None = None  # seconds of the newest frame accepted, encoded or not
         self._disk_error: StoreError | None = None
-        self._lock = threading.RLock()
+        self._lock = model_lock(self.model)  # one for all: a model serves one call at a time
         self._watcher: Watcher | None = None
         self._closed = False
 
@@ -143,7 +142,7 @@ class Intake:
         embedded: Tensor | None = None
         if isinstance(self.retriever, External) and self.retriever.frames_to is not None:
             embedded = self.retriever.frames_to(clip.frames[::size])
-        with lock(self.model):
+        with self._lock:
             for n, (block, payload) in enumerate(self.encoder.encode(clip)):
                 payload.embedding = None if embedded is None else embedded[n]
                 self.store.add(block, payload)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -20,15 +21,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlmfast.api import MARK, accelerate, unwrap
+from vlmfast.api import MARK, Accelerated, unwrap
 from vlmfast.core import Unsupported, UserError
 from vlmfast.plan import Plan, resolve
-from vlmfast.runtime.late_rope import check, lock
+from vlmfast.runtime.late_rope import check
+from vlmfast.runtime.model_lock import lock_functions
 from vlmfast.runtime.stream_kv import WorkingSet
 from vlmfast.runtime.video import Eyes
 from vlmfast.stream import saving
 from vlmfast.stream.blocks import Block
 from vlmfast.stream.encode import Encoder
+from vlmfast.stream.generate_options import check_options
 from vlmfast.stream.intake import Intake
 from vlmfast.stream.recall import Context, Recall, cache_bytes, reading
 from vlmfast.stream.retrieve import Internal, Retriever, in_time, intervals, parse
@@ -127,6 +130,8 @@ class StreamSession(Intake):
         self.turns: list[tuple[str, str]] = []
         self.lost_seconds = 0.0
         self.working_peak = 0
+        self._unlock = lock_functions(self.model, stream=True)  # `generate` beside a stream waits for its turn
+        weakref.finalize(self, self._unlock)
 
     # -- questions -----------------------------------------------------------------------------------------------------
 
@@ -146,8 +151,9 @@ class StreamSession(Intake):
 
         The conversation so far is part of the prompt (`new_conversation()` ends it). The stream is not touched.
         """
+        options = check_options(self.model, {"max_new_tokens": max_new_tokens, **generate})
         clock = time.perf_counter()
-        with self._lock, lock(self.model):
+        with self._lock:
             context = self.context(question, at, between, retrieve)
             built = time.perf_counter()
             kv = None if self.plan.kv is None else WorkingSet(self.eyes.text, self.plan.kv)
@@ -161,7 +167,7 @@ class StreamSession(Intake):
                 inputs = self.recall.inputs(context)
                 prefilled = time.perf_counter()
                 with nullcontext() if kv is None else kv.reading(), self._speculating() as spoken:
-                    out = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **generate)  # type: ignore[operator]
+                    out = self.model.generate(**inputs, **options)  # type: ignore[operator]
             new = out[0, inputs["input_ids"].shape[1] :]
             text = self.eyes.tokenizer.decode(new, skip_special_tokens=True).strip()
             self.turns.append((question, text))
@@ -188,7 +194,7 @@ class StreamSession(Intake):
         if not question.strip():
             raise UserError("the question is empty")
         with self._lock:
-            self._drain()
+            self._drain(len(self.queue))  # not what comes meanwhile: a fast source would never let an answer begin
             if not self.encoder.state.blocks and self.pending:
                 self._encode(pad=True)
             retriever = self.retriever if retrieve == "session" else parse(retrieve)
@@ -229,7 +235,7 @@ class StreamSession(Intake):
         if self.plan.speculate is None:
             yield told
             return
-        with accelerate(self.model, speculate=self.plan.speculate) as fast:
+        with Accelerated(self.model, Plan(speculate=self.plan.speculate)) as fast:
             yield told
             told |= {k: v for k, v in fast.report.decode.items() if k != "tokens"}
 
@@ -299,6 +305,7 @@ class StreamSession(Intake):
                         self.notes.append(f"the window was not saved: {e}")
         finally:
             self._closed = True
+            self._unlock()
             self.store.close()
 
     def __enter__(self) -> StreamSession:

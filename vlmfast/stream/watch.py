@@ -67,6 +67,7 @@ class Watcher:
                     return
                 session.queue.wait(0.05)
                 session.drain(64)
+                self._stop.wait(0.001)  # lets a question, or another call of the model, have its turn
                 if session.store.disk is not None and session._accepted is not None:
                     session.store.disk.beat(session._accepted)
         except BaseException as e:
