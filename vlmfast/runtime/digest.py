@@ -58,7 +58,7 @@ def model_digest(model: nn.Module) -> str:
         h.update(repr(_mixed(torch.cat(parts)).tolist()).encode())
     for name, module in model.named_modules():
         h.update(f"{name}{_state(module)}".encode())
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "to_json_string"):
         h.update(f"{config.to_json_string(use_diff=False)}{config._attn_implementation}".encode())
     return h.hexdigest()
