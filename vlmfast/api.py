@@ -174,7 +174,7 @@ class Accelerated:
         from vlmfast.decode import loop
 
         try:
-            loop.check(self.model, plan, args, kwargs)
+            loop.check(self.model, plan, args, kwargs, self.plan.kv)
             if why is not None:
                 raise Unsupported(f"{why} with prune= is decoded by transformers' own loop: drop {why} or speculate=")
         except Unsupported as e:

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
+from vlmfast.runtime.rewind import fixed_rotation
+
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "rotary_emb"}
 MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
@@ -29,7 +31,7 @@ def why_not(text: Any, head: nn.Module, cache: Any) -> str | None:
         return "the model is in training mode"
     if config._attn_implementation not in ("sdpa", "eager"):
         return f"attention {config._attn_implementation!r} is not torch's own"
-    if (getattr(text.rotary_emb, "rope_type", None) or "default") not in ("default", "linear", "llama3", "yarn"):
+    if not fixed_rotation(text):
         return "the rotation depends on the sequence length"
     if type(head) is not nn.Linear or _foreign(head) or _foreign(text.rotary_emb) or _foreign(text.norm):
         return "the output head, norm or rotation is wrapped or hooked"

@@ -1,0 +1,133 @@
+"""What transformers' own tests and calls expect of a model holds on an accelerated one, or is refused in one line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from transformers import DynamicCache
+
+import vlmfast
+from vlmfast.core import Unsupported
+from vlmfast.decode import Lossless, ModelDraft, PromptLookup, SelfDraft, Speculate
+from vlmfast.encode import Uniform
+from vlmfast.prefill import LazyEviction, SnapKV
+from vlmfast.runtime.lean import Lean
+
+FAMILY = "qwen2_5_vl"
+SNAP = SnapKV(budget=20, sinks=2, recent=4, queries=4)
+LOOKUP = Speculate(PromptLookup(), Lossless(), otherwise="plain")
+
+
+def answer(model: Any, batch: dict[str, Any], n: int = 8, **kwargs: Any) -> Any:
+    return model.generate(**batch, max_new_tokens=n, do_sample=False, **kwargs)
+
+
+def mistral(window: int) -> Any:
+    """LLaVA over a text model whose layers all slide."""
+    return tiny.build("llava", model_type="mistral", sliding_window=window)
+
+
+# -- what cannot give tokens back --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", ["safe", "balanced", "fast"])
+@pytest.mark.parametrize("window", [16, 4096])
+def test_presets_serve_sliding_windows(window: int, plan: str) -> None:
+    model, batch = mistral(window), tiny.inputs("llava")
+    expected = answer(model, batch)
+    with vlmfast.accelerate(model, plan) as fast:
+        assert torch.equal(answer(model, batch), expected)
+        noted = any("DynamicSlidingWindowLayer of 16 columns" in note for note in fast.report.notes)
+        assert noted == (window == 16) and ("verify_rounds" in fast.report.decode) == (window == 4096)
+    strict, says = mistral(16), pytest.raises(Unsupported, match="forgets what 50 columns")
+    with vlmfast.accelerate(strict, speculate=Speculate(PromptLookup())), says:
+        answer(strict, batch)
+
+
+@pytest.mark.parametrize("refused", [True, False])
+def test_tokens_are_taken_back_inside_a_window(refused: bool) -> None:
+    """A draft that is always wrong, and one that is always right, over layers that may slide but do not yet."""
+    model, batch = mistral(4096), tiny.inputs("llava")
+    other = tiny.build("llava", 1 if refused else 0, model_type="mistral", sliding_window=4096)
+    expected = answer(model, batch, 24)
+    with vlmfast.accelerate(model, speculate=Speculate(ModelDraft(other, None), Lossless(), length=4)) as fast:
+        assert torch.equal(answer(model, batch, 24), expected)
+        assert (fast.report.decode["accepted_length"] < 1) == refused
+
+
+def rope(kind: str) -> dict[str, Any]:
+    """A text model of 48 columns whose rotation is scaled beyond them."""
+    scaled: dict[str, Any] = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
+    if kind == "longrope":
+        scaled |= {"short_factor": [1.0] * 8, "long_factor": [2.0 + i for i in range(8)]}
+        scaled["original_max_position_embeddings"] = 48
+    return {"rope_parameters": scaled, "max_position_embeddings": 48 if kind == "dynamic" else 192}
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotations_that_depend_on_the_length_are_not_drafted_beyond_it(kind: str) -> None:
+    model, batch = tiny.build("llava", **rope(kind)), tiny.inputs("llava", text=1)
+    crossing = tiny.inputs("llava", text=20)
+    expected, longer = answer(model, batch, 4), answer(model, crossing, 24)
+    drafted = Speculate(PromptLookup(), Lossless(), most=4, otherwise="plain")
+    with vlmfast.accelerate(model, speculate=drafted) as fast:
+        assert torch.equal(answer(model, crossing, 24), longer)
+        assert any(f"the {kind} rotation depends on the length" in note for note in fast.report.notes)
+        assert torch.equal(answer(model, batch, 4), expected) and "verify_rounds" in fast.report.decode
+    with vlmfast.accelerate(model, speculate=Speculate()):  # one token at a time is as transformers goes
+        assert torch.equal(answer(model, crossing, 24), longer)
+    model = tiny.build(FAMILY, rope_parameters={"rope_type": "dynamic", "factor": 4.0, "mrope_section": [2, 3, 3]})
+    with vlmfast.accelerate(model, speculate=Speculate(PromptLookup())), pytest.raises(Unsupported, match="dynamic"):
+        answer(model, tiny.inputs(FAMILY))  # positions of three axes may run ahead of the columns
+
+
+def test_whatever_cannot_go_back_is_known_before_anything_runs() -> None:
+    model, batch = tiny.build("llava"), tiny.inputs("llava", text=30)
+    sliding = tiny.build("llava", model_type="mistral", sliding_window=16)
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"speculate": Speculate(PromptLookup(), otherwise="plain"), "kv": LazyEviction(budget=40)}, "LaggedLayer"),
+        ({"speculate": Speculate(ModelDraft(sliding, None), otherwise="plain")}, "the draft: a DynamicSliding"),
+    ]
+    for plan, says in cases:
+        with vlmfast.accelerate(model, **{k: v for k, v in plan.items() if k == "kv"}):
+            expected = answer(model, batch)
+        with vlmfast.accelerate(model, **plan) as fast:
+            assert torch.equal(answer(model, batch), expected)
+            assert any(says in note for note in fast.report.notes), fast.report.notes
+    model, draft = mistral(4096), SelfDraft(Uniform(keep=0.5))
+    expected = answer(model, batch)
+    with vlmfast.accelerate(model, speculate=Speculate(draft, otherwise="plain")) as fast:
+        assert torch.equal(answer(model, batch), expected)
+        assert any("cannot hold pruned columns" in note for note in fast.report.notes)
+
+
+# -- interrupts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["lean", "module"])
+@pytest.mark.parametrize("at", [1, 3])
+def test_an_interrupt_in_a_step_stays_an_interrupt(engine: str, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = "llava" if engine == "lean" else "qwen3_vl_moe"
+    model, batch = tiny.build(family), tiny.inputs(family)
+    expected, cache = answer(model, batch), DynamicCache(config=model.config.get_text_config())
+    mlp, calls = model.model.language_model.layers[2].mlp, 0
+
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == (9 * at - 4 if engine == "lean" else 1 + at):  # in the third layer of step number `at`
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    with vlmfast.accelerate(model, speculate=Speculate(PromptLookup())):
+        answer(model, batch, 2)  # the engines are compared once per model
+        original = Lean._norm if engine == "lean" else mlp.forward
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(*((Lean, "_norm") if engine == "lean" else (mlp, "forward")), stop)
+            answer(model, batch, past_key_values=cache)
+        held = {layer.get_seq_length() for layer in cache.layers}
+        assert len(held) == 1 and held.pop() >= batch["input_ids"].shape[1]
+        assert torch.equal(answer(model, batch), expected)
