@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -12,8 +13,8 @@ from transformers import DynamicCache
 import vlmfast
 from vlmfast.core import Unsupported
 from vlmfast.decode import Lossless, ModelDraft, PromptLookup, SelfDraft, Speculate
-from vlmfast.encode import Uniform
-from vlmfast.prefill import LazyEviction, SnapKV
+from vlmfast.encode import PyramidDrop, Uniform, VidCom2
+from vlmfast.prefill import Full, LazyEviction, SnapKV
 from vlmfast.runtime.lean import Lean
 
 FAMILY = "qwen2_5_vl"
@@ -102,6 +103,69 @@ def test_whatever_cannot_go_back_is_known_before_anything_runs() -> None:
     with vlmfast.accelerate(model, speculate=Speculate(draft, otherwise="plain")) as fast:
         assert torch.equal(answer(model, batch), expected)
         assert any("cannot hold pruned columns" in note for note in fast.report.notes)
+
+
+# -- caches that outlive the acceleration -------------------------------------------------------------------------------
+
+
+def turn(model: Any, ids: torch.Tensor, n: int, cache: Any, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits of the last n ids over a copy of the cache."""
+    with torch.no_grad():
+        return model(input_ids=ids[:, -n:], attention_mask=mask, past_key_values=copy.deepcopy(cache)).logits
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize(
+    "plan", [{"kv": SNAP}, {"kv": Full()}, {"prune": PyramidDrop()}], ids=["kv", "full", "between"]
+)
+def test_a_cache_that_only_hooks_can_read_is_refused_without_them(plan: dict[str, Any], n: int) -> None:
+    model, batch = tiny.build(FAMILY), tiny.inputs(FAMILY, text=40)
+    fast = vlmfast.accelerate(model, **plan)
+    out = answer(model, batch, return_dict_in_generate=True)
+    ids = torch.cat([out.sequences, torch.randint(tiny.FIRST_TEXT, tiny.VOCAB, (1, n - 1))], 1)
+    expected = turn(model, ids, n, out.past_key_values)
+    fast.remove()
+    with pytest.raises(Unsupported, match="accelerate the model with the same plan again"):
+        turn(model, ids, n, out.past_key_values)
+    with vlmfast.accelerate(model), pytest.raises(Unsupported, match="compressed or pruned"):
+        turn(model, ids, n, out.past_key_values)  # the identity has no hooks for it either
+    with vlmfast.accelerate(model, **plan):
+        assert torch.equal(turn(model, ids, n, out.past_key_values), expected)
+
+
+def test_a_compressed_prefill_is_refused_at_once() -> None:
+    model, batch = tiny.build(FAMILY), tiny.inputs(FAMILY, text=40)
+    with vlmfast.accelerate(model, kv=SNAP), torch.no_grad():
+        cache = model(**batch, use_cache=True).past_key_values
+    with pytest.raises(Unsupported, match="hooks are gone"):
+        turn(model, batch["input_ids"], 1, cache)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("way", [{}, {"prefill_chunk_size": 8}], ids=["hooks", "rewritten"])
+def test_pruned_caches_on_a_plain_model_are_right_or_refused(n: int, way: dict[str, Any]) -> None:
+    model = tiny.build("llava")
+    alike = tiny.inputs("llava", batch=2, text=[20, 9])
+    ragged = tiny.inputs("llava", media=[("image",), ("image", "image")], text=[20, 9])
+    for batch in (alike, ragged):
+        fast = vlmfast.accelerate(model, prune=VidCom2(keep=0.5))
+        out = answer(model, batch, return_dict_in_generate=True, **way)
+        ids = torch.cat([out.sequences, torch.randint(tiny.FIRST_TEXT, tiny.VOCAB, (2, n - 1))], 1)
+        old = batch["attention_mask"]
+        mask = torch.cat([old, old.new_ones(2, ids.shape[1] - old.shape[1])], 1)
+        expected = turn(model, ids, n, out.past_key_values, mask)
+        fast.remove()
+        try:
+            got = turn(model, ids, n, out.past_key_values, mask)
+        except Unsupported as e:
+            assert "hooks are gone" in str(e)
+        else:
+            torch.testing.assert_close(got, expected)
+    single = tiny.inputs("llava")
+    with vlmfast.accelerate(model, prune=VidCom2(keep=0.5)):
+        out = answer(model, single, return_dict_in_generate=True, **way)
+        expected = turn(model, out.sequences, n, out.past_key_values)
+    torch.testing.assert_close(turn(model, out.sequences, n, out.past_key_values), expected)
 
 
 # -- interrupts --------------------------------------------------------------------------------------------------------

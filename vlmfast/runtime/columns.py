@@ -158,6 +158,7 @@ class ColumnHooks:
         self.entered, self.has_media = None, has_media
         if past and not has_media:  # decode, verification, or a turn without new media
             if columns is not None and columns.padded:
+                columns.announce(cache)
                 kwargs["attention_mask"] = columns.mask(kwargs.get("attention_mask"), past + embeds.shape[1])
             return args, kwargs
         self.stats["prefills"] += 1
@@ -213,6 +214,7 @@ class ColumnHooks:
             if rows is not None:
                 count_skipped(cache, q - rows_width(rows), len(self.family.layers(self.model)))
             cache.vlmfast_columns = state
+            state.announce(cache)
             self.cache = cache
         if rows is not None or (columns is not None and columns.padded):
             mask = entry_mask(state)

@@ -110,6 +110,7 @@ class KVHooks:
             )
         for i in self.originals:
             layers[i] = self.policy.cache_layer()
+            layers[i].announce(begun=False)
         if alone:
             kind = type(layers[alone[0]]).__name__
             self.notes.append(
