@@ -105,7 +105,7 @@ def test_whatever_cannot_go_back_is_known_before_anything_runs() -> None:
         assert any("cannot hold pruned columns" in note for note in fast.report.notes)
 
 
-# -- caches that outlive the acceleration -------------------------------------------------------------------------------
+# -- caches that outlive the acceleration ------------------------------------------------------------------------------
 
 
 def turn(model: Any, ids: torch.Tensor, n: int, cache: Any, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -145,7 +145,7 @@ def test_a_compressed_prefill_is_refused_at_once() -> None:
 @pytest.mark.parametrize("way", [{}, {"prefill_chunk_size": 8}], ids=["hooks", "rewritten"])
 def test_pruned_caches_on_a_plain_model_are_right_or_refused(n: int, way: dict[str, Any]) -> None:
     model = tiny.build("llava")
-    alike = tiny.inputs("llava", batch=2, text=[20, 9])
+    alike = tiny.inputs("llava", batch=2, text=[9, 9])
     ragged = tiny.inputs("llava", media=[("image",), ("image", "image")], text=[20, 9])
     for batch in (alike, ragged):
         fast = vlmfast.accelerate(model, prune=VidCom2(keep=0.5))
@@ -155,17 +155,71 @@ def test_pruned_caches_on_a_plain_model_are_right_or_refused(n: int, way: dict[s
         mask = torch.cat([old, old.new_ones(2, ids.shape[1] - old.shape[1])], 1)
         expected = turn(model, ids, n, out.past_key_values, mask)
         fast.remove()
-        try:
-            got = turn(model, ids, n, out.past_key_values, mask)
-        except Unsupported as e:
-            assert "hooks are gone" in str(e)
+        if batch is ragged:
+            with pytest.raises(Unsupported, match="hooks are gone"):
+                turn(model, ids, n, out.past_key_values, mask)
         else:
-            torch.testing.assert_close(got, expected)
+            torch.testing.assert_close(turn(model, ids, n, out.past_key_values, mask), expected)
     single = tiny.inputs("llava")
     with vlmfast.accelerate(model, prune=VidCom2(keep=0.5)):
         out = answer(model, single, return_dict_in_generate=True, **way)
         expected = turn(model, out.sequences, n, out.past_key_values)
     torch.testing.assert_close(turn(model, out.sequences, n, out.past_key_values), expected)
+
+
+# -- kv policies in the ways people call generate ----------------------------------------------------------------------
+
+
+ASKED: list[tuple[dict[str, Any], str]] = [
+    ({"num_beams": 2}, "num_beams=2 with kv="),
+    ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens with kv=: transformers feeds its first draft"),
+    ({"output_attentions": True}, "makes no weights to return"),
+    ({"cache_implementation": "static"}, "cache_implementation='static'"),
+]
+
+
+@pytest.mark.parametrize(("options", "says"), ASKED, ids=[next(iter(o)) for o, _ in ASKED])
+def test_what_a_compressed_cache_cannot_give_is_refused_and_a_budget_that_suffices_is_plain(
+    options: dict[str, Any], says: str
+) -> None:
+    model, batch = tiny.build(FAMILY), tiny.inputs(FAMILY, text=40)
+    model.set_attn_implementation("eager")
+    expected = answer(model, batch, return_dict_in_generate=True, **options)
+    with vlmfast.accelerate(model, kv=SNAP), pytest.raises(Unsupported, match=says):
+        answer(model, batch, **options)
+    for policy in (SnapKV(keep=1.0), SnapKV(budget=400)):
+        with vlmfast.accelerate(model, kv=policy) as fast:
+            got = answer(model, batch, return_dict_in_generate=True, **options)
+            assert torch.equal(got.sequences, expected.sequences)
+            assert any("fits the budget" in note for note in fast.report.notes)
+            if "output_attentions" in options:
+                shapes = [[a.shape for a in step] for step in got.attentions]
+                assert shapes == [[a.shape for a in step] for step in expected.attentions]
+
+
+def test_assistants_with_kv() -> None:
+    model, batch = tiny.build(FAMILY), tiny.inputs(FAMILY, text=40)
+    columns, expected = batch["input_ids"].shape[1], answer(model, batch)
+    with vlmfast.accelerate(model, kv=SnapKV(budget=columns)):  # the prompt fits, with a draft it would not
+        assert torch.equal(answer(model, batch), expected)
+        with pytest.raises(Unsupported, match="assistant_model with kv="):
+            answer(model, batch, assistant_model=tiny.build(FAMILY))
+    with vlmfast.accelerate(model, kv=SNAP):  # nor on the cache of the turn before
+        out = answer(model, batch, return_dict_in_generate=True)
+        ids = torch.cat([out.sequences, torch.full((1, 3), 9)], 1)
+        more = {"input_ids": ids, "past_key_values": out.past_key_values}
+        with pytest.raises(Unsupported, match="prompt_lookup_num_tokens with kv="):
+            answer(model, more, prompt_lookup_num_tokens=3)
+        with pytest.raises(Unsupported, match="makes no weights"):
+            model(input_ids=ids[:, -4:], past_key_values=out.past_key_values, output_attentions=True)
+
+
+def test_all_sliding_and_right_padded_prompts_pass_where_nothing_is_compressed() -> None:
+    for model, batch in ((mistral(16), tiny.inputs("llava")), (tiny.build("llava"), tiny.inputs("llava", batch=2))):
+        batch["attention_mask"] = batch["attention_mask"].flip(1)
+        expected = answer(model, batch)
+        with vlmfast.accelerate(model, kv=SnapKV(keep=1.0)):
+            assert torch.equal(answer(model, batch), expected)
 
 
 # -- interrupts --------------------------------------------------------------------------------------------------------

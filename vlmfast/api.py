@@ -136,7 +136,7 @@ class Accelerated:
         def generate(*args: Any, **kwargs: Any) -> Any:
             option = functools.partial(_option, self.model, kwargs)
             why = needs(option, cache_in(kwargs))
-            self._refuse(option, why)
+            self._refuse(option, why, args, kwargs)
             rewritten = why is not None and self.columns.active
             if self._reuse is not None:
                 self._reuse.find(kwargs, self.columns.pruner, features_only=rewritten)
@@ -192,16 +192,19 @@ class Accelerated:
             sink=self._stage["decode"].update,
         )
 
-    def _refuse(self, option: Callable[[str], Any], why: str | None) -> None:
+    def _refuse(self, option: Callable[[str], Any], why: str | None, args: tuple, kwargs: dict) -> None:
         between = hasattr(self.plan.prune, "cuts")
-        if why is not None and (between or self.plan.kv is not None):
+        kv, prompt = self.plan.kv, _prompt(args, kwargs)
+        if why is not None and (between or not (kv is None or prompt is None or kv.fits(int(prompt.shape[1])))):
             raise Unsupported(
                 f"{why}: {self.plan.prune.name if between else 'kv='} lets layers differ in the columns they hold, "
                 "which static caches and chunked prefill cannot: use the default dynamic cache in one prefill, or a "
                 "pruner that acts before the language model"
             )
-        if self.plan.kv is not None and (option("num_beams") or 1) > 1:
-            raise Unsupported(f"num_beams={option('num_beams')} with kv=: beams share no ragged cache; use num_beams=1")
+        if kv is not None:
+            from vlmfast.prefill import refuse
+
+            refuse.check(kv, option, prompt, cache_in(kwargs))
 
     def _fill(self, ids: Tensor | None, out: Any, past: int) -> None:
         """Write the report; raise when a stage had work and did not run."""
@@ -250,6 +253,12 @@ def unwrap(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module) or not hasattr(model, "generate"):
         raise UserError(f"accelerate needs a transformers model with generate(), not {type(model).__name__}")
     return model
+
+
+def _prompt(args: tuple, kwargs: dict) -> Any:
+    """Ids (B, L) or embeddings (B, L, D) of a `generate` call, under whatever name they came; None without any."""
+    named = (kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds"))
+    return next((x for x in (*args[:1], *named) if x is not None), None)
 
 
 def _option(model: nn.Module, kwargs: dict, name: str) -> Any:

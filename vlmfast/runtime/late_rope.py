@@ -41,8 +41,8 @@ def check(text: Any) -> None:
     """Raise Unsupported unless every layer of this text decoder reads the one config and is not sliding."""
     if not fixed_rotation(text):
         raise Unsupported(
-            f"the {text.rotary_emb.rope_type} rotation depends on the length of the sequence, and a stream rotates keys "
-            "anew: use a checkpoint without it"
+            f"the {text.rotary_emb.rope_type} rotation depends on the length of the sequence, and a stream rotates "
+            "keys anew: use a checkpoint without it"
         )
     for layer in text.layers:
         attention = layer.self_attn

@@ -28,6 +28,12 @@ from vlmfast.runtime.clock import clock
 from vlmfast.runtime.names import QuantizedLayerBase, cache_in, put_cache
 from vlmfast.runtime.patch import Patch
 
+FITS = "kv: the context fits the budget, bypassed"
+NO_WEIGHTS = (
+    "output_attentions with kv=: attention over a compressed cache makes no weights to return; "
+    "drop output_attentions or kv="
+)
+
 
 class KVHooks:
     """Installs a policy on one text model.
@@ -72,12 +78,26 @@ class KVHooks:
             cache = put_cache(kwargs, DynamicCache(config=self.config))
         if cache is None:
             return args, kwargs
+        empty = cache.get_seq_length() == 0
+        if empty and self.policy.fits(kwargs["inputs_embeds"].shape[1]):
+            self.notes.append(FITS)
+            self._report()
+            return args, kwargs
         layers = self._layers(cache)
-        if cache.get_seq_length() == 0:
+        if empty:
             self._replace(cache, layers)
         elif any(getattr(layer, "ragged", False) for layer in layers):
+            asked = kwargs.get("output_attentions")
+            if self.config.output_attentions if asked is None else asked:
+                raise Unsupported(NO_WEIGHTS)
             self._continue(kwargs)
         return args, kwargs
+
+    def _report(self) -> None:
+        self.sink({
+            "compress_ms": self.seconds * 1e3, "window_ms": self.window_seconds * 1e3,
+            "kv_layers": self.stats, "notes": self.notes,
+        })  # fmt: skip
 
     def _layers(self, cache: Any) -> list[Any]:
         if not isinstance(cache, Cache) or not hasattr(cache, "layers") or getattr(cache, "offloading", False):
@@ -142,12 +162,9 @@ class KVHooks:
                         original.skip(ours.skipped)
                     self.cache.layers[i] = original
                 if output is not None:
-                    self.notes.append("kv: the context fits the budget, bypassed")
+                    self.notes.append(FITS)
             if output is not None:
-                self.sink({
-                    "compress_ms": self.seconds * 1e3, "window_ms": self.window_seconds * 1e3,
-                    "kv_layers": self.stats, "notes": self.notes,
-                })  # fmt: skip
+                self._report()
         finally:
             self._reset()
 
