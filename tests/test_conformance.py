@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from transformers import DynamicCache
 
 import vlmfast
-from vlmfast.core import Unsupported
+from vlmfast.core import Unsupported, UserError
 from vlmfast.decode import Lossless, ModelDraft, PromptLookup, SelfDraft, Speculate
 from vlmfast.encode import PyramidDrop, Uniform, VidCom2
 from vlmfast.prefill import Full, LazyEviction, SnapKV
@@ -220,6 +221,80 @@ def test_all_sliding_and_right_padded_prompts_pass_where_nothing_is_compressed()
         expected = answer(model, batch)
         with vlmfast.accelerate(model, kv=SnapKV(keep=1.0)):
             assert torch.equal(answer(model, batch), expected)
+
+
+# -- a stage that has nothing to do ------------------------------------------------------------------------------------
+
+
+def test_an_assistant_that_is_the_model_itself() -> None:
+    model, batch = tiny.build(FAMILY), tiny.inputs(FAMILY)
+    expected = answer(model, batch)
+    with vlmfast.accelerate(model, prune=VidCom2(keep=1.0)) as fast:
+        answer(model, batch)
+        counts = {k: v for k, v in fast.report.encode.items() if "tokens" in k}
+        assert torch.equal(answer(model, batch, assistant_model=model), expected)
+        assert {k: v for k, v in fast.report.encode.items() if "tokens" in k} == counts
+        assert fast.report.notes == ["prune: keep=1 keeps every visual token, bypassed"]
+    with vlmfast.accelerate(model, prune=VidCom2(keep=0.5)):
+        with pytest.raises(Unsupported, match=r"assistant_model is the model itself.*SelfDraft"):
+            answer(model, batch, assistant_model=model)
+        half = answer(model, batch)
+        other = tiny.build(FAMILY)
+        assert torch.equal(answer(model, batch, assistant_model=other), half)
+        assert not torch.equal(half, expected)
+
+
+def merged(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """The same call with ready embeddings beside its ids, and no pixels."""
+    embeds, encoded = model.get_input_embeddings()(batch["input_ids"]), features(model, batch)
+    embeds[batch["input_ids"] == tiny.IMAGE] = torch.cat(list(encoded.pooler_output))
+    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "inputs_embeds": embeds}
+
+
+def features(model: Any, batch: dict[str, Any], kind: str = "image") -> Any:
+    encode = getattr(model.model, f"get_{kind}_features")
+    known = [name for name in inspect.signature(encode).parameters if name in batch]
+    return encode(**{name: batch[name] for name in known}, return_dict=True)
+
+
+def test_ready_embeddings_beside_their_ids() -> None:
+    model, batch = tiny.build(FAMILY), tiny.inputs(FAMILY)
+    call = merged(model, batch)
+    expected = answer(model, call)
+    with vlmfast.accelerate(model, prune=VidCom2(keep=1.0)) as fast:
+        assert torch.equal(answer(model, call), expected)
+        assert "prune: keep=1 keeps every visual token, bypassed" in fast.report.notes
+    with vlmfast.accelerate(model, prune=VidCom2(keep=0.5)):
+        with pytest.raises(Unsupported, match="image features already in them"):
+            answer(model, call)
+        blank = call | {"inputs_embeds": model.get_input_embeddings()(batch["input_ids"])}
+        rest = {k: v for k, v in batch.items() if k not in blank}
+        assert torch.equal(answer(model, blank | rest), answer(model, batch))  # placeholders are still there
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES + tiny.HYBRID)
+def test_features_encoded_elsewhere_are_pruned_where_the_grids_say_how_they_lie(family: str) -> None:
+    model, batch = tiny.build(family), tiny.inputs(family, batch=2)
+    call = {k: v for k, v in batch.items() if k != "pixel_values"} | {"mm_encoder_outputs": {"image": None}}
+    with vlmfast.accelerate(model, prune=VidCom2(keep=0.5)) as fast:
+        expected, report = answer(model, batch), fast.report.encode
+        call["mm_encoder_outputs"]["image"] = features(model, batch)
+        fast.columns.reset()
+        assert torch.equal(answer(model, call), expected)
+        assert fast.report.encode["kept_tokens"] == report["kept_tokens"] < report["visual_tokens"]
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava", "llava_onevision"])
+def test_placeholders_without_pixels_say_so(family: str) -> None:
+    model, batch = tiny.build(family), tiny.inputs(family)
+    bare = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    with vlmfast.accelerate(model, prune=VidCom2(keep=0.5)):
+        with pytest.raises(UserError, match=r"\d+ image placeholder tokens came in without pixels"):
+            answer(model, bare)
+        if family == "qwen2_5_vl":
+            given = {"mm_encoder_outputs": {"image": features(model, batch)}}
+            with pytest.raises(Unsupported, match="nothing in the call says their layout"):
+                answer(model, bare | given)
 
 
 # -- interrupts --------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from vlmfast.runtime.gaze import Gaze
 from vlmfast.runtime.inner import InnerHooks
 from vlmfast.runtime.meter import Meter, cache_counts
 from vlmfast.runtime.names import cache_in
+from vlmfast.runtime.nested import nested
 from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.reuse import Reuse
 from vlmfast.runtime.rewrite import Rewrite, needs
@@ -115,7 +116,9 @@ class Accelerated:
             tower.check()
         self.meter.install(patch)
         self.draft = self._accelerate_draft(draft)
-        patch.set(model, "generate", self._wrap(model.generate))  # type: ignore[arg-type]
+        states = [self.columns, self.meter, *self._stage.values()]
+        states += [x for x in (self.columns.gaze, getattr(self.columns.attention, "maps", None)) if x is not None]
+        patch.set(model, "generate", nested(self._wrap(model.generate), *states))  # type: ignore[arg-type]
 
     def _accelerate_draft(self, draft: Any) -> Accelerated | None:
         """A draft that is a model of its own gets its own pruner."""
@@ -143,6 +146,7 @@ class Accelerated:
             cache = cache_in(kwargs)
             past = int(cache.get_seq_length()) if cache is not None else 0
             self.columns.reset()
+            self.columns.lay_out(kwargs)
             for stage in self._stage.values():
                 stage.clear()
             self.meter.reset()
@@ -193,6 +197,13 @@ class Accelerated:
         )
 
     def _refuse(self, option: Callable[[str], Any], why: str | None, args: tuple, kwargs: dict) -> None:
+        if self.plan.prune is not None and self.plan.prune.keep < 1:
+            self.columns.refuse_merged(kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds"))
+            if option("assistant_model") is self.model:
+                raise Unsupported(
+                    "assistant_model is the model itself: transformers hands an assistant no pixels, and there would "
+                    "be nothing to prune; use speculate=Speculate(SelfDraft(...))"
+                )
         between = hasattr(self.plan.prune, "cuts")
         kv, prompt = self.plan.kv, _prompt(args, kwargs)
         if why is not None and (between or not (kv is None or prompt is None or kv.fits(int(prompt.shape[1])))):
@@ -215,9 +226,11 @@ class Accelerated:
         if self.plan.prune is not None:
             if not has_media and not stats["visual_tokens"]:
                 notes.append("prune: no new visual tokens in this call, bypassed")
+            elif self.plan.prune.keep >= 1:
+                notes += [] if stats["visual_tokens"] else ["prune: keep=1 keeps every visual token, bypassed"]
             elif not stats["visual_tokens"]:
                 raise StageDidNotFire("visual tokens were in the prompt but the pruner never saw them")
-            elif self.plan.prune.keep < 1 and stats["kept_tokens"] == stats["visual_tokens"]:
+            elif stats["kept_tokens"] == stats["visual_tokens"]:
                 notes.append(f"prune: {self.plan.prune.name} kept every token of this media")
         sequences = getattr(out, "sequences", out)
         prompt = ids.shape[1] if ids is not None else 0

@@ -44,11 +44,12 @@ class ColumnHooks:
         self.stats: dict[str, Any] = {}
         self.notes: list[str] = []
         self.seen: dict[str, Tensor] = {}
+        self.given: set[str] = set()  # kinds of media that came already encoded
         self.reset()
 
     def reset(self) -> None:
         """Forget the last request."""
-        self.media, self.seen, self.tower_kept = {}, {}, None
+        self.media, self.seen, self.given, self.tower_kept = {}, {}, set(), None
         if self.gaze is not None:
             self.gaze.reset()
         self.kept: dict[str, list[Tensor]] = {}  # kept indices of every item, in the order of `media`; {} = all
@@ -129,6 +130,18 @@ class ColumnHooks:
         if kwargs.get("labels") is not None and self.active:
             raise Unsupported("labels were given to a model with a pruner: remove() the acceleration to train")
 
+    def refuse_merged(self, ids: Tensor | None, embeds: Tensor | None) -> None:
+        """Raise Unsupported for embeddings (B, L, D) that hold features already where the ids (B, L) have placeholders."""
+        if ids is None or embeds is None or ids.shape != embeds.shape[:2]:
+            return
+        for kind, where in self._placeholders(embeds).items():
+            known = (ids == self.ids[kind]).to(where.device)
+            if bool((known & ~where).any()):
+                raise Unsupported(
+                    f"inputs_embeds came in with the {kind} features already in them, whose layout is not known: "
+                    "pass input_ids and the pixels to prune them"
+                )
+
     # -- tap 2: where the placeholders are -------------------------------------------------------------------------
 
     def _see(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -138,12 +151,29 @@ class ColumnHooks:
             embeds = kwargs.get("inputs_embeds")
             if embeds is None or embeds.shape[1] == 1:
                 return
-            table = module.get_input_embeddings()  # type: ignore[operator]
-            for kind, token in self.ids.items():
-                vector = table(torch.tensor(token, device=table.weight.device)).to(embeds)
-                self.seen[kind] = (embeds == vector).all(-1)
+            self.seen = self._placeholders(embeds)
         elif ids.shape[1] > 1:
             self.seen = {kind: ids == token for kind, token in self.ids.items()}
+        self.lay_out(kwargs)
+
+    def _placeholders(self, embeds: Tensor) -> dict[str, Tensor]:
+        """Per kind of media (B, L) bool, where embeddings (B, L, D) are a placeholder's."""
+        table: Any = self.family.base(self.model).get_input_embeddings()  # type: ignore[operator]
+        tokens = {kind: torch.tensor(token, device=table.weight.device) for kind, token in self.ids.items()}
+        return {kind: (embeds == table(token).to(embeds)).all(-1) for kind, token in tokens.items()}
+
+    def lay_out(self, call: dict[str, Any]) -> None:
+        """Note the layout of media that came already encoded (mm_encoder_outputs), where the rest of `call` gives it."""
+        outputs = call.get("mm_encoder_outputs") or {}
+        self.given |= {kind for kind in self.ids if outputs.get(kind) is not None}
+        for kind in self.given & outputs.keys() - self.media.keys():
+            features = feature_list(outputs[kind])
+            try:
+                items = self.family.items(self.model, kind, call, features)
+            except (KeyError, TypeError, AttributeError):  # no grids came with them
+                continue
+            if sum(item.n for item in items) == sum(map(len, features)):
+                self.media[kind] = items
 
     # -- tap 3: columns enter the text model -----------------------------------------------------------------------
 
