@@ -16,6 +16,7 @@ from vlmfast.core import Unsupported, UserError
 from vlmfast.decode import Lossless, ModelDraft, PromptLookup, SelfDraft, Speculate
 from vlmfast.encode import PyramidDrop, Uniform, VidCom2
 from vlmfast.prefill import Full, LazyEviction, SnapKV
+from vlmfast.runtime.compiled import is_hooked
 from vlmfast.runtime.lean import Lean
 
 FAMILY = "qwen2_5_vl"
@@ -295,6 +296,58 @@ def test_placeholders_without_pixels_say_so(family: str) -> None:
             given = {"mm_encoder_outputs": {"image": features(model, batch)}}
             with pytest.raises(Unsupported, match="nothing in the call says their layout"):
                 answer(model, bare | given)
+
+
+# -- compiled parts ----------------------------------------------------------------------------------------------------
+
+
+def compile_text(model: Any) -> None:
+    model.model.language_model.compile(fullgraph=True, backend="eager")
+
+
+def compile_layer(model: Any) -> None:
+    model.model.language_model.layers[0].compile(backend="eager")
+
+
+def compile_forward(model: Any) -> None:
+    model.forward = torch.compile(model.forward, backend="eager")
+
+
+@pytest.mark.parametrize("compiled", [compile_text, compile_layer, compile_forward])
+def test_compiled_parts_are_plain_or_refused(compiled: Any) -> None:
+    batch, asked = tiny.inputs("llava"), {"prune": VidCom2(keep=0.5)}
+    if compiled is compile_layer:
+        asked = {"kv": SNAP}  # hooks inside every layer; pruning has them around the layers of this family too
+    plain = tiny.build("llava", num_hidden_layers=1)
+    expected, logits = answer(plain, batch, 2), plain(**batch).logits
+    model = tiny.build("llava", num_hidden_layers=1)
+    for when in ("after", "before"):
+        # the whole text model in one graph is really traced, which no hook of ours survives; the others run eagerly
+        stance = "default" if compiled is compile_text and when == "after" else "force_eager"
+        with vlmfast.accelerate(model) as fast, torch.compiler.set_stance(stance):
+            if when == "after":
+                compiled(model)
+            assert torch.equal(answer(model, batch, 2), expected) and torch.equal(model(**batch).logits, logits)
+            assert "a part of the model is compiled" in str(fast.report)
+            assert 0 < fast.report.prefill["ttft_ms"] <= fast.report.decode["total_ms"]
+    with pytest.raises(Unsupported, match="is compiled, and hooks cannot follow"):
+        vlmfast.accelerate(model, **asked)
+    with vlmfast.accelerate(plain, **asked) as fast:
+        compiled(plain)
+        with pytest.raises(Unsupported, match="is compiled, and hooks cannot follow"):
+            answer(plain, batch, 2)
+        if compiled is compile_text:
+            with pytest.raises(Unsupported, match=r"model\.language_model is compiled"):
+                plain(**batch)
+
+
+def test_nothing_asked_leaves_nothing_on_the_model_between_calls() -> None:
+    model, batch = tiny.build("llava"), tiny.inputs("llava")
+    with vlmfast.accelerate(model) as fast:
+        answer(model, batch)
+        assert fast.report.encode["visual_tokens"] == 16 and fast.report.prefill["prefill_ms"] > 0
+        assert not any(is_hooked(module) for module in model.modules())
+        assert not any(name.startswith("get_") for name in vars(model.model))
 
 
 # -- interrupts --------------------------------------------------------------------------------------------------------

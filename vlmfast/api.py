@@ -15,6 +15,7 @@ from vlmfast.core import StageDidNotFire, Unsupported, UserError, parse_bytes
 from vlmfast.plan import Plan, resolve
 from vlmfast.report import Report
 from vlmfast.runtime.columns import ColumnHooks
+from vlmfast.runtime.compiled import checked, is_compiled, observed, refuse_compiled
 from vlmfast.runtime.gaze import Gaze
 from vlmfast.runtime.inner import InnerHooks
 from vlmfast.runtime.meter import Meter, cache_counts
@@ -53,8 +54,10 @@ def accelerate(
 class Accelerated:
     """What `accelerate` returns: owns every hook on the model until `remove()`."""
 
-    def __init__(self, model: nn.Module, plan: Plan, reuse: int | str | None = None) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, reuse: int | str | None = None, always: bool = False) -> None:
+        """always: hooks stay on also when nothing is asked (a draft, whose forwards are not its own `generate`)."""
         self.plan = plan
+        self.hooked = always or plan != Plan() or reuse is not None
         self.report = Report()
         self.model = unwrap(model)
         self.family = families.get(self.model)
@@ -94,7 +97,8 @@ class Accelerated:
             text = self.family.text(model)
             self.kv = KVHooks(text, text.config, plan.kv, self._stage["prefill"].update)
             self.kv.install(patch)
-        self.columns.install(patch)
+        if self.hooked:
+            self.columns.install(patch)
         if self.columns.gaze is not None:
             self.columns.gaze.install(patch)
         if between:
@@ -114,11 +118,25 @@ class Accelerated:
             tower = TowerHooks(model, self.family, self.columns)
             tower.install(patch)
             tower.check()
-        self.meter.install(patch)
+        if self.hooked:
+            self.meter.install(patch)
+            refuse_compiled(model)
         self.draft = self._accelerate_draft(draft)
         states = [self.columns, self.meter, *self._stage.values()]
         states += [x for x in (self.columns.gaze, getattr(self.columns.attention, "maps", None)) if x is not None]
-        patch.set(model, "generate", nested(self._wrap(model.generate), *states))  # type: ignore[arg-type]
+        inner: Any = model.generate
+        inner = checked(model, inner) if self.hooked else observed(model, inner, self._observe, self._bare)
+        patch.set(model, "generate", nested(self._wrap(inner), *states))
+
+    def _observe(self, patch: Patch) -> None:
+        """The hooks of the report alone."""
+        self.columns.install(patch)
+        self.meter.install(patch)
+
+    def _bare(self, patch: Patch) -> None:
+        """What can be told without hooks, which a compiled part could not be traced with."""
+        self.meter.time_bare(patch)
+        self.columns.notes.append("a part of the model is compiled: visual tokens and the cache were not counted")
 
     def _accelerate_draft(self, draft: Any) -> Accelerated | None:
         """A draft that is a model of its own gets its own pruner."""
@@ -128,7 +146,7 @@ class Accelerated:
         if unwrap(model) is self.model:
             raise Unsupported("the draft is the target itself: use SelfDraft(prune=...) instead of ModelDraft")
         guided = getattr(draft.prune, "guided", False)  # told what to keep by the target, prompt by prompt
-        handle = accelerate(model, prune=None if guided else draft.prune)
+        handle = Accelerated(model, resolve(None, prune=None if guided else draft.prune), always=True)
         self._patch.call(handle.remove)
         return handle
 
@@ -259,7 +277,7 @@ class Accelerated:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The transformers model inside a PEFT wrapper; refuses compiled wrappers."""
-    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+    if isinstance(model, nn.Module) and "forward" not in vars(model) and is_compiled(model):
         raise Unsupported("this model is compiled: hooks cannot follow a compiled graph; accelerate the plain model")
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()  # type: ignore[operator]

@@ -21,6 +21,7 @@ from vlmfast.core import Kind, TokenPruner, Unsupported
 from vlmfast.families import Family, Item
 from vlmfast.families.base import feature_list
 from vlmfast.runtime.clock import clock
+from vlmfast.runtime.compiled import is_compiled, refuse_compiled
 from vlmfast.runtime.names import cache_in, put_cache
 from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.reuse import Reuse
@@ -77,7 +78,7 @@ class ColumnHooks:
         base, text = self.family.base(self.model), self.family.text(self.model)
         for kind in self.ids:
             self._tap_features(patch, base, kind)
-        patch.hook(self.model.register_forward_pre_hook(self._refuse_labels, with_kwargs=True))
+        patch.hook(self.model.register_forward_pre_hook(self._refuse, with_kwargs=True))
         patch.hook(base.register_forward_pre_hook(self._see, with_kwargs=True))
         patch.hook(text.register_forward_pre_hook(self._enter, with_kwargs=True))
         if self.family.rope_axes == 1:  # FlashAttention reads packing from the positions the layers get
@@ -126,12 +127,14 @@ class ColumnHooks:
             reuse.keep_features(key, out, (self.tower_kept or {}).get(kind))
         return out
 
-    def _refuse_labels(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _refuse(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if is_compiled(self.family.text(self.model)):
+            refuse_compiled(self.model)
         if kwargs.get("labels") is not None and self.active:
             raise Unsupported("labels were given to a model with a pruner: remove() the acceleration to train")
 
     def refuse_merged(self, ids: Tensor | None, embeds: Tensor | None) -> None:
-        """Raise Unsupported for embeddings (B, L, D) that hold features already where the ids (B, L) have placeholders."""
+        """Raise Unsupported for embeddings (B, L, D) that hold features where the ids (B, L) have placeholders."""
         if ids is None or embeds is None or ids.shape != embeds.shape[:2]:
             return
         for kind, where in self._placeholders(embeds).items():
@@ -163,7 +166,7 @@ class ColumnHooks:
         return {kind: (embeds == table(token).to(embeds)).all(-1) for kind, token in tokens.items()}
 
     def lay_out(self, call: dict[str, Any]) -> None:
-        """Note the layout of media that came already encoded (mm_encoder_outputs), where the rest of `call` gives it."""
+        """Note the layout of media that came already encoded (mm_encoder_outputs), where `call` gives it."""
         outputs = call.get("mm_encoder_outputs") or {}
         self.given |= {kind for kind in self.ids if outputs.get(kind) is not None}
         for kind in self.given & outputs.keys() - self.media.keys():
