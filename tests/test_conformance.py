@@ -216,6 +216,20 @@ def test_assistants_with_kv() -> None:
             model(input_ids=ids[:, -4:], past_key_values=out.past_key_values, output_attentions=True)
 
 
+def test_autocast_with_kv_is_refused_and_plain_where_nothing_is_compressed() -> None:
+    model, batch = tiny.build(FAMILY), tiny.inputs(FAMILY, text=40)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = answer(model, batch)
+        with vlmfast.accelerate(model, kv=SNAP), pytest.raises(Unsupported, match=r"torch\.autocast with kv="):
+            answer(model, batch)
+        for plan in ({"kv": SnapKV(keep=1.0)}, {"prune": VidCom2(keep=1.0)}, {}):
+            with vlmfast.accelerate(model, **plan):
+                assert torch.equal(answer(model, batch), expected)
+        for plan in ({"prune": VidCom2(keep=0.5)}, {"speculate": Speculate(PromptLookup())}):
+            with vlmfast.accelerate(model, **plan):
+                assert answer(model, batch).shape == expected.shape
+
+
 def test_all_sliding_and_right_padded_prompts_pass_where_nothing_is_compressed() -> None:
     for model, batch in ((mistral(16), tiny.inputs("llava")), (tiny.build("llava"), tiny.inputs("llava", batch=2))):
         batch["attention_mask"] = batch["attention_mask"].flip(1)

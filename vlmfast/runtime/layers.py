@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import (
     Cache,
@@ -84,9 +85,15 @@ class KVHooks:
             self._report()
             return args, kwargs
         layers = self._layers(cache)
+        ragged = any(getattr(layer, "ragged", False) for layer in layers)
+        if (empty or ragged) and torch.is_autocast_enabled(kwargs["inputs_embeds"].device.type):
+            raise Unsupported(
+                "torch.autocast with kv=: it leaves keys and values in two dtypes, which one storage cannot hold; load "
+                "the model in the dtype you want (dtype=torch.bfloat16) and drop autocast"
+            )
         if empty:
             self._replace(cache, layers)
-        elif any(getattr(layer, "ragged", False) for layer in layers):
+        elif ragged:
             asked = kwargs.get("output_attentions")
             if self.config.output_attentions if asked is None else asked:
                 raise Unsupported(NO_WEIGHTS)
