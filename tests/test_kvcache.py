@@ -249,11 +249,11 @@ def test_caches_that_cannot_shrink_are_refused():
         (StaticCache(config=config, max_cache_len=200), "StaticLayer has a fixed layout"),
         (quantised, "FourBit has a fixed layout"),
     ]:
-        with Accelerated(model, SnapKV()), pytest.raises(Unsupported, match=message):
+        with Accelerated(model, SnapKV(**SMALL)), pytest.raises(Unsupported, match=message):
             model(**inputs, past_key_values=cache, use_cache=True)
     offloaded = DynamicCache(config=config)
     offloaded.offloading = True
-    with Accelerated(model, SnapKV()), pytest.raises(Unsupported, match="offloaded DynamicCache cannot hold"):
+    with Accelerated(model, SnapKV(**SMALL)), pytest.raises(Unsupported, match="offloaded DynamicCache cannot hold"):
         model(**inputs, past_key_values=offloaded, use_cache=True)
     with pytest.raises(Unsupported, match="own host tier"):
         KVLayer().offload()
@@ -283,5 +283,8 @@ def test_sliding_layers_are_left_alone_and_named():
     assert kinds == [KVLayer, KVLayer, DynamicSlidingWindowLayer, DynamicSlidingWindowLayer]
     assert "layers 2-3 (DynamicSlidingWindowLayer) were left alone" in reports[0]["notes"][0]
     model = tiny.build("qwen2_5_vl", **kw | {"layer_types": ["sliding_attention"] * 4, "max_window_layers": 0})
-    with Accelerated(model, SnapKV()), pytest.raises(Unsupported, match="every layer is a DynamicSlidingWindowLayer"):
+    with (
+        Accelerated(model, SnapKV(**SMALL)),
+        pytest.raises(Unsupported, match="every layer is a DynamicSlidingWindowLayer"),
+    ):
         generate(model, inputs)

@@ -16,6 +16,7 @@ from vlmfast.core import StageDidNotFire, Unsupported, UserError, parse_bytes
 from vlmfast.plan import Plan, resolve
 from vlmfast.report import Report
 from vlmfast.runtime.columns import ColumnHooks
+from vlmfast.runtime.compiled import checked, is_compiled, observed, refuse_compiled
 from vlmfast.runtime.gaze import Gaze
 from vlmfast.runtime.inner import InnerHooks
 from vlmfast.runtime.meter import Meter, cache_counts
@@ -59,8 +60,10 @@ def accelerate(
 class Accelerated:
     """What `accelerate` returns: owns every hook on the model until `remove()`."""
 
-    def __init__(self, model: nn.Module, plan: Plan, reuse: int | str | None = None) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, reuse: int | str | None = None, always: bool = False) -> None:
+        """always: hooks stay on also when nothing is asked (a draft, whose forwards are not its own `generate`)."""
         self.plan = plan
+        self.hooked = always or plan != Plan() or reuse is not None
         self.report = Report()
         self.model = unwrap(model)
         self.family = families.get(self.model)
@@ -83,7 +86,7 @@ class Accelerated:
         patch.set(model, MARK, self)
         for name in ("__deepcopy__", "__reduce_ex__"):
             patch.set(model, name, _refuse_copy)
-        if plan != Plan() or self._reuse is not None:
+        if self.hooked:
             patch.call(lock_functions(model))
         between = hasattr(plan.prune, "cuts")  # acts between layers of the language model; may hold a first pruner
         outer = plan.prune.prune if between else plan.prune
@@ -106,7 +109,8 @@ class Accelerated:
             text = self.family.text(model)
             self.kv = KVHooks(text, text.config, plan.kv, self._stage["prefill"].update)
             self.kv.install(patch)
-        self.columns.install(patch)
+        if self.hooked:
+            self.columns.install(patch)
         if self.columns.gaze is not None:
             self.columns.gaze.install(patch)
         if between:
@@ -126,9 +130,23 @@ class Accelerated:
             tower = TowerHooks(model, self.family, self.columns)
             tower.install(patch)
             tower.check()
-        self.meter.install(patch)
+        if self.hooked:
+            self.meter.install(patch)
+            refuse_compiled(model)
         self.draft = self._accelerate_draft(draft)
-        patch.set(model, "generate", self._wrap(model.generate))  # type: ignore[arg-type]
+        inner: Any = model.generate
+        inner = checked(model, inner) if self.hooked else observed(model, inner, self._observe, self._bare)
+        patch.set(model, "generate", self._wrap(inner))
+
+    def _observe(self, patch: Patch) -> None:
+        """The hooks of the report alone."""
+        self.columns.install(patch)
+        self.meter.install(patch)
+
+    def _bare(self, patch: Patch) -> None:
+        """What can be told without hooks, which a compiled part could not be traced with."""
+        self.meter.time_bare(patch)
+        self.columns.notes.append("a part of the model is compiled: visual tokens and the cache were not counted")
 
     def _accelerate_draft(self, draft: Any) -> Accelerated | None:
         """A draft that is a model of its own gets its own pruner."""
@@ -138,7 +156,7 @@ class Accelerated:
         if unwrap(model) is self.model:
             raise Unsupported("the draft is the target itself: use SelfDraft(prune=...) instead of ModelDraft")
         guided = getattr(draft.prune, "guided", False)  # told what to keep by the target, prompt by prompt
-        handle = accelerate(model, prune=None if guided else draft.prune)
+        handle = Accelerated(model, resolve(None, prune=None if guided else draft.prune), always=True)
         self._patch.call(handle.remove)
         return handle
 
@@ -161,9 +179,9 @@ class Accelerated:
     @contextmanager
     def _call(self) -> Iterator[None]:
         """Around one call: its own state, also for a call made by a streamer or processor of another one."""
-        held = [self.columns, self.meter, self.columns.gaze, self._reuse]
+        held: list[Any] = [self.columns, self.meter, self.columns.gaze, self.columns.attention, self._reuse]
         before = [
-            (owner, {name: getattr(owner, name) for name in owner.per_call})
+            (owner, {name: _held(getattr(owner, name)) for name in owner.per_call})
             for owner in held
             if owner is not None and self._calls
         ]
@@ -188,13 +206,14 @@ class Accelerated:
     def _generate(self, inner: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         asked = functools.partial(option, self.model, kwargs)
         why = needs(asked, cache_in(kwargs))
-        self._refuse(asked, why)
+        self._refuse(asked, why, args, kwargs)
         rewritten = why is not None and self.columns.active
         if self._reuse is not None:
             self._reuse.find(kwargs, asked, self.columns.pruner, self.plan.kv)
         cache = cache_in(kwargs)
         past = int(cache.get_seq_length()) if cache is not None else 0
         self.columns.reset()
+        self.columns.lay_out(kwargs)
         self.columns.in_call = True
         for stage in self._stage.values():
             stage.clear()
@@ -222,7 +241,7 @@ class Accelerated:
         from vlmfast.decode import loop
 
         try:
-            loop.check(self.model, plan, args, kwargs)
+            loop.check(self.model, plan, args, kwargs, self.plan.kv)
             if why is not None:
                 raise Unsupported(f"{why} with prune= is decoded by transformers' own loop: drop {why} or speculate=")
         except Unsupported as e:
@@ -240,16 +259,26 @@ class Accelerated:
             sink=self._stage["decode"].update,
         )
 
-    def _refuse(self, option: Callable[[str], Any], why: str | None) -> None:
+    def _refuse(self, option: Callable[[str], Any], why: str | None, args: tuple, kwargs: dict) -> None:
+        if self.plan.prune is not None and self.plan.prune.keep < 1:
+            self.columns.refuse_merged(kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds"))
+            if option("assistant_model") is self.model:
+                raise Unsupported(
+                    "assistant_model is the model itself: transformers hands an assistant no pixels, and there would "
+                    "be nothing to prune; use speculate=Speculate(SelfDraft(...))"
+                )
         between = hasattr(self.plan.prune, "cuts")
-        if why is not None and (between or self.plan.kv is not None):
+        kv, prompt = self.plan.kv, _prompt(args, kwargs)
+        if why is not None and (between or not (kv is None or prompt is None or kv.fits(int(prompt.shape[1])))):
             raise Unsupported(
                 f"{why}: {self.plan.prune.name if between else 'kv='} lets layers differ in the columns they hold, "
                 "which static caches and chunked prefill cannot: use the default dynamic cache in one prefill, or a "
                 "pruner that acts before the language model"
             )
-        if self.plan.kv is not None and (option("num_beams") or 1) > 1:
-            raise Unsupported(f"num_beams={option('num_beams')} with kv=: beams share no ragged cache; use num_beams=1")
+        if kv is not None:
+            from vlmfast.prefill import refuse
+
+            refuse.check(kv, option, prompt, cache_in(kwargs))
 
     def _fill(self, ids: Tensor | None, out: Any, past: int) -> None:
         """Write the report; raise when a stage had work and did not run."""
@@ -260,9 +289,11 @@ class Accelerated:
         if self.plan.prune is not None:
             if not has_media and not stats["visual_tokens"]:
                 notes.append("prune: no new visual tokens in this call, bypassed")
+            elif self.plan.prune.keep >= 1:
+                notes += [] if stats["visual_tokens"] else ["prune: keep=1 keeps every visual token, bypassed"]
             elif not stats["visual_tokens"]:
                 raise StageDidNotFire("visual tokens were in the prompt but the pruner never saw them")
-            elif self.plan.prune.keep < 1 and stats["kept_tokens"] == stats["visual_tokens"]:
+            elif stats["kept_tokens"] == stats["visual_tokens"]:
                 notes.append(f"prune: {self.plan.prune.name} kept every token of this media")
         sequences = getattr(out, "sequences", out)
         prompt = ids.shape[1] if ids is not None else 0
@@ -291,7 +322,7 @@ class Accelerated:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The transformers model inside a PEFT wrapper; refuses compiled wrappers."""
-    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+    if isinstance(model, nn.Module) and "forward" not in vars(model) and is_compiled(model):
         raise Unsupported("this model is compiled: hooks cannot follow a compiled graph; accelerate the plain model")
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()  # type: ignore[operator]
@@ -300,11 +331,22 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+def _held(value: Any) -> Any:
+    """A value to put back later: containers that are changed in place are copied, anything else is itself."""
+    return type(value)(value) if type(value) in (dict, list) else value
+
+
 def _refuse_copy(*_: Any) -> Any:
     raise Unsupported(
         "this model is accelerated, and its hooks would follow a copy back to the original: call .remove() on the "
         "handle, copy or save the model (save_pretrained works as it is), then accelerate each"
     )
+
+
+def _prompt(args: tuple, kwargs: dict) -> Any:
+    """Ids (B, L) or embeddings (B, L, D) of a `generate` call, under whatever name they came; None without any."""
+    named = (kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds"))
+    return next((x for x in (*args[:1], *named) if x is not None), None)
 
 
 def option(model: nn.Module, kwargs: dict, name: str) -> Any:

@@ -115,8 +115,9 @@ def _methods(field: str) -> dict[str, type]:
         return dict(pruners)
     if field in ("kv", "base", "scorer"):
         from vlmfast.prefill import METHODS as policies
+        from vlmfast.prefill import Full
 
-        return dict(policies)
+        return {**policies, Full.name: Full}  # no compression: what the others are compared with
     from vlmfast import decode
 
     nested: dict[str, dict[str, type]] = {

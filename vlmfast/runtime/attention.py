@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from vlmfast.core import Unsupported
 from vlmfast.runtime.names import cache_in
 from vlmfast.runtime.patch import Patch
+from vlmfast.runtime.state import Announced
 
 NAME = "vlmfast"
 _TAG = "_vlmfast_layer"
@@ -88,6 +89,9 @@ class AttentionSwitch:
         attended = [layer for layer in layers if isinstance(layer, CacheLayerMixin)]  # not those with a state alone
         ours = [bool(getattr(layer, "ragged", False)) for layer in attended]
         if any(ours):
+            for layer in attended:
+                if isinstance(layer, Announced):
+                    layer.announce()
             self.config._attn_implementation_internal = NAME if all(ours) else _mixed(current)
 
     def _leave(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:

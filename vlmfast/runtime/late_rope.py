@@ -23,12 +23,18 @@ from transformers import AttentionInterface
 from vlmfast.core import Unsupported
 from vlmfast.runtime.model_lock import model_lock
 from vlmfast.runtime.patch import Patch
+from vlmfast.runtime.rewind import fixed_rotation
 
 NAME = "vlmfast_stream"
 
 
 def check(text: Any) -> None:
     """Raise Unsupported unless every layer of this text decoder reads the one config and is not sliding."""
+    if not fixed_rotation(text):
+        raise Unsupported(
+            f"the {text.rotary_emb.rope_type} rotation depends on the length of the sequence, and a stream rotates "
+            "keys anew: use a checkpoint without it"
+        )
     for layer in text.layers:
         attention = layer.self_attn
         if attention.config is not text.config:

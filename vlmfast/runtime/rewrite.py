@@ -132,6 +132,7 @@ class Rewrite:
         dropped = short.columns.logical - short.width
         if not _static(cache):
             count_skipped(cache, dropped, len(self.family.layers(self.model)))
+            short.columns.announce(cache, begun=False)
 
     # -- what is refused -----------------------------------------------------------------------------------------------
 
