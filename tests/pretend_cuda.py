@@ -185,7 +185,7 @@ def _dispatch(func: Any, args: tuple, kwargs: dict) -> Any:
         _wait()
     if not _is_view(func) and name not in _NO_KERNEL:
         _launch()
-    out = TIES.get(name, func)(*to_host(args), **to_host(kwargs))
+    out = TWINS.get(name, func)(*to_host(args), **to_host(kwargs))
     return _unwritten(name, _returned(func, args, kwargs, out))
 
 
@@ -251,8 +251,8 @@ def _copy(func: Any, name: str, args: tuple, kwargs: dict) -> Any:
 
 
 def _topk(x: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[Tensor, Tensor]:
-    values, indices = torch.ops.aten.topk.default(x.flip(dim), k, dim, largest, sorted)
-    return values, x.shape[dim] - 1 - indices
+    values, indices = _sort(x, dim, largest)
+    return values.narrow(dim, 0, k), indices.narrow(dim, 0, k)
 
 
 def _sort(x: Tensor, dim: int = -1, descending: bool = False) -> tuple[Tensor, Tensor]:
@@ -260,7 +260,12 @@ def _sort(x: Tensor, dim: int = -1, descending: bool = False) -> tuple[Tensor, T
     return values, x.shape[dim] - 1 - indices
 
 
-TIES: dict[str, Callable] = {"aten::topk": _topk, "aten::sort": _sort}
+def _histc(x: Tensor, bins: int = 100, low: float = 0, high: float = 0) -> Tensor:
+    """Integers too, as CUDA takes them."""
+    return torch.histc(x.float(), bins, low, high).to(x.dtype)
+
+
+TWINS: dict[str, Callable] = {"aten::topk": _topk, "aten::sort": _sort, "aten::histc": _histc}
 
 
 def _laid_out(out: Tensor, query: Tensor, layout: str) -> Tensor:
@@ -388,6 +393,7 @@ class PretendCuda(contextlib.AbstractContextManager):
         self._mode.__enter__()
         self._undo: list[tuple[Any, str, Any]] = []
         self._patch(torch.cuda, "_lazy_init", lambda: None)
+        self._patch(torch.cuda, "get_device_capability", lambda device=None: (7, 5))  # a card before Ampere
         self._patch(F, "scaled_dot_product_attention", _attention)
         self._patch(F, "rms_norm", _rms_norm)
         self._patch(Tensor, "pin_memory", lambda x, *args, **kwargs: x)
