@@ -1,4 +1,4 @@
-"""A GPU gives what the CPU gives: on the pretend CUDA device every method keeps the same columns and says the same tokens.
+"""A GPU gives what the CPU gives: on the pretend CUDA device every method keeps the same columns, says the same tokens.
 
 float32 throughout. The device refuses what mixes host and device, lays attention results out as kernels do and breaks
 ties the other way round, see `pretend_cuda`. Methods come from the registries and the rows of `methods.py`, so a new
