@@ -137,9 +137,11 @@ class Stepper:
         return "module" if self.lean is None else "lean"
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Feed tokens (1, n) int64 after everything fed so far -> logits (1, n, V) float32."""
+        """Feed tokens (1, n) int64 after everything fed so far -> logits (1, n, V) float32.
+
+        A step that fails leaves everything as it was.
+        """
         n = tokens.shape[1]
-        self.length += n
         if self.lean is not None:
             with torch.inference_mode():  # a tenth less to do per operation than under no_grad
                 logits = self.lean.step(tokens[0], self.hidden_layer)[None]
@@ -147,15 +149,27 @@ class Stepper:
             if self.hidden_layer is not None and self.lean.hidden is not None:
                 self.hidden = self.lean.hidden[None]
         else:
-            logits = self._module_step(tokens).float()
+            try:
+                logits = self._module_step(tokens).float()
+            except BaseException:
+                self._take_back()
+                raise
         self.position = self.position + n
+        self.length += n
         return logits
+
+    def _take_back(self) -> None:
+        """Crop the layers that a failed forward had reached already."""
+        for layer in self.cache.layers:
+            over = layer.get_seq_length() - self.length if hasattr(layer, "crop") else 0
+            if over > 0 and getattr(layer, "is_croppable", True):
+                layer.crop(-over)
 
     def _module_step(self, tokens: Tensor) -> Tensor:
         n = tokens.shape[1]
         mask = None
         if self.mask is not None:
-            mask = torch.cat([self.mask, self.mask.new_ones(1, self.length - self.mask.shape[1])], 1)
+            mask = torch.cat([self.mask, self.mask.new_ones(1, self.length + n - self.mask.shape[1])], 1)
         handle = None
         if self.hidden_layer is not None:
             handle = self.text.layers[self.hidden_layer].register_forward_hook(self._keep_hidden)
