@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.core import StageDidNotFire, Unsupported, UserError, VisualTokens, check_fraction
+from vlmfast.kernels import ranking
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class TargetAttention:
         """scores (n,) of one item -> kept indices (K,) int64, strictly ascending, K = max(1, round(keep * n))."""
         n = scores.shape[0]
         budget = max(1, round(self.keep * n))
-        order = scores.argsort(descending=True, stable=True)
+        order = ranking(scores)
         held = scores[order].double().cumsum(0)
         first = int((held < self.share * held[-1]).sum()) + 1 if self.share > 0 else 0
         first = min(first, budget)

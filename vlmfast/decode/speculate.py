@@ -25,7 +25,7 @@ class Speculate:
     draft: Any = None
     accept: Any = field(default_factory=Exact)
     length: int | str = "adaptive"
-    most: int = 16
+    most: int = 15  # and the token after them: what the CUDA kernel verifies at once
     tokenizer: Any = field(default=None, repr=False, compare=False)
     otherwise: str = "refuse"
     name: ClassVar[str] = "speculate"

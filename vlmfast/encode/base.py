@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.core import Unsupported, UserError, VisualTokens, check_fraction
+from vlmfast.kernels import highest, ranking
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def ranked(score: Tensor, frame: Tensor, budget: int, floor: int, per_frame: Ten
 
     score, frame: (N,). No host sync: a token's rank inside its frame lifts it into a higher class of the top-k.
     """
-    order = score.argsort(descending=True, stable=True)
+    order = ranking(score)
     by_frame = order[frame[order].argsort(stable=True)]  # frames ascending, best first within each
     sorted_frame = frame[by_frame]
     start = torch.searchsorted(sorted_frame, sorted_frame)
@@ -128,7 +129,7 @@ def ranked(score: Tensor, frame: Tensor, budget: int, floor: int, per_frame: Ten
     overall = torch.empty_like(order)
     overall[order] = torch.arange(len(order), 0, -1, device=score.device)
     lifted = overall + (rank < floor).long() * (2 * len(order)) + (rank < quota).long() * (2 * len(order))
-    return lifted.topk(budget).indices
+    return highest(lifted, budget)
 
 
 def frame_means(features: Tensor, frame: Tensor, t: int) -> Tensor:
@@ -143,7 +144,7 @@ def largest_remainder(share: Tensor, total: int) -> Tensor:
     exact = share / share.sum() * total
     parts = exact.floor()
     missing = total - parts.sum()
-    order = (exact - parts).argsort(descending=True, stable=True)
+    order = ranking(exact - parts)
     extra = torch.zeros_like(parts)
     extra[order] = (torch.arange(len(parts), device=parts.device) < missing).to(parts.dtype)
     return (parts + extra).long()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.core import CompressedLayer, Kind, LayerView, LowRank, Retrieval, Rotation, UserError, check_fraction
+from vlmfast.kernels import highest
 from vlmfast.prefill.cache import KVLayer
 
 
@@ -185,7 +187,11 @@ class KVPolicy:
         """(Hk, n) float, higher stays."""
         raise NotImplementedError
 
-    def counts(self, scores: Tensor, total: int) -> list[int]:
+    def tiebreak(self, row: Row) -> Tensor | None:
+        """(Hk, n) float that orders columns of equal score, such as the score before pooling; None = earlier first."""
+        return None
+
+    def counts(self, scores: Tensor, total: int, tiebreak: Tensor | None = None) -> list[int]:
         """Columns each head keeps; their mean is at most `total`. scores (Hk, n), protected columns +inf."""
         return [total] * scores.shape[0]
 
@@ -196,8 +202,9 @@ class KVPolicy:
     def choose(self, row: Row) -> Choice:
         """Score, protect sinks and recent columns, keep the best of every head."""
         scores = protect(self.score(row).float(), self.sinks, self.recent)
-        counts = self.counts(scores, self.allowance(row))
-        return Choice([best(s, c) for s, c in zip(scores, counts, strict=True)])
+        ties = self.tiebreak(row)
+        counts = self.counts(scores, self.allowance(row), ties)
+        return Choice(best_of_heads(scores, counts, ties))
 
 
 def _given(values: list) -> list | None:
@@ -213,9 +220,15 @@ def protect(scores: Tensor, sinks: int, recent: int) -> Tensor:
     return scores
 
 
-def best(scores: Tensor, count: int) -> Tensor:
-    """Indices of the `count` highest of scores (n,), ascending int64."""
-    return scores.topk(count).indices.sort().values
+def best(scores: Tensor, count: int, tiebreak: Tensor | None = None) -> Tensor:
+    """Indices of the `count` highest of scores (n,), ascending int64; ties as in `kernels.highest`."""
+    return highest(scores, count, tiebreak).sort().values
+
+
+def best_of_heads(scores: Tensor, counts: Sequence[int], tiebreak: Tensor | None = None) -> list[Tensor]:
+    """`best` of every head: scores and tiebreak (Hk, n), counts per head."""
+    ties = [None] * len(scores) if tiebreak is None else tiebreak
+    return [best(s, c, t) for s, c, t in zip(scores, counts, ties, strict=True)]
 
 
 def under(policy: KVPolicy, scorer: KVPolicy) -> KVPolicy:

@@ -50,9 +50,16 @@ class CAKE(AcrossLayers):
             )
 
     def score(self, row: Row) -> Tensor:
+        return max_pool(self._indicator(row), self.pool)
+
+    def tiebreak(self, row: Row) -> Tensor | None:
+        """The score before pooling, which makes neighbours equal."""
+        return self._indicator(row) if self.pool > 1 else None
+
+    def _indicator(self, row: Row) -> Tensor:
         assert row.window is not None
         indicator = row.window.mean(1) + self.gamma * row.window.var(1, correction=0)
-        return max_pool(indicator.view(row.keys.shape[0], -1, row.n).mean(1), self.pool)
+        return indicator.view(row.keys.shape[0], -1, row.n).mean(1)
 
     def weigh(self, row: Row, scores: Tensor) -> float:
         """The layer's preference."""

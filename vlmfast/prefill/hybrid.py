@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.core import Kind, Retrieval, UserError, check_fraction
+from vlmfast.kernels import ranking
 from vlmfast.prefill.base import Choice, KVPolicy, Row, best, max_pool, protect
 from vlmfast.prefill.budget import by_head, by_type
 from vlmfast.prefill.keydiff import distinctness
@@ -105,13 +106,18 @@ class HybridKV(KVPolicy):
 
     def score(self, row: Row) -> Tensor:
         """(Hk, n) scores of static heads: text above every visual column, visual ones pooled."""
-        p = row.relevance(self.group)
+        return self._scores(row)[0]
+
+    def _scores(self, row: Row) -> tuple[Tensor, Tensor]:
+        """Scores, and what orders equal ones: the attention before pooling, or the score before text is raised."""
+        attention = row.relevance(self.group)
         visual = row.kinds == Kind.VISUAL
-        score = torch.where(visual, max_pool(p * visual, self.pool), p)
+        score, ties = torch.where(visual, max_pool(attention * visual, self.pool), attention), attention
         if self.static != "attention":
             unlike = distinctness(row.keys)
-            score = unlike if self.static == "keys" else torch.maximum(_rank(score), _rank(unlike))
-        return torch.where(visual, score, score + 1e3) if self.text_first else score
+            both = self.static == "both"
+            score = ties = torch.maximum(_rank(score, attention), _rank(unlike)) if both else unlike
+        return (torch.where(visual, score, score + 1e3) if self.text_first else score), ties
 
     def choose(self, row: Row) -> Choice:
         sigma = self.concentration(row)
@@ -128,13 +134,15 @@ class HybridKV(KVPolicy):
         if count < heads:
             shares = by_head(static_columns, weights[~dynamic], self.sinks + self.recent, row.n)
             budget[~dynamic] = torch.tensor(shares)
-        scores = protect(self.score(row), self.sinks, self.recent)
+        scores, ties = self._scores(row)
+        scores = protect(scores, self.sinks, self.recent)
         everything = torch.arange(row.n, device=scores.device)
-        keep = [everything if dynamic[h] else best(scores[h], int(budget[h])) for h in range(heads)]
+        keep = [everything if dynamic[h] else best(scores[h], int(budget[h]), ties[h]) for h in range(heads)]
         stats = {"concentration": sigma.tolist(), "dynamic": dynamic.tolist(), "budget": budget.tolist()}
         return Choice(keep, dynamic.to(scores.device), budget.to(scores.device), stats)
 
 
-def _rank(x: Tensor) -> Tensor:
-    """Place of every column in its head's ascending order, in [0, 1): (Hk, n) float32."""
-    return x.argsort(dim=-1, stable=True).argsort(dim=-1).float() / x.shape[-1]
+def _rank(x: Tensor, tiebreak: Tensor | None = None) -> Tensor:
+    """Place of every column in its head's ascending order, the earlier of equals higher, in [0, 1): (Hk, n) float32."""
+    n = x.shape[-1]
+    return (n - 1 - ranking(x, tiebreak).argsort(dim=-1)).float() / n

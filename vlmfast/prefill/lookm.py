@@ -38,6 +38,10 @@ class LookM(KVPolicy):
         scores = row.relevance()
         return scores + (row.kinds != Kind.VISUAL) * scores.amax()
 
+    def tiebreak(self, row: Row) -> Tensor:
+        """The attention alone: small differences are lost when text is raised."""
+        return row.relevance()
+
     def choose(self, row: Row) -> Choice:
         choice = super().choose(row)
         choice.merged = [

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.core import UserError
+from vlmfast.kernels import ranking
 from vlmfast.prefill.across import AcrossLayers, Rated
 from vlmfast.prefill.base import Choice, Row
 
@@ -67,7 +68,7 @@ class RazorAttention(AcrossLayers):
         columns, most = self.total(n) * len(place), n - self.least()
         room = (columns - self.least() * len(place)) // most
         if self.heads is None:
-            order = torch.cat([reach for _, reach in weights]).argsort(descending=True, stable=True).tolist()
+            order = ranking(torch.cat([reach for _, reach in weights])).tolist()
             chosen = {place[i] for i in order[: min(room, round(self.share * len(place)))]}
         else:
             chosen = {(layer, head) for layer, head in self.heads}

@@ -181,8 +181,7 @@ class InnerHooks:
         """(B, P) bool: text, and each row's best visual columns, a fraction of those that entered."""
         visual = run.kinds == Kind.VISUAL
         budget = (run.entered * fraction).round().long().clamp(min=1)
-        order = scores.masked_fill(~visual, float("-inf")).argsort(dim=1, descending=True, stable=True)
-        rank = order.argsort(dim=1)
+        rank = kernels.ranking(scores.masked_fill(~visual, float("-inf"))).argsort(dim=1)
         return (visual & (rank < budget[:, None])) | (~visual & (run.kinds != Kind.PAD))
 
     def _prior(self, i: int, cache: Any, run: Run) -> tuple[Tensor, Tensor]:

@@ -153,7 +153,7 @@ class Lean:
             if tri is None:
                 packed = qk[0, :h].view(1, hk, h // hk, dh)
                 out = F.scaled_dot_product_attention(packed, keys[None], values[None], scale=self.scales[i])
-                out = out.view(1, h * dh)
+                out = out.reshape(1, h * dh)  # kernels lay results out as they like
             else:
                 if end not in masks:
                     masks[end] = torch.cat([tri.new_zeros(n, begin), tri], 1).repeat(h // hk, 1)
@@ -161,7 +161,7 @@ class Lean:
                 out = F.scaled_dot_product_attention(
                     packed, keys[None], values[None], attn_mask=masks[end], scale=self.scales[i]
                 )
-                out = out.view(hk, h // hk, n, dh).permute(2, 0, 1, 3).reshape(n, h * dh)
+                out = out.reshape(hk, h // hk, n, dh).permute(2, 0, 1, 3).reshape(n, h * dh)
             x = x + F.linear(out, w[7], w[8])
             y = self._norm(x, w[9])
             gate = F.linear(y, w[10])

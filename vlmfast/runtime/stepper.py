@@ -153,8 +153,8 @@ class Stepper:
                 with suppress(Exception):  # one that has no way back: what stopped us matters more
                     layer.crop(-grown) if grown > 0 else None
             raise
-        self.length += n
         self.position = self.position + n
+        self.length += n
         return logits
 
     def _lean_step(self, lean: Lean, tokens: Tensor) -> Tensor:

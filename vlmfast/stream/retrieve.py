@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmfast.core import UserError
+from vlmfast.kernels import ranking
 from vlmfast.stream.blocks import Block
 from vlmfast.stream.reps import RepTable
 
@@ -42,7 +43,7 @@ def top(scores: Tensor, sizes: Tensor, frames: int | None, tokens: int | None) -
     With a token budget the ranking is walked from the best on and a candidate that does not fit is passed over; at
     least one is taken.
     """
-    order = scores.double().argsort(descending=True, stable=True)
+    order = ranking(scores.double())
     if tokens is None:
         return order[:frames].sort().values
     chosen: list[int] = []
