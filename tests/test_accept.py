@@ -18,7 +18,8 @@ from vlmfast.decode.guards import strict_tokens
 from vlmfast.decode.relevance import VisualMemory, collect
 
 V = 12
-FREE = dict.fromkeys(("digits", "negation", "comparison", "bigram", "within", "ratio", "shift"), 0)  # no guard
+FREE: dict[str, Any] = dict.fromkeys(("digits", "negation", "comparison", "bigram"), False)  # no guard
+FREE |= dict.fromkeys(("within", "ratio", "shift"), 0)
 
 
 def round_of(draft: list[int], picks: list[int], **extra: object) -> Round:

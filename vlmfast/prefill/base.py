@@ -14,7 +14,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vlmfast.core import CompressedLayer, Kind, LayerView, LowRank, Retrieval, Rotation, UserError, check_fraction
+from vlmfast.core import (
+    CompressedLayer,
+    Kind,
+    LayerView,
+    LowRank,
+    Retrieval,
+    Rotation,
+    UserError,
+    check_fraction,
+    shown,
+)
+from vlmfast.fields import Method
 from vlmfast.prefill.cache import KVLayer
 
 
@@ -58,7 +69,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class KVPolicy:
+class KVPolicy(Method):
     """Base of all policies. Subclasses set `name` and implement `score`, or `choose` when heads differ in kind.
 
     keep    fraction of all columns that enter the cache (after pruning) which stays, in (0, 1]
@@ -78,6 +89,7 @@ class KVPolicy:
     int8: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_fraction("keep", self.keep)
         self.check_counts(sinks=0, recent=0)
         if self.budget is not None and self.budget < max(1, self.least()):
@@ -88,13 +100,7 @@ class KVPolicy:
         for name, low in least.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise UserError(f"{name}={value!r} in {self.name}: {name} is a whole number of at least {low}")
-
-    def check_choice(self, **options: tuple) -> None:
-        """Raise unless each named field is one of its options."""
-        for name, known in options.items():
-            if getattr(self, name) not in known:
-                raise UserError(f"{name}={getattr(self, name)!r} in {self.name}: choose one of {', '.join(known)}")
+                raise UserError(f"{name}={shown(value)} in {self.name}: {name} is a whole number of at least {low}")
 
     # -- what the runtime asks -------------------------------------------------------------------------------------
 
