@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import types
+from typing import Any
 
 import pytest
 import tiny

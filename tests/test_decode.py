@@ -643,12 +643,12 @@ def test_guards_without_a_tokenizer_are_an_error_with_a_way_out() -> None:
 
 
 BAD: list[tuple[Any, str]] = [
-    (lambda: Speculate(accept="exact"), "acceptance rule"),
+    (lambda: Speculate(accept="exact"), "accept=.exact. in speculate"),
     (lambda: Speculate(draft="small"), "not a draft"),
     (lambda: Speculate(length=0), "length=0"),
     (lambda: Speculate(length="long"), "length='long'"),
     (lambda: Speculate(most=0), "most=0"),
-    (lambda: ModelDraft(model=3), "model=int"),
+    (lambda: ModelDraft(model=3), "model=3 in modeldraft: model must be text or a model"),
     (lambda: ModelDraft("x", confidence=1.0), "confidence=1.0"),
     (lambda: SelfDraft(prune=0.1), "prune=0.1"),
     (lambda: PromptLookup(longest=1, shortest=2), "shortest=2"),

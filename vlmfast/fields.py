@@ -16,11 +16,20 @@ import types
 import typing
 from typing import Any, Literal, Union
 
+from torch import nn
+
 from vlmfast.core import UserError, shown
 
 MOST = 2**53  # whole numbers beyond are not exact as floats, and no count or seed needs them
 WRONG = object()  # what a value that does not fit becomes
-WORDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", type(None): "none"}
+WORDS = {
+    int: "a whole number",
+    float: "a finite number",
+    bool: "true or false",
+    str: "text",
+    type(None): "none",
+    nn.Module: "a model",
+}
 
 
 class Method:
