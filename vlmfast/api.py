@@ -59,6 +59,8 @@ class Accelerated:
         self.family = families.get(self.model)
         if MARK in vars(self.model):
             raise Unsupported("this model is already accelerated: call .remove() on the first handle, then try again")
+        text: Any = self.family.text(self.model).config
+        plan.check_model(len(self.family.layers(self.model)), text.num_key_value_heads)
         limit = parse_bytes("reuse", reuse)
         self._reuse = Reuse(self.model, self.family, limit) if limit is not None else None
         self._patch = Patch()

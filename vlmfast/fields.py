@@ -45,6 +45,18 @@ class Method:
                 if fitted is not value:
                     object.__setattr__(self, field.name, fitted)
 
+    def check_model(self, layers: int, heads: int) -> None:
+        """Raise Unsupported where a field names a decoder layer, of `layers`, or a key head, of `heads`, that the model
+        lacks. Called by `accelerate`, before anything is installed."""
+
+
+def nested(method: Any) -> collections.abc.Iterator[Method]:
+    """The method and the methods in its fields, down to the last."""
+    if isinstance(method, Method):
+        yield method
+        for field in dataclasses.fields(method):  # type: ignore[arg-type]
+            yield from nested(getattr(method, field.name))
+
 
 def checked(name: str, value: Any, hint: Any, where: str = "", example: Any = None) -> Any:
     """The value as the annotation `hint` has it: 1 for a float is 1.0, a list is a tuple. Raises UserError otherwise.

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vlmfast.core import UserError
+from vlmfast.core import Unsupported, UserError
 from vlmfast.decode.criteria import (
     below_quantile,
     least_relevant,
@@ -205,6 +205,12 @@ class Loose(Rule):
         self._check(relax=self.relax, ratio=self.ratio)
         self._count(shift=self.shift, within=self.within)
         self._count(1, top=self.top)
+
+    def check_model(self, layers: int, heads: int) -> None:
+        if not -layers <= self.layer < layers:
+            raise Unsupported(
+                f"loose: layer={self.layer}, but this model has layers 0 to {layers - 1} (-1 is the last, and so on)"
+            )
 
     def words(self) -> tuple[str, ...]:
         return tuple(w for w in ("digits", "negation", "comparison") if getattr(self, w))

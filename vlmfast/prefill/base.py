@@ -23,7 +23,6 @@ from vlmfast.core import (
     Rotation,
     UserError,
     check_fraction,
-    shown,
 )
 from vlmfast.fields import Method
 from vlmfast.prefill.cache import KVLayer
@@ -96,11 +95,11 @@ class KVPolicy(Method):
             raise UserError(self._too_small(self.budget))
 
     def check_counts(self, **least: int) -> None:
-        """Raise unless each named field is an int of at least the given value."""
+        """Raise unless each named field is at least the given value."""
         for name, low in least.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise UserError(f"{name}={shown(value)} in {self.name}: {name} is a whole number of at least {low}")
+            if value < low:
+                raise UserError(f"{name}={value} in {self.name}: {name} is a whole number of at least {low}")
 
     # -- what the runtime asks -------------------------------------------------------------------------------------
 

@@ -62,8 +62,8 @@ class HybridKV(KVPolicy):
     refresh: int = 4
 
     def __post_init__(self) -> None:
-        self.check_counts(queries=1, pool=1, chunk=1, refresh=1)
         super().__post_init__()
+        self.check_counts(queries=1, pool=1, chunk=1, refresh=1)
         check_fraction("top", self.top)
         if self.pool % 2 == 0:
             raise UserError(f"pool={self.pool} in {self.name}: the pooling width is odd, e.g. pool={self.pool + 1}")

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vlmfast.core import UserError, shown
+from vlmfast.core import Unsupported, UserError, shown
 from vlmfast.prefill.across import AcrossLayers, Rated
 from vlmfast.prefill.base import Choice, Row
 
@@ -46,6 +46,14 @@ class RazorAttention(AcrossLayers):
 
     def window(self) -> int:
         return 0 if self.heads is not None else self.queries
+
+    def check_model(self, layers: int, heads: int) -> None:
+        for layer, head in self.heads or ():
+            if layer >= layers or head >= heads:
+                raise Unsupported(
+                    f"{self.name}: head ({layer}, {head}), but this model has layers 0 to {layers - 1} with key heads "
+                    f"0 to {heads - 1} each"
+                )
 
     def least(self) -> int:
         """Sinks, recent columns, and the compensation column."""

@@ -6,10 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vlmfast.core import UserError, shown
-from vlmfast.fields import WRONG, fit
+from vlmfast.core import UserError
 from vlmfast.roofline.cost import Device, Request, Shape
-from vlmfast.spec import literal
 
 DEVICES = {
     "h200": Device("H200", 989e12, 4.8e12),
@@ -138,13 +136,12 @@ def measured(device: str, seconds: float = 1.0) -> Device:
 def parse(tokens: str) -> Request:
     """`2000` (visual tokens) or `visual=2000,text=100,new=64,batch=1,frames=8`."""
     request = Request()
-    if tokens.isdecimal():
-        tokens = f"visual={tokens}"
+    if tokens.isdigit():
+        return replace(request, visual=int(tokens))
     for part in tokens.split(","):
         key, _, value = part.partition("=")
-        count = fit(literal(value.strip()), int)
-        if key.strip() not in Request.__dataclass_fields__ or count is WRONG or count < 0:
+        if key.strip() not in Request.__dataclass_fields__ or not value.strip().isdigit():
             fields = ", ".join(Request.__dataclass_fields__)
-            raise UserError(f"{shown(part)} in --tokens is not field=number; fields: {fields}")
-        request = replace(request, **{key.strip(): count})
+            raise UserError(f"{part!r} in --tokens is not field=number; fields: {fields}")
+        request = replace(request, **{key.strip(): int(value)})
     return request
