@@ -281,3 +281,12 @@ def test_layers_that_the_model_lacks_are_refused_before_any_call(stages: dict[st
         vlmfast.accelerate(model, **stages)
     assert "0 to" in str(e.value)
     vlmfast.accelerate(model).remove()  # nothing was left behind
+
+
+def test_a_session_refuses_layers_that_the_model_lacks() -> None:
+    model, processor = tiny.build("qwen2_5_vl"), tiny.processor("qwen2_5_vl")
+    with pytest.raises(UserError, match=r"layers=\(40,\) in internal: this model's layers are 0 to 3"):
+        vlmfast.StreamSession(model, processor, retrieve="internal:scope=shared,layers=40")
+    session = vlmfast.StreamSession(model, processor, retrieve="internal:scope=shared,layers=-1")
+    with pytest.raises(UserError, match=r"layers=.*0 to 3"):
+        session.ask("what ?", retrieve="internal:scope=shared,layers=4")

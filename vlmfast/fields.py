@@ -45,17 +45,20 @@ class Method:
                 if fitted is not value:
                     object.__setattr__(self, field.name, fitted)
 
-    def check_model(self, layers: int, heads: int) -> None:
-        """Raise Unsupported where a field names a decoder layer, of `layers`, or a key head, of `heads`, that the model
-        lacks. Called by `accelerate`, before anything is installed."""
+    def check_model(self, layers: int, heads: int, axes: int) -> None:
+        """Raise Unsupported where a field asks for what the model lacks, before anything is installed on it.
+
+        layers: decoder layers; heads: key heads of each; axes: of a position, 1, or 3 under M-RoPE.
+        """
 
 
-def nested(method: Any) -> collections.abc.Iterator[Method]:
-    """The method and the methods in its fields, down to the last."""
-    if isinstance(method, Method):
-        yield method
-        for field in dataclasses.fields(method):  # type: ignore[arg-type]
-            yield from nested(getattr(method, field.name))
+def nested(holder: Any) -> collections.abc.Iterator[Method]:
+    """The methods in a plan or a method, itself included, down to the last."""
+    if isinstance(holder, Method):
+        yield holder
+    if dataclasses.is_dataclass(holder) and not isinstance(holder, type):
+        for field in dataclasses.fields(holder):
+            yield from nested(getattr(holder, field.name))
 
 
 def checked(name: str, value: Any, hint: Any, where: str = "", example: Any = None) -> Any:

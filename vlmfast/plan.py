@@ -11,7 +11,7 @@ from typing import Any
 
 from vlmfast import spec
 from vlmfast.core import UserError, shown, to_json
-from vlmfast.fields import WRONG, fit, nested
+from vlmfast.fields import WRONG, fit
 
 PRESETS = ("safe", "balanced", "fast")
 STAGES = ("prune", "kv", "speculate")
@@ -37,12 +37,6 @@ class Plan:
         drafted = getattr(getattr(self.speculate, "draft", None), "prune", None)
         if isinstance(drafted, str):
             parse("prune", drafted)  # a draft's own pruner may be a spec: wrong ones are refused here, not later
-
-    def check_model(self, layers: int, heads: int) -> None:
-        """Raise Unsupported where a method names a decoder layer or key head that a model of so many lacks."""
-        for stage in STAGES:
-            for method in nested(getattr(self, stage)):
-                method.check_model(layers, heads)
 
     def json(self) -> dict[str, Any]:
         """Plain-JSON form; `Plan.from_json` reads it back."""

@@ -206,7 +206,7 @@ class Loose(Rule):
         self._count(shift=self.shift, within=self.within)
         self._count(1, top=self.top)
 
-    def check_model(self, layers: int, heads: int) -> None:
+    def check_model(self, layers: int, heads: int, axes: int) -> None:
         if not -layers <= self.layer < layers:
             raise Unsupported(
                 f"loose: layer={self.layer}, but this model has layers 0 to {layers - 1} (-1 is the last, and so on)"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmfast import families
-from vlmfast.core import Draft, StageDidNotFire, TokenPruner, Unsupported, UserError
+from vlmfast.core import Draft, StageDidNotFire, TokenPruner, Unsupported, UserError, shown
 from vlmfast.decode.guided import TargetAttention
 from vlmfast.decode.live import Chain, Either, Ngrams
 from vlmfast.fields import Method
@@ -181,6 +181,11 @@ class SelfDraft(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if hasattr(self.prune, "cuts"):
+            raise UserError(
+                f"prune={shown(self.prune)} in {self.name}: it drops tokens between layers, and a draft needs a pruner "
+                "of the tower's output, e.g. prune=Uniform(keep=0.1)"
+            )
         if getattr(self.prune, "after_block", None) is not None:
             raise UserError(
                 f"{self.name}: a pruner inside the tower would encode the media again; use after_block=None"

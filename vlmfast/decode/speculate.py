@@ -38,6 +38,12 @@ class Speculate(Method):
                 f"draft={shown(self.draft)} is not a draft; use ModelDraft(model), SelfDraft(), PromptLookup() "
                 "or LookupThenModel(model)"
             )
+        if self.draft is not None and self.accept.graded() and not getattr(self.draft, "graded", False):
+            name = getattr(self.draft, "name", "this draft")
+            raise UserError(
+                f"{self.accept.name} reads the draft's own probabilities and {name} has none for looked-up text: "
+                "use ModelDraft or SelfDraft"
+            )
         if self.tokenizer is not None and not hasattr(self.tokenizer, "convert_ids_to_tokens"):
             raise UserError(f"tokenizer={shown(self.tokenizer)} is no tokenizer; leave it away, or give the model's")
         if self.length != "adaptive" and self.length < 1:

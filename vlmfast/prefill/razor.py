@@ -47,7 +47,7 @@ class RazorAttention(AcrossLayers):
     def window(self) -> int:
         return 0 if self.heads is not None else self.queries
 
-    def check_model(self, layers: int, heads: int) -> None:
+    def check_model(self, layers: int, heads: int, axes: int) -> None:
         for layer, head in self.heads or ():
             if layer >= layers or head >= heads:
                 raise Unsupported(

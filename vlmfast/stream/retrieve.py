@@ -164,6 +164,9 @@ class Internal(Retriever):
         if self.smooth < 0:
             raise UserError(f"smooth={self.smooth} must be a number of neighbours, 0 or more")
 
+    def check_model(self, layers: int, heads: int, axes: int) -> None:
+        self.asked(layers)
+
     def layer_scores(self, view: View, layer: int, queries: Tensor) -> Tensor:
         """(N,) scores at one layer of a question's queries (Hk, G, q, Dh)."""
         assert view.reps is not None
@@ -182,7 +185,7 @@ class Internal(Retriever):
         wanted = range(count) if self.layers is None else self.layers
         wrong = [i for i in wanted if not -count <= i < count]
         if wrong or not wanted:
-            raise UserError(f"layers={self.layers}: this model's layers are 0 to {count - 1}")
+            raise UserError(f"layers={shown(self.layers)} in internal: this model's layers are 0 to {count - 1}")
         return sorted({i % count for i in wanted})
 
     def combine(self, scores: list[Tensor]) -> Tensor:

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlmfast.api import MARK, accelerate, unwrap
+from vlmfast import families
+from vlmfast.api import MARK, accelerate, check_model, unwrap
 from vlmfast.core import Unsupported, UserError
 from vlmfast.plan import Plan, resolve
 from vlmfast.runtime.late_rope import check, lock
@@ -104,6 +105,7 @@ class StreamSession(Intake):
                 f"{type(draft).__name__} drafts from the pixels, which a stream no longer has: use PromptLookup()"
             )
         self.retriever = parse(retrieve)
+        check_model(self.model, families.get(self.model), self.plan, self.retriever)
         self.notes: list[str] = []
         if getattr(self.plan.speculate, "otherwise", "") == "plain" and self._by_layer(self.retriever):
             self.plan = replace(self.plan, speculate=None)
@@ -192,6 +194,7 @@ class StreamSession(Intake):
             if not self.encoder.state.blocks and self.pending:
                 self._encode(pad=True)
             retriever = self.retriever if retrieve == "session" else parse(retrieve)
+            check_model(self.model, families.get(self.model), retriever)
             self._check_dense(retriever)
             blocks = self.encoder.resident if retriever is None else list(self.store.blocks.values())
             if not self.encoder.state.blocks:
