@@ -584,8 +584,8 @@ def test_what_cannot_be_drafted_is_refused(options: dict[str, Any], says: str) -
 def test_rules_that_weigh_a_draft_refuse_lookup(rule: Any) -> None:
     target, draft, batch = pair()
     for source in (PromptLookup(), LookupThenModel(draft, None)):
-        with pytest.raises(Unsupported, match=r"promptlookup|lookupthenmodel.*use ModelDraft or SelfDraft"):
-            loop.check(target, Speculate(source, rule), (), batch)
+        with pytest.raises(UserError, match=r"(promptlookup|lookupthenmodel) .*use ModelDraft or SelfDraft"):
+            Speculate(source, rule)
     loop.check(target, Speculate(PromptLookup(), BiLD(fallback=0)), (), batch)
 
 

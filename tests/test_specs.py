@@ -283,6 +283,17 @@ def test_layers_that_the_model_lacks_are_refused_before_any_call(stages: dict[st
     vlmfast.accelerate(model).remove()  # nothing was left behind
 
 
+@pytest.mark.parametrize("name", ["window", "queue", "fps", "flush_seconds", "redundancy", "positions", "text_after",
+                                  "keep_as", "ram", "disk_limit", "retrieve"])  # fmt: skip
+def test_session_settings_are_checked(name: str) -> None:
+    model, processor = tiny.build("qwen2_5_vl"), tiny.processor("qwen2_5_vl")
+    for value in (True, "nosuch", [], math.nan, 10**400, b"x", object()):
+        with pytest.raises(UserError) as e:
+            vlmfast.StreamSession(model, processor, **{name: value})
+        assert "\n" not in str(e.value) and len(str(e.value)) < 400
+    vlmfast.StreamSession(model, processor).close()
+
+
 def test_a_session_refuses_layers_that_the_model_lacks() -> None:
     model, processor = tiny.build("qwen2_5_vl"), tiny.processor("qwen2_5_vl")
     with pytest.raises(UserError, match=r"layers=\(40,\) in internal: this model's layers are 0 to 3"):
