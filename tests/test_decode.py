@@ -584,8 +584,8 @@ def test_what_cannot_be_drafted_is_refused(options: dict[str, Any], says: str) -
 def test_rules_that_weigh_a_draft_refuse_lookup(rule: Any) -> None:
     target, draft, batch = pair()
     for source in (PromptLookup(), LookupThenModel(draft, None)):
-        with pytest.raises(Unsupported, match=r"promptlookup|lookupthenmodel.*use ModelDraft or SelfDraft"):
-            loop.check(target, Speculate(source, rule), (), batch)
+        with pytest.raises(UserError, match=r"(promptlookup|lookupthenmodel) .*use ModelDraft or SelfDraft"):
+            Speculate(source, rule)
     loop.check(target, Speculate(PromptLookup(), BiLD(fallback=0)), (), batch)
 
 
@@ -643,12 +643,12 @@ def test_guards_without_a_tokenizer_are_an_error_with_a_way_out() -> None:
 
 
 BAD: list[tuple[Any, str]] = [
-    (lambda: Speculate(accept="exact"), "acceptance rule"),
+    (lambda: Speculate(accept="exact"), "accept=.exact. in speculate"),
     (lambda: Speculate(draft="small"), "not a draft"),
     (lambda: Speculate(length=0), "length=0"),
     (lambda: Speculate(length="long"), "length='long'"),
     (lambda: Speculate(most=0), "most=0"),
-    (lambda: ModelDraft(model=3), "model=int"),
+    (lambda: ModelDraft(model=3), "model=3 in modeldraft: model must be text or a model"),
     (lambda: ModelDraft("x", confidence=1.0), "confidence=1.0"),
     (lambda: SelfDraft(prune=0.1), "prune=0.1"),
     (lambda: PromptLookup(longest=1, shortest=2), "shortest=2"),

@@ -144,7 +144,7 @@ def test_a_floor_above_the_budget_grows_it(method: Any) -> None:
 
 @pytest.mark.parametrize("keep", [0, -0.5, 1.5, True, "half"])
 def test_a_keep_outside_its_range_is_refused_in_one_line(keep: Any) -> None:
-    with pytest.raises(UserError, match=r"outside \(0, 1\]") as e:
+    with pytest.raises(UserError, match=r"keep=.*(outside \(0, 1\]|a finite number)") as e:
         VidCom2(keep=keep)
     assert "\n" not in str(e.value)
 

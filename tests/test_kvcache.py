@@ -224,13 +224,13 @@ def test_heads_are_classified_and_drawn(tmp_path):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: SnapKV(keep=0), r"keep=0 is outside \(0, 1\]"),
+        (lambda: SnapKV(keep=0), r"keep=0.0 is outside \(0, 1\]"),
         (lambda: SnapKV(pool=4), "pooling width is odd"),
         (lambda: StreamingLLM(budget=30), "budget=30 cannot hold the 36 columns it must keep"),
         (lambda: HybridKV(budget=36), r"cannot hold the 37 columns it must keep \(sinks=4, recent=32\)"),
-        (lambda: HybridKV(bound="max"), "choose one of mean, minmax"),
+        (lambda: HybridKV(bound="max"), "must be one of mean, minmax"),
         (lambda: HybridKV(theta=2.0), "fractions in"),
-        (lambda: AdaKV(scorer=HybridKV), "cannot score columns"),
+        (lambda: AdaKV(scorer=HybridKV), "scorer must be a KVPolicy"),
         (lambda: Random(seed=-1), "whole number of at least 0"),
     ],
 )

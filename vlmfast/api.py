@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vlmfast import families
 from vlmfast.core import StageDidNotFire, Unsupported, UserError, parse_bytes
+from vlmfast.fields import nested
 from vlmfast.plan import Plan, resolve
 from vlmfast.report import Report
 from vlmfast.runtime.columns import ColumnHooks
@@ -69,6 +70,7 @@ class Accelerated:
         self.family = families.get(self.model)
         if MARK in vars(self.model):
             raise Unsupported("this model is already accelerated: call .remove() on the first handle, then try again")
+        check_model(self.model, self.family, plan)
         limit = parse_bytes("reuse", reuse)
         self._reuse = Reuse(self.model, self.family, limit) if limit is not None else None
         self._patch = Patch()
@@ -318,6 +320,14 @@ class Accelerated:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.remove()
+
+
+def check_model(model: nn.Module, family: families.Family, *holders: Any) -> None:
+    """Raise Unsupported where a method in `holders` (plans, methods) asks for what the model lacks."""
+    text: Any = family.text(model).config
+    for holder in holders:
+        for method in nested(holder):
+            method.check_model(len(family.layers(model)), text.num_key_value_heads, family.rope_axes)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

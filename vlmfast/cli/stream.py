@@ -90,7 +90,7 @@ def stream(
 
 def parse(text: str) -> tuple[float | None, str]:
     """(second, question) of "12s: what happened ?", "1m30s: ..." or a plain question (None: at the end)."""
-    match = re.fullmatch(r"\s*(?:(\d+)m)?\s*(?:(\d+(?:\.\d+)?)s)?\s*:\s*(.+)", text, re.DOTALL)
+    match = re.fullmatch(r"\s*(?:(\d{1,9})m)?\s*(?:(\d{1,9}(?:\.\d{1,9})?)s)?\s*:\s*(.+)", text, re.DOTALL)
     if match and (match[1] or match[2]):
         return int(match[1] or 0) * 60 + float(match[2] or 0), match[3].strip()
     return None, text.strip()

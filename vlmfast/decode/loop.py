@@ -20,7 +20,7 @@ from transformers import DynamicCache, EosTokenCriteria, MaxLengthCriteria
 from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteria
 
 from vlmfast import families
-from vlmfast.core import Draft, Unsupported, UserError
+from vlmfast.core import Draft, Unsupported
 from vlmfast.decode import accept as rules
 from vlmfast.decode.drafts import Request
 from vlmfast.decode.guards import strict_tokens
@@ -159,10 +159,7 @@ class _Run:
     def _layer(self) -> int | None:
         if self.speculate.draft is None or not self.rule.visual:
             return None
-        layer, layers = getattr(self.rule, "layer", -1), len(families.get(self.model).layers(self.model))
-        if not -layers <= layer < layers:
-            raise UserError(f"{self.rule.name}: layer={layer} of {layers} decoder layers; use -1 for the last")
-        return layer % layers
+        return getattr(self.rule, "layer", -1) % len(families.get(self.model).layers(self.model))
 
     def _prepare(self, tokenizer: Any, target: Stepper) -> None:
         """What the rule needs."""

@@ -69,12 +69,6 @@ def check(model: Any, speculate: Speculate, args: tuple, kwargs: dict[str, Any],
             "use the default dynamic cache"
         )
     if speculate.draft is not None:
-        if speculate.accept.graded() and not getattr(speculate.draft, "graded", False):
-            draft = getattr(speculate.draft, "name", type(speculate.draft).__name__)
-            raise Unsupported(
-                f"{speculate.accept.name} reads the draft's own probabilities and {draft} has none for looked-up text: "
-                "use ModelDraft or SelfDraft"
-            )
         speculate.draft.check(model, kwargs)
         _check_rewind(model, speculate, kwargs, ids, kv)
     tokenizer_for(model, speculate, kwargs)

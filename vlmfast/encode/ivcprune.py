@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmfast.core import UserError, VisualTokens, check_fraction
+from vlmfast.core import UserError, VisualTokens, check_fraction, shown
 from vlmfast.encode.base import Pruner
 from vlmfast.encode.vidcom2 import VidCom2
 from vlmfast.kernels import highest
@@ -32,7 +32,7 @@ class IVCPrune(Pruner):
 
     def __post_init__(self) -> None:
         if not isinstance(self.prune, Pruner) or isinstance(self.prune, IVCPrune):
-            raise UserError(f"ivcprune wraps another pruner, not {self.prune!r}: e.g. IVCPrune(prune=VidCom2())")
+            raise UserError(f"prune={shown(self.prune)}: ivcprune wraps another pruner, e.g. IVCPrune(prune=VidCom2())")
         # what the wrapped pruner asks for is asked for here too
         object.__setattr__(self, "needs", tuple(dict.fromkeys((*self.prune.needs, "rope"))))
         object.__setattr__(self, "video_only", self.prune.video_only)

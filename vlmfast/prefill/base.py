@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.core import CompressedLayer, Kind, LayerView, LowRank, Retrieval, Rotation, UserError, check_fraction
+from vlmfast.fields import Method
 from vlmfast.kernels import highest
 from vlmfast.prefill.cache import KVLayer
 
@@ -60,7 +61,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class KVPolicy:
+class KVPolicy(Method):
     """Base of all policies. Subclasses set `name` and implement `score`, or `choose` when heads differ in kind.
 
     keep    fraction of all columns that enter the cache (after pruning) which stays, in (0, 1]
@@ -80,23 +81,18 @@ class KVPolicy:
     int8: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_fraction("keep", self.keep)
         self.check_counts(sinks=0, recent=0)
         if self.budget is not None and self.budget < max(1, self.least()):
             raise UserError(self._too_small(self.budget))
 
     def check_counts(self, **least: int) -> None:
-        """Raise unless each named field is an int of at least the given value."""
+        """Raise unless each named field is at least the given value."""
         for name, low in least.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise UserError(f"{name}={value!r} in {self.name}: {name} is a whole number of at least {low}")
-
-    def check_choice(self, **options: tuple) -> None:
-        """Raise unless each named field is one of its options."""
-        for name, known in options.items():
-            if getattr(self, name) not in known:
-                raise UserError(f"{name}={getattr(self, name)!r} in {self.name}: choose one of {', '.join(known)}")
+            if value < low:
+                raise UserError(f"{name}={value} in {self.name}: {name} is a whole number of at least {low}")
 
     # -- what the runtime asks -------------------------------------------------------------------------------------
 

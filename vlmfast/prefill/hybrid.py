@@ -7,7 +7,7 @@ is ours. Published at a 10 % budget on Qwen2.5-VL-7B: 66.68 against 67.53 for th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -50,26 +50,22 @@ class HybridKV(KVPolicy):
     queries: int = 64
     theta: float = 0.9
     top: float = 0.1
-    dynamic: str = "concentrated"
-    group: str = "mean"
+    dynamic: Literal["concentrated", "diffuse"] = "concentrated"
+    group: Literal["mean", "max"] = "mean"
     split: float | None = None
     ratio: float = 1.0
-    share: str = "equal"
+    share: Literal["broad", "sparse", "equal"] = "equal"
     text_first: bool = True
-    static: str = "both"
+    static: Literal["attention", "keys", "both"] = "both"
     pool: int = 1
     chunk: int = 16
-    bound: str = "minmax"
+    bound: Literal["mean", "minmax"] = "minmax"
     refresh: int = 4
 
     def __post_init__(self) -> None:
-        self.check_counts(queries=1, pool=1, chunk=1, refresh=1)
         super().__post_init__()
+        self.check_counts(queries=1, pool=1, chunk=1, refresh=1)
         check_fraction("top", self.top)
-        self.check_choice(
-            group=("mean", "max"), share=("broad", "sparse", "equal"), bound=("mean", "minmax"),
-            static=("attention", "keys", "both"), dynamic=("concentrated", "diffuse"),
-        )  # fmt: skip
         if self.pool % 2 == 0:
             raise UserError(f"pool={self.pool} in {self.name}: the pooling width is odd, e.g. pool={self.pool + 1}")
         if not 0 <= self.theta <= 1 or (self.split is not None and not 0 <= self.split <= 1):

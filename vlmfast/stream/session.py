@@ -16,13 +16,15 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from vlmfast.api import MARK, Accelerated, unwrap
+from vlmfast import families
+from vlmfast.api import MARK, Accelerated, check_model, unwrap
 from vlmfast.core import Unsupported, UserError
+from vlmfast.fields import checked
 from vlmfast.plan import Plan, resolve
 from vlmfast.runtime.late_rope import check
 from vlmfast.runtime.model_lock import lock_functions
@@ -85,18 +87,19 @@ class StreamSession(Intake):
             raise Unsupported(
                 "this model is accelerated already: .remove() that first and give StreamSession(plan=...)"
             )
-        for name, value, known in (
-            ("positions", positions, ("contiguous", "own")),
-            ("text_after", text_after, ("model", "max")),
-        ):
-            if value not in known:
-                raise UserError(f"{name}={value!r} is not known; use {' or '.join(known)}")
+        for name, value, hint in (
+            ("window", window, int), ("queue", queue, int), ("fps", fps, float),
+            ("flush_seconds", flush_seconds, float),
+            ("redundancy", redundancy, float | None), ("keep_as", keep_as, str),
+            ("positions", positions, Literal["contiguous", "own"]), ("text_after", text_after, Literal["model", "max"]),
+        ):  # fmt: skip
+            checked(name, value, hint, "a stream session")
         if redundancy is not None and not 0 <= redundancy < 2:
             raise UserError(
                 f"redundancy={redundancy!r} is a cosine distance from 0 to 2, e.g. 0.2, or None to keep all"
             )
-        if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-            raise UserError(f"window={window!r} must be a positive number of tokens")
+        if window < 1:
+            raise UserError(f"window={window} must be a positive number of tokens")
         if not fps > 0:
             raise UserError(f"fps={fps!r} must be positive")
         Intake.__init__(self, fps, queue)
@@ -107,6 +110,7 @@ class StreamSession(Intake):
                 f"{type(draft).__name__} drafts from the pixels, which a stream no longer has: use PromptLookup()"
             )
         self.retriever = parse(retrieve)
+        check_model(self.model, families.get(self.model), self.plan, self.retriever)
         self.notes: list[str] = []
         if getattr(self.plan.speculate, "otherwise", "") == "plain" and self._by_layer(self.retriever):
             self.plan = replace(self.plan, speculate=None)
@@ -198,6 +202,7 @@ class StreamSession(Intake):
             if not self.encoder.state.blocks and self.pending:
                 self._encode(pad=True)
             retriever = self.retriever if retrieve == "session" else parse(retrieve)
+            check_model(self.model, families.get(self.model), retriever)
             self._check_dense(retriever)
             blocks = self.encoder.resident if retriever is None else list(self.store.blocks.values())
             if not self.encoder.state.blocks:
