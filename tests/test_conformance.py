@@ -45,7 +45,7 @@ def test_presets_serve_sliding_windows(window: int, plan: str) -> None:
         assert torch.equal(answer(model, batch), expected)
         noted = any("DynamicSlidingWindowLayer of 16 columns" in note for note in fast.report.notes)
         assert noted == (window == 16) and ("verify_rounds" in fast.report.decode) == (window == 4096)
-    strict, says = mistral(16), pytest.raises(Unsupported, match="forgets what 50 columns")
+    strict, says = mistral(16), pytest.raises(Unsupported, match="forgets what 49 columns")
     with vlmfast.accelerate(strict, speculate=Speculate(PromptLookup())), says:
         answer(strict, batch)
 
