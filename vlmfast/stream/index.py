@@ -16,7 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmfast.core import UserError
+from vlmfast.stream import orientation
+from vlmfast.stream.files import check_pixels, regular
+from vlmfast.stream.orientation import Orientation
 
+# What libav may take a file for: containers of video, and sound and pictures in order to say that it is one. Left out
+# are the formats that name further files or addresses (playlists, session descriptions, concatenations).
+_FORMATS = (
+    "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,h264,hevc,vvc,obu,av1,ivf,m4v,mpegvideo,mjpeg,gif,apng,nut,mxf,dv,"
+    "yuv4mpegpipe,rm,wav,mp3,flac,aac,ac3,aiff,au,png_pipe,jpeg_pipe,bmp_pipe,webp_pipe,tiff_pipe,gif_pipe,image2"
+)
 _STAMPED = {"mp4", "matroska", "mpegts"}  # their packets carry true presentation stamps; elsewhere frames are counted
 _STAMPLESS = {"avi", "h264", "hevc", "mpegvideo", "m4v"}  # only a frame rate: what libav makes up is no better
 
@@ -29,7 +38,7 @@ class Index:
     pts         (N,) int64 stamps as stored, or None when frames can only be counted
     keys        (K,) int64, the stamps a decoder can start from; empty when pts is None
     fps         average frames per second; duration in seconds, last frame included
-    size        (height, width) of the decoded pictures; turns = quarter turns anticlockwise that set them upright
+    size        (height, width) of the decoded pictures; orientation: what sets them upright
     container   libav's name of the file format, such as "mov,mp4,m4a,3gp,3g2,mj2"
     """
 
@@ -40,7 +49,7 @@ class Index:
     fps: float
     duration: float
     size: tuple[int, int]
-    turns: int
+    orientation: Orientation
     container: str
 
     def __len__(self) -> int:
@@ -49,7 +58,7 @@ class Index:
     @property
     def shown(self) -> tuple[int, int]:
         """(height, width) of the upright picture."""
-        return self.size if self.turns % 2 == 0 else (self.size[1], self.size[0])
+        return self.orientation.shown(self.size)
 
 
 def reason(error: BaseException) -> str:
@@ -62,10 +71,7 @@ def opened(path: Path) -> Iterator[tuple[Any, Any]]:
     """(container, video stream) of a local file, threads on. Raises UserError for whatever is not a video."""
     import av
 
-    if not path.exists():
-        raise UserError(f"no such file: {path}")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path} is empty (0 bytes); copy it again")
+    path = regular(path, "file")
     with path.open("rb") as file:
         head = file.read(16).lstrip().lower()
     if head.startswith((b"#extm3u", b"ffconcat")):
@@ -73,7 +79,8 @@ def opened(path: Path) -> Iterator[tuple[Any, Any]]:
         raise UserError(f"{path} is a playlist, not a video; give the video itself, or the stream's URL")
     try:
         # The protocol is spelled out so that a name like "http:x" or "concat:a|b" stays a file name.
-        container = av.open(f"file:{path.absolute()}", options={"protocol_whitelist": "file"})
+        options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
+        container = av.open(f"file:{path.absolute()}", options=options)
     except (av.error.FFmpegError, ValueError) as e:
         raise UserError(
             f"{path} cannot be read as a video ({reason(e)}): it is damaged, cut short or not a video; "
@@ -86,6 +93,7 @@ def opened(path: Path) -> Iterator[tuple[Any, Any]]:
             raise UserError(f"{path} is a picture, not a video; give it as an image")
         if not streams or name == "tty":  # libav takes any .txt for terminal art
             raise UserError(f"{path} is not a video (it has no video track); give a file such as mp4, mkv or webm")
+        check_pixels(path, streams[0].height, streams[0].width)
         streams[0].thread_type = "AUTO"
         yield container, streams[0]
 
@@ -123,7 +131,7 @@ def read_index(path: Path) -> Index:
         first = next(frames_of(container, stream, path), None)
         if first is None:
             raise UserError(f"{path} has no frames; check that it plays, or record it again")
-        size, turns = (first.height, first.width), round((first.rotation or 0) / 90) % 4
+        size, turned = (first.height, first.width), orientation.of_frame(first, path)
         rate = float(stream.guessed_rate or stream.average_rate or 0)
         average, unit = float(stream.average_rate or 0), float(stream.time_base)
         name = container.format.name
@@ -148,14 +156,16 @@ def read_index(path: Path) -> Index:
     order = np.unique(np.asarray(pts, np.int64))
     if stamped and len(order) == len(pts) and first.pts == order[0]:
         times = (order - order[0]) * unit
-        return Index(path, times, order, np.sort(np.asarray(keys, np.int64)), *_pace(times, average), size, turns, name)
+        return Index(
+            path, times, order, np.sort(np.asarray(keys, np.int64)), *_pace(times, average), size, turned, name
+        )
     with opened(path) as (container, stream):
         seen = [stamp_of(container, frame) for frame in frames_of(container, stream, path)]
     times = np.asarray([np.nan if t is None else t for t in seen], np.float64)
     if not np.all(np.diff(times) > 0):  # stamps missing or not in order: the nominal rate is all there is
         times = np.arange(len(seen)) / (rate or 25.0)
     times = times - times[0]
-    return Index(path, times, None, np.empty(0, np.int64), *_pace(times, rate), size, turns, name)
+    return Index(path, times, None, np.empty(0, np.int64), *_pace(times, rate), size, turned, name)
 
 
 def _pace(times: NDArray[np.float64], nominal: float) -> tuple[float, float]:

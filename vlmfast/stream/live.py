@@ -24,15 +24,17 @@ from numpy.typing import NDArray
 from vlmfast.core import UserError
 from vlmfast.stream import backends, images
 from vlmfast.stream.images import Size, positive
+from vlmfast.stream.files import check_pixels
 from vlmfast.stream.index import frames_of, opened, reason, stamp_of
+from vlmfast.stream.orientation import Orientation, of_frame
 
 # What libav may open for a URL of each scheme: the stream itself and its parts, never a local file.
 _HTTP = "http,https,httpproxy,tls,tcp,crypto,data"
 _SCHEMES = {
     "http": _HTTP,
     "https": _HTTP,
-    "rtsp": "rtp,srtp,udp,tcp,tls,http,https",
-    "rtsps": "rtp,srtp,udp,tcp,tls,http,https",
+    "rtsp": "rtp,srtp,udp,tcp,tls",
+    "rtsps": "rtp,srtp,udp,tcp,tls",
     "rtmp": "rtmp,tcp",
     "rtmps": "rtmps,tls,tcp",
     "srt": "srt,udp",
@@ -166,16 +168,16 @@ def _deliver(raw: Iterable[_Timed], rate: float | None, size: Size, realtime: bo
 
 def _file(path: Path) -> Iterator[_Timed]:
     with opened(path) as (container, stream):
-        clock, turns = Clock(1 / float(stream.guessed_rate or stream.average_rate or 25)), None
+        clock, turned = Clock(1 / float(stream.guessed_rate or stream.average_rate or 25)), None
         for frame in frames_of(container, stream, path):
-            turns = round((frame.rotation or 0) / 90) % 4 if turns is None else turns
-            yield partial(_pixels, frame, turns), clock(stamp_of(container, frame))
-        if turns is None:
+            turned = of_frame(frame, path) if turned is None else turned
+            yield partial(_pixels, frame, turned), clock(stamp_of(container, frame))
+        if turned is None:
             raise UserError(f"{path} has no frames; check that it plays, or record it again")
 
 
-def _pixels(frame: Any, turns: int) -> NDArray[np.uint8]:
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
+def _pixels(frame: Any, turned: Orientation) -> NDArray[np.uint8]:
+    return turned.apply(frame.to_ndarray(format="rgb24"))
 
 
 def _pushed(source: Iterable[Any], step: float) -> Iterator[_Timed]:
@@ -241,21 +243,22 @@ def _url(url: str, timeout: float, seen: dict[str, float]) -> Iterator[_Raw]:
             if not container.streams.video:
                 raise UserError(f"{_shown(url)} has no video track; give the address of a video stream")
             stream = container.streams.video[0]
+            check_pixels(_shown(url), stream.height, stream.width)
             stream.thread_type = "SLICE"  # frame threads would hold back one frame per thread
             if container.duration is not None:
                 end = ((container.start_time or 0) + container.duration) / 1e6
             arrival = bool(_UNSTAMPED & set(container.format.name.split(",")))
-            turns: int | None = None
+            turned: Orientation | None = None
             for frame in _tolerant(container, stream):
                 begun = True
-                turns = round((frame.rotation or 0) / 90) % 4 if turns is None else turns
+                turned = of_frame(frame, _shown(url)) if turned is None else turned
                 stamp = None if frame.pts is None else float(frame.pts * stream.time_base)
                 stamp = time.monotonic() if arrival else stamp
                 if end is not None and stamp is not None:
                     if stamp <= seen.get("until", -np.inf):
                         continue
                     seen["until"] = stamp
-                yield partial(_pixels, frame, turns), stamp
+                yield partial(_pixels, frame, turned), stamp
     except av.error.ExitError:  # what PyAV's timeout looks like
         raise _Lost(f"no answer for {timeout:g} s") from None
     except av.error.FFmpegError as e:
