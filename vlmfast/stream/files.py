@@ -44,5 +44,6 @@ def check_pixels(path: object, height: int, width: int) -> None:
     """Raises UserError for a picture or frame of more than MOST_PIXELS, before it is decoded."""
     if height * width > MOST_PIXELS:
         raise UserError(
-            f"{path} has {width} x {height} pixels; at most {MOST_PIXELS / 1e6:.0f} million are decoded: scale it down first"
+            f"{path} has {width} x {height} pixels; more than {MOST_PIXELS / 1e6:.0f} million are not decoded: "
+            "scale it down first"
         )

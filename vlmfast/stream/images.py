@@ -100,7 +100,8 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
             check_pixels(path, file.height, file.width)
             if getattr(file, "is_animated", False) and file.format != "MPO":  # phones hide more pictures in a JPEG
                 raise UserError(
-                    f"{path} holds {file.n_frames} pictures; give an animation as a video, or save the one you mean"
+                    f"{path} holds {getattr(file, 'n_frames', 'several')} pictures; give an animation as a video, "
+                    "or save the one you mean"
                 )
             yield file
     except UserError as e:

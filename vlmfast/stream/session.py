@@ -24,6 +24,7 @@ from vlmfast.api import MARK, accelerate, unwrap
 from vlmfast.core import Unsupported, UserError
 from vlmfast.plan import Plan, resolve
 from vlmfast.runtime.late_rope import check, lock
+from vlmfast.runtime.placeholders import refuse_placeholders
 from vlmfast.runtime.stream_kv import WorkingSet
 from vlmfast.runtime.video import Eyes
 from vlmfast.stream import saving
@@ -187,6 +188,7 @@ class StreamSession(Intake):
         self._open()
         if not question.strip():
             raise UserError("the question is empty")
+        refuse_placeholders(question, self.model, self.eyes.processor)
         with self._lock:
             self._drain()
             if not self.encoder.state.blocks and self.pending:
