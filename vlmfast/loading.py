@@ -134,10 +134,12 @@ def as_picture(image: Any) -> Any:
     return Image.fromarray(as_frame(image))
 
 
-def as_clip(frames: np.ndarray) -> torch.Tensor:
-    """Frames (T, H, W, 3) uint8 as a tensor (T, 3, H, W), which no processor can read another way."""
+def as_clip(frames: Any) -> torch.Tensor:
+    """Frames (T, H, W, 3) uint8, an array or tensor, as a tensor (T, 3, H, W), which no processor can misread."""
     import torch
 
+    if isinstance(frames, torch.Tensor):
+        return frames.permute(0, 3, 1, 2)
     return torch.from_numpy(frames if frames.flags.writeable else frames.copy()).permute(0, 3, 1, 2)
 
 
