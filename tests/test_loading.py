@@ -278,8 +278,12 @@ def test_a_picture_too_slim_is_refused(loaded: Any, family: str, size: tuple[int
     with refused(f"{size[1]} x {size[0]}", "crop or pad"):
         model.inputs("what ?", video=clip)
     session = StreamSession(model.model, model.processor)
-    with refused(f"{size[1]} x {size[0]}"):
-        session.push(frames)
+    assert session.push(pictures(2), [0.0, 1.0]) == 2
+    for bad in (frames, np.zeros((2, 0, 64, 3), np.uint8)):
+        with refused(f"{bad.shape[2]} x {bad.shape[1]}"):
+            session.push(bad, [2.0, 3.0])
+    assert session.push(pictures(2), [2.0, 3.0]) == 2  # nothing of the refused frames was taken
+    assert session.stats()["frames"] == 4
 
 
 def test_whole_is_quiet_about_nothing_and_names_conversion_errors() -> None:

@@ -109,6 +109,7 @@ class Eyes:
         self.frames = int(vision.temporal_patch_size) if self.qwen else 1  # frames per temporal grid
         self.stamped = self.family.stamped(model)
         self.layout = Layout(model)
+        self._sizes: set[tuple[int, int]] = set()  # of frames that the processor takes
         self.device = next(model.parameters()).device
 
     @torch.no_grad()
@@ -137,11 +138,19 @@ class Eyes:
         side = int(rows.shape[1] ** 0.5)
         return Grids(rows, (side, rows.shape[1] // side), [])
 
+    def check_size(self, height: int, width: int) -> None:
+        """Raise UserError for frames of a size that the model's processor does not take; each size is tried once."""
+        if (height, width) in self._sizes:
+            return
+        blank = torch.zeros(self.frames, 3, height, width, dtype=torch.uint8)
+        self._processed([blank], {"do_sample_frames": False, "return_tensors": "pt"})
+        self._sizes = {*self._sizes, (height, width)} if len(self._sizes) < 64 else {(height, width)}
+
     def _processed(self, clips: list[Tensor], options: dict[str, Any]) -> Any:
         """What the model's video processor makes of clips (T, 3, H, W). UserError for frames that it does not take."""
         try:
             return self.processor.video_processor(videos=clips, **options)
-        except (ValueError, ArithmeticError) as e:
+        except (ValueError, RuntimeError, ArithmeticError) as e:
             height, width = clips[0].shape[-2:]
             raise UserError(f"{self.type} does not take frames of {width} x {height} pixels: {brief(e)}") from None
 
