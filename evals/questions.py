@@ -16,6 +16,7 @@ from typing import Any
 from evals import scoring
 from evals.tasks import Clip, Sample, Task
 from vlmfast.core import UserError
+from vlmfast.stream.files import regular
 
 FIELDS = ("id", "image", "video", "question", "answer", "answers", "choices", "metric", "cluster", "kind")
 NAMES = ("questions.jsonl", "questions.parquet")
@@ -124,7 +125,15 @@ def _checked(row: Any, where: str, folder: Path, metric: str | None) -> dict[str
     for kind in ("image", "video"):
         given = row.get(kind, [])
         out[kind] = [folder / str(f) for f in (given if isinstance(given, list) else [given])]
-        for file in out[kind]:
-            if not file.exists():
-                raise UserError(f"{where}: field {kind!r} names {file.name}, which is not in {file.parent}")
+        for file, said in zip(out[kind], given if isinstance(given, list) else [given], strict=True):
+            if not isinstance(said, str):
+                raise UserError(f"{where}: field {kind!r} holds {said!r:.80}; it takes a path, or a list of paths")
+            if "://" in said:
+                raise UserError(f"{where}: field {kind!r} is an address, {said:.80}; download it and give the file")
+            if kind == "video" and file.is_dir():
+                continue  # of frames
+            try:
+                regular(file, kind)
+            except UserError as e:
+                raise UserError(f"{where}: field {kind!r}: {e}") from None
     return out

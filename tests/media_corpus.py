@@ -221,6 +221,12 @@ def shown_of(stored: np.ndarray, how: int) -> np.ndarray:
     return out
 
 
+def stretched(frames: np.ndarray, width: int) -> np.ndarray:
+    """The frames in square pixels: as tall as before, `width` wide."""
+    how = Image.Resampling.BICUBIC
+    return np.stack([np.asarray(Image.fromarray(f).resize((width, f.shape[0]), how)) for f in frames])
+
+
 def sound(path: Path) -> Path:
     """A file with an audio track only."""
     with av.open(str(path), "w") as out:
@@ -276,6 +282,14 @@ def videos_of(root: Path) -> list[Entry]:
     for h, w in ((3, 64), (1, 64), (4, 64), (48, 3), (17, 33), (2, 2)):
         odd = np.ascontiguousarray(np.random.default_rng(h).integers(0, 256, (5, h, w, 3), np.uint8))
         add(f"size {h}x{w}", film(root / f"o{h}x{w}.mkv", odd, codec="ffv1", pix="bgr0"), odd, plain[:5])
+    plump = np.kron(np.random.default_rng(0).integers(0, 256, (3, 4, 3), np.uint8), np.ones((16, 16, 1), np.uint8))
+    plump = np.repeat(plump[None], 5, 0)
+    wide = film(root / "wide.mp4", plump, aspect=Fraction(2))
+    add("wide pixels", wide, stretched(plump, 128), plain[:5])
+    side = matrix(wide, root / "wide_side.mp4", MATRIX[6])
+    add("wide pixels, on its side", side, np.rot90(stretched(plump, 128), -1, (1, 2)), plain[:5])
+    add("slim pixels", film(root / "slim.mp4", plump, aspect=Fraction(8, 9)), stretched(plump, 57), plain[:5])
+    add("impossible pixels", film(root / "none.mp4", plump, aspect=Fraction(1, 1000)), plump, plain[:5])
     add("wrong extension", film(root / "really.avi", frames, format="matroska"), frames, plain)
     animation = [Image.fromarray(f) for f in pictures(5)]
     animation[0].save(root / "anim.png", save_all=True, append_images=animation[1:], duration=100)

@@ -418,7 +418,8 @@ def test_the_draft_grows_while_it_pays_and_stops_when_it_does_not() -> None:
         assert pace.length() == 0  # a step without a draft comes first: without it there is nothing to compare with
         pace.saw(0, 0, 0.0, 10.0)
         for _ in range(4):
-            assert (k := pace.length()) > 0
+            k = pace.length()
+            assert k > 0
             pace.saw(k, k, 0.5 * k, 10.0, [0.95] * k)
     for _ in range(30):
         k = pace.length()

@@ -70,8 +70,13 @@ def load(model: str, dtype: str, device: str | None, device_map: str | None = No
 
 def images(paths: list[Path] | None) -> list[Any]:
     """The pictures as (H, W, 3) uint8."""
+    import warnings
+
+    from PIL.Image import DecompressionBombWarning
+
     from vlmfast.stream.source import read_image
 
+    warnings.filterwarnings("ignore", category=DecompressionBombWarning)  # too large is an error here, said once
     return [read_image(p) for p in paths or ()]
 
 

@@ -191,7 +191,7 @@ def read_index(path: Path) -> Index:
         first = next(frames_of(container, stream, path), None)
         if first is None:
             raise UserError(f"{path} has no frames; check that it plays, or record it again")
-        size, turned = (first.height, first.width), orientation.of_frame(first, path)
+        size, turned = (first.height, first.width), orientation.of_frame(first, stream, path)
         rate = float(stream.guessed_rate or stream.average_rate or 0)
         average, unit = float(stream.average_rate or 0), float(stream.time_base)
         name = container.format.name

@@ -173,7 +173,7 @@ def _file(path: Path) -> Iterator[_Timed]:
         clock, turned = Clock(1 / float(stream.guessed_rate or stream.average_rate or 25)), None
         tally = Tally()
         for frame in frames_of(container, stream, path, tally):
-            turned = of_frame(frame, path) if turned is None else turned
+            turned = of_frame(frame, stream, path) if turned is None else turned
             yield partial(_pixels, frame, turned), clock(stamp_of(container, frame))
         if turned is None:
             raise UserError(f"{path} has no frames; check that it plays, or record it again")
@@ -267,7 +267,7 @@ def _url(url: str, timeout: float, seen: dict[str, float]) -> Iterator[_Raw]:
             turned: Orientation | None = None
             for frame in _tolerant(container, stream):
                 begun = True
-                turned = of_frame(frame, _shown(url)) if turned is None else turned
+                turned = of_frame(frame, stream, _shown(url)) if turned is None else turned
                 stamp = None if frame.pts is None else float(frame.pts * stream.time_base)
                 stamp = time.monotonic() if arrival else stamp
                 if end is not None and stamp is not None:

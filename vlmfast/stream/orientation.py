@@ -1,24 +1,28 @@
-"""How a stored picture must be turned or mirrored to stand upright: the eight orientations of a display matrix."""
+"""How a stored picture must be turned, mirrored or stretched to be seen as meant: display matrix and pixel shape."""
 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlmfast.core import UserError
+from vlmfast.stream.images import resize
 
 
 @dataclass(frozen=True)
 class Orientation:
-    """Exchange rows and columns (`transposed`), then reverse the rows (`upside_down`) and the columns (`mirrored`)."""
+    """Stretch the width by `stretch`, exchange rows and columns (`transposed`), then reverse the rows (`upside_down`)
+    and the columns (`mirrored`)."""
 
     transposed: bool = False
     upside_down: bool = False
     mirrored: bool = False
+    stretch: Fraction = Fraction(1)
 
     def __bool__(self) -> bool:
         """Is there anything to do?"""
@@ -28,13 +32,18 @@ class Orientation:
         """The upright picture of a stored one (H, W, ...); the same array where there is nothing to do."""
         if not self:
             return frame
+        frame = resize(frame, self._square((frame.shape[0], frame.shape[1])))
         if self.transposed:
             frame = frame.swapaxes(0, 1)
         return np.ascontiguousarray(frame[:: -1 if self.upside_down else 1, :: -1 if self.mirrored else 1])
 
+    def _square(self, size: tuple[int, int]) -> tuple[int, int]:
+        return size[0], max(1, round(size[1] * self.stretch))
+
     def shown(self, size: tuple[int, int]) -> tuple[int, int]:
         """(height, width) of the upright picture of a stored one of `size` (height, width)."""
-        return (size[1], size[0]) if self.transposed else size
+        height, width = self._square(size)
+        return (width, height) if self.transposed else (height, width)
 
 
 def of_matrix(matrix: tuple[int, ...]) -> Orientation:
@@ -55,12 +64,16 @@ def of_matrix(matrix: tuple[int, ...]) -> Orientation:
     )
 
 
-def of_frame(frame: Any, name: object) -> Orientation:
-    """The orientation that a decoded av.VideoFrame carries. Raises UserError, naming the file, as `of_matrix`."""
+def of_frame(frame: Any, stream: Any, name: object) -> Orientation:
+    """The orientation that a decoded av.VideoFrame carries, with the pixel shape that its stream announces (between a
+    quarter and four; what lies beyond is no camera's). Raises UserError, naming the file, as `of_matrix`."""
+    shape = Fraction(stream.sample_aspect_ratio or 1)
+    stretch = shape if Fraction(1, 4) <= shape <= 4 else Fraction(1)
     for data in frame.side_data:
         if data.type.name == "DISPLAYMATRIX":
             try:
-                return of_matrix(struct.unpack("=9i", bytes(data)[:36]))
+                found = of_matrix(struct.unpack("=9i", bytes(data)[:36]))
+                return replace(found, stretch=stretch)
             except UserError as e:
                 raise UserError(f"{name} cannot be shown upright: {e}") from None
-    return Orientation()
+    return Orientation(stretch=stretch)
