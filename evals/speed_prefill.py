@@ -41,15 +41,10 @@ from vlmfast.runtime.attention import AttentionSwitch, tag
 from vlmfast.runtime.names import CACHE
 from vlmfast.runtime.patch import Patch
 
-SEED, SPLIT, DRIFT, TEXT = 0, 0.25, 0.95, 64
+SEED, SPLIT, DRIFT, TEXT, DTYPE = 0, 0.25, 0.95, 64, getattr(torch, timing.half())
 LIMIT = 8e9  # bytes of keys and values, over all methods of one combination
 STEPS = 4  # tokens per timed window, HybridKV's `refresh`
 FLUSH = 96 * 2**20  # bytes written before each timed attention op: in a step, a layer's weights pass in between
-
-
-def dtype() -> torch.dtype:
-    """What the weights, keys and values of this suite are made in, see `timing.half`."""
-    return getattr(torch, timing.half())
 
 
 @dataclass(frozen=True)
@@ -77,7 +72,7 @@ class Shape:
         )
 
     def kv_bytes(self, context: int, batch: int) -> int:
-        return 2 * dtype().itemsize * self.layers * batch * self.kv_heads * context * self.head
+        return 2 * DTYPE.itemsize * self.layers * batch * self.kv_heads * context * self.head
 
     def prefill_flops(self, context: int, batch: int) -> float:
         return batch * (2.0 * self.weights * context + self.layers * 2.0 * context**2 * self.hidden)
@@ -94,7 +89,7 @@ def build(shape: Shape) -> Qwen2Model:
     )  # fmt: skip
     torch.manual_seed(SEED)
     default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype())
+    torch.set_default_dtype(DTYPE)
     try:
         return Qwen2Model(config).eval().requires_grad_(False)
     finally:
@@ -151,7 +146,7 @@ def prefilled(shape: Shape, policy: KVPolicy | None, keys: Tensor, values: Tenso
     kinds = torch.full((b, n), Kind.VISUAL, dtype=torch.int8)
     kinds[:, :20], kinds[:, -TEXT:] = Kind.SYSTEM, Kind.TEXT
     w = min(policy.window(), TEXT)
-    query = torch.randn(b, shape.heads, max(1, w), shape.head).to(dtype())
+    query = torch.randn(b, shape.heads, max(1, w), shape.head).to(DTYPE)
     count = torch.ones(b, max(1, w), dtype=torch.bool)
     spent = 0.0
     for i in range(shape.layers):
@@ -188,11 +183,11 @@ def competitor(shape: Shape, model: Qwen2Model, entry: Entry, batch: int, contex
 
     def drift(name: str) -> Tensor:
         state[name] = drifting(state[name], torch.randn(state[name].shape, generator=gen))
-        return state[name].to(dtype())
+        return state[name].to(DTYPE)
 
     def op() -> float:
         query = drift("query")
-        key, value = torch.randn(2, batch, shape.kv_heads, 1, shape.head, generator=gen).to(dtype())
+        key, value = torch.randn(2, batch, shape.kv_heads, 1, shape.head, generator=gen).to(DTYPE)
         flush.add_(1)
         start = timing.now()
         k, v = layer.update(key, value)
@@ -244,12 +239,12 @@ def combination(
     shape: Shape, model: Qwen2Model, context: int, batch: int, split: float, rounds: int, machine: timing.Rates
 ) -> list[dict[str, Any]]:
     """All rows of one context and batch: every method over the same prefill, interleaved."""
-    keys, values = (torch.randn(batch, shape.kv_heads, context, shape.head).to(dtype()) for _ in range(2))
+    keys, values = (torch.randn(batch, shape.kv_heads, context, shape.head).to(DTYPE) for _ in range(2))
     entries = {name: prefilled(shape, policy, keys, values) for name, policy in methods(shape, split).items()}
     runs = {name: competitor(shape, model, entry, batch, context) for name, entry in entries.items()}
     samples = timing.interleaved(runs, rounds)
     prefill = shape.prefill_flops(context, batch) / machine.flops * 1e3
-    weights, whole = dtype().itemsize * shape.weights, timing.medians(samples["full"])["kv_fast_bytes"]
+    weights, whole = DTYPE.itemsize * shape.weights, timing.medians(samples["full"])["kv_fast_bytes"]
     rows = []
     for name, entry in entries.items():
         m = timing.medians(samples[name])
@@ -281,7 +276,7 @@ def moved(cache: DynamicCache, rounds: int) -> float:
 
 def measured_prefill(model: Qwen2Model, shape: Shape, context: int) -> float:
     """Milliseconds of one real prefill, a check on the floor that compression is compared with."""
-    hidden = torch.randn(1, context, shape.hidden).to(dtype())
+    hidden = torch.randn(1, context, shape.hidden).to(DTYPE)
     start = timing.now()
     model(inputs_embeds=hidden, use_cache=True)
     return (timing.now() - start) * 1e3
@@ -293,7 +288,7 @@ def run(quick: bool = False, shape: Shape | None = None, split: float = SPLIT, r
     shape = shape or (TOY if quick else Shape())
     rounds, threads = 3 if quick else rounds, torch.get_num_threads()
     torch.set_num_threads(1 if quick else threads)  # tiny shapes lose more to waiting threads than they win
-    model, patch, machine = build(shape), Patch(), timing.rates("cpu", dtype())
+    model, patch, machine = build(shape), Patch(), timing.rates("cpu", DTYPE)
     AttentionSwitch(model, model.config).install(patch)
     rows, skipped = [], []
     for context in shape.contexts:
