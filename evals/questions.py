@@ -18,6 +18,7 @@ from evals import scoring
 from evals.tasks import Clip, Sample, Task
 from vlmfast import spec
 from vlmfast.core import UserError, shown
+from vlmfast.stream.files import regular
 
 FIELDS = ("id", "image", "video", "question", "answer", "answers", "choices", "metric", "cluster", "kind")
 NAMES = ("questions.jsonl", "questions.parquet")
@@ -139,10 +140,20 @@ def _checked(row: Any, where: str, folder: Path, metric: str | None) -> dict[str
     for kind in ("image", "video"):
         given = row.get(kind, [])
         given = given if isinstance(given, list) else [given]
-        for file in given:
-            if not isinstance(file, str) or not _stands(folder / file):
-                raise UserError(f"{where}: field {kind!r} names {shown(file)}, which is not in {folder}")
-        out[kind] = [folder / f for f in given]
+        for name in given:
+            if not isinstance(name, str):
+                raise UserError(f"{where}: field {kind!r} holds {shown(name)}; it takes a path, or a list of paths")
+            if "://" in name:
+                raise UserError(f"{where}: field {kind!r} is an address, {name:.80}; download it and give the file")
+            if not _stands(folder / name):
+                raise UserError(f"{where}: field {kind!r} names {shown(name)}, which is not in {folder}")
+            if kind == "video" and (folder / name).is_dir():
+                continue  # of frames
+            try:
+                regular(folder / name, kind)
+            except UserError as e:
+                raise UserError(f"{where}: field {kind!r}: {e}") from None
+        out[kind] = [folder / name for name in given]
     return out
 
 

@@ -41,7 +41,7 @@ from vlmfast.runtime.attention import AttentionSwitch, tag
 from vlmfast.runtime.names import CACHE
 from vlmfast.runtime.patch import Patch
 
-SEED, SPLIT, DRIFT, TEXT, DTYPE = 0, 0.25, 0.95, 64, torch.bfloat16
+SEED, SPLIT, DRIFT, TEXT, DTYPE = 0, 0.25, 0.95, 64, getattr(torch, timing.half())
 LIMIT = 8e9  # bytes of keys and values, over all methods of one combination
 STEPS = 4  # tokens per timed window, HybridKV's `refresh`
 FLUSH = 96 * 2**20  # bytes written before each timed attention op: in a step, a layer's weights pass in between
@@ -72,7 +72,7 @@ class Shape:
         )
 
     def kv_bytes(self, context: int, batch: int) -> int:
-        return 2 * 2 * self.layers * batch * self.kv_heads * context * self.head
+        return 2 * DTYPE.itemsize * self.layers * batch * self.kv_heads * context * self.head
 
     def prefill_flops(self, context: int, batch: int) -> float:
         return batch * (2.0 * self.weights * context + self.layers * 2.0 * context**2 * self.hidden)
@@ -245,7 +245,7 @@ def combination(
     runs = {name: competitor(shape, model, entry, batch, context) for name, entry in entries.items()}
     samples = timing.interleaved(runs, rounds)
     prefill = shape.prefill_flops(context, batch) / machine.flops * 1e3
-    weights, whole = 2 * shape.weights, timing.medians(samples["full"])["kv_fast_bytes"]
+    weights, whole = DTYPE.itemsize * shape.weights, timing.medians(samples["full"])["kv_fast_bytes"]
     rows = []
     for name, entry in entries.items():
         m = timing.medians(samples[name])
@@ -310,7 +310,7 @@ def run(quick: bool = False, shape: Shape | None = None, split: float = SPLIT, r
     del model
     rows += speed_policies.rows(split, quick)
     torch.set_num_threads(threads)
-    return {"config": config, "seed": SEED, "repeats": rounds, "device": "cpu", "dtype": "bfloat16", "rows": rows}
+    return {"config": config, "seed": SEED, "repeats": rounds, "device": "cpu", "dtype": timing.half(), "rows": rows}
 
 
 if __name__ == "__main__":

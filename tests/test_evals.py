@@ -161,6 +161,9 @@ def test_parquet_reads_the_same(folder: Path, tmp_path: Path) -> None:
     [
         ('{"image": "0.png", "question": "q", "answer": "a", "colour": 1}', ("line 2", "'colour'")),
         ('{"image": "9.png", "question": "q", "answer": "a"}', ("line 2", "9.png")),
+        ('{"image": "http://h/9.png", "question": "q", "answer": "a"}', ("line 2", "an address")),
+        ('{"image": [3], "question": "q", "answer": "a"}', ("line 2", "takes a path")),
+        ('{"image": "/dev/null", "question": "q", "answer": "a"}', ("line 2", "no regular file")),
         ('{"id": "x", "image": "0.png", "question": "q", "answer": "a"}', ("line 2", "'x'", "line 1")),
         ('{"image": "0.png", "answer": "a"}', ("line 2", "'question'")),
         ('{"image": "0.png", "question": "q"}', ("line 2", "'answer'")),

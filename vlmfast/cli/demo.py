@@ -29,10 +29,7 @@ def demo(
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: give a folder")
 
-    from vlmfast import loading
-
-    with console.waiting(f"loading {model}"):
-        loaded = loading.load(model, dtype, device)
+    loaded = options.load(model, dtype, device)
     if not loaded.reads_video():
         raise UserError(
             f"{model} ({loaded.model_type}) reads pictures only, and the demo shows video: try --model pocket"

@@ -44,6 +44,7 @@ def stream(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="longest answer")] = 128,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
+    device_map: options.DeviceMap = None,
     as_json: options.Json = False,
 ) -> None:
     """Ask questions of endless video: encoded once, kept, and asked about at any time."""
@@ -58,11 +59,9 @@ def stream(
         raise UserError("--resume goes on in its own folder: leave --save out")
     asked = [parse(a) for a in ask or ()]
     chosen = options.plan(prune=prune, speculate=speculate)
-    from vlmfast import loading
     from vlmfast.stream.session import StreamSession
 
-    with console.waiting(f"loading {model}"):
-        loaded = loading.load(model, dtype, device)
+    loaded = options.load(model, dtype, device, device_map)
     common: dict[str, Any] = {"retrieve": retrieve}
     common |= {k: v for k, v in (("ram", ram), ("disk_limit", disk_limit)) if v is not None}
     if resume is not None:

@@ -19,6 +19,7 @@ from vlmfast.core import Draft, StageDidNotFire, TokenPruner, Unsupported, UserE
 from vlmfast.decode.guided import TargetAttention
 from vlmfast.decode.live import Chain, Either, Ngrams
 from vlmfast.fields import Method
+from vlmfast.runtime import dtypes, weights
 from vlmfast.runtime.names import CACHE, OLD
 from vlmfast.runtime.stepper import Stepper
 
@@ -86,13 +87,12 @@ class ModelDraft(Method):
         if isinstance(self.model, nn.Module):
             return self.model
         if not self._loaded:
-            import transformers
-
             try:
-                model = transformers.AutoModelForImageTextToText.from_pretrained(self.model)
-            except (OSError, ValueError) as e:
-                raise UserError(f"no draft model at {self.model!r}: {str(e).splitlines()[0]}") from None
-            self._loaded.append(model.eval())
+                model = weights.read(self.model, self.model)
+            except UserError as e:
+                raise UserError(f"no draft model at {self.model!r}: {e}") from None
+            dtypes.suited(model)
+            self._loaded.append(model)
         return self._loaded[0]
 
     def check(self, model: Any, inputs: dict[str, Any]) -> None:

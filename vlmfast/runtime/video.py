@@ -15,6 +15,7 @@ from torch import Tensor
 from vlmfast import families
 from vlmfast.core import Unsupported, UserError
 from vlmfast.families.base import feature_list
+from vlmfast.runtime.weights import brief
 
 
 @dataclass
@@ -108,6 +109,7 @@ class Eyes:
         self.frames = int(vision.temporal_patch_size) if self.qwen else 1  # frames per temporal grid
         self.stamped = self.family.stamped(model)
         self.layout = Layout(model)
+        self._sizes: set[tuple[int, int]] = set()  # of frames that the processor takes
         self.device = next(model.parameters()).device
 
     @torch.no_grad()
@@ -117,7 +119,7 @@ class Eyes:
         options: dict[str, Any] = {"do_sample_frames": False, "return_tensors": "pt"}
         if self.qwen:
             pairs = list(pixels.split(self.frames))
-            made = self.processor.video_processor(videos=pairs, **options)
+            made = self._processed(pairs, options)
             grid = made["video_grid_thw"]
             merge = self.layout.merge
             call = {
@@ -128,13 +130,29 @@ class Eyes:
             rows = torch.stack(feature_list(out))
             deep = [torch.stack(list(level)) for level in getattr(out, "deepstack_features", None) or []]
             return Grids(rows, (int(grid[0, 1]) // merge, int(grid[0, 2]) // merge), deep)
-        made = self.processor.video_processor(videos=[pixels], **options)
+        made = self._processed([pixels], options)
         out = self.base.get_video_features(made["pixel_values_videos"].to(self.device))
         flat = feature_list(out)[0]
         flat = flat[: flat.shape[0] - self.closing().shape[0]]  # OneVision's newline closes a video, not a frame
         rows = flat.view(len(frames), -1, flat.shape[-1])
         side = int(rows.shape[1] ** 0.5)
         return Grids(rows, (side, rows.shape[1] // side), [])
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise UserError for frames of a size that the model's processor does not take; each size is tried once."""
+        if (height, width) in self._sizes:
+            return
+        blank = torch.zeros(self.frames, 3, height, width, dtype=torch.uint8)
+        self._processed([blank], {"do_sample_frames": False, "return_tensors": "pt"})
+        self._sizes = {*self._sizes, (height, width)} if len(self._sizes) < 64 else {(height, width)}
+
+    def _processed(self, clips: list[Tensor], options: dict[str, Any]) -> Any:
+        """What the model's video processor makes of clips (T, 3, H, W). UserError for frames that it does not take."""
+        try:
+            return self.processor.video_processor(videos=clips, **options)
+        except (ValueError, RuntimeError, ArithmeticError) as e:
+            height, width = clips[0].shape[-2:]
+            raise UserError(f"{self.type} does not take frames of {width} x {height} pixels: {brief(e)}") from None
 
     def closing(self) -> Tensor:
         """Feature rows (0 or 1, D) that end a video in the prompt (OneVision's newline)."""

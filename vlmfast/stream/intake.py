@@ -75,6 +75,8 @@ class Intake:
     def _accept(self, frames: Any, timestamps: Any) -> list[Timed]:
         """Checked frames with their seconds."""
         pictures = as_frames(frames)
+        for picture in pictures:
+            self.eyes.check_size(*picture.shape[:2])
         times = as_times(timestamps, len(pictures), self._accepted, 1 / self.fps)
         if times:
             self._accepted = times[-1]

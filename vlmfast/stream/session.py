@@ -28,6 +28,7 @@ from vlmfast.fields import checked
 from vlmfast.plan import Plan, resolve
 from vlmfast.runtime.late_rope import check
 from vlmfast.runtime.model_lock import lock_functions
+from vlmfast.runtime.placeholders import refuse_placeholders
 from vlmfast.runtime.stream_kv import WorkingSet
 from vlmfast.runtime.video import Eyes
 from vlmfast.stream import saving
@@ -197,6 +198,7 @@ class StreamSession(Intake):
         self._open()
         if not question.strip():
             raise UserError("the question is empty")
+        refuse_placeholders(question, self.model, self.eyes.processor)
         with self._lock:
             self._drain(len(self.queue))  # not what comes meanwhile: a fast source would never let an answer begin
             if not self.encoder.state.blocks and self.pending:

@@ -215,7 +215,7 @@ def read_video(
         positive("max_frames", max_frames, "integer")
     if fps is not None:
         positive("fps", fps)
-    if path.is_dir():
+    if os.path.isdir(path):
         return _read_folder(path, select, max_frames, size, 1.0 if fps is None else fps)
     if fps is not None:
         raise UserError(f"fps= is for folders of pictures; {path} has its own timestamps (choose by select=Fps(...))")
@@ -273,7 +273,7 @@ def write_video(path: str | os.PathLike[str], frames: Any, fps: float, crf: int 
     positive("fps", fps)
     if not path.parent.is_dir():
         raise UserError(f"no such folder: {path.parent}; create it first")
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"{path} is a folder; give the name of a file, such as {path / 'clip.mp4'}")
     part = path.with_name(f".{uuid.uuid4().hex}.part.mp4")
     try:
