@@ -9,13 +9,16 @@ python -m evals.decode_luck --captions 800 --out FILE.json
 
 from __future__ import annotations
 
-import argparse
 import statistics
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
 
 from evals import decode_runs as runs
 from evals.records import claim, head, row, write
 from evals.stats import paired
+from vlmfast.cli.errors import application
 from vlmfast.decode import Exact, FLy, Loose, ModelDraft, RandomRelax
 
 LENGTH = 12
@@ -50,17 +53,21 @@ def rows(target: Any, processor: Any, draft: Any, captions: int) -> list[dict[st
     return out
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--out", required=True, help="result file (JSON)")
-    parser.add_argument("--captions", type=int, default=800)
-    parser.add_argument("--force", action="store_true", help="replace an existing result")
-    args = parser.parse_args()
-    claim(args.out, args.force)
+def main(
+    out: Annotated[Path, typer.Option(help="result file (JSON)")],
+    captions: Annotated[int, typer.Option(help="how many pictures are described", min=2)] = 800,
+    force: Annotated[bool, typer.Option("--force", help="replace an existing result")] = False,
+) -> None:
+    """Compare loose rules with random relaxation at about the same accepted length."""
+    claim(out, force)
     from vlmfast import pocket
 
     target, processor = pocket.load("target")
-    config = {"captions": args.captions, "first": FIRST, "length": LENGTH}
+    config = {"captions": captions, "first": FIRST, "length": LENGTH}
     record = head("luck", config=config, seed=0, repeats=1) | {"rows": []}
-    record["rows"] = rows(target, processor, pocket.load("draft")[0], args.captions)
-    write(args.out, record, args.force)
+    record["rows"] = rows(target, processor, pocket.load("draft")[0], captions)
+    write(out, record, force)
+
+
+if __name__ == "__main__":
+    application(main)()

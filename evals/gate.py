@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from evals.runner import Runner
@@ -9,7 +10,9 @@ from evals.tasks import Sample
 from vlmfast.plan import Plan
 
 
-def laws(runner: Runner, sample: Sample, plans: dict[str, Plan], tokens: int) -> dict[str, str]:
+def laws(
+    runner: Runner, sample: Sample, plans: dict[str, Plan], tokens: int, stop: Callable[[], bool] = lambda: False
+) -> dict[str, str]:
     """Method -> the law it breaks on this question; methods that keep all of them are not listed.
 
     Checked: removing a plan restores the model bit for bit; a plan with an exact acceptance rule says the same
@@ -24,6 +27,9 @@ def laws(runner: Runner, sample: Sample, plans: dict[str, Plan], tokens: int) ->
     with torch.no_grad():
         before = runner.model(**inputs).logits
     for method, plan in plans.items():
+        if stop():
+            broken[method] = "law: not checked, out of time"
+            continue
         try:
             said = _tokens(runner, inputs, plan, tokens)
             with torch.no_grad():

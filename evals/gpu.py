@@ -9,7 +9,6 @@ written after every cell. `--dry` runs the same code in toy shapes on the CPU.
 from __future__ import annotations
 
 import copy
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,9 +17,13 @@ from typing import Annotated, Any
 
 import typer
 
-from evals import gpu_extra, methods, records, timing
+from evals import gpu_extra, methods, records, speed, timing
 from evals.shapes import TOY, Shape, build, clip
 from evals.speed_presets import DRY, SHOWN, Replay, measured_shares
+from vlmfast.cli import console
+from vlmfast.cli.errors import application
+from vlmfast.core import UserError
+from vlmfast.page import floors_above
 from vlmfast.plan import Plan
 
 QWEN_7B = Shape("Qwen2.5-VL-7B", 28, 3584, 18944, 28, 4, 152064, 32, 1280, 3420, 16, (7, 15, 23, 31), (8, 16, 16))
@@ -136,11 +139,15 @@ def measure(shape: Shape, device: str, minutes: float, save: Any, dry: bool) -> 
                     plan = plan_of(name, said.get(base, ()), prompt, shape.vocab, dry)
                     samples = []
                     for k in range(rounds + (not dry)):  # the first is a warm-up
+                        if time.monotonic() > deadline:
+                            raise TimeoutError("out of time")
                         sample, said[name] = ask(model, inputs, plan, new, device)
                         samples += [sample] if k or dry else []
                     done[name] = samples
                     row = _row(name, plan, samples, done.get("plain"), shape, visual, batch, new, machine)
                     record["rows"].append(row)
+                except TimeoutError as e:
+                    record["skipped"].append(f"{where}: {e}")
                 except torch.cuda.OutOfMemoryError:
                     torch.cuda.empty_cache()
                     record["skipped"].append(f"{where}: out of memory")
@@ -189,34 +196,37 @@ def _row(
 
 def show(record: dict[str, Any]) -> None:
     """The short table, last."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{record['hardware']['name']} · {record['config']['name']} · {record['attention']}")
-    for c in ("method", "visual", "batch", "TTFT ms", "ms/token", "GB peak", "KV MB", "TFLOP/s", "GB/s", "total"):
-        table.add_column(c, justify="left" if c == "method" else "right")
+    lines = []
     for r in record["rows"]:
         m, ratio = r["metrics"], r["vs"].get("plain", {}).get("total_ms")
-        table.add_row(
-            r["name"], f"{r['params']['visual_tokens']:,}", str(r["params"]["batch"]), f"{m['ttft_ms']:,.4g}",
-            f"{m['decode_ms_per_token']:,.3g}", f"{m.get('peak_bytes', 0) / 1e9:.1f}",
-            f"{m['kv_fast_bytes'] / 1e6:,.1f}", f"{m['prefill_tflops']:,.3g}",
-            f"{m.get('decode_gbytes_per_s', 0):,.4g}", f"{ratio[0]:.2f}x" if ratio else "",
-        )  # fmt: skip
-    console = Console()
-    console.print(table)
+        lines.append([
+            console.plain(r["name"]), f"{r['params']['visual_tokens']:,}", str(r["params"]["batch"]),
+            speed.number(m["ttft_ms"]), speed.number(m["decode_ms_per_token"]), f"{m.get('peak_bytes', 0) / 1e9:.1f}",
+            f"{m['kv_fast_bytes'] / 1e6:,.1f}", speed.number(m["prefill_tflops"]),
+            speed.number(m.get("decode_gbytes_per_s", 0)), f"{ratio[0]:.2f}x" if ratio else "",
+        ])  # fmt: skip
+    heads = ("method", "visual\ntokens", "batch", "TTFT\nms", "ms/\ntoken", "GB\npeak", "KV\nMB", "TFLOP/s", "GB/s",
+             "total")  # fmt: skip
+    title = f"{record['hardware']['name']} · {record['config']['name']} · {record['attention']}"
+    console.table(heads, lines, console.plain(title))
+    page = console.out()
+    for r in record["rows"]:
+        for note in floors_above(r["metrics"]):
+            page.print(console.plain(f"{r['name']}: {note}"))
     for k in record["kernels"]:
-        console.print(f"kernel {k['case']}: error {k['error']:.2e}, plain torch {k['plain_error']:.2e}: "
-                      f"{'ok' if k['ok'] else 'WRONG'}")  # fmt: skip
+        page.print(
+            f"kernel {k['case']}: error {k['error']:.2e}, plain torch {k['plain_error']:.2e}: "
+            f"{'ok' if k['ok'] else 'WRONG'}"
+        )
     if record.get("stream"):
-        console.print(f"stream: {record['stream']}")
+        page.print(f"stream: {record['stream']}", markup=False)
     for line in record["skipped"]:
-        console.print(f"skipped: {line}")
+        page.print(f"skipped: {line}", markup=False)
 
 
 def main(
     out: Annotated[Path, typer.Option(help="folder for <device>.json")],
-    minutes: Annotated[float, typer.Option(help="time for the whole suite")] = 8.0,
+    minutes: Annotated[float, typer.Option(help="time for the whole suite", min=0)] = 8.0,
     dry: Annotated[bool, typer.Option("--dry", help="toy shapes on the CPU: does everything run?")] = False,
     force: Annotated[bool, typer.Option("--force", help="replace an existing record")] = False,
 ) -> None:
@@ -224,16 +234,11 @@ def main(
     import torch
 
     if not dry and not torch.cuda.is_available():
-        print("error: no CUDA device here; --dry runs the suite in toy shapes on the CPU", file=sys.stderr)
-        raise typer.Exit(2)
+        raise UserError("no CUDA device here; --dry runs the suite in toy shapes on the CPU")
     device = "cpu" if dry else "cuda"
     name = "dry" if dry else torch.cuda.get_device_name().lower().replace("nvidia ", "").replace(" ", "-")
     path = out / f"{name}.json"
-    try:
-        records.claim(path, force)
-    except FileExistsError as e:
-        print(f"error: {e}", file=sys.stderr)
-        raise typer.Exit(2) from None
+    records.claim(path, force)
     record = measure(TOY if dry else QWEN_7B, device, minutes, lambda r: records.write(path, r, force=True), dry)
     records.write(path, record, force=True)
     show(record)
@@ -242,4 +247,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    application(main)()

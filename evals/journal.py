@@ -19,6 +19,7 @@ from typing import Any
 from vlmfast.core import UserError, shown
 
 WAY_OUT = "choose another --out, or pass --force"
+FIRST = b'{"id":'  # how every line begins
 Key = tuple[str, str]  # (question id, method)
 HEAD = '{"sum": "################", '  # how every line begins, a digit for each #
 

@@ -5,13 +5,12 @@ python -m evals.pareto evals/results/accuracy-*.json --out pareto.png
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from vlmfast.core import UserError
+from vlmfast.cli.errors import application
 
 
 def main(
@@ -21,20 +20,13 @@ def main(
     force: Annotated[bool, typer.Option("--force", help="replace an existing picture")] = False,
 ) -> None:
     """Draw the curves: error bars are paired 95 % intervals, the plain model is the star, the front is marked."""
-    from vlmfast import page
+    from vlmfast import files, page
 
-    try:
-        if out.suffix not in (".png", ".svg", ".pdf"):
-            raise UserError(f"--out {out.name} is no picture: use .png, .svg or .pdf")
-        if out.exists() and not force:
-            raise UserError(f"{out} exists: choose another --out, or pass --force to replace it")
-        figure = page.curves(page.read(results, mixed))
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        raise typer.Exit(2) from None
+    files.claim(out, force, (".png", ".svg", ".pdf"))
+    figure = page.curves(page.read(results, mixed))
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=130)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    application(main)()

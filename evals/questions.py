@@ -10,6 +10,7 @@ import codecs
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def load(path: Path, metric: str | None = None, frames: str = "uniform:16") -> T
         scorer = functools.partial(_score, r["metric"], r["answers"], choices)
         cluster = str(
             r.get("cluster")
-            or "|".join(str(f.relative_to(folder)) for k in ("image", "video") for f in r[k])
+            or "|".join(os.path.relpath(f, folder) for k in ("image", "video") for f in r[k])
             or r["id"]
         )
         return Sample(r["id"], text, r["answers"], items, scorer, cluster, str(r.get("kind", "")), choices)

@@ -16,6 +16,7 @@ import typer
 
 from evals import readme_tables, records
 from evals.tables import KEEPS
+from vlmfast.cli.errors import application
 
 DOCUMENTS = (records.ROOT / "README.md", records.ROOT / "evals" / "README.md")
 RESULTS = records.ROOT / "evals" / "results"
@@ -133,4 +134,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    application(main)()

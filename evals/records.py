@@ -14,9 +14,11 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
+
+from vlmfast import files
+from vlmfast.core import UserError
 
 HEAD = ("command", "commit", "versions", "hardware", "config", "seed", "repeats", "rows")
 ROW = ("name", "plan", "params", "metrics", "vs")
@@ -140,9 +142,8 @@ def _cpu_name() -> str:
 
 
 def claim(path: str | Path, force: bool = False) -> None:
-    """Raise FileExistsError unless `path` may be written: results are never overwritten without `--force`."""
-    if Path(path).exists() and not force:
-        raise FileExistsError(f"{path} exists: choose another --out, or pass --force to replace it")
+    """Raise UserError unless `path` may be written: results are never overwritten without `--force`."""
+    files.claim(path, force, (".json",))
 
 
 def check(record: dict[str, Any]) -> None:
@@ -155,21 +156,11 @@ def check(record: dict[str, Any]) -> None:
     if missing:
         raise ValueError(f"the record lacks {', '.join(missing)}")
     if not record["rows"]:
-        raise ValueError("the record has no rows")
+        raise UserError("the record has no rows: nothing was measured in the time given")
 
 
 def write(path: str | Path, record: dict[str, Any], force: bool = False) -> None:
     """Check the record and write it as JSON in one step: a reader sees the whole file or none."""
     check(record)
     claim(path, force)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as f:
-        try:
-            json.dump(record, f, indent=1, allow_nan=False)
-            f.write("\n")
-        except BaseException:
-            os.unlink(f.name)
-            raise
-    os.chmod(f.name, 0o644)
-    os.replace(f.name, path)
+    files.write_text(path, json.dumps(record, indent=1, allow_nan=False) + "\n")

@@ -211,6 +211,14 @@ def resolve(model: str) -> str:
         raise UserError("the pocket weights are missing: python -m vlmfast.pocket.train --export") from None
 
 
+def check_draft(model: str | None) -> None:
+    """Raise UserError where there is no such draft model, before anything is asked."""
+    from vlmfast import loading
+
+    if model is not None:
+        loading._config(model, resolve(model))
+
+
 def own_draft(model: str) -> str | None:
     """The draft that comes with a model: the pocket model has one, once its weights are there."""
     if model != "pocket":

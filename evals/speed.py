@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from vlmfast.cli import console
+from vlmfast.cli.errors import application
+from vlmfast.core import UserError
 
 SUITES = ("encode", "prefill", "decode", "stream", "presets")
 
@@ -51,41 +54,35 @@ def main(
     """Measure one suite and write its record."""
     from evals import records
 
-    try:
-        if suite not in available():
-            raise ValueError(f"no suite {suite!r}: choose one of {', '.join(available())}")
-        records.claim(out, force)
-    except (ValueError, FileExistsError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        raise typer.Exit(2) from None
+    if suite not in available():
+        raise UserError(f"no suite {suite!r}: choose one of {', '.join(available())}")
+    records.claim(out, force)
     record = measure(suite, quick)
     records.write(out, record, force)
     show(record)
 
 
 def show(record: dict[str, Any]) -> None:
-    """The record's rows as a table: medians, and the paired ratio to the first baseline in brackets.
+    """The record's rows as a table: medians, and the paired ratio to the first baseline below.
 
     A suite names the columns worth showing in `record["show"]`; without it, all metrics are shown.
     """
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+    from vlmfast.page import floors_above
 
     metrics = record.get("show") or list(dict.fromkeys(k for r in record["rows"] for k in r["metrics"]))
-    table = Table(
-        title=f"{record['suite']} · {record['hardware']['name']} · {record['hardware']['dtype']}", box=box.SIMPLE
-    )
-    table.add_column("method", no_wrap=True)
-    for m in metrics:
-        table.add_column(m, justify="right", no_wrap=True)
+    rows = []
     for r in record["rows"]:
         versus: dict[str, Any] = next(iter(r["vs"].values()), {})
-        params = " ".join(f"{k}={v}" for k, v in r["params"].items())
-        cells = [f"{number(r['metrics'].get(m))}{f' ({versus[m][0]:.2f}x)' if m in versus else ''}" for m in metrics]
-        table.add_row(f"{r['name']} [dim]{params}[/dim]", *cells)
-    console = Console()
-    (console if console.is_terminal else Console(width=200)).print(table)
+        params = console.plain(" ".join(f"{k}={v}" for k, v in r["params"].items()))
+        name = f"{console.plain(r['name'])}\n[dim]{params}[/dim]" if params else console.plain(r["name"])
+        ratios = {m: f"\n{versus[m][0]:.2f}x" for m in metrics if m in versus}
+        cells = [number(r["metrics"].get(m)) + ratios.get(m, "") for m in metrics]
+        rows.append([name, *cells])
+    title = f"{record['suite']} · {record['hardware']['name']} · {record['hardware']['dtype']}"
+    console.table(["method", *(m.replace("_", "\n") for m in metrics)], rows, console.plain(title))
+    for r in record["rows"]:
+        for note in floors_above(r["metrics"]):
+            console.out().print(console.plain(f"{r['name']}: {note}"))
 
 
 def number(value: Any) -> str:
@@ -93,11 +90,9 @@ def number(value: Any) -> str:
     if value is None:
         return ""
     if not isinstance(value, (int, float)):
-        return str(value)
+        return console.plain(value)
     return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
 
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(main)
-    app()
+    application(main)()

@@ -13,7 +13,6 @@ holds everything that speculation adds, the draft's own encoding and prefill inc
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -21,22 +20,27 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from evals import decode_runs as runs
 from evals import decode_tree
 from evals.decode_shapes import rows as shape_rows
-from evals.records import ROOT, head, row, write
+from evals.records import ROOT, claim, head, row, write
 from evals.stats import paired
 from evals.timing import half as half_dtype
 from evals.timing import ratios
-from vlmfast.core import to_json
+from vlmfast.cli.errors import application
+from vlmfast.core import UserError, to_json
 from vlmfast.decode.speculate import predicted_speedup
+from vlmfast.files import write_text
 
 SHOW = ["decode_ms_per_token", "total_ms", "accepted_length", "verify_rounds", "f1", "diff_vs_plain", "same_text",
         "overhead_share"]  # fmt: skip
 TIMES = ["decode_ms_per_token", "total_ms", "ttft_ms"]
 PROCESSES = 5
+DTYPES = ("float32", "bfloat16")
 PLOT = ROOT / "docs" / "speculation.png"
 
 
@@ -193,19 +197,26 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--quick", action="store_true", help="four pictures, under a minute")
-    parser.add_argument("--pictures", type=int, help="how many pictures (default 40)")
-    parser.add_argument("--out", required=True, help="result file (JSON)")
-    parser.add_argument("--force", action="store_true", help="replace an existing result")
-    parser.add_argument("--samples", metavar="DTYPE", help="only the main competitors, as raw samples")
-    given = parser.parse_args()
-    if given.samples:
-        Path(given.out).write_text(json.dumps(main_ones(given.pictures or 40, given.samples)[1]))
-        sys.exit()
-    result = run(given.quick, given.pictures)
+def main(
+    out: Annotated[Path, typer.Option(help="result file (JSON)")],
+    quick: Annotated[bool, typer.Option("--quick", help="four pictures")] = False,
+    pictures: Annotated[int | None, typer.Option(help="how many pictures (default 40)", min=1)] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace an existing result")] = False,
+    samples: Annotated[str | None, typer.Option(help="only the main competitors, raw, in this dtype")] = None,
+) -> None:
+    """Measure decoding and write its record, or, with --samples, what another process adds to it."""
+    claim(out, force)
+    if samples is not None:
+        if samples not in DTYPES:
+            raise UserError(f"--samples {samples}: choose one of {', '.join(DTYPES)}")
+        write_text(out, json.dumps(main_ones(pictures or 40, samples)[1]))
+        return
+    result = run(quick, pictures)
     config, repeats = result.pop("config"), result.pop("repeats")
     record = {**head("decode", config=config, seed=result.pop("seed"), repeats=repeats), **result}
-    write(given.out, record, given.force)
+    write(out, record, force)
     print(json.dumps([{"name": r["name"], **r["params"], **r["metrics"], "vs": r["vs"]} for r in record["rows"]]))
+
+
+if __name__ == "__main__":
+    application(main)()

@@ -9,7 +9,6 @@ logits are bit-identical to stock transformers (law 1); its hooks only read the 
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -93,7 +92,8 @@ def group(
     runs = {name: one_run(model, inputs, pruner) for name, pruner in methods.items()}
     with torch.inference_mode():
         one_run(model, clip(shortest(shape), SEED, dtype), None)()  # touch every weight once
-        samples = timing.interleaved(runs, rounds, warmup=int(quick), progress=ticker(len(runs) * rounds))
+        tick = timing.ticker(len(runs) * (rounds + quick))
+        samples = timing.interleaved(runs, rounds, warmup=int(quick), progress=tick)
     return [summary(name, methods[name], samples, shape, machine, dtype) for name in methods]
 
 
@@ -123,18 +123,3 @@ def summary(
     vs = {} if pruner is None else {"plain": timing.ratios(samples["plain"], samples[name])}
     plan = {"prune": to_json(pruner), "kv": None, "speculate": None}
     return records.row(name.split(" ")[0], plan=plan, params=params, metrics=metrics, vs=vs)
-
-
-def ticker(total: int) -> Callable[[str], None] | None:
-    """A progress bar where somebody watches."""
-    if not sys.stderr.isatty():
-        return None
-    from tqdm import tqdm
-
-    bar = tqdm(total=total, leave=False)
-
-    def tick(name: str) -> None:
-        bar.set_description(name)
-        bar.update()
-
-    return tick

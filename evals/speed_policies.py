@@ -55,8 +55,9 @@ def rows(split: float, quick: bool = False) -> list[dict[str, Any]]:
     model, inputs = build(shape, SEED, dtype), clip(shape, SEED, dtype)
     methods: dict[str, Any] = {"plain": None, **policies(split)}
     runs = {name: one_run(model, inputs, policy, 3 if quick else NEW) for name, policy in methods.items()}
+    rounds = 2 if quick else ROUNDS
     with torch.inference_mode():
-        samples = timing.interleaved(runs, 2 if quick else ROUNDS)
+        samples = timing.interleaved(runs, rounds, progress=timing.ticker(len(runs) * (rounds + 1)))
     out = []
     plain = timing.medians(samples["plain"])["prefill_ms"]
     for name, policy in methods.items():

@@ -18,23 +18,25 @@ Rows marked `end_to_end` are every policy through `generate` on one prompt (see 
 
 from __future__ import annotations
 
-import argparse
 import copy
 import gc
 import itertools
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+import typer
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, Qwen2Config, Qwen2Model
 
 from evals import records, speed_policies, timing
 from vlmfast import kernels
+from vlmfast.cli.errors import application
 from vlmfast.core import Kind, LayerView, to_json
 from vlmfast.prefill import AdaKV, Full, HybridKV, KVLayer, KVPolicy, SnapKV
 from vlmfast.runtime.attention import AttentionSwitch, tag
@@ -243,7 +245,7 @@ def combination(
     keys, values = (torch.randn(batch, shape.kv_heads, context, shape.head).to(DTYPE) for _ in range(2))
     entries = {name: prefilled(shape, policy, keys, values) for name, policy in methods(shape, split).items()}
     runs = {name: competitor(shape, model, entry, batch, context) for name, entry in entries.items()}
-    samples = timing.interleaved(runs, rounds)
+    samples = timing.interleaved(runs, rounds, progress=timing.ticker(len(runs) * (rounds + 1)))
     prefill = shape.prefill_flops(context, batch) / machine.flops * 1e3
     weights, whole = DTYPE.itemsize * shape.weights, timing.medians(samples["full"])["kv_fast_bytes"]
     rows = []
@@ -313,19 +315,22 @@ def run(quick: bool = False, shape: Shape | None = None, split: float = SPLIT, r
     return {"config": config, "seed": SEED, "repeats": rounds, "device": "cpu", "dtype": timing.half(), "rows": rows}
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="The prefill suite by itself, with its shapes open to change.")
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--force", action="store_true")
-    parser.add_argument("--split", type=float, default=SPLIT, help="fraction of the heads that is dynamic")
-    parser.add_argument("--contexts", type=int, nargs="+")
-    parser.add_argument("--batches", type=int, nargs="+")
-    parser.add_argument("--rounds", type=int, default=7)
-    args = parser.parse_args()
-    records.claim(args.out, args.force)
-    chosen = TOY if args.quick else Shape()
-    fields = asdict(chosen) | {k: tuple(v) for k in ("contexts", "batches") if (v := getattr(args, k))}
-    result = run(args.quick, Shape(**fields), args.split, args.rounds)
+def main(
+    out: Annotated[Path, typer.Option(help="result file (JSON)")],
+    quick: Annotated[bool, typer.Option("--quick", help="toy shapes")] = False,
+    force: Annotated[bool, typer.Option("--force", help="replace an existing result")] = False,
+    split: Annotated[float, typer.Option(help="fraction of the heads that is dynamic", min=0, max=1)] = SPLIT,
+    contexts: Annotated[list[int] | None, typer.Option(help="columns; may be given several times", min=1)] = None,
+    batches: Annotated[list[int] | None, typer.Option(help="rows; may be given several times", min=1)] = None,
+    rounds: Annotated[int, typer.Option(help="timed rounds", min=1)] = 7,
+) -> None:
+    """The prefill suite by itself, with its shapes open to change."""
+    records.claim(out, force)
+    changed = {k: tuple(v) for k, v in (("contexts", contexts), ("batches", batches)) if v}
+    result = run(quick, replace(TOY if quick else Shape(), **changed), split, rounds)
     meta = {k: result.pop(k) for k in ("config", "seed", "repeats", "device", "dtype")}
-    records.write(args.out, records.head("prefill", **meta) | result, args.force)
+    records.write(out, records.head("prefill", **meta) | result, force)
+
+
+if __name__ == "__main__":
+    application(main)()

@@ -165,7 +165,7 @@ def run(quick: bool = False) -> dict[str, Any]:
 
             return one
 
-        samples = timing.interleaved({n: runner(n) for n in ready}, rounds, warmup=0)
+        samples = timing.interleaved({n: runner(n) for n in ready}, rounds, 0, timing.ticker(len(ready) * rounds))
     machine = timing.rates("cpu", getattr(torch, dtype))
     rows = []
     for name, plan in wanted.items():

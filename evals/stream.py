@@ -25,6 +25,9 @@ from typing import Annotated, Any
 
 import typer
 
+from vlmfast.cli.errors import application
+from vlmfast.core import UserError, parse_bytes
+
 TIMED = ("select_ms", "fetch_ms", "prefill_ms", "decode_ms_per_token", "context_tokens", "retrieved_blocks")
 LATE = "now"  # kind of the questions that are asked while their evidence is on screen
 
@@ -34,23 +37,20 @@ def main(
     minutes: Annotated[str, typer.Option(help="lengths in minutes")] = "1,10,60",
     quick: Annotated[bool, typer.Option("--quick", help="one short clip, under a minute")] = False,
     model: Annotated[str, typer.Option(help="'pocket', or a checkpoint folder of the same world")] = "pocket",
-    frames: Annotated[int, typer.Option(help="blocks retrieved")] = 16,
-    redundancy: Annotated[float, typer.Option(help="cosine distance below which a token is dropped")] = 0.01,
-    window: Annotated[int, typer.Option(help="tokens of the sliding window")] = 1024,
+    frames: Annotated[int, typer.Option(help="blocks retrieved", min=1)] = 16,
+    redundancy: Annotated[float, typer.Option(help="cosine distance below which a token is dropped", min=0)] = 0.01,
+    window: Annotated[int, typer.Option(help="tokens of the sliding window", min=1)] = 1024,
     ram: Annotated[str, typer.Option(help="archive in memory")] = "16MiB",
-    questions: Annotated[int | None, typer.Option(help="most questions per length")] = None,
-    first: Annotated[int, typer.Option(help="seed of the first clip: others than those a setting was chosen on")] = 1,
+    questions: Annotated[int | None, typer.Option(help="most questions per length", min=1)] = None,
+    first: Annotated[int, typer.Option(help="seed of the first clip, not one a setting was chosen on", min=0)] = 1,
     force: Annotated[bool, typer.Option("--force", help="replace an existing result")] = False,
 ) -> None:
     """Measure the stream and write its record and plot."""
     from evals import records
 
-    try:
-        lengths = [float(x) for x in minutes.split(",")] if not quick else [0.3]
-        records.claim(out, force)
-    except (ValueError, FileExistsError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        raise typer.Exit(2) from None
+    lengths = [0.3] if quick else lengths_of(minutes)
+    records.claim(out, force)
+    parse_bytes("--ram", ram)
     config = {
         "minutes": lengths, "quick": quick, "model": model, "frames": frames, "redundancy": redundancy,
         "window": window, "ram": ram, "keep_as": "int8", "first": first,
@@ -63,6 +63,17 @@ def main(
     from evals.speed import show
 
     show(record)
+
+
+def lengths_of(text: str) -> list[float]:
+    """The lengths in `1,10,60`, minutes."""
+    try:
+        lengths = [float(part) for part in text.split(",")]
+    except ValueError:
+        lengths = [0.0]
+    if not all(0 < minutes <= 60 * 24 * 7 for minutes in lengths):
+        raise UserError(f"--minutes {text!r}: give lengths in minutes, joined by commas, e.g. 1,10,60")
+    return lengths
 
 
 def rows(config: dict[str, Any], most: int | None) -> list[dict[str, Any]]:
@@ -246,4 +257,4 @@ def tell(line: str) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    application(main)()

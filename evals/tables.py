@@ -7,7 +7,6 @@ stay in `runs/tables`, so that a second call goes on where the first one stopped
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from evals import accuracy, compose, methods, records, runner, tasks, timing
+from vlmfast.cli.errors import application
 from vlmfast.core import UserError
 from vlmfast.plan import Plan, preset
 
@@ -132,27 +132,31 @@ def plans_of(table: Table, draft: str | None) -> dict[str, Plan]:
     return methods.named(names, draft=draft) if isinstance(names, str) else {"plain": Plan()} | names(draft)
 
 
-def run(name: str, table: Table, minutes: float, out: Path, answers: Path, model: str, force: bool) -> dict:
-    """One table within its minutes."""
-    deadline = time.monotonic() + 60 * minutes
+def run(
+    name: str, table: Table, minutes: float, out: Path, answers: Path, model: str, force: bool,
+    clock: Callable[[], float] = time.monotonic,
+) -> dict:  # fmt: skip
+    """One table within its minutes, by `clock`, which is looked at before every batch of answers."""
+    deadline = clock() + 60 * minutes
     dtype = timing.half() if table.dtype == "bfloat16" else table.dtype
     loaded, weights = runner.load(model, dtype=dtype), runner.fingerprint(model)
     plans = plans_of(table, runner.own_draft(model))
     total, limit = len(tasks.get(table.task).ids), table.first
     while True:
-        start = time.monotonic()
+        start = clock()
         result = accuracy.evaluate(
             table.task, answers / f"{name}.jsonl", out / f"accuracy-{name}.json", plans=plans, model=model,
             limit=min(limit, total), batch=table.batch, loaded=loaded, weights=weights, force=force,
+            stop=lambda: clock() >= deadline,
         )  # fmt: skip
-        spent, force = time.monotonic() - start, False
-        if limit >= total or time.monotonic() + 1.3 * spent > deadline:
+        spent, force = clock() - start, False
+        if limit >= total or clock() + 1.3 * spent > deadline:
             return result
         limit *= 2
 
 
 def main(
-    minutes: Annotated[float, typer.Option(help="time for all tables together")] = 40.0,
+    minutes: Annotated[float, typer.Option(help="time for all tables together", min=0)] = 40.0,
     only: Annotated[str | None, typer.Option(help=f"some of {', '.join(TABLES)}, joined by commas")] = None,
     out: Annotated[Path, typer.Option(help="folder of the summaries")] = Path("evals/results"),
     answers: Annotated[Path, typer.Option(help="folder of the answers")] = Path("runs/tables"),
@@ -163,26 +167,22 @@ def main(
     from vlmfast import page
 
     chosen = only.split(",") if only else list(TABLES)
-    try:
-        for name in chosen:
-            if name not in TABLES:
-                raise UserError(f"unknown table {name!r}; known: {', '.join(TABLES)}")
-        whole = sum(TABLES[n].share for n in chosen)
-        for name in chosen:
-            table = TABLES[name]
-            result = run(name, table, minutes * table.share / whole, out, answers, model, force)
-            accuracy.show(result)
-            if name == "captions":
-                result["products"], result["sums"] = compose.products(result), compose.accuracy_sums(result)
-                records.write(out / f"accuracy-{name}.json", result, force=True)
-                print(json.dumps(result["products"], indent=1))
-        files = [f for f in sorted(out.glob("accuracy-*.json")) if f.stem.removeprefix("accuracy-") not in UNDRAWN]
-        figure = page.curves(page.read(files, mixed=True))
-        figure.savefig(out / "pareto.png", dpi=110)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        raise typer.Exit(2) from None
+    for name in chosen:
+        if name not in TABLES:
+            raise UserError(f"unknown table {name!r}; known: {', '.join(TABLES)}")
+    whole = sum(TABLES[n].share for n in chosen)
+    for name in chosen:
+        table = TABLES[name]
+        result = run(name, table, minutes * table.share / whole, out, answers, model, force)
+        accuracy.show(result)
+        if name == "captions":
+            result["products"], result["sums"] = compose.products(result), compose.accuracy_sums(result)
+            records.write(out / f"accuracy-{name}.json", result, force=True)
+            print(json.dumps(result["products"], indent=1))
+    files = [f for f in sorted(out.glob("accuracy-*.json")) if f.stem.removeprefix("accuracy-") not in UNDRAWN]
+    figure = page.curves(page.read(files, mixed=True))
+    figure.savefig(out / "pareto.png", dpi=110)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    application(main)()

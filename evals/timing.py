@@ -12,6 +12,7 @@ import functools
 import gc
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,6 +54,30 @@ def interleaved(
             if r >= warmup:
                 samples[name].append(sample)
     return samples
+
+
+def ticker(total: int, clock: Callable[[], float] = time.monotonic, every: float = 15.0) -> Callable[[str], None]:
+    """Progress of `total` runs: a bar where somebody watches, else a line on stderr at most every so many seconds."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        bar = tqdm(total=total, leave=False)
+
+        def tick(name: str) -> None:
+            bar.set_description(name)
+            bar.update()
+
+        return tick
+    done, said = 0, clock()
+
+    def tell(name: str) -> None:
+        nonlocal done, said
+        if clock() - said >= every:
+            said = clock()
+            print(f"{done} of {total} runs, now {name}", file=sys.stderr, flush=True)
+        done += 1
+
+    return tell
 
 
 def medians(samples: list[Sample]) -> Sample:
@@ -111,30 +136,11 @@ def half(device: str = "cpu") -> str:
 
 @functools.cache
 def rates(device: str, dtype: Any, seconds: float = 1.5) -> Rates:
-    """Measure the peak rates once per process: the best of repeated large matmuls, and of large copies."""
-    import torch
+    """The peak rates of `roofline.measured`, once per process."""
+    from vlmfast import roofline
 
-    side = 8192 if device.startswith("cuda") else 2048
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    out = torch.empty(side, side, device=device, dtype=dtype)
-    source = torch.zeros(2**28, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return Rates(
-        flops=2 * side**3 / _best(lambda: torch.mm(a, b, out=out), device, seconds),
-        bytes=2 * source.numel() / _best(lambda: target.copy_(source), device, seconds),
-    )
-
-
-def _best(work: Callable[[], Any], device: str, seconds: float) -> float:
-    """The shortest time of `work` within a time budget, after two warm-up runs."""
-    work()
-    work()
-    best, begin = math.inf, now(device)
-    while time.perf_counter() - begin < seconds:
-        start = now(device)
-        work()
-        best = min(best, now(device) - start)
-    return best
+    found = roofline.measured(device, seconds, str(dtype).removeprefix("torch."))
+    return Rates(found.flops, found.bytes)
 
 
 def floor_ms(flops: float, nbytes: float, machine: Rates, dtype: str = "bfloat16") -> float:

@@ -14,6 +14,7 @@ import tiny
 import torch
 
 import vlmfast
+from vlmfast.cli import laws
 from vlmfast.decode import PromptLookup, Speculate
 from vlmfast.encode import EVS, MaxMin, Random, Uniform, VidCom2
 from vlmfast.plan import Plan, parse, resolve
@@ -260,6 +261,90 @@ def test_refuses_a_second_accelerate() -> None:
     ):
         vlmfast.accelerate(model)
     vlmfast.accelerate(model).remove()
+
+
+def test_a_second_accelerate_may_replace_the_first() -> None:
+    """A notebook cell that runs twice: the last plan acts, and nothing of the first stays after removal."""
+    model, inputs = tiny.build(FAMILY), tiny.inputs(FAMILY)
+    before = laws.fingerprint(model)
+    plain = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    first = vlmfast.accelerate(model, prune=VidCom2(keep=0.25), speculate="speculate:draft=promptlookup")
+    second = vlmfast.accelerate(model, prune="uniform:keep=0.5", replace=True)
+    model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert second.report.encode["kept_tokens"] == round(second.report.encode["visual_tokens"] / 2)
+    assert "removed" in repr(first) and repr(second).startswith("<vlmfast on")
+    first.remove()
+    assert model.generate is not type(model).generate, "removing the first handle leaves the second"
+    second.remove()
+    assert laws.fingerprint(model) == before
+    assert torch.equal(model.generate(**inputs, max_new_tokens=3, do_sample=False), plain)
+
+
+def test_the_handle_says_what_it_is() -> None:
+    model = tiny.build(FAMILY)
+    with vlmfast.accelerate(model, "balanced") as fast:
+        said = repr(fast)
+    assert "\n" not in said and len(said) < 250
+    for word in (type(model).__name__, model.config.model_type, "prune vidcom2 keep=0.4", "speculate", " on:"):
+        assert word in said, said
+    assert "nothing asked" in repr(vlmfast.accelerate(model, replace=True))
+
+
+def test_the_module_lists_what_it_offers() -> None:
+    assert set(vlmfast.__all__) <= set(dir(vlmfast))
+
+
+def test_why_a_small_picture_is_left_alone() -> None:
+    model, inputs = tiny.build(FAMILY), tiny.inputs(FAMILY)
+    with vlmfast.accelerate(model, "balanced") as fast:
+        model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        visual = fast.report.encode["visual_tokens"]
+    assert f"prune: {visual} visual tokens, no image or video has more than least=384, all kept" in fast.report.notes
+    with vlmfast.accelerate(model, prune=VidCom2(keep=0.5, least=visual - 1)) as fast:
+        model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    assert not any("least" in note for note in fast.report.notes)
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        ("vidcom2:keep=0.25", ("method of one stage", "prune='vidcom2:keep=0.25'")),
+        ("hybridkv", ("kv='hybridkv'",)),
+        ("random:keep=0.5", ("prune='random:keep=0.5' or kv=",)),
+        ("speculate", ("speculate='speculate'",)),
+        (VidCom2(), ("vidcom2 is a method", "prune=...")),
+        ("warp", ("unknown preset 'warp'", "balanced")),
+        (3, ("plan=3", "preset")),
+        (torch.nn.Sequential(torch.nn.Linear(2, 2)), ("an object of Sequential",)),
+        ("x" * 10_000, ("unknown preset",)),
+    ],
+)
+def test_what_stands_in_the_place_of_a_plan_is_named(plan: Any, words: tuple[str, ...]) -> None:
+    with pytest.raises(vlmfast.UserError) as e:
+        vlmfast.accelerate(tiny.build(FAMILY), plan)
+    assert all(word in str(e.value) for word in words), e.value
+    assert len(str(e.value)) <= 800 and "\n" not in str(e.value)
+
+
+def test_no_error_prints_a_model() -> None:
+    """A model in every place where a method, a field or a size belongs: its class is named, its tree is not."""
+    from vlmfast.decode import ModelDraft, Speculate
+
+    model, small = tiny.build(FAMILY), tiny.build(FAMILY)
+    tried: list[dict[str, Any]] = [{stage: small} for stage in ("prune", "kv", "speculate", "reuse")]
+    tried += [{"prune": ModelDraft(small)}, {"kv": Speculate(draft=ModelDraft(small))}]
+    for stages in tried:
+        with pytest.raises((vlmfast.UserError, TypeError)) as e:
+            vlmfast.accelerate(model, **stages)
+        assert isinstance(e.value, vlmfast.UserError), (stages.keys(), e.value)
+        said = str(e.value)
+        assert "\n" not in said and "Linear(" not in said and len(said) < 400, said
+    with pytest.raises(vlmfast.UserError, match=r"Speculate\(draft=ModelDraft\(small_model\)\)"):
+        vlmfast.accelerate(model, speculate=small)
+    for broken in (lambda: VidCom2(keep=small), lambda: Speculate(accept=small), lambda: Speculate(length=small)):
+        with pytest.raises(vlmfast.UserError) as e:
+            broken()
+        assert "Linear(" not in str(e.value) and type(small).__name__ in str(e.value)
 
 
 def test_refuses_an_unknown_family_and_lists_the_known() -> None:

@@ -162,16 +162,16 @@ def _bad(files: Path, checkpoint: Any, tmp: Path) -> dict[str, tuple[list[Any], 
     (tmp / "note.png").write_text("not a picture")
     (tmp / "plan.json").write_text("{")
     clip, picture = files / "clip.mp4", files / "a.png"
-    ours = ["--model", good]
+    ours, seen = ["--model", good], ["--image", picture]
     return {
-        "no folder": (["--model", tmp / "nowhere"], "nowhere"),
-        "no config": (["--model", tmp / "empty"], "config.json"),
-        "a file as model": (["--model", clip], "folder"),
-        "unsupported family": (["--model", tmp / "bert"], "qwen2_5_vl"),
-        "no processor": (["--model", tmp / "mute"], "processor"),
-        "no weights": (["--model", tmp / "hollow"], "safetensors"),
-        "truncated weights": (["--model", tmp / "cut"], "weights"),
-        "unknown hub id": (["--model", "nobody/nothing"], "nobody/nothing"),
+        "no folder": ([*seen, "--model", tmp / "nowhere"], "nowhere"),
+        "no config": ([*seen, "--model", tmp / "empty"], "config.json"),
+        "a file as model": ([*seen, "--model", clip], "folder"),
+        "unsupported family": ([*seen, "--model", tmp / "bert"], "qwen2_5_vl"),
+        "no processor": ([*seen, "--model", tmp / "mute"], "processor"),
+        "no weights": ([*seen, "--model", tmp / "hollow"], "safetensors"),
+        "truncated weights": ([*seen, "--model", tmp / "cut"], "weights"),
+        "unknown hub id": ([*seen, "--model", "nobody/nothing"], "nobody/nothing"),
         "missing video": ([*ours, "--video", tmp / "gone.mp4"], "gone.mp4"),
         "broken video": ([*ours, "--video", tmp / "noise.mp4"], "noise.mp4"),
         "empty video": ([*ours, "--video", tmp / "void.mp4"], "void.mp4"),
@@ -193,6 +193,7 @@ def _bad(files: Path, checkpoint: Any, tmp: Path) -> dict[str, tuple[list[Any], 
         "no frames": ([*ours, "--video", clip, "--frames", 0], "frames"),
         "unknown selection": ([*ours, "--video", clip, "--select", "best:3"], "best"),
         "unknown decoder": ([*ours, "--video", clip, "--backend", "vhs"], "vhs"),
+        "no media": (ours, "--image"),
         "block outside the tower": ([*ours, "--image", picture, "--prune", "uniform:after_block=99"], "99"),
     }
 
@@ -224,7 +225,7 @@ def test_the_config_is_judged_before_weights_are_read(
     folder = files / "renamed"
     shutil.copytree(checkpoint("qwen2_vl"), folder)
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "mystery_vl"}))
-    result = call("ask", "--model", folder, QUESTION)
+    result = call("ask", "--model", folder, "--image", files / "a.png", QUESTION)
     assert result.exit_code == 2 and "mystery_vl" in result.stderr and "llava_onevision" in result.stderr
 
 

@@ -27,7 +27,7 @@ def record(tmp_path: Path, name: str, **versions: str) -> Path:
 
 
 def test_front_is_what_nothing_beats() -> None:
-    from vlmfast.page import front
+    from vlmfast.curves import front
 
     assert front([(1, 5), (2, 4), (3, 9), (3, 8), (0.5, 1)]) == [4, 0, 2]
 
@@ -53,7 +53,7 @@ def test_a_page_stands_alone(tmp_path: Path) -> None:
     page.write(page.read([record(tmp_path, "a.json")]), tmp_path / "p.html", "Try <this>")
     text = (tmp_path / "p.html").read_text()
     assert "data:image/png;base64," in text and "http" not in text and 'src="/' not in text
-    assert "Try &lt;this&gt;" in text and "-1.0<span class=dim> [-3.0, 1.0]" in text and "2.00x" in text
+    assert "Try &lt;this&gt;" in text and "-1.0<br><span class=dim>[-3.0, 1.0]" in text and "2.00x" in text
     assert "Where the time goes" in text and "commit" in text
 
 
@@ -120,6 +120,6 @@ def test_gpu_suite_runs_dry(tmp_path: Path) -> None:
 
 
 def test_no_two_series_look_alike() -> None:
-    from vlmfast.page import look
+    from vlmfast.curves import look
 
     assert len({look(i) for i in range(50)}) == 50

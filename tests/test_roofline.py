@@ -119,7 +119,7 @@ def test_bad_words_are_named() -> None:
 
 def test_rates_of_this_machine_are_finite() -> None:
     found = roofline.measured("cpu", seconds=0.05)
-    assert isinstance(found, Device) and 1e8 < found.flops < 1e15 and 1e8 < found.bytes < 1e13
+    assert isinstance(found, Device) and 0 < found.flops < math.inf and 0 < found.bytes < math.inf
 
 
 def test_the_command_prints_every_stage(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 from typer.testing import CliRunner
 
 from evals import records, shapes, speed, timing
+from vlmfast.cli.errors import application
+from vlmfast.core import UserError
 
 # -- timing ------------------------------------------------------------------------------------------------------------
 
@@ -67,9 +70,9 @@ def test_the_floor_is_the_larger_of_compute_and_traffic() -> None:
     assert timing.floor_ms(1e6, 5e8, machine) == 5000
 
 
-def test_rates_are_measured_and_plausible() -> None:
+def test_rates_are_measured() -> None:
     machine = timing.rates("cpu", torch.float32, seconds=0.05)
-    assert 1e9 < machine.flops < 1e14 and 1e8 < machine.bytes < 1e13
+    assert 0 < machine.flops < math.inf and 0 < machine.bytes < math.inf
 
 
 # -- shapes and their costs --------------------------------------------------------------------------------------------
@@ -135,7 +138,7 @@ def test_a_record_is_written_whole_once_or_not_at_all(tmp_path: Path) -> None:
     out = tmp_path / "new" / "r.json"
     records.write(out, _record())
     assert json.loads(out.read_text())["rows"][0]["metrics"] == {"prefill_ms": 12}
-    with pytest.raises(FileExistsError, match="--force"):
+    with pytest.raises(UserError, match="--force"):
         records.write(out, _record())
     before = out.read_bytes()
     bad = _record()
@@ -155,11 +158,7 @@ def test_a_record_is_written_whole_once_or_not_at_all(tmp_path: Path) -> None:
 
 
 def _speed(*arguments: Any) -> Any:
-    import typer
-
-    app = typer.Typer()
-    app.command()(speed.main)
-    return CliRunner().invoke(app, [str(a) for a in arguments])
+    return CliRunner().invoke(application(speed.main), [str(a) for a in arguments])
 
 
 def test_the_quick_encode_suite_writes_the_record(tmp_path: Path) -> None:
@@ -193,3 +192,67 @@ def test_the_quick_encode_suite_writes_the_record(tmp_path: Path) -> None:
 def test_an_unknown_suite_is_refused(tmp_path: Path) -> None:
     result = _speed("--suite", "warp", "--out", tmp_path / "x.json")
     assert result.exit_code == 2 and "encode" in result.stderr and not (tmp_path / "x.json").exists()
+
+
+def test_rates_take_their_seconds_also_on_a_slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine of 0.3 GFLOP/s, by a clock of its own: measuring takes seconds there, not minutes."""
+    from vlmfast import roofline
+
+    now, real = [0.0], torch.mm
+
+    def slow(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        now[0] += 2 * a.shape[0] ** 3 / 0.3e9
+        return real(a, b, out=out)
+
+    monkeypatch.setattr(torch, "mm", slow)
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda self, other: now.__setitem__(0, now[0] + 0.02))
+    found = roofline.measured("cpu", 1.5, "float32", clock=lambda: now[0])
+    assert found.flops == pytest.approx(0.3e9) and now[0] < 6
+    assert found.bytes == pytest.approx(2 * 2**27 / 0.02)
+
+
+def test_who_waits_is_told(capsys: pytest.CaptureFixture) -> None:
+    now = [0.0]
+    tell = timing.ticker(100, clock=lambda: now[0])
+    for i in range(100):
+        now[0] += 4
+        tell(f"run {i}")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 25 and lines[0] == "3 of 100 runs, now run 3"
+
+
+def test_tables_keep_their_minutes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The first round is bounded too: `evaluate` is told when to stop, and rounds that cannot fit are not begun."""
+    from evals import accuracy, runner, tables
+
+    now, asked = [0.0], []
+
+    def evaluate(*args: Any, limit: int, stop: Any, **kwargs: Any) -> dict:
+        asked.append(limit)
+        for _ in range(limit):
+            if stop():
+                break
+            now[0] += 1
+        return {}
+
+    monkeypatch.setattr(accuracy, "evaluate", evaluate)
+    monkeypatch.setattr(runner, "load", lambda *a, **k: None)
+    monkeypatch.setattr(tables, "plans_of", lambda *a: {})
+    for minutes, first, rounds in ((2.0, 1000, 1), (10.0, 100, 3), (60.0, 100, 5)):
+        now[0], asked[:] = 0.0, []
+        table = tables.Table("pocket/mid", "vidcom2-25", first=first)
+        tables.run("mid", table, minutes, tmp_path, tmp_path, "pocket", False, clock=lambda: now[0])
+        assert now[0] <= 60 * minutes * 1.25 and len(asked) == rounds, (now, asked)
+
+
+def test_a_floor_above_the_measurement_is_marked(capsys: pytest.CaptureFixture) -> None:
+    from vlmfast.page import floors_above
+
+    assert floors_above({"encode_ms": 10.0, "encode_floor_ms": 20.0, "ttft_ms": 40.0, "floor_ms": 30.0}) == [
+        "busy machine: floor above measurement (vision tower)"
+    ]
+    assert floors_above({"encode_ms": 10.0, "encode_floor_ms": 9.0, "prefill_ms": 5.0, "prefill_floor_ms": 5.0}) == []
+    assert "each further token" in floors_above({"decode_ms_per_token": 1.0, "decode_floor_ms": 2.0})[0]
+    row = records.row("plain", metrics={"prefill_ms": 10.0, "prefill_floor_ms": 12.0})
+    speed.show(_record() | {"rows": [row]})
+    assert "plain: busy machine: floor above measurement (prefill)" in " ".join(capsys.readouterr().out.split())

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from vlmfast.stream.session import StreamSession
 
 
+def __dir__() -> list[str]:
+    """What the module offers, whether it was imported yet or not."""
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     """Import on first use: `import vlmfast` loads neither torch nor transformers, and patches nothing."""
     if name in _HOMES:

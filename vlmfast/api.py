@@ -12,12 +12,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from vlmfast import families
-from vlmfast.core import StageDidNotFire, Unsupported, UserError, parse_bytes
-from vlmfast.fields import nested
+from vlmfast.core import StageDidNotFire, Unsupported, parse_bytes
 from vlmfast.plan import Plan, resolve
+from vlmfast.preconditions import MARK, check_model, option, refuse_call, refuse_copy, unwrap
 from vlmfast.report import Report
 from vlmfast.runtime.columns import ColumnHooks
-from vlmfast.runtime.compiled import checked, is_compiled, observed, refuse_compiled
+from vlmfast.runtime.compiled import checked, observed, refuse_compiled
 from vlmfast.runtime.gaze import Gaze
 from vlmfast.runtime.inner import InnerHooks
 from vlmfast.runtime.meter import Meter, cache_counts
@@ -29,8 +29,6 @@ from vlmfast.runtime.rewrite import Rewrite, needs
 from vlmfast.runtime.tower import TowerHooks
 from vlmfast.runtime.tower_attention import TowerAttention, wanted_layers
 
-MARK = "_vlmfast"
-
 
 def accelerate(
     model: nn.Module,
@@ -40,6 +38,7 @@ def accelerate(
     kv: Any = None,
     speculate: Any = None,
     reuse: int | str | None = None,
+    replace: bool = False,
 ) -> Accelerated:
     """Make `model.generate(...)` follow a plan, in place.
 
@@ -47,6 +46,7 @@ def accelerate(
     ("safe", "balanced", "fast"), a plan file, or JSON. prune, kv, speculate: method objects that replace the plan's.
     reuse: bytes (or "1GiB") for encoded media kept between calls: a second question about the same pixels skips the
     tower, and, where the prompt up to the media is the same too, their prefill (one row at a time).
+    replace: take an earlier handle off this model first, as a notebook cell that runs twice must.
     Nothing asked is the identity. Returns a handle: `.report`, `.remove()`, or use it in a `with`.
     Raises Unsupported (a ValueError) for an unknown family, a compiled model, or a second `accelerate`.
     """
@@ -55,23 +55,29 @@ def accelerate(
             "an open StreamSession uses this model, and would run through the hooks: give the session plan=..., or "
             "close it first"
         )
-    return Accelerated(model, resolve(plan, prune=prune, kv=kv, speculate=speculate), reuse)
+    return Accelerated(model, resolve(plan, prune=prune, kv=kv, speculate=speculate), reuse, replace)
 
 
 class Accelerated:
     """What `accelerate` returns: owns every hook on the model until `remove()`."""
 
-    def __init__(self, model: nn.Module, plan: Plan, reuse: int | str | None = None, always: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, plan: Plan, reuse: int | str | None = None, replace: bool = False, always: bool = False
+    ) -> None:
         """always: hooks stay on also when nothing is asked (a draft, whose forwards are not its own `generate`)."""
         self.plan = plan
         self.hooked = always or plan != Plan() or reuse is not None
         self.report = Report()
         self.model = unwrap(model)
         self.family = families.get(self.model)
-        if MARK in vars(self.model):
-            raise Unsupported("this model is already accelerated: call .remove() on the first handle, then try again")
         check_model(self.model, self.family, plan)
         limit = parse_bytes("reuse", reuse)
+        if MARK in vars(self.model):
+            if not replace:
+                raise Unsupported(
+                    "this model is already accelerated: call .remove() on the first handle, or pass replace=True"
+                )
+            vars(self.model)[MARK].remove()
         self._reuse = Reuse(self.model, self.family, limit) if limit is not None else None
         self._patch = Patch()
         self._stage: dict[str, dict[str, Any]] = {"prefill": {}, "decode": {}}
@@ -87,7 +93,7 @@ class Accelerated:
         model, plan, patch = self.model, self.plan, self._patch
         patch.set(model, MARK, self)
         for name in ("__deepcopy__", "__reduce_ex__"):
-            patch.set(model, name, _refuse_copy)
+            patch.set(model, name, refuse_copy)
         if self.hooked:
             patch.call(lock_functions(model))
         between = hasattr(plan.prune, "cuts")  # acts between layers of the language model; may hold a first pruner
@@ -208,7 +214,7 @@ class Accelerated:
     def _generate(self, inner: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         asked = functools.partial(option, self.model, kwargs)
         why = needs(asked, cache_in(kwargs))
-        self._refuse(asked, why, args, kwargs)
+        refuse_call(self.model, self.plan, self.columns, asked, why, args, kwargs)
         rewritten = why is not None and self.columns.active
         if self._reuse is not None:
             self._reuse.find(kwargs, asked, self.columns.pruner, self.plan.kv)
@@ -261,27 +267,6 @@ class Accelerated:
             sink=self._stage["decode"].update,
         )
 
-    def _refuse(self, option: Callable[[str], Any], why: str | None, args: tuple, kwargs: dict) -> None:
-        if self.plan.prune is not None and self.plan.prune.keep < 1:
-            self.columns.refuse_merged(kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds"))
-            if option("assistant_model") is self.model:
-                raise Unsupported(
-                    "assistant_model is the model itself: transformers hands an assistant no pixels, and there would "
-                    "be nothing to prune; use speculate=Speculate(SelfDraft(...))"
-                )
-        between = hasattr(self.plan.prune, "cuts")
-        kv, prompt = self.plan.kv, _prompt(args, kwargs)
-        if why is not None and (between or not (kv is None or prompt is None or kv.fits(int(prompt.shape[1])))):
-            raise Unsupported(
-                f"{why}: {self.plan.prune.name if between else 'kv='} lets layers differ in the columns they hold, "
-                "which static caches and chunked prefill cannot: use the default dynamic cache in one prefill, or a "
-                "pruner that acts before the language model"
-            )
-        if kv is not None:
-            from vlmfast.prefill import refuse
-
-            refuse.check(kv, option, prompt, cache_in(kwargs))
-
     def _fill(self, ids: Tensor | None, out: Any, past: int) -> None:
         """Write the report; raise when a stage had work and did not run."""
         stats = self.columns.stats
@@ -296,7 +281,7 @@ class Accelerated:
             elif not stats["visual_tokens"]:
                 raise StageDidNotFire("visual tokens were in the prompt but the pruner never saw them")
             elif stats["kept_tokens"] == stats["visual_tokens"]:
-                notes.append(f"prune: {self.plan.prune.name} kept every token of this media")
+                notes.append(self._why_all(stats["visual_tokens"]))
         sequences = getattr(out, "sequences", out)
         prompt = ids.shape[1] if ids is not None else 0
         prefill, decode = self.meter.timings(max(0, sequences.shape[1] - prompt))
@@ -309,11 +294,23 @@ class Accelerated:
         encode = {k: stats[k] for k in shown if k in stats}
         self.report = Report(encode, prefill, decode | self._stage["decode"], notes)
 
+    def _why_all(self, tokens: int) -> str:
+        """Why the pruner kept everything."""
+        least = getattr(self.plan.prune, "least", 0)
+        if all(item.n <= least for items in self.columns.media.values() for item in items):
+            return f"prune: {tokens:,} visual tokens, no image or video has more than least={least}, all kept"
+        return f"prune: {self.plan.prune.name} kept every token of this media"
+
     # -- life --------------------------------------------------------------------------------------------------------
 
     def remove(self) -> None:
         """Take every hook off the model; it is as it was. Safe to call twice."""
         self._patch.remove()
+
+    def __repr__(self) -> str:
+        state = "on" if vars(self.model).get(MARK) is self else "removed"
+        kind = getattr(self.model.config, "model_type", "")
+        return f"<vlmfast {state}: {type(self.model).__name__} ({kind}), {self.plan}>"
 
     def __enter__(self) -> Accelerated:
         return self
@@ -322,49 +319,6 @@ class Accelerated:
         self.remove()
 
 
-def check_model(model: nn.Module, family: families.Family, *holders: Any) -> None:
-    """Raise Unsupported where a method in `holders` (plans, methods) asks for what the model lacks."""
-    text: Any = family.text(model).config
-    for holder in holders:
-        for method in nested(holder):
-            method.check_model(len(family.layers(model)), text.num_key_value_heads, family.rope_axes)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT wrapper; refuses compiled wrappers."""
-    if isinstance(model, nn.Module) and "forward" not in vars(model) and is_compiled(model):
-        raise Unsupported("this model is compiled: hooks cannot follow a compiled graph; accelerate the plain model")
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()  # type: ignore[operator]
-    if not isinstance(model, nn.Module) or not hasattr(model, "generate"):
-        raise UserError(f"accelerate needs a transformers model with generate(), not {type(model).__name__}")
-    return model
-
-
 def _held(value: Any) -> Any:
     """A value to put back later: containers that are changed in place are copied, anything else is itself."""
     return type(value)(value) if type(value) in (dict, list) else value
-
-
-def _refuse_copy(*_: Any) -> Any:
-    raise Unsupported(
-        "this model is accelerated, and its hooks would follow a copy back to the original: call .remove() on the "
-        "handle, copy or save the model (save_pretrained works as it is), then accelerate each"
-    )
-
-
-def _prompt(args: tuple, kwargs: dict) -> Any:
-    """Ids (B, L) or embeddings (B, L, D) of a `generate` call, under whatever name they came; None without any."""
-    named = (kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds"))
-    return next((x for x in (*args[:1], *named) if x is not None), None)
-
-
-def option(model: nn.Module, kwargs: dict, name: str) -> Any:
-    """A generation option as generate() would resolve it."""
-    if kwargs.get(name) is not None:
-        return kwargs[name]
-    for config in (kwargs.get("generation_config"), model.generation_config):
-        value = getattr(config, name, None)
-        if value is not None:
-            return value
-    return None

@@ -17,7 +17,26 @@ from torch import Tensor
 
 
 class UserError(ValueError):
-    """Bad input: one line that names what came in, what is supported, and the way out (exit code 2 in the CLI)."""
+    """Bad input: one line that names what came in, what is supported, and the way out (exit code 2 in the CLI).
+
+    message: put on one line, the tree of a torch module as its class's name, and cut in its middle beyond `MOST`
+    characters: what came in may be of any length.
+    """
+
+    MOST = 800
+
+    def __init__(self, message: object = "") -> None:
+        text = re.sub(r"(\w+)\(\n(?: +.*\n)+\)", r"\1", str(message))
+        super().__init__(brief(text, self.MOST))
+
+
+def brief(text: str, most: int = 200) -> str:
+    """The text on one line, cut in its middle where it is longer than `most` characters."""
+    line = " ".join(text.split())
+    if len(line) <= most:
+        return line
+    half = (most - 5) // 2
+    return f"{line[:half]} ... {line[-half:]}"
 
 
 class Unsupported(UserError):

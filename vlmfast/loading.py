@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmfast.core import Unsupported, UserError
+from vlmfast.core import Unsupported, UserError, shown
 from vlmfast.runtime import dtypes, weights
 from vlmfast.runtime.placeholders import refuse_placeholders
-from vlmfast.runtime.weights import brief
+from vlmfast.runtime.weights import reason
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,7 +98,7 @@ class Loaded:
             shapes = [i.shape[:2] for i in images] + ([video.frames.shape[1:3]] if video is not None else [])
             sizes = ", ".join(f"{w} x {h}" for h, w in shapes)
             raise UserError(
-                f"the processor of {self.name} does not take these media ({sizes} pixels): {brief(e)}; crop or pad them"
+                f"the processor of {self.name} does not take these media ({sizes} pixels): {reason(e)}; crop or pad"
             ) from None
         if video is not None and "second_per_grid_ts" in inputs:  # HF divides by the rate of the whole file
             import torch
@@ -174,7 +174,7 @@ def load(name: str = "pocket", dtype: str = "auto", device: str | None = None, d
         try:
             model = model.to(place)
         except (RuntimeError, AssertionError) as e:  # no such GPU, or it is full
-            raise UserError(f"{name} cannot be put on {place} ({brief(e)}): choose another device or dtype") from None
+            raise UserError(f"{name} cannot be put on {place} ({reason(e)}): choose another device or dtype") from None
     else:
         used = sorted({str(p.device) for p in model.parameters()})
         notes.append(f"spread over {', '.join(used)} (device_map {device_map})")
@@ -182,13 +182,21 @@ def load(name: str = "pocket", dtype: str = "auto", device: str | None = None, d
 
 
 def _device(name: str | None) -> Any:
-    """The torch device of a name; None = the GPU if there is one."""
+    """The torch device of a name, the GPU if there is one where none is given. Raises UserError for one not here."""
     import torch
 
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(name if name is not None else "cuda" if torch.cuda.is_available() else "cpu")
-    except RuntimeError as e:
-        raise UserError(f"device={name!r} is not known ({brief(e)}); use cpu, cuda, cuda:1, ...") from None
+        if torch.device(name).type not in ("cpu", "cuda", "mps", "xpu"):
+            raise ValueError
+    except (RuntimeError, ValueError):
+        raise UserError(f"device {shown(name)} is not known: choose cpu, cuda, cuda:1, mps or xpu") from None
+    try:
+        torch.empty(1, device=name)
+    except Exception as e:  # whatever the backend says of a device that is missing
+        raise UserError(f"device {name} is not available here ({reason(e)}): choose cpu") from None
+    return torch.device(name)
 
 
 def _pocket(name: str) -> str:
@@ -222,7 +230,7 @@ def _config(name: str, folder: str) -> dict[str, Any]:
         return dict(PretrainedConfig.get_config_dict(str(path) if path.is_dir() else name, trust_remote_code=False)[0])
     except Exception as e:
         raise UserError(
-            f"cannot read the config of {name} ({brief(e)}): give an existing folder, a hub id that you can reach, "
+            f"cannot read the config of {name} ({reason(e)}): give an existing folder, a hub id that you can reach, "
             "or 'pocket'"
         ) from None
 
@@ -244,7 +252,7 @@ def _processor(name: str, folder: str) -> Any:
         processor = AutoProcessor.from_pretrained(str(Path(folder).expanduser()), trust_remote_code=False)
     except Exception as e:
         raise UserError(
-            f"the processor of {name} is missing or broken ({brief(e)}): put its preprocessor_config.json, tokenizer "
+            f"the processor of {name} is missing or broken ({reason(e)}): put its preprocessor_config.json, tokenizer "
             "and chat template beside the weights"
         ) from None
     if not isinstance(processor, ProcessorMixin):

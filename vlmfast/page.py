@@ -1,7 +1,9 @@
-"""Result files as pictures and as one self-contained HTML page: curves, tables, where the time went, the commands.
+"""Result files as one self-contained HTML page: curves, tables, where the time went, the commands that made them.
 
-records = read(["evals/results"])          # RECORDS-shaped JSON files or folders of them
-write(records, "page.html")                # needs matplotlib (the extra `plot`) for the curves
+records = read(["evals/results"])          # result files (JSON), or folders of them
+write(records, "page.html")                # needs matplotlib (the extra `plot`) where accuracy is drawn
+
+Everything that comes from a file is escaped.
 """
 
 from __future__ import annotations
@@ -14,18 +16,31 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlmfast import files
 from vlmfast.core import UserError
+from vlmfast.curves import Record, check_drawing, curves, drawable, number
 
-Record = dict[str, Any]
-COLOURS = ("#2a6fdb", "#d9822b", "#2f9e6e", "#b5479b", "#7a5cd1", "#c0392b", "#4b8a99", "#8a6d3b", "#5f6b7a", "#9aa23c")
-MARKERS = "osD^vPX"  # once all colours are used
+__all__ = ["check_drawing", "curves", "floors_above", "read", "render", "write"]
+
 STAGES = (
-    ("encode_ms", "encode", "#7fb3d5"),
-    ("select_ms", "select", "#f5b041"),
+    ("encode_ms", "vision tower", "#7fb3d5"),
+    ("select_ms", "choosing", "#f5b041"),
     ("prefill_ms", "prefill", "#2a6fdb"),
     ("rest", "decode and the rest", "#95a5a6"),
 )
 HIDDEN = {"questions", "mcnemar_p", "same_answer"}
+WORDS = {
+    "accuracy": "accuracy, %", "f1": "facts F1, %", "diff_vs_plain": "against plain, points", "failed": "failed",
+    "kept_tokens": "tokens kept", "kv_fast_bytes": "KV cache, MB", "total_ms": "whole answer, ms",
+    "ttft_ms": "first token, ms", "encode_ms": "vision tower, ms", "select_ms": "choosing, ms",
+    "prefill_ms": "prefill, ms", "decode_ms_per_token": "each further token, ms", "visual_tokens": "visual tokens",
+    "cached_tokens": "columns cached", "kv_host_bytes": "KV in host memory, MB",
+    "accepted_length": "draft tokens accepted a round", "verify_rounds": "rounds",
+}  # fmt: skip
+ACROSS = 6  # columns of figures beside each other
+BUSY = "busy machine: floor above measurement"
+FLOORS = {"encode_floor_ms": "encode_ms", "prefill_floor_ms": "prefill_ms", "attention_floor_ms": "attention_ms",
+          "decode_floor_ms": "decode_ms_per_token"}  # fmt: skip
 
 
 def read(paths: Iterable[str | Path], mixed: bool = False) -> list[tuple[str, Record]]:
@@ -33,18 +48,18 @@ def read(paths: Iterable[str | Path], mixed: bool = False) -> list[tuple[str, Re
 
     Raises UserError for what is no result file, and, unless `mixed`, for files made with different versions.
     """
-    files: list[Path] = []
+    found: list[Path] = []
     for p in map(Path, paths):
         if p.is_dir():
-            found = sorted(p.glob("*.json"))
-            if not found:
+            inside = sorted(p.glob("*.json"))
+            if not inside:
                 raise UserError(f"{p} holds no result files (*.json)")
-            files += found
+            found += inside
         elif p.exists():
-            files.append(p)
+            found.append(p)
         else:
             raise UserError(f"no result file at {p}")
-    records = [(f.name, _checked(f)) for f in files]
+    records = [(f.name, _checked(f)) for f in found]
     first_name, first = records[0]
     for name, record in records[1:]:
         for key in ("vlmfast", "transformers", "torch"):
@@ -59,150 +74,50 @@ def read(paths: Iterable[str | Path], mixed: bool = False) -> list[tuple[str, Re
 
 def _checked(file: Path) -> Record:
     try:
-        record = json.loads(file.read_text())
-    except (ValueError, UnicodeDecodeError):
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
         raise UserError(f"{file} is not JSON: result files are what the evaluation commands write") from None
     if not isinstance(record, dict):
         raise UserError(f"{file} is not a result file: it holds a {type(record).__name__}")
-    for key in ("command", "versions", "hardware", "config", "rows"):
+    kinds = {"command": str, "versions": dict, "hardware": dict, "config": dict, "rows": list}
+    for key, kind in kinds.items():
         if key not in record:
             raise UserError(f"{file} is not a result file: field {key!r} is missing")
+        if not isinstance(record[key], kind):
+            raise UserError(f"{file} is not a result file: field {key!r} holds a {type(record[key]).__name__}")
     if not ("suite" in record or "task" in record):
         raise UserError(f"{file} is not a result file: field 'suite' or 'task' is missing")
+    for place, row in enumerate(record["rows"]):
+        _check_row(row, f"{file} is not a result file: row {place}")
     return record
 
 
-# ---------------------------------------------------------------- curves
-
-
-def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other beats: lower x and higher y are better; ascending in x."""
-    order = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1]))
-    kept, best = [], float("-inf")
-    for i in order:
-        if points[i][1] > best:
-            kept.append(i)
-            best = points[i][1]
-    return kept
-
-
-def score_of(row: dict[str, Any]) -> tuple[str, float] | None:
-    return next(((k, row["metrics"][k]) for k in ("accuracy", "f1") if k in row["metrics"]), None)
-
-
-def curves(records: Sequence[tuple[str, Record]]) -> Any:
-    """A matplotlib figure: one row of panels per task, score against seconds and against KV bytes.
-
-    Error bars are the paired 95 % intervals of the difference to plain (plain: its own interval, as a band).
-    """
-    from matplotlib.figure import Figure
-
-    tasks = [(n, r) for n, r in records if any(score_of(x) for x in r["rows"])]
-    if not tasks:
-        raise UserError("none of these files holds accuracy rows: curves are drawn from evals.accuracy summaries")
-    names = dict.fromkeys(_series(x["name"]) for _, r in tasks for x in r["rows"] if x["name"] != "plain")
-    looks = {n: look(i) for i, n in enumerate(names)}
-    figure = Figure(figsize=(11.5, 3.7 * len(tasks) + 0.5), layout="constrained")
-    axes = figure.subplots(len(tasks), 2, squeeze=False, sharey="row")
-    for row_axes, (_, record) in zip(axes, tasks, strict=True):
-        _panel(row_axes[0], record, "total_ms", 1e-3, "seconds per question", looks)
-        _panel(row_axes[1], record, "kv_fast_bytes", 1e-6, "KV cache, MB", looks)
-        metric = next(score_of(x) for x in record["rows"])
-        row_axes[0].set_ylabel("caption facts F1, %" if metric and metric[0] == "f1" else "accuracy, %")
-        questions = record["rows"][0]["params"].get("questions", "?")
-        row_axes[0].set_title(f"{record.get('task', '')}  ({questions:,} questions)", loc="left", fontweight="bold")
-    handles: dict[str, Any] = {}
-    for axis in axes.flat:
-        for handle, text in zip(*axis.get_legend_handles_labels(), strict=True):
-            handles.setdefault(text, handle)
-    columns = min(5, len(handles))
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9
-    )
-    return figure
-
-
-def look(i: int) -> tuple[str, str]:
-    """(colour, marker) of the i-th series, unlike those of every other one."""
-    return COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)]
-
-
-def _series(name: str) -> str:
-    """The name without its percentages: rows of one series are joined by a line."""
-    parts = (p.rpartition("-") for p in name.split("+"))
-    return "+".join(a if a and b.replace(".", "").isdigit() else a + dash + b for a, dash, b in parts)
-
-
-def _panel(axis: Any, record: Record, key: str, scale: float, title: str, looks: dict[str, tuple[str, str]]) -> None:
-    points: list[tuple[str, float, float, list[float]]] = []
-    for row in record["rows"]:
-        found, x = score_of(row), row["metrics"].get(key)
-        if found is None or x is None or x <= 0:
-            continue
-        m, y = row["metrics"], 100 * found[1]
-        if row["name"] == "plain":
-            interval = [100 * v for v in m["ci95"]]
-        else:
-            base = y - 100 * m["diff_vs_plain"]
-            interval = [base + 100 * v for v in m["diff_ci95"]]
-        points.append((row["name"], x * scale, y, interval))
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axis.set_xlabel(title)
-    axis.grid(alpha=0.25, linewidth=0.6)
-    axis.spines[["top", "right"]].set_visible(False)
-    if not points:
-        axis.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axis.transAxes, color="0.5")
-        return
-    xs = [p[1] for p in points]
-    if max(xs) > 4 * min(xs):
-        axis.set_xscale("log")
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-        axis.xaxis.set_minor_formatter(NullFormatter())
-    best = front([(p[1], p[2]) for p in points])
-    broad: dict[str, Any] = {"color": "#f2c14e", "linewidth": 7, "alpha": 0.45, "solid_capstyle": "round", "zorder": 1}
-    axis.step([points[i][1] for i in best], [points[i][2] for i in best], where="post",
-              label="front: none is better in both", **broad)  # fmt: skip
-    groups: dict[str, list[tuple[str, float, float, list[float]]]] = {}
-    for p in points:
-        groups.setdefault(_series(p[0]), []).append(p)
-    for series, members in groups.items():
-        members.sort(key=lambda p: p[1])
-        across, heights = [p[1] for p in members], [p[2] for p in members]
-        if series == "plain":
-            low, high = members[0][3]
-            axis.axhspan(low, high, color="0.5", alpha=0.08, zorder=0)
-            axis.axhline(heights[0], color="0.35", linewidth=0.8, linestyle=":", zorder=1)
-            star: dict[str, Any] = {"markersize": 15, "color": "black", "zorder": 5}
-            axis.plot(across, heights, "*", label="plain model (band: its 95 % interval)", **star)
-            continue
-        errors = [[max(0.0, v - p[3][0]) for v, p in zip(heights, members, strict=True)],
-                  [max(0.0, p[3][1] - v) for v, p in zip(heights, members, strict=True)]]  # fmt: skip
-        colour, marker = looks[series]
-        axis.errorbar(across, heights, yerr=errors, marker=marker, markersize=5.5, linewidth=1.1, elinewidth=1,
-                      capsize=2, color=colour, label=series, zorder=3)  # fmt: skip
-        for p in members:
-            percent = "/".join(q.rpartition("-")[2] for q in p[0].split("+") if "-" in q)
-            if percent.replace("/", "").replace(".", "").isdigit():
-                axis.annotate(f"{percent}", (p[1], p[2]), textcoords="offset points", xytext=(5, 4), fontsize=7.5,
-                              color=colour)  # fmt: skip
-
-
-# ---------------------------------------------------------------- the page
+def _check_row(row: Any, where: str) -> None:
+    """Raise UserError unless the row has what every reader counts on, ratios of three numbers among it."""
+    if not isinstance(row, dict) or not isinstance(row.get("name"), str):
+        raise UserError(f"{where} has no name")
+    for key in ("plan", "params", "metrics", "vs"):
+        if not isinstance(row.get(key), dict):
+            raise UserError(f"{where} has no object {key!r}")
+    for ratios in row["vs"].values():
+        for key, ratio in ratios.items() if isinstance(ratios, dict) else [("vs", None)]:
+            if not (isinstance(ratio, list) and len(ratio) == 3 and all(map(number, ratio))):
+                raise UserError(f"{where} has no [median, low, high] for {str(key)[:40]!r}")
+    if not isinstance(row.get("notes", []), list):
+        raise UserError(f"{where} has notes that are no list")
 
 
 def write(
     records: Sequence[tuple[str, Record]], out: str | Path, title: str = "vlmfast results", note: str = ""
 ) -> None:
-    """Write the page; `note` is HTML shown first (`tune` explains its choice there)."""
-    Path(out).write_text(render(records, title, note))
+    """Write the page, whole or not at all; `note` is HTML shown first (`tune` explains its choice there)."""
+    files.write_text(out, render(records, title, note))
 
 
 def render(records: Sequence[tuple[str, Record]], title: str = "vlmfast results", note: str = "") -> str:
     """The page as one HTML document that refers to nothing outside it."""
     parts = [f"<h1>{html.escape(title)}</h1>", note]
-    if any(score_of(x) for _, r in records for x in r["rows"]):
+    if any(drawable(r) for _, r in records):
         buffer = io.BytesIO()
         curves(records).savefig(buffer, format="png", dpi=130)
         image = base64.b64encode(buffer.getvalue()).decode()
@@ -231,62 +146,122 @@ def render(records: Sequence[tuple[str, Record]], title: str = "vlmfast results"
 
 def _section(name: str, record: Record) -> list[str]:
     title = record.get("task") or f"speed: {record.get('suite')}"
-    out = [f"<h2>{html.escape(str(title))}</h2>", _table(record["rows"])]
+    out = [f"<h2>{html.escape(str(title))}</h2>", *_tables(record["rows"])]
     bars = _breakdown(record["rows"])
     if bars:
         out += ["<h3>Where the time goes</h3>", bars]
-    notes = [f"<li>{html.escape(r['name'])}: {html.escape(n)}" for r in record["rows"] for n in r.get("notes", [])]
+    noted = [(r["name"], n) for r in record["rows"] for n in (*r.get("notes", []), *floors_above(r["metrics"]))]
+    notes = [f"<li>{html.escape(who)}: {html.escape(str(n))}" for who, n in noted]
     return out + (["<ul class=dim>", *notes, "</ul>"] if notes else [])
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
-    columns = [k for k in dict.fromkeys(k for r in rows for k in r["metrics"]) if k not in HIDDEN and "ci95" not in k]
-    head = "".join(f"<th>{html.escape(c)}</th>" for c in ["method", *columns])
+def floors_above(metrics: dict[str, Any]) -> list[str]:
+    """Remarks on stages that took less than their floor: the rates were measured while others used the machine."""
+    whole = {"encode_floor_ms": "ttft_ms", "attention_floor_ms": "decode_ms_per_token"}  # what `floor_ms` is of
+    pairs = {**FLOORS, "floor_ms": next((m for floor, m in whole.items() if floor in metrics), "total_ms")}
+    wrong = [
+        words(k).partition(",")[0]
+        for floor, k in pairs.items()
+        if number(metrics.get(k)) and number(metrics.get(floor)) and metrics[floor] > 1.02 * metrics[k] > 0
+    ]
+    return [f"{BUSY} ({', '.join(wrong)})"] if wrong else []
+
+
+def words(key: str) -> str:
+    """A field's name as a heading, its unit last."""
+    if key in WORDS:
+        return WORDS[key]
+    for end, unit in (("_ms_per_token", " a token, ms"), ("_ms", ", ms"), ("_bytes_per_hour", " an hour, MB"),
+                      ("_bytes", ", MB")):  # fmt: skip
+        if key.endswith(end):
+            return key.removesuffix(end).replace("_", " ") + unit
+    return key.replace("_", " ")
+
+
+def _tables(rows: list[dict[str, Any]]) -> list[str]:
+    """The rows' figures, so many columns beside each other as a page is wide, the rest below."""
+    keys = dict.fromkeys(k for r in rows for k in r["metrics"])
+    columns = [k for k in keys if k not in HIDDEN and "ci95" not in k]
+    columns = [k for k in columns if any(_shown(r["metrics"].get(k)) for r in rows)]
+    known = list(WORDS)
+    columns.sort(key=lambda k: known.index(k) if k in known else len(known))
+    parts = [columns[i : i + ACROSS] for i in range(0, len(columns), ACROSS)]
+    return [_table(rows, part) for part in parts]
+
+
+def _shown(value: Any) -> bool:
+    """Is it worth a column? Zeros everywhere are not, nor are lists."""
+    return bool(value) and not isinstance(value, (list, dict))
+
+
+def _params(row: dict[str, Any]) -> str:
+    """What distinguishes rows of one name."""
+    hidden = ("questions", "clusters", "batch", *(k for k in ("prune_keep", "kv_keep") if "keep" in row["params"]))
+    shown = {k: str(v) for k, v in row["params"].items() if k not in hidden}
+    return ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in shown.items() if len(v) <= 40)
+
+
+def _table(rows: list[dict[str, Any]], columns: list[str]) -> str:
+    head = "".join(f"<th>{html.escape(c)}</th>" for c in ["method", *map(words, columns)])
     lines = []
     for r in rows:
-        params = ", ".join(f"{k} {v}" for k, v in r["params"].items() if k not in ("questions", "clusters", "batch"))
         cells = [f"<td title='{html.escape(json.dumps(r['plan']), quote=True)}'>{html.escape(r['name'])}"
-                 f"<span class=dim> {html.escape(params)}</span></td>"]  # fmt: skip
+                 f"<br><span class=dim>{html.escape(_params(r))}</span></td>"]  # fmt: skip
         cells += [f"<td>{_cell(r, c)}</td>" for c in columns]
         lines.append(f"<tr{' class=plain' if r['name'] == 'plain' else ''}>{''.join(cells)}</tr>")
     return f"<div class=wide><table><tr>{head}</tr>{''.join(lines)}</table></div>"
 
 
 def _cell(row: dict[str, Any], key: str) -> str:
+    """One figure as HTML: its value, the paired ratio to a baseline, the interval."""
     m = row["metrics"]
     value = m.get(key)
     if value is None:
         return ""
-    interval = {"accuracy": "ci95", "f1": "ci95", "diff_vs_plain": "diff_ci95"}.get(key)
-    if interval and isinstance(value, (int, float)):
+    if key in ("accuracy", "f1", "diff_vs_plain") and number(value):
         sign = "+" if key == "diff_vs_plain" else ""
-        low, high = (100 * x for x in m.get(interval, [value, value]))
-        return f"{100 * value:{sign}.1f}<span class=dim> [{low:.1f}, {high:.1f}]</span>"
-    text = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+        interval = m.get("diff_ci95" if key == "diff_vs_plain" else "ci95")
+        text = f"{100 * value:{sign}.1f}"
+        if isinstance(interval, list) and len(interval) == 2 and all(map(number, interval)):
+            text += f"<br><span class=dim>[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]</span>"
+        return text
+    megabytes = "_bytes" in key and number(value)
+    text = html.escape(figure(value / 1e6 if megabytes else value))
     for against, ratios in row["vs"].items():
         if key in ratios:
             middle, low, high = ratios[key]
-            text += f"<br><b>{middle:.2f}x</b><span class=dim> [{low:.2f}, {high:.2f}] vs {html.escape(against)}</span>"
+            than = "" if against == "plain" else f" vs {html.escape(against)}"
+            text += f"<br><b>{middle:.2f}x</b>{than}<br><span class=dim>[{low:.2f}, {high:.2f}]</span>"
     return text
+
+
+def figure(value: Any) -> str:
+    """A number as one reads it, three digits at least and thousands apart; anything else as short text."""
+    if not number(value):
+        return str(value)[:80]
+    if isinstance(value, int) or abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}" if abs(value) >= 1 else f"{value:#.3g}"
 
 
 def _breakdown(rows: list[dict[str, Any]]) -> str:
     """Stacked bars of the stages' milliseconds, all to one scale."""
-    timed = [r for r in rows if "total_ms" in r["metrics"] and "prefill_ms" in r["metrics"]]
-    if not timed:
+    timed = [r for r in rows if all(number(r["metrics"].get(k)) for k in ("total_ms", "prefill_ms"))]
+    longest = max((r["metrics"]["total_ms"] for r in timed), default=0)
+    if longest <= 0:
         return ""
-    longest = max(r["metrics"]["total_ms"] for r in timed)
     lines = ["<p>" + " ".join(f"<span class=key style='background:{c}'></span>{t}" for _, t, c in STAGES) + "</p>"]
     for r in timed:
-        m = dict(r["metrics"])
+        m = {k: v for k, v in r["metrics"].items() if number(v)}
         m["rest"] = max(0.0, m["total_ms"] - sum(m.get(k, 0.0) for k, _, _ in STAGES[:-1]))
         bars = "".join(
-            f"<span class=bar title='{t} {m.get(k, 0):.3g} ms' "
-            f"style='width:{70 * m.get(k, 0) / longest:.2f}%;background:{c}'></span>"
+            f"<span class=bar title='{t} {figure(m.get(k, 0))} ms' "
+            f"style='width:{60 * max(0.0, m.get(k, 0)) / longest:.2f}%;background:{c}'></span>"
             for k, t, c in STAGES
         )
         lines.append(
-            f"<div class=line><span class=who>{html.escape(r['name'])}</span>{bars} {m['total_ms']:.3g} ms</div>"
+            f"<div class=line><span class=who title='{html.escape(r['name'], quote=True)}'>{html.escape(r['name'])}"
+            f"</span>{bars} {figure(float(m['total_ms']))} ms</div>"
         )
     return "".join(lines)
 
@@ -294,11 +269,13 @@ def _breakdown(rows: list[dict[str, Any]]) -> str:
 STYLE = """<style>
 body{font:15px/1.45 system-ui,sans-serif;max-width:1180px;margin:2em auto;padding:0 1em;color:#1c2833}
 h1{font-size:1.6em}h2{margin-top:2em;border-bottom:1px solid #d5d8dc;padding-bottom:.2em}h3{margin-bottom:.2em}
-img{max-width:100%}table{border-collapse:collapse;font-variant-numeric:tabular-nums}.wide{overflow-x:auto}
-td,th{padding:.25em .7em;text-align:right;border-bottom:1px solid #eaeded;white-space:nowrap;vertical-align:top}
-td:first-child,th:first-child{text-align:left;position:sticky;left:0;background:#fff}tr.plain td{background:#f4f6f7}
-.dim{color:#7b8a97;font-size:.88em}pre{background:#f4f6f7;padding:.6em;overflow-x:auto}
+img{max-width:100%}table{border-collapse:collapse;font-variant-numeric:tabular-nums;margin:1em 0}
+.wide{overflow-x:auto}td,th{padding:.25em .8em;text-align:right;border-bottom:1px solid #eaeded;vertical-align:top}
+th{max-width:9em;vertical-align:bottom}td{white-space:nowrap;overflow-wrap:anywhere}
+td:first-child,th:first-child{text-align:left;white-space:normal;min-width:12em;max-width:20em}
+tr.plain td{background:#f4f6f7}.dim{color:#7b8a97;font-size:.88em}
+pre{background:#f4f6f7;padding:.6em;white-space:pre-wrap;overflow-wrap:anywhere}
 .bar{display:inline-block;height:1em;vertical-align:middle}.line{white-space:nowrap;margin:.15em 0}
-.who{display:inline-block;width:16%;overflow:hidden;text-overflow:ellipsis;vertical-align:middle}
+.who{display:inline-block;width:26%;overflow:hidden;text-overflow:ellipsis;vertical-align:middle}
 .key{display:inline-block;width:.9em;height:.9em;margin:0 .35em 0 1em}
 </style>"""

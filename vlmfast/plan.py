@@ -12,6 +12,7 @@ from typing import Any
 from vlmfast import spec
 from vlmfast.core import UserError, shown, to_json
 from vlmfast.fields import WRONG, fit
+from vlmfast.files import write_text
 
 PRESETS = ("safe", "balanced", "fast")
 STAGES = ("prune", "kv", "speculate")
@@ -30,13 +31,20 @@ class Plan:
             value = getattr(self, stage)
             methods = _methods(stage) if value is not None else {}
             if methods and not isinstance(value, tuple(methods.values())):
+                draft = stage == "speculate" and hasattr(value, "generate")
+                example = "Speculate(draft=ModelDraft(small_model))" if draft else _example(methods)
                 raise UserError(
                     f"{stage}={shown(value)} is not a {stage} method; use one of {', '.join(sorted(methods))}, "
-                    f"e.g. {stage}={_example(methods)}"
+                    f"e.g. {stage}={example}"
                 )
         drafted = getattr(getattr(self.speculate, "draft", None), "prune", None)
         if isinstance(drafted, str):
             parse("prune", drafted)  # a draft's own pruner may be a spec: wrong ones are refused here, not later
+
+    def __str__(self) -> str:
+        """The stages asked for, with the fields that are not at their defaults: `prune vidcom2 keep=0.4`."""
+        stages = [f"{stage} {_summary(value)}" for stage in STAGES if (value := getattr(self, stage)) is not None]
+        return ", ".join(stages) or "nothing asked"
 
     def json(self) -> dict[str, Any]:
         """Plain-JSON form; `Plan.from_json` reads it back."""
@@ -53,8 +61,8 @@ class Plan:
         return cls(**{stage: _build(stage, value) for stage, value in data.items()})
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, whole or not at all. Raises UserError when the path cannot be written."""
-        spec.write_text(path, json.dumps(self.json(), indent=2) + "\n")
+        """Write the plan as JSON, whole or not at all."""
+        write_text(path, json.dumps(self.json(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -93,21 +101,45 @@ def resolve(plan: Plan | str | Path | dict | None, **stages: Any) -> Plan:
 
     stages: method objects, or their text or JSON form.
     """
-    if isinstance(plan, Path) or (isinstance(plan, str) and plan not in PRESETS and plan.endswith(".json")):
-        plan = Plan.load(plan)
-    elif isinstance(plan, str):
-        plan = preset(plan)
+    if isinstance(plan, (str, Path)):
+        text = str(plan)
+        if text not in PRESETS and not text.endswith(".json"):
+            _refuse_method(text.partition(":")[0].strip(), text)
+        plan = Plan.load(plan) if text.endswith(".json") else preset(text)
     elif isinstance(plan, dict):
         plan = Plan.from_json(plan)
     elif plan is None:
         plan = Plan()
     elif not isinstance(plan, Plan):
+        _refuse_method(getattr(plan, "name", ""), None)
         raise UserError(
-            f"{shown(plan)} is no plan: give a preset ({', '.join(PRESETS)}), a plan file, a Plan, or name the stage "
-            f"({', '.join(f'{stage}=' for stage in STAGES)})"
+            f"plan={shown(plan)}: give a Plan, a preset's name ({', '.join(PRESETS)}), a plan file (.json) or a dict"
         )
     given = {k: parse(k, v) if isinstance(v, str) else _build(k, v) for k, v in stages.items() if v is not None}
     return dataclasses.replace(plan, **given) if given else plan
+
+
+def _refuse_method(name: Any, spec: str | None) -> None:
+    """Raise UserError where a method stands in the plan's place: it belongs to a stage. spec: its text, if any."""
+    stages = [stage for stage in STAGES if name in _methods(stage)]
+    if stages:
+        said = " or ".join(f"{stage}={spec!r}" if spec is not None else f"{stage}=..." for stage in stages)
+        raise UserError(f"{name} is a method of one stage, not a plan: pass it as {said}")
+
+
+def _summary(method: Any) -> str:
+    """A method's name and the plain fields that differ from their defaults."""
+    words = [str(getattr(method, "name", type(method).__name__))]
+    for f in dataclasses.fields(method) if dataclasses.is_dataclass(method) else ():
+        value = getattr(method, f.name, None)
+        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        if not f.init or value == default:
+            continue
+        if isinstance(value, (bool, int, float, str)):
+            words.append(f"{f.name}={value}")
+        elif isinstance(name := getattr(value, "name", None), str):
+            words.append(f"{f.name}={name}")
+    return " ".join(words)
 
 
 def _methods(field: str) -> dict[str, type]:

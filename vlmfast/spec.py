@@ -232,19 +232,3 @@ def read_text(path: str | os.PathLike[str], what: str, most: int = SIZE) -> str:
         raise
     except ValueError:  # a zero byte in the path
         raise UserError(f"no file at {name}: give {what}") from None
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a file whole or not at all. Raises UserError when it cannot be written; what stood there then stays."""
-    target = Path(path)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        try:
-            part.write_text(text, encoding="utf-8")
-            os.replace(part, target)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-    except (OSError, UnicodeEncodeError) as e:
-        why = e.strerror if isinstance(e, OSError) else "text that UTF-8 cannot hold"
-        raise UserError(f"{shown(os.fspath(path))} cannot be written ({why}): give another path") from None

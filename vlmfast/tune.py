@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vlmfast import files, page
 from vlmfast.core import UserError
 from vlmfast.plan import Plan
 
 FIRST = 16  # questions of the first round
-SLICE = 8  # questions between two looks at the clock
+SAY = 15.0  # seconds between two lines about progress
 OPEN, REFUTED, CONFIRMED, FAILED = "open", "refuted", "confirmed", "failed"
 
 PRUNE = [f"{p}-{k}" for p in ("vidcom2", "maxmin", "uniform") for k in (50, 25, 10)]
@@ -35,7 +36,7 @@ class Candidate:
     plan: Plan
     status: str = OPEN
     why: str = ""
-    margin: tuple[float, float] = (-math.inf, math.inf)
+    margin: tuple[float, float] = (-math.inf, math.inf)  # infinite: not asked yet
     faster: list[float] = field(default_factory=lambda: [math.inf, 0.0, math.inf])
     answered: list[str] = field(default_factory=list)
 
@@ -71,9 +72,14 @@ def search(
     limit: int | None = None,
     tokens: int | None = None,
     say: Callable[[str], None] = lambda text: None,
+    clock: Callable[[], float] = time.monotonic,
+    start: float | None = None,
 ) -> list[Candidate]:
-    """All candidates with what was learnt; `best` picks the winner. run, task, journal: see evals.accuracy."""
-    deadline = time.monotonic() + 60 * minutes
+    """All candidates with what was learnt; `best` picks the winner. run, task, journal: see evals.accuracy.
+
+    clock: seconds; it is looked at before every answer. start: when the minutes began, now when not given.
+    """
+    watch = Watch((clock() if start is None else start) + 60 * minutes, clock, say)
     order = task.first(None)
     random.Random(0).shuffle(order)
     order = order[:limit]
@@ -82,7 +88,8 @@ def search(
     while True:
         racing = [c for c in _by_speed(field_) if c.status == OPEN and c.faster[2] > 1][:keep]
         say(f"{n} questions, {len(racing)} plans")
-        finished = _ask(run, task, racing, journal, order[:n], deadline, tokens)
+        watch.expect(n * (1 + len(racing)))
+        finished = _ask(run, task, racing, journal, order[:n], watch, tokens)
         for c in field_:
             _judge(c, journal.records, [task.ids[i] for i in order[:n]], floor)
         if not finished or n >= len(order) or _settled(field_):
@@ -111,15 +118,37 @@ def _settled(field_: list[Candidate]) -> bool:
 
 
 def _ask(
-    run: Any, task: Any, racing: list[Candidate], journal: Any, chosen: list[int], deadline: float, tokens: int | None
+    run: Any, task: Any, racing: list[Candidate], journal: Any, chosen: list[int], watch: Watch, tokens: int | None
 ) -> bool:
+    """Ask the chosen questions of plain and of every racing plan; False when time was over before the end."""
     accuracy = from_evals("accuracy")
     plans = {"plain": Plan()} | {c.name: c.plan for c in racing}
-    for at in range(0, len(chosen), SLICE):
-        accuracy.answer(run, task, plans, journal, chosen[at : at + SLICE], 1, tokens)
-        if time.monotonic() > deadline:
-            return at + SLICE >= len(chosen)
-    return True
+    finished = accuracy.answer(run, task, plans, journal, chosen, 1, tokens, watch.over)
+    accuracy.check_asked(journal.records, [task.ids[i] for i in chosen])
+    return bool(finished)
+
+
+class Watch:
+    """Looks at the clock before every answer, and says now and then how far the round has come."""
+
+    def __init__(self, deadline: float, clock: Callable[[], float], say: Callable[[str], None]) -> None:
+        self.deadline, self.clock, self.say = deadline, clock, say
+        self.said, self.asked, self.total = clock(), 0, 0
+
+    def expect(self, answers: int) -> None:
+        """A round of so many answers begins."""
+        self.asked, self.total = 0, answers
+
+    def over(self) -> bool:
+        """Is the time over? Called before every answer."""
+        now = self.clock()
+        if now >= self.deadline:
+            return True
+        if now - self.said >= SAY:
+            self.said = now
+            self.say(f"{self.asked} answers of {self.total} in this round, {(self.deadline - now) / 60:.1f} min left")
+        self.asked += 1
+        return False
 
 
 def _judge(c: Candidate, records: dict, ids: list[str], floor: float) -> None:
@@ -157,30 +186,29 @@ def tune(
     force: bool = False,
     loaded: Any = None,
     say: Callable[[str], None] = lambda text: None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> tuple[Candidate, list[Candidate]]:
     """Search, then write the plan (`out`), its record (.record.json), answers (.jsonl) and the page (.html)."""
     if not 0 < floor <= 1:
         raise UserError(f"floor={floor} is outside (0, 1]: it is the share of the plain score to keep, e.g. 0.99")
-    if minutes <= 0 or (limit is not None and limit < 1):
+    if not 0 < minutes < math.inf or (limit is not None and limit < 1):
         raise UserError(f"minutes={minutes} and limit={limit} must be positive")
+    start = clock()
+    files.claim(out, force, (".json",))
     accuracy, runner, tasks = from_evals("accuracy"), from_evals("runner"), from_evals("tasks")
-    if out.suffix != ".json":
-        raise UserError(f"--out {out.name}: a plan file ends in .json")
-    if out.exists() and not force:
-        raise UserError(f"{out} exists: choose another --out, or pass --force to replace it")
+    page.check_drawing()
     task = tasks.get(task_name)
+    runner.check_draft(draft)
     draft = draft or runner.own_draft(model)
     plans = candidates(names, draft)
     run = loaded or runner.load(model)
     identity = accuracy.identity_of(run, task, "" if loaded else runner.fingerprint(model), 1, tokens)
     book = accuracy.open_journal(out.with_suffix(".jsonl"), identity, {"plain": Plan()} | plans, force)
-    field_ = search(run, task, plans, book, floor=floor, minutes=minutes, limit=limit, tokens=tokens, say=say)
+    field_ = search(run, task, plans, book, floor=floor, minutes=minutes, limit=limit, tokens=tokens, say=say,
+                    clock=clock, start=start)  # fmt: skip
     chosen = best(field_)
     record = _record(run, task, identity, book, field_, chosen, floor, minutes)
-    out.parent.mkdir(parents=True, exist_ok=True)
     from_evals("records").write(out.with_suffix(".record.json"), record, force=True)
-    from vlmfast import page
-
     note = explain(chosen, field_, floor, task.name, out)
     page.write([(out.with_suffix(".record.json").name, record)], out.with_suffix(".html"), f"tune: {task.name}", note)
     chosen.plan.save(out)
@@ -208,10 +236,15 @@ def _record(
     for c in _by_speed(field_):
         if c.answered:
             row = summary.summarise(book.records, c.answered, {"plain": Plan(), c.name: c.plan}, task.metric)[1]
-            row["tune"] = {"status": c.status, "margin": [round(x, 5) for x in c.margin], "why": c.why}
+            row["tune"] = {"status": c.status, "margin": _finite(c.margin), "why": c.why}
             row["notes"].append(f"{c.status} after {len(c.answered)} questions" + (f": {c.why}" if c.why else ""))
             rows.append(row)
     return {**result, "rows": rows}
+
+
+def _finite(margin: tuple[float, float]) -> list[float] | None:
+    """The bounds, or None where nothing could be said."""
+    return [round(x, 5) for x in margin] if all(map(math.isfinite, margin)) else None
 
 
 def explain(chosen: Candidate, field_: list[Candidate], floor: float, task: str, out: Path) -> str:
@@ -228,7 +261,7 @@ def explain(chosen: Candidate, field_: list[Candidate], floor: float, task: str,
             f"{html.escape(task)} (95 % sure, {asked} paired questions) "
             f"and is {m:.2f}x as fast [{low:.2f}, {high:.2f}]."
         )
-    use = f"model = vlmfast.accelerate(model, plan={out.name!r})"
+    use = f"import vlmfast\n\nfast = vlmfast.accelerate(model, {out.name!r})"
     tried = f"{len(field_)} plans: {counts[CONFIRMED]} confirmed, {counts[REFUTED]} refuted, {counts[OPEN]} undecided, "
     return f"<p>{first}</p><pre>{html.escape(use)}</pre><p>{tried}{counts[FAILED]} failed.</p>"
 
@@ -242,5 +275,5 @@ def from_evals(name: str) -> Any:
         if e.name not in ("evals", f"evals.{name}"):
             raise
         raise UserError(
-            "tune needs the evals folder of the source checkout: run it there, installed with pip -e"
+            "this needs the evals folder of the source checkout: run it there, with python -m vlmfast.cli"
         ) from None

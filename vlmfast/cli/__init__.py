@@ -4,19 +4,18 @@ To add the command `vlmfast NAME`: write `vlmfast/cli/NAME.py` (dashes become un
 name whose parameters are typer options, and put the name into `COMMANDS`. A name without a module is not registered.
 A command raises `UserError` for bad input: it becomes one line on stderr and exit code 2. Modules import heavy
 things (torch, transformers) inside their function only, so that `vlmfast --help` stays quick. Shared options and
-media reading are in `options`, printing and progress in `console`.
+media reading are in `options`, printing and progress in `console`, errors in `errors`.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
-import sys
-from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+
+from vlmfast.cli.errors import Commands, guarded
 
 COMMANDS = (
     "demo",
@@ -37,7 +36,8 @@ def build() -> typer.Typer:
     """The application with every command whose module exists."""
     app = typer.Typer(
         name="vlmfast",
-        no_args_is_help=True,
+        cls=Commands,
+        invoke_without_command=True,
         add_completion=False,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
@@ -51,22 +51,6 @@ def build() -> typer.Typer:
     return app
 
 
-def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Bad input ends in one line on stderr and exit code 2, never in a traceback."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        from vlmfast.core import UserError
-
-        try:
-            return command(*args, **kwargs)
-        except UserError as e:
-            print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
-            raise typer.Exit(2) from None
-
-    return run
-
-
 def _version(value: bool) -> None:
     if value:
         from vlmfast import __version__
@@ -76,11 +60,14 @@ def _version(value: bool) -> None:
 
 
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
     ] = False,
 ) -> None:
     """Faster inference for multimodal and video LLMs on unmodified transformers models."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from typing import Annotated, Any
 
 import typer
@@ -24,16 +25,20 @@ def ask(
     fps: options.Fps = None,
     select: options.Select = None,
     backend: options.Backend = "pyav",
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="longest answer")] = 128,
+    max_new_tokens: options.NewTokens = 128,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
     device_map: options.DeviceMap = None,
     as_json: options.Json = False,
 ) -> None:
     """Ask a question of a picture or a video."""
+    from vlmfast.core import UserError
+
     chosen = options.plan(preset, plan, prune, kv, speculate)
     pictures = options.images(image)
     clip = options.video(video, frames, fps, select, backend)
+    if not pictures and clip is None:
+        raise UserError("nothing to look at: give --image or --video")
 
     loaded = options.load(model, dtype, device, device_map)
     inputs = loaded.inputs(question, pictures, clip)
@@ -55,13 +60,19 @@ def answer(loaded: Any, inputs: Any, plan: Any, max_new_tokens: int, stream: boo
         model: Any = fast.model
         out = model.generate(**inputs, max_new_tokens=max_new_tokens, **GREEDY, **more)
         if stream:
-            console.remarks().print(f"[dim]{fast.report}[/dim]")
+            console.remarks().print(wrapped(str(fast.report)), style="dim", markup=False)
         return {
             "answer": loaded.decode(out, inputs),
             "tokens": out.shape[1] - inputs["input_ids"].shape[1],
             "report": fast.report.json(),
             "plan": plan.json(),
         }
+
+
+def wrapped(report: str) -> str:
+    """The report's lines, those too long for the terminal indented below their stage's name."""
+    width = console.remarks().width
+    return "\n".join(textwrap.fill(line, width, subsequent_indent=" " * 9) for line in report.splitlines())
 
 
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}

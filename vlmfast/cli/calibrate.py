@@ -33,6 +33,7 @@ def calibrate(
     as_json: options.Json = False,
 ) -> None:
     """Find the layers where a model's text turns to other visual tokens, and cut after them (AdaptInfer)."""
+    from vlmfast import files
     from vlmfast.core import UserError
     from vlmfast.encode import AdaptInfer
     from vlmfast.plan import Plan
@@ -42,10 +43,8 @@ def calibrate(
         raise UserError("--task brings its own questions and media: leave the questions, --image and --video away")
     if task is None and not (asked and (image or video)):
         raise UserError("nothing to look at: give --task pocket/all, or a question with --image or --video")
-    if out is not None and out.suffix != ".json":
-        raise UserError(f"--out {out.name}: a plan file ends in .json")
-    if out is not None and out.exists() and not force:
-        raise UserError(f"{out} exists: choose another --out, or pass --force to replace it")
+    if out is not None:
+        files.claim(out, force, (".json",))
     AdaptInfer(keep=keep)  # says what is wrong with keep before anything is loaded
     media = (options.images(image), options.video(video, frames, fps, select, backend))
 
@@ -57,7 +56,6 @@ def calibrate(
         found = inflection.calibrate(loaded.model, prompts, stages)
     plan = Plan(prune=AdaptInfer(keep=keep, layers=found.layers))
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         plan.save(out)
     record = {
         "model": model,
@@ -97,6 +95,6 @@ def show(record: dict[str, Any], out: Path | None) -> None:
         page.print(f"[cyan]{layer:4}[/]  {value:5.3f}  {'█' * round(40 * value / most)}")
     page.print(f"\nadaptinfer keep={prune['keep']:g} layers={prune['layers']}")
     if out is not None:
-        page.print(f'plan written to [bold]{out}[/bold]: vlmfast.accelerate(model, "{out}")')
+        page.print(f'plan written to {out}: vlmfast.accelerate(model, "{out}")', markup=False, soft_wrap=True)
     else:
-        page.print(json.dumps(record["plan"]), soft_wrap=True)
+        page.print(json.dumps(record["plan"]), markup=False, soft_wrap=True)

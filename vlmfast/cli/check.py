@@ -104,8 +104,9 @@ def picture(side: int = 448) -> Any:
 def show(record: dict[str, Any]) -> None:
     """The record in plain words."""
     page = console.out()
-    page.print(f"\n[bold]{record['model']} · {record['model_type']} · {record['dtype']} on {record['device']}[/bold]")
-    page.print("".join(f"[dim]{note}[/dim]\n" for note in record["notes"]))
+    title = f"{record['model']} · {record['model_type']} · {record['dtype']} on {record['device']}"
+    page.print(f"\n[bold]{console.plain(title)}[/bold]")
+    page.print("".join(f"[dim]{console.plain(note)}[/dim]\n" for note in record["notes"]))
     laws = {law["name"]: (law["ok"], law["said"]) for law in record["laws"]}
     page.print(
         listing({f"{'[green]holds[/]' if ok else '[red]BROKEN[/]'}  {n}": said for n, (ok, said) in laws.items()})
@@ -118,7 +119,7 @@ def show(record: dict[str, Any]) -> None:
         found = {f"[cyan]{n}[/]": m["said"] for n, m in record["methods"].items() if m["state"] == state}
         if found:
             page.print(f"\n[bold {colour}]{heading} here[/]", listing(found))
-    page.print(f"\n[bold]Gained[/] with {named(record['plan'])}")
+    page.print(f"\n[bold]Gained[/] with {console.plain(named(record['plan']))}")
     page.print(listing({WORDS[metric]: sentence(metric, values) for metric, values in record["gain"].items()}))
     page.print("\n[green]All laws hold.[/]\n" if record["ok"] else "\n[red]Not all is well: see above.[/]\n")
 
@@ -131,7 +132,7 @@ def listing(rows: dict[str, str]) -> Any:
     grid.add_column(no_wrap=True)
     grid.add_column()
     for name, said in rows.items():
-        grid.add_row(name, said)
+        grid.add_row(name, console.plain(said))
     return grid
 
 

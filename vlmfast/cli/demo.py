@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,9 +24,14 @@ def demo(
     """Answer questions about real video files, plain and accelerated, and show what was kept."""
     from vlmfast.cli import scenes, sheet
     from vlmfast.core import UserError
+    from vlmfast.files import claim, write_text
 
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: give a folder")
+    claim(out / "demo.json", force=True)
+    held = [name for name in FILES if (out / name).exists()]
+    if held and not (out / "demo.json").exists():
+        raise UserError(f"--out {out} holds {held[0]}, which no demo wrote: give another folder")
 
     loaded = options.load(model, dtype, device)
     if not loaded.reads_video():
@@ -42,12 +46,14 @@ def demo(
         warm_up(loaded, media)
         results = [[trial(loaded, medium, name, plan, step) for name, plan in plans.items()] for medium in media]
     sheet.draw(media, results, out / "kept.png", title(loaded))
-    write(out / "demo.json", {"model": model, "seed": seed, "media": record(media, results)})
+    data = {"model": model, "seed": seed, "media": record(media, results)}
+    write_text(out / "demo.json", json.dumps(data, indent=1) + "\n")
     show(media, results)
     files = ", ".join([*(m.name for m in media), "demo.json"])
-    console.out().print(
-        f"\nWhich patches were kept in which frame: [bold]{out / 'kept.png'}[/bold]   [dim](also {files})[/dim]"
-    )
+    console.out().print(console.plain(f"\nWhich patches were kept in which frame: {out / 'kept.png'}   (also {files})"))
+
+
+FILES = ("moves.mp4", "events.mp4", "picture.png", "kept.png")
 
 
 def title(loaded: Any) -> str:
@@ -121,46 +127,28 @@ def record(media: list[Any], results: list[list[dict[str, Any]]]) -> list[dict[s
     ]
 
 
-def write(path: Path, data: Any) -> None:
-    """JSON that appears whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(data, indent=1) + "\n")
-    os.replace(part, path)
-
-
 def show(media: list[Any], results: list[list[dict[str, Any]]]) -> None:
-    """One table: a section per clip or picture, a row per method; green answers are right."""
-    from rich import box
-    from rich.table import Table
-
-    most = max(len(m.turns) for m in media)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("", no_wrap=True)
-    for i in range(most):
-        table.add_column("answers" if i == 0 else "", min_width=9)
-    for heading in ("visual\ntokens", "encode\nms", "prefill\nms", "decode\nms/token", "KV\nkB"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for medium, rows in zip(media, results, strict=True):
-        asked = [f"[dim]{q}[/dim] [bold]{a}[/bold]" for q, a in medium.turns] + [""] * (most - len(medium.turns))
-        table.add_row(f"[bold]{medium.name}[/bold]", *asked, end_section=False)
-        for row in rows:
-            cells = [
-                f"[{'green' if right else 'red'}]{'✓' if right else '✗'} {_short(answer)}[/]"
-                for answer, right in zip(row["answers"], row["right"], strict=True)
-            ] + [""] * (most - len(row["answers"]))
-            m = row["metrics"]
-            table.add_row(
-                row["name"],
-                *cells,
-                f"{m['kept_tokens']:,.0f}",
-                f"{m['encode_ms']:.1f}",
-                f"{m['prefill_ms']:.1f}",
-                f"{m['decode_ms_per_token']:.1f}",
-                f"{m['kv_fast_bytes'] / 1e3:,.0f}",
-            )
-        table.add_section()
+    """A table per clip or picture, below its questions, a row per method; green answers are right."""
     page = console.out()
-    page.print(table)
+    heads = ("", "visual\ntokens", "encode\nms", "prefill\nms", "decode\nms/token", "KV\nkB")
+    for medium, rows in zip(media, results, strict=True):
+        page.print(f"\n[bold]{console.plain(medium.name)}[/bold]")
+        for question, answer in medium.turns:
+            page.print(f"  [dim]{console.plain(question)}[/dim] {console.plain(answer)}")
+        lines = []
+        for row in rows:
+            answers = [
+                f"[{'green' if right else 'red'}]{'✓' if right else '✗'} {console.plain(_short(answer))}[/]"
+                for answer, right in zip(row["answers"], row["right"], strict=True)
+            ]
+            m, each = row["metrics"], 4 if sum(len(_short(a)) + 4 for a in row["answers"]) <= 36 else 2
+            below = ["  " + "  ".join(answers[i : i + each]) for i in range(0, len(answers), each)]
+            lines.append([
+                "\n".join([console.plain(row["name"]), *below]),
+                f"{m['kept_tokens']:,.0f}", f"{m['encode_ms']:.1f}", f"{m['prefill_ms']:.1f}",
+                f"{m['decode_ms_per_token']:.1f}", f"{m['kv_fast_bytes'] / 1e3:,.0f}",
+            ])  # fmt: skip
+        console.table(heads, lines)
     for name in dict.fromkeys(row["name"] for rows in results for row in rows):
         right = [r for rows in results for row in rows if row["name"] == name for r in row["right"]]
         page.print(f"  {name:<22} {sum(right)} of {len(right)} right")

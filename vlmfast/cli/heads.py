@@ -55,40 +55,32 @@ def heads(
         return
     show(rows, table.policy)
     if out is not None:
-        console.out().print(f"drawn to [bold]{out}[/bold]")
+        console.out().print(f"drawn to {out}", markup=False)
 
 
 def check_picture(path: Path, force: bool) -> None:
     """Raise UserError where no picture can be written."""
     from vlmfast.core import UserError
+    from vlmfast.files import claim
 
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"--out {path.name}: a picture ends in .png, .svg or .pdf")
     if not path.parent.is_dir():
         raise UserError(f"--out {path}: there is no folder {path.parent}")
-    if path.exists() and not force:
-        raise UserError(f"{path} exists: choose another --out, or pass --force to replace it")
+    claim(path, force, (".png", ".svg", ".pdf"))
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("--out needs matplotlib: pip install 'vlmfast[plot]', or leave --out away")
 
 
 def show(rows: list[dict[str, Any]], policy: Any) -> None:
     """One line per layer, one column per key head, in percent; dynamic heads carry a star."""
-    from rich import box
-    from rich.table import Table
-
     page = console.out()
     page.print(f"attention on the top {policy.top:.0%} of columns, in % of all (* dynamic)")
-    table = Table(box=box.SIMPLE)
-    table.add_column("layer", justify="right", style="cyan")
-    for head in range(1 + max(row["head"] for row in rows)):
-        table.add_column(f"head {head}" if head == 0 else str(head), justify="right")
-    table.add_column("dynamic", justify="right")
+    heads = [f"head\n{head}" if head == 0 else f"\n{head}" for head in range(1 + max(row["head"] for row in rows))]
+    lines = []
     for layer in sorted({row["layer"] for row in rows}):
         here = [row for row in rows if row["layer"] == layer]
         count = sum(row["type"] == "dynamic" for row in here)
-        table.add_row(str(layer), *(_cell(row) for row in here), f"{count} of {len(here)}")
-    page.print(table)
+        lines.append([f"[cyan]{layer}[/cyan]", *(_cell(row) for row in here), f"{count} of {len(here)}"])
+    console.table(["layer", *heads, "dynamic"], lines)
     dynamic = sum(row["type"] == "dynamic" for row in rows)
     rule = (
         f"under {policy.theta:.0%}" if policy.split is None else f"the least concentrated {policy.split:.0%} of a layer"

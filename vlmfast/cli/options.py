@@ -20,7 +20,7 @@ KV = Annotated[str | None, typer.Option("--kv", help="keys and values kept, e.g.
 Speculation = Annotated[str | None, typer.Option("--speculate", help="drafting, e.g. speculate:draft=promptlookup")]
 Preset = Annotated[str | None, typer.Option("--preset", help="safe, balanced or fast")]
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="a plan file (JSON)")]
-Frames = Annotated[int | None, typer.Option("--frames", help="frames taken evenly from the video (default 16)")]
+Frames = Annotated[int | None, typer.Option("--frames", min=1, help="frames taken evenly from the video (default 16)")]
 Fps = Annotated[float | None, typer.Option("--fps", help="frames taken per second instead")]
 Select = Annotated[str | None, typer.Option("--select", help="or any selection: uniform:16, fps:2, scene:0.08")]
 Backend = Annotated[str, typer.Option("--backend", help="video decoder: pyav, decord or opencv")]
@@ -34,6 +34,8 @@ Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ... (de
 DeviceMap = Annotated[
     str | None, typer.Option("--device-map", help="auto, balanced, ...: spread the model over GPUs (needs accelerate)")
 ]
+MOST_TOKENS = 1_000_000
+NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, max=MOST_TOKENS, help="longest answer")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON record instead")]
 
 

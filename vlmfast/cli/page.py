@@ -16,10 +16,9 @@ def page(
     force: Annotated[bool, typer.Option("--force", help="replace an existing page")] = False,
 ) -> None:
     """Write one HTML page from result files: curves, tables, where the time went, the commands that made them."""
+    from vlmfast import files
     from vlmfast import page as pages
-    from vlmfast.core import UserError
 
-    if out.exists() and not force:
-        raise UserError(f"{out} exists: choose another --out, or pass --force to replace it")
+    files.claim(out, force, (".html",))
     pages.write(pages.read(results, mixed), out, title)
     print(f"wrote {out}")

@@ -21,9 +21,8 @@ def roofline(
     import json
     from dataclasses import asdict
 
-    from rich.table import Table
-
     from vlmfast import roofline as roof
+    from vlmfast.page import figure
 
     if check is not None:
         _compare(roof.check(roof.read_record(check)), as_json)
@@ -41,40 +40,39 @@ def roofline(
         return
     rates = f"{machine.flops / 1e12:,.4g} TFLOP/s, {machine.bytes / 1e9:,.4g} GB/s, {machine.source}"
     page = console.out()
-    page.print(f"[bold]{shape.name}[/bold] on {machine.name} ({rates})")
+    page.print(f"[bold]{console.plain(shape.name)}[/bold] on {machine.name} ({rates})")
     page.print(f"{request.visual:,} visual tokens in {request.frames} frames, {request.text} text, {request.new} new, "
                f"batch {request.batch}")  # fmt: skip
-    table = Table()
-    for column in ("stage", "GFLOP", "GB", "floor ms", "each step", "regime"):
-        table.add_column(column, justify="left" if column in ("stage", "regime") else "right")
+    rows = []
     for name, cost in costs.items():
         floor = cost.floor_ms(machine)
-        each = f"{floor / cost.steps:,.3g}" if cost.steps > 1 else ""
-        numbers = (f"{cost.flops / 1e9:,.4g}", f"{cost.bytes / 1e9:,.4g}", f"{floor:,.4g}", each)
-        table.add_row(name, *numbers, cost.regime(machine))
-    page.print(table)
-    table = Table(title="at best (each stage at its floor, choosing and drafting cost nothing)", title_justify="left")
-    for column in ("method", "encode", "prefill", "decode", "total ms", "times faster"):
-        table.add_column(column, justify="left" if column == "method" else "right")
+        each = figure(floor / cost.steps) if cost.steps > 1 else ""
+        numbers = (figure(cost.flops / 1e9), figure(cost.bytes / 1e9), figure(floor), each)
+        rows.append([name, *numbers, cost.regime(machine)])
+    console.table(("stage", "GFLOP", "GB", "floor\nms", "each step\nms", "regime"), rows)
+    rows = []
     for name, floors, ratio in best:
-        cells = [f"{floors[k]:,.4g}" for k in ("encode", "prefill", "decode")]
-        table.add_row(name, *cells, f"{sum(floors.values()):,.4g}", f"{ratio:.2f}")
-    page.print(table)
+        cells = [figure(floors[k]) for k in ("encode", "prefill", "decode")]
+        rows.append([console.plain(name), *cells, figure(sum(floors.values())), f"{ratio:.2f}x"])
+    page.print("[bold]at best[/bold] (each stage at its floor, choosing and drafting cost nothing)")
+    console.table(("method", "encode\nms", "prefill\nms", "decode\nms", "total\nms", "faster"), rows)
 
 
 def _compare(rows: list[dict], as_json: bool) -> None:
     import json
 
-    from rich.table import Table
+    from vlmfast.page import BUSY, figure
 
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    table = Table(title="floor, predicted from plain's efficiency, measured (ms)", title_justify="left")
-    for column in ("method", "encode floor", "predicted", "measured", "prefill floor", "predicted", "measured"):
-        table.add_column(column, justify="left" if column == "method" else "right")
+    lines, busy = [], []
     for r in rows:
         name = " ".join([r["name"], *(f"{k}={v}" for k, v in r["params"].items())])
-        cells = [f"{r[s][k]:,.4g}" for s in ("encode", "prefill") for k in ("floor", "predicted", "measured")]
-        table.add_row(name, *cells)
-    console.out().print(table)
+        cells = [figure(float(r[s][k])) for s in ("encode", "prefill") for k in ("floor", "predicted", "measured")]
+        lines.append([console.plain(name), *cells])
+        busy += [f"{name}: {BUSY} ({s})" for s in ("encode", "prefill") if r[s]["floor"] > 1.02 * r[s]["measured"]]
+    heads = [f"{s}\n{k}" for s in ("encode", "prefill") for k in ("floor", "predicted", "measured")]
+    console.table(["method", *heads], lines, "floor, predicted from plain's efficiency, measured (ms)")
+    for line in busy:
+        console.out().print(console.plain(line))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlmfast.cli import console, options
+from vlmfast.cli import console, errors, options
 
 if TYPE_CHECKING:
     from vlmfast.stream.session import Answer, StreamSession
@@ -24,7 +25,7 @@ Text = Annotated[str | None, typer.Argument(help="a video file or a folder of fr
 def stream(
     source: Text = None,
     ask: Annotated[list[str] | None, typer.Option("--ask", help="a question; '12s: ...' asks at second 12")] = None,
-    camera: Annotated[int | None, typer.Option("--camera", help="a camera's number")] = None,
+    camera: Annotated[int | None, typer.Option("--camera", min=0, help="a camera's number")] = None,
     url: Annotated[str | None, typer.Option("--url", help="an RTSP, HTTP or other stream")] = None,
     model: options.Model = "pocket",
     save: Annotated[Path | None, typer.Option("--save", help="folder to keep the stream in")] = None,
@@ -37,11 +38,11 @@ def stream(
     disk_limit: Annotated[str | None, typer.Option("--disk-limit", help="most bytes in --save")] = None,
     redundancy: Annotated[float, typer.Option("--redundancy", help="cosine distance of tokens to drop; 0: none")] = 0.2,
     sample_fps: Annotated[float, typer.Option("--fps", help="frames taken per second")] = 2.0,
-    size: Annotated[int | None, typer.Option("--size", help="longer side in pixels")] = None,
+    size: Annotated[int | None, typer.Option("--size", min=1, max=65536, help="longer side in pixels")] = None,
     realtime: Annotated[bool, typer.Option("--realtime", help="play a file at its own speed")] = False,
     prune: options.Prune = None,
     speculate: options.Speculation = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="longest answer")] = 128,
+    max_new_tokens: options.NewTokens = 128,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
     device_map: options.DeviceMap = None,
@@ -58,6 +59,11 @@ def stream(
     if save is not None and resume is not None:
         raise UserError("--resume goes on in its own folder: leave --save out")
     asked = [parse(a) for a in ask or ()]
+    typed = not asked and not as_json and sys.stdin.isatty()
+    if not (asked or typed or as_json) and (save is None and (resume is None or not given)):
+        raise UserError(
+            "nothing is asked and nothing kept: give --ask, or --save to keep the stream, or type in a terminal"
+        )
     chosen = options.plan(prune=prune, speculate=speculate)
     from vlmfast.stream.session import StreamSession
 
@@ -67,7 +73,7 @@ def stream(
     if resume is not None:
         session = StreamSession.load(resume, loaded.model, loaded.processor, plan=chosen, **common)
         for line in (*session.stats()["lost"], *session.notes):
-            console.remarks().print(f"[yellow]{line}[/yellow]")
+            console.remarks().print(line, style="yellow", markup=False)
         if session.lost_seconds:
             console.remarks().print(f"{session.lost_seconds:.1f} s were not on disk when the last run ended")
     else:
@@ -76,13 +82,15 @@ def stream(
     talk = Talk(session, max_new_tokens, as_json)
     with session:
         feed = {"sample_fps": sample_fps, "size": size}
-        if not asked and not as_json and sys.stdin.isatty():
+        if typed:
             live = source is None or realtime
             talk.interactively(
                 given[0] if given else None, feed | ({} if live and not realtime else {"realtime": realtime})
             )
         else:
             talk.through(given[0] if given else None, feed | ({"realtime": True} if realtime else {}), asked)
+        if not (asked or typed or as_json):
+            print(f"{status(session.stats())}; kept in {save or resume}")
         if as_json:
             print(json.dumps({"answers": talk.answers, "stats": session.stats(), "plan": chosen.json()}, indent=1))
 
@@ -131,7 +139,7 @@ class Talk:
         if not self.silent:
             spans = ", ".join(f"{a:.0f}-{b:.0f} s" for a, b, _ in said.evidence[:4])
             took = f"{said.report['total_ms']:.0f} ms over {said.report['context_tokens']:.0f} tokens"
-            console.remarks().print(f"[dim]{took}; looked at {spans or 'nothing'}[/dim]")
+            console.remarks().print(f"{took}; looked at {spans or 'nothing'}", style="dim", markup=False)
         return said
 
     def through(self, source: Any, feed: dict[str, Any], asked: list[tuple[float | None, str]]) -> None:
@@ -163,7 +171,7 @@ class Talk:
         if source is not None:
             feed = {k: v for k, v in feed.items() if v is not None and v is not False}
             watcher = self.session.watch(source, background=True, **feed)
-        print("ask away; '/new' starts another conversation, an empty line ends\n", file=sys.stderr)
+        print("ask away; '/new' starts another conversation, an empty line ends", file=sys.stderr)
         with self.live_status():
             self.converse(self._lines())
         if watcher is not None:
@@ -184,13 +192,14 @@ class Talk:
             try:
                 self.answer(question, second)
             except UserError as e:
-                print(f"error: {e}", file=sys.stderr)
+                errors.say(str(e))
             finally:
                 self.quiet.clear()
 
     @staticmethod
     def _lines() -> Iterator[str]:
         while True:
+            print(file=sys.stderr, flush=True)  # the status line's place: it is written above the prompt
             try:
                 yield input("? ")
             except EOFError:
@@ -205,7 +214,8 @@ class Talk:
         def follow() -> None:
             while not stop.wait(every):
                 if not self.quiet.is_set():  # save the cursor, one line up, clear it, write, come back
-                    write(f"\x1b7\x1b[1A\r\x1b[2K{status(self.session.stats())}\x1b8")
+                    line = status(self.session.stats())[: shutil.get_terminal_size().columns - 1]
+                    write(f"\x1b7\x1b[1A\r\x1b[2K{line}\x1b8")
 
         thread = threading.Thread(target=follow, daemon=True)
         if sys.stderr.isatty():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -15,10 +16,10 @@ def tune(
     out: Annotated[Path, typer.Option(help="plan to write (.json); the page and the answers go beside it")],
     model: options.Model = "pocket",
     floor: Annotated[float, typer.Option(help="share of the plain model's score to keep")] = 0.99,
-    minutes: Annotated[float, typer.Option(help="time for asking questions")] = 20.0,
+    minutes: Annotated[float, typer.Option(help="time for all of it, loading included")] = 20.0,
     methods: Annotated[str | None, typer.Option(help="plans to try, e.g. vidcom2-25,balanced+lossless")] = None,
     draft: Annotated[str | None, typer.Option(help="draft model; default with pocket: its own")] = None,
-    limit: Annotated[int | None, typer.Option(help="at most this many questions")] = None,
+    limit: Annotated[int | None, typer.Option(help="at most this many questions", min=1)] = None,
     force: Annotated[bool, typer.Option("--force", help="start anew, replacing existing files")] = False,
 ) -> None:
     """Search plans by successive halving on paired questions; write the best as a plan file, and why as a page."""
@@ -26,11 +27,19 @@ def tune(
 
     chosen, field = tuning.tune(
         model, task, out, floor=floor, minutes=minutes, names=methods, draft=draft, limit=limit, force=force,
-        say=lambda text: console.remarks().print(f"[dim]{text}[/dim]"),
+        say=lambda text: console.remarks().print(text, style="dim", markup=False),
     )  # fmt: skip
-    for c in sorted(field, key=lambda c: -c.faster[0]):
-        console.out().print(
-            f"{c.name:32} {c.status:10} {c.faster[0]:6.2f}x  score - floor [{100 * c.margin[0]:+.1f}, "
-            f"{100 * c.margin[1]:+.1f}]  {len(c.answered)} questions {c.why}"
-        )
-    console.out().print(f"[bold]{chosen.name}[/bold] -> {out}, page {out.with_suffix('.html')}")
+    asked = [c for c in sorted(field, key=lambda c: -c.faster[0]) if c.answered]
+    rows = [[
+        console.plain(c.name), c.status,
+        f"{c.faster[0]:.2f}x" if math.isfinite(c.faster[0]) else "-",
+        f"{100 * c.margin[0]:+.1f}, {100 * c.margin[1]:+.1f}" if math.isfinite(c.margin[0]) else "-",
+        str(len(c.answered)),
+    ] for c in asked]  # fmt: skip
+    console.table(("plan", "status", "faster", "points above\nthe floor, 95 %", "questions"), rows)
+    for c in asked:
+        if c.why:
+            console.out().print(console.plain(f"{c.name}: {c.why}"))
+    if len(asked) < len(field):
+        console.out().print(f"{len(field) - len(asked)} more plans were not asked: give more minutes")
+    console.out().print(console.plain(f"{chosen.name} -> {out}, page {out.with_suffix('.html')}"), style="bold")

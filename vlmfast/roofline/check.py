@@ -66,4 +66,4 @@ def read_record(path: str | Path) -> dict[str, Any]:
     for key in ("config", "rows", "hardware"):
         if key not in record:
             raise UserError(f"{path} is no result file: field {key!r} is missing")
-    return dict(record)
+    return record

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +38,10 @@ def shape_of(model: str | dict[str, Any]) -> Shape:
         return _from_record(model)
     if model.lower() in SHAPES:
         return SHAPES[model.lower()]
+    from huggingface_hub.utils import logging
     from transformers import AutoConfig
+
+    logging.set_verbosity_error()  # what goes wrong on the way to the hub is said once, below
 
     folder = model
     if model == "pocket":
@@ -43,8 +49,8 @@ def shape_of(model: str | dict[str, Any]) -> Shape:
 
         folder = pocket.path()
     try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception:  # transformers lets through whatever a broken config.json makes it raise
         raise UserError(
             f"no config of {model!r}: give a folder with config.json, or one of {', '.join(SHAPES)}"
         ) from None
@@ -106,42 +112,58 @@ def device_of(name: str) -> Device:
     return measured("cuda" if cuda else "cpu")
 
 
-def measured(device: str, seconds: float = 1.0) -> Device:
-    """Peak rates of this machine: the best of repeated bf16 matrix products and of copies (read + written)."""
-    import time
+def measured(
+    device: str, seconds: float = 1.0, dtype: str = "bfloat16", clock: Callable[[], float] = time.perf_counter
+) -> Device:
+    """Peak rates of this machine: the best of repeated matrix products in `dtype`, and of copies (read + written).
 
+    Each takes about `seconds` by `clock`: the matrices grow only while the machine is fast enough for larger ones.
+    """
     import torch
 
-    side, size = (8192, 2**30) if device == "cuda" else (2048, 2**27)
-    a, b = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
+    largest, size = (8192, 2**30) if device.startswith("cuda") else (2048, 2**27)
+
+    def once(work: Any) -> float:
+        before = clock()
+        work()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)
+        return clock() - before
 
     def best(work: Any) -> float:
-        times: list[float] = []
-        start = time.perf_counter()
-        while len(times) < 3 or time.perf_counter() - start < seconds:
-            before = time.perf_counter()
-            work()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - before)
+        start = clock()
+        times = [once(work)]
+        while len(times) < 3 or clock() - start < seconds:
+            times.append(once(work))
+            if clock() - start > 2 * seconds:
+                break
         return min(times)
 
-    name = torch.cuda.get_device_name() if device == "cuda" else f"this CPU, {torch.get_num_threads()} threads"
-    flops, rate = 2 * side**3 / best(lambda: a @ b), 2 * size / best(lambda: target.copy_(source))
-    return Device(name, flops, rate, "measured, bf16")
+    side = 128
+    while True:
+        a, b = (torch.randn(side, side, device=device).to(getattr(torch, dtype)) for _ in range(2))
+        product = functools.partial(torch.mm, a, b, out=torch.empty_like(a))
+        once(product)  # the first product of a size is slow
+        if side >= largest or 8 * once(product) > seconds / 4:
+            break
+        side *= 2
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    gpu = device.startswith("cuda")
+    name = torch.cuda.get_device_name(device) if gpu else f"this CPU, {torch.get_num_threads()} threads"
+    flops, rate = 2 * side**3 / best(product), 2 * size / best(lambda: target.copy_(source))
+    return Device(name, flops, rate, f"measured, {dtype}")
 
 
 def parse(tokens: str) -> Request:
     """`2000` (visual tokens) or `visual=2000,text=100,new=64,batch=1,frames=8`."""
     request = Request()
-    if tokens.isdigit():
-        return replace(request, visual=int(tokens))
+    if tokens.isdecimal():
+        tokens = f"visual={tokens}"
     for part in tokens.split(","):
-        key, _, value = part.partition("=")
-        if key.strip() not in Request.__dataclass_fields__ or not value.strip().isdigit():
+        key, _, value = (x.strip() for x in part.partition("="))
+        if key not in Request.__dataclass_fields__ or len(value) > 12 or not value.isdecimal():
             fields = ", ".join(Request.__dataclass_fields__)
             raise UserError(f"{part!r} in --tokens is not field=number; fields: {fields}")
-        request = replace(request, **{key.strip(): int(value)})
+        request = replace(request, **{key: int(value)})
     return request

@@ -15,7 +15,7 @@ from torch import Tensor
 from vlmfast import families
 from vlmfast.core import Unsupported, UserError
 from vlmfast.families.base import feature_list
-from vlmfast.runtime.weights import brief
+from vlmfast.runtime.weights import reason
 
 
 @dataclass
@@ -152,7 +152,7 @@ class Eyes:
             return self.processor.video_processor(videos=clips, **options)
         except (ValueError, RuntimeError, ArithmeticError) as e:
             height, width = clips[0].shape[-2:]
-            raise UserError(f"{self.type} does not take frames of {width} x {height} pixels: {brief(e)}") from None
+            raise UserError(f"{self.type} does not take frames of {width} x {height} pixels: {reason(e)}") from None
 
     def closing(self) -> Tensor:
         """Feature rows (0 or 1, D) that end a video in the prompt (OneVision's newline)."""

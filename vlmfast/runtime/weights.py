@@ -30,7 +30,7 @@ def read(name: str, folder: str, dtype: Any = "auto", device_map: str | None = N
             **({} if device_map is None else {"device_map": device_map}),
         )  # fmt: skip
     except Exception as e:
-        raise UserError(f"the weights of {name} cannot be loaded ({brief(e)}): download or save them again") from None
+        raise UserError(f"the weights of {name} cannot be loaded ({reason(e)}): download or save them again") from None
     whole(name, found)
     if any(p.device.type == "meta" for p in model.parameters()):
         raise UserError(
@@ -81,7 +81,7 @@ def quiet_progress() -> None:
         logging.disable_progress_bar()
 
 
-def brief(e: BaseException, most: int = 160) -> str:
+def reason(e: BaseException, most: int = 160) -> str:
     """The first sentence of an error on one line."""
     text = " ".join(str(e).split()) or type(e).__name__
     text = text.split(". ")[0].rstrip(".")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlmfast.api import option
 from vlmfast.core import Unsupported, UserError
+from vlmfast.preconditions import option
 
 INPUTS = ("input_ids", "inputs", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "cache")
 REFUSED = {

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vlmfast.api import unwrap
 from vlmfast.core import UserError, to_json
 from vlmfast.plan import Plan, resolve
+from vlmfast.preconditions import unwrap
 from vlmfast.stream.blocks import Block
 from vlmfast.stream.encode import State
 from vlmfast.stream.segments import Segments, read_index

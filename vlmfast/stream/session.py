@@ -22,10 +22,11 @@ import torch
 from torch import nn
 
 from vlmfast import families
-from vlmfast.api import MARK, Accelerated, check_model, unwrap
+from vlmfast.api import Accelerated
 from vlmfast.core import Unsupported, UserError
 from vlmfast.fields import checked
 from vlmfast.plan import Plan, resolve
+from vlmfast.preconditions import MARK, check_model, unwrap
 from vlmfast.runtime.late_rope import check
 from vlmfast.runtime.model_lock import lock_functions
 from vlmfast.runtime.placeholders import refuse_placeholders

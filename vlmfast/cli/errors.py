@@ -1,0 +1,104 @@
+"""Errors of the command line: every one is a single line on stderr, with exit code 2.
+
+`guarded` wraps a command, `Commands` and `Command` say typer's own errors in one line too, `application` makes the
+program of one function, which the evaluation commands run.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import math
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+TRACE = "VLMFAST_TRACEBACK"  # set in the environment: a fault of vlmfast itself is shown with its traceback
+MOST = 600  # characters of an error line
+USAGE: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+
+def say(text: str) -> None:
+    """Print an error as one line on stderr."""
+    from vlmfast.core import brief
+
+    line = "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in text)
+    print(f"error: {brief(line, MOST)}", file=sys.stderr)
+
+
+def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command, its errors said in one line on stderr and ended with exit code 2."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        from vlmfast.core import UserError
+
+        try:
+            for name, value in kwargs.items():
+                _check(name, value)
+            return command(*args, **kwargs)
+        except UserError as e:
+            say(str(e))
+        except UnicodeError as e:
+            say(f"what was read is not UTF-8 text ({e})")
+        except OSError as e:
+            if e.errno == errno.EPIPE:  # the reader of our output has gone: typer ends quietly
+                raise
+            say(f"{e.strerror or e}{f': {e.filename}' if e.filename else ''}")
+        except typer.Exit:
+            raise
+        except Exception as e:
+            if type(e).__name__ in ("Abort", "Exit") or isinstance(e, USAGE) or os.environ.get(TRACE):
+                raise
+            say(f"{type(e).__name__}: {e} (a fault of vlmfast itself: {TRACE}=1 in the environment shows where)")
+        raise typer.Exit(2)
+
+    return run
+
+
+def _check(name: str, value: Any) -> None:
+    """Refuse what no command can use: numbers that are not finite, text that is not UTF-8."""
+    from vlmfast.core import UserError
+
+    for one in value if isinstance(value, (list, tuple)) else (value,):
+        if isinstance(one, float) and not math.isfinite(one):
+            raise UserError(f"--{name.strip('_').replace('_', '-')} {one}: give a finite number")
+        if isinstance(one, str) and any(0xD800 <= ord(c) < 0xE000 for c in one):
+            raise UserError(f"{name}: {ascii(one)[:80]} is not UTF-8 text")
+
+
+class _OneLine:
+    """What typer itself refuses (options, arguments, numbers out of range), in one line."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+        parent: Any = super()
+        if not standalone_mode:
+            return parent.main(*args, standalone_mode=False, **kwargs)
+        try:
+            sys.exit(parent.main(*args, standalone_mode=False, **kwargs) or 0)
+        except USAGE as e:
+            path = getattr(getattr(e, "ctx", None), "command_path", "")
+            say(e.format_message().rstrip(". ") + (f"; see {path} --help" if path else ""))
+            sys.exit(2)
+        except typer.Abort:
+            print("stopped", file=sys.stderr)
+            sys.exit(1)
+
+
+class Commands(_OneLine, TyperGroup):
+    """A program of several commands."""
+
+
+class Command(_OneLine, TyperCommand):
+    """A program of one command."""
+
+
+def application(command: Callable[..., Any]) -> typer.Typer:
+    """The program that is this one function."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(cls=Command)(guarded(command))
+    return app
