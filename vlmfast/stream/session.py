@@ -29,10 +29,10 @@ from vlmfast.runtime.video import Eyes
 from vlmfast.stream import saving
 from vlmfast.stream.blocks import Block
 from vlmfast.stream.encode import Encoder
+from vlmfast.stream.folder import StoreError
 from vlmfast.stream.intake import Intake
 from vlmfast.stream.recall import Context, Recall, cache_bytes, reading
 from vlmfast.stream.retrieve import Internal, Retriever, in_time, intervals, parse
-from vlmfast.stream.segments import StoreError
 from vlmfast.stream.store import Store
 
 
@@ -120,7 +120,7 @@ class StreamSession(Intake):
             "flush_seconds": flush_seconds,
         }  # fmt: skip
         if _store is None:
-            head = saving.head(self.model, self.config, self.plan.prune)
+            head = {} if disk is None else saving.head(self.model, self.config, self.plan.prune)
             _store = Store(ram, disk, disk_limit, keep_as, flush_seconds, head).create()
         self.store = _store
         self.recall = Recall(self.encoder, self.store, positions == "contiguous", text_after)
@@ -188,6 +188,8 @@ class StreamSession(Intake):
         if not question.strip():
             raise UserError("the question is empty")
         with self._lock:
+            with contextlib.suppress(StoreError):  # the next push, flush or close says so
+                self._settle()
             self._drain()
             if not self.encoder.state.blocks and self.pending:
                 self._encode(pad=True)
@@ -278,26 +280,22 @@ class StreamSession(Intake):
         stored blocks cannot. Raises UserError for another model."""
         return saving.load(cls, path, model, processor, changed)
 
-    def close(self) -> None:
+    def close(self, discard: bool = False) -> None:
         """Stop watching, encode what waits, write it to disk and let go of the files.
 
-        The window is written at full precision where disk_limit leaves room for it (`notes` says when it does not);
-        without it, `load` rebuilds the window from the archive.
+        Raises StoreError where the disk does not take it; the session then stays open, and loses nothing: make room and
+        close it again, `save(elsewhere)`, or close(discard=True), which writes nothing more. Older blocks that
+        disk_limit has no room for beside the newest are given up, and `notes` and a warning say so. The window is
+        written at full precision where disk_limit leaves room for it, and nothing is given up for it (`notes` says when
+        it was left out); without it, `load` rebuilds the window from the archive.
         """
         if self._closed:
             return
-        if self._watcher is not None:
-            self._watcher.stop()
-        try:
-            if self.store.disk is not None:
-                with self._lock:
-                    self._drain()
-                    self.store.flush()
-                    try:
-                        saving.save(self, None)
-                    except StoreError as e:
-                        self.notes.append(f"the window was not saved: {e}")
-        finally:
+        for watcher in self._watchers:
+            watcher.stop()
+        with self._lock:
+            if self.store.disk is not None and not discard:
+                saving.finish(self)
             self._closed = True
             self.store.close()
 
@@ -305,4 +303,9 @@ class StreamSession(Intake):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
+        try:
+            self.close()
+        except StoreError as e:
+            if error is None:
+                raise
+            error.add_note(f"and the session could not be closed: {e}")
