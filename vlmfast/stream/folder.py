@@ -168,8 +168,9 @@ class Folder:
                 f"{self.path} is not owned by this session any more (it was closed, or this is a forked copy of it)"
             )
 
-    def put(self, name: str, data: bytes) -> None:
-        """Write a file: afterwards it is there whole, or (StoreError) as it was before."""
+    def put(self, name: str, data: bytes, synced: bool = True) -> None:
+        """Write a file: afterwards it is there whole, or (StoreError) as it was before. synced: its bytes are on the
+        disk, also after a power cut."""
         self._check()
         temporary = self.path / f"{name}.tmp"
         try:
@@ -178,7 +179,8 @@ class Folder:
             with os.fdopen(os.open(temporary, flags, 0o644), "wb") as file:
                 file.write(data)
                 file.flush()
-                os.fsync(file.fileno())
+                if synced:
+                    os.fsync(file.fileno())
             os.replace(temporary, self.path / name)
         except OSError as e:
             with suppress(OSError):
@@ -187,10 +189,9 @@ class Folder:
                 f"writing {self.path / name} failed ({e.strerror}); nothing stored is lost, what is not on disk yet "
                 "stays in memory: free space or make the folder writable, then go on"
             ) from None
-        self._sync()
 
-    def _sync(self) -> None:
-        """Make a rename last. File systems that cannot sync a folder say so; the file itself is synced."""
+    def sync(self) -> None:
+        """Make renames last (their order is kept anyway); a file system that cannot sync a folder may refuse."""
         with suppress(OSError):
             fd = os.open(self.path, os.O_RDONLY)
             try:

@@ -46,6 +46,8 @@ def read(path: Path) -> tuple[dict[str, Any], list[str], bool]:
     if not found:
         raise UserError(f"{path} cannot be read: {'; '.join(damage)}. Nothing was changed; restore one of them")
     newest = max(found, key=lambda body: body["generation"])
+    if newest["generation"] == 1 and not _there(path / MANIFESTS[1]):
+        return newest, [], False  # a crash in the middle of creation
     if damage:
         damage = [f"{line}; generation {newest['generation']} was read from the other one" for line in damage]
     return newest, damage, len({body["generation"] for body in found}) == 1 and not damage

@@ -68,7 +68,9 @@ class RepTable:
         self.slot[block] = slot
 
     def remove(self, block: int) -> None:
-        self.free.append(self.slot.pop(block))
+        slot = self.slot.pop(block, None)
+        if slot is not None:
+            self.free.append(slot)
 
     def rep(self, block: int, layer: int) -> Tensor:
         """(Hk, Dh) float16."""

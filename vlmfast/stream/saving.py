@@ -150,6 +150,8 @@ def _beat(store: Store, damage: list[str]) -> float | None:
         return None
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def load(
     cls: type[StreamSession],
     path: str | os.PathLike[str],
@@ -180,9 +182,8 @@ def load(
     limits = {k: changed.get(k, config[k]) for k in ("ram", "disk_limit", "flush_seconds")}
     store = Store(limits["ram"], path, limits["disk_limit"], config["keep_as"], limits["flush_seconds"], saved).open()
     try:
-        with torch.inference_mode(False), torch.no_grad():
-            session = cls(model, processor, **{**config, **changed, "plan": plan}, _store=store)  # type: ignore[arg-type]
-            _take_up(session)
+        session = cls(model, processor, **{**config, **changed, "plan": plan}, _store=store)  # type: ignore[arg-type]
+        _take_up(session)
     except BaseException:
         store.close()
         raise

@@ -237,9 +237,10 @@ class Segments:
         """Write the manifest's copy, then delete what neither names. Where the disk refuses the copy it stays a
         generation behind, and the files that it names stay too, until the next change."""
         try:
-            self.folder.put(MANIFESTS[1], text)
+            self.folder.put(MANIFESTS[1], text, synced=False)
         except StoreError:
             return
+        self.folder.sync()
         for file in self._broken:
             size = self.folder.set_aside(file)
             if size:
