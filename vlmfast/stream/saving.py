@@ -85,6 +85,8 @@ def save(session: StreamSession, path: str | os.PathLike[str] | None) -> None:
         copy.abandon()
         raise
     copy.close()
+    if len(session.queue):
+        session.notes.append(f"{len(session.queue)} frames that still waited to be encoded are not in {path}")
 
 
 def finish(session: StreamSession) -> None:
