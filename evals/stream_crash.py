@@ -65,8 +65,8 @@ def rows(folder: Path, config: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for mode in runs.MODES:
         yield kill_row(world, mode, folder, config["kills"] // len(runs.MODES))
     kept = folder / "kept"
-    with world.session(disk=kept, flush_seconds=15.0) as session:
-        for at in range(0, len(world.frames), runs.STEP):
+    with world.session(disk=kept, flush_seconds=5.0) as session:
+        for at in range(0, runs.KEPT, runs.STEP):
             session.push(world.frames[at : at + runs.STEP])
     rnd = random.Random(SEED)
     for while_open in (False, True):

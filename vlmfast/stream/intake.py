@@ -158,7 +158,7 @@ class Intake:
     def _drain(self, most: int | None = None) -> int:
         """`drain` of the frames that wait when it is called; none while the disk refuses."""
         done, most = 0, len(self.queue) if most is None else most
-        while done < most and len(self.queue) and self._disk_error is None:
+        while done < most and len(self.queue) and self._disk_error is None and not self._closed:
             items = self.queue.take(CHUNK * self.eyes.frames)
             try:
                 self._take(items)

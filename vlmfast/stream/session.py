@@ -275,7 +275,8 @@ class StreamSession(Intake):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module, processor: Any, **changed: Any) -> StreamSession:
-        """Continue a saved, or killed, session. `.lost_seconds` says how much a crash lost, `.stats()["lost"]` what was
+        """Continue a saved, or killed, session, as the one owner of its folder: while another session has it open it is
+        refused. `.lost_seconds` says how much a crash lost, `.stats()["lost"]` what was
         damaged. changed: session arguments that should differ (ram, retrieve, queue, ...); those that shaped the
         stored blocks cannot. Raises UserError for another model."""
         return saving.load(cls, path, model, processor, changed)
