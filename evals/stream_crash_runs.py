@@ -21,6 +21,7 @@ from vlmfast.stream.blocks import Block
 from vlmfast.stream.folder import StoreError
 from vlmfast.stream.manifest import MANIFESTS
 from vlmfast.stream.retrieve import Evenly
+from vlmfast.stream.segments import BlockLost
 from vlmfast.stream.session import StreamSession
 
 QUESTION = "where is the red ring ?"
@@ -61,7 +62,11 @@ class World:
             if mine.json() | {"norm": 0} != want.json() | {"norm": 0} or abs(mine.norm - want.norm) > 2e-4:
                 return f"the record of block {i}"
             for layer in range(len(session.encoder.cache.layers)):
-                pairs = zip(*(s.store.layer(i, layer, torch.float32) for s in (session, self.reference)), strict=True)
+                try:
+                    held = session.store.layer(i, layer, torch.float32)
+                except BlockLost:
+                    return self.wrong(session, True, exact) if session.stats()["lost"] else f"block {i} is lost"
+                pairs = zip(held, self.reference.store.layer(i, layer, torch.float32), strict=True)
                 if not all(torch.equal(a, b) if exact else close(a, b) for a, b in pairs):
                     return f"layer {layer} of block {i}"
         if ids and not close(logits(session), logits(self.reference, [self.blocks[i] for i in ids])):
@@ -252,9 +257,9 @@ def damaged(world: World, kept: Path, path: Path, name: str, kind: str, seed: in
         if while_open:
             damage(file, kind, rnd)
         answer = logits(session) if session.store.blocks else None
-        lost = session.stats()["lost"]
         same = answer is not None and len(session.store.blocks) == KEPT // session.eyes.frames
         wrong = world.wrong(session, gaps=bool(session.stats()["lost"]))
+        lost = session.stats()["lost"]
         try:
             session.close()
         except StoreError:
