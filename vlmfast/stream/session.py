@@ -35,11 +35,11 @@ from vlmfast.runtime.video import Eyes
 from vlmfast.stream import saving
 from vlmfast.stream.blocks import Block
 from vlmfast.stream.encode import Encoder
+from vlmfast.stream.folder import StoreError
 from vlmfast.stream.generate_options import check_options
 from vlmfast.stream.intake import Intake
 from vlmfast.stream.recall import Context, Recall, cache_bytes, reading
 from vlmfast.stream.retrieve import Internal, Retriever, in_time, intervals, parse
-from vlmfast.stream.segments import StoreError
 from vlmfast.stream.store import Store
 
 
@@ -129,7 +129,7 @@ class StreamSession(Intake):
             "flush_seconds": flush_seconds,
         }  # fmt: skip
         if _store is None:
-            head = saving.head(self.model, self.config, self.plan.prune)
+            head = {} if disk is None else saving.head(self.model, self.config, self.plan.prune)
             _store = Store(ram, disk, disk_limit, keep_as, flush_seconds, head).create()
         self.store = _store
         self.recall = Recall(self.encoder, self.store, positions == "contiguous", text_after)
@@ -201,6 +201,8 @@ class StreamSession(Intake):
             raise UserError("the question is empty")
         refuse_placeholders(question, self.model, self.eyes.processor)
         with self._lock:
+            with contextlib.suppress(StoreError):  # the next push, flush or close says so
+                self._settle()
             self._drain(len(self.queue))  # not what comes meanwhile: a fast source would never let an answer begin
             if not self.encoder.state.blocks and self.pending:
                 self._encode(pad=True)
@@ -287,31 +289,28 @@ class StreamSession(Intake):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module, processor: Any, **changed: Any) -> StreamSession:
-        """Continue a saved, or killed, session. `.lost_seconds` says how much a crash lost, `.stats()["lost"]` what was
+        """Continue a saved, or killed, session, as the one owner of its folder: while another session has it open it is
+        refused. `.lost_seconds` says how much a crash lost, `.stats()["lost"]` what was
         damaged. changed: session arguments that should differ (ram, retrieve, queue, ...); those that shaped the
         stored blocks cannot. Raises UserError for another model."""
         return saving.load(cls, path, model, processor, changed)
 
-    def close(self) -> None:
+    def close(self, discard: bool = False) -> None:
         """Stop watching, encode what waits, write it to disk and let go of the files.
 
-        The window is written at full precision where disk_limit leaves room for it (`notes` says when it does not);
-        without it, `load` rebuilds the window from the archive.
+        Raises StoreError where the disk does not take it; the session then stays open, and loses nothing: make room and
+        close it again, `save(elsewhere)`, or close(discard=True), which writes nothing more. Older blocks that
+        disk_limit has no room for beside the newest are given up, and `notes` and a warning say so. The window is
+        written at full precision where disk_limit leaves room for it, and nothing is given up for it (`notes` says when
+        it was left out); without it, `load` rebuilds the window from the archive.
         """
         if self._closed:
             return
-        if self._watcher is not None:
-            self._watcher.stop()
-        try:
-            if self.store.disk is not None:
-                with self._lock:
-                    self._drain()
-                    self.store.flush()
-                    try:
-                        saving.save(self, None)
-                    except StoreError as e:
-                        self.notes.append(f"the window was not saved: {e}")
-        finally:
+        for watcher in self._watchers:
+            watcher.stop()
+        with self._lock:
+            if self.store.disk is not None and not discard:
+                saving.finish(self)
             self._closed = True
             self._unlock()
             self.store.close()
@@ -320,4 +319,9 @@ class StreamSession(Intake):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
+        try:
+            self.close()
+        except StoreError as e:
+            if error is None:
+                raise
+            error.add_note(f"and the session could not be closed: {e}")
