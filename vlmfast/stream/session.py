@@ -56,11 +56,12 @@ class StreamSession(Intake):
     """One stream over one model.
 
     window: tokens a new frame sees besides the prompt before the video. ram: most bytes of the archive in memory (keys,
-    values, representatives). disk: folder that the archive is kept in too; disk_limit: most bytes in it. retrieve: a
-    retriever, its name, or None for the window alone. redundancy: cosine distance to the last kept feature at its place
-    below which a token is dropped before the language model (EfficientReKV), None keeps all. keep_as: "int8", "bf16" or
-    "model". positions: "contiguous" or "own"; text_after: "model" (its own rule) or "max". queue: frames that may wait
-    while an answer is generated; the oldest is dropped and counted when it is full. fps: of frames without timestamps.
+    values, representatives). disk: folder that the archive is kept in too, owned by this session alone until it is
+    closed; disk_limit: most bytes of the archive in it. retrieve: a retriever, its name, or None for the window alone.
+    redundancy: cosine distance to the last kept feature at its place below which a token is dropped before the language
+    model (EfficientReKV), None keeps all. keep_as: "int8", "bf16" or "model". positions: "contiguous" or "own";
+    text_after: "model" (its own rule) or "max". queue: frames that may wait while an answer is generated; the oldest is
+    dropped and counted when it is full. fps: of frames without timestamps.
     plan: `prune` acts on every grid, `kv` on the working set of every answer, `speculate` on the answer.
     """
 
@@ -289,10 +290,10 @@ class StreamSession(Intake):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module, processor: Any, **changed: Any) -> StreamSession:
-        """Continue a saved, or killed, session, as the one owner of its folder: while another session has it open it is
-        refused. `.lost_seconds` says how much a crash lost, `.stats()["lost"]` what was
+        """Continue a saved, or killed, session. `.lost_seconds` says how much a crash lost, `.stats()["lost"]` what was
         damaged. changed: session arguments that should differ (ram, retrieve, queue, ...); those that shaped the
-        stored blocks cannot. Raises UserError for another model."""
+        stored blocks cannot. Raises UserError for another model, adapters as they are switched included, and while
+        another session has the folder open: one session owns it at a time."""
         return saving.load(cls, path, model, processor, changed)
 
     def close(self, discard: bool = False) -> None:
