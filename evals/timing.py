@@ -102,15 +102,18 @@ class Rates:
     bytes: float
 
 
+SIZES = {"cuda": (8192, 2**28), "cpu": (2048, 2**28)}  # side of the matrices, bytes of the copies
+
+
 @functools.cache
 def rates(device: str, dtype: Any, seconds: float = 1.5) -> Rates:
     """Measure the peak rates once per process: the best of repeated large matmuls, and of large copies."""
     import torch
 
-    side = 8192 if device.startswith("cuda") else 2048
+    side, size = SIZES["cuda" if device.startswith("cuda") else "cpu"]
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty(side, side, device=device, dtype=dtype)
-    source = torch.zeros(2**28, dtype=torch.uint8, device=device)
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return Rates(
         flops=2 * side**3 / _best(lambda: torch.mm(a, b, out=out), device, seconds),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vlmfast import roofline
 from vlmfast.core import UserError
-from vlmfast.roofline import Asked, Device, Request
+from vlmfast.roofline import Asked, Device, Request, names
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
@@ -117,9 +118,14 @@ def test_bad_words_are_named() -> None:
         roofline.shape_of("/nowhere/at/all")
 
 
-def test_rates_of_this_machine_are_finite() -> None:
-    found = roofline.measured("cpu", seconds=0.05)
-    assert isinstance(found, Device) and 1e8 < found.flops < 1e15 and 1e8 < found.bytes < 1e13
+def test_rates_are_work_over_the_shortest_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock is ours: three products, then three copies, take 4, 1 and 2 seconds."""
+    monkeypatch.setitem(names.SIZES, "cpu", (64, 1000))
+    with monkeypatch.context() as clock:
+        reads = iter([0, 0, 4, 4, 5, 5, 7, 7] * 2)
+        clock.setattr(time, "perf_counter", lambda: next(reads))
+        found = roofline.measured("cpu", seconds=0)
+    assert isinstance(found, Device) and found.flops == 2 * 64**3 and found.bytes == 2 * 1000
 
 
 def test_the_command_prints_every_stage(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

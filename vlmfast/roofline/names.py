@@ -106,13 +106,16 @@ def device_of(name: str) -> Device:
     return measured("cuda" if cuda else "cpu")
 
 
+SIZES = {"cuda": (8192, 2**30), "cpu": (2048, 2**27)}  # side of the matrices, bytes of the copies
+
+
 def measured(device: str, seconds: float = 1.0) -> Device:
     """Peak rates of this machine: the best of repeated bf16 matrix products and of copies (read + written)."""
     import time
 
     import torch
 
-    side, size = (8192, 2**30) if device == "cuda" else (2048, 2**27)
+    side, size = SIZES[device]
     a, b = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
