@@ -88,9 +88,11 @@ def said(
             )
             out += [to_host(first.sequences).tolist(), held(first.past_key_values)]
         if turn:
-            ids = torch.cat([first.sequences, place(MORE)], 1)
+            ids = torch.cat([first.sequences, place(MORE.expand(len(batch["input_ids"]), -1))], 1)
+            mask = torch.ones_like(ids)  # the prompt's padding, and what came after it
+            mask[:, : batch["input_ids"].shape[1]] = place(batch["attention_mask"])
             second = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=first.past_key_values,
+                input_ids=ids, attention_mask=mask, past_key_values=first.past_key_values,
                 max_new_tokens=new, do_sample=sample, return_dict_in_generate=True,
             )  # fmt: skip
             out += [to_host(second.sequences).tolist(), held(second.past_key_values)]
