@@ -301,3 +301,13 @@ def test_a_session_refuses_layers_that_the_model_lacks() -> None:
     session = vlmfast.StreamSession(model, processor, retrieve="internal:scope=shared,layers=-1")
     with pytest.raises(UserError, match=r"layers=.*0 to 3"):
         session.ask("what ?", retrieve="internal:scope=shared,layers=4")
+
+
+@pytest.mark.parametrize("outer", [None, "visionzip:keep=0.7"])
+def test_a_self_draft_may_need_more_of_the_tower_than_the_plans_pruner(outer: str | None) -> None:
+    model, inputs = tiny.build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl")
+    go: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+    with vlmfast.accelerate(model, prune=outer):
+        plain = model.generate(**inputs, **go)
+    with vlmfast.accelerate(model, prune=outer, speculate="speculate:draft=(selfdraft:prune=(hired:keep=0.3))"):
+        assert torch.equal(model.generate(**inputs, **go), plain)
