@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmfast.core import Unsupported, UserError
+from vlmfast.runtime.template import chat_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,14 +51,7 @@ class Loaded:
         )
         if not template:
             raise UserError(f"{self.name} has no chat template: add chat_template.jinja beside its processor")
-        return str(
-            self.processor.apply_chat_template(
-                [{"role": "user", "content": content}],
-                add_generation_prompt=True,
-                tokenize=False,
-                chat_template=template,
-            )
-        )
+        return chat_text(self.processor, [{"role": "user", "content": content}], chat_template=template)
 
     def inputs(self, question: str | list[str], images: Sequence[np.ndarray] = (), video: Video | None = None) -> Any:
         """What `generate` takes, on the model's device.
