@@ -301,3 +301,36 @@ def test_a_session_refuses_layers_that_the_model_lacks() -> None:
     session = vlmfast.StreamSession(model, processor, retrieve="internal:scope=shared,layers=-1")
     with pytest.raises(UserError, match=r"layers=.*0 to 3"):
         session.ask("what ?", retrieve="internal:scope=shared,layers=4")
+
+
+@pytest.mark.parametrize("outer", [None, "visionzip:keep=0.7"])
+def test_a_self_draft_may_need_more_of_the_tower_than_the_plans_pruner(outer: str | None) -> None:
+    model, inputs = tiny.build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl")
+    go: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+    with vlmfast.accelerate(model, prune=outer):
+        plain = model.generate(**inputs, **go)
+    with vlmfast.accelerate(model, prune=outer, speculate="speculate:draft=(selfdraft:prune=(hired:keep=0.3))"):
+        assert torch.equal(model.generate(**inputs, **go), plain)
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{% for m in messages %}", "{{ messages.nosuch.field }}",
+     "{{ raise_exception('no system role\nhere') }}", "{{ 1 / 0 }}",
+     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ 'x' * 3000000 }}"],
+    ids=["syntax", "undefined", "its own", "arithmetic", "recursion", "length"],
+)  # fmt: skip
+def test_a_chat_template_that_fails_is_one_line(template: str) -> None:
+    from vlmfast.loading import Loaded
+    from vlmfast.runtime.template import chat_text
+
+    processor = tiny.processor("qwen2_5_vl")
+    processor.chat_template = template
+    for call in (
+        lambda: chat_text(processor, [{"role": "user", "content": "what ?"}]),
+        lambda: Loaded(tiny.build("qwen2_5_vl"), processor, "tiny").prompt("what ?", 1, 0),
+        lambda: vlmfast.StreamSession(tiny.build("qwen2_5_vl"), processor),
+    ):
+        with pytest.raises(UserError, match="chat template") as e:
+            call()
+        assert "\n" not in str(e.value) and len(str(e.value)) < 300

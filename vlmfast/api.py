@@ -128,7 +128,8 @@ class Accelerated:
                     "which kv= and reuse= cannot follow: use one or the other"
                 )
             InnerHooks(model, self.family, self.columns, plan.prune).install(patch)
-        layers = wanted_layers(outer)
+        second = None if hasattr(draft, "load") else getattr(draft, "prune", None)  # a second prefill of this model
+        layers = tuple(sorted({*wanted_layers(outer), *wanted_layers(second)}))
         if layers:
             self.columns.attention = TowerAttention(model, self.family, layers)
             self.columns.attention.install(patch)

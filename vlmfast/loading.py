@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from vlmfast.core import Unsupported, UserError, shown
 from vlmfast.runtime import dtypes, weights
 from vlmfast.runtime.placeholders import refuse_placeholders
+from vlmfast.runtime.template import chat_text
 from vlmfast.runtime.weights import reason
 
 if TYPE_CHECKING:
@@ -58,14 +59,7 @@ class Loaded:
         )
         if not template:
             raise UserError(f"{self.name} has no chat template: add chat_template.jinja beside its processor")
-        return str(
-            self.processor.apply_chat_template(
-                [{"role": "user", "content": content}],
-                add_generation_prompt=True,
-                tokenize=False,
-                chat_template=template,
-            )
-        )
+        return chat_text(self.processor, [{"role": "user", "content": content}], chat_template=template)
 
     def inputs(self, question: str | list[str], images: Sequence[np.ndarray] = (), video: Video | None = None) -> Any:
         """What `generate` takes, on the model's device.

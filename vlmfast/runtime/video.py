@@ -15,6 +15,7 @@ from torch import Tensor
 from vlmfast import families
 from vlmfast.core import Unsupported, UserError
 from vlmfast.families.base import feature_list
+from vlmfast.runtime.template import chat_text
 from vlmfast.runtime.weights import reason
 
 
@@ -169,7 +170,7 @@ class Eyes:
 
     def prompt(self, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
         """Token ids before and after the one video of a chat; Qwen3-VL's start and end belong to its blocks."""
-        text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text = chat_text(self.processor, messages)
         bos = getattr(self.tokenizer, "bos_token", None)
         special = not (bos and text.startswith(bos))
         ids = list(self.tokenizer(text, add_special_tokens=special)["input_ids"])

@@ -92,9 +92,9 @@ class StreamSession(Intake):
             )
         for name, value, hint in (
             ("window", window, int), ("queue", queue, int), ("fps", fps, float),
-            ("flush_seconds", flush_seconds, float),
-            ("redundancy", redundancy, float | None), ("keep_as", keep_as, str),
-            ("positions", positions, Literal["contiguous", "own"]), ("text_after", text_after, Literal["model", "max"]),
+            ("flush_seconds", flush_seconds, float), ("redundancy", redundancy, float | None),
+            ("keep_as", keep_as, str), ("positions", positions, Literal["contiguous", "own"]),
+            ("text_after", text_after, Literal["model", "max"]),
         ):  # fmt: skip
             checked(name, value, hint, "a stream session")
         if redundancy is not None and not 0 <= redundancy < 2:
