@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 
-.PHONY: demo test lint test-slow floor originals setup clean
+.PHONY: demo test lint test-slow floor originals conformance setup clean
 
 demo: setup
 	$(BIN)/vlmfast demo
@@ -31,6 +31,11 @@ originals: setup
 	$(BIN)/python -m pip install -q --no-deps --upgrade --target .originals kvpress visionzip sparsevlm flowcut
 	$(BIN)/python -m pytest -rs tests/test_originals.py
 
+# transformers' own tests of our families, plain and accelerated; name their folder, of a checkout at the installed release
+conformance: setup
+	test -z "$(TRANSFORMERS_TESTS)" || test -d .conformance || $(BIN)/python -m pip install -q --target .conformance requests httpx parameterized
+	PYTHONPATH=.conformance $(BIN)/python tests/transformers_suite.py "$(TRANSFORMERS_TESTS)" --pytest "-n 2"
+
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -41,4 +46,4 @@ $(STAMP): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .floor .originals demo-out
+	rm -rf $(VENV) .floor .originals .conformance demo-out
