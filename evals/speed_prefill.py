@@ -1,14 +1,12 @@
 """What compressed keys and values save at decode: the attention op, the whole step, the bytes, and what choosing costs.
 
-Layers of a 7B model's text decoder with random weights; the cache is filled with synthetic keys and values once per
-context and every method compresses the same ones. Random weights attend flat, so HybridKV's head types are not measured
-but replayed (`SPLIT` of the heads dynamic, by `--split` where this file is run by itself). Queries of consecutive steps
-are correlated (`DRIFT`), otherwise every step would swap every chunk.
+Layers of a 7B text decoder with random weights over synthetic keys and values that every method compresses. Random
+weights attend flat, so HybridKV's head types are replayed (`SPLIT` of the heads dynamic, or `--split`). Queries of
+consecutive steps are correlated (`DRIFT`), otherwise every step would swap every chunk.
 
-Timed are windows of `STEPS` consecutive tokens, as many as HybridKV goes between two searches, so that each holds one:
-`attention_ms` and `decode_ms_per_token` are means over a window, `attention_worst_ms` its slowest token. What decodes
-every token alike (`plain`, masked columns) is timed on one. Nothing is taken back: the cache grows as it does in use;
-bytes are those after compression.
+Timed are windows of `STEPS` tokens, as many as HybridKV goes between two searches: `attention_ms` and
+`decode_ms_per_token` are means over a window, `attention_worst_ms` its slowest token. What decodes every token alike is
+timed on one. The cache grows as it does in use; bytes are those after compression.
 
 Rows: `plain` (stock transformers: growing DynamicCache, sdpa), `full` (every column, our storage and kernels), `snapkv`
 and `hybridkv` at several budgets, and `adakv-masked`: AdaKV as most peers have it, columns masked and not removed.
@@ -90,12 +88,7 @@ def build(shape: Shape) -> Qwen2Model:
         max_position_embeddings=2**18, attn_implementation="sdpa",
     )  # fmt: skip
     torch.manual_seed(SEED)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(DTYPE)
-    try:
-        return Qwen2Model(config).eval().requires_grad_(False)
-    finally:
-        torch.set_default_dtype(default)
+    return Qwen2Model(config).to(DTYPE).eval().requires_grad_(False)
 
 
 class Masked(KVLayer):
