@@ -117,10 +117,10 @@ class Folder:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                who = re.sub(r"[^\w .,-]", "", os.pread(file.fileno(), 200, 0).decode(errors="replace"))
+                held = re.sub(r"[^\w .,-]", "", os.pread(file.fileno(), 200, 0).decode(errors="replace"))
                 file.close()
                 raise UserError(
-                    f"{self.path} is open in another session ({who.partition(', ')[2] or 'unknown'}): close that one "
+                    f"{self.path} is open in another session ({_who(held)}): close that one "
                     "first; it can be asked, or saved to another folder, meanwhile"
                 ) from None
             except OSError as e:
@@ -212,18 +212,23 @@ class Folder:
         with suppress(OSError):
             self.path.rmdir()
 
-    def set_aside(self, name: str) -> int:
-        """Keep a damaged file under another name; its bytes (0 when it is gone)."""
+    def size(self, name: str) -> int:
+        """Bytes of a file of ours, whatever it is by now; 0 when it is gone."""
+        try:
+            return os.lstat(self.path / name).st_size
+        except OSError:
+            return 0
+
+    def set_aside(self, name: str) -> None:
+        """Keep a damaged file under another name."""
         self._check()
         with suppress(OSError):
             os.replace(self.path / name, self.path / (name + DAMAGED))
-            return os.lstat(self.path / (name + DAMAGED)).st_size
-        return 0
 
     def aside(self) -> dict[str, int]:
         """The damaged files that are kept, and their bytes."""
         names = [n for n in os.listdir(self.path) if n.endswith(DAMAGED) and SEGMENT.fullmatch(n[: -len(DAMAGED)])]
-        return {n: os.lstat(self.path / n).st_size for n in sorted(names)}
+        return {n: self.size(n) for n in sorted(names)}
 
     def strays(self, named: set[str]) -> list[str]:
         """Files of ours that are not in `named`: what a crash left behind."""
@@ -261,6 +266,12 @@ class Folder:
             raise Damaged("the checksum does not match")
         seconds = float(struct.unpack("<d", data[:8])[0])
         return None if seconds == float("-inf") else seconds
+
+
+def _who(text: str) -> str:
+    """The owner that a lock file names."""
+    owner = text.partition(", ")[2].strip() or "unknown"
+    return f"{owner}, this process" if owner == f"owner pid {os.getpid()} on {socket.gethostname()}" else owner
 
 
 _OWNERS: weakref.WeakSet[Folder] = weakref.WeakSet()

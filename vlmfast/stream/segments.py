@@ -47,7 +47,7 @@ class Segments:
         self.number = self.generation = self.peak = 0
         self.aside: dict[str, int] = {}  # damaged files that are kept, and their bytes
         self._opened: dict[str, SegmentFile] = {}
-        self._broken: list[str] = []  # damaged files that the manifest on disk still names
+        self._broken: dict[str, int] = {}  # damaged files that the manifest on disk still names, and their bytes
         self._leaving: dict[str, int] = {}  # files that a manifest on disk may still name, and their bytes
         self._manifest_bytes = 0
         self._shape: list[int] | None = None  # (L, Hk, Dh) of every representative
@@ -94,7 +94,7 @@ class Segments:
                 ) from None
             except Damaged as e:
                 self.skipped.append(f"{file} ({len(entry['blocks'])} blocks): {e}")
-                self._broken.append(file)
+                self._broken[file] = self.folder.size(file)
                 continue
             self.entries[file] = entry
             self.where |= {b.id: file for b in found}
@@ -145,7 +145,7 @@ class Segments:
     @property
     def used(self) -> int:
         """Bytes of ours in the folder, the manifest counted three times because replacing it needs a third."""
-        kept = sum(self.aside.values()) + sum(list(self._leaving.values()))
+        kept = sum(sum(list(files.values())) for files in (self.aside, self._leaving, self._broken))
         state = self.state["bytes"] if self.state else 0
         return self.segment_bytes + state + kept + 3 * self._manifest_bytes + SMALL
 
@@ -241,13 +241,13 @@ class Segments:
         except StoreError:
             return
         self.folder.sync()
-        for file in self._broken:
-            size = self.folder.set_aside(file)
-            if size:
-                self.aside = self.folder.aside()
+        if self._broken:
+            for file in self._broken:
+                self.folder.set_aside(file)
+            self.aside = self.folder.aside()
         for file in self._leaving:
             self.folder.delete(file)
-        self._broken, self._leaving = [], {}
+        self._broken, self._leaving = {}, {}
 
     def _text(self, entries: dict[str, dict[str, Any]], state: dict[str, Any] | None, ahead: int = 0) -> bytes:
         body = {"generation": self.generation + ahead, "number": self.number, "head": self.head, "state": state}
@@ -310,7 +310,7 @@ class Segments:
         entry = self.entries.pop(file)
         if file in self._opened:
             self._opened.pop(file).close()
-        self._broken.append(file)
+        self._broken[file] = self.folder.size(file)
         for block in entry["blocks"]:
             self.where.pop(block, None)
         return list(entry["blocks"])
