@@ -361,6 +361,9 @@ def test_nothing_asked_leaves_nothing_on_the_model_between_calls() -> None:
         answer(model, batch)
         assert fast.report.encode["visual_tokens"] == 16 and fast.report.prefill["prefill_ms"] > 0
         assert not any(is_hooked(module) for module in model.modules())
+        answer(model, batch, assistant_model=model)
+        assert fast.report.encode["visual_tokens"] == 16
+        assert not any(is_hooked(module) for module in model.modules())
         assert not any(name.startswith("get_") for name in vars(model.model))
 
 

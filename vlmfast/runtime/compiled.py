@@ -56,6 +56,8 @@ def observed(
 
     @functools.wraps(inner)
     def call(*args: Any, **kwargs: Any) -> Any:
+        if is_hooked(model):  # a call inside a call
+            return inner(*args, **kwargs)
         scope = Patch()
         try:
             (bare if any(map(is_compiled, model.modules())) else hooked)(scope)
