@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -57,6 +60,79 @@ def test_questions_on_the_way_and_at_the_end(home, tmp_path):
     assert stats["frames"] == 32 and stats["seconds"] == 16.0
 
 
+def test_what_is_only_kept_says_what_was_kept(home, tmp_path):
+    out = run(home, str(home / "clip.mp4"), "--save", str(tmp_path / "s"))
+    assert (
+        out.exit_code == 0 and "8 s seen" in out.stdout and f"kept in {tmp_path / 's'}" in out.stdout.replace("\n", "")
+    )
+
+
+def test_the_status_line_leaves_the_evidence_alone(monkeypatch):
+    """A terminal replayed: what an answer printed stands there after the status line was written above the prompt."""
+    monkeypatch.setenv("COLUMNS", "60")
+    screen = Screen()
+    monkeypatch.setattr("sys.stderr", screen)
+    session = StreamSession(tiny.build("qwen2_5_vl"), tiny.processor("qwen2_5_vl"), retrieve=None)
+    session.push(np.zeros((4, 16, 24, 3), np.uint8))
+    talk = Talk(session, 2, silent=True)
+    typed = iter(["what is it ?", ""])
+
+    def ask(prompt):
+        screen.write(prompt)
+        time.sleep(0.1)  # the status line is written while somebody types
+        if not any("seen" in line for line in screen.lines):
+            deadline = time.monotonic() + 10
+            while time.monotonic() < deadline and not any("seen" in line for line in screen.lines):
+                time.sleep(0.01)
+        said = next(typed)
+        screen.write(said + "\n")
+        if said:
+            screen.write("an answer\nlooked at 0-2 s\n")
+        return said
+
+    monkeypatch.setattr("builtins.input", ask)
+    with talk.live_status(every=0.01):
+        talk.converse(talk._lines())
+    text = [line.rstrip() for line in screen.lines]
+    assert "looked at 0-2 s" in text and "an answer" in text and "? what is it ?" in text, text
+    status_lines = [line for line in text if "seen" in line]
+    assert status_lines and all(len(line) < 60 for line in status_lines)
+
+
+class Screen:
+    """A terminal that knows the few codes that the status line uses."""
+
+    def __init__(self):
+        self.lines, self.row, self.column, self.saved = [""], 0, 0, (0, 0)
+        self.lock = threading.RLock()
+
+    def isatty(self):
+        return True
+
+    def flush(self):
+        pass
+
+    def write(self, text):
+        with self.lock:
+            for code, plain in re.findall(r"(\x1b7|\x1b8|\x1b\[1A|\x1b\[2K|\r|\n)|([^\x1b\r\n]+)", text):
+                if code == "\x1b7":
+                    self.saved = (self.row, self.column)
+                elif code == "\x1b8":
+                    self.row, self.column = self.saved
+                elif code == "\x1b[1A":
+                    self.row = max(0, self.row - 1)
+                elif code == "\x1b[2K":
+                    self.lines[self.row] = ""
+                elif code == "\r":
+                    self.column = 0
+                elif code == "\n":
+                    self.row, self.column = self.row + 1, 0
+                    self.lines += [""] * (self.row + 1 - len(self.lines))
+                line = self.lines[self.row].ljust(self.column)
+                self.lines[self.row] = line[: self.column] + plain + line[self.column + len(plain) :]
+                self.column += len(plain)
+
+
 def test_answers_are_printed(home):
     out = run(home, str(home / "clip.mp4"), "--ask", "what now ?", "--retrieve", "recency:frames=2")
     assert out.exit_code == 0, out.output
@@ -71,6 +147,8 @@ def test_answers_are_printed(home):
         (("nosuch.mp4", "--ask", "?"), "nosuch.mp4"),
         (("--resume", "nosuch", "--ask", "?"), "holds no stream"),
         (("--resume", "a", "--save", "b"), "leave --save out"),
+        (("clip.mp4",), "nothing is asked"),
+        (("--resume", "a"), "nothing is asked"),
         (("--camera", "0", "--retrieve", "magic", "--ask", "?"), "unknown retriever"),
         (("--camera", "0", "--ram", "lots", "--ask", "?"), "is not a size"),
     ],
