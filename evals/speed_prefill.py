@@ -118,8 +118,7 @@ class Masked(KVLayer):
     def attend(self, query: Tensor, scaling: float) -> Tensor:
         assert self.keys is not None and self.values is not None
         packed = query.reshape(query.shape[0], self.heads, -1, query.shape[-1])
-        out = scaled_dot_product_attention(packed, self.keys, self.values, self.mask, scale=scaling)
-        return out.reshape(query.shape)
+        return scaled_dot_product_attention(packed, self.keys, self.values, self.mask, scale=scaling).reshape_as(query)
 
 
 @dataclass

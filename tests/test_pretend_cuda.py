@@ -8,7 +8,9 @@ one is held here by itself; every method once by default, every method on every 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import methods
@@ -338,6 +340,14 @@ def test_argmax_takes_the_first_of_equals() -> None:
     x = torch.tensor([[1.0, 5.0, 5.0, 2.0], [7.0, 7.0, 7.0, 7.0]]).repeat(1, 40)
     assert x.argmax(1).tolist() == x.max(1).indices.tolist() == [1, 0]
     assert int(x.argmax()) == 160 and (-x).argmin(1).tolist() == (-x).min(1).indices.tolist() == [1, 0]
+
+
+def test_nothing_is_chosen_by_topk() -> None:
+    """`topk` orders ties as each device likes: its values may be read, its indices not."""
+    for path in sorted(Path(vlmfast.__file__).parent.rglob("*.py")):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            asked = re.search(r"\.topk\([^#]*", line)
+            assert asked is None or ".values" in asked[0], f"{path.name}:{number}: choose by kernels.highest"
 
 
 # -- the device itself -------------------------------------------------------------------------------------------------
