@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 
-.PHONY: demo test lint test-slow floor originals setup clean
+.PHONY: demo test lint test-slow test-isa floor originals conformance setup clean
 
 demo: setup
 	$(BIN)/vlmfast demo
@@ -21,6 +21,19 @@ lint: setup
 test-slow: setup
 	$(BIN)/python -m pytest -n 2 -m slow
 
+# the laws under each set of instructions that a CPU may have, as far as this one goes
+LAWS := $(addprefix tests/test_,laws.py prefill.py kvbreadth.py decode.py stepper.py compose.py stream.py pretend_cuda.py \
+	kernels.py shapes.py)
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+
+test-isa: setup
+	@echo "=== baseline: ATEN_CPU_CAPABILITY=default"
+	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -n 2 -m "not slow" $(LAWS)
+	@echo "=== AVX2: $(AVX2)"
+	$(AVX2) $(BIN)/python -m pytest -n 2 -m "not slow" $(LAWS)
+	@echo "=== the widest that this CPU has"
+	$(BIN)/python -m pytest -n 2 -m "not slow" $(LAWS)
+
 # the laws on the oldest transformers we support, laid over the same environment
 floor: setup
 	$(BIN)/python -m pip install -q --no-deps --upgrade --target .floor "transformers==5.18.0"
@@ -30,6 +43,11 @@ floor: setup
 originals: setup
 	$(BIN)/python -m pip install -q --no-deps --upgrade --target .originals kvpress visionzip sparsevlm flowcut
 	$(BIN)/python -m pytest -rs tests/test_originals.py
+
+# transformers' own tests of our families, plain and accelerated; name their folder, of a checkout at the installed release
+conformance: setup
+	test -z "$(TRANSFORMERS_TESTS)" || test -d .conformance || $(BIN)/python -m pip install -q --target .conformance requests httpx parameterized
+	PYTHONPATH=.conformance $(BIN)/python tests/transformers_suite.py "$(TRANSFORMERS_TESTS)" --pytest "-n 2"
 
 setup: $(STAMP)
 
@@ -41,4 +59,4 @@ $(STAMP): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .floor .originals demo-out
+	rm -rf $(VENV) .floor .originals .conformance demo-out

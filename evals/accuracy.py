@@ -186,8 +186,8 @@ def _same_run(summary: Path, name: str) -> None:
     import json
 
     try:
-        old = json.loads(summary.read_text())["config"]["run"]
-    except (ValueError, KeyError, TypeError):
+        old = str(json.loads(summary.read_text())["config"]["run"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{summary} is no summary of evals.accuracy: choose another, or pass --force") from None
     if old != name:
         raise UserError(f"{summary} {journal.difference(old, name)}: choose another --summary, or pass --force")

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from evals.timing import interleaved, medians, ratios
+from evals.timing import half, interleaved, medians, ratios
 from vlmfast.decode import ModelDraft, Speculate, loop
 from vlmfast.decode.accept import EXACT, Round, Rule, Verdict
 from vlmfast.decode.drafts import Request
@@ -86,7 +86,7 @@ def model(layers: int, width: int = WIDTH, mlp: int = MLP, heads: int = HEADS, v
         },
         image_token_id=5, video_token_id=6, vision_start_token_id=3, vision_end_token_id=4,
     )  # fmt: skip
-    out = Qwen2_5_VLForConditionalGeneration(config).bfloat16().eval().requires_grad_(False)
+    out = Qwen2_5_VLForConditionalGeneration(config).to(getattr(torch, half())).eval().requires_grad_(False)
     out.generation_config.eos_token_id = None
     out.generation_config.pad_token_id = 0
     return out
@@ -132,7 +132,7 @@ def rows(trace: list[tuple[int, int]], quick: bool) -> list[dict[str, Any]]:
         return sample
 
     samples = interleaved({name: (lambda p=p: run(p)) for name, p in plans.items()}, repeats)
-    params = {"shape": "3b-width", "dtype": "bfloat16", "layers": layers, "context_tokens": ids.shape[1], "batch": 1}
+    params = {"shape": "3b-width", "dtype": half(), "layers": layers, "context_tokens": ids.shape[1], "batch": 1}
     out = []
     step = medians(samples["plain_loop"])["round_ms_per_token"]
     for name, got in samples.items():

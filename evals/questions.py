@@ -6,6 +6,7 @@ One line, one question: {"image" or "video": a path, or a list of paths, relativ
 
 from __future__ import annotations
 
+import codecs
 import functools
 import hashlib
 import json
@@ -16,7 +17,9 @@ from typing import Any
 
 from evals import scoring
 from evals.tasks import Clip, Sample, Task
-from vlmfast.core import UserError
+from vlmfast import spec
+from vlmfast.core import UserError, shown
+from vlmfast.stream.files import regular
 
 FIELDS = ("id", "image", "video", "question", "answer", "answers", "choices", "metric", "cluster", "kind")
 NAMES = ("questions.jsonl", "questions.parquet")
@@ -87,16 +90,25 @@ def _raw(path: Path) -> Iterator[tuple[str, Any]]:
             import pyarrow.parquet as parquet
         except ImportError:
             raise UserError(f"{path} needs pyarrow: pip install pyarrow, or save the questions as JSONL") from None
-        for n, row in enumerate(parquet.read_table(path).to_pylist(), 1):
+        try:
+            rows = parquet.read_table(path).to_pylist()
+        except (OSError, ValueError) as e:
+            raise UserError(f"{path} is no Parquet file ({shown(str(e))}): save the questions as JSONL") from None
+        for n, row in enumerate(rows, 1):
             yield f"{path} row {n}", {k: v for k, v in row.items() if v is not None}
         return
-    for n, line in enumerate(path.read_text().splitlines(), 1):
-        if not line.strip():
-            continue
+    try:
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")  # other line ends may stand in a text
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror}): give a file of questions") from None
+    for n, line in enumerate(lines, 1):
+        where = f"{path} line {n}"
         try:
-            yield f"{path} line {n}", json.loads(line)
-        except json.JSONDecodeError as e:
-            raise UserError(f"{path} line {n} is not JSON ({e.msg}, column {e.colno})") from None
+            text = line.decode()
+        except UnicodeDecodeError as e:
+            raise UserError(f"{where} is not UTF-8 text (byte {e.start + 1}): save the file as UTF-8") from None
+        if text.strip():
+            yield where, spec.loads(text, where)
 
 
 def _checked(row: Any, where: str, folder: Path, metric: str | None) -> dict[str, Any]:
@@ -104,14 +116,18 @@ def _checked(row: Any, where: str, folder: Path, metric: str | None) -> dict[str
         raise UserError(f"{where}: a question is a JSON object, not {type(row).__name__}")
     for key in row:
         if key not in FIELDS:
-            raise UserError(f"{where}: unknown field {key!r}; known: {', '.join(FIELDS)}")
+            raise UserError(f"{where}: unknown field {shown(key)}; known: {', '.join(FIELDS)}")
     if not isinstance(row.get("question"), str) or not row["question"].strip():
         raise UserError(f"{where}: field 'question' is missing or empty")
+    if not _writable(row):
+        raise UserError(f"{where}: a text holds half of a character (a lone surrogate such as \\ud800)")
     if ("answer" in row) == ("answers" in row):
         raise UserError(f"{where}: give either 'answer' or 'answers'")
     answers = row["answers"] if "answers" in row else [row["answer"]]
     if not isinstance(answers, list) or not answers:
         raise UserError(f"{where}: field 'answers' must be a list with at least one answer")
+    if not all(isinstance(a, (str, int, float)) for a in answers):
+        raise UserError(f"{where}: an answer is a text or a number, not {shown(answers)}")
     out = {k: v for k, v in row.items() if k != "answer"} | {"answers": [str(a) for a in answers]}
     if not isinstance(row.get("choices", []), list):
         raise UserError(f"{where}: field 'choices' must be a list")
@@ -120,12 +136,39 @@ def _checked(row: Any, where: str, folder: Path, metric: str | None) -> dict[str
         if all(scoring._index(a, out["choices"]) is None for a in out["answers"]):
             raise UserError(f"{where}: field 'answers' names none of the choices")
     out["metric"] = row.get("metric") or metric or ("choice" if row.get("choices") else "exact")
-    if out["metric"] not in scoring.METRICS:
-        raise UserError(f"{where}: field 'metric' is {out['metric']!r}; known: {', '.join(scoring.METRICS)}")
+    if not isinstance(out["metric"], str) or out["metric"] not in scoring.METRICS:
+        raise UserError(f"{where}: field 'metric' is {shown(out['metric'])}; known: {', '.join(scoring.METRICS)}")
     for kind in ("image", "video"):
         given = row.get(kind, [])
-        out[kind] = [folder / str(f) for f in (given if isinstance(given, list) else [given])]
-        for file in out[kind]:
-            if not file.exists():
-                raise UserError(f"{where}: field {kind!r} names {file.name}, which is not in {file.parent}")
+        given = given if isinstance(given, list) else [given]
+        for name in given:
+            if not isinstance(name, str):
+                raise UserError(f"{where}: field {kind!r} holds {shown(name)}; it takes a path, or a list of paths")
+            if "://" in name:
+                raise UserError(f"{where}: field {kind!r} is an address, {name:.80}; download it and give the file")
+            if not _stands(folder / name):
+                raise UserError(f"{where}: field {kind!r} names {shown(name)}, which is not in {folder}")
+            if kind == "video" and (folder / name).is_dir():
+                continue  # of frames
+            try:
+                regular(folder / name, kind)
+            except UserError as e:
+                raise UserError(f"{where}: field {kind!r}: {e}") from None
+        out[kind] = [folder / name for name in given]
     return out
+
+
+def _writable(row: dict[str, Any]) -> bool:
+    """Can UTF-8 hold all of its text?"""
+    try:
+        return bool(json.dumps(row, ensure_ascii=False).encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def _stands(file: Path) -> bool:
+    """Is there such a file? Names that no file can have are none."""
+    try:
+        return file.exists()
+    except (OSError, ValueError):
+        return False

@@ -113,6 +113,8 @@ def hardware(device: str, dtype: str) -> dict[str, Any]:
     """What the numbers were measured on."""
     import torch
 
+    from vlmfast.runtime import dtypes
+
     if device.startswith("cuda"):
         properties = torch.cuda.get_device_properties(device)
         name, memory = properties.name, properties.total_memory
@@ -126,6 +128,7 @@ def hardware(device: str, dtype: str) -> dict[str, Any]:
         "memory_gb": round(memory / 2**30, 1),
         "load": round(os.getloadavg()[0], 1),  # of the last minute: far above `cores` means others were running too
         "dtype": dtype,
+        **({} if device.startswith("cuda") else dtypes.instructions()),
     }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from evals.tasks import Clip, Sample
 from vlmfast.core import Unsupported, UserError
+from vlmfast.loading import as_clip, as_picture
 from vlmfast.plan import Plan
 
 STAGE = ("select_ms", "encode_ms", "prefill_ms", "ttft_ms", "decode_ms_per_token", "total_ms", "cached_tokens",
@@ -52,7 +53,7 @@ class Runner:
             for item in s.media:
                 clip = isinstance(item, Clip)
                 content.append({"type": "video" if clip else "image"})
-                (videos if clip else images).append(item.frames if clip else item)
+                (videos if clip else images).append(as_clip(item.frames) if clip else as_picture(item))
                 if clip:
                     metadata.append(_metadata(item))
             turns: list[dict[str, Any]] = []
@@ -191,14 +192,9 @@ def _metadata(clip: Clip) -> dict[str, Any]:
 
 
 def load(model: str, device: str = "auto", dtype: str = "auto") -> Runner:
-    """The runner of a checkpoint folder or id; "pocket" is the embedded model. dtype auto: float32 on a CPU."""
-    import torch
-
+    """The runner of a checkpoint folder or id; "pocket" is the embedded model. dtype auto: see `loading.load`."""
     from vlmfast import loading
 
-    cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    if dtype == "auto":
-        dtype = "bfloat16" if cuda else "float32"
     loaded = loading.load(resolve(model), dtype, None if device == "auto" else device)
     return Runner(loaded.model, loaded.processor, Path(model).name if Path(model).is_dir() else model)
 

@@ -102,15 +102,31 @@ def build(shape: Shape, seed: int = 0, dtype: str = "bfloat16") -> Any:
         model = Qwen2_5_VLForConditionalGeneration(config).to(getattr(torch, dtype))
     model = model.to_empty(device="cpu").eval().requires_grad_(False)
     model.tie_weights()
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in model.named_parameters():
-        if p.ndim == 1:
-            p.fill_(float("norm" in name and name.endswith("weight")))
-        else:
-            p.normal_(0, 0.02, generator=generator)
+    fill(model, torch.Generator().manual_seed(seed))
     restore_tables(model)
     model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0, do_sample=False)
     return model
+
+
+def fill(model: Any, generator: Any) -> None:
+    """Draw every parameter by the kind of its module: the scales of norms are 1, biases are small, and matrices are so
+    large that what goes through them keeps its size."""
+    from torch import nn
+
+    drawn = set()
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            if p.data_ptr() in drawn:  # tied
+                continue
+            drawn.add(p.data_ptr())
+            if name == "bias":
+                p.normal_(0, 0.02, generator=generator)
+            elif type(module).__name__.endswith("Norm"):
+                p.fill_(1)
+            elif isinstance(module, (nn.Linear, nn.Embedding, nn.Conv3d)):
+                p.normal_(0, p[0].numel() ** -0.5, generator=generator)
+            else:
+                raise TypeError(f"no rule for {name} of a {type(module).__name__}")
 
 
 IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")

@@ -64,17 +64,16 @@ def run(quick: bool = False) -> dict[str, Any]:
     import torch
 
     groups = ((TOY, deep), (TOY, outside)) if quick else ((QWEN_3B_QUARTER, deep), (QWEN_3B_TWELFTH, outside))
-    machine = timing.rates("cpu", torch.bfloat16)
-    rows = [
-        r for shape, methods in groups for r in group(shape, methods(shape), 2 if quick else ROUNDS, machine, quick)
-    ]
+    dtype, rounds = timing.half(), 2 if quick else ROUNDS
+    machine = timing.rates("cpu", getattr(torch, dtype))
+    rows = [r for shape, methods in groups for r in group(shape, methods(shape), rounds, machine, dtype, quick)]
     return {
         "config": {"shapes": [s.json() for s, _ in groups], "keep": KEEP, "new_tokens": 1,
                    "matmul_gflops": round(machine.flops / 1e9, 1), "copy_gbytes": round(machine.bytes / 1e9, 2)},
         "seed": SEED,
-        "repeats": 2 if quick else ROUNDS,
+        "repeats": rounds,
         "device": "cpu",
-        "dtype": "bfloat16",
+        "dtype": dtype,
         "rows": rows,
         "show": ["kept_tokens", "encode_ms", "select_ms", "prefill_ms", "ttft_ms", "encode_floor_ms",
                  "prefill_floor_ms"],
@@ -82,20 +81,20 @@ def run(quick: bool = False) -> dict[str, Any]:
 
 
 def group(
-    shape: Shape, pruners: dict[str, Any], rounds: int, machine: timing.Rates, quick: bool = False
+    shape: Shape, pruners: dict[str, Any], rounds: int, machine: timing.Rates, dtype: str, quick: bool = False
 ) -> list[dict[str, Any]]:
     """The rows of one shape: plain and each pruner in turn."""
     import torch
 
     gc.collect()
-    model, inputs = build(shape, SEED), clip(shape, SEED)
+    model, inputs = build(shape, SEED, dtype), clip(shape, SEED, dtype)
     methods: dict[str, Any] = {"plain": None, **pruners}
     runs = {name: one_run(model, inputs, pruner) for name, pruner in methods.items()}
     with torch.inference_mode():
-        one_run(model, clip(shortest(shape), SEED), None)()  # touch every weight once
+        one_run(model, clip(shortest(shape), SEED, dtype), None)()  # touch every weight once
         tick = timing.ticker(len(runs) * (rounds + quick))
         samples = timing.interleaved(runs, rounds, warmup=int(quick), progress=tick)
-    return [summary(name, methods[name], samples, shape, machine) for name in methods]
+    return [summary(name, methods[name], samples, shape, machine, dtype) for name in methods]
 
 
 def shortest(shape: Shape) -> Shape:
@@ -104,16 +103,16 @@ def shortest(shape: Shape) -> Shape:
 
 
 def summary(
-    name: str, pruner: Any, samples: dict[str, list[timing.Sample]], shape: Shape, machine: timing.Rates
+    name: str, pruner: Any, samples: dict[str, list[timing.Sample]], shape: Shape, machine: timing.Rates, dtype: str
 ) -> dict[str, Any]:
     """The row of one method: medians, floors, and paired ratios to plain."""
     from vlmfast.core import to_json
 
     medians = timing.medians(samples[name])
     kept, block = int(medians["kept_tokens"]), getattr(pruner, "after_block", None)
-    encode = timing.floor_ms(*encode_cost(shape, kept, block), machine)
+    encode = timing.floor_ms(*encode_cost(shape, kept, block), machine, dtype)
     cuts = pruner.cuts(shape.layers) if hasattr(pruner, "cuts") else ()
-    prefill = timing.floor_ms(*prefill_cost(shape, kept, cuts), machine)
+    prefill = timing.floor_ms(*prefill_cost(shape, kept, cuts), machine, dtype)
     plain_prefill = timing.medians(samples["plain"])["prefill_ms"]
     metrics = {**medians, "encode_floor_ms": encode, "prefill_floor_ms": prefill, "floor_ms": encode + prefill}
     if pruner is not None:

@@ -51,7 +51,8 @@ def rows(split: float, quick: bool = False) -> list[dict[str, Any]]:
     from vlmfast.core import to_json
 
     shape: Shape = TOY if quick else SHAPE
-    model, inputs = build(shape, SEED), clip(shape, SEED)
+    dtype = timing.half()
+    model, inputs = build(shape, SEED, dtype), clip(shape, SEED, dtype)
     methods: dict[str, Any] = {"plain": None, **policies(split)}
     runs = {name: one_run(model, inputs, policy, 3 if quick else NEW) for name, policy in methods.items()}
     rounds = 2 if quick else ROUNDS

@@ -1,14 +1,12 @@
 """What compressed keys and values save at decode: the attention op, the whole step, the bytes, and what choosing costs.
 
-Layers of a 7B model's text decoder with random weights; the cache is filled with synthetic keys and values once per
-context and every method compresses the same ones. Random weights attend flat, so HybridKV's head types are not measured
-but replayed (`SPLIT` of the heads dynamic, by `--split` where this file is run by itself). Queries of consecutive steps
-are correlated (`DRIFT`), otherwise every step would swap every chunk.
+Layers of a 7B text decoder with random weights over synthetic keys and values that every method compresses. Random
+weights attend flat, so HybridKV's head types are replayed (`SPLIT` of the heads dynamic, or `--split`). Queries of
+consecutive steps are correlated (`DRIFT`), otherwise every step would swap every chunk.
 
-Timed are windows of `STEPS` consecutive tokens, as many as HybridKV goes between two searches, so that each holds one:
-`attention_ms` and `decode_ms_per_token` are means over a window, `attention_worst_ms` its slowest token. What decodes
-every token alike (`plain`, masked columns) is timed on one. Nothing is taken back: the cache grows as it does in use;
-bytes are those after compression.
+Timed are windows of `STEPS` tokens, as many as HybridKV goes between two searches: `attention_ms` and
+`decode_ms_per_token` are means over a window, `attention_worst_ms` its slowest token. What decodes every token alike is
+timed on one. The cache grows as it does in use; bytes are those after compression.
 
 Rows: `plain` (stock transformers: growing DynamicCache, sdpa), `full` (every column, our storage and kernels), `snapkv`
 and `hybridkv` at several budgets, and `adakv-masked`: AdaKV as most peers have it, columns masked and not removed.
@@ -43,7 +41,7 @@ from vlmfast.runtime.attention import AttentionSwitch, tag
 from vlmfast.runtime.names import CACHE
 from vlmfast.runtime.patch import Patch
 
-SEED, SPLIT, DRIFT, TEXT, DTYPE = 0, 0.25, 0.95, 64, torch.bfloat16
+SEED, SPLIT, DRIFT, TEXT, DTYPE = 0, 0.25, 0.95, 64, getattr(torch, timing.half())
 LIMIT = 8e9  # bytes of keys and values, over all methods of one combination
 STEPS = 4  # tokens per timed window, HybridKV's `refresh`
 FLUSH = 96 * 2**20  # bytes written before each timed attention op: in a step, a layer's weights pass in between
@@ -74,7 +72,7 @@ class Shape:
         )
 
     def kv_bytes(self, context: int, batch: int) -> int:
-        return 2 * 2 * self.layers * batch * self.kv_heads * context * self.head
+        return 2 * DTYPE.itemsize * self.layers * batch * self.kv_heads * context * self.head
 
     def prefill_flops(self, context: int, batch: int) -> float:
         return batch * (2.0 * self.weights * context + self.layers * 2.0 * context**2 * self.hidden)
@@ -90,12 +88,7 @@ def build(shape: Shape) -> Qwen2Model:
         max_position_embeddings=2**18, attn_implementation="sdpa",
     )  # fmt: skip
     torch.manual_seed(SEED)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(DTYPE)
-    try:
-        return Qwen2Model(config).eval().requires_grad_(False)
-    finally:
-        torch.set_default_dtype(default)
+    return Qwen2Model(config).to(DTYPE).eval().requires_grad_(False)
 
 
 class Masked(KVLayer):
@@ -124,8 +117,8 @@ class Masked(KVLayer):
 
     def attend(self, query: Tensor, scaling: float) -> Tensor:
         assert self.keys is not None and self.values is not None
-        packed = query.view(query.shape[0], self.heads, -1, query.shape[-1])
-        return scaled_dot_product_attention(packed, self.keys, self.values, self.mask, scale=scaling).view(query.shape)
+        packed = query.reshape(query.shape[0], self.heads, -1, query.shape[-1])
+        return scaled_dot_product_attention(packed, self.keys, self.values, self.mask, scale=scaling).reshape_as(query)
 
 
 @dataclass
@@ -246,7 +239,7 @@ def combination(
     runs = {name: competitor(shape, model, entry, batch, context) for name, entry in entries.items()}
     samples = timing.interleaved(runs, rounds, progress=timing.ticker(len(runs) * (rounds + 1)))
     prefill = shape.prefill_flops(context, batch) / machine.flops * 1e3
-    weights, whole = 2 * shape.weights, timing.medians(samples["full"])["kv_fast_bytes"]
+    weights, whole = DTYPE.itemsize * shape.weights, timing.medians(samples["full"])["kv_fast_bytes"]
     rows = []
     for name, entry in entries.items():
         m = timing.medians(samples[name])
@@ -311,7 +304,7 @@ def run(quick: bool = False, shape: Shape | None = None, split: float = SPLIT, r
     del model
     rows += speed_policies.rows(split, quick)
     torch.set_num_threads(threads)
-    return {"config": config, "seed": SEED, "repeats": rounds, "device": "cpu", "dtype": "bfloat16", "rows": rows}
+    return {"config": config, "seed": SEED, "repeats": rounds, "device": "cpu", "dtype": timing.half(), "rows": rows}
 
 
 def main(

@@ -134,7 +134,8 @@ def run(quick: bool = False) -> dict[str, Any]:
     import vlmfast
 
     shape, rounds, new = (TOY, 2, 8) if quick else (SIXTH, ROUNDS, NEW)
-    model, inputs = build(shape, SEED), clip(shape, SEED)
+    dtype = timing.half()
+    model, inputs = build(shape, SEED, dtype), clip(shape, SEED, dtype)
     prompt = inputs["input_ids"].shape[1]
     said: dict[str, tuple[int, ...]] = {}
 
@@ -165,12 +166,13 @@ def run(quick: bool = False) -> dict[str, Any]:
             return one
 
         samples = timing.interleaved({n: runner(n) for n in ready}, rounds, 0, timing.ticker(len(ready) * rounds))
-    machine = timing.rates("cpu", torch.bfloat16)
+    machine = timing.rates("cpu", getattr(torch, dtype))
     rows = []
     for name, plan in wanted.items():
         medians = timing.medians(samples[name])
         kept, block = int(medians["kept_tokens"]), tower_block(getattr(plan.prune, "after_block", None), shape.depth)
-        floors = [timing.floor_ms(*c, machine) for c in (encode_cost(shape, kept, block), prefill_cost(shape, kept))]
+        costs = (encode_cost(shape, kept, block), prefill_cost(shape, kept))
+        floors = [timing.floor_ms(*cost, machine, dtype) for cost in costs]
         metrics = {**medians, "floor_ms": sum(floors), "same_tokens": answers[name] == answers["plain"]}
         params: dict[str, Any] = {"batch": 1, "new_tokens": new}
         if plan.prune is not None:
@@ -183,7 +185,7 @@ def run(quick: bool = False) -> dict[str, Any]:
                    "accept_replayed": "pocket captions",
                    "floor": "encode and prefill", "matmul_gflops": round(machine.flops / 1e9, 1),
                    "copy_gbytes": round(machine.bytes / 1e9, 2)},
-        "seed": SEED, "repeats": rounds, "device": "cpu", "dtype": "bfloat16", "rows": rows,
+        "seed": SEED, "repeats": rounds, "device": "cpu", "dtype": dtype, "rows": rows,
         "show": ["kept_tokens", "encode_ms", "prefill_ms", "ttft_ms", "decode_ms_per_token", "total_ms"],
     }  # fmt: skip
 

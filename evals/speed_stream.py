@@ -25,7 +25,8 @@ def run(quick: bool = False) -> dict[str, Any]:
 
     shape, rounds, minutes = (TOY, 2, (1, 3)) if quick else (QWEN_3B_SIXTH, ROUNDS, (1, 10, 60))
     torch.manual_seed(SEED)
-    model = build(shape, SEED)
+    dtype = timing.half()
+    model = build(shape, SEED, dtype)
     processor = processor_for(model, shape)
     sessions = {f"{m}min": filled(model, processor, m * 60) for m in minutes}
     shared = Internal(frames=FRAMES, scope="shared")
@@ -49,7 +50,7 @@ def run(quick: bool = False) -> dict[str, Any]:
         "seed": SEED,
         "repeats": rounds,
         "device": "cpu",
-        "dtype": "bfloat16",
+        "dtype": dtype,
         "rows": rows,
         "show": [
             "total_ms",

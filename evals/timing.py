@@ -127,6 +127,13 @@ class Rates:
     bytes: float
 
 
+def half(device: str = "cpu") -> str:
+    """The dtype of suites that make their own weights: bfloat16, or float32 on a CPU that multiplies it much faster."""
+    from vlmfast.runtime import dtypes
+
+    return "bfloat16" if device.startswith("cuda") else dtypes.on_cpu("bfloat16")
+
+
 @functools.cache
 def rates(device: str, dtype: Any, seconds: float = 1.5) -> Rates:
     """The peak rates of `roofline.measured`, once per process."""
@@ -136,6 +143,10 @@ def rates(device: str, dtype: Any, seconds: float = 1.5) -> Rates:
     return Rates(found.flops, found.bytes)
 
 
-def floor_ms(flops: float, nbytes: float, machine: Rates) -> float:
-    """The shortest possible time: the larger of FLOPs over the matmul rate and bytes over the copy rate."""
+def floor_ms(flops: float, nbytes: float, machine: Rates, dtype: str = "bfloat16") -> float:
+    """The shortest possible time: the larger of FLOPs over the matmul rate and bytes over the copy rate.
+
+    nbytes: as if every number took two bytes; dtype: what they really are stored in.
+    """
+    nbytes *= 2 if dtype == "float32" else 1
     return 1e3 * max(flops / machine.flops, nbytes / machine.bytes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import types
+from typing import Any
 
 import pytest
 import tiny
@@ -18,7 +19,8 @@ from vlmfast.decode.guards import strict_tokens
 from vlmfast.decode.relevance import VisualMemory, collect
 
 V = 12
-FREE = dict.fromkeys(("digits", "negation", "comparison", "bigram", "within", "ratio", "shift"), 0)  # no guard
+FREE: dict[str, Any] = dict.fromkeys(("digits", "negation", "comparison", "bigram"), False)  # no guard
+FREE |= dict.fromkeys(("within", "ratio", "shift"), 0)
 
 
 def round_of(draft: list[int], picks: list[int], **extra: object) -> Round:

@@ -398,7 +398,7 @@ def test_refuses_tower_pruning_outside_qwen(family: str) -> None:
 
 @pytest.mark.parametrize("keep", [0, -0.1, 1.5, "half", True, float("nan")])
 def test_refuses_keep_outside_its_range(keep: Any) -> None:
-    with pytest.raises(vlmfast.UserError, match=r"outside \(0, 1\]"):
+    with pytest.raises(vlmfast.UserError, match=r"keep=.*(outside \(0, 1\]|must be a finite number)"):
         VidCom2(keep=keep)
 
 
@@ -432,7 +432,7 @@ def test_spec_strings() -> None:
     for spec, message in [
         ("nosuch", "unknown prune method 'nosuch'; known: .*vidcom2"),
         ("vidcom2:kep=0.5", "vidcom2 has no field 'kep'; its fields: .*keep"),
-        ("vidcom2:keep", "not field=value"),
+        ("vidcom2:keep", "is not field=value"),
         ("vidcom2:keep=7", "outside"),
     ]:
         with pytest.raises(vlmfast.UserError, match=message):
@@ -442,7 +442,7 @@ def test_spec_strings() -> None:
 def test_bad_plans(tmp_path: Path) -> None:
     with pytest.raises(vlmfast.UserError, match="unknown preset 'quick'; presets: safe, balanced, fast"):
         resolve("quick")
-    with pytest.raises(vlmfast.UserError, match="no plan file"):
+    with pytest.raises(vlmfast.UserError, match=r"no file at .*missing.json.*a plan file"):
         resolve(str(tmp_path / "missing.json"))
     (tmp_path / "torn.json").write_text('{"prune": ')
     with pytest.raises(vlmfast.UserError, match="not JSON"):

@@ -63,7 +63,7 @@ def test_ask_json_on_a_real_video_is_the_record(files: Path, checkpoint: Any) ->
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
     record = json.loads(result.stdout)
-    assert set(record) == {"answer", "tokens", "report", "plan"}
+    assert set(record) == {"answer", "tokens", "report", "plan", "notes"}
     assert {"encode", "prefill", "decode"} <= set(record["report"])
     encode, prefill, decode = (record["report"][s] for s in ("encode", "prefill", "decode"))
     # 4 s at 2 frames per second: 8 frames in 4 pairs of 24 x 16 pixels, which the processor scales to its least size
@@ -220,7 +220,7 @@ def test_the_config_is_judged_before_weights_are_read(
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(loading, "_model", never)
+    monkeypatch.setattr(loading.weights, "read", never)
     config = json.loads((Path(checkpoint("qwen2_vl")) / "config.json").read_text())
     folder = files / "renamed"
     shutil.copytree(checkpoint("qwen2_vl"), folder)

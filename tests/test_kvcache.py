@@ -224,13 +224,13 @@ def test_heads_are_classified_and_drawn(tmp_path):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: SnapKV(keep=0), r"keep=0 is outside \(0, 1\]"),
+        (lambda: SnapKV(keep=0), r"keep=0.0 is outside \(0, 1\]"),
         (lambda: SnapKV(pool=4), "pooling width is odd"),
         (lambda: StreamingLLM(budget=30), "budget=30 cannot hold the 36 columns it must keep"),
         (lambda: HybridKV(budget=36), r"cannot hold the 37 columns it must keep \(sinks=4, recent=32\)"),
-        (lambda: HybridKV(bound="max"), "choose one of mean, minmax"),
+        (lambda: HybridKV(bound="max"), "must be one of mean, minmax"),
         (lambda: HybridKV(theta=2.0), "fractions in"),
-        (lambda: AdaKV(scorer=HybridKV), "cannot score columns"),
+        (lambda: AdaKV(scorer=HybridKV), "scorer must be a KVPolicy"),
         (lambda: Random(seed=-1), "whole number of at least 0"),
     ],
 )
@@ -249,11 +249,11 @@ def test_caches_that_cannot_shrink_are_refused():
         (StaticCache(config=config, max_cache_len=200), "StaticLayer has a fixed layout"),
         (quantised, "FourBit has a fixed layout"),
     ]:
-        with Accelerated(model, SnapKV()), pytest.raises(Unsupported, match=message):
+        with Accelerated(model, SnapKV(**SMALL)), pytest.raises(Unsupported, match=message):
             model(**inputs, past_key_values=cache, use_cache=True)
     offloaded = DynamicCache(config=config)
     offloaded.offloading = True
-    with Accelerated(model, SnapKV()), pytest.raises(Unsupported, match="offloaded DynamicCache cannot hold"):
+    with Accelerated(model, SnapKV(**SMALL)), pytest.raises(Unsupported, match="offloaded DynamicCache cannot hold"):
         model(**inputs, past_key_values=offloaded, use_cache=True)
     with pytest.raises(Unsupported, match="own host tier"):
         KVLayer().offload()
@@ -283,5 +283,8 @@ def test_sliding_layers_are_left_alone_and_named():
     assert kinds == [KVLayer, KVLayer, DynamicSlidingWindowLayer, DynamicSlidingWindowLayer]
     assert "layers 2-3 (DynamicSlidingWindowLayer) were left alone" in reports[0]["notes"][0]
     model = tiny.build("qwen2_5_vl", **kw | {"layer_types": ["sliding_attention"] * 4, "max_window_layers": 0})
-    with Accelerated(model, SnapKV()), pytest.raises(Unsupported, match="every layer is a DynamicSlidingWindowLayer"):
+    with (
+        Accelerated(model, SnapKV(**SMALL)),
+        pytest.raises(Unsupported, match="every layer is a DynamicSlidingWindowLayer"),
+    ):
         generate(model, inputs)

@@ -14,6 +14,7 @@ import av
 import numpy as np
 import pytest
 from clips import clip_files, encode, pictures, refused  # noqa: F401
+from media_corpus import MATRIX, film, matrix, shown_of
 from PIL import Image
 
 from vlmfast.stream import Fps, Uniform, open_source, read_video
@@ -107,6 +108,13 @@ def test_bad_sources(clips, tmp_path):
         (tmp_path, ["no pictures"]),
         ("ftp://somewhere/clip.mp4", ["ftp://somewhere/clip.mp4", "rtsp"]),
         ("file:///etc/passwd", ["must begin with"]),
+        ("concat://a|b", ["must begin with"]),
+        ("rtsp://", ["name a host"]),
+        ("http://[::1/x", ["must begin with"]),
+        ("http://host:port/x", ["must begin with"]),
+        ("http://host/a\nb", ["must begin with"]),
+        (-1, ["a camera has a number", "-1"]),
+        (True, ["a camera has a number", "True"]),
         (3.5, ["float"]),
     ):
         with refused(*words):
@@ -307,6 +315,14 @@ def test_a_file_over_http_ends_and_resumes(clips, serve):
     assert serve.handler.served == 2
 
 
+@pytest.mark.parametrize("how", list(MATRIX))
+def test_a_mirrored_or_turned_stream_comes_out_upright(serve, tmp_path, how):
+    frames = pictures(6)
+    path = matrix(film(tmp_path / "a.mp4", frames, movflags="faststart"), tmp_path / "b.mp4", MATRIX[how])
+    got = list(open_source(serve(path.read_bytes(), path="b.mp4", kind="video/mp4"), reconnect=0, timeout=20))
+    assert np.array_equal(np.stack([f.image for f in got]), shown_of(frames, how))
+
+
 def test_mjpeg_camera_without_stamps(serve):
     """MJPEG carries no stamps: the time of arrival counts."""
     jpegs = []
@@ -332,6 +348,27 @@ def test_a_playlist_from_the_network_cannot_open_local_files(clips, serve):
     secret = f"#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\nfile://{clips['ts']}\n#EXT-X-ENDLIST\n".encode()
     frames, _ = watch(serve(secret, secret, secret, path="list.m3u8", kind="application/vnd.apple.mpegurl"))
     assert not frames
+
+
+@pytest.mark.parametrize(
+    "scheme", ["tcp", "udp", "rtp", "rtsp", "gopher", "concat:tcp", "subfile,,start,0,end,0,,:tcp"]
+)
+def test_a_playlist_from_the_network_reaches_no_other_protocol(serve, scheme):
+    """Its parts come over HTTP too, or not at all: nobody knocks at the port that it names."""
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        door.settimeout(0.5)
+        port = door.getsockname()[1]
+        text = f"#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\n{scheme}://127.0.0.1:{port}\n#EXT-X-ENDLIST\n"
+        url = serve(*[text.encode()] * 3, path="list.m3u8", kind="application/vnd.apple.mpegurl")
+        frames, _ = watch(url, reconnect=0, timeout=3)
+        assert not frames
+        with pytest.raises(TimeoutError):
+            door.accept()
+
+
+def test_the_scheme_may_be_written_large(clips, serve):
+    url = serve(clips["ts"].read_bytes())
+    assert len(times(url.replace("http", "HTTP"), reconnect=0, timeout=20)) == 120
 
 
 def test_broken_packets_are_passed_over(clips, serve):

@@ -84,6 +84,41 @@ def test_plans_that_take_turns_keep_their_own_pace() -> None:
     assert len(loop._PACES[target]) == 1  # forgotten with the plan: it would keep the draft model in memory
 
 
+COSTS = {  # milliseconds of verifying n tokens, where a plain step takes 10
+    "flat": lambda n: 9.9 + 0.1 * n,  # memory-bound: a GPU, or a CPU that multiplies its dtype fast
+    "half": lambda n: 6 + 4 * n,
+    "linear": lambda n: 10 * n,  # compute-bound: bfloat16 on a CPU without instructions for it
+    "jump": lambda n: 10 if n == 1 else 10 + 9 * n,  # another kernel for one row than for several
+}
+
+
+def answered(verify, drafting: float, certainty: float, length: int | None, tokens: int = 400, seed: int = 0) -> float:
+    """Milliseconds per token; length None: as `Pace` says, else always that many drafted tokens."""
+    draw, pace = random.Random(seed), Pace("adaptive", 16)
+    said, ms = 0, 0.0
+    while said < tokens:
+        most, least = (pace.length(), pace.floor()) if length is None else (length, 0.0)
+        n, passes = 0, 1.0
+        while n < most and (n == 0 or passes >= least):
+            n, passes = n + 1, passes * (1 - pace.refusal * (1 - certainty))
+        accepted = next((i for i in range(n) if draw.random() >= certainty), n)
+        pace.saw(n, accepted, drafting * n, verify(n + 1), [certainty] * n)
+        said, ms = said + accepted + 1, ms + drafting * n + verify(n + 1)
+    return ms / said
+
+
+@pytest.mark.parametrize("certainty", [0.6, 0.8, 0.95])
+@pytest.mark.parametrize("drafting", [0.2, 2.5, 6.0])
+@pytest.mark.parametrize("machine", list(COSTS))
+def test_on_no_machine_does_drafting_cost_much_where_it_cannot_pay(machine, drafting, certainty) -> None:
+    verify = COSTS[machine]
+    ours = sum(answered(verify, drafting, certainty, None, seed=s) for s in range(6)) / 6
+    best = min(sum(answered(verify, drafting, certainty, k, seed=s) for s in range(6)) / 6 for k in range(8))
+    assert ours <= 1.08 * best
+    if machine in ("linear", "jump"):
+        assert ours <= 1.04 * verify(1)  # plain decoding, but for a look now and then
+
+
 # ---------------------------------------------------------------- answers too short for a draft
 
 

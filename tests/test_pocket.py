@@ -261,7 +261,7 @@ def test_finding_rewards_keys_that_the_words_find() -> None:
     torch.manual_seed(0)
     model = models.build("target")
     model.set_attn_implementation("eager")
-    side, opt = Finding(model), torch.optim.Adam(model.parameters(), lr=3e-3)
+    side, opt = Finding(model), torch.optim.Adam(model.parameters(), lr=3e-4)  # ten times that overshoots
     chats = [[("where is the red circle ?", "top left")], [("where is the blue circle ?", "bottom right")]]
     frames = torch.randint(256, (2, 16, 64, 64, 3), dtype=torch.uint8)
     batch = batches.tensors(model, frames, chats, apart=True)
@@ -273,7 +273,7 @@ def test_finding_rewards_keys_that_the_words_find() -> None:
         losses[-1].backward()
         opt.step()
         opt.zero_grad()
-    assert float(losses[-1].detach()) < 0.8 * float(losses[0].detach())
+    assert float(losses[-1].detach()) < 0.5 * float(losses[0].detach())  # 0.02 of it, whatever the kernels
     model(**batch)
     assert not float(side.loss([clip, other], [[("is it there ?", "yes")]] * 2, (8, 4, 4), batches.VISUAL_FROM))
 

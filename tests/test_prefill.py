@@ -126,8 +126,38 @@ def test_lengths_are_as_predicted_and_rows_equal_single_rows(policy, family):
                 assert int(lengths.sum()) == (total + 4) * len(lengths)
             else:
                 assert (lengths == total + 4).all()
-        logits = torch.stack([x[i] for x in out.logits]), torch.stack([x[0] for x in single.logits])
-        torch.testing.assert_close(*logits, atol=2e-4, rtol=1e-4)
+        same_row(policy, model, row, out, i, single)
+
+
+def same_row(policy, model, row, out, i, single):
+    """Row i of the batch `out` says what the row alone says, up to float32 noise. Where columns are int8, a value at a
+    rounding border may round either way: stored values then differ by one step at most, a few of them, and logits by
+    less than quantisation itself changes them."""
+    both, alone = torch.stack([x[i] for x in out.logits]), torch.stack([x[0] for x in single.logits])
+    moved = stored = 0
+    for a, b in zip(out.past_key_values.layers, single.past_key_values.layers):
+        for name in ("int8", "low"):
+            one, two = getattr(a, name, None), getattr(b, name, None)
+            if two is None:
+                continue
+            for head in two.rows:
+                at, there = one.rows.index(i * a.heads + head), two.rows.index(head)
+                n = two.lengths[there]
+                spans = slice(one.offsets[at], one.offsets[at] + n), slice(two.offsets[there], two.offsets[there] + n)
+                for values, scales in (("keys", "key_scale"), ("values", "value_scale")):
+                    x, y = getattr(one, values)[spans[0]].int(), getattr(two, values)[spans[1]].int()
+                    assert (x - y).abs().max() <= 1
+                    moved, stored = moved + int((x != y).sum()), stored + x.numel()
+                    scale = getattr(one, scales)[spans[0]], getattr(two, scales)[spans[1]]
+                    torch.testing.assert_close(*scale, atol=2e-5, rtol=1e-3)
+    if not stored:
+        torch.testing.assert_close(both, alone, atol=2e-4, rtol=1e-4)
+        return
+    assert moved <= 0.01 * stored
+    whole = {"int8": False} if policy.int8 else {"keep": 1.0, "budget": None}
+    exact, _ = under(dataclasses.replace(policy, **whole), model, row, len(alone))
+    step = max(float((alone[0] - exact.logits[0][0]).abs().max()), float((alone[1] - exact.logits[1][0]).abs().max()))
+    torch.testing.assert_close(both, alone, atol=max(2e-4, step), rtol=1e-4)
 
 
 @policies

@@ -394,8 +394,8 @@ def test_refuses_in_one_line(kwargs: dict, says: str) -> None:
     ("plan", "says"),
     [
         ({"prune": FastV(keep=0.5)}, "fastv lets layers differ"),
-        ({"prune": VidCom2(keep=0.5), "kv": SnapKV(keep=0.5)}, "kv= lets layers differ"),
-        ({"kv": SnapKV(keep=0.5)}, "kv= lets layers differ"),
+        ({"prune": VidCom2(keep=0.5), "kv": SnapKV(keep=0.5, sinks=1, recent=2)}, "kv= lets layers differ"),
+        ({"kv": SnapKV(keep=0.5, sinks=1, recent=2)}, "kv= lets layers differ"),
         ({"prune": VidCom2(keep=0.5), "speculate": Speculate(draft=PromptLookup())}, "drop .* or speculate="),
     ],
     ids=["between", "kv and prune", "kv", "speculate"],

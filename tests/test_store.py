@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import shutil
 
 import pytest
 import torch
@@ -36,6 +37,19 @@ def fill(store, count, **kw):
 
 def folder(path):
     return sum(f.stat().st_size for f in path.iterdir())
+
+
+def copy(path, to):
+    shutil.copytree(path, to)
+    return to
+
+
+def reopened(path, ram="1MB"):
+    """The blocks that an archive holds when it is opened anew; nothing is reported lost."""
+    store = Store(ram, path).open()
+    store.close()
+    assert store.lost == []
+    return list(store.blocks)
 
 
 def same(store, i, exact=True):
@@ -101,6 +115,7 @@ def test_what_goes_in_comes_out_of_ram_and_disk(tmp_path, fmt):
     assert len(store.blocks) == 30 and store.evicted == 0
     assert len(store.held) < 30, "the limit should have pushed some out of RAM"
     assert all(same(store, i, fmt == "model") for i in range(30))
+    store.close()
     again = Store(30_000, tmp_path / "s", None, fmt).open()
     assert list(again.blocks) == list(range(30)) and again.lost == []
     assert again.blocks == {} or all(again.blocks[i].json() == store.blocks[i].json() for i in range(30))
@@ -113,6 +128,7 @@ def test_embeddings_survive_the_disk(tmp_path):
     for i in range(3):
         store.add(*made(i, embedding=torch.full((4,), float(i))))
     store.flush()
+    store.close()
     again = Store("1MB", tmp_path / "s").open()
     assert torch.equal(again.reps.embedding(again.reps.slots([2, 0])), torch.tensor([[2.0] * 4, [0.0] * 4]))
 
@@ -131,8 +147,9 @@ def test_ram_alone_gives_up_what_is_worth_least():
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_limits_hold_at_every_step(tmp_path, seed):
+def test_limits_hold_at_every_step(tmp_path, monkeypatch, seed):
     """Random sizes, flushes and reads; RAM as counted and the folder as it lies on disk."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)  # nothing crashes here
     rnd = random.Random(seed)
     ram, disk = rnd.choice([20_000, 60_000]), rnd.choice([60_000, 200_000])
     store = Store(ram, tmp_path / "s", disk, rnd.choice(["model", "int8"]), flush_seconds=rnd.choice([1, 7])).create()
@@ -148,6 +165,7 @@ def test_limits_hold_at_every_step(tmp_path, seed):
     assert store.peak_ram <= ram and store.disk.peak <= disk
     assert store.evicted > 0 and len(store.blocks) > 10
     assert set(store.blocks) == set(store.reps.slot)
+    store.close()
     again = Store(1 << 24, tmp_path / "s", disk, store.fmt).open()
     assert set(again.blocks) <= set(store.blocks) and again.lost == []
 
@@ -156,7 +174,8 @@ def test_a_torn_a_changed_and_a_missing_segment_cost_only_themselves(tmp_path):
     store = Store("1MB", tmp_path / "s", None, "model", flush_seconds=4).create()
     fill(store, 40)
     store.flush()
-    files = sorted((tmp_path / "s").glob("seg-*"))
+    store.close()
+    files = sorted((tmp_path / "s").glob("segment-*"))
     assert len(files) > 6
     held = {f.name: store.disk.entries[f.name]["blocks"] for f in files}
     files[1].write_bytes(files[1].read_bytes()[:-100])
@@ -168,7 +187,7 @@ def test_a_torn_a_changed_and_a_missing_segment_cost_only_themselves(tmp_path):
     gone = {i for f in (files[1], files[3], files[5]) for i in held[f.name]}
     assert set(again.blocks) == set(range(40)) - gone
     assert len(again.lost) == 3
-    for f, why in ((files[1], "bytes instead of"), (files[3], "checksum"), (files[5], "No such file")):
+    for f, why in ((files[1], "bytes instead of"), (files[3], "checksum"), (files[5], "missing")):
         assert any(f.name in line and why in line for line in again.lost), (f.name, again.lost)
     assert all(same(again, i) for i in again.blocks)
 
@@ -197,10 +216,11 @@ def test_a_disk_that_refuses_loses_nothing(tmp_path, monkeypatch, code):
     with pytest.raises(StoreError, match=os.strerror(code)):
         store.flush()
     assert all(same(store, i) for i in range(20))
-    assert list(Store("1MB", tmp_path / "s").open().blocks) == list(range(10)), "the folder is as it was"
+    assert reopened(copy(tmp_path / "s", tmp_path / "then")) == list(range(10)), "the folder is as it was"
     monkeypatch.undo()
     store.flush()
-    assert list(Store("1MB", tmp_path / "s").open().blocks) == list(range(20))
+    store.close()
+    assert reopened(tmp_path / "s") == list(range(20))
 
 
 def test_ram_full_and_disk_broken_refuses_the_new_and_keeps_the_old(tmp_path, monkeypatch):
@@ -220,28 +240,30 @@ def test_a_crash_between_write_and_index_leaves_a_folder_that_opens(tmp_path, mo
     for i in range(5, 9):
         store.add(*made(i))
 
-    def crash(self):
+    def crash(self, *args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Segments, "write_index", crash)
+    monkeypatch.setattr(Segments, "_name", crash)
     with pytest.raises(KeyboardInterrupt):
         store.flush()
     monkeypatch.undo()
-    (tmp_path / "s" / "seg-000099.safetensors.tmp").write_bytes(b"half")
+    store.close()
+    (tmp_path / "s" / "segment-00000099.safetensors.tmp").write_bytes(b"half")
     again = Store("1MB", tmp_path / "s", None, "model").open()
     assert list(again.blocks) == list(range(5)) and again.lost == []
     assert len(list((tmp_path / "s").glob("*.safetensors*"))) == 1, "what the crash left behind is cleared away"
 
 
 def test_folders_that_are_not_streams(tmp_path):
-    with pytest.raises(UserError, match=r"index\.json"):
+    with pytest.raises(UserError, match=r"manifest\.json"):
         Store("1MB", tmp_path).open()
-    (tmp_path / "index.json").write_text(json.dumps({"format": 99}))
-    with pytest.raises(UserError, match="format 99"):
+    assert list(tmp_path.iterdir()) == [], "looking makes no lock file"
+    (tmp_path / "index.json").write_text(json.dumps({"format": 1, "segments": {}}))
+    with pytest.raises(UserError, match="format 1, this version reads format 2"):
         Store("1MB", tmp_path).open()
     with pytest.raises(UserError, match="already holds a stream"):
         Store("1MB", tmp_path).create()
-    (tmp_path / "index.json").write_text("{")
+    (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         Store("1MB", tmp_path).open()
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,21 +12,22 @@ from typing import Any
 from torch import Tensor, nn
 
 from vlmfast import families
-from vlmfast.core import StageDidNotFire, Unsupported, UserError, parse_bytes
+from vlmfast.core import StageDidNotFire, Unsupported, parse_bytes
 from vlmfast.plan import Plan, resolve
+from vlmfast.preconditions import MARK, check_model, option, refuse_call, refuse_copy, unwrap
 from vlmfast.report import Report
 from vlmfast.runtime.columns import ColumnHooks
+from vlmfast.runtime.compiled import checked, observed, refuse_compiled
 from vlmfast.runtime.gaze import Gaze
 from vlmfast.runtime.inner import InnerHooks
 from vlmfast.runtime.meter import Meter, cache_counts
+from vlmfast.runtime.model_lock import lock_functions, model_lock, streamed
 from vlmfast.runtime.names import cache_in
 from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.reuse import Reuse
 from vlmfast.runtime.rewrite import Rewrite, needs
 from vlmfast.runtime.tower import TowerHooks
 from vlmfast.runtime.tower_attention import TowerAttention, wanted_layers
-
-MARK = "_vlmfast"
 
 
 def accelerate(
@@ -48,17 +50,27 @@ def accelerate(
     Nothing asked is the identity. Returns a handle: `.report`, `.remove()`, or use it in a `with`.
     Raises Unsupported (a ValueError) for an unknown family, a compiled model, or a second `accelerate`.
     """
+    if streamed(unwrap(model)):
+        raise Unsupported(
+            "an open StreamSession uses this model, and would run through the hooks: give the session plan=..., or "
+            "close it first"
+        )
     return Accelerated(model, resolve(plan, prune=prune, kv=kv, speculate=speculate), reuse, replace)
 
 
 class Accelerated:
     """What `accelerate` returns: owns every hook on the model until `remove()`."""
 
-    def __init__(self, model: nn.Module, plan: Plan, reuse: int | str | None = None, replace: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, plan: Plan, reuse: int | str | None = None, replace: bool = False, always: bool = False
+    ) -> None:
+        """always: hooks stay on also when nothing is asked (a draft, whose forwards are not its own `generate`)."""
         self.plan = plan
+        self.hooked = always or plan != Plan() or reuse is not None
         self.report = Report()
         self.model = unwrap(model)
         self.family = families.get(self.model)
+        check_model(self.model, self.family, plan)
         limit = parse_bytes("reuse", reuse)
         if MARK in vars(self.model):
             if not replace:
@@ -69,6 +81,8 @@ class Accelerated:
         self._reuse = Reuse(self.model, self.family, limit) if limit is not None else None
         self._patch = Patch()
         self._stage: dict[str, dict[str, Any]] = {"prefill": {}, "decode": {}}
+        self._calls = 0  # `generate` calls now running: one, or more inside it
+        self.kv: Any = None
         try:
             self._install()
         except BaseException:
@@ -78,6 +92,10 @@ class Accelerated:
     def _install(self) -> None:
         model, plan, patch = self.model, self.plan, self._patch
         patch.set(model, MARK, self)
+        for name in ("__deepcopy__", "__reduce_ex__"):
+            patch.set(model, name, refuse_copy)
+        if self.hooked:
+            patch.call(lock_functions(model))
         between = hasattr(plan.prune, "cuts")  # acts between layers of the language model; may hold a first pruner
         outer = plan.prune.prune if between else plan.prune
         self.columns = ColumnHooks(model, self.family, outer)
@@ -99,7 +117,8 @@ class Accelerated:
             text = self.family.text(model)
             self.kv = KVHooks(text, text.config, plan.kv, self._stage["prefill"].update)
             self.kv.install(patch)
-        self.columns.install(patch)
+        if self.hooked:
+            self.columns.install(patch)
         if self.columns.gaze is not None:
             self.columns.gaze.install(patch)
         if between:
@@ -109,7 +128,8 @@ class Accelerated:
                     "which kv= and reuse= cannot follow: use one or the other"
                 )
             InnerHooks(model, self.family, self.columns, plan.prune).install(patch)
-        layers = wanted_layers(outer)
+        second = None if hasattr(draft, "load") else getattr(draft, "prune", None)  # a second prefill of this model
+        layers = tuple(sorted({*wanted_layers(outer), *wanted_layers(second)}))
         if layers:
             self.columns.attention = TowerAttention(model, self.family, layers)
             self.columns.attention.install(patch)
@@ -119,9 +139,23 @@ class Accelerated:
             tower = TowerHooks(model, self.family, self.columns)
             tower.install(patch)
             tower.check()
-        self.meter.install(patch)
+        if self.hooked:
+            self.meter.install(patch)
+            refuse_compiled(model)
         self.draft = self._accelerate_draft(draft)
-        patch.set(model, "generate", self._wrap(model.generate))  # type: ignore[arg-type]
+        inner: Any = model.generate
+        inner = checked(model, inner) if self.hooked else observed(model, inner, self._observe, self._bare)
+        patch.set(model, "generate", self._wrap(inner))
+
+    def _observe(self, patch: Patch) -> None:
+        """The hooks of the report alone."""
+        self.columns.install(patch)
+        self.meter.install(patch)
+
+    def _bare(self, patch: Patch) -> None:
+        """What can be told without hooks, which a compiled part could not be traced with."""
+        self.meter.time_bare(patch)
+        self.columns.notes.append("a part of the model is compiled: visual tokens and the cache were not counted")
 
     def _accelerate_draft(self, draft: Any) -> Accelerated | None:
         """A draft that is a model of its own gets its own pruner."""
@@ -131,7 +165,7 @@ class Accelerated:
         if unwrap(model) is self.model:
             raise Unsupported("the draft is the target itself: use SelfDraft(prune=...) instead of ModelDraft")
         guided = getattr(draft.prune, "guided", False)  # told what to keep by the target, prompt by prompt
-        handle = accelerate(model, prune=None if guided else draft.prune)
+        handle = Accelerated(model, resolve(None, prune=None if guided else draft.prune), always=True)
         self._patch.call(handle.remove)
         return handle
 
@@ -140,34 +174,70 @@ class Accelerated:
     def _wrap(self, inner: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(inner)
         def generate(*args: Any, **kwargs: Any) -> Any:
-            option = functools.partial(_option, self.model, kwargs)
-            why = needs(option, cache_in(kwargs))
-            self._refuse(option, why)
-            rewritten = why is not None and self.columns.active
-            if self._reuse is not None:
-                self._reuse.find(kwargs, self.columns.pruner, features_only=rewritten)
-            cache = cache_in(kwargs)
-            past = int(cache.get_seq_length()) if cache is not None else 0
-            self.columns.reset()
-            for stage in self._stage.values():
-                stage.clear()
-            self.meter.reset()
-            ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-            self._speculate(args, kwargs, why if rewritten else None)
-            try:
-                if rewritten:
-                    out = self.rewrite.run(inner, args, kwargs, option, str(why))
-                else:
-                    out = inner(*args, **kwargs)
-                if self._reuse is not None:
-                    self._reuse.store(self.columns.cache)
-                    self.columns.notes += self._reuse.hits
-                self._fill(ids, out, past)
-            finally:
-                self.columns.cache = None
-            return out
+            with ExitStack() as held:
+                held.enter_context(model_lock(self.model))
+                if vars(self.model).get(MARK) is not self:  # removed while this thread waited for its turn
+                    return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+                if self.draft is not None:
+                    held.enter_context(model_lock(self.draft.model))
+                held.enter_context(self._call())
+                return self._generate(inner, args, kwargs)
 
         return generate
+
+    @contextmanager
+    def _call(self) -> Iterator[None]:
+        """Around one call: its own state, also for a call made by a streamer or processor of another one."""
+        held: list[Any] = [self.columns, self.meter, self.columns.gaze, self.columns.attention, self._reuse]
+        before = [
+            (owner, {name: _held(getattr(owner, name)) for name in owner.per_call})
+            for owner in held
+            if owner is not None and self._calls
+        ]
+        stages = {name: dict(stage) for name, stage in self._stage.items()}
+        self._calls += 1
+        try:
+            yield
+        except BaseException:
+            if self.kv is not None:  # torch calls no hook after a KeyboardInterrupt
+                self.kv.abandon()
+            raise
+        finally:
+            self._calls -= 1
+            self.columns.cache, self.columns.in_call = None, False
+            for owner, state in before:
+                vars(owner).update(state)
+            if before:
+                for name, stage in self._stage.items():
+                    stage.clear()
+                    stage.update(stages[name])
+
+    def _generate(self, inner: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        asked = functools.partial(option, self.model, kwargs)
+        why = needs(asked, cache_in(kwargs))
+        refuse_call(self.model, self.plan, self.columns, asked, why, args, kwargs)
+        rewritten = why is not None and self.columns.active
+        if self._reuse is not None:
+            self._reuse.find(kwargs, asked, self.columns.pruner, self.plan.kv)
+        cache = cache_in(kwargs)
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        self.columns.reset()
+        self.columns.lay_out(kwargs)
+        self.columns.in_call = True
+        for stage in self._stage.values():
+            stage.clear()
+        self.meter.reset()
+        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        self._speculate(args, kwargs, why if rewritten else None)
+        if rewritten:
+            out = self.rewrite.run(inner, args, kwargs, asked, str(why))
+        else:
+            out = inner(*args, **kwargs)
+        if self._reuse is not None:
+            self._reuse.store(self.columns.cache)
+            self.columns.notes += self._reuse.hits
+        self._fill(ids, out, past)
+        return out
 
     def _speculate(self, args: tuple, kwargs: dict[str, Any], why: str | None) -> None:
         """Put our loop into the arguments of `generate`, unless the call cannot be drafted and the plan allows it.
@@ -180,7 +250,7 @@ class Accelerated:
         from vlmfast.decode import loop
 
         try:
-            loop.check(self.model, plan, args, kwargs)
+            loop.check(self.model, plan, args, kwargs, self.plan.kv)
             if why is not None:
                 raise Unsupported(f"{why} with prune= is decoded by transformers' own loop: drop {why} or speculate=")
         except Unsupported as e:
@@ -198,17 +268,6 @@ class Accelerated:
             sink=self._stage["decode"].update,
         )
 
-    def _refuse(self, option: Callable[[str], Any], why: str | None) -> None:
-        between = hasattr(self.plan.prune, "cuts")
-        if why is not None and (between or self.plan.kv is not None):
-            raise Unsupported(
-                f"{why}: {self.plan.prune.name if between else 'kv='} lets layers differ in the columns they hold, "
-                "which static caches and chunked prefill cannot: use the default dynamic cache in one prefill, or a "
-                "pruner that acts before the language model"
-            )
-        if self.plan.kv is not None and (option("num_beams") or 1) > 1:
-            raise Unsupported(f"num_beams={option('num_beams')} with kv=: beams share no ragged cache; use num_beams=1")
-
     def _fill(self, ids: Tensor | None, out: Any, past: int) -> None:
         """Write the report; raise when a stage had work and did not run."""
         stats = self.columns.stats
@@ -218,9 +277,11 @@ class Accelerated:
         if self.plan.prune is not None:
             if not has_media and not stats["visual_tokens"]:
                 notes.append("prune: no new visual tokens in this call, bypassed")
+            elif self.plan.prune.keep >= 1:
+                notes += [] if stats["visual_tokens"] else ["prune: keep=1 keeps every visual token, bypassed"]
             elif not stats["visual_tokens"]:
                 raise StageDidNotFire("visual tokens were in the prompt but the pruner never saw them")
-            elif self.plan.prune.keep < 1 and stats["kept_tokens"] == stats["visual_tokens"]:
+            elif stats["kept_tokens"] == stats["visual_tokens"]:
                 notes.append(self._why_all(stats["visual_tokens"]))
         sequences = getattr(out, "sequences", out)
         prompt = ids.shape[1] if ids is not None else 0
@@ -259,23 +320,6 @@ class Accelerated:
         self.remove()
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT wrapper; refuses compiled wrappers."""
-    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
-        raise Unsupported("this model is compiled: hooks cannot follow a compiled graph; accelerate the plain model")
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()  # type: ignore[operator]
-    if not isinstance(model, nn.Module) or not hasattr(model, "generate"):
-        raise UserError(f"accelerate needs a transformers model with generate(), not {type(model).__name__}")
-    return model
-
-
-def _option(model: nn.Module, kwargs: dict, name: str) -> Any:
-    """A generation option as generate() would resolve it."""
-    if kwargs.get(name) is not None:
-        return kwargs[name]
-    for config in (kwargs.get("generation_config"), model.generation_config):
-        value = getattr(config, name, None)
-        if value is not None:
-            return value
-    return None
+def _held(value: Any) -> Any:
+    """A value to put back later: containers that are changed in place are copied, anything else is itself."""
+    return type(value)(value) if type(value) in (dict, list) else value

@@ -7,6 +7,7 @@ Letters used everywhere: ``B`` batch rows, ``L`` columns of a sequence, ``N`` vi
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -38,18 +39,22 @@ def brief(text: str, most: int = 200) -> str:
     return f"{line[:half]} ... {line[-half:]}"
 
 
-def named(value: Any) -> str:
-    """A value for an error message: numbers and short text as they are, of anything else its class's name."""
-    plain = value is None or isinstance(value, (bool, int, float, str))
-    return brief(repr(value), 80) if plain else f"an object of {type(value).__name__}"
-
-
 class Unsupported(UserError):
     """A request that this model, family or stage cannot honour; never a silent fallback."""
 
 
 class StageDidNotFire(RuntimeError):
     """A stage that was asked for had work to do and did not run: the accelerated call is not what it claims."""
+
+
+def shown(value: Any, most: int = 80) -> str:
+    """What came in, for an error: its repr on one line, cut to `most` characters; a model by its class alone."""
+    kind = type(value).__name__
+    try:
+        text = f"a {kind}" if isinstance(value, (torch.nn.Module, Tensor)) else " ".join(repr(value).split())
+    except (ValueError, RecursionError):  # thousands of digits, or lists inside lists without end
+        text = f"a {kind} too long to print"
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 class Kind:
@@ -253,7 +258,7 @@ def to_json(obj: Any) -> Any:
 def check_fraction(name: str, value: float) -> None:
     """Raise unless 0 < value <= 1."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= 1:
-        raise UserError(f"{name}={value!r} is outside (0, 1]: {name} is the fraction kept, e.g. {name}=0.25")
+        raise UserError(f"{name}={shown(value)} is outside (0, 1]: {name} is the fraction kept, e.g. {name}=0.25")
 
 
 AUTO_DEPTH = 0.25  # share of the tower's blocks that see every token when after_block="auto"
@@ -288,15 +293,13 @@ def parse_bytes(name: str, value: int | float | str | None) -> int | None:
     """A byte limit: a number, or text such as "512MB" or "2GiB" (powers of 1000 and of 1024); None is no limit."""
     if value is None:
         return None
+    size: Any = value
     if isinstance(value, str):
-        match = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]i?)?b?\s*", value.lower())
-        try:
-            number = float(match[1]) * _UNITS[match[2] or ""] if match else None
-        except ValueError:
-            number = None
-        if number is None:
-            raise UserError(f'{name}={value!r} is not a size: give bytes, or text such as "512MB" or "2GiB"')
-        value = number
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise UserError(f"{name}={named(value)} must be a positive number: it is the most bytes that tier may hold")
-    return int(value)
+        match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([kmgt]i?)?b?\s*", value.lower(), re.ASCII)
+        if match is None:
+            raise UserError(f'{name}={shown(value)} is not a size: give bytes, or text such as "512MB" or "2GiB"')
+        size = float(match[1]) * _UNITS[match[2] or ""]
+    number = isinstance(size, numbers.Real) and not isinstance(size, bool)
+    if not (number and 1 <= size < 2**63):
+        raise UserError(f"{name}={shown(value)} is no number of bytes from 1 on: it is the most that tier may hold")
+    return int(size)

@@ -7,7 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from vlmfast.core import UserError, brief
+from vlmfast.core import UserError, brief, shown
 
 
 def claim(path: str | Path, force: bool = False, endings: tuple[str, ...] = (), option: str = "--out") -> None:
@@ -35,18 +35,25 @@ def claim(path: str | Path, force: bool = False, endings: tuple[str, ...] = (), 
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text so that a reader sees the whole file or none; makes the folder. Raises OSError."""
+    """Write UTF-8 text so that a reader sees the whole file or none; makes the folder.
+
+    Raises UserError when it cannot be written; what stood there then stays.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".part")
     try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(part, 0o666 & ~mask)
-        os.replace(part, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(part)
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".part")
+        try:
+            with open(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(part, 0o666 & ~mask)
+            os.replace(part, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(part)
+            raise
+    except (OSError, ValueError) as e:  # ValueError: text that UTF-8 cannot hold, a zero byte in the path
+        why = e.strerror if isinstance(e, OSError) else "text that UTF-8 cannot hold"
+        raise UserError(f"{shown(str(path))} cannot be written ({why}): give another path") from None

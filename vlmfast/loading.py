@@ -10,25 +10,34 @@ Everything that can be wrong with a name is found from its config, before any we
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmfast.core import Unsupported, UserError, named
+from vlmfast.core import Unsupported, UserError, shown
+from vlmfast.runtime import dtypes, weights
+from vlmfast.runtime.placeholders import refuse_placeholders
+from vlmfast.runtime.template import chat_text
+from vlmfast.runtime.weights import reason
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
     from vlmfast.stream.source import Video
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass
 class Loaded:
-    """A model in evaluation mode with its processor. name: as the user gave it."""
+    """A model in evaluation mode with its processor. name: as the user gave it. notes: what was chosen for the user,
+    and why (the dtype on a CPU, the devices of a spread model)."""
 
     model: Any
     processor: Any
     name: str
+    notes: list[str] = field(default_factory=list)
 
     @property
     def model_type(self) -> str:
@@ -50,14 +59,7 @@ class Loaded:
         )
         if not template:
             raise UserError(f"{self.name} has no chat template: add chat_template.jinja beside its processor")
-        return str(
-            self.processor.apply_chat_template(
-                [{"role": "user", "content": content}],
-                add_generation_prompt=True,
-                tokenize=False,
-                chat_template=template,
-            )
-        )
+        return chat_text(self.processor, [{"role": "user", "content": content}], chat_template=template)
 
     def inputs(self, question: str | list[str], images: Sequence[np.ndarray] = (), video: Video | None = None) -> Any:
         """What `generate` takes, on the model's device.
@@ -68,6 +70,8 @@ class Loaded:
         questions = [question] if isinstance(question, str) else question
         if not all(q.strip() for q in questions):
             raise UserError("the question is empty: write what you want to know")
+        for q in questions:
+            refuse_placeholders(q, self.model, self.processor)
         if video is not None and not self.reads_video():
             raise Unsupported(
                 f"{self.name} ({self.model_type}) reads pictures only: give --image, or a model that reads video, "
@@ -76,13 +80,20 @@ class Loaded:
         rows = len(questions)
         media: dict[str, Any] = {"padding": True, "padding_side": "left"} if rows > 1 else {}
         if images:
-            pictures = [i.copy() for i in images]
+            pictures = [as_picture(i) for i in images]
             media["images"] = [pictures] * rows if rows > 1 else pictures
         if video is not None:
-            media |= {"videos": [video.frames] * rows, "video_metadata": [video.metadata() for _ in questions]}
+            media |= {"videos": [as_clip(video.frames)] * rows, "video_metadata": [video.metadata() for _ in questions]}
             media |= {"do_sample_frames": False} | self._size_rule()
         texts = [self.prompt(q, len(images), int(video is not None)) for q in questions]
-        inputs = self.processor(text=texts, return_tensors="pt", **media)
+        try:
+            inputs = self.processor(text=texts, return_tensors="pt", **media)
+        except (ValueError, RuntimeError, ArithmeticError) as e:  # a picture too slim for it, or too small
+            shapes = [i.shape[:2] for i in images] + ([video.frames.shape[1:3]] if video is not None else [])
+            sizes = ", ".join(f"{w} x {h}" for h, w in shapes)
+            raise UserError(
+                f"the processor of {self.name} does not take these media ({sizes} pixels): {reason(e)}; crop or pad"
+            ) from None
         if video is not None and "second_per_grid_ts" in inputs:  # HF divides by the rate of the whole file
             import torch
 
@@ -108,42 +119,78 @@ class Loaded:
         return str(self.processor.tokenizer.decode(new, skip_special_tokens=True)).strip()
 
 
+def as_picture(image: Any) -> Any:
+    """A picture (H, W, 3) uint8 as a PIL image: in an array 1, 3 or 4 pixels high processors take rows for channels."""
+    from PIL import Image
+
+    from vlmfast.stream.images import as_frame
+
+    return Image.fromarray(as_frame(image))
+
+
+def as_clip(frames: Any) -> torch.Tensor:
+    """Frames (T, H, W, 3) uint8, an array or tensor, as a tensor (T, 3, H, W), which no processor can misread."""
+    import torch
+
+    if isinstance(frames, torch.Tensor):
+        return frames.permute(0, 3, 1, 2)
+    return torch.from_numpy(frames if frames.flags.writeable else frames.copy()).permute(0, 3, 1, 2)
+
+
 def sampled_fps(video: Video) -> float:
     """Frames per second of the chosen frames; the file's own rate when there is only one."""
     span = float(video.timestamps[-1] - video.timestamps[0])
     return (len(video) - 1) / span if span > 0 else video.fps
 
 
-def load(name: str = "pocket", dtype: str = "auto", device: str | None = None) -> Loaded:
+def load(name: str = "pocket", dtype: str = "auto", device: str | None = None, device_map: str | None = None) -> Loaded:
     """Load a supported checkpoint: "pocket", a folder, or a hub id. Safetensors only, no remote code.
 
-    dtype: "auto" keeps the checkpoint's. device: None = the GPU if there is one. Raises UserError with one line that
-    names what is missing or unsupported; weights are read last.
+    dtype: "auto" keeps the checkpoint's, but on a CPU that multiplies it much slower than float32 (measured once, see
+    `runtime.dtypes`) and has the memory; `notes` of the result say which and why. device: None = the GPU if there is
+    one. device_map: "auto", "balanced", ... spreads the model over the GPUs instead (needs accelerate). Raises
+    UserError with one line that names what is missing or unsupported, tensors included; weights are read last.
     """
-    where = _device(device)
+    if device is not None and device_map is not None:
+        raise UserError(f"device={device!r} and device_map={device_map!r} exclude each other: give one")
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype!r} is not known; use {', '.join(DTYPES)}")
+    place = _device(device)
     folder = _pocket(name)
     config = _config(name, folder)
     _supported(name, config)
     processor = _processor(name, folder)
-    return Loaded(_model(name, folder, dtype, where), processor, name)
+    model = weights.read(name, folder, dtype, device_map)
+    notes: list[str] = []
+    if device_map is None:
+        if dtype == "auto" and place.type == "cpu" and (note := dtypes.suited(model)):
+            notes.append(note)
+        try:
+            model = model.to(place)
+        except (RuntimeError, AssertionError) as e:  # no such GPU, or it is full
+            raise UserError(f"{name} cannot be put on {place} ({reason(e)}): choose another device or dtype") from None
+    else:
+        used = sorted({str(p.device) for p in model.parameters()})
+        notes.append(f"spread over {', '.join(used)} (device_map {device_map})")
+    return Loaded(model, processor, name, notes)
 
 
-def _device(name: str | None) -> str:
-    """The device's name, the GPU if there is one where none is given. Raises UserError for one that is not here."""
+def _device(name: str | None) -> Any:
+    """The torch device of a name, the GPU if there is one where none is given. Raises UserError for one not here."""
     import torch
 
     if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         if torch.device(name).type not in ("cpu", "cuda", "mps", "xpu"):
             raise ValueError
     except (RuntimeError, ValueError):
-        raise UserError(f"device {named(name)} is not known: choose cpu, cuda, cuda:1, mps or xpu") from None
+        raise UserError(f"device {shown(name)} is not known: choose cpu, cuda, cuda:1, mps or xpu") from None
     try:
         torch.empty(1, device=name)
     except Exception as e:  # whatever the backend says of a device that is missing
-        raise UserError(f"device {name} is not available here ({_brief(e)}): choose cpu") from None
-    return name
+        raise UserError(f"device {name} is not available here ({reason(e)}): choose cpu") from None
+    return torch.device(name)
 
 
 def _pocket(name: str) -> str:
@@ -177,7 +224,7 @@ def _config(name: str, folder: str) -> dict[str, Any]:
         return dict(PretrainedConfig.get_config_dict(str(path) if path.is_dir() else name, trust_remote_code=False)[0])
     except Exception as e:
         raise UserError(
-            f"cannot read the config of {name} ({_brief(e)}): give an existing folder, a hub id that you can reach, "
+            f"cannot read the config of {name} ({reason(e)}): give an existing folder, a hub id that you can reach, "
             "or 'pocket'"
         ) from None
 
@@ -199,7 +246,7 @@ def _processor(name: str, folder: str) -> Any:
         processor = AutoProcessor.from_pretrained(str(Path(folder).expanduser()), trust_remote_code=False)
     except Exception as e:
         raise UserError(
-            f"the processor of {name} is missing or broken ({_brief(e)}): put its preprocessor_config.json, tokenizer "
+            f"the processor of {name} is missing or broken ({reason(e)}): put its preprocessor_config.json, tokenizer "
             "and chat template beside the weights"
         ) from None
     if not isinstance(processor, ProcessorMixin):
@@ -207,33 +254,3 @@ def _processor(name: str, folder: str) -> Any:
             f"{name} has a tokenizer but no image processor: put its preprocessor_config.json beside the weights"
         )
     return processor
-
-
-def _model(name: str, folder: str, dtype: str, device: str) -> Any:
-    from transformers import AutoModelForImageTextToText
-
-    quiet_progress()
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(
-            str(Path(folder).expanduser()), dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
-    except Exception as e:
-        raise UserError(f"the weights of {name} cannot be loaded ({_brief(e)}): download or save them again") from None
-    return model.eval().to(device)
-
-
-def quiet_progress() -> None:
-    """transformers' own bars only where somebody watches."""
-    import sys
-
-    from transformers.utils import logging
-
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-
-
-def _brief(e: Exception, most: int = 160) -> str:
-    """The first sentence of an error on one line."""
-    text = " ".join(str(e).split()) or type(e).__name__
-    text = text.split(". ")[0].rstrip(".")
-    return text if len(text) <= most else text[: most - 3] + "..."

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmfast.core import UserError, named, to_json
+from vlmfast import spec
+from vlmfast.core import UserError, shown, to_json
+from vlmfast.fields import WRONG, fit
 from vlmfast.files import write_text
 
 PRESETS = ("safe", "balanced", "fast")
@@ -31,9 +34,12 @@ class Plan:
                 draft = stage == "speculate" and hasattr(value, "generate")
                 example = "Speculate(draft=ModelDraft(small_model))" if draft else _example(methods)
                 raise UserError(
-                    f"{stage}={named(value)} is not a {stage} method; use one of {', '.join(sorted(methods))}, "
+                    f"{stage}={shown(value)} is not a {stage} method; use one of {', '.join(sorted(methods))}, "
                     f"e.g. {stage}={example}"
                 )
+        drafted = getattr(getattr(self.speculate, "draft", None), "prune", None)
+        if isinstance(drafted, str):
+            parse("prune", drafted)  # a draft's own pruner may be a spec: wrong ones are refused here, not later
 
     def __str__(self) -> str:
         """The stages asked for, with the fields that are not at their defaults: `prune vidcom2 keep=0.4`."""
@@ -48,10 +54,10 @@ class Plan:
     def from_json(cls, data: dict[str, Any]) -> Plan:
         """Rebuild a plan from `json()`'s form. Raises UserError naming the unknown stage, method or field."""
         if not isinstance(data, dict):
-            raise UserError(f"a plan is a JSON object with the keys prune, kv, speculate, not {type(data).__name__}")
-        unknown = set(data) - set(STAGES)
-        if unknown:
-            raise UserError(f"unknown plan field {sorted(unknown)[0]!r}; known: {', '.join(STAGES)}")
+            raise UserError(f"a plan is a JSON object with the keys {', '.join(STAGES)}, not {shown(data)}")
+        for stage in data:
+            if stage not in STAGES:
+                raise UserError(f"unknown plan field {shown(stage)}; known: {', '.join(STAGES)}")
         return cls(**{stage: _build(stage, value) for stage, value in data.items()})
 
     def save(self, path: str | Path) -> None:
@@ -61,16 +67,8 @@ class Plan:
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         """Read a plan file. Raises UserError when it is missing or not a plan."""
-        try:
-            return cls.from_json(json.loads(Path(path).read_text()))
-        except FileNotFoundError:
-            raise UserError(f"no plan file at {path}: write one with Plan.save or `vlmfast tune`") from None
-        except RecursionError:
-            raise UserError(f"{path} is nested too deeply: a plan file is what Plan.save writes") from None
-        except json.JSONDecodeError as e:
-            raise UserError(
-                f"{path} is not JSON ({e.msg}, line {e.lineno}): a plan file is what Plan.save writes"
-            ) from None
+        text = spec.read_text(path, "a plan file, as Plan.save or `vlmfast tune` writes it")
+        return cls.from_json(spec.loads(text, f"the plan file {shown(str(path))}"))
 
 
 def preset(name: str) -> Plan:
@@ -90,23 +88,19 @@ def preset(name: str) -> Plan:
         return Plan(prune=VidCom2(keep=0.4, after_block="auto", least=384), speculate=lookup)
     if name == "fast":
         return Plan(prune=VidCom2(keep=0.2, after_block="auto", least=384), speculate=lookup)
-    raise UserError(f"unknown preset {name!r}; presets: {', '.join(PRESETS)}")
+    raise UserError(f"unknown preset {shown(name)}; presets: {', '.join(PRESETS)}")
 
 
-def parse(stage: str, spec: str) -> Any:
-    """A method from `name:field=value,field=value`, e.g. parse("prune", "vidcom2:keep=0.25")."""
-    name, _, rest = spec.partition(":")
-    fields: dict[str, Any] = {"method": name.strip()}
-    for part in filter(None, rest.split(",")):
-        key, equals, value = part.partition("=")
-        if not equals:
-            raise UserError(f"{part!r} in --{stage} {spec!r} is not field=value")
-        fields[key.strip()] = _literal(value.strip())
-    return _build(stage, fields)
+def parse(stage: str, text: str) -> Any:
+    """A method from `name:field=value,field=value`, e.g. parse("prune", "vidcom2:keep=0.25"); see `spec`."""
+    return _build(stage, spec.parse(text))
 
 
 def resolve(plan: Plan | str | Path | dict | None, **stages: Any) -> Plan:
-    """One Plan from a Plan, preset name, plan file or JSON object, with single stages replaced where given."""
+    """One Plan from a Plan, preset name, plan file or JSON object, with single stages replaced where given.
+
+    stages: method objects, or their text or JSON form.
+    """
     if isinstance(plan, (str, Path)):
         text = str(plan)
         if text not in PRESETS and not text.endswith(".json"):
@@ -114,13 +108,14 @@ def resolve(plan: Plan | str | Path | dict | None, **stages: Any) -> Plan:
         plan = Plan.load(plan) if text.endswith(".json") else preset(text)
     elif isinstance(plan, dict):
         plan = Plan.from_json(plan)
-    elif plan is not None and not isinstance(plan, Plan):
+    elif plan is None:
+        plan = Plan()
+    elif not isinstance(plan, Plan):
         _refuse_method(getattr(plan, "name", ""), None)
         raise UserError(
-            f"plan={named(plan)}: give a Plan, a preset's name ({', '.join(PRESETS)}), a plan file (.json) or a dict"
+            f"plan={shown(plan)}: give a Plan, a preset's name ({', '.join(PRESETS)}), a plan file (.json) or a dict"
         )
-    plan = plan or Plan()
-    given = {k: parse(k, v) if isinstance(v, str) else v for k, v in stages.items() if v is not None}
+    given = {k: parse(k, v) if isinstance(v, str) else _build(k, v) for k, v in stages.items() if v is not None}
     return dataclasses.replace(plan, **given) if given else plan
 
 
@@ -154,9 +149,10 @@ def _methods(field: str) -> dict[str, type]:
 
         return dict(pruners)
     if field in ("kv", "base", "scorer"):
+        from vlmfast.prefill import CONTROLS
         from vlmfast.prefill import METHODS as policies
 
-        return dict(policies)
+        return {**policies, **CONTROLS}
     from vlmfast import decode
 
     nested: dict[str, dict[str, type]] = {
@@ -167,39 +163,35 @@ def _methods(field: str) -> dict[str, type]:
     return nested.get(field, {})
 
 
-def _build(field: str, data: Any) -> Any:
-    if isinstance(data, dict) and "method" in data:
-        methods = _methods(field)
-        if field == "prune":  # a draft's pruner may follow the target
-            from vlmfast.decode import TargetAttention
+def _build(field: str, data: Any, depth: int = 0) -> Any:
+    """The method of a field from its JSON form; other values as they are."""
+    if not isinstance(data, dict) or not (methods := _methods(field)):
+        return data
+    if field == "prune":  # a draft's pruner may follow the target
+        from vlmfast.decode import TargetAttention
 
-            methods |= {TargetAttention.name: TargetAttention}
-        name = str(data["method"])
-        if name not in methods:
-            raise UserError(f"unknown {field} method {name!r}; known: {', '.join(sorted(methods))}")
-        kind = methods[name]
-        known = {f.name for f in dataclasses.fields(kind) if f.init}
-        for key in data:
-            if key != "method" and key not in known:
-                raise UserError(f"{name} has no field {key!r}; its fields: {', '.join(sorted(known))}")
-        try:
-            return kind(**{k: _build(k, v) for k, v in data.items() if k != "method"})
-        except TypeError as e:
-            raise UserError(f"{name}: {e}") from None
-    if (
-        field in ("draft", "accept", "base", "scorer", "prune", "stills")
-        and isinstance(data, str)
-        and data in _methods(field)
-    ):
-        return _build(field, {"method": data})
-    return data
-
-
-def _literal(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return {"none": None, "true": True, "false": False}.get(text.lower(), text)
+        methods |= {TargetAttention.name: TargetAttention}
+    name = data.get("method")
+    if not isinstance(name, str) or name not in methods:
+        raise UserError(f"unknown {field} method {shown(name)}; known: {', '.join(sorted(methods))}")
+    if depth > spec.DEPTH:
+        raise UserError(f"{field}: more than {spec.DEPTH} methods inside each other")
+    kind = methods[name]
+    fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
+    for key in data:
+        if key != "method" and key not in fields:
+            raise UserError(f"{name} has no field {shown(key)}; its fields: {', '.join(sorted(fields))}")
+    for key, f in fields.items():
+        if key not in data and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise UserError(f"{name} needs {key}=: its fields are {', '.join(sorted(fields))}")
+    hints = typing.get_type_hints(kind)
+    given = {}
+    for key, value in data.items():
+        if isinstance(value, str) and value in _methods(key) and (hints[key] is Any or fit("", hints[key]) is WRONG):
+            value = {"method": value}  # a method without fields may be given by its name
+        if key != "method":
+            given[key] = _build(key, value, depth + 1)
+    return kind(**given)
 
 
 def _example(methods: dict[str, type]) -> str:

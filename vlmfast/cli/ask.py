@@ -28,6 +28,7 @@ def ask(
     max_new_tokens: options.NewTokens = 128,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
+    device_map: options.DeviceMap = None,
     as_json: options.Json = False,
 ) -> None:
     """Ask a question of a picture or a video."""
@@ -39,14 +40,11 @@ def ask(
     if not pictures and clip is None:
         raise UserError("nothing to look at: give --image or --video")
 
-    from vlmfast import loading
-
-    with console.waiting(f"loading {model}"):
-        loaded = loading.load(model, dtype, device)
+    loaded = options.load(model, dtype, device, device_map)
     inputs = loaded.inputs(question, pictures, clip)
     record = answer(loaded, inputs, chosen, max_new_tokens, stream=not as_json)
     if as_json:
-        print(json.dumps(record, indent=1))
+        print(json.dumps(record | {"notes": loaded.notes}, indent=1))
 
 
 def answer(loaded: Any, inputs: Any, plan: Any, max_new_tokens: int, stream: bool) -> dict[str, Any]:

@@ -29,6 +29,7 @@ def calibrate(
     backend: options.Backend = "pyav",
     dtype: options.Dtype = "auto",
     device: options.Device = None,
+    device_map: options.DeviceMap = None,
     as_json: options.Json = False,
 ) -> None:
     """Find the layers where a model's text turns to other visual tokens, and cut after them (AdaptInfer)."""
@@ -47,11 +48,9 @@ def calibrate(
     AdaptInfer(keep=keep)  # says what is wrong with keep before anything is loaded
     media = (options.images(image), options.video(video, frames, fps, select, backend))
 
-    from vlmfast import loading
     from vlmfast.encode import inflection
 
-    with console.waiting(f"loading {model}"):
-        loaded = loading.load(model, dtype, device)
+    loaded = options.load(model, dtype, device, device_map)
     prompts = of_task(loaded, task, limit) if task is not None else (loaded.inputs(q, *media) for q in asked)
     with console.waiting("looking"):
         found = inflection.calibrate(loaded.model, prompts, stages)

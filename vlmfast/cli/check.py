@@ -39,6 +39,7 @@ def check(
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="timed rounds, interleaved")] = 3,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
+    device_map: options.DeviceMap = None,
     as_json: options.Json = False,
 ) -> None:
     """Check the laws on your own checkpoint and time it before and after."""
@@ -50,11 +51,9 @@ def check(
     if not media["images"] and media["video"] is None:
         media["images"] = [picture()]
 
-    from vlmfast import loading
     from vlmfast.cli import laws
 
-    with console.waiting(f"loading {model}"):
-        loaded = loading.load(model, dtype, device)
+    loaded = options.load(model, dtype, device, device_map)
     case = laws.Case(loaded, question, media)
     methods = laws.catalogue(case)
     verdicts, tried = [], {}
@@ -72,6 +71,7 @@ def check(
         "model_type": loaded.model_type,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "device": str(loaded.model.device),
+        "notes": loaded.notes,
         "ok": ok,
         "laws": [vars(v) for v in verdicts],
         "methods": {name: {"state": state, "said": said} for name, (state, said) in tried.items()},
@@ -105,7 +105,8 @@ def show(record: dict[str, Any]) -> None:
     """The record in plain words."""
     page = console.out()
     title = f"{record['model']} · {record['model_type']} · {record['dtype']} on {record['device']}"
-    page.print(f"\n[bold]{console.plain(title)}[/bold]\n")
+    page.print(f"\n[bold]{console.plain(title)}[/bold]")
+    page.print("".join(f"[dim]{console.plain(note)}[/dim]\n" for note in record["notes"]))
     laws = {law["name"]: (law["ok"], law["said"]) for law in record["laws"]}
     page.print(
         listing({f"{'[green]holds[/]' if ok else '[red]BROKEN[/]'}  {n}": said for n, (ok, said) in laws.items()})

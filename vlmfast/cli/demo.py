@@ -33,10 +33,7 @@ def demo(
     if held and not (out / "demo.json").exists():
         raise UserError(f"--out {out} holds {held[0]}, which no demo wrote: give another folder")
 
-    from vlmfast import loading
-
-    with console.waiting(f"loading {model}"):
-        loaded = loading.load(model, dtype, device)
+    loaded = options.load(model, dtype, device)
     if not loaded.reads_video():
         raise UserError(
             f"{model} ({loaded.model_type}) reads pictures only, and the demo shows video: try --model pocket"

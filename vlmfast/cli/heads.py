@@ -28,6 +28,7 @@ def heads(
     backend: options.Backend = "pyav",
     dtype: options.Dtype = "auto",
     device: options.Device = None,
+    device_map: options.DeviceMap = None,
     as_json: options.Json = False,
 ) -> None:
     """Show how concentrated every head's attention is: static heads can be pruned, dynamic ones need retrieval."""
@@ -39,11 +40,9 @@ def heads(
     pictures = options.images(image)
     clip = options.video(video, frames, fps, select, backend)
 
-    from vlmfast import loading
     from vlmfast.prefill import heads as observed
 
-    with console.waiting(f"loading {model}"):
-        loaded = loading.load(model, dtype, device)
+    loaded = options.load(model, dtype, device, device_map)
     inputs = loaded.inputs(question, pictures, clip)
     with console.waiting("reading the prompt"):
         table = observed.classify(loaded.model, inputs, policy)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from vlmfast.loading import Loaded
     from vlmfast.plan import Plan
     from vlmfast.stream.source import Video
 
@@ -23,8 +24,16 @@ Frames = Annotated[int | None, typer.Option("--frames", min=1, help="frames take
 Fps = Annotated[float | None, typer.Option("--fps", help="frames taken per second instead")]
 Select = Annotated[str | None, typer.Option("--select", help="or any selection: uniform:16, fps:2, scene:0.08")]
 Backend = Annotated[str, typer.Option("--backend", help="video decoder: pyav, decord or opencv")]
-Dtype = Annotated[str, typer.Option("--dtype", help="auto (the checkpoint's), bfloat16, float16 or float32")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype", help="auto (the checkpoint's; on a CPU float32 where faster), bfloat16, float16 or float32"
+    ),
+]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ... (default: the GPU if there is one)")]
+DeviceMap = Annotated[
+    str | None, typer.Option("--device-map", help="auto, balanced, ...: spread the model over GPUs (needs accelerate)")
+]
 MOST_TOKENS = 1_000_000
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, max=MOST_TOKENS, help="longest answer")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON record instead")]
@@ -49,10 +58,27 @@ def plan(
     return resolve(base, **{k: parse(k, v) for k, v in stages.items() if v is not None})
 
 
+def load(model: str, dtype: str, device: str | None, device_map: str | None = None) -> Loaded:
+    """The model and its processor; what was chosen for the user is said on stderr."""
+    from vlmfast import loading
+    from vlmfast.cli import console
+
+    with console.waiting(f"loading {model}"):
+        loaded = loading.load(model, dtype, device, device_map)
+    for note in loaded.notes:
+        console.remarks().print(f"[dim]{note}[/dim]")
+    return loaded
+
+
 def images(paths: list[Path] | None) -> list[Any]:
     """The pictures as (H, W, 3) uint8."""
+    import warnings
+
+    from PIL.Image import DecompressionBombWarning
+
     from vlmfast.stream.source import read_image
 
+    warnings.filterwarnings("ignore", category=DecompressionBombWarning)  # too large is an error here, said once
     return [read_image(p) for p in paths or ()]
 
 

@@ -45,6 +45,7 @@ def stream(
     max_new_tokens: options.NewTokens = 128,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
+    device_map: options.DeviceMap = None,
     as_json: options.Json = False,
 ) -> None:
     """Ask questions of endless video: encoded once, kept, and asked about at any time."""
@@ -64,11 +65,9 @@ def stream(
             "nothing is asked and nothing kept: give --ask, or --save to keep the stream, or type in a terminal"
         )
     chosen = options.plan(prune=prune, speculate=speculate)
-    from vlmfast import loading
     from vlmfast.stream.session import StreamSession
 
-    with console.waiting(f"loading {model}"):
-        loaded = loading.load(model, dtype, device)
+    loaded = options.load(model, dtype, device, device_map)
     common: dict[str, Any] = {"retrieve": retrieve}
     common |= {k: v for k, v in (("ram", ram), ("disk_limit", disk_limit)) if v is not None}
     if resume is not None:
@@ -98,7 +97,7 @@ def stream(
 
 def parse(text: str) -> tuple[float | None, str]:
     """(second, question) of "12s: what happened ?", "1m30s: ..." or a plain question (None: at the end)."""
-    match = re.fullmatch(r"\s*(?:(\d+)m)?\s*(?:(\d+(?:\.\d+)?)s)?\s*:\s*(.+)", text, re.DOTALL)
+    match = re.fullmatch(r"\s*(?:(\d{1,9})m)?\s*(?:(\d{1,9}(?:\.\d{1,9})?)s)?\s*:\s*(.+)", text, re.DOTALL)
     if match and (match[1] or match[2]):
         return int(match[1] or 0) * 60 + float(match[2] or 0), match[3].strip()
     return None, text.strip()

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from vlmfast.core import UserError
+from vlmfast.core import Unsupported, UserError
 from vlmfast.decode.criteria import (
     below_quantile,
     least_relevant,
@@ -25,6 +25,7 @@ from vlmfast.decode.criteria import (
     within_ratio,
     within_top,
 )
+from vlmfast.fields import Method
 
 REFUSED, EXACT, LOOSE, SHIFT = 0, 1, 2, 3
 
@@ -85,7 +86,7 @@ def guarded(r: Round, picks: Tensor) -> Tensor:
 # ---------------------------------------------------------------- rules
 
 
-class Rule:
+class Rule(Method):
     """What the loop asks of an acceptance rule; fields of a rule are its configuration."""
 
     name: ClassVar[str]
@@ -107,12 +108,12 @@ class Rule:
 
     def _check(self, **fractions: float) -> None:
         for key, value in fractions.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            if not 0 <= value <= 1:
                 raise UserError(f"{self.name}: {key}={value!r} is outside [0, 1]; 0 is strict, e.g. {key}=0.7")
 
     def _count(self, least: int = 0, **counts: int) -> None:
         for key, value in counts.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if value < least:
                 raise UserError(f"{self.name}: {key}={value!r} must be a whole number, at least {least}")
 
 
@@ -185,8 +186,8 @@ class Loose(Rule):
     relax: float = 0.7
     top: int = 10
     layer: int = -1
-    offset: str = "predict"
-    scope: str = "window"
+    offset: Literal["predict", "self"] = "predict"
+    scope: Literal["window", "running", "threshold"] = "window"
     threshold: float = 0.3
     shift: int = 3
     eos: bool = True
@@ -200,17 +201,16 @@ class Loose(Rule):
     visual: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check(relax=self.relax, ratio=self.ratio)
         self._count(shift=self.shift, within=self.within)
         self._count(1, top=self.top)
-        if self.scope not in ("window", "running", "threshold"):
-            raise UserError(f"loose: scope={self.scope!r} is unknown; use 'window', 'running' or 'threshold'")
-        if self.offset not in ("predict", "self"):
-            raise UserError(f"loose: offset={self.offset!r} is unknown; use 'predict' or 'self'")
-        if isinstance(self.layer, bool) or not isinstance(self.layer, int):
-            raise UserError(f"loose: layer={self.layer!r} must be the index of a decoder layer, e.g. -1 for the last")
-        if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)):
-            raise UserError(f"loose: threshold={self.threshold!r} must be a number (a cosine, -1 to 1)")
+
+    def check_model(self, layers: int, heads: int, axes: int) -> None:
+        if not -layers <= self.layer < layers:
+            raise Unsupported(
+                f"loose: layer={self.layer}, but this model has layers 0 to {layers - 1} (-1 is the last, and so on)"
+            )
 
     def words(self) -> tuple[str, ...]:
         return tuple(w for w in ("digits", "negation", "comparison") if getattr(self, w))
@@ -266,6 +266,7 @@ class FLy(Rule):
     name: ClassVar[str] = "fly"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check(theta=self.theta)
         self._count(window=self.window)
 
@@ -297,6 +298,7 @@ class RandomRelax(Rule):
     name: ClassVar[str] = "randomrelax"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check(relax=self.relax)
         self._count(seed=self.seed)
 

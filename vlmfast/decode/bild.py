@@ -28,8 +28,9 @@ class BiLD(Rule):
     draws: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check(fallback=self.fallback)
-        if isinstance(self.rollback, bool) or not isinstance(self.rollback, (int, float)) or not self.rollback >= 0:
+        if self.rollback < 0:
             raise UserError(
                 f"bild: rollback={self.rollback!r} is a distance in nats, 0 (strict) or more, e.g. rollback=2"
             )

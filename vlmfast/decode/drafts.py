@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from vlmfast import families
-from vlmfast.core import Draft, StageDidNotFire, Unsupported, UserError
+from vlmfast.core import Draft, StageDidNotFire, TokenPruner, Unsupported, UserError, shown
 from vlmfast.decode.guided import TargetAttention
 from vlmfast.decode.live import Chain, Either, Ngrams
+from vlmfast.fields import Method
+from vlmfast.runtime import dtypes, weights
 from vlmfast.runtime.names import CACHE, OLD
 from vlmfast.runtime.stepper import Stepper
 
@@ -41,14 +43,14 @@ class Request:
 
 def _lengths(name: str, longest: int, shortest: int) -> None:
     for key, value in (("longest", longest), ("shortest", shortest)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if value < 1:
             raise UserError(f"{name}: {key}={value!r} must be a whole number of tokens, at least 1")
     if shortest > longest:
         raise UserError(f"{name}: shortest={shortest} is more than longest={longest}")
 
 
 def _confidence(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+    if not 0 <= value < 1:
         raise UserError(f"{name}: confidence={value!r} is outside [0, 1): 0 never stops early, e.g. confidence=0.4")
 
 
@@ -57,7 +59,7 @@ def _vocabulary(model: Any) -> int:
 
 
 @dataclass(frozen=True)
-class ModelDraft:
+class ModelDraft(Method):
     """A smaller VLM of the same vocabulary, fed with its own pruned visual tokens (LVSpec, arXiv 2604.05650; SpecVLM,
     arXiv 2508.16201); survivors keep their original positions.
 
@@ -67,8 +69,8 @@ class ModelDraft:
     under it (0 = never).
     """
 
-    model: Any
-    prune: Any = "uniform:keep=0.1"
+    model: str | nn.Module
+    prune: TokenPruner | str | None = "uniform:keep=0.1"
     confidence: float = 0.0
     name: ClassVar[str] = "modeldraft"
     graded: ClassVar[bool] = True  # gives the probabilities of every token it proposes
@@ -77,8 +79,7 @@ class ModelDraft:
     def __post_init__(self) -> None:
         if self.prune == TargetAttention.name:
             object.__setattr__(self, "prune", TargetAttention())
-        if not isinstance(self.model, (str, nn.Module)):
-            raise UserError(f"{self.name}: model={type(self.model).__name__} must be a model, or a path or id to load")
+        super().__post_init__()
         _confidence(self.name, self.confidence)
 
     def load(self) -> Any:
@@ -86,13 +87,12 @@ class ModelDraft:
         if isinstance(self.model, nn.Module):
             return self.model
         if not self._loaded:
-            import transformers
-
             try:
-                model = transformers.AutoModelForImageTextToText.from_pretrained(self.model)
-            except (OSError, ValueError) as e:
-                raise UserError(f"no draft model at {self.model!r}: {str(e).splitlines()[0]}") from None
-            self._loaded.append(model.eval())
+                model = weights.read(self.model, self.model)
+            except UserError as e:
+                raise UserError(f"no draft model at {self.model!r}: {e}") from None
+            dtypes.suited(model)
+            self._loaded.append(model)
         return self._loaded[0]
 
     def check(self, model: Any, inputs: dict[str, Any]) -> None:
@@ -168,20 +168,24 @@ def _sees(model: Any, ids: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class SelfDraft:
+class SelfDraft(Method):
     """The target itself on pruned visual tokens (self-speculation, LVSpec): pays where visual tokens cost most.
 
     prune: the pruner of its second, pruned prefill, which reuses the encoded media; confidence: as in ModelDraft.
     """
 
-    prune: Any
+    prune: TokenPruner
     confidence: float = 0.0
     name: ClassVar[str] = "selfdraft"
     graded: ClassVar[bool] = True  # gives the probabilities of every token it proposes
 
     def __post_init__(self) -> None:
-        if not hasattr(self.prune, "select"):
-            raise UserError(f"{self.name}: prune={self.prune!r} must be a pruner, e.g. prune=Uniform(keep=0.1)")
+        super().__post_init__()
+        if hasattr(self.prune, "cuts"):
+            raise UserError(
+                f"prune={shown(self.prune)} in {self.name}: it drops tokens between layers, and a draft needs a pruner "
+                "of the tower's output, e.g. prune=Uniform(keep=0.1)"
+            )
         if getattr(self.prune, "after_block", None) is not None:
             raise UserError(
                 f"{self.name}: a pruner inside the tower would encode the media again; use after_block=None"
@@ -206,7 +210,7 @@ class SelfDraft:
 
 
 @dataclass(frozen=True)
-class PromptLookup:
+class PromptLookup(Method):
     """N-gram lookup over prompt and output (Saxena, prompt lookup decoding; LLMA, arXiv 2304.04487). Costs no model.
 
     longest, shortest: n-grams tried, longest first.
@@ -218,6 +222,7 @@ class PromptLookup:
     blind: ClassVar[bool] = True  # reads tokens only: may start on any cache
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _lengths(self.name, self.longest, self.shortest)
 
     def check(self, model: Any, inputs: dict[str, Any]) -> None:

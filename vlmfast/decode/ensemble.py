@@ -28,6 +28,7 @@ class Ensemble(Rule):
     draws: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check(weight=self.weight)
         if self.weight == 0:
             raise UserError("ensemble: weight=0 would leave the target out; use a weight in (0, 1], e.g. weight=0.5")

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from vlmfast.core import StageDidNotFire, Unsupported, UserError, VisualTokens, check_fraction
+from vlmfast.fields import Method
+from vlmfast.kernels import ranking
 
 
 @dataclass(frozen=True)
-class TargetAttention:
+class TargetAttention(Method):
     """The draft sees what the target looked at: `ModelDraft(model, prune=TargetAttention())`, or in `SelfDraft`.
 
     A visual token's score is the attention the target's text after the media pays it in the prefill (mean over layers,
@@ -31,12 +33,13 @@ class TargetAttention:
     needs: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_fraction("keep", self.keep)
-        if isinstance(self.share, bool) or not isinstance(self.share, (int, float)) or not 0 <= self.share <= 1:
+        if not 0 <= self.share <= 1:
             raise UserError(
                 f"{self.name}: share={self.share!r} is outside [0, 1]: the part of the attention kept first"
             )
-        if isinstance(self.queries, bool) or not isinstance(self.queries, int) or self.queries < 1:
+        if self.queries < 1:
             raise UserError(f"{self.name}: queries={self.queries!r} must be a whole number of text columns, at least 1")
 
     def select(self, tokens: VisualTokens) -> Tensor:
@@ -54,7 +57,7 @@ class TargetAttention:
         """scores (n,) of one item -> kept indices (K,) int64, strictly ascending, K = max(1, round(keep * n))."""
         n = scores.shape[0]
         budget = max(1, round(self.keep * n))
-        order = scores.argsort(descending=True, stable=True)
+        order = ranking(scores)
         held = scores[order].double().cumsum(0)
         first = int((held < self.share * held[-1]).sum()) + 1 if self.share > 0 else 0
         first = min(first, budget)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import DynamicCache, EosTokenCriteria, MaxLengthCriteria
 from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteria
 
 from vlmfast import families
-from vlmfast.core import Draft, Unsupported, UserError
+from vlmfast.core import Draft, Unsupported
 from vlmfast.decode import accept as rules
 from vlmfast.decode.drafts import Request
 from vlmfast.decode.guards import strict_tokens
@@ -122,8 +123,6 @@ class _Run:
         room = 256 if out.limit is None else min(4096, out.limit - out.start + self.speculate.most + 2)
         target = Stepper.prefill(self.model, out.ids, self.config, kwargs, self._layer(), room=room)
         self.ledger.engine, self.ledger.reason = target.engine, target.reason
-        if self.speculate.draft is not None:
-            self._check_cache(target)
         try:
             rows = Rows(choice, out.ids, None, target.logits)
             out.emit(rows.pick(0), partial(rows.kept, 0))  # the first token waits for no draft
@@ -143,28 +142,24 @@ class _Run:
                 self.pace.answered(len(out.said) - 1, times["draft_prefill_ms"])
             if wait:
                 self.ledger.notes.append(f"speculate: drafts did not pay in recent answers, none for {wait + 1} tokens")
-        finally:
-            target.rewind(max(0, target.length - max(out.start, out.length - 1)))
-            target.finish()
+        except BaseException:
+            with suppress(Exception):  # what stopped us is what the caller must hear of
+                self._settle(target)
+            raise
+        self._settle(target)
         return target.cache
+
+    def _settle(self, target: Stepper) -> None:
+        """Leave in the cache what `generate` would: everything emitted but the last token."""
+        target.rewind(max(0, target.length - max(self.out.start, self.out.length - 1)))
+        target.finish()
 
     # -- before the first token ------------------------------------------------------------------------------------
 
     def _layer(self) -> int | None:
         if self.speculate.draft is None or not self.rule.visual:
             return None
-        layer, layers = getattr(self.rule, "layer", -1), len(families.get(self.model).layers(self.model))
-        if not -layers <= layer < layers:
-            raise UserError(f"{self.rule.name}: layer={layer} of {layers} decoder layers; use -1 for the last")
-        return layer % layers
-
-    def _check_cache(self, target: Stepper) -> None:
-        for layer in () if target.engine == "lean" else target.cache.layers:
-            if not getattr(layer, "is_croppable", hasattr(layer, "crop")) or getattr(layer, "is_sliding", False):
-                raise Unsupported(
-                    f"{type(layer).__name__} cannot give back refused tokens: use the default dynamic cache, "
-                    "or Speculate() without a draft"
-                )
+        return getattr(self.rule, "layer", -1) % len(families.get(self.model).layers(self.model))
 
     def _prepare(self, tokenizer: Any, target: Stepper) -> None:
         """What the rule needs."""

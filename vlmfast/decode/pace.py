@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import deque
 
 FADE = 0.95  # of what earlier rounds say, per round
@@ -11,6 +12,8 @@ ANSWERS = 32  # whose lengths are remembered
 FEW = 4  # answers before their lengths say anything
 WORTH = 0.02  # of the time of recent answers, what waiting must have saved
 LOOK = 16  # calls that let the draft wait, until one opens it at once, in case its cost has changed
+IDLE = 16, 256  # plain rounds between two tries of a draft that does not pay: at first, and at most after doubling
+STEPS = 4, 64  # rounds with drafts between two plain steps: while only one was seen, and later
 
 
 class Line:
@@ -61,6 +64,8 @@ class Pace:
     1 - refusal * (1 - its certainty), `refusal` being what was measured of this draft and rule, else with the running
     rate. Its cost is what the milliseconds that one more token adds, to the draft and to the verification, yield at
     the pace reached so far (Dinkelbach's iteration for the best ratio of tokens to time, Management Science 13, 1967).
+    The first round is a plain step, and now and then another one: what a step costs without a draft cannot be told from
+    verifications, whose cost may grow with every token (a CPU without instructions for the dtype) or hardly at all.
     """
 
     def __init__(self, length: int | str, most: int) -> None:
@@ -69,8 +74,10 @@ class Pace:
         self.rate = 0.8  # probability that the next drafted token passes, given that those before it did
         self.doubted, self.refused = 2.0, 2.0  # sums of 1 - certainty, and of refusals, over tokens that were tried
         self.draft, self.verify = Line(1.0), Line(0.04)
+        self.plain: deque[float] = deque(maxlen=FEW)  # what plain steps took lately
+        self.since = 0  # rounds with drafts since the last of them
         self.tokens = self.ms = 0.0  # emitted in rounds that drafted, and what those took
-        self.idle = 0  # rounds since drafting was last tried, while it does not pay
+        self.idle, self.rest = 0, IDLE[0]  # plain rounds since drafting was last tried, and until it is tried again
         self.lengths: deque[int] = deque(maxlen=ANSWERS)  # tokens of recent answers, the first one not counted
         self.opened: deque[float] = deque(maxlen=FEW)  # what opening the draft took lately, its prefill most of it
         self.waited = 0  # calls in a row for which waiting was best
@@ -85,7 +92,7 @@ class Pace:
         the answers so far. Opening costs a prefill of the draft, which an answer of one word never earns back."""
         if self.fixed is not None or len(self.lengths) < FEW or not self.opened or self.ms == 0:
             return 0
-        step, opening = self.verify.at(1), min(self.opened)
+        step, opening = self.verified(1), min(self.opened)
         drafted = min(step, self.ms / self.tokens)  # an open draft is left idle where it does not pay
 
         def cost(n: int) -> float:
@@ -100,6 +107,7 @@ class Pace:
     def answered(self, said: int, opening_ms: float) -> None:
         """Record one answer: its tokens after the first, and what opening the draft took (0: it was not opened)."""
         self.lengths.append(said)
+        self.rest = max(IDLE[0], self.rest // 2)  # the next answer may be of another kind
         if opening_ms > 0:
             self.opened.append(opening_ms)
 
@@ -107,29 +115,44 @@ class Pace:
         """Most tokens to draft in the coming round; 0 = take a plain step."""
         if self.fixed is not None:
             return self.fixed
+        if not self.plain or self.since >= STEPS[len(self.plain) > 1]:
+            return 0
         if not self.draft.known:
             return min(5, self.most)
         best = self._best()
         if best == 0:
             self.idle += 1
-            return 2 if self.idle % 16 == 0 else 0
-        self.idle = 0
+            if self.idle < self.rest:
+                return 0
+            self.idle, self.rest = 0, min(IDLE[1], 2 * self.rest)
+            return min(2, self.most)
+        self.idle, self.rest = 0, IDLE[0]
         return min(self.most, 2 * best)  # certainty may carry a draft beyond the average
 
     def floor(self) -> float:
         """Probability in [0, 0.9] of passing under which a further token does not pay; 0 = go on to `length`."""
         if self.fixed is not None or not self.draft.known or self.ms == 0:
             return 0.0
-        pace = max(self.tokens / self.ms, 1 / self.verify.at(1))
-        return min(0.9, pace * (self.draft.each + self.verify.each))
+        pace = max(self.tokens / self.ms, 1 / self.verified(1))
+        return min(0.9, pace * (self.draft.each + self.verified(2) - self.verified(1)))
+
+    def verified(self, n: int) -> float:
+        """Milliseconds of a step of the target over n tokens: the line from a plain step to the mean verification."""
+        if not self.plain:
+            return self.verify.at(n)
+        step = max(1e-6, statistics.median(self.plain))
+        if not self.verify.known:
+            return step
+        mean = self.verify.x / self.verify.w
+        return step + max(0.0, self.verify.y / self.verify.w - step) * (n - 1) / max(1.0, mean - 1)
 
     def _best(self) -> int:
         """The fixed draft length that would yield most tokens per millisecond."""
-        gain, tokens, best = 1.0, 1.0, (1 / self.verify.at(1), 0)
+        gain, tokens, best = 1.0, 1.0, (1 / self.verified(1), 0)
         for k in range(1, self.most + 1):
             gain *= self.rate
             tokens += gain
-            best = max(best, (tokens / (self.verify.at(k + 1) + self.draft.at(k)), k))
+            best = max(best, (tokens / (self.verified(k + 1) + self.draft.at(k)), k))
         return best[1]
 
     def saw(
@@ -137,9 +160,12 @@ class Pace:
     ) -> None:
         """Record one round: tokens drafted and accepted, milliseconds of the draft and of the verification. certainty:
         the draft's own probability of each drafted token, when it knows."""
-        self.verify.saw(drafted + 1, verify_ms)
         if drafted == 0:
+            self.plain.append(verify_ms)
+            self.since = 0
             return
+        self.since += 1
+        self.verify.saw(drafted + 1, verify_ms)
         self.draft.saw(drafted, draft_ms)
         self.tokens = FADE * self.tokens + accepted + 1
         self.ms = FADE * self.ms + draft_ms + verify_ms

@@ -7,6 +7,8 @@ from typing import Any
 from vlmfast import families
 from vlmfast.core import Unsupported, UserError
 from vlmfast.decode.speculate import Speculate
+from vlmfast.runtime.names import cache_in
+from vlmfast.runtime.rewind import cannot_rewind
 
 REFUSED_OPTIONS = {
     "assistant_model": "transformers' own assisted generation and speculate= were asked for together",
@@ -34,8 +36,11 @@ def option(model: Any, kwargs: dict[str, Any], name: str) -> Any:
     return getattr(model.generation_config, name, None) if value is None else value
 
 
-def check(model: Any, speculate: Speculate, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Raise Unsupported, in one line, for whatever this loop cannot honour; called before anything runs."""
+def check(model: Any, speculate: Speculate, args: tuple, kwargs: dict[str, Any], kv: Any = None) -> None:
+    """Raise Unsupported, in one line, for whatever this loop cannot honour; called before anything runs.
+
+    kv: the policy that will compress the target's cache, if any.
+    """
     if families.get(model).recurrent:
         raise Unsupported(
             f"layers of a {model.config.model_type} keep a recurrent state that cannot give back refused tokens: "
@@ -64,14 +69,27 @@ def check(model: Any, speculate: Speculate, args: tuple, kwargs: dict[str, Any])
             "use the default dynamic cache"
         )
     if speculate.draft is not None:
-        if speculate.accept.graded() and not getattr(speculate.draft, "graded", False):
-            draft = getattr(speculate.draft, "name", type(speculate.draft).__name__)
-            raise Unsupported(
-                f"{speculate.accept.name} reads the draft's own probabilities and {draft} has none for looked-up text: "
-                "use ModelDraft or SelfDraft"
-            )
         speculate.draft.check(model, kwargs)
+        _check_rewind(model, speculate, kwargs, ids, kv)
     tokenizer_for(model, speculate, kwargs)
+
+
+def _check_rewind(model: Any, speculate: Speculate, kwargs: dict[str, Any], ids: Any, kv: Any) -> None:
+    """Refused tokens must leave no trace in the target, nor in a draft that is a model."""
+    cache, columns = cache_in(kwargs), 1 if ids is None else int(ids.shape[1])
+    if cache is not None:
+        columns += int(cache.get_seq_length())  # at most: the ids may or may not repeat what the cache holds
+    new = option(model, kwargs, "max_new_tokens") or option(model, kwargs, "max_length") or 20
+    longest = columns + int(new) + speculate.most
+    draft: Any = speculate.draft
+    pruned = getattr(draft, "prune", None) is not None
+    other = draft.load() if hasattr(draft, "load") else None
+    why = cannot_rewind(model, cache, columns, longest, kv, pruned and other is None)
+    if why is None and other is not None:
+        why = cannot_rewind(other, None, columns, longest, pruned=pruned)
+        why = why and f"the draft: {why}"
+    if why is not None:
+        raise Unsupported(f"refused tokens cannot be given back, {why}: use Speculate() without a draft")
 
 
 def tokenizer_for(model: Any, speculate: Speculate, kwargs: dict[str, Any]) -> Any:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from vlmfast.core import UserError
+from vlmfast.core import UserError, shown
 from vlmfast.decode.accept import Exact, Rule
+from vlmfast.fields import Method
 
 
 @dataclass(frozen=True)
-class Speculate:
+class Speculate(Method):
     """The decode stage of a plan.
 
     draft: ModelDraft, SelfDraft, PromptLookup or LookupThenModel; None = no drafting, our lean loop (`plain_loop`).
@@ -23,32 +24,32 @@ class Speculate:
     """
 
     draft: Any = None
-    accept: Any = field(default_factory=Exact)
-    length: int | str = "adaptive"
-    most: int = 16
+    accept: Rule = field(default_factory=Exact)
+    length: int | Literal["adaptive"] = "adaptive"
+    most: int = 15  # and the token after them: what the CUDA kernel verifies at once
     tokenizer: Any = field(default=None, repr=False, compare=False)
-    otherwise: str = "refuse"
+    otherwise: Literal["refuse", "plain"] = "refuse"
     name: ClassVar[str] = "speculate"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.accept, Rule):
-            raise UserError(
-                f"accept={self.accept!r} is not an acceptance rule; use e.g. accept=Exact() or accept=Loose()"
-            )
+        super().__post_init__()
         if self.draft is not None and not hasattr(self.draft, "open"):
             raise UserError(
-                f"draft={type(self.draft).__name__} is not a draft; use ModelDraft(model), SelfDraft(), PromptLookup() "
+                f"draft={shown(self.draft)} is not a draft; use ModelDraft(model), SelfDraft(), PromptLookup() "
                 "or LookupThenModel(model)"
             )
-        ok = self.length == "adaptive" or (
-            isinstance(self.length, int) and not isinstance(self.length, bool) and self.length >= 1
-        )
-        if not ok:
-            raise UserError(f"length={self.length!r} must be a whole number of tokens, at least 1, or 'adaptive'")
-        if self.otherwise not in ("refuse", "plain"):
-            raise UserError(f'otherwise={self.otherwise!r} is not known; use "refuse" or "plain"')
-        if isinstance(self.most, bool) or not isinstance(self.most, int) or self.most < 1:
-            raise UserError(f"most={self.most!r} must be a whole number of tokens, at least 1")
+        if self.draft is not None and self.accept.graded() and not getattr(self.draft, "graded", False):
+            name = getattr(self.draft, "name", "this draft")
+            raise UserError(
+                f"{self.accept.name} reads the draft's own probabilities and {name} has none for looked-up text: "
+                "use ModelDraft or SelfDraft"
+            )
+        if self.tokenizer is not None and not hasattr(self.tokenizer, "convert_ids_to_tokens"):
+            raise UserError(f"tokenizer={shown(self.tokenizer)} is no tokenizer; leave it away, or give the model's")
+        if self.length != "adaptive" and self.length < 1:
+            raise UserError(f"length={self.length} must be a whole number of tokens, at least 1, or 'adaptive'")
+        if self.most < 1:
+            raise UserError(f"most={self.most} must be a whole number of tokens, at least 1")
 
 
 def predicted_speedup(accepted: float, drafted: float, verify: float, draft: float) -> float:

@@ -26,7 +26,7 @@ class AdaptInfer(LayerPruner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "layers", check_layers(self.name, self.layers))
+        check_layers(self.name, self.layers)
         if self.raters < 1:
             raise UserError(f"raters={self.raters}: at least one text token must rate the visual ones, e.g. raters=64")
 

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from vlmfast.core import Unsupported, UserError, VisualTokens, check_fraction
+from vlmfast.fields import Method
+from vlmfast.kernels import highest, ranking
 
 
 @dataclass(frozen=True)
-class Pruner:
+class Pruner(Method):
     """Keeps a fraction `keep` of the visual tokens of each image or video.
 
     keep: fraction kept, in (0, 1]. floor: tokens every frame keeps at least (the budget grows to hold it).
@@ -29,7 +31,7 @@ class Pruner:
 
     keep: float = 0.25
     floor: int = 1
-    after_block: int | float | str | None = None
+    after_block: int | float | Literal["auto"] | None = None
     least: int = 0
 
     name: ClassVar[str] = ""
@@ -37,14 +39,13 @@ class Pruner:
     video_only: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_fraction("keep", self.keep)
         if self.floor < 0:
             raise UserError(f"floor={self.floor} is negative: give the number of tokens every frame keeps, 0 or more")
-        if isinstance(self.least, bool) or not isinstance(self.least, int) or self.least < 0:
+        if self.least < 0:
             raise UserError(f"least={self.least!r} in {self.name}: give a number of tokens, 0 or more, e.g. least=256")
         block = self.after_block
-        if isinstance(block, bool) or (isinstance(block, str) and block != "auto"):
-            raise UserError(f'after_block={block!r}: give a tower block index, a share of the depth below 1, or "auto"')
         if isinstance(block, int) and block < 0:
             raise UserError(f"after_block={block} is negative: give a tower block index, e.g. after_block=8")
         if isinstance(block, float) and not 0 < block < 1:
@@ -118,7 +119,7 @@ def ranked(score: Tensor, frame: Tensor, budget: int, floor: int, per_frame: Ten
 
     score, frame: (N,). No host sync: a token's rank inside its frame lifts it into a higher class of the top-k.
     """
-    order = score.argsort(descending=True, stable=True)
+    order = ranking(score)
     by_frame = order[frame[order].argsort(stable=True)]  # frames ascending, best first within each
     sorted_frame = frame[by_frame]
     start = torch.searchsorted(sorted_frame, sorted_frame)
@@ -128,7 +129,7 @@ def ranked(score: Tensor, frame: Tensor, budget: int, floor: int, per_frame: Ten
     overall = torch.empty_like(order)
     overall[order] = torch.arange(len(order), 0, -1, device=score.device)
     lifted = overall + (rank < floor).long() * (2 * len(order)) + (rank < quota).long() * (2 * len(order))
-    return lifted.topk(budget).indices
+    return highest(lifted, budget)
 
 
 def frame_means(features: Tensor, frame: Tensor, t: int) -> Tensor:
@@ -143,7 +144,7 @@ def largest_remainder(share: Tensor, total: int) -> Tensor:
     exact = share / share.sum() * total
     parts = exact.floor()
     missing = total - parts.sum()
-    order = (exact - parts).argsort(descending=True, stable=True)
+    order = ranking(exact - parts)
     extra = torch.zeros_like(parts)
     extra[order] = (torch.arange(len(parts), device=parts.device) < missing).to(parts.dtype)
     return (parts + extra).long()

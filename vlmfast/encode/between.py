@@ -7,13 +7,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vlmfast.core import Unsupported, UserError, VisualTokens, check_fraction
+from vlmfast.core import Unsupported, UserError, VisualTokens, check_fraction, shown
 from vlmfast.encode.base import Pruner
+from vlmfast.fields import Method
 from vlmfast.runtime.cuts import Sight
 
 
 @dataclass(frozen=True)
-class LayerPruner:
+class LayerPruner(Method):
     """Layers before a cut see every visual token, layers after it the fraction that stays.
 
     keep: fraction of the visual tokens that entered which is left after the last cut, in (0, 1]. prune: a pruner that
@@ -29,9 +30,8 @@ class LayerPruner:
     video_only: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_fraction("keep", self.keep)
-        if self.prune is not None and not isinstance(self.prune, Pruner):
-            raise UserError(f"{self.name}: prune={self.prune!r} is not a pruner of the tower's output, e.g. VidCom2()")
 
     def cuts(self, layers: int) -> tuple[tuple[int, float], ...]:
         """((layer, fraction of the entered tokens that stay from it on), ...), ascending; `layers` in the model."""
@@ -65,11 +65,9 @@ def stage_layers(layers: tuple[int, ...] | None, shares: tuple[float, ...], dept
     return tuple(sorted({min(depth - 1, max(1, round(share * depth))) for share in shares}))
 
 
-def check_layers(name: str, layers: object) -> tuple[int, ...] | None:
-    """None, or ascending layer numbers as a tuple (lists come from JSON)."""
-    if layers is None:
-        return None
-    valid = isinstance(layers, (list, tuple)) and len(layers) > 0 and all(type(x) is int and x >= 1 for x in layers)
-    if not valid or list(layers) != sorted(set(layers)):  # type: ignore[call-overload, arg-type]
-        raise UserError(f"{name}: layers={layers!r} must be ascending layer numbers from 1 on, e.g. layers=[8, 16, 24]")
-    return tuple(layers)  # type: ignore[arg-type]
+def check_layers(name: str, layers: tuple[int, ...] | None) -> None:
+    """Raise unless layers is None, or layer numbers that ascend."""
+    if layers is not None and (not layers or layers[0] < 1 or list(layers) != sorted(set(layers))):
+        raise UserError(
+            f"{name}: layers={shown(layers)} must be ascending layer numbers from 1 on, e.g. layers=[8, 16, 24]"
+        )

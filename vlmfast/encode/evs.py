@@ -25,7 +25,7 @@ class EVS(Pruner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.stills is not None and (not isinstance(self.stills, Pruner) or set(self.stills.needs) != {"features"}):
+        if self.stills is not None and set(self.stills.needs) != {"features"}:
             raise UserError(f"evs leaves images to a pruner of features, not {self.stills!r}: e.g. stills=VidCom2()")
 
     def select(self, tokens: VisualTokens) -> Tensor:

@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 
 from vlmfast.core import VisualTokens, check_fraction
 from vlmfast.encode.base import Pruner, frame_means
+from vlmfast.kernels import highest, ranking
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class FlashVID(Pruner):
         taken = attended_and_diverse(x, self.need(tokens, "attention").float().view(t, n), each)
         rank = self._roots_first(x, taken, tokens)
         rank = torch.where(taken, rank.new_full((), 4.0), rank)
-        return rank.flatten().argsort(descending=True, stable=True)[:budget]
+        return highest(rank.flatten(), budget)
 
     def _roots_first(self, x: Tensor, taken: Tensor, tokens: VisualTokens) -> Tensor:
         """(t, n) rank of the tokens left over: roots by density peak (1 ... 2), then linked ones, least alike first."""
@@ -55,7 +56,7 @@ class FlashVID(Pruner):
         best = torch.cat([alike.new_full((1, n), -1.0), alike.amax(-1)])
         root = (best <= self.threshold) & free
         peak = density_peaks(x, root).masked_fill(~root, -1)
-        place = peak.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        place = ranking(peak).argsort(dim=1)
         place = place / root.sum(1, keepdim=True).clamp(min=1)
         return torch.where(root, 2 - place, -best)
 

@@ -16,11 +16,14 @@ from vlmfast.encode.base import Pruner, largest_remainder, ranked
 @dataclass(frozen=True)
 class HiRED(Pruner):
     """High-resolution early dropping (arXiv 2408.10945). The base view of a tiled image gets the share `alpha` of the
-    budget; the rest is shared between the tiles in proportion to the attention which the tower's first layer pays to
-    each tile's region of the base view. Within each, the tokens most attended in the last layer stay.
+    budget. Of its tokens, the share 1 - alpha that the tower's first layer attends most is marked, and the rest of the
+    budget is shared between the tiles by how many marked tokens lie in each tile's region of the base view. Within
+    each, the tokens most attended in the last layer stay.
 
-    The mosaic is cut into equal parts of about one tile, because its padding has been cropped when we see it. Media
-    without tiles (one view, video) have one ranking by the last layer.
+    Differs from the authors' code in three ways. A tile's region is its rectangle of the base view, as in the paper;
+    their code cuts the flattened view into equal runs, which are bands of rows. What rounding leaves of the budget is
+    given out by largest remainder; theirs drops it. The mosaic is cut into equal parts of about one tile, because its
+    padding has been cropped when we see it. Media without tiles (one view, video) have one ranking by the last layer.
     """
 
     alpha: float = 0.5
@@ -42,7 +45,8 @@ class HiRED(Pruner):
         rows, cols = math.ceil(h / side), math.ceil(w / side)
         device = late.device
         region = parts(side, side, rows, cols).to(device)
-        seen = early.new_zeros(rows * cols).index_add_(0, region, early[:base])
+        marked = early[:base].argsort(descending=True, stable=True)[: max(1, int(base * (1 - self.alpha)))]
+        seen = torch.bincount(region[marked], minlength=rows * cols).float()
         first = min(base, max(self.floor, round(self.alpha * budget)))
         quota = torch.cat([torch.tensor([first], device=device), largest_remainder(seen, budget - first)])
         group = torch.cat([torch.zeros(base, dtype=torch.long, device=device), 1 + parts(h, w, rows, cols).to(device)])

@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmfast.core import UserError, VisualTokens, check_fraction
+from vlmfast.core import UserError, VisualTokens, check_fraction, shown
 from vlmfast.encode.base import Pruner
 from vlmfast.encode.vidcom2 import VidCom2
+from vlmfast.kernels import highest
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class IVCPrune(Pruner):
 
     def __post_init__(self) -> None:
         if not isinstance(self.prune, Pruner) or isinstance(self.prune, IVCPrune):
-            raise UserError(f"ivcprune wraps another pruner, not {self.prune!r}: e.g. IVCPrune(prune=VidCom2())")
+            raise UserError(f"prune={shown(self.prune)}: ivcprune wraps another pruner, e.g. IVCPrune(prune=VidCom2())")
         # what the wrapped pruner asks for is asked for here too
         object.__setattr__(self, "needs", tuple(dict.fromkeys((*self.prune.needs, "rope"))))
         object.__setattr__(self, "video_only", self.prune.video_only)
@@ -43,12 +44,11 @@ class IVCPrune(Pruner):
         axes = max(1, min(round(self.coordinates * tokens.n), budget // 2)) // 2 * 2 or 1
         cos, sin = self.need(tokens, "rope").float()
         rank = torch.zeros(tokens.n, device=cos.device)
-        rank[cos.topk((axes + 1) // 2).indices] = 4
-        sine = sin.masked_fill(rank > 0, float("-inf")).topk(axes // 2).indices
-        rank[sine] = 4
+        rank[highest(cos, (axes + 1) // 2)] = 4
+        rank[highest(sin.masked_fill(rank > 0, float("-inf")), axes // 2)] = 4
         # the other pruner's best go next; what it keeps of a whole budget fills up for those it shares with the axes
         if budget > axes:
             rank[self.prune.select_body(tokens, budget - axes)] += 2
         rank[self.prune.select_body(tokens, budget)] += 1
         spread = torch.arange(tokens.n, device=cos.device, dtype=torch.float64).mul(0.6180339887).frac()
-        return (rank + 0.5 * spread).topk(budget).indices
+        return highest(rank + 0.5 * spread, budget)

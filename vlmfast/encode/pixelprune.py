@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class PixelPrune(Pruner):
     """
 
     keep: float = 0.9999
-    after_block: int | float | str | None = 0
+    after_block: int | float | Literal["auto"] | None = 0
     threshold: float = 0.0
     name: ClassVar[str] = "pixelprune"
     needs: ClassVar[tuple[str, ...]] = ("pixels",)
@@ -36,7 +36,7 @@ class PixelPrune(Pruner):
         super().__post_init__()
         if self.after_block != 0:
             raise UserError(f"pixelprune looks at pixels, before the tower: after_block={self.after_block} must be 0")
-        if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)) or not self.threshold >= 0:
+        if self.threshold < 0:
             raise UserError(f"threshold={self.threshold!r} is a distance between pixel values: 0 (exact) or more")
 
     def select_body(self, tokens: VisualTokens, budget: int) -> Tensor:

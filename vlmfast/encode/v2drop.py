@@ -26,7 +26,7 @@ class V2Drop(LayerPruner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "layers", check_layers(self.name, self.layers))
+        check_layers(self.name, self.layers)
 
     def cuts(self, layers: int) -> tuple[tuple[int, float], ...]:
         return staged(self.keep, stage_layers(self.layers, (0.1, 0.5, 0.7), layers))

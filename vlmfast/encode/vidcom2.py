@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 
 from vlmfast.core import VisualTokens
 from vlmfast.encode.base import Pruner, frame_means, largest_remainder, ranked
+from vlmfast.kernels import highest
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class VidCom2(Pruner):
         """(N,) distance-like score to the video's centre, and to the frame's."""
         x = tokens.features.float()
         kept = max(1, int(x.shape[-1] * self.channels))
-        x = normalize(x[:, x.var(0, unbiased=False).topk(kept, largest=False).indices], dim=-1)
+        x = normalize(x[:, highest(-x.var(0, unbiased=False), kept)], dim=-1)
         video = x.mean(0)
         frame = frame_means(x, tokens.frame, tokens.frames)[tokens.frame]
         return -gaussians((x - video).square().sum(-1)), -gaussians((x - frame).square().sum(-1))

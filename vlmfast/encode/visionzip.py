@@ -33,6 +33,13 @@ class VisionZip(Pruner):
         if self.contextual != 0:
             check_fraction("contextual", self.contextual)
 
+    def check_model(self, layers: int, heads: int, axes: int) -> None:
+        if self.merges and axes > 1:
+            raise Unsupported(
+                f"visionzip with contextual={self.contextual} merges tokens, and merged tokens drift from their M-RoPE "
+                "positions: use contextual=0 with this model"
+            )
+
     @property
     def merges(self) -> bool:
         """Does this pruner change the features of kept tokens?"""
@@ -47,11 +54,7 @@ class VisionZip(Pruner):
         return ranked(self.score(tokens).float(), tokens.frame, budget - contextual, self.floor, None)
 
     def select_body(self, tokens: VisualTokens, budget: int) -> Tensor:
-        if self.merges and tokens.positions is not None and tokens.positions.shape[0] > 1:
-            raise Unsupported(
-                f"visionzip with contextual={self.contextual} merges tokens, and merged tokens drift from their M-RoPE "
-                "positions: use contextual=0 with this model"
-            )
+        self.check_model(0, 0, 1 if tokens.positions is None else tokens.positions.shape[0])
         dominant = self._dominant(tokens, budget)
         spaced = budget - len(dominant)
         rest = rest_of(tokens.n, dominant)

@@ -9,6 +9,7 @@ from torch import Tensor
 from vlmfast.core import UserError
 from vlmfast.kernels import cpu, reference
 from vlmfast.kernels.cpu import chunk_scores
+from vlmfast.kernels.ranking import highest, ranking
 from vlmfast.kernels.reference import Ragged, dequantise, quantise
 
 Backend = Literal["reference", "cpu", "triton"]
@@ -69,8 +70,10 @@ __all__ = [
     "Ragged",
     "chunk_scores",
     "dequantise",
+    "highest",
     "quantise",
     "ragged_attention",
+    "ranking",
     "window_attention",
     "window_mean",
 ]

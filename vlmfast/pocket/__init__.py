@@ -25,8 +25,9 @@ def path(name: str = "target") -> str:
 
 def load(name: str = "target", dtype: str = "float32") -> tuple[Any, Any]:
     """The pocket model and its processor, `(model, processor)`, in evaluation mode on the CPU."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoProcessor
+
+    from vlmfast.runtime import weights
 
     folder = path(name)
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
-    return model, AutoProcessor.from_pretrained(folder)
+    return weights.read(f"pocket ({name})", folder, dtype), AutoProcessor.from_pretrained(folder)

@@ -27,9 +27,10 @@ _POLICIES: tuple[type[KVPolicy], ...] = (
     RazorAttention, Quantised, LazyEviction, ShadowKV, StreamingLLM, KeyDiff, Random,
 )  # fmt: skip
 METHODS: dict[str, type[KVPolicy]] = {m.name: m for m in _POLICIES}
+CONTROLS: dict[str, type[KVPolicy]] = {Full.name: Full}  # a plan may ask for them too; they drop nothing
 
 __all__ = [
-    "METHODS", "AdaKV", "CAKE", "ElasticCache", "Full", "H2O", "HybridKV", "KVLayer", "KVMerger", "KVPolicy",
-    "KeyDiff", "LazyEviction", "LookM", "MixKV", "PrefixKV", "PyramidKV", "Quantised", "Random",
+    "CONTROLS", "METHODS", "AdaKV", "CAKE", "ElasticCache", "Full", "H2O", "HybridKV", "KVLayer", "KVMerger",
+    "KVPolicy", "KeyDiff", "LazyEviction", "LookM", "MixKV", "PrefixKV", "PyramidKV", "Quantised", "Random",
     "RazorAttention", "ShadowKV", "SnapKV", "StreamingLLM",
 ]  # fmt: skip

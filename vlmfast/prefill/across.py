@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from vlmfast.core import CompressedLayer, LayerView
-from vlmfast.prefill.base import Choice, KVPolicy, Row, best, protect, real_columns, row_of
+from vlmfast.prefill.base import Choice, KVPolicy, Row, best_of_heads, protect, real_columns, row_of
 
 
 @dataclass
@@ -19,6 +19,7 @@ class Rated:
     """What is remembered of one row of one layer until the budgets are known."""
 
     scores: Tensor  # (Hk, n) float32, protected columns +inf
+    tiebreak: Tensor | None  # (Hk, n), what orders columns of equal score
     weight: Any  # what `spread` goes by
 
 
@@ -45,7 +46,8 @@ class AcrossLayers(KVPolicy):
                 continue
             row = row_of(view, i, columns)
             scores = self.score(row).float()
-            rated.append(Rated(protect(scores, self.sinks, self.recent), self.weigh(row, scores)))
+            protected = protect(scores, self.sinks, self.recent)
+            rated.append(Rated(protected, self.tiebreak(row), self.weigh(row, scores)))
         return rated
 
     def compress_all(self, views: list[LayerView], rated: list[list[Rated | None]]) -> list[CompressedLayer]:
@@ -65,7 +67,7 @@ class AcrossLayers(KVPolicy):
 
     def pick(self, row: Row, rated: Rated, share: Any) -> Choice:
         """What a row of one layer keeps, given what `spread` gave the layer. The row has no window."""
-        return Choice([best(s, share) for s in rated.scores])
+        return Choice(best_of_heads(rated.scores, [share] * len(rated.scores), rated.tiebreak))
 
     def compress(self, view: LayerView) -> CompressedLayer | None:
         """A model of one layer."""

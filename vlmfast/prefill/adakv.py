@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from vlmfast.core import UserError, check_fraction
+from vlmfast.kernels import highest
 from vlmfast.prefill.base import KVPolicy, Row, under
 from vlmfast.prefill.snapkv import SnapKV
 
@@ -42,10 +43,13 @@ class AdaKV(KVPolicy):
     def score(self, row: Row) -> Tensor:
         return under(self, self.scorer).score(row)
 
-    def counts(self, scores: Tensor, total: int) -> list[int]:
+    def tiebreak(self, row: Row) -> Tensor | None:
+        return under(self, self.scorer).tiebreak(row)
+
+    def counts(self, scores: Tensor, total: int, tiebreak: Tensor | None = None) -> list[int]:
         heads, n = scores.shape
         floor = max(self.least(), int(self.floor * total))
-        sure = scores.topk(floor, dim=1)
-        rest = scores.scatter(1, sure.indices, -float("inf")).flatten()
-        extra = rest.topk(min(heads * (total - floor), rest.numel() - heads * floor)).indices // n
+        rest = scores.scatter(1, highest(scores, floor, tiebreak), -float("inf")).flatten()
+        count = min(heads * (total - floor), rest.numel() - heads * floor)
+        extra = highest(rest, count, None if tiebreak is None else tiebreak.flatten()) // n
         return (extra.bincount(minlength=heads) + floor).tolist()

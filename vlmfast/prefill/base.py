@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from vlmfast.core import CompressedLayer, Kind, LayerView, LowRank, Retrieval, Rotation, UserError, check_fraction
+from vlmfast.fields import Method
+from vlmfast.kernels import highest
 from vlmfast.prefill.cache import KVLayer
 
 
@@ -58,7 +61,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class KVPolicy:
+class KVPolicy(Method):
     """Base of all policies. Subclasses set `name` and implement `score`, or `choose` when heads differ in kind.
 
     keep    fraction of all columns that enter the cache (after pruning) which stays, in (0, 1]
@@ -78,23 +81,18 @@ class KVPolicy:
     int8: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_fraction("keep", self.keep)
         self.check_counts(sinks=0, recent=0)
         if self.budget is not None and self.budget < max(1, self.least()):
             raise UserError(self._too_small(self.budget))
 
     def check_counts(self, **least: int) -> None:
-        """Raise unless each named field is an int of at least the given value."""
+        """Raise unless each named field is at least the given value."""
         for name, low in least.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise UserError(f"{name}={value!r} in {self.name}: {name} is a whole number of at least {low}")
-
-    def check_choice(self, **options: tuple) -> None:
-        """Raise unless each named field is one of its options."""
-        for name, known in options.items():
-            if getattr(self, name) not in known:
-                raise UserError(f"{name}={getattr(self, name)!r} in {self.name}: choose one of {', '.join(known)}")
+            if value < low:
+                raise UserError(f"{name}={value} in {self.name}: {name} is a whole number of at least {low}")
 
     # -- what the runtime asks -------------------------------------------------------------------------------------
 
@@ -185,7 +183,11 @@ class KVPolicy:
         """(Hk, n) float, higher stays."""
         raise NotImplementedError
 
-    def counts(self, scores: Tensor, total: int) -> list[int]:
+    def tiebreak(self, row: Row) -> Tensor | None:
+        """(Hk, n) float that orders columns of equal score, such as the score before pooling; None = earlier first."""
+        return None
+
+    def counts(self, scores: Tensor, total: int, tiebreak: Tensor | None = None) -> list[int]:
         """Columns each head keeps; their mean is at most `total`. scores (Hk, n), protected columns +inf."""
         return [total] * scores.shape[0]
 
@@ -196,8 +198,9 @@ class KVPolicy:
     def choose(self, row: Row) -> Choice:
         """Score, protect sinks and recent columns, keep the best of every head."""
         scores = protect(self.score(row).float(), self.sinks, self.recent)
-        counts = self.counts(scores, self.allowance(row))
-        return Choice([best(s, c) for s, c in zip(scores, counts, strict=True)])
+        ties = self.tiebreak(row)
+        counts = self.counts(scores, self.allowance(row), ties)
+        return Choice(best_of_heads(scores, counts, ties))
 
 
 def _given(values: list) -> list | None:
@@ -213,9 +216,15 @@ def protect(scores: Tensor, sinks: int, recent: int) -> Tensor:
     return scores
 
 
-def best(scores: Tensor, count: int) -> Tensor:
-    """Indices of the `count` highest of scores (n,), ascending int64."""
-    return scores.topk(count).indices.sort().values
+def best(scores: Tensor, count: int, tiebreak: Tensor | None = None) -> Tensor:
+    """Indices of the `count` highest of scores (n,), ascending int64; ties as in `kernels.highest`."""
+    return highest(scores, count, tiebreak).sort().values
+
+
+def best_of_heads(scores: Tensor, counts: Sequence[int], tiebreak: Tensor | None = None) -> list[Tensor]:
+    """`best` of every head: scores and tiebreak (Hk, n), counts per head."""
+    ties = [None] * len(scores) if tiebreak is None else tiebreak
+    return [best(s, c, t) for s, c, t in zip(scores, counts, ties, strict=True)]
 
 
 def under(policy: KVPolicy, scorer: KVPolicy) -> KVPolicy:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vlmfast.kernels import ranking
+
 
 def by_type(
     total: int, heads: int, dynamic: int, ratio: float, least_static: int, least_dynamic: int
@@ -44,7 +46,7 @@ def by_head(columns: int, weights: Tensor, least: int, most: int) -> list[int]:
         out, open_ = out - over, open_ & (out < most)
     whole = out.floor()
     missing = columns - int(whole.sum())
-    order = (out - whole).argsort(descending=True, stable=True)
+    order = ranking(out - whole)
     counts = whole.long()
     for head in order.tolist() + list(range(heads)):
         if missing > 0 and counts[head] < most:

@@ -19,10 +19,14 @@ from vlmfast.core import CompressedLayer, Unsupported
 from vlmfast.prefill.retrieve import Dynamic
 from vlmfast.prefill.store import Store
 from vlmfast.runtime.attention import tag
+from vlmfast.runtime.state import Announced
 
 
-class KVLayer(CacheLayerMixin):
-    """One layer's keys and values: ragged, tiered, croppable. Uncompressed it is the full cache under our attention."""
+class KVLayer(Announced, CacheLayerMixin):
+    """One layer's keys and values: ragged, tiered, croppable. Uncompressed it is the full cache under our attention.
+
+    Once a model's hooks have filled it, only their attention can read it: what was not announced is refused.
+    """
 
     is_sliding = False
     is_croppable = True
@@ -58,6 +62,7 @@ class KVLayer(CacheLayerMixin):
             self.keys, self.values = key_states, value_states
             self.entered = key_states.shape[2]
             return key_states, value_states
+        self.check_announced()
         if self.keys is not None:
             self.compress(None)
         position = self.get_seq_length()

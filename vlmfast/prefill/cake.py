@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -50,17 +51,26 @@ class CAKE(AcrossLayers):
             )
 
     def score(self, row: Row) -> Tensor:
+        return max_pool(self._indicator(row), self.pool)
+
+    def tiebreak(self, row: Row) -> Tensor | None:
+        """The score before pooling, which makes neighbours equal."""
+        return self._indicator(row) if self.pool > 1 else None
+
+    def _indicator(self, row: Row) -> Tensor:
         assert row.window is not None
         indicator = row.window.mean(1) + self.gamma * row.window.var(1, correction=0)
-        return max_pool(indicator.view(row.keys.shape[0], -1, row.n).mean(1), self.pool)
+        return indicator.view(row.keys.shape[0], -1, row.n).mean(1)
 
     def weigh(self, row: Row, scores: Tensor) -> float:
-        """The layer's preference."""
+        """The logarithm of the layer's preference: a power of 1 / tau overflows where tau is small."""
         assert row.window is not None
         mean = row.window.mean(1)
         dispersion = -(mean * mean.clamp(min=1e-12).log()).sum(-1).mean()
         shift = row.window.var(1, correction=0).sum(-1).mean()
-        return float(dispersion.clamp(min=1e-12) ** (1 / self.tau1) * shift.clamp(min=1e-12) ** (1 / self.tau2))
+        logs = (math.log(max(1e-12, float(x))) / tau for x, tau in ((dispersion, self.tau1), (shift, self.tau2)))
+        return sum(min(1e300, max(-1e300, log)) for log in logs)
 
     def spread(self, weights: list[Any], n: int) -> list[int]:
-        return by_head(self.total(n) * len(weights), torch.tensor(weights), self.least(), n)
+        logs = torch.tensor(weights, dtype=torch.float64)
+        return by_head(self.total(n) * len(weights), (logs - logs.max()).exp(), self.least(), n)

@@ -49,10 +49,10 @@ class ElasticCache(KVPolicy):
     distance: int | None = None
 
     def __post_init__(self) -> None:
-        if self.distance is not None:
-            self.check_counts(distance=1)
         super().__post_init__()
         self.check_counts(queries=1)
+        if self.distance is not None:
+            self.check_counts(distance=1)
 
     def least(self) -> int:
         """Sinks and recent columns, and no less than the distance."""

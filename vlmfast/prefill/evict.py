@@ -30,6 +30,7 @@ class EvictingLayer(KVLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self.is_initialized:
+            self.check_announced()
             if self.keys is not None:
                 self.compress(None)
             q = key_states.shape[2]

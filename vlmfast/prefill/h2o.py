@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from vlmfast.core import UserError
-from vlmfast.prefill.base import Choice, KVPolicy, Row, best, protect
+from vlmfast.prefill.base import Choice, KVPolicy, Row, best_of_heads, protect
 
 
 @dataclass(frozen=True)
@@ -43,4 +43,4 @@ class H2O(KVPolicy):
         total = self.allowance(row)
         recent = max(self.recent, total - self.sinks - round(self.heavy * total))
         scores = protect(self.score(row), self.sinks, recent)
-        return Choice([best(s, total) for s in scores])
+        return Choice(best_of_heads(scores, [total] * len(scores)))

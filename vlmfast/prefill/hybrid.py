@@ -7,12 +7,13 @@ is ours. Published at a 10 % budget on Qwen2.5-VL-7B: 66.68 against 67.53 for th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from vlmfast.core import Kind, Retrieval, UserError, check_fraction
+from vlmfast.kernels import ranking
 from vlmfast.prefill.base import Choice, KVPolicy, Row, best, max_pool, protect
 from vlmfast.prefill.budget import by_head, by_type
 from vlmfast.prefill.keydiff import distinctness
@@ -49,26 +50,22 @@ class HybridKV(KVPolicy):
     queries: int = 64
     theta: float = 0.9
     top: float = 0.1
-    dynamic: str = "concentrated"
-    group: str = "mean"
+    dynamic: Literal["concentrated", "diffuse"] = "concentrated"
+    group: Literal["mean", "max"] = "mean"
     split: float | None = None
     ratio: float = 1.0
-    share: str = "equal"
+    share: Literal["broad", "sparse", "equal"] = "equal"
     text_first: bool = True
-    static: str = "both"
+    static: Literal["attention", "keys", "both"] = "both"
     pool: int = 1
     chunk: int = 16
-    bound: str = "minmax"
+    bound: Literal["mean", "minmax"] = "minmax"
     refresh: int = 4
 
     def __post_init__(self) -> None:
-        self.check_counts(queries=1, pool=1, chunk=1, refresh=1)
         super().__post_init__()
+        self.check_counts(queries=1, pool=1, chunk=1, refresh=1)
         check_fraction("top", self.top)
-        self.check_choice(
-            group=("mean", "max"), share=("broad", "sparse", "equal"), bound=("mean", "minmax"),
-            static=("attention", "keys", "both"), dynamic=("concentrated", "diffuse"),
-        )  # fmt: skip
         if self.pool % 2 == 0:
             raise UserError(f"pool={self.pool} in {self.name}: the pooling width is odd, e.g. pool={self.pool + 1}")
         if not 0 <= self.theta <= 1 or (self.split is not None and not 0 <= self.split <= 1):
@@ -105,13 +102,18 @@ class HybridKV(KVPolicy):
 
     def score(self, row: Row) -> Tensor:
         """(Hk, n) scores of static heads: text above every visual column, visual ones pooled."""
-        p = row.relevance(self.group)
+        return self._scores(row)[0]
+
+    def _scores(self, row: Row) -> tuple[Tensor, Tensor]:
+        """Scores, and what orders equal ones: the attention before pooling, or the score before text is raised."""
+        attention = row.relevance(self.group)
         visual = row.kinds == Kind.VISUAL
-        score = torch.where(visual, max_pool(p * visual, self.pool), p)
+        score, ties = torch.where(visual, max_pool(attention * visual, self.pool), attention), attention
         if self.static != "attention":
             unlike = distinctness(row.keys)
-            score = unlike if self.static == "keys" else torch.maximum(_rank(score), _rank(unlike))
-        return torch.where(visual, score, score + 1e3) if self.text_first else score
+            both = self.static == "both"
+            score = ties = torch.maximum(_rank(score, attention), _rank(unlike)) if both else unlike
+        return (torch.where(visual, score, score + 1e3) if self.text_first else score), ties
 
     def choose(self, row: Row) -> Choice:
         sigma = self.concentration(row)
@@ -128,13 +130,15 @@ class HybridKV(KVPolicy):
         if count < heads:
             shares = by_head(static_columns, weights[~dynamic], self.sinks + self.recent, row.n)
             budget[~dynamic] = torch.tensor(shares)
-        scores = protect(self.score(row), self.sinks, self.recent)
+        scores, ties = self._scores(row)
+        scores = protect(scores, self.sinks, self.recent)
         everything = torch.arange(row.n, device=scores.device)
-        keep = [everything if dynamic[h] else best(scores[h], int(budget[h])) for h in range(heads)]
+        keep = [everything if dynamic[h] else best(scores[h], int(budget[h]), ties[h]) for h in range(heads)]
         stats = {"concentration": sigma.tolist(), "dynamic": dynamic.tolist(), "budget": budget.tolist()}
         return Choice(keep, dynamic.to(scores.device), budget.to(scores.device), stats)
 
 
-def _rank(x: Tensor) -> Tensor:
-    """Place of every column in its head's ascending order, in [0, 1): (Hk, n) float32."""
-    return x.argsort(dim=-1, stable=True).argsort(dim=-1).float() / x.shape[-1]
+def _rank(x: Tensor, tiebreak: Tensor | None = None) -> Tensor:
+    """Place of every column in its head's ascending order, the earlier of equals higher, in [0, 1): (Hk, n) float32."""
+    n = x.shape[-1]
+    return (n - 1 - ranking(x, tiebreak).argsort(dim=-1)).float() / n

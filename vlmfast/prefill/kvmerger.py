@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from vlmfast.core import UserError
+from vlmfast.kernels import highest, ranking
 from vlmfast.prefill.base import Choice, KVPolicy, Row, best, protect
 from vlmfast.prefill.merge import others
 
@@ -66,9 +67,9 @@ def merge_runs(keys: Tensor, values: Tensor, score: Tensor, runs: int) -> tuple[
     wide = keys.float()
     alike = cosine_similarity(wide[1:], wide[:-1], dim=-1)
     run = torch.zeros(n, dtype=torch.int64, device=keys.device)
-    run[(-alike).topk(runs - 1).indices + 1] = 1
+    run[highest(-alike, runs - 1) + 1] = 1
     run = run.cumsum(0)
-    rank = score.argsort(descending=True, stable=True).argsort()
+    rank = ranking(score).argsort()
     top = rank.new_full((runs,), n).scatter_reduce(0, run, rank, "amin")
     pivots = (rank == top[run]).nonzero()[:, 0]
     distance = (wide - wide[pivots][run]).norm(dim=-1)

@@ -105,8 +105,8 @@ class LazyEviction(SnapKV):
     alpha: float = 0.001
 
     def __post_init__(self) -> None:
-        self.check_counts(lag=1)
         super().__post_init__()
+        self.check_counts(lag=1)
         if not 0 < self.alpha < 1:
             raise UserError(f"alpha={self.alpha!r} in {self.name}: the attention that counts as use lies in (0, 1)")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -27,16 +27,19 @@ class LookM(KVPolicy):
 
     name: ClassVar[str] = "lookm"
     queries: int = 64
-    merge: str = "pivotal"
+    merge: Literal["averaged", "pivotal", "weighted"] = "pivotal"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_counts(queries=1)
-        self.check_choice(merge=("averaged", "pivotal", "weighted"))
 
     def score(self, row: Row) -> Tensor:
         scores = row.relevance()
         return scores + (row.kinds != Kind.VISUAL) * scores.amax()
+
+    def tiebreak(self, row: Row) -> Tensor:
+        """The attention alone: small differences are lost when text is raised."""
+        return row.relevance()
 
     def choose(self, row: Row) -> Choice:
         choice = super().choose(row)

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DynamicCache
 
-from vlmfast.core import LowRank, Retrieval, UserError
+from vlmfast.core import LowRank, Retrieval, UserError, shown
 from vlmfast.prefill.cache import KVLayer
 from vlmfast.prefill.elasticcache import FixedPointLayer
 from vlmfast.prefill.lazyeviction import LaggedLayer
@@ -58,13 +58,16 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> DynamicCache:
     """Read what `save` wrote; fast tiers go to `device`, host tiers stay. For `generate(past_key_values=...)`."""
     if not Path(path).is_file():
         raise UserError(f"no saved cache at {path}: prefill.persist.save writes one")
-    with safe_open(str(path), framework="pt") as file:
-        tree = (file.metadata() or {}).get("vlmfast_cache")
-        if tree is None:
-            raise UserError(f"{path} is a safetensors file without a vlmfast cache in it")
-        state = _unpack(json.loads(tree), "", file, torch.device(device))
     cache = DynamicCache()
-    cache.layers.extend(state["layers"])
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            tree = (file.metadata() or {}).get("vlmfast_cache")
+            if tree is None:
+                raise UserError(f"{path} is a safetensors file without a vlmfast cache in it")
+            state = _unpack(json.loads(tree), "", file, torch.device(device))
+        cache.layers.extend(state["layers"])
+    except (SafetensorError, OSError, KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as e:
+        raise UserError(f"{path} is no saved cache, or a damaged one ({shown(str(e))}): save it again") from None
     if state["columns"] is not None:
         cache.vlmfast_columns = state["columns"]  # type: ignore[attr-defined]
     return cache

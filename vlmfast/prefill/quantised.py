@@ -45,6 +45,9 @@ class Quantised(KVPolicy):
     def score(self, row: Row) -> Tensor:
         return under(self, self.scorer).score(row)
 
+    def tiebreak(self, row: Row) -> Tensor | None:
+        return under(self, self.scorer).tiebreak(row)
+
     def choose(self, row: Row) -> Choice:
         choice = super().choose(row)
         choice.low = [others(kept, row.n) for kept in choice.keep]

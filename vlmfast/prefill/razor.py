@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vlmfast.core import UserError
+from vlmfast.core import Unsupported, UserError, shown
+from vlmfast.kernels import ranking
 from vlmfast.prefill.across import AcrossLayers, Rated
 from vlmfast.prefill.base import Choice, Row
 
@@ -39,14 +40,21 @@ class RazorAttention(AcrossLayers):
         self.check_counts(queries=1)
         if not 0 <= self.share <= 1:
             raise UserError(f"share={self.share!r} in {self.name}: the fraction of retrieval heads lies in [0, 1]")
-        if self.heads is None:
-            return
-        if any(len(pair) != 2 or min(pair) < 0 for pair in self.heads):
-            raise UserError(f"heads={self.heads!r} in {self.name}: give (layer, key head) pairs, e.g. ((0, 1), (3, 0))")
-        object.__setattr__(self, "heads", tuple((layer, head) for layer, head in self.heads))  # JSON has lists
+        if any(min(pair) < 0 for pair in self.heads or ()):
+            raise UserError(
+                f"heads={shown(self.heads)} in {self.name}: give (layer, key head) pairs, e.g. ((0, 1), (3, 0))"
+            )
 
     def window(self) -> int:
         return 0 if self.heads is not None else self.queries
+
+    def check_model(self, layers: int, heads: int, axes: int) -> None:
+        for layer, head in self.heads or ():
+            if layer >= layers or head >= heads:
+                raise Unsupported(
+                    f"{self.name}: head ({layer}, {head}), but this model has layers 0 to {layers - 1} with key heads "
+                    f"0 to {heads - 1} each"
+                )
 
     def least(self) -> int:
         """Sinks, recent columns, and the compensation column."""
@@ -67,7 +75,7 @@ class RazorAttention(AcrossLayers):
         columns, most = self.total(n) * len(place), n - self.least()
         room = (columns - self.least() * len(place)) // most
         if self.heads is None:
-            order = torch.cat([reach for _, reach in weights]).argsort(descending=True, stable=True).tolist()
+            order = ranking(torch.cat([reach for _, reach in weights])).tolist()
             chosen = {place[i] for i in order[: min(room, round(self.share * len(place)))]}
         else:
             chosen = {(layer, head) for layer, head in self.heads}

@@ -99,7 +99,7 @@ class Group:
     def choose(self, query: Tensor) -> Tensor:
         """(R, slots) chunks that score best for the queries (R, G, D), on the host."""
         scores = kernels.chunk_scores(query, self.representatives)
-        return scores.topk(self.slots, dim=1).indices.cpu()
+        return kernels.highest(scores, self.slots).cpu()
 
     def load(self, wanted: Tensor, store: Store) -> None:
         """Make the slots hold `wanted` (R, slots), copying only chunks that are not there yet."""

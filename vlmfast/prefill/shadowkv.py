@@ -30,8 +30,8 @@ class ShadowKV(KVPolicy):
     chunk: int = 8
 
     def __post_init__(self) -> None:
-        self.check_counts(rank=1, chunk=1)
         super().__post_init__()
+        self.check_counts(rank=1, chunk=1)
         if self.int8:
             raise UserError(f"int8=True in {self.name}: its keys are factors and its values in host memory, lower rank")
 

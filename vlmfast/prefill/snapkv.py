@@ -38,3 +38,7 @@ class SnapKV(KVPolicy):
         relevance = row.relevance()
         past = max(0, row.n - self.recent)
         return torch.cat([max_pool(relevance[:, :past], self.pool), relevance[:, past:]], 1)
+
+    def tiebreak(self, row: Row) -> Tensor | None:
+        """The attention before pooling, which makes neighbours equal."""
+        return row.relevance() if self.pool > 1 else None

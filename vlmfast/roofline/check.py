@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from vlmfast import spec
 from vlmfast.core import UserError
 from vlmfast.roofline.cost import Asked, Device, Request, stages
 from vlmfast.roofline.names import shape_of
@@ -59,12 +59,10 @@ def _between(row: dict[str, Any]) -> bool:
 
 def read_record(path: str | Path) -> dict[str, Any]:
     """A speed record for `check`."""
-    try:
-        record = json.loads(Path(path).read_text())
-    except (OSError, ValueError, RecursionError):
-        raise UserError(f"{path} is no result file: --check takes what evals.speed --suite encode writes") from None
+    what = "the result file that evals.speed --suite encode writes"
+    record = spec.loads(spec.read_text(path, what, 2**26), str(path))
     if not isinstance(record, dict):
-        raise UserError(f"{path} is no result file: it holds a {type(record).__name__}")
+        raise UserError(f"{path} is no result file: --check takes {what}")
     for key in ("config", "rows", "hardware"):
         if key not in record:
             raise UserError(f"{path} is no result file: field {key!r} is missing")

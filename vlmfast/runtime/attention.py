@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from vlmfast.core import Unsupported
 from vlmfast.runtime.names import cache_in
 from vlmfast.runtime.patch import Patch
+from vlmfast.runtime.state import Announced
 
 NAME = "vlmfast"
 _TAG = "_vlmfast_layer"
@@ -75,25 +76,30 @@ class AttentionSwitch:
         self._before: list[str | None] = []
 
     def install(self, patch: Patch) -> None:
-        patch.call(self._restore_all)
+        patch.call(self.restore)
         text = self.text_model
         patch.hook(text.register_forward_pre_hook(self._enter, with_kwargs=True))
         patch.hook(text.register_forward_hook(self._leave, with_kwargs=True, always_call=True))
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.restore()  # of a forward that was interrupted: torch calls no hook after a KeyboardInterrupt
         current = self.config._attn_implementation
         self._before.append(current)
         layers = getattr(cache_in(kwargs), "layers", None) or []
         attended = [layer for layer in layers if isinstance(layer, CacheLayerMixin)]  # not those with a state alone
         ours = [bool(getattr(layer, "ragged", False)) for layer in attended]
         if any(ours):
+            for layer in attended:
+                if isinstance(layer, Announced):
+                    layer.announce()
             self.config._attn_implementation_internal = NAME if all(ours) else _mixed(current)
 
     def _leave(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if self._before:
             self.config._attn_implementation_internal = self._before.pop()
 
-    def _restore_all(self) -> None:
+    def restore(self) -> None:
+        """Give the user's attention back, after whatever interrupted a forward."""
         if self._before:
             self.config._attn_implementation_internal = self._before[0]
             self._before.clear()

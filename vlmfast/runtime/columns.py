@@ -21,6 +21,8 @@ from vlmfast.core import Kind, TokenPruner, Unsupported
 from vlmfast.families import Family, Item
 from vlmfast.families.base import feature_list
 from vlmfast.runtime.clock import clock
+from vlmfast.runtime.compiled import is_compiled, refuse_compiled
+from vlmfast.runtime.model_lock import model_lock
 from vlmfast.runtime.names import cache_in, put_cache
 from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.reuse import Reuse
@@ -31,6 +33,9 @@ from vlmfast.runtime.tower_attention import TowerAttention
 
 class ColumnHooks:
     """Installs the three taps. `pruner` None = observe only (column kinds for KV policies and speculation)."""
+
+    per_call = ("media", "given", "kind", "stats", "notes", "seen", "tower_kept", "kept", "cache", "in_call", "entered",
+                "has_media")  # fmt: skip
 
     def __init__(self, model: nn.Module, family: Family, pruner: TokenPruner | None) -> None:
         self.model, self.family, self.pruner = model, family, pruner
@@ -44,17 +49,19 @@ class ColumnHooks:
         self.stats: dict[str, Any] = {}
         self.notes: list[str] = []
         self.seen: dict[str, Tensor] = {}
+        self.given: set[str] = set()  # kinds of media that came already encoded
         self.reset()
 
     def reset(self) -> None:
         """Forget the last request."""
-        self.media, self.seen, self.tower_kept = {}, {}, None
+        self.media, self.seen, self.given, self.tower_kept, self.kind = {}, {}, set(), None, None
         if self.gaze is not None:
             self.gaze.reset()
         self.kept: dict[str, list[Tensor]] = {}  # kept indices of every item, in the order of `media`; {} = all
         self.stats = {"visual_tokens": 0, "kept_tokens": 0, "encode_ms": 0.0, "select_ms": 0.0, "prefills": 0}
         self.notes = []
-        self.cache: Any = None
+        self.cache: Any = None  # of the running `generate` call
+        self.in_call = False  # is one running?
         self.entered: Columns | None = None  # the columns of the forward now running, when it brings new media
         self.has_media = False
 
@@ -76,7 +83,7 @@ class ColumnHooks:
         base, text = self.family.base(self.model), self.family.text(self.model)
         for kind in self.ids:
             self._tap_features(patch, base, kind)
-        patch.hook(self.model.register_forward_pre_hook(self._refuse_labels, with_kwargs=True))
+        patch.hook(self.model.register_forward_pre_hook(self._refuse, with_kwargs=True))
         patch.hook(base.register_forward_pre_hook(self._see, with_kwargs=True))
         patch.hook(text.register_forward_pre_hook(self._enter, with_kwargs=True))
         if self.family.rope_axes == 1:  # FlashAttention reads packing from the positions the layers get
@@ -92,6 +99,10 @@ class ColumnHooks:
 
         @functools.wraps(inner)
         def tapped(*args: Any, **kwargs: Any) -> Any:
+            with model_lock(self.model):
+                return tap(*args, **kwargs)
+
+        def tap(*args: Any, **kwargs: Any) -> Any:
             if self.kind is not None:  # Qwen3-VL encodes video by calling the image function
                 return inner(*args, **kwargs)
             bound = signature.bind(*args, **kwargs).arguments
@@ -111,7 +122,7 @@ class ColumnHooks:
         key, found = "", None
         reuse = self.reuse if self.attention is None else None  # tower attention exists only while the tower runs
         if reuse is not None:
-            key, found = reuse.features(kind, call)
+            key, found = reuse.features(kind, call | {"pruner": repr(self.pruner)})
         if found is not None:
             if found[1] is not None:
                 self.tower_kept = (self.tower_kept or {}) | {kind: found[1]}
@@ -125,9 +136,23 @@ class ColumnHooks:
             reuse.keep_features(key, out, (self.tower_kept or {}).get(kind))
         return out
 
-    def _refuse_labels(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _refuse(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if is_compiled(self.family.text(self.model)):
+            refuse_compiled(self.model)
         if kwargs.get("labels") is not None and self.active:
             raise Unsupported("labels were given to a model with a pruner: remove() the acceleration to train")
+
+    def refuse_merged(self, ids: Tensor | None, embeds: Tensor | None) -> None:
+        """Raise Unsupported for embeddings (B, L, D) that hold features where the ids (B, L) have placeholders."""
+        if ids is None or embeds is None or ids.shape != embeds.shape[:2]:
+            return
+        for kind, where in self._placeholders(embeds).items():
+            known = (ids == self.ids[kind]).to(where.device)
+            if bool((known & ~where).any()):
+                raise Unsupported(
+                    f"inputs_embeds came in with the {kind} features already in them, whose layout is not known: "
+                    "pass input_ids and the pixels to prune them"
+                )
 
     # -- tap 2: where the placeholders are -------------------------------------------------------------------------
 
@@ -138,12 +163,29 @@ class ColumnHooks:
             embeds = kwargs.get("inputs_embeds")
             if embeds is None or embeds.shape[1] == 1:
                 return
-            table = module.get_input_embeddings()  # type: ignore[operator]
-            for kind, token in self.ids.items():
-                vector = table(torch.tensor(token, device=table.weight.device)).to(embeds)
-                self.seen[kind] = (embeds == vector).all(-1)
+            self.seen = self._placeholders(embeds)
         elif ids.shape[1] > 1:
             self.seen = {kind: ids == token for kind, token in self.ids.items()}
+        self.lay_out(kwargs)
+
+    def _placeholders(self, embeds: Tensor) -> dict[str, Tensor]:
+        """Per kind of media (B, L) bool, where embeddings (B, L, D) are a placeholder's."""
+        table: Any = self.family.base(self.model).get_input_embeddings()  # type: ignore[operator]
+        tokens = {kind: torch.tensor(token, device=table.weight.device) for kind, token in self.ids.items()}
+        return {kind: (embeds == table(token).to(embeds)).all(-1) for kind, token in tokens.items()}
+
+    def lay_out(self, call: dict[str, Any]) -> None:
+        """Note the layout of media that came already encoded (mm_encoder_outputs), where `call` gives it."""
+        outputs = call.get("mm_encoder_outputs") or {}
+        self.given |= {kind for kind in self.ids if outputs.get(kind) is not None}
+        for kind in self.given & outputs.keys() - self.media.keys():
+            features = feature_list(outputs[kind])
+            try:
+                items = self.family.items(self.model, kind, call, features)
+            except (KeyError, TypeError, AttributeError):  # no grids came with them
+                continue
+            if sum(item.n for item in items) == sum(map(len, features)):
+                self.media[kind] = items
 
     # -- tap 3: columns enter the text model -----------------------------------------------------------------------
 
@@ -154,10 +196,11 @@ class ColumnHooks:
         past = cache.get_seq_length() if cache is not None else 0
         seen, self.seen = self.seen, {}
         has_media = any(bool(m.any()) for m in seen.values())
-        self.cache = cache if cache is not None else self.cache
+        self._note_cache(cache)
         self.entered, self.has_media = None, has_media
         if past and not has_media:  # decode, verification, or a turn without new media
             if columns is not None and columns.padded:
+                columns.announce(cache)
                 kwargs["attention_mask"] = columns.mask(kwargs.get("attention_mask"), past + embeds.shape[1])
             return args, kwargs
         self.stats["prefills"] += 1
@@ -213,7 +256,8 @@ class ColumnHooks:
             if rows is not None:
                 count_skipped(cache, q - rows_width(rows), len(self.family.layers(self.model)))
             cache.vlmfast_columns = state
-            self.cache = cache
+            state.announce(cache)
+            self._note_cache(cache)
         if rows is not None or (columns is not None and columns.padded):
             mask = entry_mask(state)
             if mask is None and cache_in(kw) is None:  # gaps in positions would read as packing
@@ -238,6 +282,11 @@ class ColumnHooks:
         rows = [k.nonzero()[:, 0] for k in keep]
         self.stats["select_ms"] += (clock(self.model) - start) * 1e3
         return None if kept_total == total else rows
+
+    def _note_cache(self, cache: Any) -> None:
+        """Remember the cache of the call: the first one, since streamers and processors may bring others meanwhile."""
+        if self.in_call and self.cache is None:
+            self.cache = cache
 
     def _bypass(self, seen: dict[str, Tensor]) -> None:
         total = sum(int(m.sum()) for m in seen.values())

@@ -25,6 +25,8 @@ class Gaze:
     between layers hold fewer columns and are left out.
     """
 
+    per_call = ("on", "kinds", "index", "rows")
+
     def __init__(self, model: nn.Module, family: Family, columns: ColumnHooks, queries: int) -> None:
         self.model, self.family, self.columns, self.queries = model, family, columns, queries
         self.reset()

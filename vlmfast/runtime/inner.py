@@ -169,7 +169,9 @@ class InnerHooks:
         run.valid = torch.cat([prior, filled], 1)
         if cache is not None:
             for j in range(i, len(self.layers)):
-                prunable(cache, j, len(self.layers)).skip(width - s)
+                layer = prunable(cache, j, len(self.layers))
+                layer.skip(width - s)
+                layer.announce()
             uncut = cache.layers[0].keys.shape[2]
             held = Held(run.valid, torch.cat([index, run.index], 1), uncut, not bool(run.valid.all()))
             cache.vlmfast_cuts = {**getattr(cache, "vlmfast_cuts", {}), i: held}
@@ -179,8 +181,7 @@ class InnerHooks:
         """(B, P) bool: text, and each row's best visual columns, a fraction of those that entered."""
         visual = run.kinds == Kind.VISUAL
         budget = (run.entered * fraction).round().long().clamp(min=1)
-        order = scores.masked_fill(~visual, float("-inf")).argsort(dim=1, descending=True, stable=True)
-        rank = order.argsort(dim=1)
+        rank = kernels.ranking(scores.masked_fill(~visual, float("-inf"))).argsort(dim=1)
         return (visual & (rank < budget[:, None])) | (~visual & (run.kinds != Kind.PAD))
 
     def _prior(self, i: int, cache: Any, run: Run) -> tuple[Tensor, Tensor]:
@@ -204,6 +205,7 @@ class InnerHooks:
         at = max((c for c in cuts if c <= i), default=None)
         if at is None or cache is None:
             return
+        cache.layers[i].announce()
         q, past = hidden.shape[1], cache.layers[i].physical
         if q == 1 and not cuts[at].padded and self.tail is None:
             kwargs["attention_mask"] = None

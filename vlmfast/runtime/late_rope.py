@@ -5,14 +5,12 @@ keys before RoPE (after k_norm), and our attention rotates queries and keys with
 of the stream, re-based ones of a sliding window, or new ones of retrieved blocks. M-RoPE, interleaved M-RoPE and
 1-D RoPE alike, because cos and sin always come from the model's own `rotary_emb`.
 
-Nothing stays installed: `running` switches one model's text config for one forward, under that model's lock, and
-restores it. Shapes: one row; H query heads, Hk key/value heads, A position axes (1 or 3).
+Nothing of this stays installed: `running` switches one model's text config for one forward, under that model's lock,
+and restores it. Shapes: one row; H query heads, Hk key/value heads, A position axes (1 or 3).
 """
 
 from __future__ import annotations
 
-import threading
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,21 +21,20 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from vlmfast.core import Unsupported
+from vlmfast.runtime.model_lock import model_lock
 from vlmfast.runtime.patch import Patch
+from vlmfast.runtime.rewind import fixed_rotation
 
 NAME = "vlmfast_stream"
-_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
-_GUARD = threading.Lock()
-
-
-def lock(model: nn.Module) -> threading.RLock:
-    """The lock that every stream forward of this model holds: sessions over one model take turns."""
-    with _GUARD:
-        return _LOCKS.setdefault(model, threading.RLock())
 
 
 def check(text: Any) -> None:
     """Raise Unsupported unless every layer of this text decoder reads the one config and is not sliding."""
+    if not fixed_rotation(text):
+        raise Unsupported(
+            f"the {text.rotary_emb.rope_type} rotation depends on the length of the sequence, and a stream rotates "
+            "keys anew: use a checkpoint without it"
+        )
     for layer in text.layers:
         attention = layer.self_attn
         if attention.config is not text.config:
@@ -49,7 +46,7 @@ def check(text: Any) -> None:
 @contextmanager
 def running(model: nn.Module, text: Any, late: bool) -> Iterator[None]:
     """For the time of a forward over one of our caches: our attention, and (late) the identity rotation."""
-    with lock(model):
+    with model_lock(model):
         patch = Patch()
         patch.set(text.config, "_attn_implementation_internal", NAME)
         if late:
@@ -109,7 +106,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         if mask is not None:
             logits.masked_fill_(~mask, float("-inf"))
         out = logits.softmax(-1).to(q.dtype) @ v
-    return out.view(b, h, n, d)
+    return out.reshape(b, h, n, d)  # kernels lay results out as they like
 
 
 def stream_attention(

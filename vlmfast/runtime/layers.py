@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import (
     Cache,
@@ -25,8 +26,15 @@ from vlmfast.core import CompressedLayer, Kind, LayerView, Policy, Rotation, Sta
 from vlmfast.families.base import attentions, queries
 from vlmfast.runtime.attention import AttentionSwitch
 from vlmfast.runtime.clock import clock
+from vlmfast.runtime.cuts import prunable
 from vlmfast.runtime.names import QuantizedLayerBase, cache_in, put_cache
 from vlmfast.runtime.patch import Patch
+
+FITS = "kv: the context fits the budget, bypassed"
+NO_WEIGHTS = (
+    "output_attentions with kv=: attention over a compressed cache makes no weights to return; "
+    "drop output_attentions or kv="
+)
 
 
 class KVHooks:
@@ -40,6 +48,7 @@ class KVHooks:
         self, text_model: nn.Module, text_config: Any, policy: Policy, report_sink: Callable[[dict], None]
     ) -> None:
         self.text_model, self.config, self.policy, self.sink = text_model, text_config, policy, report_sink
+        self.switch = AttentionSwitch(text_model, text_config)
         self._reset()
 
     def _reset(self) -> None:
@@ -58,9 +67,14 @@ class KVHooks:
         patch.call(self._reset)
         for attention in attentions(text):
             patch.hook(attention.register_forward_hook(self._after_attention, with_kwargs=True))
-        AttentionSwitch(text, self.config).install(patch)
+        self.switch.install(patch)
         patch.hook(text.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True))
         patch.hook(text.register_forward_hook(self._leave, with_kwargs=True, always_call=True))
+
+    def abandon(self) -> None:
+        """Forget a forward that was interrupted."""
+        self._reset()
+        self.switch.restore()
 
     # -- around the text model -------------------------------------------------------------------------------------
 
@@ -72,12 +86,32 @@ class KVHooks:
             cache = put_cache(kwargs, DynamicCache(config=self.config))
         if cache is None:
             return args, kwargs
+        empty = cache.get_seq_length() == 0
+        if empty and self.policy.fits(kwargs["inputs_embeds"].shape[1]):
+            self.notes.append(FITS)
+            self._report()
+            return args, kwargs
         layers = self._layers(cache)
-        if cache.get_seq_length() == 0:
+        ragged = any(getattr(layer, "ragged", False) for layer in layers)
+        if (empty or ragged) and torch.is_autocast_enabled(kwargs["inputs_embeds"].device.type):
+            raise Unsupported(
+                "torch.autocast with kv=: it leaves keys and values in two dtypes, which one storage cannot hold; load "
+                "the model in the dtype you want (dtype=torch.bfloat16) and drop autocast"
+            )
+        if empty:
             self._replace(cache, layers)
-        elif any(getattr(layer, "ragged", False) for layer in layers):
+        elif ragged:
+            asked = kwargs.get("output_attentions")
+            if self.config.output_attentions if asked is None else asked:
+                raise Unsupported(NO_WEIGHTS)
             self._continue(kwargs)
         return args, kwargs
+
+    def _report(self) -> None:
+        self.sink({
+            "compress_ms": self.seconds * 1e3, "window_ms": self.window_seconds * 1e3,
+            "kv_layers": self.stats, "notes": self.notes,
+        })  # fmt: skip
 
     def _layers(self, cache: Any) -> list[Any]:
         if not isinstance(cache, Cache) or not hasattr(cache, "layers") or getattr(cache, "offloading", False):
@@ -110,6 +144,7 @@ class KVHooks:
             )
         for i in self.originals:
             layers[i] = self.policy.cache_layer()
+            layers[i].announce(begun=False)
         if alone:
             kind = type(layers[alone[0]]).__name__
             self.notes.append(
@@ -135,18 +170,17 @@ class KVHooks:
             if self.compressed == 0:
                 for i, original in self.originals.items():
                     ours = self.cache.layers[i]
+                    self.cache.layers[i] = original
+                    if ours.skipped:  # a pruner dropped columns on the way in: the layer must count them
+                        if not hasattr(original, "skip"):
+                            original = prunable(self.cache, i, len(self.cache.layers))
+                        original.skip(ours.skipped)
                     if ours.keys is not None:
                         original.update(ours.keys, ours.values)
-                    if ours.skipped:
-                        original.skip(ours.skipped)
-                    self.cache.layers[i] = original
                 if output is not None:
-                    self.notes.append("kv: the context fits the budget, bypassed")
+                    self.notes.append(FITS)
             if output is not None:
-                self.sink({
-                    "compress_ms": self.seconds * 1e3, "window_ms": self.window_seconds * 1e3,
-                    "kv_layers": self.stats, "notes": self.notes,
-                })  # fmt: skip
+                self._report()
         finally:
             self._reset()
 

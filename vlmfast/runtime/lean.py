@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
+from vlmfast.runtime.rewind import fixed_rotation
+from vlmfast.runtime.state import PrunedLayer
+
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "rotary_emb"}
 MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
@@ -29,7 +32,7 @@ def why_not(text: Any, head: nn.Module, cache: Any) -> str | None:
         return "the model is in training mode"
     if config._attn_implementation not in ("sdpa", "eager"):
         return f"attention {config._attn_implementation!r} is not torch's own"
-    if (getattr(text.rotary_emb, "rope_type", None) or "default") not in ("default", "linear", "llama3", "yarn"):
+    if not fixed_rotation(text):
         return "the rotation depends on the sequence length"
     if type(head) is not nn.Linear or _foreign(head) or _foreign(text.rotary_emb) or _foreign(text.norm):
         return "the output head, norm or rotation is wrapped or hooked"
@@ -37,7 +40,7 @@ def why_not(text: Any, head: nn.Module, cache: Any) -> str | None:
     if len(layers) < len(text.layers):
         return "the cache is not filled"
     for layer in layers:
-        if type(layer).update is not DynamicLayer.update or layer.is_sliding or layer.keys.shape[0] != 1:
+        if type(layer) not in (DynamicLayer, PrunedLayer) or layer.keys.shape[0] != 1:
             return f"cache layers of type {type(layer).__name__} are not dense rows"
     for block in text.layers:
         attention, mlp = block.self_attn, block.mlp
@@ -150,7 +153,7 @@ class Lean:
             if tri is None:
                 packed = qk[0, :h].view(1, hk, h // hk, dh)
                 out = F.scaled_dot_product_attention(packed, keys[None], values[None], scale=self.scales[i])
-                out = out.view(1, h * dh)
+                out = out.reshape(1, h * dh)  # kernels lay results out as they like
             else:
                 if end not in masks:
                     masks[end] = torch.cat([tri.new_zeros(n, begin), tri], 1).repeat(h // hk, 1)
@@ -158,7 +161,7 @@ class Lean:
                 out = F.scaled_dot_product_attention(
                     packed, keys[None], values[None], attn_mask=masks[end], scale=self.scales[i]
                 )
-                out = out.view(hk, h // hk, n, dh).permute(2, 0, 1, 3).reshape(n, h * dh)
+                out = out.reshape(hk, h // hk, n, dh).permute(2, 0, 1, 3).reshape(n, h * dh)
             x = x + F.linear(out, w[7], w[8])
             y = self._norm(x, w[9])
             gate = F.linear(y, w[10])
@@ -174,6 +177,8 @@ class Lean:
         """Append everything stepped so far to the cache's own layers; the decoder is spent afterwards."""
         if self.n:
             for layer, k, v, p in zip(cache.layers, self.keys, self.values, self.prompt, strict=False):
+                if isinstance(layer, PrunedLayer):
+                    layer.announce()
                 layer.update(k[None, :, p : p + self.n], v[None, :, p : p + self.n])
         self.n = 0
 

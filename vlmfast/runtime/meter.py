@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import LogitsProcessorList
 
 from vlmfast.families import Family
 from vlmfast.runtime.clock import clock
@@ -14,6 +15,8 @@ from vlmfast.runtime.patch import Patch
 
 class Meter:
     """Hooks on the text model: the first forward is the prefill, everything after it is decode."""
+
+    per_call = ("prefill_ms", "first", "start", "_entered")
 
     def __init__(self, model: nn.Module, family: Family) -> None:
         self.model, self.family = model, family
@@ -50,6 +53,16 @@ class Meter:
             return scores
 
         return mark
+
+    def time_bare(self, patch: Patch) -> None:
+        """Time a call whose model bears no hooks; encoding is then part of its prefill."""
+        own: Any = self.model._get_logits_processor
+        mark = self.first_token(clock(self.model))
+
+        def processors(*args: Any, **kwargs: Any) -> Any:
+            return LogitsProcessorList([mark, *own(*args, **kwargs)])
+
+        patch.set(self.model, "_get_logits_processor", processors)
 
     def timings(self, new_tokens: int) -> tuple[dict[str, float], dict[str, Any]]:
         """Prefill and decode times; call at the end of generate. new_tokens: tokens per row, the first included."""

@@ -1,41 +1,82 @@
 """Several questions about the same image or video encode it once: features and the visual prefix's KV are kept.
 
-Entries are found by content: a hash of the pixels (features), and of the pixels with the prompt up to the last visual
-column (KV). Least recently used entries go first when the byte limit is reached.
+Entries are found by everything that decides them: the model as it is (weights, adapters, dtype, config), and all
+arguments that the encoder reads (features), or all that the model reads up to the last visual column (KV). What differs
+in any of these is a miss. Least recently used entries go first when the byte limit is reached.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vlmfast.families import Family
+from vlmfast.runtime.digest import model_digest, tensor_digest, value_digest
 from vlmfast.runtime.names import cache_in, put_cache
 
 PIXELS = ("pixel_values", "pixel_values_videos")
+# calls that bring a cache of their own kind, or return what the prefix went through: their KV is their own
+OWN_CACHE = (
+    "cache_implementation", "prefill_chunk_size", "assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens",
+    "custom_generate", "output_attentions", "output_hidden_states", "penalty_alpha", "dola_layers", "guidance_scale",
+)  # fmt: skip
+# arguments of `generate` that no layer reads
+OUTSIDE = (
+    "max_new_tokens", "max_length", "min_new_tokens", "min_length", "do_sample", "temperature", "top_k", "top_p",
+    "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size", "streamer", "logits_processor",
+    "stopping_criteria", "stop_strings", "tokenizer", "prefix_allowed_tokens_fn", "generation_config",
+    "return_dict_in_generate", "output_scores", "output_logits", "eos_token_id", "pad_token_id", "bos_token_id",
+    "use_cache", "max_time", "suppress_tokens", "bad_words_ids", "synced_gpus", "logits_to_keep",
+)  # fmt: skip
 
 
 class Reuse:
     """A byte-limited store of encoded media for one accelerated model."""
 
+    per_call = ("hits", "_key", "_visual_end", "_model", "_digests")
+
     def __init__(self, model: nn.Module, family: Family, limit: int) -> None:
         self.model, self.family, self.limit = model, family, limit
         self.entries: OrderedDict[str, Any] = OrderedDict()  # digest -> (nbytes, value)
         self.held = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the last call; entries stay."""
         self.hits: list[str] = []
         self._key: str | None = None
         self._visual_end = 0
+        self._model = ""  # digest of the model, made when first needed
+        self._digests: list[tuple[Tensor, str]] = []  # of the tensors of this call: hashed once
+
+    # -- keys ----------------------------------------------------------------------------------------------------------
+
+    def _key_of(self, kind: str, arguments: dict[str, Any]) -> str:
+        """The key of what these arguments give on the model as it is."""
+        self._model = self._model or model_digest(self.model)
+        parts = [f"{name}={self._digest(arguments[name])}" for name in sorted(arguments)]
+        return f"{kind}-{self._model}-{';'.join(parts)}"
+
+    def _digest(self, value: Any) -> str:
+        if not isinstance(value, Tensor):
+            return value_digest(value)
+        for known, digest in self._digests:
+            if known is value:
+                return digest
+        digest = tensor_digest(value)
+        self._digests.append((value, digest))
+        return digest
 
     # -- features ------------------------------------------------------------------------------------------------------
 
     def features(self, kind: str, call: dict[str, Any]) -> tuple[str, tuple[Any, Any] | None]:
-        """(digest, what `keep_features` was given for the same content, or None)."""
-        key = f"{kind}-" + digest({k: v for k, v in call.items() if isinstance(v, Tensor)})
+        """(key, what `keep_features` was given for the same content, or None)."""
+        key = self._key_of(kind, call)
         found = self._get(key)
         if found is None:
             return key, None
@@ -49,49 +90,64 @@ class Reuse:
 
     # -- the visual prefix's KV ----------------------------------------------------------------------------------------
 
-    def find(self, kwargs: dict[str, Any], pruner: Any = None, features_only: bool = False) -> bool:
+    def find(self, kwargs: dict[str, Any], option: Callable[[str], Any], pruner: Any = None, kv: Any = None) -> bool:
         """Look the request up; on a hit, rewrite kwargs to continue behind the stored prefix. One row only.
 
-        A pruner that reads the question keeps other tokens for every question, and a recurrent state knows no prefix of
-        its past: then only features are reused.
-        features_only: the call brings a cache layout (static, chunks) that a stored prefix does not have.
+        option: a generation option as `generate` would resolve it. A pruner that reads the question keeps other tokens
+        for every question, so does a KV policy, and a recurrent state knows no prefix of its past: then only features
+        are reused.
         """
-        self.hits, self._key = [], None
-        if features_only:
-            self.hits.append("reuse: a static cache or chunked prefill, so only features are kept, not their KV")
-            return False
-        if "question" in getattr(pruner, "needs", ()):
-            self.hits.append(f"reuse: {pruner.name} reads the question, so only features are kept, not their KV")
-            return False
-        if self.family.recurrent:
-            self.hits.append("reuse: a recurrent state cannot be cut behind the media, so only features are kept")
-            return False
+        self.reset()
         ids = kwargs.get("input_ids")
-        pixels = {k: v for k, v in kwargs.items() if isinstance(v, Tensor) and k in (*PIXELS, "image_sizes")}
-        if ids is None or ids.shape[0] != 1 or not pixels or cache_in(kwargs) is not None:
+        pixels = [name for name in PIXELS if isinstance(kwargs.get(name), Tensor)]
+        if ids is None or ids.shape[0] != 1 or not pixels:
             return False
-        if kwargs.get("use_cache") is False or (kwargs.get("num_beams") or 1) > 1:
-            return False
-        if (kwargs.get("num_return_sequences") or 1) > 1:
+        why = self._why_not(kwargs, option, pruner, kv)
+        if why is not None:
+            self.hits.append(f"reuse: {why}, so only features are kept, not their KV")
             return False
         visual = torch.zeros_like(ids[0], dtype=torch.bool)
         for token in self.family.visual_ids(self.model).values():
             visual |= ids[0] == token
         if not bool(visual.any()):
             return False
-        self._visual_end = int(visual.nonzero()[-1]) + 1
-        self._key = "kv-" + digest(pixels | {"ids": ids[:, : self._visual_end]})
+        self._visual_end = end = int(visual.nonzero()[-1]) + 1
+        read = {k: v for k, v in kwargs.items() if v is not None and k not in OUTSIDE}
+        width = ids.shape[1]
+        of_prefix = {k: v[..., :end] for k, v in read.items() if isinstance(v, Tensor) and _columns(k, v, width)}
+        self._key = self._key_of("kv", read | of_prefix)
         cache = self._get(self._key)
-        if cache is None or self._visual_end >= ids.shape[1]:
+        if cache is None or end >= width:
             return False
-        # true positions of the whole prompt, from the model itself, before the pixels leave the call
-        positions = self.model._prepare_position_ids_for_generation(ids, dict(kwargs))  # type: ignore[operator]
-        kwargs["position_ids"] = positions
+        if kwargs.get("position_ids") is None:
+            # true positions of the whole prompt, from the model itself, before the pixels leave the call
+            kwargs["position_ids"] = self.model._prepare_position_ids_for_generation(ids, dict(kwargs))  # type: ignore[operator]
         for name in PIXELS:
             kwargs.pop(name, None)
         put_cache(kwargs, copy.deepcopy(cache))
-        self.hits.append(f"reuse: KV of {self._visual_end} prompt columns found, media neither encoded nor prefilled")
+        self.hits.append(f"reuse: KV of {end} prompt columns found, media neither encoded nor prefilled")
         return True
+
+    def _why_not(self, kwargs: dict[str, Any], option: Callable[[str], Any], pruner: Any, kv: Any) -> str | None:
+        """Why the KV of this call can neither be taken from an entry nor become one; None when it can."""
+        if "question" in getattr(pruner, "needs", ()):
+            return f"{pruner.name} reads the question"
+        if kv is not None:
+            return "a KV policy keeps other columns for every question"
+        if self.family.recurrent:
+            return "a recurrent state cannot be cut behind the media"
+        if cache_in(kwargs) is not None:
+            return "the call brings a cache of its own"
+        for name in OWN_CACHE:
+            value = option(name)
+            if not (value is None or value is False or value == "dynamic" or (name == "guidance_scale" and value == 1)):
+                return f"{name}= was asked for"
+        if option("use_cache") is False:
+            return "use_cache=False"
+        for name in ("num_beams", "num_return_sequences"):
+            if (option(name) or 1) > 1:
+                return f"{name}={option(name)}"
+        return None
 
     def store(self, cache: Any) -> None:
         """After a call: keep its cache, cut behind the last visual column."""
@@ -129,14 +185,9 @@ class Reuse:
         self.held += nbytes
 
 
-def digest(tensors: dict[str, Tensor]) -> str:
-    """Content hash of named tensors: names, shapes, dtypes and bytes."""
-    h = hashlib.blake2b(digest_size=20)
-    for name in sorted(tensors):
-        t = tensors[name].detach().contiguous().cpu()
-        h.update(f"{name}{tuple(t.shape)}{t.dtype}".encode())
-        h.update(t.view(torch.uint8).numpy().data if t.ndim else t.reshape(1).view(torch.uint8).numpy().data)
-    return h.hexdigest()
+def _columns(name: str, value: Tensor, width: int) -> bool:
+    """Has this argument one entry per prompt column?"""
+    return name not in PIXELS and value.ndim in (2, 3) and value.shape[-1] == width and not value.is_floating_point()
 
 
 def sum_bytes(value: Any) -> int:

@@ -26,6 +26,7 @@ from vlmfast.families.base import feature_list
 from vlmfast.runtime.clock import clock
 from vlmfast.runtime.columns import ColumnHooks
 from vlmfast.runtime.meter import Meter
+from vlmfast.runtime.model_lock import without_lock
 from vlmfast.runtime.names import cache_in, cache_of
 from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.selection import drop, left_padded, repack
@@ -116,7 +117,7 @@ class Rewrite:
             scope.set(model, "_get_logits_processor", processors)
             scope.set(model, "_get_stopping_criteria", criteria)
             scope.set(model, "_previous_max_cache_length", self.longest)
-            with self.patch.lifted():
+            with self.patch.lifted(), without_lock(model):
                 out = inner(**call)
             self.longest = model._previous_max_cache_length  # type: ignore[assignment]
         finally:
@@ -131,6 +132,7 @@ class Rewrite:
         dropped = short.columns.logical - short.width
         if not _static(cache):
             count_skipped(cache, dropped, len(self.family.layers(self.model)))
+            short.columns.announce(cache, begun=False)
 
     # -- what is refused -----------------------------------------------------------------------------------------------
 

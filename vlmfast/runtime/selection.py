@@ -24,9 +24,14 @@ def select_kind(
         return 0
     items = hooks.media.get(kind)
     if not items:
-        raise Unsupported(
-            f"{kind} columns came in without their layout (mm_encoder_outputs encoded elsewhere): "
-            "pass the pixels to generate() so that the layout is known"
+        if kind in hooks.given:
+            raise Unsupported(
+                f"{kind} features came in already encoded, and nothing in the call says their layout: pass their grids "
+                "with mm_encoder_outputs, or the pixels to generate()"
+            )
+        raise UserError(
+            f"{sum(counts)} {kind} placeholder tokens came in without pixels: pass what the processor made of the "
+            f"{kind}, or a prompt without it"
         )
     per_call, rest = divmod(sum(counts), sum(i.n for i in items))
     if rest or per_call == 0:

@@ -12,8 +12,34 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 from vlmfast.core import Kind, Unsupported
 
 
-class PrunedLayer(DynamicLayer):
-    """A `DynamicLayer` that some columns never entered: reports the logical length, holds the physical one."""
+class Announced:
+    """A cache layer that only an accelerated model can read: our hooks announce every forward, others are refused.
+
+    announced: the logical length at which the forward now running began; None = a plain model reads it rightly too.
+    """
+
+    announced: int | None = None
+    get_seq_length: Any  # the cache layer's own
+
+    def announce(self, begun: bool = True) -> None:
+        """A forward has begun whose masks and attention our hooks provide; begun=False: every later one must be."""
+        self.announced = self.get_seq_length() if begun else -1
+
+    def check_announced(self) -> None:
+        """Raise Unsupported when the columns that now come were not announced."""
+        if self.announced is not None and self.announced != self.get_seq_length():
+            raise Unsupported(
+                f"a cache of {type(self).__name__}s, compressed or pruned by vlmfast, came to a model whose hooks are "
+                "gone: accelerate the model with the same plan again, or start a new cache"
+            )
+
+
+class PrunedLayer(Announced, DynamicLayer):
+    """A `DynamicLayer` that some columns never entered: reports the logical length, holds the physical one.
+
+    A plain model reads it rightly where all rows dropped equally many columns, all layers the same; it is `Announced`
+    where they did not.
+    """
 
     keys: Any
     values: Any
@@ -25,6 +51,10 @@ class PrunedLayer(DynamicLayer):
     def skip(self, n: int) -> None:
         """Count n logical columns that do not enter this layer."""
         self.skipped += n
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.check_announced()
+        return super().update(*args, **kwargs)
 
     @property
     def physical(self) -> int:
@@ -46,7 +76,7 @@ class PrunedLayer(DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.skipped = 0
+        self.skipped, self.announced = 0, None
 
 
 @dataclass
@@ -69,6 +99,12 @@ class Columns:
         elif n < 0:
             self.index, self.kinds = self.index[:, :n], self.kinds[:, :n]
         self.logical = length
+
+    def announce(self, cache: Any, begun: bool = True) -> None:
+        """Announce a forward to the layers of a cache whose masks a plain model would get wrong."""
+        for layer in cache.layers if self.padded else ():
+            if isinstance(layer, PrunedLayer):
+                layer.announce(begun)
 
     def mask(self, attention_mask: Tensor | None, length: int) -> Tensor | None:
         """The (B, length) mask whose last P + new columns are physical; None when nothing is padded.

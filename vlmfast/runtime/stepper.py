@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -137,25 +138,37 @@ class Stepper:
         return "module" if self.lean is None else "lean"
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Feed tokens (1, n) int64 after everything fed so far -> logits (1, n, V) float32."""
-        n = tokens.shape[1]
-        self.length += n
-        if self.lean is not None:
-            with torch.inference_mode():  # a tenth less to do per operation than under no_grad
-                logits = self.lean.step(tokens[0], self.hidden_layer)[None]
-            logits = logits.to(torch.float32, copy=True)  # an ordinary tensor: it may reach the caller
-            if self.hidden_layer is not None and self.lean.hidden is not None:
-                self.hidden = self.lean.hidden[None]
-        else:
-            logits = self._module_step(tokens).float()
+        """Feed tokens (1, n) int64 after everything fed so far -> logits (1, n, V) float32.
+
+        Interrupted on the way (Ctrl-C, no memory) it fed nothing.
+        """
+        n, fed = tokens.shape[1], 0 if self.lean is None else self.lean.n
+        try:
+            logits = self._module_step(tokens).float() if self.lean is None else self._lean_step(self.lean, tokens)
+        except BaseException:
+            if self.lean is not None:
+                self.lean.n = fed
+            for layer in () if self.lean is not None else self.cache.layers:  # those that the step reached grew
+                grown = layer.get_seq_length() - self.length
+                with suppress(Exception):  # one that has no way back: what stopped us matters more
+                    layer.crop(-grown) if grown > 0 else None
+            raise
         self.position = self.position + n
+        self.length += n
         return logits
+
+    def _lean_step(self, lean: Lean, tokens: Tensor) -> Tensor:
+        with torch.inference_mode():  # a tenth less to do per operation than under no_grad
+            logits = lean.step(tokens[0], self.hidden_layer)[None]
+        if self.hidden_layer is not None and lean.hidden is not None:
+            self.hidden = lean.hidden[None]
+        return logits.to(torch.float32, copy=True)  # an ordinary tensor: it may reach the caller
 
     def _module_step(self, tokens: Tensor) -> Tensor:
         n = tokens.shape[1]
         mask = None
         if self.mask is not None:
-            mask = torch.cat([self.mask, self.mask.new_ones(1, self.length - self.mask.shape[1])], 1)
+            mask = torch.cat([self.mask, self.mask.new_ones(1, self.length + n - self.mask.shape[1])], 1)
         handle = None
         if self.hidden_layer is not None:
             handle = self.text.layers[self.hidden_layer].register_forward_hook(self._keep_hidden)

@@ -205,7 +205,7 @@ class ProbeLayer(_Layer):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         hk = k.shape[1]
-        queries = q[0].view(hk, q.shape[1] // hk, q.shape[2], -1)
+        queries = q[0].reshape(hk, q.shape[1] // hk, q.shape[2], -1)
         past_k, past_v, positions = self.owner.fetch(self.index, queries)
         cos, sin = cos_sin(self.owner.text, positions, q)
         k = torch.cat([past_k[None], rotate(k, cos, sin)], 2)

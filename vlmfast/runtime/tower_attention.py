@@ -30,6 +30,8 @@ CHUNK = 512  # queries per product, so that no full map is ever held
 class TowerAttention:
     """Maps of the tower layers `wanted` (indices into the layers that the language model reads; -1 = the last)."""
 
+    per_call = ("maps", "_seen")
+
     def __init__(self, model: nn.Module, family: Family, wanted: tuple[int, ...] = (-1,)) -> None:
         if not isinstance(family, (Qwen, Llava)):
             raise Unsupported(

@@ -15,6 +15,8 @@ from torch import Tensor
 from vlmfast import families
 from vlmfast.core import Unsupported, UserError
 from vlmfast.families.base import feature_list
+from vlmfast.runtime.template import chat_text
+from vlmfast.runtime.weights import reason
 
 
 @dataclass
@@ -108,6 +110,7 @@ class Eyes:
         self.frames = int(vision.temporal_patch_size) if self.qwen else 1  # frames per temporal grid
         self.stamped = self.family.stamped(model)
         self.layout = Layout(model)
+        self._sizes: set[tuple[int, int]] = set()  # of frames that the processor takes
         self.device = next(model.parameters()).device
 
     @torch.no_grad()
@@ -117,7 +120,7 @@ class Eyes:
         options: dict[str, Any] = {"do_sample_frames": False, "return_tensors": "pt"}
         if self.qwen:
             pairs = list(pixels.split(self.frames))
-            made = self.processor.video_processor(videos=pairs, **options)
+            made = self._processed(pairs, options)
             grid = made["video_grid_thw"]
             merge = self.layout.merge
             call = {
@@ -128,13 +131,29 @@ class Eyes:
             rows = torch.stack(feature_list(out))
             deep = [torch.stack(list(level)) for level in getattr(out, "deepstack_features", None) or []]
             return Grids(rows, (int(grid[0, 1]) // merge, int(grid[0, 2]) // merge), deep)
-        made = self.processor.video_processor(videos=[pixels], **options)
+        made = self._processed([pixels], options)
         out = self.base.get_video_features(made["pixel_values_videos"].to(self.device))
         flat = feature_list(out)[0]
         flat = flat[: flat.shape[0] - self.closing().shape[0]]  # OneVision's newline closes a video, not a frame
         rows = flat.view(len(frames), -1, flat.shape[-1])
         side = int(rows.shape[1] ** 0.5)
         return Grids(rows, (side, rows.shape[1] // side), [])
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise UserError for frames of a size that the model's processor does not take; each size is tried once."""
+        if (height, width) in self._sizes:
+            return
+        blank = torch.zeros(self.frames, 3, height, width, dtype=torch.uint8)
+        self._processed([blank], {"do_sample_frames": False, "return_tensors": "pt"})
+        self._sizes = {*self._sizes, (height, width)} if len(self._sizes) < 64 else {(height, width)}
+
+    def _processed(self, clips: list[Tensor], options: dict[str, Any]) -> Any:
+        """What the model's video processor makes of clips (T, 3, H, W). UserError for frames that it does not take."""
+        try:
+            return self.processor.video_processor(videos=clips, **options)
+        except (ValueError, RuntimeError, ArithmeticError) as e:
+            height, width = clips[0].shape[-2:]
+            raise UserError(f"{self.type} does not take frames of {width} x {height} pixels: {reason(e)}") from None
 
     def closing(self) -> Tensor:
         """Feature rows (0 or 1, D) that end a video in the prompt (OneVision's newline)."""
@@ -151,7 +170,7 @@ class Eyes:
 
     def prompt(self, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
         """Token ids before and after the one video of a chat; Qwen3-VL's start and end belong to its blocks."""
-        text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text = chat_text(self.processor, messages)
         bos = getattr(self.tokenizer, "bos_token", None)
         special = not (bos and text.startswith(bos))
         ids = list(self.tokenizer(text, add_special_tokens=special)["input_ids"])

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +42,7 @@ def fetch(index: Index, wanted: NDArray[np.int64], backend: str = "pyav") -> Ite
     require(backend)
     take = {"pyav": _pyav, "decord": _decord, "opencv": _opencv}[backend]
     for frame in take(index, wanted):
-        yield np.ascontiguousarray(np.rot90(frame, index.turns)) if index.turns else frame
+        yield index.orientation.apply(frame)
 
 
 def thumbnails(index: Index, side: int) -> Iterator[NDArray[np.uint8]]:
@@ -97,8 +99,8 @@ def _pyav(index: Index, wanted: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]
 def _decord(index: Index, wanted: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
     import decord
 
-    if index.turns:
-        raise UserError(f"decord cannot decode {index.path}, which is stored rotated; use backend='pyav'")
+    if replace(index.orientation, stretch=Fraction(1)):
+        raise UserError(f"decord cannot decode {index.path}, which is stored rotated or mirrored; use backend='pyav'")
     if not {"mp4", "matroska"} & set(index.container.split(",")):  # it loses or shifts frames in ts and avi
         raise UserError(f"decord misnumbers the frames of {index.path}; use backend='pyav', or convert it to mp4")
     decord.logging.set_level(decord.logging.QUIET)

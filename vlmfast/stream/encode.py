@@ -53,6 +53,21 @@ class State:
 
 
 @dataclass
+class Mark:
+    """What an encoder was before a chunk: `Encoder.reset` goes back to it."""
+
+    state: State
+    last: Tensor | None
+    size: tuple[int, int] | None
+    span: int
+    resident: list[Block]
+    offsets: dict[int, int]
+    standing: Standing
+    columns: int
+    window: tuple[list[tuple[Tensor, Tensor]], Tensor] | None = None  # raw and values by layer, and the positions
+
+
+@dataclass
 class _Piece:
     """One block on its way through the language model."""
 
@@ -94,9 +109,10 @@ class Encoder:
         self.standing = Standing()
         self.size: tuple[int, int] | None = None
         self.span = 0  # spatial extent of the first grid: where text begins under the timed rule
+        self._mark: Mark | None = None
         if init:
             positions = torch.arange(self.base).expand(self.layout.axes, -1)
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 self.cache.forward(eyes.model, eyes.embed(init)[None], positions)
 
     @property
@@ -121,6 +137,32 @@ class Encoder:
             self.state.segment += piece.block.n
             group.append(piece)
         yield from self._run(group)
+
+    def mark(self) -> Mark:
+        """Remember everything, until `forget_mark`; the window's tensors only once it slides."""
+        state = dataclasses.replace(self.state, shift=list(self.state.shift))
+        self._mark = Mark(
+            state, self.last, self.size, self.span, list(self.resident), dict(self.offsets), self.standing.copy(),
+            self.cache.layers[0].n,
+        )  # fmt: skip
+        return self._mark
+
+    def forget_mark(self) -> None:
+        self._mark = None
+
+    def reset(self, mark: Mark) -> None:
+        """Be as at the mark again."""
+        self.state, self.last, self.size, self.span = mark.state, mark.last, mark.size, mark.span
+        self.resident, self.offsets, self.standing = mark.resident, mark.offsets, mark.standing
+        layers = self.cache.layers
+        if mark.window is not None:
+            tensors, positions = mark.window
+            for layer, (raw, val) in zip(layers, tensors, strict=True):
+                layer.n = raw.shape[1]
+                layer.raw[:, : layer.n], layer.val[:, : layer.n] = raw, val
+            self.cache.slide(mark.columns, layers[0].n, positions[:, : mark.columns])
+        else:
+            self.cache.crop(mark.columns - layers[0].n)
 
     # -- one grid ------------------------------------------------------------------------------------------------------
 
@@ -200,6 +242,9 @@ class Encoder:
             gone += self.resident.pop(0).n
         if not gone:
             return
+        if self._mark is not None and self._mark.window is None:
+            tensors = [(x.raw[:, : x.n].clone(), x.val[:, : x.n].clone()) for x in self.cache.layers]
+            self._mark.window = tensors, self.cache.positions
         head = self.resident[0].origin if self.resident else None
         if head is not None:
             self.state.shift = [a - b for a, b in zip(head, self.origin, strict=True)]
@@ -239,7 +284,7 @@ class Encoder:
         keys = torch.stack([layer.raw[:, a:b] for layer in self.cache.layers])
         values = torch.stack([layer.val[:, a:b] for layer in self.cache.layers])
         norms = values.float().norm(dim=-1).mean((0, 1)).cpu()
-        column = 0
+        column, made = 0, []
         for piece in group:
             to = column + piece.block.n
             block = dataclasses.replace(piece.block, norm=float(norms[column:to].mean()))
@@ -248,8 +293,9 @@ class Encoder:
             k, v = keys[:, :, column:to], values[:, :, column:to]
             if piece.fresh:
                 self.standing.forget()
-            yield block, Payload(k, v, self.standing.see(k[:, :, piece.visual], piece.keep))
+            made.append((block, Payload(k, v, self.standing.see(k[:, :, piece.visual], piece.keep))))
             column = to
+        yield from made
 
     def window_layer(self, block: Block, layer: int) -> tuple[Tensor, Tensor] | None:
         """Un-rotated keys and values (Hk, n, Dh) of a block that is still in the window, else None."""

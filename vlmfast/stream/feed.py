@@ -70,15 +70,29 @@ class Queue:
     def __len__(self) -> int:
         return len(self._items)
 
-    def put(self, item: Timed, wait: bool = False, stop: threading.Event | None = None) -> None:
-        """Append one frame; wait: until there is room, else the oldest makes room."""
+    def put(self, item: Timed) -> None:
+        """Append one frame; when it is full the oldest makes room."""
         with self._changed:
-            while wait and len(self._items) >= self.size and not (stop and stop.is_set()):
-                self._changed.wait(0.1)
             if len(self._items) >= self.size:
                 self._items.popleft()
                 self.dropped += 1
             self._items.append(item)
+            self._changed.notify_all()
+
+    def wait_for_room(self, seconds: float) -> None:
+        """Until a frame was taken while it is full, or so long."""
+        with self._changed:
+            if len(self._items) >= self.size:
+                self._changed.wait(seconds)
+
+    def room(self) -> bool:
+        """Is there room for one more without dropping another?"""
+        return len(self._items) < self.size
+
+    def give_back(self, items: list[Timed]) -> None:
+        """Put frames that were taken, oldest first, in front again; none is dropped for it."""
+        with self._changed:
+            self._items.extendleft(reversed(items))
             self._changed.notify_all()
 
     def take(self, most: int) -> list[Timed]:

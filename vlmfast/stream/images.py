@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmfast.core import UserError
+from vlmfast.stream.files import MOST_PICTURE_BYTES, check_pixels, regular
 
 Size = tuple[int, int] | int | None
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "PPM")  # others reach for programs, or are seldom meant
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"}
 
 
@@ -57,7 +61,7 @@ def as_frame(value: Any) -> NDArray[np.uint8]:
     if hasattr(value, "detach"):
         value = value.detach().cpu().numpy()
     elif hasattr(value, "convert"):
-        value = np.asarray(value.convert("RGB"))
+        value = _pixels(value)
     if not isinstance(value, np.ndarray):
         raise UserError(f"a frame must be an array, a tensor or a PIL image, got {type(value).__name__}")
     if value.dtype != np.uint8 or value.ndim != 3 or value.shape[-1] != 3:
@@ -67,42 +71,70 @@ def as_frame(value: Any) -> NDArray[np.uint8]:
     return np.ascontiguousarray(value)
 
 
+def _pixels(image: Any) -> NDArray[np.uint8]:
+    """A PIL image upright (EXIF honoured) as (H, W, 3) uint8; transparency is dropped, 16 bits become 8."""
+    from PIL import ImageOps
+
+    kind = image.format
+    image = ImageOps.exif_transpose(image)
+    deep = image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM"))  # grey, 16 bits
+    if deep:
+        return np.repeat((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
+    if image.mode in ("I", "F"):
+        raise UserError(
+            f"a picture of mode {image.mode!r} (32 bits a pixel) does not say what is white; save it with 8 bits"
+        )
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """The PIL image of a picture file, its header read and found sensible. UserError for whatever is wrong with it."""
+    from PIL import Image, UnidentifiedImageError
+
+    path = regular(path, "picture")
+    if path.stat().st_size > MOST_PICTURE_BYTES:
+        raise UserError(f"{path} has more than {MOST_PICTURE_BYTES >> 20} MiB; scale the picture down first")
+    try:
+        with Image.open(path, formats=FORMATS) as file:
+            check_pixels(path, file.height, file.width)
+            if getattr(file, "is_animated", False) and file.format != "MPO":  # phones hide more pictures in a JPEG
+                raise UserError(
+                    f"{path} holds {getattr(file, 'n_frames', 'several')} pictures; give an animation as a video, "
+                    "or save the one you mean"
+                )
+            yield file
+    except UserError as e:
+        raise UserError(str(e) if str(path) in str(e) else f"{path}: {e}") from None
+    except Image.DecompressionBombError:
+        raise UserError(f"{path} announces more pixels than any picture has; scale it down first") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{path} is not a picture of a kind that is read ({', '.join(FORMATS)}); convert it") from None
+    except MemoryError:
+        raise UserError(f"{path} does not fit into memory; scale it down first") from None
+    except Exception as e:  # PIL raises OSError, SyntaxError, struct.error, ValueError ... for broken files
+        why = " ".join(str(e).split()) or type(e).__name__
+        raise UserError(
+            f"{path} cannot be read as a picture ({why:.120}); check that it opens, or copy it again"
+        ) from None
+
+
 def read_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
     """The picture upright (EXIF honoured) as (H, W, 3) uint8 RGB; transparency is dropped, 16 bits become 8.
 
-    Raises UserError for a missing, broken, truncated or zero-size picture.
+    Raises UserError for a missing, broken, truncated, zero-size, huge or animated picture, for a kind not in FORMATS
+    and for what is no regular file.
     """
-    from PIL import Image, ImageOps
-
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"no such picture: {path}")
-    if path.is_dir():
-        raise UserError(f"{path} is a folder, not a picture; give one file, or the folder as a video")
-    try:
-        with Image.open(path) as file:
-            image: Any = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I;16"):
-                return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
-            return as_frame(image)
-    except UserError:
-        raise UserError(f"{path} has no pixels; save it again") from None
-    except Exception as e:  # PIL raises OSError, SyntaxError, struct.error, ValueError ... for broken files
-        why = "not a picture" if type(e).__name__ == "UnidentifiedImageError" else " ".join(str(e).split())
-        raise UserError(f"{path} cannot be read as a picture ({why}); check that it opens, or copy it again") from None
+    with _opened(path) as file:
+        return as_frame(file)
 
 
 def image_size(path: Path) -> tuple[int, int]:
     """(height, width) upright, from the header alone. Raises UserError as `read_image`."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as file:
-            turned = file.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 lie on their side
-            return (file.width, file.height) if turned else (file.height, file.width)
-    except Exception:
-        h, w = read_image(path).shape[:2]  # says what is wrong
-        return h, w
+    with _opened(path) as file:
+        # EXIF orientations 5 to 8 lie on their side; of a TIFF, PIL gives the upright size itself.
+        turned = file.format != "TIFF" and file.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        return (file.width, file.height) if turned else (file.height, file.width)
 
 
 def folder_images(path: Path, size: Size = None) -> list[Path]:

@@ -24,15 +24,16 @@ from numpy.typing import NDArray
 from vlmfast.core import UserError
 from vlmfast.stream import backends, images
 from vlmfast.stream.images import Size, positive
-from vlmfast.stream.index import frames_of, opened, reason, stamp_of
+from vlmfast.stream.index import LIMITS, Tally, frames_of, opened, ready, reason, stamp_of
+from vlmfast.stream.orientation import Orientation, of_frame
 
 # What libav may open for a URL of each scheme: the stream itself and its parts, never a local file.
 _HTTP = "http,https,httpproxy,tls,tcp,crypto,data"
 _SCHEMES = {
     "http": _HTTP,
     "https": _HTTP,
-    "rtsp": "rtp,srtp,udp,tcp,tls,http,https",
-    "rtsps": "rtp,srtp,udp,tcp,tls,http,https",
+    "rtsp": "rtp,srtp,udp,tcp,tls",
+    "rtsps": "rtp,srtp,udp,tcp,tls",
     "rtmp": "rtmp,tcp",
     "rtmps": "rtmps,tls,tcp",
     "srt": "srt,udp",
@@ -123,18 +124,21 @@ def open_source(
     if realtime and (isinstance(source, int) or (isinstance(source, str) and "://" in source)):
         raise UserError("realtime= is for files, folders and iterables; cameras and URLs set their own pace")
     if isinstance(source, int):
+        if isinstance(source, bool) or source < 0:
+            raise UserError(f"a camera has a number, 0 or more, got {source!r}")
         raw = _live(f"camera {source}", lambda: _camera(source), reconnect, backoff)
         return _deliver(raw, sample_fps, size, False)
     if isinstance(source, str) and "://" in source:
-        url = source
-        if urlsplit(url).scheme not in _SCHEMES:
-            raise UserError(f"cannot open {_shown(url)}; a URL must begin with {', '.join(_SCHEMES)}")
+        scheme, _, rest = source.partition("://")
+        url = f"{scheme.lower()}://{rest}"
+        if scheme.lower() not in _SCHEMES or not _whole(url):
+            raise UserError(f"cannot open {_shown(url)}; a URL must begin with {', '.join(_SCHEMES)} and name a host")
         seen: dict[str, float] = {}
         raw = _live(_shown(url), lambda: _url(url, timeout, seen), reconnect, backoff)
         return _deliver(raw, sample_fps, size, False)
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
-        if path.is_dir():
+        if os.path.isdir(path):
             files = images.folder_images(path, size)
             pairs = ((partial(images.read_image, f), k * step) for k, f in enumerate(files))
             return _deliver(pairs, sample_fps, size, realtime)
@@ -166,16 +170,18 @@ def _deliver(raw: Iterable[_Timed], rate: float | None, size: Size, realtime: bo
 
 def _file(path: Path) -> Iterator[_Timed]:
     with opened(path) as (container, stream):
-        clock, turns = Clock(1 / float(stream.guessed_rate or stream.average_rate or 25)), None
-        for frame in frames_of(container, stream, path):
-            turns = round((frame.rotation or 0) / 90) % 4 if turns is None else turns
-            yield partial(_pixels, frame, turns), clock(stamp_of(container, frame))
-        if turns is None:
+        clock, turned = Clock(1 / float(stream.guessed_rate or stream.average_rate or 25)), None
+        tally = Tally()
+        for frame in frames_of(container, stream, path, tally):
+            turned = of_frame(frame, stream, path) if turned is None else turned
+            yield partial(_pixels, frame, turned), clock(stamp_of(container, frame))
+        if turned is None:
             raise UserError(f"{path} has no frames; check that it plays, or record it again")
+        tally.check(path, container, stream)
 
 
-def _pixels(frame: Any, turns: int) -> NDArray[np.uint8]:
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
+def _pixels(frame: Any, turned: Orientation) -> NDArray[np.uint8]:
+    return turned.apply(frame.to_ndarray(format="rgb24"))
 
 
 def _pushed(source: Iterable[Any], step: float) -> Iterator[_Timed]:
@@ -218,9 +224,21 @@ def _live(name: str, connect: Callable[[], Iterator[_Raw]], tries: int, backoff:
         failed += 1
 
 
+def _whole(url: str) -> bool:
+    """Is it well-formed, with a host and no character that would end a line?"""
+    try:
+        parts = urlsplit(url)
+        return bool(parts.hostname) and (parts.port is None or parts.port > 0) and url.isprintable()
+    except ValueError:
+        return False
+
+
 def _shown(url: str) -> str:
     """The URL without user name, password and query, for messages."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "that URL"
     host = parts.netloc.rpartition("@")[2]
     return f"{parts.scheme}://{host}{parts.path}"
 
@@ -231,7 +249,7 @@ def _url(url: str, timeout: float, seen: dict[str, float]) -> Iterator[_Raw]:
     import av
 
     scheme = urlsplit(url).scheme
-    options = {"protocol_whitelist": f"{scheme},{_SCHEMES[scheme]}"}
+    options = {"protocol_whitelist": f"{scheme},{_SCHEMES[scheme]}", **LIMITS}
     if scheme.startswith("rtsp"):
         options["rtsp_transport"] = "tcp"  # UDP loses packets, and firewalls drop it
     end: float | None = None  # media time, where the length is known
@@ -241,21 +259,22 @@ def _url(url: str, timeout: float, seen: dict[str, float]) -> Iterator[_Raw]:
             if not container.streams.video:
                 raise UserError(f"{_shown(url)} has no video track; give the address of a video stream")
             stream = container.streams.video[0]
+            ready(stream, _shown(url))
             stream.thread_type = "SLICE"  # frame threads would hold back one frame per thread
             if container.duration is not None:
                 end = ((container.start_time or 0) + container.duration) / 1e6
             arrival = bool(_UNSTAMPED & set(container.format.name.split(",")))
-            turns: int | None = None
+            turned: Orientation | None = None
             for frame in _tolerant(container, stream):
                 begun = True
-                turns = round((frame.rotation or 0) / 90) % 4 if turns is None else turns
+                turned = of_frame(frame, stream, _shown(url)) if turned is None else turned
                 stamp = None if frame.pts is None else float(frame.pts * stream.time_base)
                 stamp = time.monotonic() if arrival else stamp
                 if end is not None and stamp is not None:
                     if stamp <= seen.get("until", -np.inf):
                         continue
                     seen["until"] = stamp
-                yield partial(_pixels, frame, turns), stamp
+                yield partial(_pixels, frame, turned), stamp
     except av.error.ExitError:  # what PyAV's timeout looks like
         raise _Lost(f"no answer for {timeout:g} s") from None
     except av.error.FFmpegError as e:

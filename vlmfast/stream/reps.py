@@ -42,6 +42,11 @@ class RepTable:
         """Slots of the next slab."""
         return min(MOST, max(SLOTS, self.total))
 
+    @property
+    def grown(self) -> int:
+        """Slots when there is one more slab."""
+        return self.total + self._next
+
     def add(self, block: int, rep: Tensor, embedding: Tensor | None) -> None:
         """rep (L, Hk, Dh)."""
         layers, self.heads, width = rep.shape
@@ -63,12 +68,20 @@ class RepTable:
         self.slot[block] = slot
 
     def remove(self, block: int) -> None:
-        self.free.append(self.slot.pop(block))
+        slot = self.slot.pop(block, None)
+        if slot is not None:
+            self.free.append(slot)
 
     def rep(self, block: int, layer: int) -> Tensor:
         """(Hk, Dh) float16."""
         slab, row = self._at(self.slot[block])
         return self.slabs[slab][layer, row].view(self.heads, -1)
+
+    def of(self, block: int) -> tuple[Tensor, Tensor | None]:
+        """The representative (L, Hk, Dh) of all layers and the embedding (E,), both float16."""
+        slab, row = self._at(self.slot[block])
+        rep = self.slabs[slab][:, row].reshape(self.slabs[slab].shape[0], self.heads, -1).clone()
+        return rep, self.embeddings[slab][row].clone() if self.embeddings else None
 
     def slots(self, ids: list[int]) -> Tensor:
         """(N,) int64 rows of blocks in the table, for `products` and the like."""

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmfast.core import UserError
+from vlmfast import spec
+from vlmfast.core import UserError, shown
+from vlmfast.fields import Method
+from vlmfast.kernels import ranking
 from vlmfast.stream.blocks import Block
 from vlmfast.stream.reps import RepTable
 
@@ -42,7 +45,7 @@ def top(scores: Tensor, sizes: Tensor, frames: int | None, tokens: int | None) -
     With a token budget the ranking is walked from the best on and a candidate that does not fit is passed over; at
     least one is taken.
     """
-    order = scores.double().argsort(descending=True, stable=True)
+    order = ranking(scores.double())
     if tokens is None:
         return order[:frames].sort().values
     chosen: list[int] = []
@@ -103,7 +106,7 @@ def intervals(weights: dict[int, float], blocks: dict[int, Block]) -> list[tuple
 
 
 @dataclass(frozen=True)
-class Retriever:
+class Retriever(Method):
     """frames: most blocks brought back, None for no limit. tokens: most tokens brought back, None for no limit."""
 
     frames: int | None = 16
@@ -113,12 +116,13 @@ class Retriever:
     per_layer: ClassVar[bool] = False  # does it look at queries?
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.frames is None and self.tokens is None:
             raise UserError(f"{type(self).__name__} needs a budget: frames=16, or tokens=2048")
         for field in ("frames", "tokens"):
             value = getattr(self, field)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise UserError(f"{field}={value!r} must be a positive number of {field}")
+            if value is not None and value < 1:
+                raise UserError(f"{field}={value} must be a positive number of {field}")
 
     def fits(self, view: View) -> bool:
         """Do all candidates fit the budget? Then there is nothing to choose."""
@@ -147,10 +151,10 @@ class Internal(Retriever):
     the end), averages them, and chooses once.
     """
 
-    similarity: str = "cosine"
-    query: str = "mean"
+    similarity: Literal["cosine", "inner", "centred"] = "cosine"
+    query: Literal["mean", "each"] = "mean"
     smooth: int = 0
-    scope: str = "layer"
+    scope: Literal["layer", "shared"] = "layer"
     layers: tuple[int, ...] | None = None
 
     name: ClassVar[str] = "internal"
@@ -158,15 +162,11 @@ class Internal(Retriever):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field, known in (
-            ("similarity", ("cosine", "inner", "centred")),
-            ("query", ("mean", "each")),
-            ("scope", ("layer", "shared")),
-        ):
-            if getattr(self, field) not in known:
-                raise UserError(f"{field}={getattr(self, field)!r} is not known; use one of {', '.join(known)}")
-        if isinstance(self.smooth, bool) or not isinstance(self.smooth, int) or self.smooth < 0:
-            raise UserError(f"smooth={self.smooth!r} must be a number of neighbours, 0 or more")
+        if self.smooth < 0:
+            raise UserError(f"smooth={self.smooth} must be a number of neighbours, 0 or more")
+
+    def check_model(self, layers: int, heads: int, axes: int) -> None:
+        self.asked(layers)
 
     def layer_scores(self, view: View, layer: int, queries: Tensor) -> Tensor:
         """(N,) scores at one layer of a question's queries (Hk, G, q, Dh)."""
@@ -186,7 +186,7 @@ class Internal(Retriever):
         wanted = range(count) if self.layers is None else self.layers
         wrong = [i for i in wanted if not -count <= i < count]
         if wrong or not wanted:
-            raise UserError(f"layers={self.layers}: this model's layers are 0 to {count - 1}")
+            raise UserError(f"layers={shown(self.layers)} in internal: this model's layers are 0 to {count - 1}")
         return sorted({i % count for i in wanted})
 
     def combine(self, scores: list[Tensor]) -> Tensor:
@@ -290,32 +290,22 @@ METHODS: dict[str, type[Retriever]] = {
 }
 
 
-def _value(key: str, text: str) -> Any:
-    """A field's value from text; layers are joined with a plus."""
-    if text == "none":
-        return None
-    numbers = text.split("+")
-    if all(part.lstrip("-").isdigit() for part in numbers):
-        return tuple(map(int, numbers)) if key == "layers" else int(text)
-    return text
-
-
-def parse(spec: Any) -> Retriever | None:
+def parse(text: Any) -> Retriever | None:
     """A retriever from itself, None or "none" (the window alone), a name, or `name:field=value,...`, as in
-    `internal:similarity=centred,scope=shared,layers=2+3`."""
-    if spec is None or isinstance(spec, Retriever):
-        return spec
-    name, _, rest = str(spec).partition(":")
-    if name == "none":
+    `internal:similarity=centred,scope=shared,layers=2+3`: layers are joined with a plus, or a list."""
+    if text is None or isinstance(text, Retriever):
+        return text
+    fields = spec.parse(text)
+    name = fields.pop("method")
+    if name == "none" and not fields:
         return None
     if name not in METHODS:
-        raise UserError(f"unknown retriever {name!r}; known: none, {', '.join(METHODS)}")
-    fields: dict[str, Any] = {}
-    for part in filter(None, rest.split(",")):
-        key, equals, value = part.partition("=")
-        known = list(METHODS[name].__dataclass_fields__)
-        if not equals or key.strip() not in known:
-            raise UserError(f"{part!r} in {spec!r} is not field=value with a field of {', '.join(known)}")
-        text = value.strip()
-        fields[key.strip()] = _value(key.strip(), text)
+        raise UserError(f"unknown retriever {shown(name)}; known: none, {', '.join(METHODS)}")
+    known = list(METHODS[name].__dataclass_fields__)
+    for key in fields:
+        if key not in known:
+            raise UserError(f"{shown(key)} in {shown(text)} is not field=value with a field of {', '.join(known)}")
+    layers = fields.get("layers")
+    if isinstance(layers, (int, str)):
+        fields["layers"] = [spec.literal(part) for part in str(layers).split("+")]
     return METHODS[name](**fields)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from vlmfast.api import unwrap
 from vlmfast.core import UserError, to_json
 from vlmfast.plan import Plan, resolve
+from vlmfast.preconditions import unwrap
+from vlmfast.stream import manifest
 from vlmfast.stream.blocks import Block
 from vlmfast.stream.encode import State
-from vlmfast.stream.segments import Segments, read_index
+from vlmfast.stream.fingerprint import fingerprint
+from vlmfast.stream.folder import Damaged, NoRoom, StoreError
+from vlmfast.stream.segments import BlockLost, Segments
 from vlmfast.stream.store import Store
 
 if TYPE_CHECKING:
@@ -25,22 +28,15 @@ if TYPE_CHECKING:
 SHAPED = ("window", "redundancy", "keep_as", "positions", "text_after")  # what stored blocks depend on
 
 
-def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """What tells one model from another: type, sizes, dtype, and a digest of a few weights of every text layer."""
-    text = model.config.get_text_config()  # type: ignore[union-attr,operator]
-    digest = hashlib.sha256()
-    for name, p in model.named_parameters():
-        if name.endswith(("k_proj.weight", "v_proj.weight")):
-            digest.update(p.detach().reshape(-1)[:256].float().cpu().numpy().tobytes())
-    return {
-        "model_type": model.config.model_type,  # type: ignore[union-attr]
-        "hidden_size": text.hidden_size, "layers": text.num_hidden_layers, "heads": text.num_key_value_heads,
-        "dtype": str(next(model.parameters()).dtype), "weights": digest.hexdigest()[:16],
-    }  # fmt: skip
+_KINDS: dict[str, tuple[type, ...]] = {
+    "window": (int,), "ram": (int, float, str), "disk_limit": (int, float, str, type(None)),
+    "redundancy": (int, float, type(None)), "keep_as": (str,), "positions": (str,), "text_after": (str,),
+    "queue": (int,), "fps": (int, float), "flush_seconds": (int, float),
+}  # fmt: skip
 
 
 def head(model: nn.Module, config: dict[str, Any], prune: Any) -> dict[str, Any]:
-    """The head of a folder's index."""
+    """The head of a folder's manifest."""
     import transformers
 
     import vlmfast
@@ -54,31 +50,73 @@ def head(model: nn.Module, config: dict[str, Any], prune: Any) -> dict[str, Any]
 
 
 def save(session: StreamSession, path: str | os.PathLike[str] | None) -> None:
-    """Flush and write the state to the session's own folder, or copy everything to a new one."""
+    """Flush and write the state to the session's own folder, or copy everything to a new one.
+
+    The new folder is a stream's when all of it is written: after an error or a crash it is none."""
     store = session.store
     here = store.disk is not None and (path is None or Path(path).resolve() == store.disk.path.resolve())
     if path is None and store.disk is None:
         raise UserError("this session has no disk folder: name one, save(path)")
-    tensors, meta = _state(session)
     if here:
-        store.save_state(tensors, meta)
+        session._settle()
+        store.flush()
+        store.save_state(*_state(session))
         return
     assert path is not None
     copy = Segments(path, None, head(session.model, session.config, session.plan.prune))
     copy.head["stream"] = {"first": session.encoder.state.first, "span": session.encoder.span}
     copy.create()
-    batch: list[Any] = []
-    for block in store.blocks.values():
-        batch.append((block, store.whole(block.id)))
-        batch[-1][1].rep = torch.stack([store.reps.rep(block.id, i) for i in range(len(store.reps.slabs[0]))])
-        if sum(p.nbytes() for _, p in batch) > (8 << 20):
-            copy.write(batch)
-            batch = []
-    if batch:
-        copy.write(batch)
-    copy.write_state(tensors, meta)
-    if session.last is not None:
-        copy.beat(session.last)
+    try:
+        batch: list[Any] = []
+        for block in list(store.blocks.values()):
+            try:
+                batch.append((block, store.whole(block.id)))
+            except BlockLost:  # `lost` says so, and which others were in its segment
+                continue
+            if sum(p.nbytes() for _, p in batch) > (8 << 20):
+                copy.write(batch, commit=False)
+                batch = []
+        batch += session._waiting
+        if batch:
+            copy.write(batch, commit=False)
+        copy.beat(float("-inf") if session._accepted is None else session._accepted)
+        copy.write_state(*_state(session))
+    except BaseException:
+        copy.abandon()
+        raise
+    copy.close()
+    if len(session.queue):
+        session.notes.append(f"{len(session.queue)} frames that still waited to be encoded are not in {path}")
+
+
+def finish(session: StreamSession) -> None:
+    """Encode what waits and write everything; older blocks that are given up for it are told in `notes` and a warning.
+
+    Raises StoreError where the disk refuses."""
+    store, evicted = session.store, session.store.evicted
+    try:
+        session._settle()
+        session._drain()
+        session._settle()
+        store.flush()
+        save(session, None)
+    except NoRoom as e:
+        if store.dirty or session._waiting:
+            raise _stays_open(e) from None
+        session.notes.append(f"the window was not saved: {e}")
+    except StoreError as e:
+        raise _stays_open(e) from None
+    finally:
+        if store.evicted > evicted:
+            session.notes.append(
+                f"closing gave up {store.evicted - evicted} older blocks: disk_limit={store.disk_limit:,} bytes has no "
+                "room for them beside the newest"
+            )
+            warnings.warn(session.notes[-1], stacklevel=4)
+
+
+def _stays_open(error: StoreError) -> StoreError:
+    return StoreError(f"{error}; the session stays open: close() it again then, or close(discard=True) to let it go")
 
 
 def _state(session: StreamSession) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -98,11 +136,24 @@ def _state(session: StreamSession) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "resident": [b.json() for b in encoder.resident], "pending": [t for _, t in session.pending],
         "last": session.last, "gap": session.gap, "accepted": session._accepted, "turns": session.turns,
         "counts": session.counts, "dropped": session.queue.dropped, "evicted": session.store.evicted,
-        "lost_seconds": session.lost_seconds,
+        "lost_seconds": session.lost_seconds, "beat": _beat(session.store, []),
     }  # fmt: skip
     return tensors, meta
 
 
+def _beat(store: Store, damage: list[str]) -> float | None:
+    """How far the stream had come by the heartbeat; a damaged one is added to `damage`."""
+    if store.disk is None:
+        return None
+    try:
+        return store.disk.folder.last_beat()
+    except Damaged as e:
+        damage.append(f"heartbeat: {e}; how much of the stream's end a crash lost cannot be told")
+        return None
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
 def load(
     cls: type[StreamSession],
     path: str | os.PathLike[str],
@@ -111,8 +162,8 @@ def load(
     changed: dict[str, Any],
 ) -> StreamSession:
     """See `StreamSession.load`."""
-    index = read_index(Path(path))
-    saved = index["head"]
+    body, _, _ = manifest.read(Path(path))
+    saved = _head_of(Path(path), body)
     config = saved["config"]
     for name in changed:
         if name in SHAPED and changed[name] != config[name]:
@@ -132,27 +183,60 @@ def load(
         )
     limits = {k: changed.get(k, config[k]) for k in ("ram", "disk_limit", "flush_seconds")}
     store = Store(limits["ram"], path, limits["disk_limit"], config["keep_as"], limits["flush_seconds"], saved).open()
-    session = cls(model, processor, **{**config, **changed, "plan": plan}, _store=store)  # type: ignore[arg-type]
-    found = store.disk.read_state() if store.disk is not None else None
-    last = max(store.blocks) if store.blocks else -1
-    if found is not None and found[1]["state"]["blocks"] > last:
-        _restore(session, *found)
-    elif store.blocks:
-        _rebuild(session)
-    assert store.disk is not None
-    store.lost = list(store.disk.skipped)
-    beat, held = store.disk.last_beat(), session._accepted
-    if beat is not None:
-        start = session.encoder.state.first or 0.0
-        session.lost_seconds += max(0.0, beat - (held if held is not None else start))
+    try:
+        session = cls(model, processor, **{**config, **changed, "plan": plan}, _store=store)  # type: ignore[arg-type]
+        _take_up(session)
+    except BaseException:
+        store.close()
+        raise
     import transformers
 
-    if saved["versions"]["transformers"] != transformers.__version__:
+    if saved["versions"].get("transformers") != transformers.__version__:
         session.notes.append(
-            f"encoded with transformers {saved['versions']['transformers']}, running {transformers.__version__}: "
+            f"encoded with transformers {saved['versions'].get('transformers')}, running {transformers.__version__}: "
             "position rules may differ"
         )
     return session
+
+
+def _head_of(path: Path, body: dict[str, Any]) -> dict[str, Any]:
+    """The head of a manifest, every field of the right type."""
+    saved = body["head"]
+    began = saved.get("stream")
+    config = saved.get("config")
+    right = all(isinstance(saved.get(k), dict) for k in ("model", "versions", "config")) and "prune" in saved
+    right = right and set(config) == set(_KINDS) and all(isinstance(config[k], kinds) for k, kinds in _KINDS.items())
+    if began is not None or body["segments"]:
+        right = right and isinstance(began, dict) and set(began) == {"first", "span"}
+        right = right and isinstance(began["first"], float) and isinstance(began["span"], int)
+    if not right:
+        raise UserError(f"{path} was made with settings that no session has ({saved!r:.80}): it is refused")
+    return dict(saved)
+
+
+def _take_up(session: StreamSession) -> None:
+    """The window as it was saved, or from the archive; and what a crash lost."""
+    store = session.store
+    assert store.disk is not None
+    known = len(store.disk.skipped)
+    found = store.disk.read_state()
+    store.lost += store.disk.skipped[known:]
+    last, beaten = max(store.blocks) if store.blocks else -1, None
+    if found is not None:
+        try:
+            if found[1]["state"]["blocks"] > last:
+                _restore(session, *found)
+                beaten = found[1]["beat"]
+        except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as e:
+            file = store.disk.path / store.disk.state["file"]  # type: ignore[index]
+            raise UserError(f"{file} does not fit this session ({e}): delete it to go on from the archive") from None
+    if session.encoder.state.blocks == 0 and store.blocks:
+        _rebuild(session)
+    beat = _beat(store, store.lost)
+    if beat is not None:
+        start = session.encoder.state.first or 0.0
+        held = [x for x in (session._accepted, beaten) if x is not None]
+        session.lost_seconds += max(0.0, beat - max(held, default=start))
 
 
 def _restore(session: StreamSession, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
@@ -176,22 +260,28 @@ def _restore(session: StreamSession, tensors: dict[str, Tensor], meta: dict[str,
 def _rebuild(session: StreamSession) -> None:
     """After a crash: the window from the newest blocks of the archive; the next frame is taken whole."""
     encoder, store = session.encoder, session.store
-    blocks = list(store.blocks.values())
-    room = encoder.window - encoder._segment
-    resident: list[Block] = []
-    for block in reversed(blocks):
-        room -= block.n
-        if room < 0:
+    dtype = session.eyes.text.embed_tokens.weight.dtype
+    while store.blocks:
+        blocks = list(store.blocks.values())
+        room = encoder.window - encoder._segment
+        resident: list[Block] = []
+        for block in reversed(blocks):
+            room -= block.n
+            if room < 0:
+                break
+            resident.insert(0, block)
+        try:
+            per = [[store.layer(b.id, i, dtype) for b in resident] for i in range(len(encoder.cache.layers))]
             break
-        resident.insert(0, block)
+        except BlockLost:  # it is forgotten, and `lost` says so
+            continue
+    else:
+        return
     last, state, began = blocks[-1], encoder.state, store.disk.head["stream"]  # type: ignore[union-attr]
     state.blocks, state.first, encoder.span = last.id + 1, began["first"], began["span"]
     if not encoder.layout.timed:
         state.cursor = last.origin[0] + last.advance[0]
     state.shift = [a - b for a, b in zip(resident[0].origin, encoder.origin, strict=True)] if resident else []
-    layers = range(len(encoder.cache.layers))
-    dtype = session.eyes.text.embed_tokens.weight.dtype
-    per = [[store.layer(b.id, i, dtype) for b in resident] for i in layers]
     if resident:
         raw = torch.stack([torch.cat([k for k, _ in row], 1) for row in per])
         val = torch.stack([torch.cat([v for _, v in row], 1) for row in per])

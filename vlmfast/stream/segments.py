@@ -1,8 +1,8 @@
-"""The disk tier: immutable safetensors segments and a JSON index, each written whole or not at all.
+"""The disk tier: immutable segments and the saved window, named by one manifest.
 
-A segment is written to a temporary name, synced, renamed, and only then named in `index.json`, which is replaced the
-same way; so a crash at any moment leaves a folder that opens, short of what was not flushed. Sizes and CRC-32 sums are
-checked when a folder is opened; what does not match is reported and skipped.
+A file is written under a number of its own and synced, then the manifest names it, then what it replaces is deleted: a
+crash at any moment leaves a folder that opens as it was before or after, no block twice or half. Whatever is read is
+checked against its size and sum; what does not match is reported and skipped.
 """
 
 from __future__ import annotations
@@ -11,24 +11,23 @@ import json
 import os
 import struct
 import zlib
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from vlmfast.core import UserError
+from vlmfast.stream import manifest
 from vlmfast.stream.blocks import Block
+from vlmfast.stream.folder import MANIFESTS, Damaged, Folder, NoRoom, StoreError, read_regular
 from vlmfast.stream.pack import Packed
+from vlmfast.stream.segment_file import SegmentFile, encode
 
-FORMAT = 1
-OPEN = 64  # segment files kept mapped
-
-
-class StoreError(UserError):
-    """The disk does not take what should be written; what was stored before is untouched."""
+OPEN = 64  # segment files kept open
+SMALL = 400  # bytes of lock file, heartbeat and what the file system may add
 
 
 class BlockLost(RuntimeError):
@@ -36,256 +35,286 @@ class BlockLost(RuntimeError):
 
 
 class Segments:
-    """A folder of segments. `limit`: most bytes in it at any time, None for no limit."""
+    """A folder of segments. `limit`: most bytes of ours in it at any time, None for no limit."""
 
     def __init__(self, path: str | os.PathLike[str], limit: int | None, head: dict[str, Any]) -> None:
-        self.path, self.limit, self.head = Path(path), limit, head
-        self.entries: dict[str, dict[str, Any]] = {}  # file -> {"bytes", "crc", "blocks"}
+        self.folder, self.limit, self.head = Folder(path), limit, head
+        self.path = self.folder.path
+        self.entries: dict[str, dict[str, Any]] = {}  # file -> {"bytes", "crc", "head", "blocks"}, in stream order
         self.where: dict[int, str] = {}  # block id -> file
         self.state: dict[str, Any] | None = None  # {"file", "bytes", "crc"} of the saved session state
         self.skipped: list[str] = []
-        self.number = 0
-        self.peak = 0
-        self._mapped: dict[str, Any] = {}
-        self._index_bytes = 0
+        self.number = self.generation = self.peak = 0
+        self.aside: dict[str, int] = {}  # damaged files that are kept, and their bytes
+        self._opened: dict[str, SegmentFile] = {}
+        self._broken: dict[str, int] = {}  # damaged files that the manifest on disk still names, and their bytes
+        self._leaving: dict[str, int] = {}  # files that a manifest on disk may still name, and their bytes
+        self._manifest_bytes = 0
+        self._shape: list[int] | None = None  # (L, Hk, Dh) of every representative
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
     def create(self) -> None:
-        """Make the folder. Raises UserError when it holds a stream, StoreError when it cannot be written."""
-        if (self.path / "index.json").exists():
+        """Make the folder and own it; it is a stream's once `commit` was called. Raises UserError when it holds one."""
+        if manifest.holds_stream(self.path):
             raise UserError(
                 f"{self.path} already holds a stream: continue it with StreamSession.load({str(self.path)!r}, ...), "
                 "or name an empty folder"
             )
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise StoreError(f"{self.path} cannot be made ({e.strerror}): name a folder that can be written") from None
-        self.write_index()
+        self.folder.make()
+        self.aside = self.folder.aside()
+        self.number = self.folder.highest()
 
     def open(self) -> tuple[list[Block], dict[int, tuple[Tensor, Tensor | None]]]:
-        """Read index and segments. Returns the blocks in order and {id: (rep, embedding)}; see `skipped`."""
-        index = read_index(self.path)
-        self.head = index["head"]
-        self.number, self.state = index["number"], index["state"]
+        """Own the folder, read manifest and segments. Returns the blocks in order and {id: (rep, embedding)}; what was
+        damaged is in `skipped`."""
+        manifest.read(self.path)  # before a lock file is made in a folder that holds no stream
+        self.folder.acquire()
+        try:
+            return self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> tuple[list[Block], dict[int, tuple[Tensor, Tensor | None]]]:
+        body, damage, agree = manifest.read(self.path)
+        self.skipped += damage
+        self.head, self.state, self.generation = body["head"], body["state"], body["generation"]
+        self.number = max(body["number"], self.folder.highest())
+        self.aside = self.folder.aside()
         blocks: list[Block] = []
         reps: dict[int, tuple[Tensor, Tensor | None]] = {}
-        for file, entry in index["segments"].items():
+        for file, entry in body["segments"].items():
             try:
-                found = self._check(file, entry)
-                with safe_open(self.path / file, "pt") as f:
-                    names = set(f.keys())
-                    for block in found:
-                        emb = f.get_tensor(f"{block.id}.emb") if f"{block.id}.emb" in names else None
-                        reps[block.id] = (f.get_tensor(f"{block.id}.rep"), emb)
-            except (OSError, SafetensorError, ValueError, KeyError) as e:
+                found, held = self._verified(file, entry)
+            except OSError as e:
+                raise UserError(
+                    f"{self.path / file} cannot be read ({e.strerror}); nothing was changed: make it readable, or "
+                    f"delete it to go on without its {len(entry['blocks'])} blocks"
+                ) from None
+            except Damaged as e:
                 self.skipped.append(f"{file} ({len(entry['blocks'])} blocks): {e}")
+                self._broken[file] = self.folder.size(file)
                 continue
             self.entries[file] = entry
-            blocks += found
             self.where |= {b.id: file for b in found}
-        self._index_bytes = (self.path / "index.json").stat().st_size
-        known = {*self.entries, "index.json", "heartbeat", (self.state or {}).get("file")}
-        for stray in self.path.glob("*.safetensors*"):
-            if stray.name not in known and stray.name not in index["segments"]:
-                stray.unlink(missing_ok=True)  # a write that a crash cut short
+            blocks += found
+            reps |= held
+        text = self._text(self.entries | {f: body["segments"][f] for f in self._broken}, self.state)
+        self._manifest_bytes = len(text)
+        if agree or self._repaired(text):
+            named = {*body["segments"], (self.state or {}).get("file", "")}
+            for stray in self.folder.strays(named):
+                self.folder.delete(stray)
         return sorted(blocks, key=lambda b: b.id), reps
 
-    def _check(self, file: str, entry: dict[str, Any]) -> list[Block]:
-        data = (self.path / file).read_bytes()
-        if len(data) != entry["bytes"]:
-            raise ValueError(f"{len(data)} bytes instead of {entry['bytes']}")
-        if zlib.crc32(data) != entry["crc"]:
-            raise ValueError("the checksum does not match")
-        (size,) = struct.unpack("<Q", data[:8])
-        meta = json.loads(data[8 : 8 + size])["__metadata__"]
-        return [Block.from_json(b) for b in json.loads(meta["blocks"])]
+    def _verified(
+        self, file: str, entry: dict[str, Any]
+    ) -> tuple[list[Block], dict[int, tuple[Tensor, Tensor | None]]]:
+        try:
+            segment = SegmentFile(self.path / file, entry)
+        except FileNotFoundError:
+            raise Damaged("it is missing") from None
+        try:
+            segment.verify(entry["crc"])
+            self._shape = self._shape or segment.shape
+            if segment.shape != self._shape or [b.id for b in segment.blocks] != entry["blocks"]:
+                raise Damaged("it holds other blocks than the manifest says")
+            return segment.blocks, {b.id: segment.rep(b.id) for b in segment.blocks}
+        finally:
+            segment.close()
+
+    def _repaired(self, text: bytes) -> bool:
+        """Write both manifests as the one that was read."""
+        try:
+            for name in MANIFESTS:
+                self.folder.put(name, text)
+        except StoreError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Let go of files and folder; nothing is written."""
+        for segment in self._opened.values():
+            segment.close()
+        self._opened.clear()
+        self.folder.release()
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
     @property
     def used(self) -> int:
-        """Bytes in the folder, the index counted twice because replacing it needs both."""
+        """Bytes of ours in the folder, the manifest counted three times because replacing it needs a third."""
+        kept = sum(sum(list(files.values())) for files in (self.aside, self._leaving, self._broken))
         state = self.state["bytes"] if self.state else 0
-        return self.segment_bytes + state + 2 * self._index_bytes + 64
+        return self.segment_bytes + state + kept + 3 * self._manifest_bytes + SMALL
 
     @property
     def segment_bytes(self) -> int:
         return sum(e["bytes"] for e in list(self.entries.values()))
 
-    def write(self, blocks: list[tuple[Block, Packed]]) -> str:
-        """One new segment; returns its file name. Raises StoreError, leaving the folder as it was."""
-        tensors = {f"{b.id}.{name}": x for b, p in blocks for name, x in p.tensors().items()}
-        data = to_bytes(tensors, {"blocks": json.dumps([b.json() for b, _ in blocks])})
+    def write(self, blocks: list[tuple[Block, Packed]], commit: bool = True) -> None:
+        """One new segment of newer blocks. Raises StoreError, leaving the folder as it was. A saved state is older now
+        and of no use: it goes."""
+        file, entry = self._segment(blocks)
+        self._name(self.entries | {file: entry}, None, [] if self.state is None else [self.state], file, commit)
+
+    def rewrite(self, file: str, keep: list[tuple[Block, Packed]]) -> None:
+        """Replace a segment by one that holds only `keep` (nothing: delete it)."""
+        new = dict([self._segment(keep)] if keep else [])
+        entries: dict[str, dict[str, Any]] = {}
+        for name, entry in self.entries.items():
+            entries |= new if name == file else {name: entry}
+        gone = {"file": file, "bytes": self.entries[file]["bytes"]}
+        self._name(entries, self.state, [gone], next(iter(new), None), True)
+
+    def _segment(self, blocks: list[tuple[Block, Packed]]) -> tuple[str, dict[str, Any]]:
+        """Write a segment that no manifest names yet."""
+        data, head = encode(blocks)
         self.number += 1
-        file = f"seg-{self.number:06d}.safetensors"
-        self._put(file, data)
-        self.entries[file] = {
-            "bytes": len(data),
-            "crc": zlib.crc32(data),
-            "blocks": [b.id for b, _ in blocks],
-        }
-        try:
-            self.write_index()
-        except StoreError:
-            del self.entries[file]
-            (self.path / file).unlink(missing_ok=True)
-            raise
-        self.where |= {b.id: file for b, _ in blocks}
-        return file
+        file = f"segment-{self.number:08d}.safetensors"
+        self.folder.put(file, data)
+        crc = zlib.crc32(data)
+        return file, {"bytes": len(data), "crc": crc, "head": head, "blocks": [b.id for b, _ in blocks]}
 
     def write_state(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        """Replace the saved session state."""
+        """Replace the saved session state. Raises NoRoom where it does not fit the limit, StoreError."""
         data = to_bytes(tensors, {"state": json.dumps(meta)})
-        if self.limit is not None and self.used + len(data) > self.limit:
-            raise StoreError(
+        if self.limit is not None and self.used + len(data) + 600 > self.limit:
+            raise NoRoom(
                 f"a state of {len(data):,} bytes does not fit disk_limit={self.limit:,} beside {self.used:,}: raise it"
             )
         self.number += 1
-        old, file = self.state, f"state-{self.number:06d}.safetensors"
-        self._put(file, data)
-        self.state = {"file": file, "bytes": len(data), "crc": zlib.crc32(data)}
+        file = f"state-{self.number:08d}.safetensors"
+        self.folder.put(file, data)
+        state = {"file": file, "bytes": len(data), "crc": zlib.crc32(data)}
+        self._name(self.entries, state, [] if self.state is None else [self.state], file, True)
+
+    def drop_state(self) -> None:
+        """Delete the saved state."""
+        if self.state is not None:
+            self._name(self.entries, None, [self.state], None, True)
+
+    def commit(self) -> None:
+        """Write the manifest."""
+        self._name(self.entries, self.state, [], None, True)
+
+    def abandon(self) -> None:
+        """Undo a creation that failed: delete every file of ours, the folder too if it is empty, and let go."""
+        self.folder.clear()
+        self.close()
+
+    def _name(
+        self,
+        entries: dict[str, dict[str, Any]],
+        state: dict[str, Any] | None,
+        gone: list[dict[str, Any]],
+        new: str | None,
+        commit: bool,
+    ) -> None:
+        """Make `entries` and `state` what the folder holds; then delete `gone`, or the file `new` if that fails."""
+        if commit:
+            text = self._text(entries, state, 1)
+            try:
+                self.folder.put(MANIFESTS[0], text)
+            except StoreError:
+                if new is not None:
+                    self.folder.delete(new)
+                raise
+            self.generation += 1
+            self._manifest_bytes = len(text)
+        self.entries, self.state = entries, state
+        self.where = {i: file for file, entry in entries.items() for i in entry["blocks"]}
+        for old in gone:
+            self._leaving[old["file"]] = old["bytes"]
+            if old["file"] in self._opened:
+                self._opened.pop(old["file"]).close()
+        self.peak = max(self.peak, self.used)
+        if commit:
+            self._mirror(text)
+
+    def _mirror(self, text: bytes) -> None:
+        """Write the manifest's copy, then delete what neither names. Where the disk refuses the copy it stays a
+        generation behind, and the files that it names stay too, until the next change."""
         try:
-            self.write_index()
+            self.folder.put(MANIFESTS[1], text, synced=False)
         except StoreError:
-            self.state = old
-            (self.path / file).unlink(missing_ok=True)
-            raise
-        if old:
-            (self.path / old["file"]).unlink(missing_ok=True)
+            return
+        self.folder.sync()
+        if self._broken:
+            for file in self._broken:
+                self.folder.set_aside(file)
+            self.aside = self.folder.aside()
+        for file in self._leaving:
+            self.folder.delete(file)
+        self._broken, self._leaving = {}, {}
+
+    def _text(self, entries: dict[str, dict[str, Any]], state: dict[str, Any] | None, ahead: int = 0) -> bytes:
+        body = {"generation": self.generation + ahead, "number": self.number, "head": self.head, "state": state}
+        return manifest.dump(body | {"segments": entries})
+
+    def drop_aside(self) -> None:
+        """Delete the damaged files that are kept."""
+        for file in self.aside:
+            self.folder.delete(file)
+        self.aside = {}
+
+    # -- reading -------------------------------------------------------------------------------------------------------
 
     def read_state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The saved state; None when there is none or it is damaged (then `skipped` says so)."""
         if not self.state:
             return None
+        file, size = self.state["file"], self.state["bytes"]
         try:
-            data = (self.path / self.state["file"]).read_bytes()
-            if zlib.crc32(data) != self.state["crc"]:
-                raise ValueError("the checksum does not match")
-            with safe_open(self.path / self.state["file"], "pt") as f:
-                return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["state"])  # noqa: SIM118
-        except (OSError, SafetensorError, ValueError) as e:
-            self.skipped.append(f"{self.state['file']} (the window): {e}")
-            return None
-
-    def rewrite(self, file: str, keep: list[tuple[Block, Packed]]) -> None:
-        """Replace a segment by one that holds only `keep` (nothing: delete it)."""
-        if keep:
-            self.write(keep)
-        entry = self.entries.pop(file)
-        self._mapped.pop(file, None)
-        for block in entry["blocks"]:
-            if self.where.get(block) == file:
-                del self.where[block]
-        self.write_index()
-        (self.path / file).unlink(missing_ok=True)
-
-    def write_index(self) -> None:
-        data = json.dumps(
-            {
-                "format": FORMAT,
-                "head": self.head,
-                "number": self.number,
-                "state": self.state,
-                "segments": self.entries,
-            }
-        ).encode()
-        self._put("index.json", data)
-        self._index_bytes = len(data)
-        self.peak = max(self.peak, self.used)
-
-    def _put(self, file: str, data: bytes) -> None:
-        temporary = self.path / f"{file}.tmp"
-        try:
-            with open(temporary, "wb") as f:
-                f.write(data)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(temporary, self.path / file)
+            data = read_regular(self.path / file, size)
+            if len(data) != size or zlib.crc32(data) != self.state["crc"]:
+                raise Damaged("the checksum does not match")
+            (head,) = struct.unpack("<Q", data[:8])
+            meta = json.loads(json.loads(data[8 : 8 + head])["__metadata__"]["state"])
+            return from_bytes(data), meta
         except OSError as e:
-            temporary.unlink(missing_ok=True) if os.access(self.path, os.W_OK) else None
-            raise StoreError(
-                f"writing {self.path / file} failed ({e.strerror}); nothing stored is lost, what is not on disk yet "
-                "stays in memory: free space or make the folder writable, then go on"
-            ) from None
+            self.skipped.append(f"{file} (the window): it cannot be read ({e.strerror})")
+        except (SafetensorError, ValueError, KeyError, TypeError, struct.error) as e:
+            self.skipped.append(f"{file} (the window): {e}")
+        return None
 
-    def beat(self, seconds: float) -> None:
-        """Note, without syncing, how far the stream has come: `load` tells from it what a crash lost."""
-        try:
-            with open(self.path / "heartbeat", "wb") as f:
-                f.write(struct.pack("<d", seconds))
-        except OSError:  # the flush to come reports a folder that cannot be written
-            return
-
-    def last_beat(self) -> float | None:
-        try:
-            return float(struct.unpack("<d", (self.path / "heartbeat").read_bytes())[0])
-        except (OSError, struct.error):
-            return None
-
-    # -- reading -------------------------------------------------------------------------------------------------------
-
-    def _map(self, file: str) -> tuple[Any, frozenset[str]]:
-        entry, path = self.entries[file], self.path / file
-        try:
-            if path.stat().st_size != entry["bytes"]:  # a mapped file that shrank must not be touched
-                raise BlockLost(f"{file} is torn")
-            if file not in self._mapped:
-                if len(self._mapped) >= OPEN:
-                    self._mapped.pop(next(iter(self._mapped)))
-                f = safe_open(path, "pt")
-                self._mapped[file] = (f, frozenset(f.keys()))
-        except (OSError, SafetensorError) as e:
-            raise BlockLost(f"{file} cannot be read: {e}") from None
-        return self._mapped[file]  # type: ignore[no-any-return]
+    def _open_segment(self, file: str) -> SegmentFile:
+        if file not in self._opened:
+            segment = SegmentFile(self.path / file, self.entries[file])
+            if len(self._opened) >= OPEN:
+                self._opened.pop(next(iter(self._opened))).close()
+            self._opened[file] = segment
+        return self._opened[file]
 
     def layer(self, block: int, layer: int) -> dict[str, Tensor]:
-        """The stored tensors of one layer of a block, memory-mapped. Raises BlockLost."""
-        f, have = self._map(self.where[block])
+        """The stored tensors of one layer of a block, checked. Raises BlockLost."""
+        file = self.where[block]
         try:
-            names = [n for n in ("k", "v", "ks", "vs") if f"{block}.{n}" in have]
-            return {n: f.get_slice(f"{block}.{n}")[layer : layer + 1][0] for n in names}
-        except SafetensorError as e:
-            raise BlockLost(f"{self.where[block]}: {e}") from None
+            return self._open_segment(file).layer(block, layer)
+        except Damaged as e:
+            raise BlockLost(f"{file}: {e}") from None
+        except FileNotFoundError:
+            raise BlockLost(f"{file}: it is missing") from None
+        except OSError as e:  # such as too many open files: no damage
+            raise UserError(f"{self.path / file} cannot be read now ({e.strerror}); nothing was changed") from None
 
-    def whole(self, block: int) -> Packed:
-        """A block with all its layers."""
-        f, have = self._map(self.where[block])
-        get = {
-            n: f.get_tensor(f"{block}.{n}").clone()
-            for n in ("k", "v", "ks", "vs", "rep", "emb")
-            if f"{block}.{n}" in have
-        }
-        return Packed(get["k"], get["v"], get.get("ks"), get.get("vs"), get["rep"], get.get("emb"))
+    def whole(self, block: int, rep: Tensor, embedding: Tensor | None) -> Packed:
+        """A block with all its layers; rep (L, Hk, Dh) and embedding (E,) as they are in memory. Raises BlockLost."""
+        layers = [self.layer(block, i) for i in range(rep.shape[0])]
+        got = {name: torch.stack([x[name] for x in layers]) for name in layers[0]}
+        return Packed(got["k"], got["v"], got.get("ks"), got.get("vs"), rep, embedding)
 
     def forget(self, file: str) -> list[int]:
-        """Drop a damaged segment from the index; returns the blocks it held."""
+        """Drop a damaged segment; returns the blocks it held. The next change of the manifest sets its file aside."""
         entry = self.entries.pop(file)
-        self._mapped.pop(file, None)
+        if file in self._opened:
+            self._opened.pop(file).close()
+        self._broken[file] = self.folder.size(file)
         for block in entry["blocks"]:
             self.where.pop(block, None)
         return list(entry["blocks"])
 
-    def close(self) -> None:
-        self._mapped.clear()
-
-
-def read_index(path: Path) -> dict[str, Any]:
-    """The index of a stream's folder. Raises UserError when there is none or it is of another format."""
-    try:
-        index = json.loads((path / "index.json").read_text())
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} holds no stream (no index.json): name the folder given as disk= or to save()"
-        ) from None
-    except (OSError, json.JSONDecodeError) as e:
-        raise UserError(f"{path / 'index.json'} cannot be read ({e})") from None
-    if index.get("format") != FORMAT:
-        raise UserError(f"{path} is of format {index.get('format')}, this version reads format {FORMAT}")
-    return dict(index)
-
-
-def as_dtype(name: str) -> torch.dtype:
-    """torch.float32 from "torch.float32"."""
-    return getattr(torch, name.removeprefix("torch."))  # type: ignore[no-any-return]
+    def beat(self, seconds: float) -> None:
+        """Note how far the stream has come."""
+        self.folder.beat(seconds)

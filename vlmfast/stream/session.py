@@ -10,29 +10,36 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from vlmfast.api import MARK, accelerate, unwrap
+from vlmfast import families
+from vlmfast.api import Accelerated
 from vlmfast.core import Unsupported, UserError
+from vlmfast.fields import checked
 from vlmfast.plan import Plan, resolve
-from vlmfast.runtime.late_rope import check, lock
+from vlmfast.preconditions import MARK, check_model, unwrap
+from vlmfast.runtime.late_rope import check
+from vlmfast.runtime.model_lock import lock_functions
+from vlmfast.runtime.placeholders import refuse_placeholders
 from vlmfast.runtime.stream_kv import WorkingSet
 from vlmfast.runtime.video import Eyes
 from vlmfast.stream import saving
 from vlmfast.stream.blocks import Block
 from vlmfast.stream.encode import Encoder
+from vlmfast.stream.folder import StoreError
+from vlmfast.stream.generate_options import check_options
 from vlmfast.stream.intake import Intake
 from vlmfast.stream.recall import Context, Recall, cache_bytes, reading
 from vlmfast.stream.retrieve import Internal, Retriever, in_time, intervals, parse
-from vlmfast.stream.segments import StoreError
 from vlmfast.stream.store import Store
 
 
@@ -49,11 +56,12 @@ class StreamSession(Intake):
     """One stream over one model.
 
     window: tokens a new frame sees besides the prompt before the video. ram: most bytes of the archive in memory (keys,
-    values, representatives). disk: folder that the archive is kept in too; disk_limit: most bytes in it. retrieve: a
-    retriever, its name, or None for the window alone. redundancy: cosine distance to the last kept feature at its place
-    below which a token is dropped before the language model (EfficientReKV), None keeps all. keep_as: "int8", "bf16" or
-    "model". positions: "contiguous" or "own"; text_after: "model" (its own rule) or "max". queue: frames that may wait
-    while an answer is generated; the oldest is dropped and counted when it is full. fps: of frames without timestamps.
+    values, representatives). disk: folder that the archive is kept in too, owned by this session alone until it is
+    closed; disk_limit: most bytes of the archive in it. retrieve: a retriever, its name, or None for the window alone.
+    redundancy: cosine distance to the last kept feature at its place below which a token is dropped before the language
+    model (EfficientReKV), None keeps all. keep_as: "int8", "bf16" or "model". positions: "contiguous" or "own";
+    text_after: "model" (its own rule) or "max". queue: frames that may wait while an answer is generated; the oldest is
+    dropped and counted when it is full. fps: of frames without timestamps.
     plan: `prune` acts on every grid, `kv` on the working set of every answer, `speculate` on the answer.
     """
 
@@ -82,18 +90,19 @@ class StreamSession(Intake):
             raise Unsupported(
                 "this model is accelerated already: .remove() that first and give StreamSession(plan=...)"
             )
-        for name, value, known in (
-            ("positions", positions, ("contiguous", "own")),
-            ("text_after", text_after, ("model", "max")),
-        ):
-            if value not in known:
-                raise UserError(f"{name}={value!r} is not known; use {' or '.join(known)}")
+        for name, value, hint in (
+            ("window", window, int), ("queue", queue, int), ("fps", fps, float),
+            ("flush_seconds", flush_seconds, float), ("redundancy", redundancy, float | None),
+            ("keep_as", keep_as, str), ("positions", positions, Literal["contiguous", "own"]),
+            ("text_after", text_after, Literal["model", "max"]),
+        ):  # fmt: skip
+            checked(name, value, hint, "a stream session")
         if redundancy is not None and not 0 <= redundancy < 2:
             raise UserError(
                 f"redundancy={redundancy!r} is a cosine distance from 0 to 2, e.g. 0.2, or None to keep all"
             )
-        if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-            raise UserError(f"window={window!r} must be a positive number of tokens")
+        if window < 1:
+            raise UserError(f"window={window} must be a positive number of tokens")
         if not fps > 0:
             raise UserError(f"fps={fps!r} must be positive")
         Intake.__init__(self, fps, queue)
@@ -104,6 +113,7 @@ class StreamSession(Intake):
                 f"{type(draft).__name__} drafts from the pixels, which a stream no longer has: use PromptLookup()"
             )
         self.retriever = parse(retrieve)
+        check_model(self.model, families.get(self.model), self.plan, self.retriever)
         self.notes: list[str] = []
         if getattr(self.plan.speculate, "otherwise", "") == "plain" and self._by_layer(self.retriever):
             self.plan = replace(self.plan, speculate=None)
@@ -120,13 +130,15 @@ class StreamSession(Intake):
             "flush_seconds": flush_seconds,
         }  # fmt: skip
         if _store is None:
-            head = saving.head(self.model, self.config, self.plan.prune)
+            head = {} if disk is None else saving.head(self.model, self.config, self.plan.prune)
             _store = Store(ram, disk, disk_limit, keep_as, flush_seconds, head).create()
         self.store = _store
         self.recall = Recall(self.encoder, self.store, positions == "contiguous", text_after)
         self.turns: list[tuple[str, str]] = []
         self.lost_seconds = 0.0
         self.working_peak = 0
+        self._unlock = lock_functions(self.model, stream=True)  # `generate` beside a stream waits for its turn
+        weakref.finalize(self, self._unlock)
 
     # -- questions -----------------------------------------------------------------------------------------------------
 
@@ -146,8 +158,9 @@ class StreamSession(Intake):
 
         The conversation so far is part of the prompt (`new_conversation()` ends it). The stream is not touched.
         """
+        options = check_options(self.model, {"max_new_tokens": max_new_tokens, **generate})
         clock = time.perf_counter()
-        with self._lock, lock(self.model):
+        with self._lock:
             context = self.context(question, at, between, retrieve)
             built = time.perf_counter()
             kv = None if self.plan.kv is None else WorkingSet(self.eyes.text, self.plan.kv)
@@ -161,7 +174,7 @@ class StreamSession(Intake):
                 inputs = self.recall.inputs(context)
                 prefilled = time.perf_counter()
                 with nullcontext() if kv is None else kv.reading(), self._speculating() as spoken:
-                    out = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **generate)  # type: ignore[operator]
+                    out = self.model.generate(**inputs, **options)  # type: ignore[operator]
             new = out[0, inputs["input_ids"].shape[1] :]
             text = self.eyes.tokenizer.decode(new, skip_special_tokens=True).strip()
             self.turns.append((question, text))
@@ -187,11 +200,15 @@ class StreamSession(Intake):
         self._open()
         if not question.strip():
             raise UserError("the question is empty")
+        refuse_placeholders(question, self.model, self.eyes.processor)
         with self._lock:
-            self._drain()
+            with contextlib.suppress(StoreError):  # the next push, flush or close says so
+                self._settle()
+            self._drain(len(self.queue))  # not what comes meanwhile: a fast source would never let an answer begin
             if not self.encoder.state.blocks and self.pending:
                 self._encode(pad=True)
             retriever = self.retriever if retrieve == "session" else parse(retrieve)
+            check_model(self.model, families.get(self.model), retriever)
             self._check_dense(retriever)
             blocks = self.encoder.resident if retriever is None else list(self.store.blocks.values())
             if not self.encoder.state.blocks:
@@ -229,7 +246,7 @@ class StreamSession(Intake):
         if self.plan.speculate is None:
             yield told
             return
-        with accelerate(self.model, speculate=self.plan.speculate) as fast:
+        with Accelerated(self.model, Plan(speculate=self.plan.speculate)) as fast:
             yield told
             told |= {k: v for k, v in fast.report.decode.items() if k != "tokens"}
 
@@ -275,34 +292,37 @@ class StreamSession(Intake):
     def load(cls, path: str | os.PathLike[str], model: nn.Module, processor: Any, **changed: Any) -> StreamSession:
         """Continue a saved, or killed, session. `.lost_seconds` says how much a crash lost, `.stats()["lost"]` what was
         damaged. changed: session arguments that should differ (ram, retrieve, queue, ...); those that shaped the
-        stored blocks cannot. Raises UserError for another model."""
+        stored blocks cannot. Raises UserError for another model, adapters as they are switched included, and while
+        another session has the folder open: one session owns it at a time."""
         return saving.load(cls, path, model, processor, changed)
 
-    def close(self) -> None:
+    def close(self, discard: bool = False) -> None:
         """Stop watching, encode what waits, write it to disk and let go of the files.
 
-        The window is written at full precision where disk_limit leaves room for it (`notes` says when it does not);
-        without it, `load` rebuilds the window from the archive.
+        Raises StoreError where the disk does not take it; the session then stays open, and loses nothing: make room and
+        close it again, `save(elsewhere)`, or close(discard=True), which writes nothing more. Older blocks that
+        disk_limit has no room for beside the newest are given up, and `notes` and a warning say so. The window is
+        written at full precision where disk_limit leaves room for it, and nothing is given up for it (`notes` says when
+        it was left out); without it, `load` rebuilds the window from the archive.
         """
         if self._closed:
             return
-        if self._watcher is not None:
-            self._watcher.stop()
-        try:
-            if self.store.disk is not None:
-                with self._lock:
-                    self._drain()
-                    self.store.flush()
-                    try:
-                        saving.save(self, None)
-                    except StoreError as e:
-                        self.notes.append(f"the window was not saved: {e}")
-        finally:
+        for watcher in self._watchers:
+            watcher.stop()
+        with self._lock:
+            if self.store.disk is not None and not discard:
+                saving.finish(self)
             self._closed = True
+            self._unlock()
             self.store.close()
 
     def __enter__(self) -> StreamSession:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
+        try:
+            self.close()
+        except StoreError as e:
+            if error is None:
+                raise
+            error.add_note(f"and the session could not be closed: {e}")

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmfast.core import UserError
+from vlmfast.core import UserError, shown
 from vlmfast.stream import backends
 from vlmfast.stream.images import (
     Size,
@@ -136,7 +136,9 @@ def parse_select(text: str) -> Select:
     """`uniform:16`, `fps:rate=2`, `scene:0.1,max_gap=10` as a selection; UserError names what is wrong."""
     name, _, rest = text.partition(":")
     if name not in SELECTIONS:
-        raise UserError(f"unknown frame selection {name!r}; choose one of {', '.join(SELECTIONS)}, e.g. 'uniform:16'")
+        raise UserError(
+            f"unknown frame selection {shown(name)}; choose one of {', '.join(SELECTIONS)}, e.g. 'uniform:16'"
+        )
     names = [f.name for f in fields(SELECTIONS[name])]
     given: dict[str, Any] = {}
     for k, part in enumerate(p for p in rest.split(",") if p.strip()):
@@ -145,9 +147,9 @@ def parse_select(text: str) -> Select:
         try:
             given[key] = float(value) if name != "uniform" else int(value)
         except ValueError:
-            raise UserError(f"{value.strip()!r} in the frame selection {text!r} is not a number") from None
+            raise UserError(f"{shown(value.strip())} in the frame selection {shown(text)} is not a number") from None
         if key not in names:
-            raise UserError(f"the frame selection {name!r} has no {key!r}; it has {', '.join(names)}")
+            raise UserError(f"the frame selection {name!r} has no {shown(key)}; it has {', '.join(names)}")
     return SELECTIONS[name](**given)
 
 
@@ -215,7 +217,7 @@ def read_video(
         positive("max_frames", max_frames, "integer")
     if fps is not None:
         positive("fps", fps)
-    if path.is_dir():
+    if os.path.isdir(path):
         return _read_folder(path, select, max_frames, size, 1.0 if fps is None else fps)
     if fps is not None:
         raise UserError(f"fps= is for folders of pictures; {path} has its own timestamps (choose by select=Fps(...))")
@@ -273,7 +275,7 @@ def write_video(path: str | os.PathLike[str], frames: Any, fps: float, crf: int 
     positive("fps", fps)
     if not path.parent.is_dir():
         raise UserError(f"no such folder: {path.parent}; create it first")
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"{path} is a folder; give the name of a file, such as {path / 'clip.mp4'}")
     part = path.with_name(f".{uuid.uuid4().hex}.part.mp4")
     try:

@@ -23,6 +23,12 @@ class Standing:
         """The picture's size changed: nothing stands any more."""
         self.keys = None
 
+    def copy(self) -> Standing:
+        """One that does not follow this one's changes."""
+        out = Standing()
+        out.keys, out.known = None if self.keys is None else self.keys.clone(), self.known
+        return out
+
     def see(self, keys: Tensor, keep: Tensor) -> Tensor:
         """Take in a block's visual keys (L, Hk, n, Dh), at the n places where keep (P,) bool is True.
 

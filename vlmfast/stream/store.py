@@ -1,8 +1,9 @@
 """The archive of a stream: blocks in RAM, spilled to disk, within byte limits that hold at all times.
 
 With a disk, every block goes into a segment soon after it arrives and RAM is a cache of the newest; without one, RAM is
-all there is. When a tier is full the blocks worth least are given up: those that bring little new and whose values are
-small (temporal redundancy and value norm, InfiniPot-V arXiv 2506.15745), never the newest quarter.
+all there is. When a tier is full the blocks worth least are given up (see `eviction`). The representatives of all
+blocks stay in RAM, so with a disk too RAM limits how many blocks there are: the table of representatives grows to three
+quarters of it, then blocks are given up for the ones that come.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from torch import Tensor
 
 from vlmfast.core import UserError, parse_bytes
 from vlmfast.stream.blocks import Block, Payload
+from vlmfast.stream.eviction import from_segments, least
+from vlmfast.stream.folder import NoRoom, StoreError
 from vlmfast.stream.pack import FORMATS, Packed, pack, unpack
 from vlmfast.stream.reps import RepTable
-from vlmfast.stream.segments import BlockLost, Segments, StoreError
+from vlmfast.stream.segments import BlockLost, Segments
 
 META = 600  # bytes that a block's own record takes in RAM, about
 SEGMENT = 8 << 20
@@ -59,6 +62,12 @@ class Store:
         """Make the disk folder, if there is to be one."""
         if self.disk is not None:
             self.disk.create()
+            try:
+                self.disk.commit()
+                self.disk.beat(float("-inf"))
+            except BaseException:
+                self.disk.abandon()
+                raise
         return self
 
     def open(self) -> Store:
@@ -66,11 +75,16 @@ class Store:
         assert self.disk is not None
         blocks, reps = self.disk.open()
         for block in blocks:
-            rep, embedding = reps[block.id]
-            self._reserve(self.reps.cost(rep, embedding) + META)
             self.blocks[block.id] = block
-            self.reps.add(block.id, rep, embedding)
+            self.reps.add(block.id, *reps.pop(block.id))
         self.lost += self.disk.skipped
+        if self.ram_bytes > self.ram:
+            self.close()
+            raise StoreError(
+                f"ram={self.ram:,} bytes cannot hold the representatives of {len(blocks):,} blocks, "
+                f"{self.ram_bytes:,} bytes: raise ram="
+            )
+        self.peak_ram = self.ram_bytes
         return self
 
     # -- sizes ---------------------------------------------------------------------------------------------------------
@@ -96,9 +110,13 @@ class Store:
 
     def add(self, block: Block, payload: Payload) -> None:
         """Store a block. Raises StoreError (nothing stored is lost, this block is not taken) when there is no room."""
-        packed = pack(payload.keys, payload.values, payload.rep, self.fmt, payload.embedding)
-        cost = self.reps.cost(packed.rep, packed.embedding)
-        self._reserve(packed.nbytes() + cost + META)
+        self.insert(block, pack(payload.keys, payload.values, payload.rep, self.fmt, payload.embedding))
+
+    def insert(self, block: Block, packed: Packed) -> None:
+        """`add` of a packed block."""
+        size = packed.nbytes() + META
+        self._slot(size, packed)
+        self._reserve(size + self.reps.cost(packed.rep, packed.embedding))
         self.blocks[block.id] = block
         self.held[block.id] = packed
         self.held_bytes += packed.nbytes()
@@ -106,6 +124,17 @@ class Store:
         self.peak_ram = max(self.peak_ram, self.ram_bytes)
         if self.disk is not None:
             self.dirty.append(block.id)
+
+    def _slot(self, size: int, packed: Packed) -> None:
+        """Where the table of representatives must grow and may not, give up blocks for a free place in it."""
+        slab = self.reps.cost(packed.rep, packed.embedding)
+        if not slab or not self.blocks:
+            return
+        fixed, most = self.reps.nbytes() + slab + META * self.reps.grown, self.ram * 3 // 4
+        if self.disk is None:
+            fixed, most = self.ram_bytes + slab + size, self.ram
+        if fixed > most:
+            self._evict(0, 1 + len(self.blocks) // 16)
 
     def due(self) -> bool:
         """Is it time to write a segment?"""
@@ -127,7 +156,9 @@ class Store:
                 if batch and size > self.segment:
                     break
                 batch.append(i)
-            self._disk_room(sum(self._file_bytes(i) for i in batch) + 256 + 16 * len(batch))
+            if self.disk_limit is not None:
+                self.disk.drop_state()  # older than what comes now
+            self._disk_room(sum(self._file_bytes(i) for i in batch) + 600 + 48 * len(batch))
             batch = [i for i in batch if i in self.blocks]
             if batch:
                 self.disk.write([(self.blocks[i], self.held[i]) for i in batch])
@@ -137,7 +168,7 @@ class Store:
         """Bytes of a block in a segment, its share of the header included (an upper bound)."""
         packed, block = self.held[i], self.blocks[i]
         rep = packed.rep.numel() * 2 + (0 if packed.embedding is None else packed.embedding.numel() * 2)
-        return packed.nbytes() + rep + 900 + 8 * block.rel.numel()
+        return packed.nbytes() + rep + 900 + 8 * block.rel.numel() + 12 * (packed.rep.shape[0] + 1)
 
     # -- room ----------------------------------------------------------------------------------------------------------
 
@@ -170,11 +201,14 @@ class Store:
         self.held_bytes -= freed
         return freed
 
-    def _evict(self, need: int) -> int:
-        """Give up blocks until `need` bytes of RAM are free; a sixteenth of the limit at a time."""
-        target, freed, gone = max(need, self.ram // 16), 0, []
-        for i in self.ranked():
-            if freed >= target:
+    def _evict(self, need: int, slots: int = 0) -> int:
+        """Give up blocks until `need` bytes of RAM and `slots` blocks are free, a sixteenth of the limit at a time.
+
+        Gives up nothing, and returns 0, when there is not so much to give up."""
+        gone: list[int] = []
+        target, freed = max(need, self.ram // 16) if need else 0, 0
+        for i in least(self.blocks, {} if self.disk is None else self.disk.entries):
+            if freed >= target and len(gone) >= slots:
                 break
             freed += META + (self.held[i].nbytes() if i in self.held else 0)
             gone.append(i)
@@ -184,26 +218,27 @@ class Store:
         self.remove(gone)
         return before - self.ram_bytes
 
-    def ranked(self, ids: Iterable[int] | None = None) -> list[int]:
-        """Blocks by what they are worth, least first; the newest quarter is not among them."""
-        order = sorted(self.blocks if ids is None else ids)
-        if ids is None:
-            order = order[: len(order) - max(1, len(order) // 4)]
-        if not order:
-            return []
-        norm = sum(self.blocks[i].norm for i in order) / len(order) or 1.0
-        new = sum(self.blocks[i].novelty for i in order) / len(order) or 1.0
-        worth = {i: self.blocks[i].novelty / new + self.blocks[i].norm / norm for i in order}
-        return sorted(order, key=lambda i: (worth[i], i))
-
     def remove(self, ids: list[int]) -> None:
-        """Give up blocks in every tier."""
+        """Give up blocks in every tier, segment by segment. After a StoreError those of the segments done are gone."""
         gone = set(ids) & self.blocks.keys()
-        files = {} if self.disk is None else {self.disk.where[i]: None for i in gone if i in self.disk.where}
-        for file in files:
-            assert self.disk is not None
-            keep = [i for i in self.disk.entries[file]["blocks"] if i not in gone and i in self.blocks]
-            self._rewrite(file, keep)
+        for file in {} if self.disk is None else {self.disk.where[i]: None for i in gone if i in self.disk.where}:
+            self._thin(file, gone)
+        self._drop(gone & self.blocks.keys())
+
+    def _thin(self, file: str, gone: set[int]) -> None:
+        """Rewrite a segment without the blocks in `gone`."""
+        assert self.disk is not None
+        held = [i for i in self.disk.entries[file]["blocks"] if i in self.blocks]
+        try:
+            keep = [(self.blocks[i], self.whole(i)) for i in held if i not in gone]
+        except BlockLost:
+            return  # the whole segment is, and `lost` says so
+        self.disk.rewrite(file, keep)
+        self._drop([i for i in held if i in gone])
+
+    def _drop(self, ids: Iterable[int]) -> None:
+        """Forget blocks that no tier holds on disk any more."""
+        gone = set(ids)
         for i in gone:
             if i in self.held:
                 self._release(i)
@@ -212,37 +247,28 @@ class Store:
         self.dirty = [i for i in self.dirty if i not in gone]
         self.evicted += len(gone)
 
-    def _rewrite(self, file: str, keep: list[int]) -> None:
-        assert self.disk is not None
-        try:
-            self.disk.rewrite(file, [(self.blocks[i], self.disk.whole(i)) for i in keep])
-        except BlockLost as e:
-            self._forget(file, e)
-
-    def _disk_room(self, need: int, segment: bool = True) -> None:
+    def _disk_room(self, need: int) -> None:
         """Give up blocks on disk until `need` bytes fit, and one more segment to rewrite others with.
 
-        Raises StoreError, and gives up nothing, when that cannot be.
+        Raises NoRoom, and gives up nothing, when that cannot be.
         """
         if self.disk is None or self.disk_limit is None:
             return
-        spare = max([self.segment, need * segment, *(e["bytes"] for e in self.disk.entries.values())])
+        spare = max([self.segment, need, *(e["bytes"] for e in self.disk.entries.values())])
+        if self.disk.used + need + spare > self.disk_limit:
+            self.disk.drop_aside()
         fixed = self.disk.used - self.disk.segment_bytes
         if fixed + need + spare > self.disk_limit:
-            raise StoreError(
+            raise NoRoom(
                 f"disk_limit={self.disk_limit:,} bytes cannot hold {need:,} more and room to rewrite a segment"
             )
         while self.disk.used + need + spare > self.disk_limit:
-            files = list(self.disk.entries)
-            old = files[: len(files) - max(1, len(files) // 4)] or files[:-1]
-            if not old:
-                raise StoreError(
+            gone = from_segments(self.blocks, self.disk.entries)
+            if not gone:
+                raise NoRoom(
                     f"disk_limit={self.disk_limit:,} bytes is too small: it must hold a few segments of {spare:,} bytes"
                 )
-            worth = {i: n for n, i in enumerate(self.ranked([i for f in old for i in self.disk.entries[f]["blocks"]]))}
-            file = min(old, key=lambda f: _mean([worth[i] for i in self.disk.entries[f]["blocks"]]))  # type: ignore[union-attr]
-            held = sorted(self.disk.entries[file]["blocks"], key=lambda i: worth[i])
-            self.remove(held[: (len(held) + 1) // 2])
+            self.remove(gone)
 
     # -- out -----------------------------------------------------------------------------------------------------------
 
@@ -277,23 +303,22 @@ class Store:
         self.lost.append(f"{file} ({len(gone)} blocks): {error}")
 
     def whole(self, i: int) -> Packed:
-        """A block with all its layers, as it is kept."""
+        """A block with all its layers, as it is kept. Raises BlockLost, as `layer`."""
         if i in self.held:
             return self.held[i]
         assert self.disk is not None
-        return self.disk.whole(i)
+        file = self.disk.where[i]
+        try:
+            return self.disk.whole(i, *self.reps.of(i))
+        except BlockLost as e:
+            self._forget(file, e)
+            raise
 
     def save_state(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        """Flush, then write the session's state beside the segments. Raises StoreError."""
+        """Write the session's state beside the segments. Gives up no block for it. Raises NoRoom, StoreError."""
         assert self.disk is not None
-        self.flush()
-        self._disk_room(sum(x.numel() * x.element_size() for x in tensors.values()) + 100_000, segment=False)
         self.disk.write_state(tensors, meta)
 
     def close(self) -> None:
         if self.disk is not None:
             self.disk.close()
-
-
-def _mean(xs: list[int]) -> float:
-    return sum(xs) / max(1, len(xs))

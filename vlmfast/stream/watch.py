@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from vlmfast.core import UserError
+from vlmfast.stream.feed import as_frames
 
 if TYPE_CHECKING:
     from vlmfast.stream.intake import Intake
@@ -47,10 +48,17 @@ class Watcher:
             for frame, seconds in self.frames:
                 if self._stop.is_set():
                     break
-                if offset is None:  # a second source goes on where the first one ended
-                    offset = 0.0 if session._accepted is None else session._accepted + 1 / session.fps - float(seconds)
-                for item in session._accept(frame, [float(seconds) + offset]):
-                    session.queue.put(item, wait=not self.drop, stop=self._stop)
+                pictures = as_frames(frame)
+                while not self._stop.is_set():
+                    with session._order:  # accepted and queued at once: no other frame comes in between
+                        if self.drop or session.queue.room():
+                            if offset is None:  # a second source goes on where the first one ended
+                                now = session._accepted
+                                offset = 0.0 if now is None else now + 1 / session.fps - float(seconds)
+                            for item in session._accept(pictures, [float(seconds) + offset]):
+                                session.queue.put(item)
+                            break
+                    session.queue.wait_for_room(0.1)
         except BaseException as e:
             self.error = e
         finally:
@@ -67,15 +75,15 @@ class Watcher:
                     return
                 session.queue.wait(0.05)
                 session.drain(64)
-                if session.store.disk is not None and session._accepted is not None:
-                    session.store.disk.beat(session._accepted)
+                self._stop.wait(0.001)  # lets a question, or another call of the model, have its turn
+                session._beat()
         except BaseException as e:
             self.error = self.error or e
             self._stop.set()
 
     @property
     def running(self) -> bool:
-        return self._encoder.is_alive()
+        return self._encoder.is_alive() or self._reader.is_alive()
 
     def wait(self, seconds: float | None = None) -> bool:
         """Until the source has ended and its frames are encoded (or so long); False when it still runs.

@@ -1,0 +1,27 @@
+"""The best of many scores, with ties broken by rule: the same choice on every device.
+
+`topk` and a plain sort give no order among equal scores, and a CPU and a GPU order them differently. Whoever chooses
+tokens, columns, chunks or heads by score chooses through `highest`. (`argmax`, and `max` over a dimension, need no rule
+of ours: torch promises the first of equal values on every device.)
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def ranking(scores: Tensor, tiebreak: Tensor | None = None) -> Tensor:
+    """Places (..., n) int64 in the order of scores (..., n), the highest first.
+
+    Of equal scores the one with the higher tiebreak (..., n) goes first, such as the score before pooling, then the
+    earlier place. No host wait.
+    """
+    if tiebreak is None:
+        return scores.argsort(dim=-1, descending=True, stable=True)
+    order = tiebreak.argsort(dim=-1, descending=True, stable=True)
+    return order.gather(-1, scores.gather(-1, order).argsort(dim=-1, descending=True, stable=True))
+
+
+def highest(scores: Tensor, count: int, tiebreak: Tensor | None = None) -> Tensor:
+    """The first `count` of `ranking`: places (..., count) int64, the highest score first."""
+    return ranking(scores, tiebreak)[..., :count]

@@ -1,0 +1,95 @@
+"""What a model, or a call of `generate`, cannot be asked for: said in one line before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from vlmfast import families
+from vlmfast.core import Unsupported, UserError
+from vlmfast.fields import nested
+from vlmfast.plan import Plan
+from vlmfast.runtime.columns import ColumnHooks
+from vlmfast.runtime.compiled import is_compiled
+from vlmfast.runtime.names import cache_in
+
+MARK = "_vlmfast"  # the attribute of an accelerated model that holds its handle
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT wrapper; refuses compiled wrappers."""
+    if isinstance(model, nn.Module) and "forward" not in vars(model) and is_compiled(model):
+        raise Unsupported("this model is compiled: hooks cannot follow a compiled graph; accelerate the plain model")
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()  # type: ignore[operator]
+    if not isinstance(model, nn.Module) or not hasattr(model, "generate"):
+        raise UserError(f"accelerate needs a transformers model with generate(), not {type(model).__name__}")
+    return model
+
+
+def check_model(model: nn.Module, family: families.Family, *holders: Any) -> None:
+    """Raise Unsupported where a method in `holders` (plans, methods) asks for what the model lacks."""
+    text: Any = family.text(model).config
+    for holder in holders:
+        for method in nested(holder):
+            method.check_model(len(family.layers(model)), text.num_key_value_heads, family.rope_axes)
+
+
+def refuse_copy(*_: Any) -> Any:
+    raise Unsupported(
+        "this model is accelerated, and its hooks would follow a copy back to the original: call .remove() on the "
+        "handle, copy or save the model (save_pretrained works as it is), then accelerate each"
+    )
+
+
+def refuse_call(
+    model: nn.Module,
+    plan: Plan,
+    columns: ColumnHooks,
+    option: Callable[[str], Any],
+    why: str | None,
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> None:
+    """Raise Unsupported for a call of `generate` that the plan cannot honour.
+
+    option: a generation option as `generate` would resolve it; why: what in the call hooks cannot follow, or None.
+    """
+    if plan.prune is not None and plan.prune.keep < 1:
+        columns.refuse_merged(kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds"))
+        if option("assistant_model") is model:
+            raise Unsupported(
+                "assistant_model is the model itself: transformers hands an assistant no pixels, and there would "
+                "be nothing to prune; use speculate=Speculate(SelfDraft(...))"
+            )
+    between = hasattr(plan.prune, "cuts")
+    kv, prompt = plan.kv, prompt_of(args, kwargs)
+    if why is not None and (between or not (kv is None or prompt is None or kv.fits(int(prompt.shape[1])))):
+        raise Unsupported(
+            f"{why}: {plan.prune.name if between else 'kv='} lets layers differ in the columns they hold, "
+            "which static caches and chunked prefill cannot: use the default dynamic cache in one prefill, or a "
+            "pruner that acts before the language model"
+        )
+    if kv is not None:
+        from vlmfast.prefill import refuse
+
+        refuse.check(kv, option, prompt, cache_in(kwargs))
+
+
+def prompt_of(args: tuple, kwargs: dict) -> Any:
+    """Ids (B, L) or embeddings (B, L, D) of a `generate` call, under whatever name they came; None without any."""
+    named = (kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds"))
+    return next((x for x in (*args[:1], *named) if x is not None), None)
+
+
+def option(model: nn.Module, kwargs: dict, name: str) -> Any:
+    """A generation option as generate() would resolve it."""
+    if kwargs.get(name) is not None:
+        return kwargs[name]
+    for config in (kwargs.get("generation_config"), model.generation_config):
+        value = getattr(config, name, None)
+        if value is not None:
+            return value
+    return None

@@ -1,0 +1,99 @@
+"""What tells one model from another: sizes, dtype, rotary settings, and a digest of every weight that acts.
+
+Adapters count as they are switched: those that are active, with their scaling; the others do not. So an archive made by
+a plain model opens under PEFT with its adapters disabled, and not with one of them active.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmfast.core import Unsupported
+
+SAMPLED = 64  # values of every tensor that enter the digest by themselves
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """Type, sizes, dtype, rotary settings and a digest of all acting weights of a transformers model.
+
+    Every byte counts, as a sum of 64-bit words (gigabytes per second, the same on every device), and some values by
+    themselves. Raises Unsupported for weights that are not in memory.
+    """
+    text = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    digest = hashlib.sha256()
+    for name, x in acting(model):
+        if x.is_meta:
+            raise Unsupported(f"{name} is not in memory (offloaded), and an archive must know its model: load it whole")
+        digest.update(f"{name} {tuple(x.shape)} {x.dtype} {_sum(x)} ".encode())
+        flat = x.detach().reshape(-1)
+        digest.update(_bytes(flat[:: max(1, flat.numel() // SAMPLED)]).cpu().numpy().tobytes())
+    for name, value in switches(model):
+        digest.update(f"{name} {value!r} ".encode())
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    return {
+        "model_type": model.config.model_type,  # type: ignore[union-attr]
+        "hidden_size": text.hidden_size, "layers": text.num_hidden_layers, "heads": text.num_key_value_heads,
+        "dtype": str(next(model.parameters()).dtype), "rope": json.dumps(rope, sort_keys=True, default=str),
+        "weights": digest.hexdigest()[:32],
+    }  # fmt: skip
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _sum(x: Tensor) -> int:
+    """The sum of its 64-bit words, modulo 2 ** 64, the last bytes one by one."""
+    raw = _bytes(x)
+    whole = raw.numel() // 8 * 8
+    words = raw[:whole]
+    words = words if words.storage_offset() % 8 == 0 else words.clone()
+    return (int(words.view(torch.int64).sum()) if whole else 0) + int(raw[whole:].sum(dtype=torch.int64))
+
+
+def acting(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name as in the plain model, tensor) of every parameter and persistent buffer but those of idle adapters."""
+    idle = [prefix for name, module in model.named_modules() for prefix in _idle(name, module)]
+    persistent = set(model.state_dict(keep_vars=True))
+    seen: set[int] = set()
+    for name, x in [*model.named_parameters(), *model.named_buffers()]:
+        if name in persistent and id(x) not in seen and not any(f"{name}.".startswith(prefix) for prefix in idle):
+            seen.add(id(x))
+            yield name.replace(".base_layer.", ".").replace(".original_module.", "."), x
+
+
+def _active(module: nn.Module) -> list[str]:
+    """The adapters of a PEFT layer that act: switched on, and not merged into the weight already."""
+    if getattr(module, "disable_adapters", False):
+        return []
+    named = getattr(module, "active_adapters", None) or []
+    merged = set(getattr(module, "merged_adapters", ()))
+    return [a for a in ([named] if isinstance(named, str) else named) if a not in merged]
+
+
+def _idle(name: str, module: nn.Module) -> Iterator[str]:
+    """Prefixes of the parameters below a PEFT layer that do not act."""
+    if hasattr(module, "original_module") and hasattr(module, "modules_to_save"):  # whole modules, trained anew
+        active = [a for a in _active(module) if a in module.modules_to_save]  # type: ignore[operator]
+        if active:
+            yield f"{name}.original_module."
+        yield from (f"{name}.modules_to_save.{a}." for a in module.modules_to_save if a not in active)  # type: ignore[union-attr]
+    elif hasattr(module, "base_layer"):
+        active = _active(module)
+        for part, child in module.named_children():
+            if isinstance(child, (nn.ModuleDict, nn.ParameterDict)):
+                yield from (f"{name}.{part}.{a}." for a in child if a not in active)
+
+
+def switches(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(name, value) of what acts beside the weights: the scaling of the active adapters of every layer."""
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer"):
+            scaling = getattr(module, "scaling", None) or {}
+            yield from ((f"{name}.scaling", scaling[a]) for a in _active(module) if a in scaling)
