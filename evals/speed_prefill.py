@@ -315,8 +315,9 @@ def main(
 ) -> None:
     """The prefill suite by itself, with its share of dynamic heads open to change."""
     records.claim(out, force)
-    head = {k: v for k, v in (result := run(quick, split=split)).items() if k != "rows"}
-    records.write(out, records.head("prefill", **head) | result, force)
+    result = run(quick, split=split)
+    rows = result.pop("rows")
+    records.write(out, records.head("prefill", **result) | {"rows": rows}, force)
 
 
 if __name__ == "__main__":

@@ -315,7 +315,7 @@ def test_why_a_small_picture_is_left_alone() -> None:
         (VidCom2(), ("vidcom2 is a method", "prune=...")),
         ("warp", ("unknown preset 'warp'", "balanced")),
         (3, ("plan=3", "preset")),
-        (torch.nn.Sequential(torch.nn.Linear(2, 2)), ("an object of Sequential",)),
+        (torch.nn.Sequential(torch.nn.Linear(2, 2)), ("Sequential", "preset")),
         ("x" * 10_000, ("unknown preset",)),
     ],
 )

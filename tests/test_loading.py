@@ -88,7 +88,7 @@ def test_bad_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with refused("device_map='everywhere'", "auto"):
         loading.load("pocket", device_map="everywhere")
     if not torch.cuda.is_available():
-        with refused("cannot be put on cuda"):
+        with refused("device='cuda' is not available"):
             loading.load("pocket", device="cuda")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with refused("needs accelerate", "pip install accelerate"):

@@ -185,11 +185,11 @@ def _device(name: str | None) -> Any:
         if torch.device(name).type not in ("cpu", "cuda", "mps", "xpu"):
             raise ValueError
     except (RuntimeError, ValueError):
-        raise UserError(f"device {shown(name)} is not known: choose cpu, cuda, cuda:1, mps or xpu") from None
+        raise UserError(f"device={shown(name)} is not known: choose cpu, cuda, cuda:1, mps or xpu") from None
     try:
         torch.empty(1, device=name)
     except Exception as e:  # whatever the backend says of a device that is missing
-        raise UserError(f"device {name} is not available here ({reason(e)}): choose cpu") from None
+        raise UserError(f"device={shown(name)} is not available here ({reason(e)}): choose cpu") from None
     return torch.device(name)
 
 

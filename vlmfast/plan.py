@@ -102,10 +102,10 @@ def resolve(plan: Plan | str | Path | dict | None, **stages: Any) -> Plan:
     stages: method objects, or their text or JSON form.
     """
     if isinstance(plan, (str, Path)):
-        text = str(plan)
-        if text not in PRESETS and not text.endswith(".json"):
+        text, file = str(plan), isinstance(plan, Path) or plan.endswith(".json")
+        if text not in PRESETS and not file:
             _refuse_method(text.partition(":")[0].strip(), text)
-        plan = Plan.load(plan) if text.endswith(".json") else preset(text)
+        plan = Plan.load(plan) if file else preset(text)
     elif isinstance(plan, dict):
         plan = Plan.from_json(plan)
     elif plan is None:
