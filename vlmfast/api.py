@@ -15,7 +15,7 @@ from vlmfast.core import StageDidNotFire, Unsupported, UserError, parse_bytes
 from vlmfast.plan import Plan, resolve
 from vlmfast.report import Report
 from vlmfast.runtime.columns import ColumnHooks
-from vlmfast.runtime.compiled import checked, is_compiled, observed, refuse_compiled
+from vlmfast.runtime.compiled import checked, observed, refuse_compiled
 from vlmfast.runtime.gaze import Gaze
 from vlmfast.runtime.inner import InnerHooks
 from vlmfast.runtime.meter import Meter, cache_counts
@@ -277,7 +277,7 @@ class Accelerated:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The transformers model inside a PEFT wrapper; refuses compiled wrappers."""
-    if isinstance(model, nn.Module) and "forward" not in vars(model) and is_compiled(model):
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         raise Unsupported("this model is compiled: hooks cannot follow a compiled graph; accelerate the plain model")
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()  # type: ignore[operator]
