@@ -22,7 +22,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -312,16 +312,11 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="toy shapes")] = False,
     force: Annotated[bool, typer.Option("--force", help="replace an existing result")] = False,
     split: Annotated[float, typer.Option(help="fraction of the heads that is dynamic", min=0, max=1)] = SPLIT,
-    contexts: Annotated[list[int] | None, typer.Option(help="columns; may be given several times", min=1)] = None,
-    batches: Annotated[list[int] | None, typer.Option(help="rows; may be given several times", min=1)] = None,
-    rounds: Annotated[int, typer.Option(help="timed rounds", min=1)] = 7,
 ) -> None:
-    """The prefill suite by itself, with its shapes open to change."""
+    """The prefill suite by itself, with its share of dynamic heads open to change."""
     records.claim(out, force)
-    changed = {k: tuple(v) for k, v in (("contexts", contexts), ("batches", batches)) if v}
-    result = run(quick, replace(TOY if quick else Shape(), **changed), split, rounds)
-    meta = {k: result.pop(k) for k in ("config", "seed", "repeats", "device", "dtype")}
-    records.write(out, records.head("prefill", **meta) | result, force)
+    head = {k: v for k, v in (result := run(quick, split=split)).items() if k != "rows"}
+    records.write(out, records.head("prefill", **head) | result, force)
 
 
 if __name__ == "__main__":

@@ -64,9 +64,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_wheel_is_what_is_imported(installed: Path, folder: Path) -> None:
-    code = "import importlib.util as u, vlmfast; print(vlmfast.__file__); print(u.find_spec('evals'), u.find_spec('tests'))"
+    code = "import importlib.util as u, vlmfast; print(vlmfast.__file__); print(u.find_spec('evals'))"
     where, others = run(installed / "python", "-c", code, cwd=folder).stdout.splitlines()
-    assert Path(where).is_relative_to(installed.parent) and others == "None None"
+    assert Path(where).is_relative_to(installed.parent) and others == "None"
 
 
 def test_the_commands_run_in_an_empty_folder(installed: Path, folder: Path) -> None:
@@ -75,7 +75,7 @@ def test_the_commands_run_in_an_empty_folder(installed: Path, folder: Path) -> N
     assert "right" in demo.stdout and (folder / "demo-out" / "kept.png").exists()
     picture, clip = "demo-out/picture.png", "demo-out/moves.mp4"
     said = json.loads((folder / "demo-out" / "demo.json").read_text())["media"]
-    question, expected = said[0]["questions"][1].values()
+    question = said[0]["questions"][1]["question"]
     asked = run(vlmfast, "ask", question, "--video", clip, "--preset", "safe", cwd=folder)
     assert asked.stdout.strip() and "prefill" in asked.stderr
     streamed = run(vlmfast, "stream", clip, "--ask", question, cwd=folder)
