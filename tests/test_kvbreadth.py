@@ -389,7 +389,7 @@ def test_lazyeviction_drops_what_is_overdue():
 def test_a_draft_is_refused_where_decoding_evicts():
     model, inputs = tiny.build("llava"), prompt("llava")
     plan = {"kv": p.LazyEviction(keep=0.5, sinks=2, recent=4, lag=2)}
-    message = "LaggedLayer cannot give back refused tokens"
+    message = "refused tokens cannot be given back, a LaggedLayer evicts"
     drafting = Speculate(draft=PromptLookup())
     with vlmfast.accelerate(model, **plan, speculate=drafting), pytest.raises(Unsupported, match=message):
         generate(model, inputs, 8)

@@ -12,7 +12,6 @@ from vlmfast.core import Unsupported, UserError
 from vlmfast.fields import nested
 from vlmfast.plan import Plan
 from vlmfast.runtime.columns import ColumnHooks
-from vlmfast.runtime.compiled import is_compiled
 from vlmfast.runtime.names import cache_in
 
 MARK = "_vlmfast"  # the attribute of an accelerated model that holds its handle
@@ -20,7 +19,7 @@ MARK = "_vlmfast"  # the attribute of an accelerated model that holds its handle
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The transformers model inside a PEFT wrapper; refuses compiled wrappers."""
-    if isinstance(model, nn.Module) and "forward" not in vars(model) and is_compiled(model):
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         raise Unsupported("this model is compiled: hooks cannot follow a compiled graph; accelerate the plain model")
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()  # type: ignore[operator]
