@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vlmfast.core import CompressedLayer, Kind, LayerView, LowRank, Retrieval, Rotation, UserError, check_fraction
 from vlmfast.fields import Method
-from vlmfast.kernels import highest
+from vlmfast.kernels import highest, ranking
 from vlmfast.prefill.cache import KVLayer
 
 
@@ -223,8 +223,7 @@ def best(scores: Tensor, count: int, tiebreak: Tensor | None = None) -> Tensor:
 
 def best_of_heads(scores: Tensor, counts: Sequence[int], tiebreak: Tensor | None = None) -> list[Tensor]:
     """`best` of every head: scores and tiebreak (Hk, n), counts per head."""
-    ties = [None] * len(scores) if tiebreak is None else tiebreak
-    return [best(s, c, t) for s, c, t in zip(scores, counts, ties, strict=True)]
+    return [order[:count].sort().values for order, count in zip(ranking(scores, tiebreak), counts, strict=True)]
 
 
 def under(policy: KVPolicy, scorer: KVPolicy) -> KVPolicy:
