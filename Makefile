@@ -47,7 +47,7 @@ originals: setup
 # transformers' own tests of our families, plain and accelerated; name their folder, of a checkout at the installed release
 conformance: setup
 	test -z "$(TRANSFORMERS_TESTS)" || test -d .conformance || $(BIN)/python -m pip install -q --target .conformance requests httpx parameterized
-	PYTHONPATH=.conformance $(BIN)/python tests/transformers_suite.py "$(TRANSFORMERS_TESTS)" --pytest "-n 2"
+	PYTHONPATH=$(CURDIR)/.conformance $(BIN)/python tests/transformers_suite.py "$(TRANSFORMERS_TESTS)" --pytest "-n 2"
 
 setup: $(STAMP)
 
