@@ -295,3 +295,21 @@ def test_what_an_answer_of_a_stream_cannot_be(option: dict[str, Any], message: s
         setattr(stream.model.generation_config, name, 2)
         with pytest.raises(vlmfast.UserError, match=message):
             stream.ask("what is it ?")
+
+
+def test_a_forward_leaves_nothing_for_the_next_one() -> None:
+    model, other = tiny.build("qwen2_5_vl"), tiny.build("qwen2_5_vl")
+    first, second = (tiny.inputs("qwen2_5_vl", ("image",), seed=i) for i in (0, 1))
+    encoded = {"image": model.model.get_image_features(second["pixel_values"], second["image_grid_thw"])}
+    call = {k: v for k, v in second.items() if k != "pixel_values"} | {"mm_encoder_outputs": encoded}
+    with vlmfast.accelerate(model, prune=VidCom2(keep=0.5)), vlmfast.accelerate(other, prune=VidCom2(keep=0.5)):
+        model(**first)
+
+        def logits_of(m: Any) -> Any:
+            try:
+                return m(**call).logits
+            except vlmfast.UserError as e:
+                return str(e)
+
+        got, want = logits_of(model), logits_of(other)
+    assert got == want if isinstance(want, str) else torch.equal(got, want)

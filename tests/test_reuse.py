@@ -341,3 +341,15 @@ def test_digests_tell_everything_apart() -> None:
         rows, columns = places
         layer.weight.data[rows, columns] = layer.weight.data[rows[::-1], columns[::-1]]
         assert model_digest(layer) != before
+
+
+def test_keys_rotated_for_another_length_are_not_reused() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    model, twin = (tiny.build("llava", rope_parameters=rope, max_position_embeddings=24) for _ in range(2))
+    first, second = questions("llava")
+    with vlmfast.accelerate(model, reuse="64MiB") as fast:
+        run(model, first)
+        got = run(model, second)
+        assert any("rotation depends on the length" in n for n in fast.report.notes)
+    run(twin, first)  # the rotation remembers the longest sequence
+    torch.testing.assert_close(logits(got), logits(run(twin, second)), rtol=1e-5, atol=1e-5)

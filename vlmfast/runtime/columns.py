@@ -237,6 +237,8 @@ class ColumnHooks:
         index = torch.arange(past, past + q, device=embeds.device).expand(b, q)
         index = index.masked_fill(~valid, -1)
         rows = self.rows(kw, seen, visual, valid) if has_media else None
+        if not self.in_call:  # a forward by itself: what it encoded says nothing about the next one's media
+            self.media, self.tower_kept = {}, None
         if rows is not None:
             source, filled = left_padded(rows, embeds.device)
             padded = len({len(r) for r in rows}) > 1

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vlmfast.families import Family
 from vlmfast.runtime.digest import model_digest, tensor_digest, value_digest
 from vlmfast.runtime.names import cache_in, put_cache
+from vlmfast.runtime.rewind import fixed_rotation
 
 PIXELS = ("pixel_values", "pixel_values_videos")
 # calls that bring a cache of their own kind, or return what the prefix went through: their KV is their own
@@ -136,6 +137,8 @@ class Reuse:
             return "a KV policy keeps other columns for every question"
         if self.family.recurrent:
             return "a recurrent state cannot be cut behind the media"
+        if not fixed_rotation(self.family.text(self.model)):
+            return "the rotation depends on the length of the sequence"
         if cache_in(kwargs) is not None:
             return "the call brings a cache of its own"
         for name in OWN_CACHE:
