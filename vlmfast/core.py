@@ -48,7 +48,7 @@ class StageDidNotFire(RuntimeError):
 
 
 def shown(value: Any, most: int = 80) -> str:
-    """What came in, for an error: its repr on one line of `most` characters, cut in its middle; a model by its class."""
+    """What came in, for an error: its repr, one line of `most` characters, cut in its middle; a model by its class."""
     kind = type(value).__name__
     try:
         text = f"a {kind}" if isinstance(value, (torch.nn.Module, Tensor)) else " ".join(repr(value).split())
