@@ -48,13 +48,13 @@ class StageDidNotFire(RuntimeError):
 
 
 def shown(value: Any, most: int = 80) -> str:
-    """What came in, for an error: its repr on one line, cut to `most` characters; a model by its class alone."""
+    """What came in, for an error: its repr, one line of `most` characters, cut in its middle; a model by its class."""
     kind = type(value).__name__
     try:
         text = f"a {kind}" if isinstance(value, (torch.nn.Module, Tensor)) else " ".join(repr(value).split())
     except (ValueError, RecursionError):  # thousands of digits, or lists inside lists without end
         text = f"a {kind} too long to print"
-    return text if len(text) <= most else text[: most - 3] + "..."
+    return brief(text, most)
 
 
 class Kind:

@@ -45,6 +45,10 @@ def calibrate(
         raise UserError("nothing to look at: give --task pocket/all, or a question with --image or --video")
     if out is not None:
         files.claim(out, force, (".json",))
+    if task is not None:
+        from vlmfast.tune import from_evals
+
+        from_evals("tasks").get(task)  # says what is wrong with its name, or that there are none here
     AdaptInfer(keep=keep)  # says what is wrong with keep before anything is loaded
     media = (options.images(image), options.video(video, frames, fps, select, backend))
 
