@@ -27,6 +27,8 @@ from typing import Annotated, Any
 
 import typer
 
+from vlmfast.cli.errors import application
+
 SEED = 0
 OUTCOMES = ("same", "reported", "refused")
 
@@ -154,4 +156,4 @@ def show(record: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    application(main)()

@@ -675,9 +675,9 @@ def test_bad_fields_are_named(make: Any, says: str) -> None:
 
 
 def test_a_layer_that_is_not_there() -> None:
-    target, draft, batch = pair()
-    with pytest.raises(UserError, match=r"layer=9 of 4 decoder layers"):
-        speak(target, batch, Speculate(ModelDraft(draft, None), Loose(layer=9, **BLIND)))
+    target, draft, _ = pair()
+    with pytest.raises(UserError, match=r"layer=9, but this model has layers 0 to 3"):
+        vlmfast.accelerate(target, speculate=Speculate(ModelDraft(draft, None), Loose(layer=9, **BLIND)))
 
 
 def test_self_draft_needs_accelerate() -> None:

@@ -9,11 +9,11 @@ import pytest
 import test_stream as stream
 import tiny
 import torch
-import typer
 from typer.testing import CliRunner
 
 from evals import records, stream_crash, stream_crash_disk
 from evals import stream_crash_runs as runs
+from vlmfast.cli.errors import application
 from vlmfast.stream.store import Store
 
 FAMILY = "qwen2_5_vl"
@@ -27,9 +27,7 @@ def world():
 
 def run(world, monkeypatch, *args):
     monkeypatch.setattr(stream_crash, "the_world", lambda: world)
-    app = typer.Typer()
-    app.command()(stream_crash.main)
-    return CliRunner().invoke(app, list(args))
+    return CliRunner().invoke(application(stream_crash.main), list(args))
 
 
 def test_the_record_says_what_was_tried_and_how_it_ended(world, monkeypatch, tmp_path):

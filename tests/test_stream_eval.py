@@ -10,6 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from evals import records, stream, stream_runs
+from vlmfast.cli.errors import application
 from vlmfast.stream.retrieve import Oracle, Recency
 
 
@@ -19,11 +20,7 @@ def folder(tmp_path_factory):
 
 
 def run(*args):
-    import typer
-
-    app = typer.Typer()
-    app.command()(stream.main)
-    return CliRunner().invoke(app, list(args))
+    return CliRunner().invoke(application(stream.main), list(args))
 
 
 def test_quick_writes_a_whole_record_and_its_plot(folder, tmp_path):

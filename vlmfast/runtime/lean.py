@@ -177,7 +177,7 @@ class Lean:
         """Append everything stepped so far to the cache's own layers; the decoder is spent afterwards."""
         if self.n:
             for layer, k, v, p in zip(cache.layers, self.keys, self.values, self.prompt, strict=False):
-                if isinstance(layer, PrunedLayer):
+                if getattr(layer, "announced", None) is not None:  # only our own hooks may add to it
                     layer.announce()
                 layer.update(k[None, :, p : p + self.n], v[None, :, p : p + self.n])
         self.n = 0
