@@ -65,7 +65,7 @@ class Accelerated:
         self, model: nn.Module, plan: Plan, reuse: int | str | None = None, replace: bool = False, always: bool = False
     ) -> None:
         """always: hooks stay on also when nothing is asked (a draft, whose forwards are not its own `generate`)."""
-        self.plan = plan
+        self.plan, self.always = plan, always
         self.hooked = always or plan != Plan() or reuse is not None
         self.report = Report()
         self.model = unwrap(model)
@@ -99,7 +99,7 @@ class Accelerated:
         between = hasattr(plan.prune, "cuts")  # acts between layers of the language model; may hold a first pruner
         outer = plan.prune.prune if between else plan.prune
         self.columns = ColumnHooks(model, self.family, outer)
-        self.columns.reuse = self._reuse
+        self.columns.reuse, self.columns.drafts = self._reuse, self.always
         self.meter = Meter(model, self.family)
         self.rewrite = Rewrite(model, self.family, self.columns, patch, self.meter)
         draft = getattr(plan.speculate, "draft", None)

@@ -46,6 +46,7 @@ class ColumnHooks:
         self.reuse: Reuse | None = None  # encoded media kept between calls, when asked for
         self.media: dict[str, list[Item]] = {}  # layout of the media encoded for the running request
         self.kind: str | None = None  # the media being encoded right now
+        self.drafts = False  # is this a draft model, whose forwards belong to a call of its target?
         self.stats: dict[str, Any] = {}
         self.notes: list[str] = []
         self.seen: dict[str, Tensor] = {}
@@ -237,7 +238,9 @@ class ColumnHooks:
         index = torch.arange(past, past + q, device=embeds.device).expand(b, q)
         index = index.masked_fill(~valid, -1)
         rows = self.rows(kw, seen, visual, valid) if has_media else None
-        if not self.in_call:  # a forward by itself: what it encoded says nothing about the next one's media
+        if (
+            not self.in_call and not self.drafts
+        ):  # a forward by itself: what it encoded says nothing about the next one's media
             self.media, self.tower_kept = {}, None
         if rows is not None:
             source, filled = left_padded(rows, embeds.device)
