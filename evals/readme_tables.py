@@ -174,6 +174,16 @@ def accuracy(rows: list[Row]) -> str:
     return markdown(["method", "questions", "right", "points against plain"], out)
 
 
+def crash(rows: list[Row]) -> str:
+    """What happened to an archive, and how often it was then the stream it should be."""
+    keys = ("trials", "same", "reported", "refused", "wrong")
+    out = []
+    for r in rows:
+        name = r["name"] + (", while open" if r["params"].get("while_open") else "")
+        out.append([name, *(f"{r['metrics'][k]:,}" for k in keys)])
+    return markdown(["what is done", *keys], out)
+
+
 #: marker -> (result file, table)
 TABLES = {
     "encode": ("cpu-encode.json", encode),
@@ -182,6 +192,7 @@ TABLES = {
     "kv": ("cpu-prefill.json", kv),
     "stream": ("cpu-stream.json", stream),
     "sessions": ("cpu-stream.json", sessions),
+    "crash": ("stream-crash.json", crash),
     "presets": ("cpu-presets.json", presets),
     "accuracy-easy-vqa": ("accuracy-easy-vqa.json", accuracy),
     "accuracy-long": ("accuracy-long.json", accuracy),

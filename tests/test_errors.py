@@ -74,7 +74,8 @@ def place(home: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRe
     monkeypatch.setattr(loading, "load", load if "read" in request.fixturenames else never)
     monkeypatch.setattr(laws, "LAWS", ())
     monkeypatch.setattr(laws, "catalogue", lambda case: {})
-    for name, function in (("speed", "measure"), ("gpu", "measure"), ("stream", "rows"), ("tables", "run")):
+    for name, function in (("speed", "measure"), ("gpu", "measure"), ("stream", "rows"), ("tables", "run"),
+                           ("stream_crash", "rows")):  # fmt: skip
         monkeypatch.setattr(importlib.import_module(f"evals.{name}"), function, never)
     for name in ("speed_decode", "speed_prefill"):
         monkeypatch.setattr(importlib.import_module(f"evals.{name}"), "run", never)
@@ -100,6 +101,7 @@ GOOD: dict[str, list[str]] = {  # arguments with which a command would do its wo
     "speed": ["--suite", "encode", "--out", "new.json"],
     "gpu": ["--out", "new", "--dry"],
     "stream*": ["--out", "new.json", "--quick"],
+    "stream_crash": ["--out", "new.json", "--kills", "0"],
     "tables": ["--only", "pocket", "--out", "new", "--answers", "new"],
     "pareto": ["q.jsonl", "--out", "new.png"],
     "speed_decode": ["--out", "new.json"],
