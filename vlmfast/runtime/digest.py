@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 FOLD = 512  # 64-bit words that are summed into one
 WHOLE = 4096  # words of a tensor that is not folded
@@ -64,6 +65,12 @@ def model_digest(model: nn.Module) -> str:
     return h.hexdigest()
 
 
+def content(tensor: Tensor) -> list[int] | None:
+    """Two 64-bit sums of a tensor's bytes, the same on every device; None where the bytes cannot be read."""
+    folded = _folded(tensor)
+    return None if folded is None else _mixed(folded).tolist()
+
+
 def _state(module: nn.Module) -> str:
     """What a module carries besides tensors and children: numbers, names, adapters that are on, hooks of others."""
     held = vars(module)
@@ -93,7 +100,7 @@ def _is_plain(value: Any) -> bool:
 
 def _folded(tensor: Tensor) -> Tensor | None:
     """(m,) int64 that change with any word and any exchange of rows; None where the bytes cannot be read."""
-    if tensor.is_meta or tensor.layout is not torch.strided or type(tensor) not in (Tensor, nn.Parameter):
+    if tensor.is_meta or tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor):
         return None
     words = _words(tensor.detach().contiguous().reshape(-1))
     # odd, so that rows of a power of two do not fall on the same place; small tensors are not folded

@@ -11,28 +11,24 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vlmfast.core import Unsupported
-
-SAMPLED = 64  # values of every tensor that enter the digest by themselves
+from vlmfast.runtime.digest import content
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
     """Type, sizes, dtype, rotary settings and a digest of all acting weights of a transformers model.
 
-    Every byte counts, as a sum of 64-bit words (gigabytes per second, the same on every device), and some values by
-    themselves. Raises Unsupported for weights that are not in memory.
+    Every byte counts (`runtime.digest.content`). Raises Unsupported for weights that are not in memory.
     """
     text = model.config.get_text_config()  # type: ignore[union-attr,operator]
     digest = hashlib.sha256()
     for name, x in acting(model):
-        if x.is_meta:
+        held = content(x)
+        if held is None:
             raise Unsupported(f"{name} is not in memory (offloaded), and an archive must know its model: load it whole")
-        digest.update(f"{name} {tuple(x.shape)} {x.dtype} {_sum(x)} ".encode())
-        flat = x.detach().reshape(-1)
-        digest.update(_bytes(flat[:: max(1, flat.numel() // SAMPLED)]).cpu().numpy().tobytes())
+        digest.update(f"{name} {tuple(x.shape)} {x.dtype} {held} ".encode())
     for name, value in switches(model):
         digest.update(f"{name} {value!r} ".encode())
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
@@ -42,19 +38,6 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
         "dtype": str(next(model.parameters()).dtype), "rope": json.dumps(rope, sort_keys=True, default=str),
         "weights": digest.hexdigest()[:32],
     }  # fmt: skip
-
-
-def _bytes(x: Tensor) -> Tensor:
-    return x.detach().contiguous().reshape(-1).view(torch.uint8)
-
-
-def _sum(x: Tensor) -> int:
-    """The sum of its 64-bit words, modulo 2 ** 64, the last bytes one by one."""
-    raw = _bytes(x)
-    whole = raw.numel() // 8 * 8
-    words = raw[:whole]
-    words = words if words.storage_offset() % 8 == 0 else words.clone()
-    return (int(words.view(torch.int64).sum()) if whole else 0) + int(raw[whole:].sum(dtype=torch.int64))
 
 
 def acting(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
