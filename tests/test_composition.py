@@ -33,7 +33,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]  # fmt: skip
 # what two stages together refuse though each is served alone; said in the support table
 PAIRWISE = (
-    "lets layers differ", "leaves every layer with columns of its own", "cannot give back refused tokens",
+    "lets layers differ", "leaves every layer with columns of its own", "refused tokens cannot be given back",
     "reads the prefill that reuse= may skip", "decoded by transformers' own loop", "one row at a time", "cannot take",
     "needs a window", "no drafts",
 )  # fmt: skip
