@@ -239,7 +239,7 @@ def answer(model: Any, call: dict[str, Any], options: dict[str, Any]) -> Any:
     more = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True} | options
     try:
         return model.generate(**{k: v.clone() for k, v in call.items()}, **more)
-    except vlmfast.UserError as e:
+    except ValueError as e:  # ours, or transformers' own for a call that it does not serve
         return str(e)
 
 

@@ -82,12 +82,11 @@ class Reuse:
         if found is None:
             return key, None
         self.hits.append(f"reuse: {kind} features found, tower skipped")
-        return key, (copy.copy(found[0]), found[1])
+        return key, (_own_lists(found[0]), found[1])
 
     def keep_features(self, key: str, output: Any, kept: list[Tensor] | None) -> None:
         """output: what the encoder returned; kept: the rows that survived inside the tower, per item, or None."""
-        # transformers pops entries off what it gets: keep a shallow copy
-        self._put(key, sum_bytes(dict(output) if hasattr(output, "keys") else output), (copy.copy(output), kept))
+        self._put(key, sum_bytes(dict(output) if hasattr(output, "keys") else output), (_own_lists(output), kept))
 
     # -- the visual prefix's KV ----------------------------------------------------------------------------------------
 
@@ -186,6 +185,16 @@ class Reuse:
             self.held -= size
         self.entries[key] = (nbytes, value)
         self.held += nbytes
+
+
+def _own_lists(output: Any) -> Any:
+    """An encoder's output whose containers are its own, since transformers takes entries off what it gets."""
+    own = copy.copy(output)
+    if hasattr(own, "keys"):
+        for name in list(own.keys()):
+            if isinstance(own[name], list):
+                own[name] = list(own[name])
+    return own
 
 
 def _columns(name: str, value: Tensor, width: int) -> bool:
