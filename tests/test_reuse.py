@@ -16,7 +16,7 @@ import vlmfast
 from vlmfast.decode import PromptLookup, Speculate
 from vlmfast.encode import CDPruner, VidCom2
 from vlmfast.prefill import SnapKV
-from vlmfast.runtime.digest import model_digest, tensor_digest
+from vlmfast.runtime.digest import content, model_digest, tensor_digest
 
 
 def questions(family: str) -> tuple[dict, dict]:
@@ -334,12 +334,17 @@ def test_digests_tell_everything_apart() -> None:
     assert len({tensor_digest(t) for t in tensors}) == len(tensors)
     wide = torch.randn(64, 8192)
     for places in ([1, 0], [0, 0]), ([0, 0], [1, 0]), ([63, 62], [8191, 5]):  # two numbers change places
+        rows, columns = places
         layer = nn.Linear(8192, 64)
         layer.weight.data = wide.clone()
-        before = model_digest(layer)
+        before, whole = model_digest(layer), content(layer.weight)
         assert model_digest(layer) == before
-        rows, columns = places
-        layer.weight.data[rows, columns] = layer.weight.data[rows[::-1], columns[::-1]]
+        with torch.no_grad():
+            layer.weight[rows, columns] = layer.weight[rows[::-1], columns[::-1]]
+        assert model_digest(layer) != before
+        assert content(layer.weight) != whole
+        before = model_digest(layer)
+        layer.weight.data[:, 0] += 1  # no count of writes tells
         assert model_digest(layer) != before
 
 

@@ -1,8 +1,9 @@
 """Content digests: of tensors that come in, and of everything about a model that decides what it says.
 
-A model is read whole: its weights once, at the speed of memory (about what one decoded token costs), because weights
-that were written through `.data` carry no trace. The rest is small: which adapters are on, the numbers that modules
-carry, foreign hooks and replaced forwards, the config.
+Weights are told by what torch says of them (which tensor, where, how often written) and by `WHOLE` words of each, since
+what is written through `.data` leaves no other trace: a write of that kind that misses all of those words is not seen.
+To read every byte, as `content` does for archives, would cost as much as a decoded token. The rest of a model is small:
+which adapters are on, the numbers that modules carry, foreign hooks and replaced forwards, the config.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 FOLD = 512  # 64-bit words that are summed into one
-WHOLE = 4096  # words of a tensor that is not folded
+WHOLE = 4096  # words of a tensor that is read whole, and of a larger one that are read
 _PLAIN = (bool, int, float, str, type(None))
 _PRIVATE = ("_active_adapter", "_disable_adapters")  # PEFT's; other private names are books and memos
 
@@ -47,15 +48,16 @@ def value_digest(value: Any) -> str:
 def model_digest(model: nn.Module) -> str:
     """Digest of all that decides a model's answers to the same inputs, besides those inputs."""
     h = hashlib.blake2b(digest_size=20)
-    sums: dict[torch.device, list[Tensor]] = {}
+    read: dict[torch.device, list[Tensor]] = {}
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
-        h.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        folded = _folded(tensor)
-        if folded is None:
-            h.update(f"{id(tensor)}:{getattr(tensor, '_version', 0)}".encode())
-        else:
-            sums.setdefault(folded.device, []).append(folded)
-    for parts in sums.values():
+        written = -1 if tensor.is_inference() else tensor._version
+        h.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{id(tensor)}:{written}".encode())
+        words = _readable(tensor)
+        if words is not None:
+            h.update(f"at {tensor.data_ptr()}".encode())
+            step = words.numel() // WHOLE | 1 if words.numel() > WHOLE else 1
+            read.setdefault(words.device, []).append(words[::step])
+    for parts in read.values():
         h.update(repr(_mixed(torch.cat(parts)).tolist()).encode())
     for name, module in model.named_modules():
         h.update(f"{name}{_state(module)}".encode())
@@ -100,13 +102,20 @@ def _is_plain(value: Any) -> bool:
 
 def _folded(tensor: Tensor) -> Tensor | None:
     """(m,) int64 that change with any word and any exchange of rows; None where the bytes cannot be read."""
-    if tensor.is_meta or tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor):
+    words = _readable(tensor)
+    if words is None:
         return None
-    words = _words(tensor.detach().contiguous().reshape(-1))
     # odd, so that rows of a power of two do not fall on the same place; small tensors are not folded
     width = min(max(words.numel() // FOLD, WHOLE) | 1, words.numel() or 1)
     whole = words.numel() // width * width
     return torch.cat([words[:whole].view(-1, width).sum(0), words[whole:]])
+
+
+def _readable(tensor: Tensor) -> Tensor | None:
+    """The bytes of a tensor as int64; None where they cannot be read."""
+    if tensor.is_meta or tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor):
+        return None
+    return _words(tensor.detach().contiguous().reshape(-1))
 
 
 def _words(data: Tensor) -> Tensor:
