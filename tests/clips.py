@@ -39,13 +39,16 @@ def pictures(n, h=48, w=64, seed=0):
     return out
 
 
-def encode(path, frames, pts=None, unit=Fraction(1, 30), codec="libx264", pix="yuv420p", format=None, **options):
-    """A video file made with libav itself, not with the code under test."""
-    with av.open(str(path), "w", format=format) as out:
+def encode(path, frames, pts=None, unit=Fraction(1, 30), codec="libx264", pix="yuv420p", format=None, aspect=None,
+           container=None, **options):  # fmt: skip
+    """A video file made with libav itself, not with the code under test. container: options of the file format."""
+    with av.open(str(path), "w", format=format, options=container or {}) as out:
         stream = out.add_stream(codec, rate=30)
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], pix
         stream.options = {k: str(v) for k, v in options.items()} | ({"sc_threshold": "0"} if codec == "libx264" else {})
         stream.codec_context.time_base = unit
+        if aspect is not None:
+            stream.codec_context.sample_aspect_ratio = aspect
         for k, picture in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pix)
             frame.pts, frame.time_base = int(k if pts is None else pts[k]), unit

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import clips
 import numpy as np
 from clips import pictures
 from PIL import Image
@@ -184,18 +185,9 @@ def film(
     pix: str = "rgb24", format: str | None = None, aspect: Fraction | None = None, **options: Any,
 ) -> Path:  # fmt: skip
     """A lossless video of exactly these frames."""
-    with av.open(str(path), "w", format=format, options={k: str(v) for k, v in options.items()}) as out:
-        stream = out.add_stream(codec, rate=30)
-        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], pix
-        stream.options = {"qp": "0", "bf": "0", "g": "8"} if codec.startswith("libx264") else {}
-        stream.codec_context.time_base = unit
-        if aspect is not None:
-            stream.codec_context.sample_aspect_ratio = aspect
-        for k, picture in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pix)
-            frame.pts, frame.time_base = int(k if pts is None else pts[k]), unit
-            out.mux(stream.encode(frame))
-        out.mux(stream.encode(None))
+    exact = {"qp": "0", "bf": "0", "g": "8"} if codec.startswith("libx264") else {}
+    container = {k: str(v) for k, v in options.items()}
+    clips.encode(path, frames, pts, unit, codec, pix, format, aspect, container, **exact)
     return path
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vlmfast import families
 from vlmfast.core import StageDidNotFire, Unsupported, parse_bytes
 from vlmfast.plan import Plan, resolve
-from vlmfast.preconditions import MARK, check_model, option, refuse_call, refuse_copy, unwrap
+from vlmfast.preconditions import MARK, check_model, refuse_call, refuse_copy, unwrap
 from vlmfast.report import Report
 from vlmfast.runtime.columns import ColumnHooks
 from vlmfast.runtime.compiled import checked, observed, refuse_compiled
@@ -22,7 +22,7 @@ from vlmfast.runtime.gaze import Gaze
 from vlmfast.runtime.inner import InnerHooks
 from vlmfast.runtime.meter import Meter, cache_counts
 from vlmfast.runtime.model_lock import lock_functions, model_lock, streamed
-from vlmfast.runtime.names import cache_in
+from vlmfast.runtime.names import cache_in, option
 from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.reuse import Reuse
 from vlmfast.runtime.rewrite import Rewrite, needs

@@ -81,14 +81,3 @@ def prompt_of(args: tuple, kwargs: dict) -> Any:
     """Ids (B, L) or embeddings (B, L, D) of a `generate` call, under whatever name they came; None without any."""
     named = (kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds"))
     return next((x for x in (*args[:1], *named) if x is not None), None)
-
-
-def option(model: nn.Module, kwargs: dict, name: str) -> Any:
-    """A generation option as generate() would resolve it."""
-    if kwargs.get(name) is not None:
-        return kwargs[name]
-    for config in (kwargs.get("generation_config"), model.generation_config):
-        value = getattr(config, name, None)
-        if value is not None:
-            return value
-    return None

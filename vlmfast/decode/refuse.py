@@ -7,7 +7,7 @@ from typing import Any
 from vlmfast import families
 from vlmfast.core import Unsupported, UserError
 from vlmfast.decode.speculate import Speculate
-from vlmfast.runtime.names import cache_in
+from vlmfast.runtime.names import cache_in, option
 from vlmfast.runtime.rewind import cannot_rewind
 
 REFUSED_OPTIONS = {
@@ -25,15 +25,6 @@ REFUSED_OPTIONS = {
     "synced_gpus": "the loop does not keep several processes in step",
     "inputs_embeds": "the draft and the rules read token ids: pass input_ids",
 }
-
-
-def option(model: Any, kwargs: dict[str, Any], name: str) -> Any:
-    """A generation option as `generate` would resolve it."""
-    if kwargs.get(name) is not None:
-        return kwargs[name]
-    config = kwargs.get("generation_config") or model.generation_config
-    value = getattr(config, name, None)
-    return getattr(model.generation_config, name, None) if value is None else value
 
 
 def check(model: Any, speculate: Speculate, args: tuple, kwargs: dict[str, Any], kv: Any = None) -> None:

@@ -33,3 +33,14 @@ def put_cache(kwargs: MutableMapping[str, Any], cache: Any) -> Any:
 def cache_of(output: Any) -> Any:
     """The cache of a model's or generate's output."""
     return getattr(output, CACHE)
+
+
+def option(model: Any, kwargs: Mapping[str, Any], name: str) -> Any:
+    """A generation option as `generate` would resolve it: of the call, its generation_config, the model's own."""
+    if kwargs.get(name) is not None:
+        return kwargs[name]
+    for config in (kwargs.get("generation_config"), model.generation_config):
+        value = getattr(config, name, None)
+        if value is not None:
+            return value
+    return None
