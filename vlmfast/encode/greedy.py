@@ -44,7 +44,7 @@ def cosines(features: Tensor, rows: Tensor) -> Tensor:
     On CUDA the products of bf16 and fp16 features are exact in float32, so tensor cores serve as well as float32 ones.
     """
     half = features.is_cuda and features.dtype in (torch.bfloat16, torch.float16)
-    if not half or TorchVersion(torch.__version__) < (2, 8):
+    if not half or TorchVersion(torch.__version__) < "2.8":
         return gram(rows)
     x = features.nan_to_num()
     cos = torch.mm(x, x.T, out_dtype=torch.float32)  # type: ignore[call-overload]

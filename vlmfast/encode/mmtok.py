@@ -22,8 +22,9 @@ class MMTok(Pruner):
     where a match is the softmax over visual tokens of cosine / temperature (0.02 from text, 0.2 from vision).
 
     Similarities are taken between embeddings as the language model reads them; a token's gain is summed in whole units
-    of 2**-58, so that every device picks the same of the same matches. A pick costs the rows that it covers better. What
-    no token adds to goes by relevance to the question, then evenly over time (`encode/greedy.py`).
+    of 2**-58, so that every device picks the same of the same matches. A pick costs the rows that it covers better.
+    Where no token adds anything, the rest goes by relevance to the question, then evenly over time
+    (`encode/greedy.py`).
     """
 
     alpha: float = 0.5

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 SPENT = 1e-5
-UNIT = 2.0**58  # coverage is summed as int64 in units of 2**-58: exact, so no order of summing, hence no device, differs
+UNIT = (
+    2.0**58
+)  # coverage is summed as int64 in units of 2**-58: exact, so no order of summing, hence no device, differs
 SHARE = 100_000  # 1 / SPENT, for gains in whole units
 
 
@@ -148,7 +150,7 @@ def farthest_cpu(distance: Tensor, start: Tensor, weight: Tensor, k: int) -> Ten
     return torch.from_numpy(np.where(gap <= -1, gap, np.where(gap > SPENT, gap * weights, 0)))
 
 
-def most_probable_cpu(x: Tensor, gain: Tensor, k: int, width: int = 128) -> Tensor:
+def most_probable_cpu(x: Tensor, gain: Tensor, k: int, width: int = 192) -> Tensor:
     """Blocks of picks with exact repair. Gains only fall, so a stale gain is an upper bound: greedy runs among the
     `width` places with the largest, on their own small kernel, until one outside could be better; then all places take
     in the block's picks by two products and a triangular solve."""
@@ -161,7 +163,13 @@ def most_probable_cpu(x: Tensor, gain: Tensor, k: int, width: int = 128) -> Tens
         outside, outside_at = (float(gain[order[width]]), int(order[width])) if width < n else (0.0, n)
         small = torch.addmm(x[among] @ x[among].T, basis[:done, among].T, basis[:done, among], alpha=-1).numpy()
         own, picks, roots = _greedy_among(
-            small, gain[among].numpy().copy(), least[among].numpy(), among.numpy(), max(outside, 0), outside_at, k - done
+            small,
+            gain[among].numpy().copy(),
+            least[among].numpy(),
+            among.numpy(),
+            max(outside, 0),
+            outside_at,
+            k - done,
         )
         p, m = among[torch.tensor(picks)], len(picks)
         rows = torch.addmm(x[p] @ x.T, basis[:done, p].T, basis[:done], alpha=-1)
@@ -178,7 +186,9 @@ def _greedy_among(
     kernel: np.ndarray, gain: np.ndarray, least: np.ndarray, place: np.ndarray, outside: float, outside_at: int, k: int
 ) -> tuple[np.ndarray, list[int], list[float]]:
     """Up to k picks, until the best place outside, or nothing, is better: basis rows, picks, diagonal of the factor."""
-    own, picks, roots = np.zeros((min(len(gain), k), len(gain)), kernel.dtype), [], []
+    own = np.zeros((min(len(gain), k), len(gain)), kernel.dtype)
+    picks: list[int] = []
+    roots: list[float] = []
     while len(picks) < len(own):
         top = gain.max()
         ties = np.flatnonzero(gain == top)
