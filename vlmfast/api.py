@@ -302,6 +302,8 @@ class Accelerated:
         if self.tower is not None and stats["encode_ms"]:
             encode |= self.tower.report()
             notes += self.tower.notes()
+        elif self.plan.tower == "fast" and not self.family.tower_loops:
+            notes.append("tower: one call a layer already, left as it is")
         self.report = Report(encode, prefill, decode | self._stage["decode"], notes)
 
     # -- life --------------------------------------------------------------------------------------------------------

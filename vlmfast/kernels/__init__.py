@@ -11,7 +11,7 @@ from vlmfast.kernels import cpu, reference
 from vlmfast.kernels.cpu import chunk_scores
 from vlmfast.kernels.ranking import highest, ranking
 from vlmfast.kernels.reference import Ragged, dequantise, quantise
-from vlmfast.kernels.vision import fused, gated, has_ragged_pieces, ragged_pieces, rms_norm, rotated
+from vlmfast.kernels.vision import fused, gated, rms_norm, rotated
 
 Backend = Literal["reference", "cpu", "triton"]
 
@@ -73,11 +73,9 @@ __all__ = [
     "dequantise",
     "fused",
     "gated",
-    "has_ragged_pieces",
     "highest",
     "quantise",
     "ragged_attention",
-    "ragged_pieces",
     "ranking",
     "rms_norm",
     "rotated",

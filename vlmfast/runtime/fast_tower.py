@@ -156,8 +156,11 @@ class FastTower:
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        if self.grid is None or position_embeddings is None:  # called by somebody else than our tower's forward
-            return stock(hidden_states, cu_seqlens, position_embeddings=position_embeddings, **kwargs)
+        own = functools.partial(
+            stock, hidden_states, cu_seqlens=cu_seqlens, position_embeddings=position_embeddings, **kwargs
+        )
+        if self.grid is None or position_embeddings is None or _CHECKED.get(self.tower):
+            return own()  # called by somebody else than our forward, or another kind of attention
         pieces = self._pieces(cu_seqlens)
         qkv = attn.qkv(hidden_states).view(hidden_states.shape[0], 3, attn.num_heads, -1)
         q, k, v = kernels.rotated(qkv, *position_embeddings)
@@ -165,7 +168,7 @@ class FastTower:
         if self.tower not in _CHECKED and self.cut is None:
             _CHECKED[self.tower] = _disagreement(stock, out, hidden_states, pieces.lengths, position_embeddings)
             if _CHECKED[self.tower]:
-                return stock(hidden_states, cu_seqlens, position_embeddings=position_embeddings, **kwargs)
+                return own()
         return out
 
     def _pieces(self, boundaries: Tensor) -> Pieces:
@@ -189,6 +192,6 @@ def _disagreement(
     """Once per tower: the first piece of its first block through the module's own code. "" when they agree."""
     rows = lengths[0]
     bounds = torch.tensor([0, rows], dtype=torch.int32)
-    expected = stock(hidden[:rows], bounds, position_embeddings=(tables[0][:rows], tables[1][:rows]))
+    expected = stock(hidden[:rows], cu_seqlens=bounds, position_embeddings=(tables[0][:rows], tables[1][:rows]))
     error = float((got[:rows] - expected).norm() / expected.norm().clamp(min=1e-12))
     return "" if error <= TOLERANCE.get(got.dtype, 1e-2) else f"its results differ from the module's by {error:.1e}"

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmfast import kernels
+from vlmfast.kernels import vision
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
@@ -54,8 +54,8 @@ class Pieces:
         if self.equal:
             q, k, w = (x.view(-1, self.longest, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
             return F.scaled_dot_product_attention(q, k, w, scale=scale).transpose(1, 2).reshape(v.shape)
-        if kernels.has_ragged_pieces(q):
-            return kernels.ragged_pieces(q, k, v, self.bounds(), self.longest, scale)
+        if vision.has_ragged_pieces(q):
+            return vision.ragged_pieces(q, k, v, self.bounds(), self.longest, scale)
         out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
         for _, rows in self.groups():
             some_q, some_k, some_v = (x[rows].transpose(1, 2) for x in (q, k, v))
@@ -84,8 +84,8 @@ class KeptPieces(Pieces):
         return False
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        if kernels.has_ragged_pieces(q):
-            return kernels.ragged_pieces(q, k, v, self.bounds(), self.longest, scale)
+        if vision.has_ragged_pieces(q):
+            return vision.ragged_pieces(q, k, v, self.bounds(), self.longest, scale)
         if not self._known:
             self.lengths, self._known = [n for n in self.counts.tolist() if n], True
             self.longest = max(self.lengths, default=0)
