@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+import time
 import types
 from collections import Counter
 from collections.abc import Callable
@@ -412,6 +413,22 @@ def _empty(*size: Any, pin_memory: bool = False, **more: Any) -> Tensor:
     return _EMPTY(*size, **more)
 
 
+class _Event:
+    """A mark on the device; reading it waits."""
+
+    def __init__(self, **options: Any) -> None:
+        pass
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        _wait()
+
+    def elapsed_time(self, end: _Event) -> float:
+        return (end.at - self.at) * 1e3
+
+
 class PretendCuda(contextlib.AbstractContextManager):
     """The device, for the time of a `with`. layout: of attention results, one of `LAYOUTS`; capability: of the card."""
 
@@ -441,7 +458,7 @@ class PretendCuda(contextlib.AbstractContextManager):
         torch._C._set_only_lift_cpu_tensors(True)
         from vlmfast.runtime import clock
 
-        cuda = types.SimpleNamespace(is_available=lambda: True, synchronize=lambda *args: _wait())
+        cuda = types.SimpleNamespace(is_available=lambda: True, synchronize=lambda *args: _wait(), Event=_Event)
         self._patch(clock, "torch", types.SimpleNamespace(cuda=cuda))
         with contextlib.suppress(ImportError):
             from vlmfast.kernels import triton_ragged, triton_vision, vision
