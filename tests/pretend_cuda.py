@@ -275,7 +275,12 @@ def _histc(x: Tensor, bins: int = 100, low: float = 0, high: float = 0) -> Tenso
     return torch.histc(x.float(), bins, low, high).to(x.dtype)
 
 
-TWINS: dict[str, Callable] = {"aten::topk": _topk, "aten::sort": _sort, "aten::histc": _histc}
+def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Half-precision factors, a wider product."""
+    return a.to(dtype) @ b.to(dtype)
+
+
+TWINS: dict[str, Callable] = {"aten::topk": _topk, "aten::sort": _sort, "aten::histc": _histc, "aten::mm.dtype": _mm}
 
 
 def _laid_out(out: Tensor, query: Tensor, layout: str) -> Tensor:
@@ -469,6 +474,13 @@ class PretendCuda(contextlib.AbstractContextManager):
             self._patch(vision, "ragged_pieces", _ragged_pieces)
             self._patch(triton_ragged, "_split", _Kernel(_split))
             self._patch(triton_ragged, "_combine", _Kernel(_combine))
+            import pretend_greedy
+
+            from vlmfast.kernels import triton_greedy
+
+            for name, twin in pretend_greedy.KERNELS.items():
+                self._patch(triton_greedy, name, _Kernel(twin))
+            self._patch(triton_greedy, "processors", lambda device: 132)
         return self
 
     def _patch(self, owner: Any, name: str, value: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from vlmfast.core import UserError
-from vlmfast.kernels import cpu, reference
+from vlmfast.kernels import cpu, greedy, reference
 from vlmfast.kernels.cpu import chunk_scores
 from vlmfast.kernels.ranking import highest, ranking
 from vlmfast.kernels.reference import Ragged, dequantise, quantise
@@ -80,6 +80,7 @@ __all__ = [
     "dequantise",
     "fused",
     "gated",
+    "greedy",
     "highest",
     "quantise",
     "ragged_attention",
