@@ -44,6 +44,7 @@ from vlmfast.cli.errors import application
 from vlmfast.core import UserError
 
 LAST = 6  # lines of a failed part that go into the record
+GRACE = 2.0  # seconds between a part's own end of work and its being killed
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,17 @@ def versions(dry: bool) -> dict[str, str]:
     return found
 
 
+def preload() -> None:
+    """Load what the parts need, before their processes are forked: seconds for each. Asks nothing of the card."""
+    import transformers
+
+    from vlmfast import decode, encode, pocket, prefill, stream
+
+    loaded = [decode.Speculate, encode.METHODS, prefill.METHODS, stream.StreamSession, pocket.load]
+    loaded += [transformers.Qwen2_5_VLForConditionalGeneration, transformers.AutoProcessor]
+    assert all(loaded)
+
+
 class Suite:
     """Runs jobs and keeps the record."""
 
@@ -133,8 +145,7 @@ class Suite:
             last = self.record["parts"][-1].get("last", ["?"])
             raise UserError(next((s.partition(": ")[2].partition(": ")[2] for s in self.record["skipped"]), last[-1]))
         self.record["config"]["minutes"] = minutes
-        if self.commit:
-            self.record["commit"] = self.commit
+        self.record["command"], self.record["commit"] = records.command(), self.commit or records.commit()
         name = "dry" if self.dry else self.record["hardware"]["name"].lower().replace("nvidia ", "").replace(" ", "-")
         self.path = self.folder / f"{name}.json"
         records.claim(self.path, force)
@@ -187,7 +198,7 @@ class Child:
         if self.state:
             return True
         if self.process.is_alive():
-            if time.monotonic() < self.ends + 2:  # a part looks at its time itself
+            if time.monotonic() < self.ends + GRACE:  # a part looks at its time itself
                 return False
             self.kill()
             self.state = f"stopped after {time.monotonic() - self.began:.0f} s"
@@ -249,6 +260,7 @@ def measure(
     out: Path, minutes: float, dry: bool, force: bool, parts: list[str], long: bool, commit: str | None = None
 ) -> dict[str, Any]:
     """Run the parts, print each when it ends, and return the record."""
+    preload()
     suite = Suite(out, minutes, dry, long, commit)
     suite.begin(minutes, force)
     suite.rates = suite.record.pop("rates")

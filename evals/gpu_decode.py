@@ -34,10 +34,10 @@ def arms() -> dict[str, dict[str, Any] | None]:
     from vlmfast.prefill import HybridKV, SnapKV
 
     lookup = Speculate(PromptLookup())
-    ours: dict[str, Any] = {"tower": "fast"} if takes_tower() else {"speculate": Speculate()}
+    ours: dict[str, Any] = {"tower": "fast"} if takes_tower() else {"speculate": Speculate(otherwise="plain")}
     return {
-        "ours": ours,
         "plain": None,
+        "ours": ours,
         "vidcom2-25": {"prune": VidCom2(keep=0.25)},
         "snapkv-10": {"kv": SnapKV(keep=0.1)},
         "hybridkv-10": {"kv": HybridKV(keep=0.1)},
@@ -54,12 +54,11 @@ def order(dry: bool, long: bool) -> list[tuple[int, int, str]]:
     names = list(arms())
     usual, repeating = [n for n in names if "repeating" not in n], [n for n in names if "repeating" in n]
     if dry:
-        return [(128, 1, n) for n in usual] + [(128, 2, n) for n in usual[:3]] + [(128, 1, n) for n in repeating]
-    rows = [(2048, 1, n) for n in usual[:5]] + [(8192, 1, n) for n in usual[:5]]
-    rows += [(2048, 8, "ours"), (2048, 8, "plain"), (2048, 1, "lookup"), (2048, 1, "hybridkv-10 split")]
-    rows += [(2048, 8, "vidcom2-25")]
+        return [(128, 1, n) for n in usual[:5]] + [(128, 2, "ours"), (128, 1, "lookup, repeating")]
+    rows = [(2048, 1, n) for n in usual[:5]] + [(8192, 1, n) for n in usual[:5]] + [(2048, 8, n) for n in usual[:2]]
+    rows += [(2048, 1, "lookup"), (2048, 1, "hybridkv-10 split"), (2048, 8, "vidcom2-25")]
     if long:
-        rows += [(32768, 1, "ours"), (32768, 1, "hybridkv-10"), (32768, 1, "plain"), (2048, 1, "static")]
+        rows += [(32768, 1, "plain"), (32768, 1, "ours"), (32768, 1, "hybridkv-10"), (2048, 1, "static")]
     return rows + [(2048, 1, n) for n in repeating]
 
 
@@ -69,59 +68,63 @@ def decode(run: Run) -> None:
 
     model, prompts, asked = model_of(run), Prompts(run), arms()
     asked["static"] = None
-    repeats, new = (1, 4) if run.dry else (3, 32)
     plain: dict[tuple[int, int], list[dict[str, float]]] = {}
-    others: dict[tuple[int, int], Any] = {}  # rows measured before stock was, their ratios to be written
-    repeating = False
+    repeats = False
     for visual, rows, name in order(run.dry, run.long):
         what = f"{name}, {visual} visual tokens, {rows} rows"
-        if run.late(what, 0 if run.dry else 4 + visual * rows / 2000 * (4 if name == "plain" else 1)):
+        stock = asked[name] is None
+        if run.late(what, 0 if run.dry else 3 + visual * rows / 2000 * (2 if stock else 1)):
             continue
-        if "repeating" in name and not repeating:
-            repeating = True
+        if "repeating" in name and not repeats:
+            repeats = True
             echo(model)
         with run.trying(what), torch.no_grad():
-            more: dict[str, Any] = {"repeats": repeating}
-            generate = {"cache_implementation": "static"} if name == "static" else {}
-            memory(run, reset=True)
+            times = 1 if run.dry or (stock and rows > 1) else 3
             with accelerated(model, asked[name]) as handle:
-                samples = []
-                for _ in range(1 + (repeats if rows == 1 else 2)):
-                    one, _ = answered(run, model, prompts.next(visual, rows, **more), 1, **generate)
-                    inputs = prompts.next(visual, rows, step=new + 2, **more)
-                    many, out = answered(run, model, inputs, 1 + new, **generate)
-                    samples.append({"decode_ms_per_token": (many - one) / new, "ttft_ms": one, "total_ms": many,
-                                    **reported(handle, REPORTED)})  # fmt: skip
-                    if handle is not None:
-                        own = reported(handle, ("decode_ms_per_token", "tokens"))
-                        samples[-1]["reported_ms_per_token"] = own.get("decode_ms_per_token", 0.0)
+                warm, samples = timed(run, model, handle, prompts, (visual, rows, repeats), times, name == "static")
                 words = {"report": handle.report.json()["decode"], **notes(handle)} if handle is not None else {}
-            warm, samples = samples[0], samples[1:] or samples
-            metrics = spread(samples, "decode_ms_per_token") | memory(run) | {"warm_ms": warm["total_ms"]}
-            columns = inputs["input_ids"].shape[1] + new // 2
-            metrics["decode_floor_ms"] = floor(run, model, metrics, rows, columns)
-            where, key = {"visual_tokens": visual, "batch": rows}, (visual, rows)
+            metrics = spread(samples, "decode_ms_per_token") | memory(run) | {"warm_ms": warm}
+            metrics["decode_floor_ms"] = floor(run, model, metrics, rows)
             if name == "plain":
-                plain[key] = samples
-            row = {"params": where, "plan": planned(handle), "metrics": metrics, **words}
-            vs = {"plain": ratios(plain[key], samples)} if name != "plain" and key in plain else {}
-            run.add(name, **row, vs=vs)
-            if name == "ours":
-                others[key] = (row, samples)
-            elif name == "plain" and key in others:
-                row, early = others.pop(key)
-                run.add("ours", **row, vs={"plain": ratios(samples, early)})
-            del out
+                plain[visual, rows] = samples
+            vs = {"plain": ratios(plain[visual, rows], samples)} if name != "plain" and (visual, rows) in plain else {}
+            where = {"visual_tokens": visual, "batch": rows}
+            run.add(name, params=where, plan=planned(handle), metrics=metrics, vs=vs, **words)
         free(run.device)
 
 
-def floor(run: Run, model: Any, metrics: dict[str, float], rows: int, columns: int) -> float:
+def timed(
+    run: Run, model: Any, handle: Any, prompts: Prompts, what: tuple[int, int, bool], times: int, static: bool
+) -> tuple[float, list[dict[str, float]]]:
+    """Milliseconds of a first call, and the samples of those after it. what: visual tokens, rows, a repeating text."""
+    visual, rows, repeats = what
+    new = 4 if run.dry else 32
+    generate = {"cache_implementation": "static"} if static else {}
+
+    def call(tokens: int) -> tuple[float, int]:
+        inputs = prompts.next(visual, rows, step=tokens + 1, repeats=repeats)
+        return answered(run, model, inputs, tokens, **generate)[0], inputs["input_ids"].shape[1]
+
+    memory(run, reset=True)
+    warm, _ = call(1 + new)
+    samples = []
+    for _ in range(times):
+        one, _ = call(1)
+        many, prompt = call(1 + new)
+        sample = {"decode_ms_per_token": (many - one) / new, "ttft_ms": one, "total_ms": many, "prompt_tokens": prompt}
+        own = reported(handle, ("decode_ms_per_token",))
+        sample |= {"reported_ms_per_token": own["decode_ms_per_token"]} if own else {}
+        samples.append(sample | reported(handle, REPORTED))
+    return warm, samples
+
+
+def floor(run: Run, model: Any, metrics: dict[str, float], rows: int) -> float:
     """Milliseconds that reading the weights once and every row's cache takes at the measured rate."""
     text = language(model)
     weights = sum(p.numel() * p.element_size() for p in [*text.layers.parameters(), model.lm_head.weight])
     c = text.config
-    head = c.hidden_size // c.num_attention_heads
-    cache = metrics.get("kv_fast_bytes") or 4 * c.num_hidden_layers * c.num_key_value_heads * head * columns * rows
+    whole = 4 * c.num_hidden_layers * c.num_key_value_heads * (c.hidden_size // c.num_attention_heads)
+    cache = metrics.get("kv_fast_bytes") or whole * metrics["prompt_tokens"] * rows
     return timing.floor_ms(0, weights + cache, run.machine)
 
 

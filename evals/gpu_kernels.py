@@ -39,7 +39,7 @@ def kernels(run: Run, file: str, which: str) -> None:
     def write() -> None:
         run.add(file, params={"tests": which}, metrics=counts | {"seconds": time.monotonic() - begin}, wrong=wrong)
 
-    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", str(records.ROOT), "-o", "addopts="]
+    options = ["-q", "-s", "-p", "no:cacheprovider", "--rootdir", str(records.ROOT), "-o", "addopts="]
     if run.dry:
         options += ["--collect-only"]
     code = pytest.main([str(TESTS / file), "-k", which, *options], plugins=[Watch()])

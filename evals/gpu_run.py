@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import math
 import os
+import re
 import statistics
 import sys
 import time
@@ -76,14 +78,22 @@ class Run:
 
     def _write(self, line: dict[str, Any]) -> None:
         with self.lines.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(finite(line), default=str) + "\n")
+
+
+def finite(x: Any) -> Any:
+    """Numbers that JSON has no word for become None."""
+    if isinstance(x, float) and not math.isfinite(x):
+        return None
+    if isinstance(x, dict):
+        return {str(k): finite(v) for k, v in x.items()}
+    return [finite(v) for v in x] if isinstance(x, (list, tuple)) else x
 
 
 def said(error: BaseException) -> str:
     """An error in one line, with the innermost place in our code."""
-    frames = [
-        f for f in traceback.extract_tb(error.__traceback__) if "/vlmfast/" in f.filename or "/evals/" in f.filename
-    ]
+    ours = re.compile(r"/(vlmfast|evals)/(?!gpu_run)")
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if ours.search(f.filename)]
     at = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:240]}{at}"
 
@@ -238,10 +248,8 @@ def spread(samples: list[dict[str, float]], of: str) -> dict[str, float]:
     shared = [k for k in samples[0] if all(k in s for s in samples)]
     low, high = min(s[of] for s in samples), max(s[of] for s in samples)
     stem = of.removesuffix("_ms_per_token").removesuffix("_ms")
-    return {k: statistics.median(s[k] for s in samples) for k in shared} | {
-        f"{stem}_low_ms": low,
-        f"{stem}_high_ms": high,
-    }
+    medians = {k: statistics.median(s[k] for s in samples) for k in shared}
+    return medians | {f"{stem}_low_ms": low, f"{stem}_high_ms": high}
 
 
 @contextlib.contextmanager

@@ -104,19 +104,18 @@ def show(part: str, record: dict[str, Any], top: int = 5) -> None:
     heads, lines = cells(part, record["rows"])
     page = console.out()
     state = [p for p in record["parts"] if p["part"].partition(" ")[0] == part]
-    page.print(
-        f"\n{part}: " + "; ".join(f"{p['part']} {p['state']}, {p['seconds']:.0f} s" for p in state), markup=False
-    )
+    ended = "; ".join(f"{p['part']} {p['state']}, {p['seconds']:.0f} s" for p in state)
+    page.print(f"\n{part}: {ended}", markup=False, soft_wrap=True)
     if lines:
         widths = [max(len(row[c]) for row in [heads, *lines]) for c in range(len(heads))]
         for row in [heads, *lines]:
-            text = row[0].ljust(widths[0]) + "".join(
-                "  " + cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)
-            )
-            page.print(text.rstrip(), markup=False, soft_wrap=True)
+            text = [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
+            page.print("  ".join(text).rstrip(), markup=False, soft_wrap=True)
     for r in of(part, record["rows"]):
         for line in r.get("wrong", [])[:8]:
             page.print(f"  WRONG {r['name']}: {line}"[:160], markup=False, soft_wrap=True)
+        if r.get("kernels"):
+            page.print(f"  {r['name']}", markup=False)
         for k in r.get("kernels", [])[:top]:
             page.print(f"  {k['us']:>9,.0f} us x{k['count']:<5g} {k['kernel'][:56]}", markup=False, soft_wrap=True)
     for line in record["skipped"]:
