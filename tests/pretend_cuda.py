@@ -3,7 +3,7 @@
     with PretendCuda() as device:
         model = to_cuda(model)                      # parameters and buffers say device="cuda:0"
         model.generate(**to_cuda(inputs))
-    device.waits, device.launches
+    device.waits, device.launches, device.copies
 
 A `CudaTensor` says that it lies on cuda:0 and holds a CPU tensor; every operation that reaches it runs on the CPU.
 Unlike on a CPU,
@@ -13,7 +13,8 @@ Unlike on a CPU,
   * attention results are laid out as a kernel lays them out, see `LAYOUTS`;
   * what a GPU leaves unwritten (`empty`) is filled with NaN.
 Counted are `launches` (operations that start a kernel) and `waits` (the host waits for the device: `.item()`,
-`.tolist()`, `.cpu()`, `nonzero`, boolean indexing, blocking copies either way), each by the line that asked for it.
+`.tolist()`, `.cpu()`, `nonzero`, boolean indexing, blocking copies either way) and `copies` (tensors that go from host
+to device or back), each by the line that asked for it.
 The Triton kernels of `vlmfast.kernels.triton_ragged` are replaced by twins that do the same arithmetic on the CPU.
 """
 
@@ -141,6 +142,11 @@ def _wait() -> None:
         _DEVICE.waits[_asker()] += 1
 
 
+def _copied() -> None:
+    if _DEVICE is not None:
+        _DEVICE.copies[_asker()] += 1
+
+
 # -- operations ------------------------------------------------------------------------------------------------------
 
 
@@ -211,6 +217,7 @@ def _check_devices(name: str, args: tuple, hosts: list[Tensor]) -> None:
         indices = {id(i) for i in tree_leaves(args[1])}
         if all(id(h) in indices for h in loose):
             _wait()
+            _copied()
             loose = []
     if loose:
         raise _mixed(name, loose[0])
@@ -238,6 +245,7 @@ def _copy(func: Any, name: str, args: tuple, kwargs: dict) -> Any:
         there = isinstance(source, CudaTensor) if to is None else torch.device(to).type == "cuda"
     here = isinstance(source, CudaTensor)
     if here != there:
+        _copied()
         if blocking or here:  # from the device into memory that is not pinned: the host waits in any case
             _wait()
     elif here:
@@ -369,6 +377,7 @@ def _tensor(data: Any, *, dtype: Any = None, device: Any = None, requires_grad: 
     if device is None or torch.device(device).type != "cuda":
         return out
     _wait()
+    _copied()
     return CudaTensor(out)
 
 
@@ -384,6 +393,7 @@ class PretendCuda(contextlib.AbstractContextManager):
         self.layout = layout
         self.launches: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
+        self.copies: Counter[str] = Counter()
 
     def __enter__(self) -> PretendCuda:
         global _DEVICE
