@@ -10,7 +10,7 @@ from evals.gpu_methods import TESTS
 from evals.gpu_run import Run
 from vlmfast.core import UserError
 
-FILES = (("test_kernels.py", "triton"),)  # (file of tests/, which of its tests: pytest's -k)
+FILES = (("test_kernels.py", "triton"),)  # (file of tests/, which of its tests: pytest's -k, "" for all)
 
 
 def kernels(run: Run, file: str, which: str) -> None:

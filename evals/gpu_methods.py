@@ -19,7 +19,7 @@ from evals import records
 from evals.gpu_run import Run, said, takes_tower
 from vlmfast.core import UserError
 
-GROUPS = ("kv", "prune", "decode", "stream")
+GROUPS = {"kv": 2, "prune": 4, "decode": 2, "stream": 1}  # and how many processes share its cases
 TESTS = records.ROOT / "tests"
 Place = Callable[[Any], Any]  # moves a tensor, a model or a dict of tensors to where the case runs
 
@@ -90,8 +90,11 @@ def listed(out: Any) -> Any:
     return getattr(out, "held", out).tolist()
 
 
-def methods(run: Run, group: str) -> None:
-    """Every case of a group on both devices; one row, written anew as cases are done."""
+def methods(run: Run, group: str, share: str = "1/1") -> None:
+    """Every case of a group on both devices; one row, written anew as cases are done.
+
+    share: "2/4" are the second, sixth, tenth, ... cases.
+    """
     import torch
 
     if not (TESTS / "tiny.py").exists():
@@ -104,10 +107,12 @@ def methods(run: Run, group: str) -> None:
     begin = time.monotonic()
 
     def write() -> None:
-        run.add(group, metrics=counts | {"seconds": time.monotonic() - begin}, wrong=wrong)
+        metrics = counts | {"seconds": time.monotonic() - begin}
+        run.add(group, params={"share": share}, metrics=metrics, wrong=wrong)
 
-    for case in itertools.islice(CASES[group](), 1 if run.dry else None):
-        if run.late(f"{group}: {case.name} and what follows", 2):
+    first, every = map(int, share.split("/"))
+    for case in itertools.islice(CASES[group](), first - 1, first if run.dry else None, every):
+        if run.late(f"{group} {share}: {case.name} and what follows", 2):
             break
         print(case.name, flush=True)  # the last line of a process that hangs says where
         result, why = compared(case, run.dry)

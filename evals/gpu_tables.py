@@ -49,10 +49,9 @@ def gigabytes(r: Row) -> str:
     return "-" if not peak else f"{peak / 1e9:.1f}"
 
 
-def loop(r: Row) -> str:
+def engine(r: Row) -> str:
     """What decoded, as the report says it."""
-    words = r.get("report", {})
-    return str(words.get("engine", "-"))
+    return str(r.get("report", {}).get("engine", "-"))[:12]
 
 
 CHECK: list[Column] = [
@@ -71,7 +70,7 @@ DECODE: list[Column] = [
     ("visual", param("visual_tokens")), ("rows", param("batch")),
     ("ms a token", within("decode", "decode_ms_per_token")), ("faster", over("decode_ms_per_token")),
     ("reported", metric("reported_ms_per_token")), ("bound", metric("decode_floor_ms")),
-    ("accepted", metric("accepted_length")), ("GB", gigabytes),
+    ("accepted", metric("accepted_length")), ("GB", gigabytes), ("by", engine),
 ]  # fmt: skip
 STREAM: list[Column] = [
     ("frames/s", metric("fps")), ("side", metric("side")), ("answer ms", metric("latency_ms")),
@@ -86,7 +85,22 @@ COLUMNS = {"methods": CHECK, "kernels": CHECK, "first_token": FIRST, "choose": C
 
 def of(part: str, rows: list[Row]) -> list[Row]:
     """A part's rows; how the model was built is left out."""
-    return [r for r in rows if r["params"].get("part") == part and r["name"] != "build"]
+    found = [r for r in rows if r["params"].get("part") == part and r["name"] != "build"]
+    return together(found) if part == "methods" else found
+
+
+def together(rows: list[Row]) -> list[Row]:
+    """One row of those that share a group's cases: counts added up, the longest time."""
+    out: dict[str, Row] = {}
+    for r in rows:
+        if r["name"] not in out:
+            out[r["name"]] = {**r, "metrics": dict(r["metrics"]), "wrong": list(r["wrong"])}
+            continue
+        whole = out[r["name"]]
+        whole["wrong"] += r["wrong"]
+        for k, v in r["metrics"].items():
+            whole["metrics"][k] = max(whole["metrics"][k], v) if k == "seconds" else whole["metrics"][k] + v
+    return list(out.values())
 
 
 def cells(part: str, rows: list[Row]) -> tuple[list[str], list[list[str]]]:
@@ -104,7 +118,9 @@ def show(part: str, record: dict[str, Any], top: int = 5) -> None:
     heads, lines = cells(part, record["rows"])
     page = console.out()
     state = [p for p in record["parts"] if p["part"].partition(" ")[0] == part]
-    ended = "; ".join(f"{p['part']} {p['state']}, {p['seconds']:.0f} s" for p in state)
+    done = [p["seconds"] for p in state if p["state"] == "done"]
+    ended = "; ".join(f"{p['part']} {p['state']}, {p['seconds']:.0f} s" for p in state if p["state"] != "done")
+    ended = "; ".join(filter(None, [f"{len(done)} done in {max(done, default=0):.0f} s", ended]))
     page.print(f"\n{part}: {ended}", markup=False, soft_wrap=True)
     if lines:
         widths = [max(len(row[c]) for row in [heads, *lines]) for c in range(len(heads))]

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from pretend_cuda import PretendCuda, to_cuda
 
-from evals import gpu, gpu_decode, gpu_prefill, gpu_tables, readme, records
+from evals import gpu, gpu_decode, gpu_prefill, gpu_run, gpu_suite, gpu_tables, readme, records
 from evals.gpu_run import Prompts, Run, finite, takes_tower
 from evals.shapes import TOY, build
 
@@ -76,13 +77,13 @@ def fine(run: Run) -> None:
 
 
 def test_a_part_that_crashes_hangs_or_is_killed_ends_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "GRACE", 0.2)
-    suite = gpu.Suite(tmp_path, 1, True, False)
+    monkeypatch.setattr(gpu_suite, "GRACE", 0.2)
+    suite = gpu_suite.Suite(tmp_path, 1, True, False)
     suite.begin(1, False)
     suite.rates = suite.record.pop("rates")
     suite.record["parts"].clear()
     functions = (crash, hang, killed, fine)
-    suite.together([gpu.Job(f.__name__, f, 1.0) for f in functions], tmp_path)
+    suite.together([gpu_suite.Job(f.__name__, f, 1.0) for f in functions], tmp_path)
     ended = {p["part"]: p for p in suite.record["parts"]}
     assert ended["fine"]["state"] == "done" and ended["crash"]["state"] == "failed (exit 1)"
     assert ended["crash"]["last"][-1].startswith("KeyError: 'no such kernel'")
@@ -125,13 +126,72 @@ def test_the_echo_says_its_last_token_for_ever(tmp_path: Path) -> None:
     assert set(out[0, -6:].tolist()) == {int(inputs["input_ids"][0, -1])}
 
 
+def test_shares_of_a_group_are_shown_as_one() -> None:
+    names = [job.name for job in gpu.checks(False)]
+    assert len(set(names)) == len(names) and "methods prune 4/4" in names
+    metrics = [{"equal": 3, "seconds": 5.0}, {"equal": 4, "seconds": 2.0}]
+    rows = [records.row("kv", params={"part": "methods", "share": f"{i}/2"}, metrics=m, wrong=[str(i)])
+            for i, m in enumerate(metrics)]  # fmt: skip
+    (one,) = gpu_tables.of("methods", rows)
+    assert one["metrics"] == {"equal": 7, "seconds": 5} and one["wrong"] == ["0", "1"]
+    assert rows[0]["metrics"]["equal"] == 3
+
+
 def test_numbers_that_json_cannot_say() -> None:
     assert finite({"a": [float("inf"), 1.0], 2: (float("nan"),)}) == {"a": [None, 1.0], "2": [None]}
 
 
+class Card(Run):
+    """Toy shapes where a card would be."""
+
+    @property
+    def device(self) -> str:
+        return "cuda"
+
+
+class Event:
+    """A mark on the device's clock."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, later: Event) -> float:
+        return (later.at - self.at) * 1e3
+
+
+def test_what_only_a_card_runs_runs_on_the_pretend_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Card("x", True, False, tmp_path / "x.jsonl", time.monotonic() + 60)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7)
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args: None)
+    monkeypatch.setattr(gpu_run, "build", lambda shape, device: to_cuda(build(shape)))
+    asked = [(128, name) for name in ("plain", "tower", "vidcom2-25 after block 1")]
+    monkeypatch.setattr(gpu_prefill, "order", lambda dry: asked)
+    monkeypatch.setattr(gpu_decode, "order", lambda dry, long: [(128, 1, "plain"), (128, 1, "ours")])
+    gpu.preload()
+    with PretendCuda():
+        gpu_prefill.first_token(run)
+        gpu_decode.decode(run)
+    lines = [json.loads(line) for line in run.lines.read_text().splitlines()]
+    skipped = [line["skipped"] for line in lines if "skipped" in line]
+    assert [s for s in skipped if takes_tower() or "has no tower=" not in s] == []
+    rows = [line["row"] for line in lines if "row" in line and line["row"]["name"] != "build"]
+    assert len(rows) + len(skipped) == 5
+    assert all(r["metrics"]["peak_bytes"] == 7 for r in rows)
+    assert all(
+        r["metrics"]["tower_ms"] > 0 and r["metrics"]["language_ms"] > 0
+        for r in rows
+        if r["params"]["batch"] == 1 and "ttft_low_ms" in r["metrics"]
+    )
+
+
 @pytest.mark.slow
 def test_where_a_card_cannot_be_used_after_a_fork_parts_begin_anew(tmp_path: Path) -> None:
-    suite: Any = gpu.Suite(tmp_path, 5, True, False)
+    suite: Any = gpu_suite.Suite(tmp_path, 5, True, False)
     suite.start = "spawn"
     suite.begin(5, False)
     assert suite.record["hardware"]["device"] == "cpu" and suite.record["parts"][0]["state"] == "done"
