@@ -182,11 +182,8 @@ def test_what_only_a_card_runs_runs_on_the_pretend_one(tmp_path: Path, monkeypat
     rows = [line["row"] for line in lines if "row" in line and line["row"]["name"] != "build"]
     assert len(rows) + len(skipped) == 5
     assert all(r["metrics"]["peak_bytes"] == 7 for r in rows)
-    assert all(
-        r["metrics"]["tower_ms"] > 0 and r["metrics"]["language_ms"] > 0
-        for r in rows
-        if r["params"]["batch"] == 1 and "ttft_low_ms" in r["metrics"]
-    )
+    first = [r["metrics"] for r in rows if "ttft_low_ms" in r["metrics"]]
+    assert len(first) >= 2 and all(m["tower_ms"] > 0 and m["language_ms"] > 0 for m in first)
 
 
 @pytest.mark.slow
