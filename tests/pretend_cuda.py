@@ -3,7 +3,7 @@
     with PretendCuda() as device:
         model = to_cuda(model)                      # parameters and buffers say device="cuda:0"
         model.generate(**to_cuda(inputs))
-    device.waits, device.launches, device.copies
+    device.waits, device.launches
 
 A `CudaTensor` says that it lies on cuda:0 and holds a CPU tensor; every operation that reaches it runs on the CPU.
 Unlike on a CPU,
@@ -13,8 +13,7 @@ Unlike on a CPU,
   * attention results are laid out as a kernel lays them out, see `LAYOUTS`;
   * what a GPU leaves unwritten (`empty`) is filled with NaN.
 Counted are `launches` (operations that start a kernel) and `waits` (the host waits for the device: `.item()`,
-`.tolist()`, `.cpu()`, `nonzero`, boolean indexing, blocking copies either way) and `copies` (tensors that go from host
-to device or back), each by the line that asked for it.
+`.tolist()`, `.cpu()`, `nonzero`, boolean indexing, blocking copies either way), each by the line that asked for it.
 The Triton kernels of `vlmfast.kernels.triton_ragged` are replaced by twins that do the same arithmetic on the CPU.
 """
 
@@ -393,7 +392,7 @@ class PretendCuda(contextlib.AbstractContextManager):
         self.layout = layout
         self.launches: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
-        self.copies: Counter[str] = Counter()
+        self.copies: Counter[str] = Counter()  # tensors that go from host to device or back
 
     def __enter__(self) -> PretendCuda:
         global _DEVICE
