@@ -14,7 +14,7 @@ Unlike on a CPU,
   * what a GPU leaves unwritten (`empty`) is filled with NaN.
 Counted are `launches` (operations that start a kernel) and `waits` (the host waits for the device: `.item()`,
 `.tolist()`, `.cpu()`, `nonzero`, boolean indexing, blocking copies either way), each by the line that asked for it.
-The Triton kernels of `vlmfast.kernels.triton_ragged` are replaced by twins that do the same arithmetic on the CPU.
+The Triton kernels of `vlmfast.kernels` are replaced by twins that do the same arithmetic on the CPU.
 """
 
 from __future__ import annotations
@@ -86,6 +86,15 @@ class CudaTensor(Tensor):
 
     def pin_memory(self, *args: Any, **kwargs: Any) -> Tensor:
         raise RuntimeError("cannot pin 'cuda' tensor")
+
+    @property
+    def data(self) -> CudaTensor:  # type: ignore[override]
+        return CudaTensor(self.held)
+
+    @data.setter
+    def data(self, value: CudaTensor) -> None:
+        """As on a tensor: other storage for the same object."""
+        self.held = value.held
 
     def __deepcopy__(self, memo: dict) -> CudaTensor:
         _launch()
@@ -354,6 +363,33 @@ def _combine(grid: tuple, acc: Tensor, top: Tensor, total: Tensor, rows: Tensor,
         flat[int(rows[entry])] = got[entry].to(out.dtype)
 
 
+def _rms_norm_kernel(grid: tuple, x: Tensor, weight: Tensor, out: Tensor, eps: float, **constants: Any) -> None:
+    wide = x.float()
+    out.copy_(weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype))
+
+
+def _gated_kernel(grid: tuple, gate: Tensor, up: Tensor, out: Tensor, *sizes: int, **constants: Any) -> None:
+    out.copy_((F.silu(gate) * up).view(out.shape))
+
+
+def _rotate_kernel(grid: tuple, qkv: Tensor, cos: Tensor, sin: Tensor, *sizes: int, **constants: Any) -> None:
+    both, half = qkv[:, :2].float(), qkv.shape[-1] // 2
+    turned = torch.cat([-both[..., half:], both[..., :half]], -1)
+    qkv[:, :2] = (both * cos.float()[:, None, None] + turned * sin.float()[:, None, None]).to(qkv.dtype)
+
+
+def _ragged_pieces(q: Any, k: Any, v: Any, bounds: Any, longest: int, scale: float) -> Tensor:
+    """One launch; a piece longer than `longest` would be cut off on a card."""
+    q, k, v, ends = to_host([q, k, v.contiguous(), bounds])
+    _launch()
+    out = torch.empty_like(v)
+    for low, high in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
+        assert high - low <= longest
+        part = (x[low:high].transpose(0, 1)[None] for x in (q, k, v))
+        out[low:high] = _SDPA(*part, scale=scale)[0].transpose(0, 1)
+    return CudaTensor(out)
+
+
 # -- the device ------------------------------------------------------------------------------------------------------
 
 
@@ -385,11 +421,11 @@ def _empty(*size: Any, pin_memory: bool = False, **more: Any) -> Tensor:
 
 
 class PretendCuda(contextlib.AbstractContextManager):
-    """The device, for the time of a `with`. layout: of attention results, one of `LAYOUTS`."""
+    """The device, for the time of a `with`. layout: of attention results, one of `LAYOUTS`; capability: of the card."""
 
-    def __init__(self, layout: str = "transposed") -> None:
+    def __init__(self, layout: str = "transposed", capability: tuple[int, int] = (7, 5)) -> None:
         assert layout in LAYOUTS, layout
-        self.layout = layout
+        self.layout, self.capability = layout, capability
         self.launches: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
         self.copies: Counter[str] = Counter()  # tensors that go from host to device or back
@@ -402,7 +438,7 @@ class PretendCuda(contextlib.AbstractContextManager):
         self._mode.__enter__()
         self._undo: list[tuple[Any, str, Any]] = []
         self._patch(torch.cuda, "_lazy_init", lambda: None)
-        self._patch(torch.cuda, "get_device_capability", lambda device=None: (7, 5))  # a card before Ampere
+        self._patch(torch.cuda, "get_device_capability", lambda device=None: self.capability)
         self._patch(F, "scaled_dot_product_attention", _attention)
         self._patch(F, "rms_norm", _rms_norm)
         self._patch(Tensor, "pin_memory", lambda x, *args, **kwargs: x)
@@ -417,8 +453,12 @@ class PretendCuda(contextlib.AbstractContextManager):
         cuda = types.SimpleNamespace(is_available=lambda: True, synchronize=lambda *args: _wait())
         self._patch(clock, "torch", types.SimpleNamespace(cuda=cuda))
         with contextlib.suppress(ImportError):
-            from vlmfast.kernels import triton_ragged
+            from vlmfast.kernels import triton_ragged, triton_vision, vision
 
+            self._patch(triton_vision, "_rms_norm", _Kernel(_rms_norm_kernel))
+            self._patch(triton_vision, "_gated", _Kernel(_gated_kernel))
+            self._patch(triton_vision, "_rotate", _Kernel(_rotate_kernel))
+            self._patch(vision, "ragged_pieces", _ragged_pieces)
             self._patch(triton_ragged, "_split", _Kernel(_split))
             self._patch(triton_ragged, "_combine", _Kernel(_combine))
         return self

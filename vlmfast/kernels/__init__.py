@@ -11,6 +11,7 @@ from vlmfast.kernels import cpu, reference
 from vlmfast.kernels.cpu import chunk_scores
 from vlmfast.kernels.ranking import highest, ranking
 from vlmfast.kernels.reference import Ragged, dequantise, quantise
+from vlmfast.kernels.vision import fused, gated, rms_norm, rotated
 
 Backend = Literal["reference", "cpu", "triton"]
 
@@ -70,10 +71,14 @@ __all__ = [
     "Ragged",
     "chunk_scores",
     "dequantise",
+    "fused",
+    "gated",
     "highest",
     "quantise",
     "ragged_attention",
     "ranking",
+    "rms_norm",
+    "rotated",
     "window_attention",
     "window_mean",
 ]
