@@ -31,6 +31,7 @@ FILE = Path(__file__).with_suffix(".json")
 KINDS = ("launches", "waits", "copies")
 Counts = dict[str, Counter[str]]  # kind -> the line that asked -> how often
 SMALL = {"sinks": 1, "recent": 2}
+CARD = (9, 0)
 CLIPS = {
     "2 frames of 16 x 24": {"frames": 2, "size": (16, 24)},
     "8 frames of 32 x 48": {"frames": 8, "size": (32, 48)},
@@ -74,7 +75,7 @@ def towers() -> Iterator[tuple[str, Counts]]:
     cases.append(("two images", {"media": ("image", "image"), "size": None}))
     for name, plan in arms.items():
         for clip, more in cases:
-            with PretendCuda() as device:
+            with PretendCuda(capability=CARD) as device:
                 model, seen = model_of(), []
                 with vlmfast.accelerate(model, **plan):
                     visual = model.model.visual
@@ -99,7 +100,7 @@ def plans() -> dict[str, dict[str, Any]]:
 
 def whole(plan: dict[str, Any], layers: int, new: int) -> Counts:
     """Everything that a call of `new` tokens asks for."""
-    with PretendCuda() as device:
+    with PretendCuda(capability=CARD) as device:
         model = model_of(layers)
         with vlmfast.accelerate(model, **plan):
             before = counted(device)
@@ -134,7 +135,7 @@ def choosers() -> Iterator[tuple[str, Counts]]:
         prune = method(keep=0.25)
         if hasattr(prune, "cuts"):  # between layers: counted as a part of its prefill
             continue
-        with PretendCuda() as device:
+        with PretendCuda(capability=CARD) as device:
             more = {k: to_cuda(v) for k, v in given.items()}
             layers = getattr(prune, "attention_layers", (-1,))
             if len(layers) > 1:
