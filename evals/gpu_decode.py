@@ -38,6 +38,7 @@ def arms() -> dict[str, dict[str, Any] | None]:
     return {
         "plain": None,
         "ours": ours,
+        "loop": {"speculate": Speculate(otherwise="plain")},
         "vidcom2-25": {"prune": VidCom2(keep=0.25)},
         "snapkv-10": {"kv": SnapKV(keep=0.1)},
         "hybridkv-10": {"kv": HybridKV(keep=0.1)},
@@ -54,8 +55,8 @@ def order(dry: bool, long: bool) -> list[tuple[int, int, str]]:
     names = list(arms())
     usual, repeating = [n for n in names if "repeating" not in n], [n for n in names if "repeating" in n]
     if dry:
-        return [(128, 1, n) for n in usual[:5]] + [(128, 2, "ours"), (128, 1, "lookup, repeating")]
-    rows = [(2048, 1, n) for n in usual[:5]] + [(8192, 1, n) for n in usual[:5]] + [(2048, 8, n) for n in usual[:2]]
+        return [(128, 1, n) for n in usual[:6]] + [(128, 2, "ours"), (128, 1, "lookup, repeating")]
+    rows = [(2048, 1, n) for n in usual[:6]] + [(8192, 1, n) for n in usual[:6]] + [(2048, 8, n) for n in usual[:2]]
     rows += [(2048, 1, "lookup"), (2048, 1, "hybridkv-10 split"), (2048, 8, "vidcom2-25")]
     if long:
         rows += [(32768, 1, "plain"), (32768, 1, "ours"), (32768, 1, "hybridkv-10"), (2048, 1, "static")]

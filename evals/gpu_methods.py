@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,7 @@ from evals import records
 from evals.gpu_run import Run, said, takes_tower
 from vlmfast.core import UserError
 
-GROUPS = {"kv": 2, "prune": 4, "decode": 2, "stream": 1}  # and how many processes share its cases
+GROUPS = {"kv": 2, "prune": 4, "decode": 2, "half": 1, "stream": 1}  # and how many processes share its cases
 TESTS = records.ROOT / "tests"
 Place = Callable[[Any], Any]  # moves a tensor, a model or a dict of tensors to where the case runs
 
@@ -35,6 +36,7 @@ class Case:
     new: int = 6
     batch: int = 1
     generate: dict[str, Any] = field(default_factory=dict)
+    by: str = ""  # which engine decoded
 
     @property
     def sampled(self) -> bool:
@@ -51,10 +53,12 @@ class Case:
         big = {"size": (32, 48), "frames": 8} if self.family in tiny.MROPE else {}
         inputs = tiny.inputs(self.family, media=self.media, batch=self.batch, text=8, **big)
         model = place(tiny.build(self.family))
-        with torch.no_grad(), vlmfast.accelerate(model, **self.plan(place)):
+        with torch.no_grad(), vlmfast.accelerate(model, **self.plan(place)) as handle:
             torch.manual_seed(0)
             asked = {"do_sample": False, "max_new_tokens": self.new, **self.generate}
-            return listed(model.generate(**place(dict(inputs)), **asked))
+            out = listed(model.generate(**place(dict(inputs)), **asked))
+            self.by = str(handle.report.decode.get("engine", "transformers"))
+            return out
 
 
 @dataclass
@@ -104,18 +108,20 @@ def methods(run: Run, group: str, share: str = "1/1") -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     counts = {"cases": 0, "equal": 0, "ran": 0, "different": 0, "failed": 0, "refused": 0}
     wrong: list[str] = []
+    by: Counter[str] = Counter()  # which engine decoded
     begin = time.monotonic()
 
     def write() -> None:
         metrics = counts | {"seconds": time.monotonic() - begin}
-        run.add(group, params={"share": share}, metrics=metrics, wrong=wrong)
+        run.add(group, params={"share": share}, metrics=metrics, wrong=wrong, by=dict(by))
 
     first, every = map(int, share.split("/"))
     for case in itertools.islice(CASES[group](), first - 1, first if run.dry else None, every):
         if run.late(f"{group} {share}: {case.name} and what follows", 2):
             break
         print(case.name, flush=True)  # the last line of a process that hangs says where
-        result, why = compared(case, run.dry)
+        result, why = case.verdict(run.dry) if group == "half" else compared(case, run.dry)
+        by[getattr(case, "by", "")] += 1
         counts["cases"] += 1
         counts[result] += 1
         if why:
@@ -135,18 +141,22 @@ def compared(case: Any, dry: bool) -> tuple[str, str]:
     except Exception as e:
         return "failed", f"on the CPU, {said(e)}"
     try:
-        if dry:
-            from pretend_cuda import PretendCuda, to_cuda
-
-            with PretendCuda():
-                got = case(to_cuda)
-        else:
-            got = case(to_card)
+        got = on_card(case, dry)
     except Exception as e:
         return "failed", said(e)
     if case.sampled:
         return "ran", ""
     return ("equal", "") if got == want else ("different", f"CPU {tail(want)}, card {tail(got)}")
+
+
+def on_card(case: Callable[[Place], Any], dry: bool) -> Any:
+    """What a case gives on the card, or on the pretend one."""
+    if not dry:
+        return case(to_card)
+    from pretend_cuda import PretendCuda, to_cuda
+
+    with PretendCuda(capability=(9, 0)):
+        return case(to_cuda)
 
 
 def tail(said: Any) -> str:
@@ -267,6 +277,14 @@ def stream_cases() -> Iterator[Stream]:
     yield from (Stream("internal", 16), Stream("internal"), Stream(None), Stream("recency"))
 
 
+def half_cases() -> Iterator[Any]:
+    """Decoding in half precision."""
+    from evals import gpu_half
+
+    return gpu_half.cases()
+
+
 CASES: dict[str, Callable[[], Iterator[Any]]] = {
-    "kv": kv_cases, "prune": prune_cases, "decode": decode_cases, "stream": stream_cases,
+    "kv": kv_cases, "prune": prune_cases, "decode": decode_cases, "half": half_cases,
+    "stream": stream_cases,
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -98,6 +99,7 @@ def together(rows: list[Row]) -> list[Row]:
             continue
         whole = out[r["name"]]
         whole["wrong"] += r["wrong"]
+        whole["by"] = dict(Counter(whole.get("by", {})) + Counter(r.get("by", {})))
         for k, v in r["metrics"].items():
             whole["metrics"][k] = max(whole["metrics"][k], v) if k == "seconds" else whole["metrics"][k] + v
     return list(out.values())
@@ -130,6 +132,8 @@ def show(part: str, record: dict[str, Any], top: int = 5) -> None:
     for r in of(part, record["rows"]):
         for line in r.get("wrong", [])[:8]:
             page.print(f"  WRONG {r['name']}: {line}"[:160], markup=False, soft_wrap=True)
+        if r.get("by"):
+            page.print(f"  {r['name']} decoded by: {r['by']}", markup=False, soft_wrap=True)
         if r.get("kernels"):
             page.print(f"  {r['name']}", markup=False)
         for k in r.get("kernels", [])[:top]:
