@@ -43,7 +43,7 @@ def checks(dry: bool) -> list[Job]:
         for group, every in shares.items()
         for n in range(every)
     ]
-    out += [Job("kernels", gpu_kernels.kernels, 110, case) for case in gpu_kernels.FILES]
+    out += [Job("kernels", gpu_kernels.kernels, 110, case) for case in gpu_kernels.files()]
     return [*out, Job("kernels", gpu_kernels.ragged, 60)]
 
 

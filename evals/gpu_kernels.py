@@ -10,7 +10,17 @@ from evals.gpu_methods import TESTS
 from evals.gpu_run import Run
 from vlmfast.core import UserError
 
-FILES = (("test_kernels.py", "triton"),)  # (file of tests/, which of its tests: pytest's -k, "" for all)
+FILES = (  # (file of tests/, which of its tests: pytest's -k, "" for all)
+    ("test_kernels.py", "triton"),
+    ("test_step_kernels.py", "match_plain_torch"),
+    ("test_greedy.py", "kernels_pick"),
+    ("test_fast_tower.py", "triton"),
+)
+
+
+def files() -> list[tuple[str, str]]:
+    """Those that are here; the first in any case."""
+    return [case for case in FILES if case == FILES[0] or (TESTS / case[0]).exists()]
 
 
 def kernels(run: Run, file: str, which: str) -> None:

@@ -32,7 +32,7 @@ def test_the_whole_suite_runs_dry(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert record["commit"] == "abc" and record["versions"]["torch"] == torch.__version__
     rows = {part: {r["name"]: r["metrics"] for r in gpu_tables.of(part, record["rows"])} for part in gpu.PARTS}
     assert all(rows.values()), {part: list(found) for part, found in rows.items()}
-    assert all(m["equal"] == m["cases"] >= 1 for m in rows["methods"].values()) and len(rows["methods"]) == 4
+    assert all(m["equal"] == m["cases"] >= 1 for m in rows["methods"].values()) and len(rows["methods"]) == 5
     assert rows["kernels"]["ragged attention"]["passed"] == 3
     first = rows["first_token"]
     assert first["plain"]["kept_tokens"] == 128 and first["vidcom2-25"]["kept_tokens"] == 32
