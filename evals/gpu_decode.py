@@ -45,6 +45,7 @@ def arms() -> dict[str, dict[str, Any] | None]:
         "hybridkv-10 split": {"kv": HybridKV(keep=0.1, split=0.5)},
         "lookup": {"speculate": lookup},
         "ours, repeating": ours,
+        "lookup 5, repeating": {"speculate": Speculate(PromptLookup(), length=5)},
         "lookup, repeating": {"speculate": lookup},
         "hybridkv-10+lookup, repeating": {"kv": HybridKV(keep=0.1), "speculate": lookup},
     }
@@ -55,7 +56,7 @@ def order(dry: bool, long: bool) -> list[tuple[int, int, str]]:
     names = list(arms())
     usual, repeating = [n for n in names if "repeating" not in n], [n for n in names if "repeating" in n]
     if dry:
-        return [(128, 1, n) for n in usual[:6]] + [(128, 2, "ours"), (128, 1, "lookup, repeating")]
+        return [(128, 1, n) for n in usual[:6]] + [(128, 2, "ours"), (128, 1, "lookup 5, repeating")]
     rows = [(2048, 1, n) for n in usual[:6]] + [(8192, 1, n) for n in usual[:6]] + [(2048, 8, n) for n in usual[:2]]
     rows += [(2048, 1, "lookup"), (2048, 1, "hybridkv-10 split"), (2048, 8, "vidcom2-25")]
     if long:
@@ -99,7 +100,7 @@ def timed(
 ) -> tuple[float, list[dict[str, float]]]:
     """Milliseconds of a first call, and the samples of those after it. what: visual tokens, rows, a repeating text."""
     visual, rows, repeats = what
-    new = 4 if run.dry else 32
+    new = 8 if run.dry else 32
     generate = {"cache_implementation": "static"} if static else {}
 
     def call(tokens: int) -> tuple[float, int]:

@@ -38,7 +38,7 @@ def test_the_whole_suite_runs_dry(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert first["plain"]["kept_tokens"] == 128 and first["vidcom2-25"]["kept_tokens"] == 32
     assert first["vidcom2-25"]["encode_floor_ms"] > first["vidcom2-25 after block 1"]["encode_floor_ms"] > 0
     assert {"tower_ms", "language_ms", "ttft_low_ms", "warm_ms"} <= set(first["plain"])
-    assert rows["decode"]["lookup, repeating"]["accepted_length"] > 0.2
+    assert rows["decode"]["lookup 5, repeating"]["accepted_length"] > 0.5
     assert rows["decode"]["snapkv-10"]["decode_floor_ms"] < rows["decode"]["plain"]["decode_floor_ms"]
     assert all(m["select_ms"] > 0 for m in rows["choose"].values())
     assert all(m["fps"] > 0 and m["latency_ms"] > 0 for m in rows["stream"].values())
