@@ -151,6 +151,11 @@ def _wait() -> None:
         _DEVICE.waits[_asker()] += 1
 
 
+def _copied() -> None:
+    if _DEVICE is not None:
+        _DEVICE.copies[_asker()] += 1
+
+
 # -- operations ------------------------------------------------------------------------------------------------------
 
 
@@ -221,6 +226,7 @@ def _check_devices(name: str, args: tuple, hosts: list[Tensor]) -> None:
         indices = {id(i) for i in tree_leaves(args[1])}
         if all(id(h) in indices for h in loose):
             _wait()
+            _copied()
             loose = []
     if loose:
         raise _mixed(name, loose[0])
@@ -248,6 +254,7 @@ def _copy(func: Any, name: str, args: tuple, kwargs: dict) -> Any:
         there = isinstance(source, CudaTensor) if to is None else torch.device(to).type == "cuda"
     here = isinstance(source, CudaTensor)
     if here != there:
+        _copied()
         if blocking or here:  # from the device into memory that is not pinned: the host waits in any case
             _wait()
     elif here:
@@ -411,6 +418,7 @@ def _tensor(data: Any, *, dtype: Any = None, device: Any = None, requires_grad: 
     if device is None or torch.device(device).type != "cuda":
         return out
     _wait()
+    _copied()
     return CudaTensor(out)
 
 
@@ -442,6 +450,7 @@ class PretendCuda(contextlib.AbstractContextManager):
         self.layout, self.capability = layout, capability
         self.launches: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
+        self.copies: Counter[str] = Counter()  # tensors that go from host to device or back
 
     def __enter__(self) -> PretendCuda:
         global _DEVICE
