@@ -1,0 +1,373 @@
+"""The static step: it says what the lean step and stock generate say, in every family, with drafts, after rewinds.
+
+On the CPU it runs eagerly, in plain torch; kernels are held by `test_step_kernels`.
+"""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from transformers import DynamicCache, StoppingCriteria
+
+import vlmfast
+from vlmfast import engine, families
+from vlmfast.core import Unsupported
+from vlmfast.decode import Exact, Lossless, ModelDraft, PromptLookup, SelfDraft, Speculate, loop
+from vlmfast.encode import FastV, Uniform, VidCom2
+from vlmfast.engine import pool, slots
+from vlmfast.engine.step import SIZES, Static
+from vlmfast.runtime.stepper import Stepper
+
+STATIC = [f for f in tiny.FAMILIES if f != "qwen3_vl_moe"]  # experts are not ours
+
+
+@pytest.fixture
+def automatic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The static step wherever it can run, as on CUDA."""
+    monkeypatch.setattr(engine, "automatic", lambda text: True)
+
+
+def speak(model: Any, batch: dict[str, Any], speculate: Speculate | None = None, n: int = 16, **kwargs: Any) -> Any:
+    """`generate` through our loop with the static step; what came out, and the numbers of the report."""
+    numbers: dict[str, Any] = {}
+    given = {"max_new_tokens": n, "do_sample": False, **batch, **kwargs}
+    given["custom_generate"] = loop.build(
+        model, speculate or Speculate(), streamer=given.get("streamer"), inputs=given, sink=numbers.update,
+        steps="static",
+    )  # fmt: skip
+    out = model.generate(**given)
+    assert numbers["engine"] == "static"
+    return out, numbers
+
+
+def plain(model: Any, batch: dict[str, Any], n: int = 16, **kwargs: Any) -> Any:
+    return model.generate(**{"max_new_tokens": n, "do_sample": False, **batch, **kwargs})
+
+
+def draft_of(family: str, seed: int = 0) -> Any:
+    """A model that mostly says what `tiny.build(family, seed)` says."""
+    draft = tiny.build(family, seed)
+    weight = draft.lm_head.weight
+    weight.data += 0.08 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(5))
+    return draft
+
+
+def stepper(model: Any, batch: dict[str, Any], steps: str = "static", room: int = 64) -> Stepper:
+    kwargs = {k: v for k, v in batch.items() if k != "input_ids"}
+    kwargs |= {"use_cache": True, "past_key_values": DynamicCache(config=families.get(model).text(model).config)}
+    with torch.no_grad():
+        return Stepper.prefill(
+            model, batch["input_ids"], model.generation_config, kwargs, engine=steps, room=room,
+            static=engine.open_static,
+        )  # fmt: skip
+
+
+# -- the same tokens ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", STATIC)
+def test_static_equals_greedy(family: str) -> None:
+    model, draft = tiny.build(family), draft_of(family)
+    for media in [("image",), ("video",)] if family in tiny.VIDEO_FAMILIES else [("image",)]:
+        batch = tiny.inputs(family, media=media, pad=2)
+        expected = plain(model, batch)
+        for source, rule in [(None, Exact()), (ModelDraft(draft, None), Exact()), (PromptLookup(), Lossless())]:
+            got, _ = speak(model, batch, Speculate(source, rule, length=4))
+            assert torch.equal(got, expected), source
+
+
+@pytest.mark.usefixtures("automatic")
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_onevision"])
+@pytest.mark.parametrize("prune", [None, VidCom2(keep=0.5), FastV(keep=0.5)], ids=repr)
+def test_static_on_any_pruner_equals_greedy_on_it(family: str, prune: Any) -> None:
+    """Also where layers hold columns of their own number."""
+    model, draft, batch = tiny.build(family), draft_of(family), tiny.inputs(family, media=("image", "image"), text=9)
+    expected = plain(model, batch)
+    if prune is not None:
+        with vlmfast.accelerate(tiny.build(family), prune=prune) as fast:
+            expected = plain(fast.model, batch, custom_generate=None)
+    for source in (None, ModelDraft(draft, prune=Uniform(keep=0.3)), SelfDraft(Uniform(keep=0.4)), PromptLookup()):
+        with vlmfast.accelerate(model, prune=prune, speculate=Speculate(source, length=3)) as fast:
+            assert torch.equal(plain(model, batch), expected), source
+            assert fast.report.decode["engine"] == "static"
+
+
+@pytest.mark.parametrize("family", STATIC)
+def test_static_and_lean_agree_through_steps_rewinds_and_forks(family: str) -> None:
+    model, batch = tiny.build(family), tiny.inputs(family, pad=1)
+    static, lean = stepper(model, batch), stepper(model, batch, "lean")
+    assert (static.engine, lean.engine) == ("static", "lean")
+    generator = torch.Generator().manual_seed(0)
+    for n, back in [(1, 0), (3, 2), (6, 6), (1, 1), (17, 3), (5, 0), (40, 25), (1, 0)]:
+        tokens = torch.randint(7, tiny.VOCAB, (1, n), generator=generator)
+        got, want = static.step(tokens), lean.step(tokens)
+        assert got.shape == want.shape and got.dtype == want.dtype
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+        static.rewind(back)
+        lean.rewind(back)
+        assert static.length == lean.length and torch.equal(static.position, lean.position)
+    twin, token = static.fork(), torch.tensor([[9]])
+    static.step(torch.tensor([[30, 31]]))
+    torch.testing.assert_close(twin.step(token), lean.step(token), atol=1e-4, rtol=1e-4)
+    static.rewind(2)
+    lean.rewind(1)
+    torch.testing.assert_close(static.step(token), lean.step(token), atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="into the prompt"):
+        static.rewind(200)
+    a, b = static.finish(), lean.finish()
+    for mine, theirs in zip(a.layers, b.layers, strict=True):
+        torch.testing.assert_close(mine.keys, theirs.keys, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(mine.values, theirs.values, atol=1e-4, rtol=1e-4)
+
+
+def test_slots_and_tables_grow_and_follow() -> None:
+    """Past the first capacity, past the rotary table, and back behind the place where it was made anew."""
+    model, batch = tiny.build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl")
+    static, lean = stepper(model, batch, room=1), stepper(model, batch, "lean")
+    assert isinstance(static.lean, Static)
+    capacity = static.lean.slots.capacity
+    generator = torch.Generator().manual_seed(0)
+    for n, back in [(300, 0), (900, 0), (10, 200), (4, 0), (1, 1000), (3, 0)]:
+        tokens = torch.randint(7, tiny.VOCAB, (1, n), generator=generator)
+        torch.testing.assert_close(static.step(tokens), lean.step(tokens), atol=2e-4, rtol=1e-3)
+        static.rewind(back)
+        lean.rewind(back)
+    assert static.lean.slots.capacity > 1200 > capacity
+    assert len(pool.pool_of(static.text, static.head).slots) == 1
+
+
+def test_bucket_wastes_a_fifth_at_most() -> None:
+    for columns in range(1, 9000, 7):
+        size = slots.bucket(columns)
+        assert size >= columns and size % 64 == 0 and size <= max(256, 1.25 * columns + 64)
+    assert len({slots.bucket(n) for n in range(1, 16385)}) <= 25
+
+
+# -- what `generate` promises ------------------------------------------------------------------------------------------
+
+
+class Ended(StoppingCriteria):
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.full((input_ids.shape[0],), input_ids.shape[1] >= self.length)
+
+
+class Heard:
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.ended = 0
+
+    def put(self, value: Tensor) -> None:
+        self.tokens += value.reshape(-1).tolist()
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+def test_everything_generate_promises_holds() -> None:
+    model, batch = tiny.build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl")
+    expected = plain(model, batch)
+    start = batch["input_ids"].shape[1]
+    for at in (0, 1, 5, 15):  # the answer ends at its first token, its second, in the middle, with the limit
+        token = int(expected[0, start + at])
+        first = expected[0, start:].tolist().index(token)
+        heard = Heard()
+        got, _ = speak(model, batch, eos_token_id=token, streamer=heard)
+        assert torch.equal(got, expected[:, : start + first + 1])
+        assert heard.tokens[-first - 1 :] == got[0, start:].tolist() and heard.ended == 1
+    got, _ = speak(model, batch, n=1)
+    assert torch.equal(got, expected[:, : start + 1])
+    got, _ = speak(model, batch, stopping_criteria=[Ended(start + 6)])
+    assert torch.equal(got, expected[:, : start + 6])
+    for more in ({"repetition_penalty": 1.7}, {"output_scores": True, "output_logits": True}):
+        got, _ = speak(model, batch, return_dict_in_generate=True, **more)
+        want = plain(model, batch, return_dict_in_generate=True, **more)
+        assert torch.equal(got.sequences, want.sequences)
+        for a, b in zip(got.scores or (), want.scores or (), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    answers = []
+    for talk in (lambda **k: speak(model, batch, **k)[0], lambda **k: plain(model, batch, **k)):
+        torch.manual_seed(3)
+        answers.append(talk(do_sample=True, temperature=1.3, top_k=40))
+    assert torch.equal(*answers)
+
+
+def test_the_cache_goes_on_and_is_its_own() -> None:
+    """What the caller gets holds everything but the last token, and no later call writes into it."""
+    model, batch = tiny.build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl")
+    for n in (1, 7):
+        first, _ = speak(model, batch, n=n, return_dict_in_generate=True)
+        want = plain(model, batch, n=n, return_dict_in_generate=True)
+        cache = first.past_key_values
+        assert cache.get_seq_length() == want.past_key_values.get_seq_length()
+        before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+        speak(model, tiny.inputs("qwen2_5_vl", seed=3), n=9)
+        for layer, (keys, values) in zip(cache.layers, before, strict=True):
+            assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
+        turns = []
+        for talk, turn in (
+            (lambda b, **k: speak(model, b, **k)[0], first),
+            (lambda b, **k: plain(model, b, **k), want),
+        ):
+            ids = torch.cat([turn.sequences, torch.tensor([[30, 31, 32]])], 1)
+            more = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": turn.past_key_values}
+            turns.append(talk(more, n=5))
+        assert torch.equal(*turns)
+
+
+def test_a_second_call_takes_the_slots_of_the_first() -> None:
+    model = tiny.build("qwen2_5_vl")
+    text, head = model.model.language_model, model.lm_head
+    speak(model, tiny.inputs("qwen2_5_vl", size=(40, 64)))
+    held = pool.pool_of(text, head)
+    (first,) = held.slots
+    for seed in (1, 2):
+        batch = tiny.inputs("qwen2_5_vl", seed=seed)
+        assert torch.equal(speak(model, batch)[0], plain(model, batch))
+        assert pool.pool_of(text, head) is held and held.slots == [first] and first.idle
+    busy = stepper(model, tiny.inputs("qwen2_5_vl"))
+    batch = tiny.inputs("qwen2_5_vl", seed=5)
+    assert torch.equal(speak(model, batch)[0], plain(model, batch))
+    assert len(held.slots) == 2 and not first.idle
+    del busy
+    gc.collect()
+    assert first.idle
+    speak(model, batch, n=600)  # what is too small makes way
+    assert len(held.slots) == 1 and held.slots[0] is not first
+
+
+# -- weights -----------------------------------------------------------------------------------------------------------
+
+
+def storages(model: Any) -> dict[int, int]:
+    return {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava"])
+def test_weights_are_joined_without_a_copy_and_released(family: str, tmp_path: Any) -> None:
+    model, batch = tiny.build(family), tiny.inputs(family)
+    text = families.get(model).text(model)
+    objects = dict(model.named_parameters())
+    before = {name: p.clone() for name, p in objects.items()}
+    alone, total = len(storages(model)), sum(storages(model).values())
+    expected, _ = speak(model, batch)
+    biased = text.layers[0].self_attn.q_proj.bias is not None
+    assert len(storages(model)) == alone - len(text.layers) * (5 if biased else 3)
+    assert sum(storages(model).values()) == total
+    for name, p in model.named_parameters():
+        assert p is objects[name] and torch.equal(p, before[name])
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert all(torch.equal(p, before[name]) for name, p in again.named_parameters())
+    engine.release(model)
+    assert len(storages(model)) == alone and sum(storages(model).values()) == total
+    for name, p in model.named_parameters():
+        assert p is objects[name] and torch.equal(p, before[name])
+    assert torch.equal(speak(model, batch)[0], expected)
+    engine.release(model)
+    engine.release(model)
+
+
+@pytest.mark.usefixtures("automatic")
+def test_remove_releases() -> None:
+    model, batch = tiny.build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl")
+    alone = len(storages(model))
+    with vlmfast.accelerate(model, prune=VidCom2(keep=0.5)) as fast:
+        assert len(storages(model)) < alone  # joined before anything runs: the first call's `reuse` holds in the second
+        plain(model, batch)
+        assert fast.report.decode["engine"] == "static"
+    assert len(storages(model)) == alone
+
+
+@pytest.mark.parametrize("change", ["move", "replace", "reload", "write"])
+def test_changed_weights_are_noticed(change: str) -> None:
+    model, other, batch = tiny.build("qwen2_5_vl"), tiny.build("qwen2_5_vl", 1), tiny.inputs("qwen2_5_vl")
+    speak(model, batch)
+    layer, new = model.model.language_model.layers[1], other.model.language_model.layers[1]
+    if change == "move":
+        layer.self_attn.k_proj.weight.data = new.self_attn.k_proj.weight.data.clone()
+    elif change == "replace":
+        layer.mlp.up_proj = new.mlp.up_proj
+    elif change == "reload":
+        model.load_state_dict(other.state_dict(), assign=True)
+    else:
+        with torch.no_grad():
+            layer.self_attn.v_proj.weight.copy_(new.self_attn.v_proj.weight)
+    expected = plain(model, batch)
+    assert torch.equal(speak(model, batch)[0], expected)
+    model.double()
+    assert torch.equal(speak(model, batch)[0], plain(model, batch))
+
+
+def test_what_has_no_static_step_says_why() -> None:
+    batch = tiny.inputs("qwen2_5_vl")
+    model = tiny.build("qwen2_5_vl", hidden_act="gelu")
+    with pytest.raises(Unsupported, match="activation 'gelu' is not silu"):
+        speak(model, batch)
+    model = tiny.build("qwen2_5_vl")
+    layer = model.model.language_model.layers[1].self_attn
+    layer.k_proj.weight = layer.v_proj.weight
+    with pytest.raises(Unsupported, match="share their memory"):
+        speak(model, batch)
+    model = tiny.build("qwen2_5_vl")
+    model.model.language_model.norm.weight.data = model.model.language_model.norm.weight.data.half()
+    with pytest.raises(Unsupported, match="several dtypes"):
+        stepper(model, batch)
+    with pytest.raises(Unsupported, match="the static step cannot run here"):
+        speak(tiny.build("qwen3_vl_moe"), tiny.inputs("qwen3_vl_moe"))
+
+
+@pytest.mark.usefixtures("automatic")
+def test_a_rule_that_reads_hidden_states_takes_the_lean_step() -> None:
+    from vlmfast.decode import Loose
+
+    model, draft, batch = tiny.build("qwen2_5_vl"), draft_of("qwen2_5_vl"), tiny.inputs("qwen2_5_vl")
+    rule = Loose(digits=False, negation=False, comparison=False)
+    with vlmfast.accelerate(model, speculate=Speculate(ModelDraft(draft, None), rule, length=4)) as fast:
+        plain(model, batch)
+    assert fast.report.decode["engine"] == "lean"
+    assert "hidden states" in fast.report.decode["engine_reason"]
+
+
+def test_no_memory_for_slots_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*args: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(pool, "Slots", none)
+    with pytest.raises(Unsupported, match=r"no memory for slots of 256 columns, 0\.0 GB"):
+        speak(tiny.build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl"))
+
+
+# -- one graph ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 6])
+def test_steps_trace_as_one_graph(n: int) -> None:
+    """64 steps: no break, no recompile, nothing read on the host."""
+    model, batch = tiny.build("qwen3_vl"), tiny.inputs("qwen3_vl")
+    static, lean = stepper(model, batch, room=512), stepper(model, batch, "lean", room=512)
+    assert isinstance(static.lean, Static)
+    held, ops = static.lean.slots, static.lean.pool.ops
+    torch._dynamo.reset()
+    counters.clear()
+    weights = static.lean.pool.weights
+    step = torch.compile(
+        lambda tokens: engine.forward(weights, held, ops, tokens), fullgraph=True, dynamic=False, backend="eager"
+    )
+    held.set_fed(0)
+    tokens = torch.arange(20, 20 + n)
+    with torch.no_grad():
+        for _ in range(64 if n == 1 else 8):
+            got, want = step(tokens[None]), lean.step(tokens[None])[0]
+            torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+            tokens = got.argmax(-1)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    assert SIZES[-1] >= Speculate().most + 1
