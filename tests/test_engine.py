@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from pretend_cuda import PretendCuda, to_cuda, to_host
 from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, StoppingCriteria
@@ -371,3 +372,88 @@ def test_steps_trace_as_one_graph(n: int) -> None:
             tokens = got.argmax(-1)
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
     assert SIZES[-1] >= Speculate().most + 1
+
+
+# -- on a card ---------------------------------------------------------------------------------------------------------
+
+
+def halved(model: Any, batch: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    model = model.to(torch.bfloat16)
+    return model, {k: v.bfloat16() if v.is_floating_point() else v for k, v in batch.items()}
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava"])
+def test_launches_and_waits_of_a_step(family: str) -> None:
+    """At most eleven launches a layer, in one graph; the host waits once a token, for the token before."""
+    model, batch = halved(tiny.build(family, num_hidden_layers=4), tiny.inputs(family))
+    with PretendCuda(capability=(9, 0)) as device:
+        to_cuda(model)
+        batch = to_cuda(batch)
+        with vlmfast.accelerate(model, prune=Uniform(keep=0.9)) as fast:
+            said = []
+            for n in (3, 8, 24):
+                device.launches.clear(), device.waits.clear(), device.graphed.clear()
+                out = plain(model, batch, n=n)
+                decode = fast.report.decode
+                assert decode["engine"] == "static" and decode["graph_captures"] == 2 * (n == 3), decode.get(
+                    "engine_reason"
+                )
+                counts = (sum(c.values()) for c in (device.launches, device.graphed, device.waits))
+                said.append((to_host(out)[0].tolist(), *counts))
+    (_, *short), (_, *long) = said[1:]
+    launches, graphed, waits = ((b - a) / 16 for a, b in zip(short, long, strict=True))
+    assert graphed <= 11 * 4 + 6 and launches <= 6 and waits == 1
+    assert said[2][0][: len(said[1][0])] == said[1][0]
+
+
+@pytest.mark.parametrize("family", STATIC)
+def test_kernels_of_a_card_say_what_the_lean_step_says(family: str) -> None:
+    """The step as CUDA runs it, twins for kernels: logits of one, of six and of seventeen tokens, rewound."""
+    model, batch = halved(tiny.build(family), tiny.inputs(family))
+    with PretendCuda(capability=(9, 0)):
+        to_cuda(model)
+        batch = to_cuda(batch)
+        static, lean = stepper(model, batch, "auto"), stepper(model, batch, "lean")
+        assert (static.engine, lean.engine) == ("static", "lean"), static.reason
+        for n, back in [(1, 0), (6, 4), (17, 0), (1, 1), (3, 0)]:
+            tokens = to_cuda(torch.arange(20, 20 + n)[None])
+            got, want = to_host(static.step(tokens)), to_host(lean.step(tokens))
+            assert (got - want).abs().max() <= 0.06 * want.abs().max()
+            static.rewind(back)
+            lean.rewind(back)
+        first = static.logits.new_tensor(0)
+        assert first.is_cuda
+        static.finish()
+
+
+@pytest.mark.parametrize("source", ["model", "self", "lookup"])
+def test_drafts_step_statically_on_a_card(source: str) -> None:
+    """Few graphs for all lengths of drafts; at most one wait a round beside what the draft's own tokens cost."""
+    model, batch = halved(tiny.build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl"))
+    draft, _ = halved(draft_of("qwen2_5_vl"), batch)
+    with PretendCuda(capability=(9, 0)) as device:
+        to_cuda(model), to_cuda(draft)
+        sources = {"model": ModelDraft(draft, None), "self": SelfDraft(Uniform(keep=0.5)), "lookup": PromptLookup()}
+        with vlmfast.accelerate(model, speculate=Speculate(sources[source], length=5)) as fast:
+            first = to_host(plain(model, to_cuda(batch), n=24))
+            captured = fast.report.decode["graph_captures"]
+            device.waits.clear()
+            again = to_host(plain(model, to_cuda(batch), n=24))
+            decode = fast.report.decode
+    assert decode["engine"] == "static" and decode["rule"] == "exact"
+    assert 1 <= captured <= 8 and decode["graph_captures"] == 0
+    assert torch.equal(first, again)
+
+
+def test_before_ampere_and_in_float32_the_lean_step_runs_and_says_why() -> None:
+    for capability, half, why in [((7, 5), True, "compute capability 8.0"), ((9, 0), False, "not float32")]:
+        model, batch = tiny.build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl")
+        if half:
+            model, batch = halved(model, batch)
+        with PretendCuda(capability=capability):
+            with vlmfast.accelerate(to_cuda(model), speculate=Speculate()) as fast:
+                plain(model, to_cuda(batch), n=3)
+                assert fast.report.decode["engine"] == "lean" and why in fast.report.decode["engine_reason"]
+            with vlmfast.accelerate(model, prune=Uniform(keep=0.9)) as fast:
+                plain(model, to_cuda(batch), n=3)
+                assert "engine" not in fast.report.decode and any(why in note for note in fast.report.notes)

@@ -115,6 +115,7 @@ class Static:
         count, seconds, waiting = slots.graphs.captures, slots.graphs.seconds, None
         if token is None and (size, greedy) not in slots.graphs.held:
             waiting = tokens.clone()  # a capture runs the step once
+        slots.set_fed(self.n)  # also for a capture: what it writes lies behind what is held
         run, captured = slots.graphs.get((size, greedy), body)
         self.captures += slots.graphs.captures - count
         self.seconds += slots.graphs.seconds - seconds

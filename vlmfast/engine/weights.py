@@ -125,5 +125,5 @@ def _tensors(text: Any, head: Any) -> list[Tensor]:
     return inside + [t for t in ends if t is not None]
 
 
-def _addresses(text: Any, head: Any) -> list[tuple[int, torch.dtype]]:
-    return [(t.data_ptr(), t.dtype) for t in _tensors(text, head)]
+def _addresses(text: Any, head: Any) -> list[tuple[int, torch.dtype, torch.device]]:
+    return [(t.data_ptr(), t.dtype, t.device) for t in _tensors(text, head)]

@@ -154,7 +154,7 @@ def tile(head_size: int, queries: int) -> dict[str, int]:
     block_d, block_m = block(head_size), min(QUERIES, block(queries))
     return {
         "BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_N": 64 if block_d <= 128 else 32,
-        "num_warps": 8 if block_d * block_m > 8192 else 4, "num_stages": 2,
+        "num_warps": 8 if block_d * block_m > 4096 else 4, "num_stages": 2,
     }  # fmt: skip
 
 
