@@ -48,7 +48,7 @@ class Output:
         """Say one token; returns (and keeps) whether the answer ends with it. kept: scores and logits, (1, V) each."""
         if self.length == self.buffer.shape[1]:
             self.buffer = torch.cat([self.buffer, self.buffer.new_zeros(1, self.length)], 1)
-        self.buffer[0, self.length] = token
+        self.buffer[0, self.length].fill_(token)  # a kernel: an assignment would copy, and wait on a GPU
         self.length += 1
         self.said.append(token)
         if self.scores is not None or self.logits is not None:
