@@ -508,10 +508,11 @@ class PretendCuda(contextlib.AbstractContextManager):
 
         cuda = types.SimpleNamespace(is_available=lambda: True, synchronize=lambda *args: _wait())
         self._patch(clock, "torch", types.SimpleNamespace(cuda=cuda))
-        from vlmfast.engine import graphs, pool, step
+        self._patch(torch.cuda, "current_device", lambda: 0)
+        from vlmfast.engine import graphs, step
 
         self._patch(graphs, "capture", _capture)
-        self._patch(pool, "graph_memory", lambda: None)
+        self._patch(graphs, "graph_memory", lambda: None)
         self._patch(step, "Readback", _Readback)
         with contextlib.suppress(ImportError):
             from vlmfast.kernels import triton_ragged, triton_step

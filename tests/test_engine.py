@@ -23,6 +23,8 @@ from vlmfast.decode import Exact, Lossless, ModelDraft, PromptLookup, SelfDraft,
 from vlmfast.encode import FastV, Uniform, VidCom2
 from vlmfast.engine import pool, slots
 from vlmfast.engine.step import SIZES, Static
+from vlmfast.kernels import step_reference
+from vlmfast.prefill import SnapKV
 from vlmfast.runtime.stepper import Stepper
 
 STATIC = [f for f in tiny.FAMILIES if f != "qwen3_vl_moe"]  # experts are not ours
@@ -243,6 +245,60 @@ def test_a_second_call_takes_the_slots_of_the_first() -> None:
     assert first.idle
     speak(model, batch, n=600)  # what is too small makes way
     assert len(held.slots) == 1 and held.slots[0] is not first
+
+
+@pytest.mark.parametrize("after", [0, 2], ids=["first step", "third step"])
+@pytest.mark.parametrize("draft", [None, PromptLookup()], ids=["plain", "lookup"])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
+def test_a_failed_step_shows_its_error_and_leaves_the_cache(
+    monkeypatch: pytest.MonkeyPatch, draft: Any, after: int, error: type[BaseException]
+) -> None:
+    """In the middle of a layer's work: what was said before is in the cache, and the next turn goes on from there."""
+    model, batch = tiny.build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl", media=("video",), text=8)
+    want, _ = speak(model, batch, Speculate(draft), n=12)
+    cache, steps = DynamicCache(), 0
+
+    def fail(joined: Tensor) -> Tensor:
+        nonlocal steps
+        steps += 1
+        if steps > after * 4 + 2:
+            raise error("no memory")
+        return gate(joined)
+
+    gate = step_reference.gate
+    with monkeypatch.context() as patch, pytest.raises(error, match="no memory"):
+        patch.setattr(step_reference, "gate", fail)
+        speak(model, batch, Speculate(draft), n=12, past_key_values=cache)
+    (held,) = {layer.get_seq_length() for layer in cache.layers}
+    assert held >= batch["input_ids"].shape[1] + max(0, after - 1)
+    ids = want[:, : held + 1]
+    more = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": cache}
+    assert torch.equal(speak(model, more, n=want.shape[1] - held - 1)[0], want)
+
+
+@pytest.mark.usefixtures("automatic")
+def test_what_transformers_decodes_says_why() -> None:
+    """Several rows, beams, autocast, a compressed cache, an assistant: decoded as before, one line in the report."""
+    model, batch = tiny.build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl", batch=2)
+    one = tiny.inputs("qwen2_5_vl", text=40)
+    with vlmfast.accelerate(model, prune=Uniform(keep=1.0)) as fast:
+        for given, more, why in [
+            (batch, {}, "2 rows"), (one, {"num_beams": 2}, "num_beams=2"), (one, {"assistant_model": model}, "assist"),
+        ]:  # fmt: skip
+            plain(model, given, n=4, **more)
+            assert any(note.startswith("engine: ") and why in note for note in fast.report.notes), fast.report.notes
+            assert "engine" not in fast.report.decode
+        with torch.autocast("cpu", torch.bfloat16):
+            plain(model, one, n=4)
+        assert "engine: torch.autocast is on, decoded by transformers" in fast.report.notes
+        plain(model, one, n=4)
+        assert fast.report.decode["engine"] == "static" and "static step" in str(fast.report)
+    with vlmfast.accelerate(model, kv=SnapKV(keep=0.5)) as fast:
+        plain(model, one, n=4)
+        assert "engine: kv= caches are ragged, decoded by transformers" in fast.report.notes
+    with vlmfast.accelerate(model) as fast:
+        plain(model, one, n=4)
+        assert fast.report.notes == [] and "engine" not in fast.report.decode
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def case(
     def make(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device, getattr(torch, dtype))
 
-    b, hk, errors = len(lengths), 2, {}
+    b, hk, errors = len(lengths), 2 if n == 1 else 1, {}
     length = torch.tensor(lengths, device=device)
     at = length % 7
     beyond = (torch.arange(CAPACITY, device=device) >= length[:, None])[:, None, :, None]
@@ -90,9 +90,8 @@ def case(
 ON_CARD = torch.cuda.is_available()
 DTYPES = ("float16", "bfloat16") if ON_CARD else ("float32", "float16")
 CASES: list[tuple[Any, ...]] = [
-    (DTYPES[0], 64, 7, 1, [200], 8, False),
-    (DTYPES[1], 128, 8, 1, [1, 63, 200], 4, False),
-    (DTYPES[1], 128, 8, 6, [65], 2, True),
+    (DTYPES[1], 128, 7, 1, [1, 200], 8, False),
+    (DTYPES[1], 64, 8, 6, [65], 2, True),
     (DTYPES[0], 80, 1, 3, [63, 130], 3, True),
     (DTYPES[1], 64, 4, 17, [290], 4, False),  # 68 grouped queries: two programs
     (DTYPES[1], 256, 2, 2, [31], 1, True),

@@ -233,7 +233,7 @@ class Accelerated:
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         put_loop(
             self.model, self.plan, self._stage["decode"], args, kwargs, why if rewritten else None,
-            columns=self.columns, draft=self.draft, reuse=self._reuse is not None,
+            columns=self.columns, draft=self.draft, reuse=self._reuse is not None, nested=self._calls > 1,
         )  # fmt: skip
         if rewritten:
             out = self.rewrite.run(inner, args, kwargs, asked, str(why))

@@ -12,17 +12,18 @@ from vlmfast.plan import Plan
 
 def put_loop(
     model: Any, plan: Plan, stage: dict[str, Any], args: tuple, kwargs: dict[str, Any], why: str | None,
-    columns: Any, draft: Any, reuse: bool,
+    columns: Any, draft: Any, reuse: bool, nested: bool,
 ) -> None:  # fmt: skip
     """Put our loop into the arguments of `generate`, unless the call cannot be drafted and the plan allows it.
 
     Without speculate= that is so where the engine steps statically, see `engine`, and anything was asked for.
     stage: the decode part of the report; why: what makes this call one of rewritten inputs, which transformers' own
-    loop decodes; columns, draft: see `decode.loop.build`; reuse: is reuse= on?
+    loop decodes; columns, draft: see `decode.loop.build`; reuse: is reuse= on? nested: is this a
+    call that another one of the same model makes, an assistant's?
     """
     speculate, sink = plan.speculate, stage.update
     if speculate is None:
-        reason = _no_engine(model, plan, reuse)
+        reason = _no_engine(model, plan, reuse, nested)
         if reason is not None:
             stage["notes"] = [f"engine: {reason}, decoded by transformers"] if reason else []
             return
@@ -45,12 +46,14 @@ def put_loop(
     )
 
 
-def _no_engine(model: Any, plan: Plan, reuse: bool) -> str | None:
+def _no_engine(model: Any, plan: Plan, reuse: bool, nested: bool) -> str | None:
     """Why a call without speculate= is not decoded by our loop, None = it is; empty where there is no question: on a
     CPU, and where nothing was asked."""
     text, head = engine.decoder(model)
     if text is None or not engine.automatic(text) or (plan == Plan() and not reuse):
         return ""
+    if nested:
+        return "a call inside a call"
     if plan.kv is not None:
         return "kv= caches are ragged"
     return engine.why_not(text, head)

@@ -27,11 +27,16 @@ def automatic(text: Any) -> bool:
 
 def why_not(text: Any, head: Any) -> str | None:
     """Why a decoder has no static step, in words; None = it has one over a cache of dense rows."""
+    if torch.is_autocast_enabled(text.embed_tokens.weight.device.type):
+        return "torch.autocast is on"
     reason = unknown_decoder(text, head)
     if reason is not None or pool.current(text, head) is not None:
         return reason
     weight = text.embed_tokens.weight
     if weight.is_cuda:
+        if weight.device.index != torch.cuda.current_device():
+            here = f"cuda:{torch.cuda.current_device()}"
+            return f"the model is on {weight.device} and the current device is {here}: call torch.cuda.set_device"
         if weight.dtype not in pool.HALF:
             return f"the kernels of the static step take float16 and bfloat16, not {str(weight.dtype)[6:]}"
         major, minor = torch.cuda.get_device_capability(weight.device)

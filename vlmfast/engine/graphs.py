@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,13 +13,29 @@ from torch import Tensor
 Run = Callable[[], Tensor]
 
 
+class Memory:
+    """The memory pool that all graphs of a model share. A pool whose last graph is gone cannot be used again."""
+
+    def __init__(self) -> None:
+        self.handle: Any = None
+        self.graphs = 0
+
+    def capture(self, body: Run) -> Run:
+        """See `capture`."""
+        if self.graphs == 0:
+            self.handle = graph_memory()
+        run = capture(body, self.handle)
+        self.graphs += 1
+        return run
+
+
 class Graphs:
     """The captured steps over one set of slots; off CUDA a step runs as it is.
 
-    memory: the pool that all graphs of a model share. captures, seconds: how many were captured, and how long it took.
+    captures, seconds: how many were captured, and how long it took.
     """
 
-    def __init__(self, device: torch.device, memory: Any) -> None:
+    def __init__(self, device: torch.device, memory: Memory) -> None:
         self.device, self.memory = device, memory
         self.held: dict[Any, Run] = {}
         self.captures, self.seconds = 0, 0.0
@@ -31,15 +48,32 @@ class Graphs:
             self.held[key] = body
             return body, False
         start = time.perf_counter()
-        self.held[key] = capture(body, self.memory)
+        self.held[key] = self.memory.capture(body)
         self.captures += 1
         self.seconds += time.perf_counter() - start
         return self.held[key], True
 
+    def clear(self) -> None:
+        """Give all graphs back."""
+        if self.device.type == "cuda":
+            self.memory.graphs -= len(self.held)
+        self.held.clear()
+
+
+@functools.cache
+def _side(device: int) -> torch.cuda.Stream:
+    """The stream that steps are warmed on: always the same, since a workspace of cuBLAS stays with each."""
+    return torch.cuda.Stream(device)
+
+
+def graph_memory() -> Any:
+    """The handle of a new memory pool for CUDA graphs."""
+    return torch.cuda.graph_pool_handle()
+
 
 def capture(body: Run, memory: Any) -> Run:
     """The body as one CUDA graph: run once beforehand, on a side stream, so that kernels and workspaces are there."""
-    side = torch.cuda.Stream()
+    side = _side(torch.cuda.current_device())
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         body()

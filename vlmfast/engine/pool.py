@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vlmfast.core import Unsupported
-from vlmfast.engine.graphs import Graphs
+from vlmfast.engine.graphs import Graphs, Memory
 from vlmfast.engine.slots import Slots, bucket
 from vlmfast.engine.weights import Weights
 from vlmfast.kernels import step_reference
@@ -33,7 +33,9 @@ class Pool:
 
             self.ops = triton_step
             self.processors = torch.cuda.get_device_properties(self.device).multi_processor_count
-        self.memory = graph_memory() if cuda else None
+        if cuda:
+            torch.cuda.empty_cache()  # the parameters' own storages, before anything else grows
+        self.memory = Memory()
         self.slots: list[Slots] = []
 
     def take(self, rows: int, columns: int) -> Slots:
@@ -61,13 +63,8 @@ class Pool:
     def drop(self, slots: list[Slots]) -> None:
         """Give these slots back."""
         for one in slots:
-            one.graphs.held.clear()
+            one.graphs.clear()
         self.slots = [s for s in self.slots if not any(s is one for one in slots)]
-
-
-def graph_memory() -> Any:
-    """A memory pool that several CUDA graphs share."""
-    return torch.cuda.graph_pool_handle()
 
 
 def current(text: Any, head: Any) -> Pool | None:
@@ -80,6 +77,9 @@ def pool_of(text: Any, head: Any) -> Pool:
     """The pool of a text decoder; made anew when its weights have moved since."""
     held = current(text, head)
     if held is None:
+        if text in _POOLS:
+            before = _POOLS[text]
+            before.drop([s for s in before.slots if s.idle])
         held = _POOLS[text] = Pool(text, head)
     return held
 
@@ -88,5 +88,7 @@ def release(text: Any) -> None:
     """Forget a text decoder: its parameters get storages of their own, slots and graphs are given back."""
     held = _POOLS.pop(text, None)
     if held is not None:
-        held.weights.release()
         held.drop(held.slots)
+        held.weights.release()
+        if held.device.type == "cuda":
+            torch.cuda.empty_cache()

@@ -90,13 +90,13 @@ class Weights:
         return self.seen != _addresses(text, head)
 
     def release(self) -> None:
-        """Every parameter in a storage of its own again; these weights are spent."""
+        """Every parameter in a storage of its own again; the joined buffers live on with the rows that use them."""
         with torch.inference_mode(False), torch.no_grad():
             for whole, parts in self.joined:
                 for p in parts:
                     if p.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr():
                         p.data = p.data.clone()
-        self.joined, self.layers, self.seen = [], [], []
+        self.joined, self.seen = [], []
 
 
 def _parts(w: tuple[Any, ...]) -> list[list[nn.Parameter]]:

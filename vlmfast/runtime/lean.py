@@ -51,9 +51,9 @@ def unknown_decoder(text: Any, head: Any) -> str | None:
     if type(head) is not nn.Linear or _foreign(head) or _foreign(text.rotary_emb) or _foreign(text.norm):
         return "the output head, norm or rotation is wrapped or hooked"
     for block in text.layers:
-        attention, mlp = block.self_attn, block.mlp
-        if _children(block) != LAYER or not _children(attention) <= ATTENTION or not _children(mlp) <= MLP:
+        if _children(block) != LAYER or not (_children(block.self_attn) <= ATTENTION and _children(block.mlp) <= MLP):
             return f"{type(block).__name__} is not a decoder layer known here"
+        attention, mlp = block.self_attn, block.mlp
         if getattr(attention, "sliding_window", None):
             return "sliding-window attention"
         for module in block.modules():
