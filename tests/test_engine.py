@@ -21,7 +21,7 @@ from vlmfast import engine, families
 from vlmfast.core import Unsupported
 from vlmfast.decode import Exact, Lossless, ModelDraft, PromptLookup, SelfDraft, Speculate, loop
 from vlmfast.encode import FastV, Uniform, VidCom2
-from vlmfast.engine import pool, slots
+from vlmfast.engine import graphs, pool, slots
 from vlmfast.engine.step import SIZES, Static
 from vlmfast.kernels import step_reference
 from vlmfast.prefill import SnapKV
@@ -512,3 +512,57 @@ def test_before_ampere_and_in_float32_the_lean_step_runs_and_says_why() -> None:
             with vlmfast.accelerate(model, prune=Uniform(keep=0.9)) as fast:
                 plain(model, to_cuda(batch), n=3)
                 assert "engine" not in fast.report.decode and any(why in note for note in fast.report.notes)
+
+
+def test_a_step_that_fails_at_first_use_is_said() -> None:
+    model, batch = halved(tiny.build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl"))
+    with PretendCuda(capability=(9, 0)), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs, "capture", lambda body, memory: (_ for _ in ()).throw(RuntimeError("no capture\nhere")))
+        with vlmfast.accelerate(to_cuda(model), speculate=Speculate()) as fast:
+            out = to_host(plain(model, to_cuda(batch), n=4))
+    assert out.shape[1] == batch["input_ids"].shape[1] + 4
+    assert fast.report.decode["engine"] == "lean"
+    assert fast.report.decode["engine_reason"] == "the static step failed, RuntimeError: no capture here"
+
+
+def fed_by(lean: Stepper, tokens: Tensor) -> Tensor:
+    """Logits (n, V) of the lean step after every one of the tokens (1, n)."""
+    return torch.cat([lean.step(token)[0] for token in tokens.split(1, 1)])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_captured_steps_on_a_card(family: str) -> None:
+    """Graphs say what the lean step says: chosen tokens, drafts of all sizes, rewinds, growth, a second call."""
+    model, batch = halved(tiny.build(family), tiny.inputs(family))
+    model, batch = model.cuda(), {k: v.cuda() for k, v in batch.items()}
+    start = batch["input_ids"].shape[1]
+    static, lean = stepper(model, batch, room=40), stepper(model, batch, "lean")
+    assert static.engine == "static", static.reason
+    for n, back in [(1, 0), (3, 1), (6, 4), (17, 0), (40, 20), (300, 7), (1, 0)]:
+        tokens = torch.randint(7, tiny.VOCAB, (1, n), device="cuda")
+        got, want = static.step(tokens), lean.step(tokens)
+        assert (got - want).abs().max() <= 0.06 * want.abs().max(), n
+        static.rewind(back)
+        lean.rewind(back)
+    static.finish()
+    with vlmfast.accelerate(model, prune=Uniform(keep=1.0)) as fast:
+        for call, n in enumerate((40, 30, 300)):
+            heard = Heard()
+            said = plain(model, batch, n=n, streamer=heard)[:, start:]
+            decode = fast.report.decode
+            assert decode["engine"] == "static", decode
+            assert heard.tokens[-n:] == said[0].tolist()
+            assert (decode["graph_captures"] == 0) == (call == 1)
+            lean = stepper(model, batch, "lean")
+            logits = torch.cat([lean.logits, fed_by(lean, said[:, :-1])])
+            chosen = logits.gather(1, said[0, :, None])[:, 0]
+            assert (logits.amax(1) - chosen).max() <= 0.1 * logits.abs().max()
+    draft = draft_of(family).to("cuda", torch.bfloat16)
+    with vlmfast.accelerate(model, speculate=Speculate(ModelDraft(draft, None), length=5)) as fast:
+        said = plain(model, batch, n=40)[:, start:]
+        assert fast.report.decode["engine"] == "static" and fast.report.decode["accepted_exact"] > 10
+        torch.manual_seed(0)
+        plain(model, batch, n=8, do_sample=True, temperature=1.5, repetition_penalty=1.1)
+        assert fast.report.decode["engine"] == "static"
