@@ -61,9 +61,16 @@ def window_attention(query: Tensor, keys: Tensor, scaling: float, visible: Tenso
     return cpu.window_attention(query, keys, scaling, visible)
 
 
-def window_mean(query: Tensor, keys: Tensor, scaling: float, visible: Tensor, queries: Tensor) -> Tensor:
-    """(B, H, 1, L) float32 mean over the queries that count, see `reference.window_mean`."""
-    return cpu.window_mean(query, keys, scaling, visible, queries)
+def window_mean(
+    query: Tensor,
+    keys: Tensor,
+    scaling: float,
+    visible: Tensor | None,
+    queries: Tensor,
+    picked: list[Tensor] | None = None,
+) -> Tensor:
+    """(B, H, 1, L) float32 mean over the queries that count, see `reference.window_mean` and `cpu.window_mean`."""
+    return cpu.window_mean(query, keys, scaling, visible, queries, picked)
 
 
 __all__ = [
