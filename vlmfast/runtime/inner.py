@@ -161,8 +161,9 @@ class InnerHooks:
         s = int(keep.sum(1).max())
         source = keep.to(torch.int8).argsort(dim=1, stable=True)[:, width - s :]  # what goes first, both ascending
         filled = keep.gather(1, source)
-        run.kinds = run.kinds.gather(1, source).masked_fill(~filled, Kind.PAD)
-        run.index = run.index.gather(1, source).masked_fill(~filled, -1)
+        empty = ~filled
+        run.kinds = run.kinds.gather(1, source).masked_fill_(empty, Kind.PAD)
+        run.index = run.index.gather(1, source).masked_fill_(empty, -1)
         run.source = source if run.source is None else run.source.gather(1, source)
         run.tables = take_tables(kwargs["position_embeddings"], run.source)
         run.done += 1
