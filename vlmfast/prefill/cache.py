@@ -175,17 +175,20 @@ class KVLayer(Announced, CacheLayerMixin):
         small = kept.int8.tolist() if kept.int8 is not None else [False] * (b * hk)
         parts: dict[str, list] = {"exact": [], "int8": [], "dynamic": []}
         positions = positions.to(torch.int32)
-        for r, columns in enumerate(kept.keep):
+        joined = _joined(kept, keys, values, positions)
+        for r, columns in enumerate(kept.keep if joined is None else []):
             i, h = divmod(r, hk)
             where = slice(None) if len(columns) == n else columns
             merged = kept.merged[r] if kept.merged is not None else None
             k, v = merged if merged is not None else (keys[i, h][where], values[i, h][where])
             segment = (r, k, v, positions[i][where])
             parts["dynamic" if dynamic[r] else "int8" if small[r] else "exact"].append(segment)
+        if joined is not None:
+            parts["int8" if small[0] else "exact"] = list(zip(range(b * hk), *joined, strict=True))
         if parts["exact"]:
-            self.exact = Store.build(parts["exact"], b * hk, mass=kept.mass)
+            self.exact = Store.build(parts["exact"], b * hk, mass=kept.mass, joined=joined)
         if parts["int8"]:
-            self.int8 = Store.build(parts["int8"], b * hk, int8=True, mass=kept.mass)
+            self.int8 = Store.build(parts["int8"], b * hk, int8=True, mass=kept.mass, joined=joined)
         if parts["dynamic"]:
             assert kept.budget is not None and kept.retrieval is not None, "dynamic heads need a budget and a Retrieval"
             budgets = [int(kept.budget[s[0]]) for s in parts["dynamic"]]
@@ -262,3 +265,18 @@ class KVLayer(Announced, CacheLayerMixin):
     def fork(self) -> KVLayer:
         """An independent copy."""
         return copy.deepcopy(self)
+
+
+def _joined(
+    kept: CompressedLayer, keys: Tensor, values: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Keys (R, m, D), values (R, m, Dv) and positions (R, m) of what stays, gathered at once; None where rows differ in
+    length or in kind, or hold other vectors than their own. keys, values (B, Hk, n, D); positions (B, n)."""
+    b, hk = keys.shape[:2]
+    one = len({len(columns) for columns in kept.keep}) == 1 and kept.merged is None
+    alike = kept.int8 is None or len(set(kept.int8.tolist())) == 1
+    if not one or not alike or (kept.dynamic is not None and bool(kept.dynamic.any())):
+        return None
+    columns, head = torch.stack(kept.keep).view(b, hk, -1), torch.arange(hk, device=keys.device)[:, None]
+    rows = [(keys[i][head, c], values[i][head, c], positions[i][c]) for i, c in enumerate(columns)]
+    return rows[0] if b == 1 else tuple(torch.cat(x) for x in zip(*rows, strict=True))  # type: ignore[return-value]

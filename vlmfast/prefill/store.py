@@ -52,10 +52,12 @@ class Store(Ragged):
         int8: bool = False,
         room: int = 0,
         mass: list[Tensor | None] | None = None,
+        joined: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> Store:
         """Copy segments into a new buffer with at least `room` free slots each. `total` = B * Hk of the layer.
 
         mass: per row of the layer, how many columns each column of its segment stands for (n,), None = one.
+        joined: segments of one length as one tensor each: keys (R, n, D), values (R, n, Dv), positions (R, n).
         """
         segments = sorted(segments, key=lambda s: s[1].shape[0])
         lengths = [s[1].shape[0] for s in segments]
@@ -79,7 +81,9 @@ class Store(Ragged):
             capacity=capacity,
             cursor=to_device(torch.tensor(offsets) + torch.tensor(lengths), k.device),
         )
-        for at, (_, keys, values, positions) in zip(offsets, segments, strict=True):
+        if joined is not None:
+            new._write_joined(*joined)
+        for at, (_, keys, values, positions) in zip(offsets, segments if joined is None else [], strict=joined is None):
             new._write(slice(at, at + keys.shape[0]), keys, values)
             new.positions[at : at + keys.shape[0]] = positions
         if mass is not None and any(mass[row] is not None for row in new.rows):
@@ -89,6 +93,16 @@ class Store(Ragged):
                 if given is not None:
                     new.bias[at : at + n] = given.log()
         return new
+
+    def _write_joined(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        """Into entries of one length: keys (R, n, D), values (R, n, Dv), positions (R, n)."""
+        rows, n = positions.shape
+        given = {"keys": keys, "values": values, "positions": positions}
+        if self.key_scale is not None:
+            given["keys"], given["key_scale"] = quantise(keys)
+            given["values"], given["value_scale"] = quantise(values)
+        for name, x in given.items():
+            getattr(self, name).unflatten(0, (rows, -1))[:, :n] = x
 
     def _write(self, where: slice | Tensor, keys: Tensor, values: Tensor) -> None:
         if self.key_scale is not None and self.value_scale is not None:
