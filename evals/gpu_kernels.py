@@ -28,7 +28,8 @@ def kernels(run: Run, file: str, which: str) -> None:
     import pytest
 
     if not (TESTS / file).exists():
-        raise UserError(f"needs a checkout of the repository: tests/{file} is not here")
+        run.skip(file, "needs a checkout of the repository: its tests/ are not here")
+        return
     counts = {"passed": 0, "failed": 0, "skipped": 0}
     wrong: list[str] = []
     begin = time.monotonic()
