@@ -14,7 +14,8 @@ Unlike on a CPU,
   * what a GPU leaves unwritten (`empty`) is filled with NaN.
 Counted are `launches` (operations that start a kernel) and `waits` (the host waits for the device: `.item()`,
 `.tolist()`, `.cpu()`, `nonzero`, boolean indexing, blocking copies either way), each by the line that asked for it.
-The Triton kernels of `vlmfast.kernels` are replaced by twins that do the same arithmetic on the CPU.
+The Triton kernels of `vlmfast.kernels` are replaced by twins that do the same arithmetic on the CPU. A captured graph
+is its body run again: one launch, what it starts is counted in `graphed`; it raises where the host would wait inside.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+import time
 import types
 from collections import Counter
 from collections.abc import Callable
@@ -32,6 +34,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from vlmfast.kernels import step_reference
 
 CUDA = torch.device("cuda", 0)
 LAYOUTS = ("transposed", "query")  # (B, N, H, D) in memory: flash and memory-efficient; as the query lies: cuDNN
@@ -74,6 +78,14 @@ class CudaTensor(Tensor):
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
+
+    @property
+    def data(self) -> CudaTensor:  # type: ignore[override]
+        return CudaTensor(self.held.detach())
+
+    @data.setter
+    def data(self, value: CudaTensor) -> None:
+        self.held = value.held
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"CudaTensor({self.held})"
@@ -281,7 +293,12 @@ def _histc(x: Tensor, bins: int = 100, low: float = 0, high: float = 0) -> Tenso
     return torch.histc(x.float(), bins, low, high).to(x.dtype)
 
 
-TWINS: dict[str, Callable] = {"aten::topk": _topk, "aten::sort": _sort, "aten::histc": _histc}
+def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Half-precision factors, a wider product."""
+    return a.to(dtype) @ b.to(dtype)
+
+
+TWINS: dict[str, Callable] = {"aten::topk": _topk, "aten::sort": _sort, "aten::histc": _histc, "aten::mm.dtype": _mm}
 
 
 def _laid_out(out: Tensor, query: Tensor, layout: str) -> Tensor:
@@ -390,6 +407,92 @@ def _ragged_pieces(q: Any, k: Any, v: Any, bounds: Any, longest: int, scale: flo
     return CudaTensor(out)
 
 
+def _step_add_norm(grid: tuple, x: Tensor, y: Tensor, w: Tensor, total: Tensor, out: Tensor, eps: float,
+                   **constants: Any) -> None:  # fmt: skip
+    summed, normed = step_reference.add_norm(x, y if constants["ADD"] else None, w, eps)
+    total.copy_(summed)
+    out.copy_(normed)
+
+
+def _step_rope(grid: tuple, qkv: Tensor, q: Tensor, k: Tensor, v: Tensor, length: Tensor, at: Tensor, cos: Tensor,
+               sin: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float, capacity: int, table: int, n: int,
+               **constants: Any) -> None:  # fmt: skip
+    norms = (q_norm, k_norm) if constants["NORM"] else (None, None)
+    q.copy_(step_reference.rope(qkv, k, v, length, at, cos, sin, n, *norms, eps))
+
+
+def _step_split(grid: tuple, q: Tensor, k: Tensor, v: Tensor, length: Tensor, acc: Tensor, top: Tensor, total: Tensor,
+                scale: float, capacity: int, splits: int, n: int, **constants: Any) -> None:  # fmt: skip
+    """Everything into the first split, the others left empty."""
+    top.fill_(-1.0e30)
+    total.zero_()
+    heads, group = constants["HK"], constants["G"]
+    queries = q.view(-1, n, heads, group, constants["D"])
+    for pair in range(grid[0]):
+        row, head = divmod(pair, heads)
+        held = int(length[row])
+        keys, values = (x[row, head, : held + n].float() for x in (k, v))
+        scores = queries[row, :, head].reshape(n * group, -1).float() @ keys.T * scale
+        last = held + torch.arange(n * group) // group
+        scores = scores.masked_fill(torch.arange(held + n) > last[:, None], -math.inf)
+        top[pair, 0] = scores.amax(1)
+        weights = (scores - top[pair, 0, :, None]).exp()
+        total[pair, 0], acc[pair, 0] = weights.sum(1), weights @ values
+
+
+def _step_combine(grid: tuple, acc: Tensor, top: Tensor, total: Tensor, out: Tensor, splits: int, n: int,
+                  **constants: Any) -> None:  # fmt: skip
+    heads, group, size = constants["HK"], constants["G"], constants["D"]
+    got = (acc[:, 0] / total[:, 0, :, None]).view(-1, heads, n, group, size)
+    out.copy_(got.transpose(1, 2).reshape(out.shape))
+
+
+def _step_gate(grid: tuple, x: Tensor, out: Tensor, **constants: Any) -> None:
+    out.copy_(step_reference.gate(x))
+
+
+STEP_TWINS = {"_add_norm": _step_add_norm, "_rope": _step_rope, "_split": _step_split, "_combine": _step_combine,
+              "_gate": _step_gate}  # fmt: skip
+
+
+# -- graphs ------------------------------------------------------------------------------------------------------------
+
+
+def _capture(body: Callable[[], Tensor], memory: Any) -> Callable[[], Tensor]:
+    """Run once, as a capture does beforehand; then run again, as one launch, at every replay."""
+    body()
+
+    def replay() -> Tensor:
+        device = _DEVICE
+        assert device is not None
+        waits, launches = device.waits.copy(), device.launches
+        device.launches = device.graphed
+        try:
+            out = body()
+        finally:
+            device.launches = launches
+        assert device.waits == waits, f"a wait inside a graph: {device.waits - waits}"
+        _launch()
+        return out
+
+    return replay
+
+
+class _Readback:
+    """One copy a send, one wait a read."""
+
+    def __init__(self, source: Tensor) -> None:
+        self.source, self.sent = source, {}  # type: Tensor, dict[int, Tensor]
+
+    def send(self, i: int) -> None:
+        _launch()
+        self.sent[i] = to_host(self.source).clone()
+
+    def read(self, i: int) -> Tensor:
+        _wait()
+        return self.sent.pop(i)
+
+
 # -- the device ------------------------------------------------------------------------------------------------------
 
 
@@ -420,12 +523,30 @@ def _empty(*size: Any, pin_memory: bool = False, **more: Any) -> Tensor:
     return _EMPTY(*size, **more)
 
 
+class _Event:
+    """A mark on the device; reading it waits."""
+
+    def __init__(self, **options: Any) -> None:
+        pass
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        _wait()
+
+    def elapsed_time(self, end: _Event) -> float:
+        return (end.at - self.at) * 1e3
+
+
 class PretendCuda(contextlib.AbstractContextManager):
-    """The device, for the time of a `with`. layout: of attention results, one of `LAYOUTS`; capability: of the card."""
+    """The device, for the time of a `with`. layout: of attention results, one of `LAYOUTS`; capability: of the card,
+    by default one before Ampere."""
 
     def __init__(self, layout: str = "transposed", capability: tuple[int, int] = (7, 5)) -> None:
         assert layout in LAYOUTS, layout
         self.layout, self.capability = layout, capability
+        self.graphed: Counter[str] = Counter()
         self.launches: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
         self.copies: Counter[str] = Counter()  # tensors that go from host to device or back
@@ -439,6 +560,8 @@ class PretendCuda(contextlib.AbstractContextManager):
         self._undo: list[tuple[Any, str, Any]] = []
         self._patch(torch.cuda, "_lazy_init", lambda: None)
         self._patch(torch.cuda, "get_device_capability", lambda device=None: self.capability)
+        properties = types.SimpleNamespace(multi_processor_count=132)
+        self._patch(torch.cuda, "get_device_properties", lambda device=None: properties)
         self._patch(F, "scaled_dot_product_attention", _attention)
         self._patch(F, "rms_norm", _rms_norm)
         self._patch(Tensor, "pin_memory", lambda x, *args, **kwargs: x)
@@ -450,17 +573,32 @@ class PretendCuda(contextlib.AbstractContextManager):
         torch._C._set_only_lift_cpu_tensors(True)
         from vlmfast.runtime import clock
 
-        cuda = types.SimpleNamespace(is_available=lambda: True, synchronize=lambda *args: _wait())
+        cuda = types.SimpleNamespace(is_available=lambda: True, synchronize=lambda *args: _wait(), Event=_Event)
         self._patch(clock, "torch", types.SimpleNamespace(cuda=cuda))
+        self._patch(torch.cuda, "current_device", lambda: 0)
+        from vlmfast.engine import graphs, step
+
+        self._patch(graphs, "capture", _capture)
+        self._patch(graphs, "graph_memory", lambda: None)
+        self._patch(step, "Readback", _Readback)
         with contextlib.suppress(ImportError):
-            from vlmfast.kernels import triton_ragged, triton_vision, vision
+            from vlmfast.kernels import triton_ragged, triton_step, triton_vision, vision
 
             self._patch(triton_vision, "_rms_norm", _Kernel(_rms_norm_kernel))
             self._patch(triton_vision, "_gated", _Kernel(_gated_kernel))
             self._patch(triton_vision, "_rotate", _Kernel(_rotate_kernel))
             self._patch(vision, "ragged_pieces", _ragged_pieces)
+            for name, twin in STEP_TWINS.items():
+                self._patch(triton_step, name, _Kernel(twin))
             self._patch(triton_ragged, "_split", _Kernel(_split))
             self._patch(triton_ragged, "_combine", _Kernel(_combine))
+            import pretend_greedy
+
+            from vlmfast.kernels import triton_greedy
+
+            for name, twin in pretend_greedy.KERNELS.items():
+                self._patch(triton_greedy, name, _Kernel(twin))
+            self._patch(triton_greedy, "processors", lambda device: 132)
         return self
 
     def _patch(self, owner: Any, name: str, value: Any) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vlmfast import families
+from vlmfast import engine, families
 from vlmfast.core import StageDidNotFire, Unsupported, parse_bytes
+from vlmfast.decode_loop import put_loop
 from vlmfast.plan import Plan, resolve
 from vlmfast.preconditions import MARK, check_model, refuse_call, refuse_copy, unwrap
 from vlmfast.report import Report, why_all_kept
@@ -146,6 +147,8 @@ class Accelerated:
         if self.hooked:
             self.meter.install(patch)
             refuse_compiled(model)
+            patch.call(functools.partial(engine.release, model))
+            engine.prepare(model)
         self.draft = self._accelerate_draft(draft)
         inner: Any = model.generate
         inner = checked(model, inner) if self.hooked else observed(model, inner, self._observe, self._bare)
@@ -234,7 +237,10 @@ class Accelerated:
             stage.clear()
         self.meter.reset()
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-        self._speculate(args, kwargs, why if rewritten else None)
+        put_loop(
+            self.model, self.plan, self._stage["decode"], args, kwargs, why if rewritten else None,
+            columns=self.columns, draft=self.draft, reuse=self._reuse is not None, nested=self._calls > 1,
+        )  # fmt: skip
         if rewritten:
             out = self.rewrite.run(inner, args, kwargs, asked, str(why))
         else:
@@ -244,35 +250,6 @@ class Accelerated:
             self.columns.notes += self._reuse.hits
         self._fill(ids, out, past)
         return out
-
-    def _speculate(self, args: tuple, kwargs: dict[str, Any], why: str | None) -> None:
-        """Put our loop into the arguments of `generate`, unless the call cannot be drafted and the plan allows it.
-
-        why: what makes this call one of rewritten inputs, which transformers' own loop decodes.
-        """
-        plan = self.plan.speculate
-        if plan is None:
-            return
-        from vlmfast.decode import loop
-
-        try:
-            loop.check(self.model, plan, args, kwargs, self.plan.kv)
-            if why is not None:
-                raise Unsupported(f"{why} with prune= is decoded by transformers' own loop: drop {why} or speculate=")
-        except Unsupported as e:
-            if plan.otherwise == "refuse":
-                raise
-            self._stage["decode"]["notes"] = [f"speculate: not for this call ({e}), decoded by transformers"]
-            return
-        kwargs["custom_generate"] = loop.build(
-            self.model,
-            plan,
-            streamer=kwargs.get("streamer"),
-            columns=self.columns,
-            draft=self.draft,
-            inputs=kwargs,
-            sink=self._stage["decode"].update,
-        )
 
     def _fill(self, ids: Tensor | None, out: Any, past: int) -> None:
         """Write the report; raise when a stage had work and did not run."""

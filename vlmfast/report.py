@@ -47,6 +47,10 @@ class Report:
             line = f"decode   {d['tokens']} tokens, {d['decode_ms_per_token']:.2f} ms each"
             if d.get("verify_rounds"):
                 line += f"; {d['accepted_length']:.2f} draft tokens accepted per round"
+            if d.get("engine") == "static":
+                line += "; static step"
+                if d.get("graph_captures"):
+                    line += f", {d['graph_captures']} graphs captured in {d['capture_ms']:,.0f} ms"
             lines.append(line)
         return "\n".join(lines + [f"note     {n}" for n in self.notes])
 

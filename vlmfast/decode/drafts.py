@@ -18,6 +18,7 @@ from vlmfast import families
 from vlmfast.core import Draft, StageDidNotFire, TokenPruner, Unsupported, UserError, shown
 from vlmfast.decode.guided import TargetAttention
 from vlmfast.decode.live import Chain, Either, Ngrams
+from vlmfast.engine import open_static
 from vlmfast.fields import Method
 from vlmfast.runtime import dtypes, weights
 from vlmfast.runtime.names import CACHE, OLD
@@ -39,6 +40,7 @@ class Request:
     fresh_cache: Callable[[Any], Any] = lambda model: None  # model -> an empty cache for it
     handle: Any = None  # of the accelerated draft model
     stop: frozenset[int] = frozenset()  # ids that end the answer
+    steps: str = "auto"  # the engine, see `Stepper.prefill`
 
 
 def _lengths(name: str, longest: int, shortest: int) -> None:
@@ -140,7 +142,9 @@ class ModelDraft(Method):
             hooks.reset()
         guide = hooks.using(_pruner(self.prune, request)) if _guided(self.prune) else nullcontext()
         with guide, torch.inference_mode():  # nothing of it leaves the draft
-            stepper = Stepper.prefill(draft, ids, request.generation_config, kwargs)
+            stepper = Stepper.prefill(
+                draft, ids, request.generation_config, kwargs, engine=request.steps, static=open_static
+            )
         if hooks is not None and hooks.stats["visual_tokens"] == 0 and _sees(draft, ids):
             raise StageDidNotFire("visual tokens were in the prompt but the draft's pruner never saw them")
         vocab = min(_vocabulary(draft), _vocabulary(request.model))
@@ -203,7 +207,10 @@ class SelfDraft(Method):
         stats, cache, notes = dict(hooks.stats), hooks.cache, list(hooks.notes)
         kwargs = {**request.model_kwargs, CACHE: request.fresh_cache(request.model)}
         with hooks.using(_pruner(self.prune, request)) if hasattr(hooks, "using") else nullcontext():
-            stepper = Stepper.prefill(request.model, request.input_ids, request.generation_config, kwargs)
+            stepper = Stepper.prefill(
+                request.model, request.input_ids, request.generation_config, kwargs, engine=request.steps,
+                static=open_static,
+            )  # fmt: skip
         hooks.stats, hooks.cache, hooks.notes = stats, cache, notes
         vocab = _vocabulary(request.model)
         return Chain(stepper, request.input_ids.shape[1], request.stop, vocab, self.confidence)

@@ -20,6 +20,7 @@ class Ledger:
         self.trace: list[tuple[int, int]] = []  # (drafted, accepted) per round with a draft
         self.plain: list[float] = []  # ms of rounds without a draft
         self.engine, self.reason = "", None  # type: str, str | None
+        self.graphs: dict[str, float] = {}  # of the static step
 
     def round(self, drafted: int, how: list[int], draft_ms: float, verify_ms: float) -> None:
         """Record one forward of the target."""
@@ -34,12 +35,21 @@ class Ledger:
         for code in how:
             self.counts[NAMES[code]] += 1
 
+    def captured(self, *steps: Any) -> None:
+        """Count the graphs that these steps captured in this call, and their milliseconds."""
+        found = [s for s in steps if getattr(s, "captures", None) is not None]
+        if found:
+            self.graphs = {
+                "graph_captures": sum(s.captures for s in found), "capture_ms": sum(s.seconds for s in found) * 1e3,
+            }  # fmt: skip
+
     def numbers(self, rule: str | None) -> dict[str, Any]:
         """Metric names of the result files, plus `engine`, `rule`, `trace`, and `predicted_speedup` over plain steps
         where one was measured in this call. rule: the acceptance rule's name, None without a draft."""
         rounds = max(1, self.counts["verify_rounds"])
         accepted = sum(self.counts[name] for name in NAMES.values()) / rounds
         out: dict[str, Any] = {**self.counts, **self.times, "accepted_length": accepted, "engine": self.engine}
+        out |= self.graphs
         if self.reason is not None:
             out["engine_reason"] = self.reason
         if rule is not None:

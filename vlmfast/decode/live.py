@@ -50,7 +50,7 @@ class Chain:
                 probs.append(q)
             if len(tokens) == k or token in self.stop or passes < self.floor:
                 break
-            step = torch.tensor([[token]], device=ids.device)
+            step = ids.new_full((1, 1), token)  # no copy that a GPU would wait for
             logits = self.stepper.step(step)[:, -1, : self.vocab]
             self.fed += 1
             if pick is not None:

@@ -10,28 +10,29 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, EosTokenCriteria, MaxLengthCriteria
+from transformers import DynamicCache
 from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteria
 
-from vlmfast import families
+from vlmfast import engine, families
 from vlmfast.core import Draft, Unsupported
 from vlmfast.decode import accept as rules
 from vlmfast.decode.drafts import Request
 from vlmfast.decode.guards import strict_tokens
 from vlmfast.decode.ledger import Ledger
 from vlmfast.decode.live import Chain
-from vlmfast.decode.output import Output
+from vlmfast.decode.output import Output, split
 from vlmfast.decode.pace import Pace
 from vlmfast.decode.refuse import check, tokenizer_for
 from vlmfast.decode.relevance import VisualMemory, collect
 from vlmfast.decode.rows import Choice, Rows
 from vlmfast.decode.speculate import Speculate
+from vlmfast.runtime.clock import clock
 from vlmfast.runtime.names import CACHE, cache_in
 from vlmfast.runtime.stepper import Stepper
 
@@ -51,13 +52,15 @@ def build(
     draft: Any = None,
     inputs: dict[str, Any] | None = None,
     sink: Callable[[dict[str, Any]], Any] | None = None,
+    steps: str = "auto",
 ) -> Callable[..., Any]:
     """The `custom_generate` callable of one `generate` call.
 
     streamer: the one given to `generate` (transformers hands none to a callable); columns: the target's column hooks,
     needed by SelfDraft; draft: the handle of an accelerated draft model (its hooks do the work); inputs: the keyword
-    arguments of the call, for the draft's own encoder; sink: receives the numbers of the report. Also moves
-    `stop_strings` out of `inputs` into `stopping_criteria`: transformers loses the tokenizer on the way to a callable.
+    arguments of the call, for the draft's own encoder; sink: receives the numbers of the report; steps: the engine of
+    target and draft, see `Stepper.prefill`. Also moves `stop_strings` out of `inputs` into `stopping_criteria`:
+    transformers loses the tokenizer on the way to a callable.
     """
     inputs = {} if inputs is None else inputs
     if inputs.get("stop_strings") is not None and inputs.get("tokenizer") is not None:
@@ -72,11 +75,12 @@ def build(
     ) -> Any:  # fmt: skip
         if input_ids.shape[0] != 1:
             raise Unsupported(f"{input_ids.shape[0]} rows came in: speculation decodes one row at a time")
-        config, (limit, eos, rest) = generation_config, _split(stopping_criteria or [])
+        config, (limit, eos, rest) = generation_config, split(stopping_criteria or [])
         kept = bool(config.return_dict_in_generate)
         scores, logits = kept and bool(config.output_scores), kept and bool(config.output_logits)
         out = Output(input_ids, limit, eos, rest, streamer, scores, logits)
         run = _Run(model, speculate, config, out, goes_on=kept or cache_in(inputs) is not None)
+        run.steps = steps
         cache = run.go(
             Choice(logits_processor, run.sampling, run.drawn, run.rule.graded()),
             tokenizer,
@@ -101,6 +105,7 @@ class _Run:
 
     def __init__(self, model: Any, speculate: Speculate, config: Any, out: Output, goes_on: bool = False) -> None:
         self.model, self.speculate, self.config, self.out, self.goes_on = model, speculate, config, out, goes_on
+        self.steps = "auto"
         self.rule = speculate.accept
         self.sampling = bool(config.do_sample)
         self.drawn = self.sampling and self.rule.draws
@@ -121,7 +126,9 @@ class _Run:
         continued = cache is not None and cache.get_seq_length() > 0
         before = dict(kwargs)
         room = 256 if out.limit is None else min(4096, out.limit - out.start + self.speculate.most + 2)
-        target = Stepper.prefill(self.model, out.ids, self.config, kwargs, self._layer(), room=room)
+        target = Stepper.prefill(
+            self.model, out.ids, self.config, kwargs, self._layer(), self.steps, room, engine.open_static
+        )
         self.ledger.engine, self.ledger.reason = target.engine, target.reason
         try:
             rows = Rows(choice, out.ids, None, target.logits)
@@ -135,11 +142,16 @@ class _Run:
                 if waiting and len(out.said) > wait:
                     self._open(*hooks, media, target.cache, before, continued)
                     waiting = False
-                self._round(target)
+                if self._chosen_by_step(target):
+                    self._follow(target)
+                else:
+                    self._round(target)
             total, times = (time.perf_counter() - start) * 1e3, self.ledger.times
             times["overhead_ms"] = total - times["draft_ms"] - times["verify_ms"] - times["draft_prefill_ms"]
             if self.pace is not None:
                 self.pace.answered(len(out.said) - 1, times["draft_prefill_ms"])
+            chain = getattr(self.draft, "chain", self.draft)
+            self.ledger.captured(target.lean, chain.stepper.lean if isinstance(chain, Chain) else None)
             if wait:
                 self.ledger.notes.append(f"speculate: drafts did not pay in recent answers, none for {wait + 1} tokens")
         except BaseException:
@@ -192,7 +204,16 @@ class _Run:
             self.ledger.notes.append("speculate: the draft did not see the turns before, decoded without it")
         else:
             request = Request(
-                self.model, self.out.prompt, self.config, kwargs, media, columns, _fresh_cache, handle, self.out.eos
+                self.model,
+                self.out.prompt,
+                self.config,
+                kwargs,
+                media,
+                columns,
+                _fresh_cache,
+                handle,
+                self.out.eos,
+                self.steps,
             )
             self.draft = config.open(request)
         _KEPT[cache] = (config, self.draft)
@@ -228,6 +249,23 @@ class _Run:
         tokens, q = self.draft.propose(self.out.ids, k, None if self.choice.plain else self.choice.for_draft)
         return (tokens if tokens.shape[0] else None), q
 
+    def _chosen_by_step(self, target: Stepper) -> bool:
+        """May the step itself choose every token, the host only following it? Nothing but the ids is asked for then."""
+        out = self.out
+        asked = self.pace is not None or self.sampling or self.choice.processors is not None or out.criteria
+        return target.engine == "static" and not asked and out.scores is None and out.logits is None
+
+    def _follow(self, target: Stepper) -> None:
+        """Say what the step chooses, until the answer ends; the step may then have run ahead."""
+        out, start = self.out, time.perf_counter()
+        with closing(target.greedy(out.said[-1], out.left())) as tokens:
+            for token in tokens:
+                now = time.perf_counter()
+                self.ledger.round(0, [], 0.0, (now - start) * 1e3)
+                start = now
+                if out.emit(token, _nothing):
+                    break
+
     def _round(self, target: Stepper) -> None:
         out = self.out
         t0 = time.perf_counter()
@@ -235,8 +273,14 @@ class _Run:
         last = out.ids[:, -1:]
         t1 = time.perf_counter()
         logits = target.step(last if draft is None else torch.cat([last, draft[None]], 1))[0]
-        t2 = time.perf_counter()
-        rows = Rows(self.choice, out.ids, draft, logits)
+        if logits.is_cuda:  # the choice waits for the step
+            rows = Rows(self.choice, out.ids, draft, logits)
+            if self.sampling:
+                clock(self.model)
+            t2 = time.perf_counter()
+        else:
+            t2 = time.perf_counter()
+            rows = Rows(self.choice, out.ids, draft, logits)
         draft_ms, verify_ms = (t1 - t0) * 1e3, (t2 - t1) * 1e3
         if draft is None:
             out.emit(rows.pick(0), partial(rows.kept, 0))
@@ -274,20 +318,9 @@ class _Run:
         )
 
 
+def _nothing() -> tuple[Tensor, Tensor]:
+    raise AssertionError("scores were asked for of a step that keeps none")
+
+
 def _fresh_cache(model: Any) -> Any:
     return DynamicCache(config=families.get(model).text(model).config)
-
-
-def _split(criteria: Any) -> tuple[int | None, frozenset[int], list[Any]]:
-    """(length limit, end-of-answer ids, other criteria): the first two need no tensor per token."""
-    limit: int | None = None
-    eos: set[int] = set()
-    rest = []
-    for c in criteria:
-        if type(c) is MaxLengthCriteria:
-            limit = c.max_length if limit is None else min(limit, c.max_length)
-        elif type(c) is EosTokenCriteria:
-            eos |= set(c.eos_token_id.reshape(-1).tolist())
-        else:
-            rest.append(c)
-    return limit, frozenset(eos), rest

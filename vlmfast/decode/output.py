@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import EosTokenCriteria, MaxLengthCriteria
 
 
 class Output:
@@ -47,7 +48,7 @@ class Output:
         """Say one token; returns (and keeps) whether the answer ends with it. kept: scores and logits, (1, V) each."""
         if self.length == self.buffer.shape[1]:
             self.buffer = torch.cat([self.buffer, self.buffer.new_zeros(1, self.length)], 1)
-        self.buffer[0, self.length] = token
+        self.buffer[0, self.length].fill_(token)  # a kernel: an assignment would copy, and wait on a GPU
         self.length += 1
         self.said.append(token)
         if self.scores is not None or self.logits is not None:
@@ -61,3 +62,18 @@ class Output:
             self.streamer.put(torch.tensor([token]))
         self.done = stop
         return stop
+
+
+def split(criteria: Any) -> tuple[int | None, frozenset[int], list[Any]]:
+    """(length limit, end-of-answer ids, other criteria): the first two need no tensor per token."""
+    limit: int | None = None
+    eos: set[int] = set()
+    rest = []
+    for c in criteria:
+        if type(c) is MaxLengthCriteria:
+            limit = c.max_length if limit is None else min(limit, c.max_length)
+        elif type(c) is EosTokenCriteria:
+            eos |= set(c.eos_token_id.reshape(-1).tolist())
+        else:
+            rest.append(c)
+    return limit, frozenset(eos), rest

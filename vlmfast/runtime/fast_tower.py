@@ -44,7 +44,7 @@ def fresh_lengths(device: torch.device) -> Iterator[None]:
 
 def fast_modules(model: nn.Module, family: Family, patch: Patch) -> FastTower | None:
     """Install what makes prefills faster without changing them: a tower without loops, and fused modules."""
-    text = FusedModules(family.text(model))
+    text = FusedModules(family.text(model), pad=False)
     patch.call(text.remove)
 
     def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -77,7 +77,7 @@ class FastTower:
         self.grids = Grids(self.tower)
         self.grid: Grid | None = None
         self.cut: Tensor | None = None
-        self.fused = FusedModules(self.tower)
+        self.fused = FusedModules(self.tower, pad=True)
         self.graphs = TowerGraphs()
         self._kept: list[tuple[Tensor, Pieces]] = []
         self._unknown = self._why_unknown()
@@ -121,7 +121,9 @@ class FastTower:
 
     def notes(self) -> list[str]:
         reason = self._why_not()
-        return [] if reason is None else [f"tower: the stock way ({reason})"]
+        if reason is not None:
+            return [f"tower: the stock way ({reason})"]
+        return [] if self.graphs.failed is None else [f"tower: launched, not replayed ({self.graphs.failed})"]
 
     # -- the call ----------------------------------------------------------------------------------------------------
 

@@ -23,10 +23,13 @@ MULTIPLE = 8  # numbers of a half precision row that make 16 bytes
 
 
 class FusedModules:
-    """The fused forwards of one tower or decoder; `install` when a call comes in, `remove` to take them off."""
+    """The fused forwards of one tower or decoder; `install` when a call comes in, `remove` to take them off.
 
-    def __init__(self, root: nn.Module, skip: Callable[[nn.Module], bool] = lambda module: False) -> None:
-        self.root, self.skip = root, skip
+    pad: give widths that are no multiple of 8 padded storage.
+    """
+
+    def __init__(self, root: nn.Module, pad: bool) -> None:
+        self.root, self.pad = root, pad
         self._patch = Patch()
         self._on = False
         self._padded: list[tuple[nn.Parameter, Tensor]] = []  # and the buffer that it is a view of
@@ -44,7 +47,7 @@ class FusedModules:
         self._on = True
         checked: dict[type, bool] = {}
         for module in self.root.modules():
-            if "forward" in vars(module) or self.skip(module):
+            if "forward" in vars(module):
                 continue
             forward = _fused_forward(module)
             if forward is None:
@@ -53,7 +56,7 @@ class FusedModules:
             if kind not in checked:
                 checked[kind] = _agrees(module, forward)
             if checked[kind]:
-                if isinstance(forward, _Gated):
+                if self.pad and isinstance(forward, _Gated):
                     self._padded += forward.pad()
                 self._patch.set(module, "forward", forward)
 

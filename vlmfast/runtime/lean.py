@@ -27,6 +27,20 @@ TABLE = 128  # positions rotated at once
 
 def why_not(text: Any, head: nn.Module, cache: Any) -> str | None:
     """None when `Lean` can step this decoder over this cache (one row); else one line saying what is in the way."""
+    reason = unknown_decoder(text, head)
+    if reason is not None:
+        return reason
+    layers = getattr(cache, "layers", None) or []
+    if len(layers) < len(text.layers):
+        return "the cache is not filled"
+    for layer in layers:
+        if type(layer) not in (DynamicLayer, PrunedLayer) or layer.keys.shape[0] != 1:
+            return f"cache layers of type {type(layer).__name__} are not dense rows"
+    return None
+
+
+def unknown_decoder(text: Any, head: Any) -> str | None:
+    """`why_not`, of the decoder alone, whatever its cache."""
     config = text.config
     if text.training:
         return "the model is in training mode"
@@ -36,16 +50,10 @@ def why_not(text: Any, head: nn.Module, cache: Any) -> str | None:
         return "the rotation depends on the sequence length"
     if type(head) is not nn.Linear or _foreign(head) or _foreign(text.rotary_emb) or _foreign(text.norm):
         return "the output head, norm or rotation is wrapped or hooked"
-    layers = getattr(cache, "layers", None) or []
-    if len(layers) < len(text.layers):
-        return "the cache is not filled"
-    for layer in layers:
-        if type(layer) not in (DynamicLayer, PrunedLayer) or layer.keys.shape[0] != 1:
-            return f"cache layers of type {type(layer).__name__} are not dense rows"
     for block in text.layers:
-        attention, mlp = block.self_attn, block.mlp
-        if _children(block) != LAYER or not _children(attention) <= ATTENTION or not _children(mlp) <= MLP:
+        if _children(block) != LAYER or not (_children(block.self_attn) <= ATTENTION and _children(block.mlp) <= MLP):
             return f"{type(block).__name__} is not a decoder layer known here"
+        attention, mlp = block.self_attn, block.mlp
         if getattr(attention, "sliding_window", None):
             return "sliding-window attention"
         for module in block.modules():
@@ -64,10 +72,12 @@ def _children(module: nn.Module) -> set[str]:
 
 
 def _foreign(module: nn.Module) -> bool:
-    """True when somebody else's hook or replaced forward sits on the module (ours act at prefill only)."""
+    """True when somebody else's hook or forward sits on the module (our hooks act at prefill only, our forwards compute
+    the same)."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    ours = all(str(getattr(h, "__module__", "")).startswith("vlmfast.runtime.") for h in hooks)
-    return "forward" in vars(module) or not ours
+    replaced = vars(module).get("forward")
+    changes = [*hooks] if replaced is None else [*hooks, getattr(replaced, "func", replaced)]
+    return not all(str(getattr(c, "__module__", "")).startswith("vlmfast.runtime.") for c in changes)
 
 
 class Lean:
@@ -77,6 +87,8 @@ class Lean:
     until `flush`; valid: (P,) bool, physical columns that are not padding, or None; position: the next position in the
     model's own layout, (..., 1, 1) int64; room: tokens to make room for (it grows when they do not suffice).
     """
+
+    name = "lean"
 
     def __init__(
         self, text: Any, head: nn.Module, cache: Any, valid: Tensor | None, position: Tensor, room: int = 256
@@ -89,7 +101,7 @@ class Lean:
         self.eps = float(getattr(text.norm, "variance_epsilon", None) or text.norm.eps)
         self.silu = text.config.hidden_act == "silu"
         self.scales = [float(b.self_attn.scaling) for b in text.layers]
-        self.weights = [_weights(b) for b in text.layers]
+        self.weights = [layer_weights(b) for b in text.layers]
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.prompt: list[int] = []  # columns per layer that the prefill left
@@ -175,11 +187,7 @@ class Lean:
 
     def flush(self, cache: Any) -> None:
         """Append everything stepped so far to the cache's own layers; the decoder is spent afterwards."""
-        if self.n:
-            for layer, k, v, p in zip(cache.layers, self.keys, self.values, self.prompt, strict=False):
-                if getattr(layer, "announced", None) is not None:  # only our own hooks may add to it
-                    layer.announce()
-                layer.update(k[None, :, p : p + self.n], v[None, :, p : p + self.n])
+        append(cache, list(zip(self.keys, self.values, strict=True)), self.prompt, self.n)
         self.n = 0
 
     def fork(self) -> Lean:
@@ -190,7 +198,9 @@ class Lean:
         return twin
 
 
-def _weights(block: Any) -> tuple[Any, ...]:
+def layer_weights(block: Any) -> tuple[Any, ...]:
+    """A decoder layer's parameters in the order a step reads them: weight and bias of norm, q, k, v, out, then norm,
+    gate, up, down, and the norms of q and k where there are any."""
     a, m = block.self_attn, block.mlp
     q_norm, k_norm = getattr(a, "q_norm", None), getattr(a, "k_norm", None)
     return (
@@ -201,6 +211,15 @@ def _weights(block: Any) -> tuple[Any, ...]:
         m.gate_proj.weight, m.up_proj.weight, m.down_proj.weight,
         None if q_norm is None else q_norm.weight, None if k_norm is None else k_norm.weight,
     )  # fmt: skip
+
+
+def append(cache: Any, columns: list[tuple[Tensor, Tensor]], prompt: list[int], n: int) -> None:
+    """Append n stepped columns to every layer of a cache. columns: keys and values (Hk, capacity, Dh) per layer, the
+    stepped ones after `prompt` others."""
+    for layer, (k, v), p in zip(cache.layers, columns if n else (), prompt, strict=False):
+        if getattr(layer, "announced", None) is not None:  # only our own hooks may add to it
+            layer.announce()
+        layer.update(k[None, :, p : p + n], v[None, :, p : p + n])
 
 
 def _roomy(x: Tensor, least: int) -> Tensor:

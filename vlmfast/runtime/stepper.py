@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Callable, Generator
 from contextlib import suppress
 from typing import Any
 
@@ -16,11 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from vlmfast import families
-from vlmfast.core import Kind, Unsupported
+from vlmfast.core import Kind, Unsupported, brief
 from vlmfast.runtime.lean import Lean, why_not
 from vlmfast.runtime.names import CACHE, cache_of
 
+Maker = Callable[..., Any]  # see `engine.open_static`
 _CHECKED: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
+_STATIC: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 
@@ -34,7 +37,8 @@ class Stepper:
 
     cache: the model's cache (valid after `finish`); position: the next position, (..., 1, 1) int64 in the model's own
     layout; logits: (1, V) float32 after the prompt; hidden: (1, n, D) of `hidden_layer` in the last forward;
-    engine: "lean" (functional, see `runtime.lean`) or "module" (the text model's own forward), reason says why.
+    engine: "static" (fixed shapes, captured on CUDA, see `engine`), "lean" (functional, see `runtime.lean`) or "module"
+    (the text model's own forward); reason: why it is not the one before.
     """
 
     def __init__(
@@ -49,7 +53,7 @@ class Stepper:
         self.hidden_layer = hidden_layer
         self.hidden: Tensor | None = None
         self.length = cache.get_seq_length()  # logical columns fed so far
-        self.lean: Lean | None = None
+        self.lean: Any = None  # a `Lean`, or an `engine.Static`, which steps as it does
         self.reason: str | None = None
 
     @classmethod
@@ -62,13 +66,15 @@ class Stepper:
         hidden_layer: int | None = None,
         engine: str = "auto",
         room: int = 256,
+        static: Maker | None = None,
     ) -> Stepper:
         """Run the prompt, as `generate` would, with everything that `generate` prepared.
 
         input_ids (1, L) int64; model_kwargs: as handed to a `custom_generate` callable, or the user's own inputs with
         an empty cache; hidden_layer: of a decoder
         layer whose output to record, first here as `.hidden` (1, P, D) over the physical columns that entered, then at
-        every step. engine: "auto", "lean" or "module" ("lean" raises where it cannot run). room: tokens expected.
+        every step. engine: "auto", "static", "lean" or "module" (one named raises where it cannot run). room: tokens
+        expected. static: `engine.open_static`, where the static step may be taken.
         """
         text = families.get(model).text(model)
         if model_kwargs.get("position_ids") is None:  # raw inputs: what `generate` does before it calls
@@ -93,12 +99,12 @@ class Stepper:
         if seen:
             self.hidden = torch.cat(seen, 1)
         if engine != "module":
-            self._go_lean(room)
-            if engine == "lean" and self.lean is None:
-                raise Unsupported(f"the lean step cannot run here: {self.reason}; use engine='auto'")
+            self._go_lean(room, None if engine == "lean" else static, engine == "static")
+            if engine not in ("auto", self.engine):
+                raise Unsupported(f"the {engine} step cannot run here: {self.reason}; use engine='auto'")
         return self
 
-    def _go_lean(self, room: int) -> None:
+    def _go_lean(self, room: int, static: Maker | None, forced: bool) -> None:
         valid = None
         columns = getattr(self.cache, "vlmfast_columns", None)
         if columns is not None and columns.padded:
@@ -115,8 +121,41 @@ class Stepper:
         if self.reason is None and self.model not in _CHECKED:
             _CHECKED[self.model] = self._disagreement(valid)
         self.reason = self.reason or _CHECKED[self.model]
-        if self.reason is None:
+        if self.reason is not None:
+            return
+        if static is not None:
+            made: Any = _STATIC.get(self.model)  # why it was found wrong before
+            if made is None:
+                hidden = self.hidden_layer is not None
+                made = static(self.text, self.head, self.cache, valid, self.position, room, hidden, forced)
+            if made is not None and not isinstance(made, str):
+                if self.model not in _STATIC:
+                    _STATIC[self.model] = self._differs(made, valid)
+                made = _STATIC[self.model] or made
+            if isinstance(made, str):
+                self.reason = made
+            else:
+                self.lean = made
+        if self.lean is None:
             self.lean = Lean(self.text, self.head, self.cache, valid, self.position, room)
+
+    def _differs(self, static: Any, valid: Tensor | None) -> str | None:
+        """Once per model: two tokens through the static and the lean step. None when they agree."""
+        token = self.logits.argmax(-1)
+        with torch.inference_mode():
+            lean = Lean(self.text, self.head, copy.copy(self.cache), valid, self.position, 4)
+            expected = torch.cat([lean.step(token), lean.step(token)]).float()
+            try:
+                got = torch.cat([static.step(token).float(), static.step(token).float()])
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as e:  # a compiler or driver that does not take the kernels or their capture
+                return f"the static step failed, {type(e).__name__}: {brief(str(e))}"
+        static.n = 0
+        error = float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+        if error <= TOLERANCE.get(self.text.dtype, 1e-1):
+            return None
+        return f"logits of the static step differ from the lean step's by {error:.1e}"
 
     def _disagreement(self, valid: Tensor | None) -> str | None:
         """Once per model: two tokens through both engines. None when they agree."""
@@ -135,7 +174,7 @@ class Stepper:
 
     @property
     def engine(self) -> str:
-        return "module" if self.lean is None else "lean"
+        return "module" if self.lean is None else self.lean.name
 
     def step(self, tokens: Tensor) -> Tensor:
         """Feed tokens (1, n) int64 after everything fed so far -> logits (1, n, V) float32.
@@ -157,12 +196,30 @@ class Stepper:
         self.length += n
         return logits
 
-    def _lean_step(self, lean: Lean, tokens: Tensor) -> Tensor:
+    def _lean_step(self, lean: Any, tokens: Tensor) -> Tensor:
         with torch.inference_mode():  # a tenth less to do per operation than under no_grad
             logits = lean.step(tokens[0], self.hidden_layer)[None]
         if self.hidden_layer is not None and lean.hidden is not None:
             self.hidden = lean.hidden[None]
         return logits.to(torch.float32, copy=True)  # an ordinary tensor: it may reach the caller
+
+    def greedy(self, token: int, most: int | None) -> Generator[int, None, None]:
+        """Feed a token, then every token chosen (the highest logit): yields at most `most` choices; static step only.
+
+        The device runs ahead: more tokens may be fed than were yielded, `length` says how many once it is closed.
+        """
+        before, position, length = self.lean.n, self.position, self.length
+        choices = self.lean.greedy(token, most)
+        try:
+            while True:
+                with torch.inference_mode():
+                    chosen = next(choices, None)
+                if chosen is None:
+                    return
+                yield chosen
+        finally:
+            fed = self.lean.n - before
+            self.position, self.length = position + fed, length + fed
 
     def _module_step(self, tokens: Tensor) -> Tensor:
         n = tokens.shape[1]

@@ -1,0 +1,212 @@
+"""The kernels of the static step: at most twice the error of plain torch, and small enough for every card.
+
+On a CUDA device the kernels themselves run; elsewhere Triton's interpreter runs them in a process of its own, in
+float32 and float16 (it is wrong in bfloat16). Ahead-of-time compilation needs no card.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vlmfast.kernels import step_reference
+
+CAPACITY = 320
+Errors = dict[str, list[float]]  # per result: the kernel's error against float64, and the largest allowed
+
+
+def same(x: Any) -> Any:
+    return x
+
+
+def wide(x: Any) -> Any:
+    return x.double() if isinstance(x, Tensor) else x
+
+
+def judge(errors: Errors, name: str, got: Tensor, plain: Tensor, truth: Tensor) -> None:
+    """At most twice what plain torch makes in this dtype, or four units in the last place of the largest."""
+    mine, theirs = (float((x.double() - truth).abs().max()) for x in (got, plain))
+    unit = 4 * torch.finfo(plain.dtype).eps * float(truth.abs().max())
+    errors[name] = [mine, 2 * max(theirs, unit)]
+
+
+def case(
+    dtype: str, head: int, group: int, n: int, lengths: list[int], splits: int, normed: bool, device: str
+) -> Errors:
+    """Every kernel once. Columns beyond a row's length hold NaN: nothing of them may be read."""
+    from vlmfast.kernels import triton_step
+
+    generator = torch.Generator().manual_seed(head + n)
+
+    def make(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, getattr(torch, dtype))
+
+    b, hk, errors = len(lengths), 2 if n == 1 else 1, {}
+    length = torch.tensor(lengths, device=device)
+    at = length % 7
+    beyond = (torch.arange(CAPACITY, device=device) >= length[:, None])[:, None, :, None]
+    keys, values = (make(b, hk, CAPACITY, head) for _ in range(2))
+    qkv, cos, sin = make(b * n, (group + 2) * hk * head), make(b, 32, head).cos(), make(b, 32, head).sin()
+    norms = (1 + make(head) / 8, 1 + make(head) / 8) if normed else (None, None)
+
+    def rope(ops: Any, to: Callable, blank: float) -> list[Tensor]:
+        k, v = (to(x).masked_fill(beyond, blank) for x in (keys, values))
+        q = ops.rope(to(qkv), k, v, length, at, to(cos), to(sin), n, *map(to, norms), 1e-6)
+        written = [torch.stack([c[r, :, x : x + n] for r, x in enumerate(lengths)]) for c in (k, v)]
+        return [q, *written, k, v]
+
+    truth, plain = rope(step_reference, wide, 0.0), rope(step_reference, same, 0.0)
+    got = rope(triton_step, same, float("nan"))
+    for i, name in enumerate(("rope: q", "rope: k", "rope: v")):
+        judge(errors, name, got[i], plain[i], truth[i])
+    untouched = sum(CAPACITY - x - n for x in lengths) * hk * head
+    errors["columns written"] = [max(abs(int(x.isnan().sum()) - untouched) for x in got[3:]), 0]
+    scale = head**-0.5
+    clean = [x.nan_to_num() for x in got[3:]]
+    judge(
+        errors, "attend", triton_step.attend(got[0], *got[3:], length, n, scale, splits),
+        step_reference.attend(got[0], *clean, length, n, scale),
+        step_reference.attend(got[0].double(), *(x.double() for x in clean), length, n, scale),
+    )  # fmt: skip
+    x, y, w, joined = make(n, 9 * head + 1), make(n, 9 * head + 1), make(9 * head + 1), make(n, 10 * head + 2)
+    for added in (y, None):
+        three = [ops.add_norm(to(x), to(added), to(w), 1e-6)
+                 for ops, to in ((triton_step, same), (step_reference, same), (step_reference, wide))]  # fmt: skip
+        for i, name in enumerate(("add", "norm")):
+            judge(errors, f"{name}{'' if added is not None else ' alone'}", *(t[i] for t in three))
+    judge(errors, "gate", triton_step.gate(joined), step_reference.gate(joined), step_reference.gate(wide(joined)))
+    return errors
+
+
+ON_CARD = torch.cuda.is_available()
+DTYPES = ("float16", "bfloat16") if ON_CARD else ("float32", "float16")
+CASES: list[tuple[Any, ...]] = [
+    (DTYPES[1], 128, 7, 1, [1, 200], 8, False),
+    (DTYPES[1], 64, 8, 6, [65], 2, True),
+    (DTYPES[0], 80, 1, 3, [63, 130], 3, True),
+    (DTYPES[1], 64, 4, 17, [290], 4, False),  # 68 grouped queries: two programs
+    (DTYPES[1], 256, 2, 2, [31], 1, True),
+]
+
+
+@pytest.fixture(scope="module")
+def measured() -> list[Errors]:
+    if ON_CARD:
+        return [case(*c, "cuda") for c in CASES]
+    code = "import json, test_step_kernels as t; print(json.dumps([t.case(*c, 'cpu') for c in t.CASES]))"
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize("i", range(len(CASES)), ids=lambda i: "-".join(map(str, CASES[i])))
+def test_kernels_match_plain_torch(measured: list[Errors], i: int) -> None:
+    assert len(measured[i]) == 10
+    wrong = {name: pair for name, pair in measured[i].items() if not pair[0] <= pair[1]}
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("pairs", "capacity", "processors", "splits"),
+    [(2, 2304, 132, 64), (4, 40960, 132, 64), (16, 2304, 132, 16), (2, 256, 132, 16), (500, 4096, 108, 1)],
+)
+def test_splits(pairs: int, capacity: int, processors: int, splits: int) -> None:
+    from vlmfast.kernels import triton_step
+
+    assert triton_step.splits_for(pairs, capacity, processors) == splits
+
+
+# -- ahead of time -----------------------------------------------------------------------------------------------------
+
+KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # shared memory of a program
+LONGS = ("length_ptr", "at_ptr")
+FLOATS = ("acc_ptr", "top_ptr")
+KINDS = {"eps": "fp32", "scale": "fp32", "CAPACITY": "i32", "TABLE": "i32", "SPLITS": "i32", "N": "i32"}
+
+
+def kernels_of(
+    head: int, group: int, n: int, width: int, inner: int
+) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """(kernel, constants, options) of a model's step, as the launchers choose them."""
+    from vlmfast.kernels.triton_step import block, tile
+
+    shape = {"G": group, "HK": 2, "D": head}
+    sizes = tile(head, n * group)
+    options = {k: sizes.pop(k) for k in ("num_warps", "num_stages")}
+    return [
+        ("_add_norm", {"D": width, "BLOCK": block(width), "ADD": True}, {"num_warps": 4 if width <= 2048 else 8}),
+        ("_gate", {"I": inner, "BLOCK": 512}, {"num_warps": 4}),
+        ("_rope", {"H": 2 * group, "HK": 2, "D": head, "BLOCK": block(head // 2), "NORM": True},
+         {"num_warps": 1, "enable_fp_fusion": False}),
+        ("_split", {**shape, **sizes}, options),
+        ("_combine", {**shape, "BLOCK_S": 64, "BLOCK": 64}, {"num_warps": 4}),
+    ]  # fmt: skip
+
+
+def compiled(name: str, constants: dict[str, Any], options: dict[str, Any], dtype: str, arch: int) -> dict[str, int]:
+    """What the kernel takes on a card of this architecture: registers, spilt bytes, shared memory."""
+    import triton
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from vlmfast.kernels import triton_step
+
+    kernel = getattr(triton_step, name)
+    signature: dict[str, str] = {}
+    for argument in kernel.arg_names:
+        floats = argument in FLOATS or (argument == "sum_ptr" and name != "_add_norm")
+        kind = "*i64" if argument in LONGS else "*fp32" if floats else f"*{dtype}"
+        signature[argument] = "constexpr" if argument in constants else KINDS.get(argument, kind)
+    names = list(signature)
+    even: Any = {
+        (i,): [["tt.divisibility", 16]] for i, k in enumerate(names) if signature[k][0] == "*" or k == "CAPACITY"
+    }
+    source = ASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()}, even)
+    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_stages": 2, **options})
+    tool = (knobs.nvidia.ptxas_blackwell if arch >= 100 else knobs.nvidia.ptxas).path
+    log = subprocess.run(
+        [tool, "-v", f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}", "-o", os.devnull, "-"],
+        input=made.asm["ptx"], capture_output=True, text=True, check=True,
+    ).stderr  # fmt: skip
+    return {"registers": number(log, r"Used (\d+) registers"), "shared": int(made.metadata.shared),
+            "spilt": number(log, r"(\d+) bytes spill stores") + number(log, r"(\d+) bytes spill loads")}  # fmt: skip
+
+
+def number(log: str, pattern: str) -> int:
+    import re
+
+    return max((int(x) for x in re.findall(pattern, log)), default=0)
+
+
+def fits(arch: int, dtype: str, shape: tuple[int, int, int, int, int]) -> None:
+    for name, constants, options in kernels_of(*shape):
+        took = compiled(name, constants, options, dtype, arch)
+        assert 0 < took["registers"] <= 255 and not took["spilt"] and took["shared"] <= KIB[arch] * 1024, (name, took)
+
+
+def test_kernels_fit_a_card() -> None:
+    fits(90, "bf16", (128, 8, 1, 2048, 11008))
+
+
+SHAPES = [
+    *((h, g, n, 2048, 11008) for h in (64, 80, 128, 256) for g, n in ((8, 1), (7, 4), (8, 17))),
+    (128, 1, 1, 8192, 64),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "dtype"), itertools.product(KIB, ("bf16", "fp16")))
+def test_kernels_fit_every_card(arch: int, dtype: str) -> None:
+    for shape in SHAPES:
+        fits(arch, dtype, shape)

@@ -1,0 +1,64 @@
+"""Which loop decodes a call: ours, with or without a draft, or transformers' own."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from vlmfast import engine
+from vlmfast.core import Unsupported
+from vlmfast.plan import Plan
+
+
+def put_loop(
+    model: Any, plan: Plan, stage: dict[str, Any], args: tuple, kwargs: dict[str, Any], why: str | None,
+    columns: Any, draft: Any, reuse: bool, nested: bool,
+) -> None:  # fmt: skip
+    """Put our loop into the arguments of `generate`, unless the call cannot be drafted and the plan allows it.
+
+    Without speculate= that is so where the engine steps statically, see `engine`, and anything was asked for.
+    stage: the decode part of the report; why: what makes this call one of rewritten inputs, which transformers' own
+    loop decodes; columns, draft: see `decode.loop.build`; reuse: is reuse= on? nested: is this a
+    call that another one of the same model makes, an assistant's?
+    """
+    speculate, sink = plan.speculate, stage.update
+    if speculate is None:
+        reason = _no_engine(model, plan, reuse, nested)
+        if reason is not None:
+            stage["notes"] = [f"engine: {reason}, decoded by transformers"] if reason else []
+            return
+    from vlmfast.decode import Speculate, loop
+
+    if speculate is None:
+        speculate, sink = Speculate(otherwise="plain"), functools.partial(_engine_alone, stage)
+    try:
+        loop.check(model, speculate, args, kwargs, plan.kv)
+        if why is not None:
+            raise Unsupported(f"{why} with prune= is decoded by transformers' own loop: drop {why} or speculate=")
+    except Unsupported as e:
+        if speculate.otherwise == "refuse":
+            raise
+        name = "engine" if plan.speculate is None else "speculate"
+        stage["notes"] = [f"{name}: not for this call ({e}), decoded by transformers"]
+        return
+    kwargs["custom_generate"] = loop.build(
+        model, speculate, streamer=kwargs.get("streamer"), columns=columns, draft=draft, inputs=kwargs, sink=sink
+    )
+
+
+def _no_engine(model: Any, plan: Plan, reuse: bool, nested: bool) -> str | None:
+    """Why a call without speculate= is not decoded by our loop, None = it is; empty where there is no question: on a
+    CPU, and where nothing was asked."""
+    text, head = engine.decoder(model)
+    if text is None or not engine.automatic(text) or (plan == Plan() and not reuse):
+        return ""
+    if nested:
+        return "a call inside a call"
+    if plan.kv is not None:
+        return "kv= caches are ragged"
+    return engine.why_not(text, head)
+
+
+def _engine_alone(stage: dict[str, Any], numbers: dict[str, Any]) -> None:
+    """What the report keeps of the loop's numbers where nothing was drafted or asked to be."""
+    stage.update({k: v for k, v in numbers.items() if k.startswith(("engine", "graph", "capture", "notes"))})

@@ -1,0 +1,113 @@
+"""CUDA graphs of the steps over one set of slots, and reading what they say without waiting for the last one."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Run = Callable[[], Tensor]
+
+
+class Memory:
+    """The memory pool that all graphs of a model share. A pool whose last graph is gone cannot be used again."""
+
+    def __init__(self) -> None:
+        self.handle: Any = None
+        self.graphs = 0
+
+    def capture(self, body: Run) -> Run:
+        """See `capture`."""
+        if self.graphs == 0:
+            self.handle = graph_memory()
+        run = capture(body, self.handle)
+        self.graphs += 1
+        return run
+
+
+class Graphs:
+    """The captured steps over one set of slots; off CUDA a step runs as it is.
+
+    captures, seconds: how many were captured, and how long it took.
+    """
+
+    def __init__(self, device: torch.device, memory: Memory) -> None:
+        self.device, self.memory = device, memory
+        self.held: dict[Any, Run] = {}
+        self.captures, self.seconds = 0, 0.0
+
+    def get(self, key: Any, body: Run) -> tuple[Run, bool]:
+        """What runs the step of this key, and whether it was captured just now: counters have moved then."""
+        if key in self.held:
+            return self.held[key], False
+        if self.device.type != "cuda":
+            self.held[key] = body
+            return body, False
+        start = time.perf_counter()
+        self.held[key] = self.memory.capture(body)
+        self.captures += 1
+        self.seconds += time.perf_counter() - start
+        return self.held[key], True
+
+    def clear(self) -> None:
+        """Give all graphs back."""
+        if self.device.type == "cuda":
+            self.memory.graphs -= len(self.held)
+        self.held.clear()
+
+
+@functools.cache
+def _side(device: int) -> torch.cuda.Stream:
+    """The stream that steps are warmed on: always the same, since a workspace of cuBLAS stays with each."""
+    return torch.cuda.Stream(device)
+
+
+def graph_memory() -> Any:
+    """The handle of a new memory pool for CUDA graphs."""
+    return torch.cuda.graph_pool_handle()
+
+
+def capture(body: Run, memory: Any) -> Run:
+    """The body as one CUDA graph: run once beforehand, on a side stream, so that kernels and workspaces are there."""
+    side = _side(torch.cuda.current_device())
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        body()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
+        out = body()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return out
+
+    return replay
+
+
+class Readback:
+    """Copies a small tensor to the host while the device goes on: sent now, read a round later."""
+
+    def __init__(self, source: Tensor, depth: int = 2) -> None:
+        self.source = source
+        cuda = source.is_cuda
+        self.events = [torch.cuda.Event() for _ in range(depth)] if cuda else []
+        self.host = [torch.empty(source.shape, dtype=source.dtype, pin_memory=cuda) for _ in range(depth)]
+
+    def send(self, i: int) -> None:
+        """Queue the copy of what the source holds now, as number i."""
+        i %= len(self.host)
+        self.host[i].copy_(self.source, non_blocking=True)
+        if self.events:
+            self.events[i].record()
+
+    def read(self, i: int) -> Tensor:
+        """Number i, once it is there."""
+        i %= len(self.host)
+        if self.events:
+            self.events[i].synchronize()
+        return self.host[i]
