@@ -142,6 +142,7 @@ def test_slots_and_tables_grow_and_follow() -> None:
         static.rewind(back)
         lean.rewind(back)
     assert static.lean.slots.capacity > 1200 > capacity
+    assert all(length.data_ptr() % 16 == 0 for length in static.lean.slots.lengths)
     assert len(pool.pool_of(static.text, static.head).slots) == 1
 
 

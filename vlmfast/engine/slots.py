@@ -40,8 +40,9 @@ class Slots:
         with torch.inference_mode(False), torch.no_grad():  # ordinary tensors: they are changed in place for ever
             self.keys = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(layers)]
             self.values = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(layers)]
-            self.counters = torch.zeros(layers + 1, rows, dtype=torch.long, device=like.device)
-            self.origin = torch.zeros_like(self.counters)  # counters before the first token
+            even = rows + rows % 2  # every layer's at a multiple of 16 bytes: kernels are specialised for that
+            both = torch.zeros(2, layers + 1, even, dtype=torch.long, device=like.device)[:, :, :rows]
+            self.counters, self.origin = both.unbind(0)  # origin: counters before the first token
             self.lengths = list(self.counters[:layers].unbind(0))
             self.at = self.counters[layers]
             self.cos = torch.zeros(rows, TABLE, weights.head_size, dtype=like.dtype, device=like.device)

@@ -69,7 +69,8 @@ class Static:
             self.prompt = [valid.sum(1).tolist()] * len(layers)
             # every row's columns first, in their order; what follows them is overwritten, or never read
             order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)[:, None, :, None]
-        self.slots = self._take(self._longest() + room + SIZES[-1])
+        self.longest = max(map(max, self.prompt))
+        self.slots = self._take(self.longest + room + SIZES[-1])
         for layer, keys, values in zip(layers, self.slots.keys, self.slots.values, strict=True):
             p = layer.keys.shape[-2]
             if valid is None:
@@ -79,10 +80,6 @@ class Static:
                 index = order.expand(-1, keys.shape[1], -1, keys.shape[3])
                 keys[:, :, :p], values[:, :, :p] = layer.keys.gather(2, index), layer.values.gather(2, index)
         self._turn(0)
-
-    def _longest(self) -> int:
-        """Columns of the longest row."""
-        return max(map(max, self.prompt))
 
     def _take(self, columns: int) -> Slots:
         slots = self.pool.take(self.rows, columns)
@@ -101,7 +98,7 @@ class Static:
 
     def _reserve(self, size: int) -> None:
         """Room for `size` more tokens in the slots and in the tables."""
-        if self._longest() + self.n + size > self.slots.capacity:
+        if self.longest + self.n + size > self.slots.capacity:
             before, self.slots = self.slots, self._take(2 * self.slots.capacity)
             for old, new in zip((*before.keys, *before.values), (*self.slots.keys, *self.slots.values), strict=True):
                 new[:, :, : before.capacity] = old
