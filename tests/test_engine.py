@@ -146,6 +146,16 @@ def test_slots_and_tables_grow_and_follow() -> None:
     assert len(pool.pool_of(static.text, static.head).slots) == 1
 
 
+def test_padding_takes_no_columns() -> None:
+    """More padding than the slots have room for: only what is seen goes into them."""
+    model, batch = tiny.build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl", pad=600)
+    static, lean = stepper(model, batch), stepper(model, batch, "lean")
+    assert isinstance(static.lean, Static) and static.lean.slots.capacity == 256
+    for n in (1, 4):
+        tokens = torch.arange(30, 30 + n)[None]
+        torch.testing.assert_close(static.step(tokens), lean.step(tokens), atol=1e-4, rtol=1e-4)
+
+
 def test_bucket_wastes_a_fifth_at_most() -> None:
     for columns in range(1, 9000, 7):
         size = slots.bucket(columns)

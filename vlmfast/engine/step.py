@@ -77,7 +77,7 @@ class Static:
                 keys[:, :, :p], values[:, :, :p] = layer.keys, layer.values
                 layer.keys, layer.values = keys[:, :, :p], values[:, :, :p]  # the prompt is held once
             else:
-                index = order.expand(-1, keys.shape[1], -1, keys.shape[3])
+                index, p = order[:, :, : self.longest].expand(-1, keys.shape[1], -1, keys.shape[3]), self.longest
                 keys[:, :, :p], values[:, :, :p] = layer.keys.gather(2, index), layer.values.gather(2, index)
         self._turn(0)
 
