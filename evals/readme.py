@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from evals import readme_tables, records
+from evals import gpu_tables, readme_tables, records
 from evals.tables import KEEPS
 from vlmfast.cli.errors import application
 
@@ -112,7 +112,7 @@ def build(text: str) -> str:
     for stage, cells in (("encode", encode_cells), ("prefill", prefill_cells)):
         if f"<!-- measured: {stage} -->" in text:
             text = filled(text, stage, cells())
-    for name, (file, table) in readme_tables.TABLES.items():
+    for name, (file, table) in (readme_tables.TABLES | gpu_tables.TABLES).items():
         rows = rows_of(file)
         if rows:
             text = placed(text, name, table(rows))

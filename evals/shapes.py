@@ -74,8 +74,8 @@ QWEN_3B_TWELFTH = replace(
 TOY = Shape("toy", 3, 256, 512, 4, 2, 1000, 3, 128, 256, 4, (2,), (2, 8, 8), 16)
 
 
-def build(shape: Shape, seed: int = 0, dtype: str = "bfloat16") -> Any:
-    """The model, random weights, evaluation mode."""
+def build(shape: Shape, seed: int = 0, dtype: str = "bfloat16", device: str = "cpu") -> Any:
+    """The model, random weights, evaluation mode; made and drawn on the device itself."""
     import torch
     from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -100,9 +100,9 @@ def build(shape: Shape, seed: int = 0, dtype: str = "bfloat16") -> Any:
     config._name_or_path = shape.name
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(config).to(getattr(torch, dtype))
-    model = model.to_empty(device="cpu").eval().requires_grad_(False)
+    model = model.to_empty(device=device).eval().requires_grad_(False)
     model.tie_weights()
-    fill(model, torch.Generator().manual_seed(seed))
+    fill(model, torch.Generator(device).manual_seed(seed))
     restore_tables(model)
     model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0, do_sample=False)
     return model
@@ -136,11 +136,12 @@ def restore_tables(model: Any) -> None:
     """Rotary tables are buffers that a model built without memory does not have: make them anew."""
     for module in model.modules():
         if "inv_freq" in module._buffers:
+            device = module._buffers["inv_freq"].device
             fresh = type(module)(module.config) if hasattr(module, "config") else type(module)(module.dim)
             for name, buffer in fresh._buffers.items():
-                module._buffers[name] = buffer
+                module._buffers[name] = buffer.to(device)
             if "original_inv_freq" not in fresh._buffers and hasattr(fresh, "original_inv_freq"):
-                module.original_inv_freq = fresh.original_inv_freq
+                module.original_inv_freq = fresh.original_inv_freq.to(device)
 
 
 def clip(shape: Shape, seed: int = 0, dtype: str = "bfloat16") -> dict[str, Any]:

@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+import time
 import types
 from collections import Counter
 from collections.abc import Callable
@@ -98,6 +99,15 @@ class CudaTensor(Tensor):
     def pin_memory(self, *args: Any, **kwargs: Any) -> Tensor:
         raise RuntimeError("cannot pin 'cuda' tensor")
 
+    @property
+    def data(self) -> CudaTensor:  # type: ignore[override]
+        return CudaTensor(self.held)
+
+    @data.setter
+    def data(self, value: CudaTensor) -> None:
+        """As on a tensor: other storage for the same object."""
+        self.held = value.held
+
     def __deepcopy__(self, memo: dict) -> CudaTensor:
         _launch()
         return CudaTensor(self.held.clone())
@@ -150,6 +160,11 @@ def _launch() -> None:
 def _wait() -> None:
     if _DEVICE is not None:
         _DEVICE.waits[_asker()] += 1
+
+
+def _copied() -> None:
+    if _DEVICE is not None:
+        _DEVICE.copies[_asker()] += 1
 
 
 # -- operations ------------------------------------------------------------------------------------------------------
@@ -222,6 +237,7 @@ def _check_devices(name: str, args: tuple, hosts: list[Tensor]) -> None:
         indices = {id(i) for i in tree_leaves(args[1])}
         if all(id(h) in indices for h in loose):
             _wait()
+            _copied()
             loose = []
     if loose:
         raise _mixed(name, loose[0])
@@ -249,6 +265,7 @@ def _copy(func: Any, name: str, args: tuple, kwargs: dict) -> Any:
         there = isinstance(source, CudaTensor) if to is None else torch.device(to).type == "cuda"
     here = isinstance(source, CudaTensor)
     if here != there:
+        _copied()
         if blocking or here:  # from the device into memory that is not pinned: the host waits in any case
             _wait()
     elif here:
@@ -276,7 +293,12 @@ def _histc(x: Tensor, bins: int = 100, low: float = 0, high: float = 0) -> Tenso
     return torch.histc(x.float(), bins, low, high).to(x.dtype)
 
 
-TWINS: dict[str, Callable] = {"aten::topk": _topk, "aten::sort": _sort, "aten::histc": _histc}
+def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Half-precision factors, a wider product."""
+    return a.to(dtype) @ b.to(dtype)
+
+
+TWINS: dict[str, Callable] = {"aten::topk": _topk, "aten::sort": _sort, "aten::histc": _histc, "aten::mm.dtype": _mm}
 
 
 def _laid_out(out: Tensor, query: Tensor, layout: str) -> Tensor:
@@ -356,6 +378,33 @@ def _combine(grid: tuple, acc: Tensor, top: Tensor, total: Tensor, rows: Tensor,
     flat = out.view(-1, m, out.shape[-1])
     for entry in range(grid[0]):
         flat[int(rows[entry])] = got[entry].to(out.dtype)
+
+
+def _rms_norm_kernel(grid: tuple, x: Tensor, weight: Tensor, out: Tensor, eps: float, **constants: Any) -> None:
+    wide = x.float()
+    out.copy_(weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype))
+
+
+def _gated_kernel(grid: tuple, gate: Tensor, up: Tensor, out: Tensor, *sizes: int, **constants: Any) -> None:
+    out.copy_((F.silu(gate) * up).view(out.shape))
+
+
+def _rotate_kernel(grid: tuple, qkv: Tensor, cos: Tensor, sin: Tensor, *sizes: int, **constants: Any) -> None:
+    both, half = qkv[:, :2].float(), qkv.shape[-1] // 2
+    turned = torch.cat([-both[..., half:], both[..., :half]], -1)
+    qkv[:, :2] = (both * cos.float()[:, None, None] + turned * sin.float()[:, None, None]).to(qkv.dtype)
+
+
+def _ragged_pieces(q: Any, k: Any, v: Any, bounds: Any, longest: int, scale: float) -> Tensor:
+    """One launch; a piece longer than `longest` would be cut off on a card."""
+    q, k, v, ends = to_host([q, k, v.contiguous(), bounds])
+    _launch()
+    out = torch.empty_like(v)
+    for low, high in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
+        assert high - low <= longest
+        part = (x[low:high].transpose(0, 1)[None] for x in (q, k, v))
+        out[low:high] = _SDPA(*part, scale=scale)[0].transpose(0, 1)
+    return CudaTensor(out)
 
 
 def _step_add_norm(grid: tuple, x: Tensor, y: Tensor, w: Tensor, total: Tensor, out: Tensor, eps: float,
@@ -466,11 +515,28 @@ def _tensor(data: Any, *, dtype: Any = None, device: Any = None, requires_grad: 
     if device is None or torch.device(device).type != "cuda":
         return out
     _wait()
+    _copied()
     return CudaTensor(out)
 
 
 def _empty(*size: Any, pin_memory: bool = False, **more: Any) -> Tensor:
     return _EMPTY(*size, **more)
+
+
+class _Event:
+    """A mark on the device; reading it waits."""
+
+    def __init__(self, **options: Any) -> None:
+        pass
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        _wait()
+
+    def elapsed_time(self, end: _Event) -> float:
+        return (end.at - self.at) * 1e3
 
 
 class PretendCuda(contextlib.AbstractContextManager):
@@ -483,6 +549,7 @@ class PretendCuda(contextlib.AbstractContextManager):
         self.graphed: Counter[str] = Counter()
         self.launches: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
+        self.copies: Counter[str] = Counter()  # tensors that go from host to device or back
 
     def __enter__(self) -> PretendCuda:
         global _DEVICE
@@ -506,7 +573,7 @@ class PretendCuda(contextlib.AbstractContextManager):
         torch._C._set_only_lift_cpu_tensors(True)
         from vlmfast.runtime import clock
 
-        cuda = types.SimpleNamespace(is_available=lambda: True, synchronize=lambda *args: _wait())
+        cuda = types.SimpleNamespace(is_available=lambda: True, synchronize=lambda *args: _wait(), Event=_Event)
         self._patch(clock, "torch", types.SimpleNamespace(cuda=cuda))
         self._patch(torch.cuda, "current_device", lambda: 0)
         from vlmfast.engine import graphs, step
@@ -515,12 +582,23 @@ class PretendCuda(contextlib.AbstractContextManager):
         self._patch(graphs, "graph_memory", lambda: None)
         self._patch(step, "Readback", _Readback)
         with contextlib.suppress(ImportError):
-            from vlmfast.kernels import triton_ragged, triton_step
+            from vlmfast.kernels import triton_ragged, triton_step, triton_vision, vision
 
+            self._patch(triton_vision, "_rms_norm", _Kernel(_rms_norm_kernel))
+            self._patch(triton_vision, "_gated", _Kernel(_gated_kernel))
+            self._patch(triton_vision, "_rotate", _Kernel(_rotate_kernel))
+            self._patch(vision, "ragged_pieces", _ragged_pieces)
             for name, twin in STEP_TWINS.items():
                 self._patch(triton_step, name, _Kernel(twin))
             self._patch(triton_ragged, "_split", _Kernel(_split))
             self._patch(triton_ragged, "_combine", _Kernel(_combine))
+            import pretend_greedy
+
+            from vlmfast.kernels import triton_greedy
+
+            for name, twin in pretend_greedy.KERNELS.items():
+                self._patch(triton_greedy, name, _Kernel(twin))
+            self._patch(triton_greedy, "processors", lambda device: 132)
         return self
 
     def _patch(self, owner: Any, name: str, value: Any) -> None:

@@ -29,10 +29,10 @@ from vlmfast.encode import (
     VisionZip,
 )
 from vlmfast.encode.base import largest_remainder, ranked
-from vlmfast.encode.cdpruner import greedy_map
 from vlmfast.encode.flashvid import attended_and_diverse
 from vlmfast.encode.hired import parts
 from vlmfast.encode.vcast import curvature
+from vlmfast.kernels import greedy
 from vlmfast.plan import Plan, preset
 
 D = 12
@@ -305,7 +305,12 @@ def test_diverse_sets_take_one_of_each_cluster(method: Any) -> None:
     assert sorted((kept // 8).tolist()) == list(range(6))
 
 
-def test_greedy_map_equals_determinants() -> None:
+def picks(left: Tensor) -> list[int]:
+    """The picks in their order, of what a greedy rule returns."""
+    return sorted((left < 0).nonzero()[:, 0].tolist(), key=lambda i: -float(left[i]))
+
+
+def test_most_probable_equals_determinants() -> None:
     """Every step takes the token that makes the kernel's principal minor largest."""
     x = torch.randn(14, 9, dtype=torch.float64)
     kernel = x @ x.T
@@ -315,7 +320,8 @@ def test_greedy_map_equals_determinants() -> None:
             i: float(torch.linalg.det(kernel[[*chosen, i]][:, [*chosen, i]])) for i in range(14) if i not in chosen
         }
         chosen.append(max(minors, key=minors.__getitem__))
-    assert greedy_map(x, 7)[0].tolist() == chosen
+    for left in (greedy.most_probable_rows(x, kernel.diagonal(), 7), greedy.most_probable_plain(kernel, 7)):
+        assert picks(left) == chosen
 
 
 def test_cdpruner_leans_to_the_question() -> None:

@@ -245,20 +245,6 @@ def test_rounds_without_a_draft_count_in_the_replay() -> None:
     assert per_round([0.5, 0.5], 0.5) == (0.5, 0.5)
 
 
-def test_gpu_suite_runs_dry(tmp_path: Path) -> None:
-    from evals import gpu
-    from evals.shapes import TOY
-
-    saved: list[int] = []
-    record = gpu.measure(TOY, "cpu", 5, lambda r: saved.append(len(r["rows"])), dry=True)
-    assert record["skipped"] == [] and "failed" not in record["stream"] and all(k["ok"] for k in record["kernels"])
-    assert {r["name"] for r in record["rows"]} == set(gpu.METHODS) and saved[-1] == len(record["rows"])
-    rows = {(r["name"], r["params"]["batch"]): r["metrics"] for r in record["rows"]}
-    assert rows["vidcom2-25", 2]["kept_tokens"] == 2 * 160 and rows["exact", 1]["verify_rounds"] >= 1
-    assert rows["snapkv-10", 1]["kv_fast_bytes"] < 0.3 * rows["plain", 1]["kv_fast_bytes"]
-    gpu.show(record)
-
-
 def test_no_two_series_look_alike() -> None:
     from vlmfast.curves import look
 

@@ -16,9 +16,10 @@ from vlmfast.core import StageDidNotFire, Unsupported, parse_bytes
 from vlmfast.decode_loop import put_loop
 from vlmfast.plan import Plan, resolve
 from vlmfast.preconditions import MARK, check_model, refuse_call, refuse_copy, unwrap
-from vlmfast.report import Report
+from vlmfast.report import Report, why_all_kept
 from vlmfast.runtime.columns import ColumnHooks
 from vlmfast.runtime.compiled import checked, observed, refuse_compiled
+from vlmfast.runtime.fast_tower import FastTower, fast_modules, fresh_lengths
 from vlmfast.runtime.gaze import Gaze
 from vlmfast.runtime.inner import InnerHooks
 from vlmfast.runtime.meter import Meter, cache_counts
@@ -38,6 +39,7 @@ def accelerate(
     prune: Any = None,
     kv: Any = None,
     speculate: Any = None,
+    tower: str | None = None,
     reuse: int | str | None = None,
     replace: bool = False,
 ) -> Accelerated:
@@ -45,6 +47,7 @@ def accelerate(
 
     model: a transformers VLM (see `families.supported()`), or one wrapped by PEFT. plan: a Plan, a preset's name
     ("safe", "balanced", "fast"), a plan file, or JSON. prune, kv, speculate: method objects that replace the plan's.
+    tower: "fast" or "stock", see `Plan`; with anything asked it is fast.
     reuse: bytes (or "1GiB") for encoded media kept between calls: a second question about the same pixels skips the
     tower, and, where the prompt up to the media is the same too, their prefill (one row at a time).
     replace: take an earlier handle off this model first, as a notebook cell that runs twice must.
@@ -56,7 +59,7 @@ def accelerate(
             "an open StreamSession uses this model, and would run through the hooks: give the session plan=..., or "
             "close it first"
         )
-    return Accelerated(model, resolve(plan, prune=prune, kv=kv, speculate=speculate), reuse, replace)
+    return Accelerated(model, resolve(plan, prune=prune, kv=kv, speculate=speculate, tower=tower), reuse, replace)
 
 
 class Accelerated:
@@ -97,6 +100,7 @@ class Accelerated:
             patch.set(model, name, refuse_copy)
         if self.hooked:
             patch.call(lock_functions(model))
+        self.tower: FastTower | None = fast_modules(model, self.family, patch) if plan.fast_tower else None
         between = hasattr(plan.prune, "cuts")  # acts between layers of the language model; may hold a first pruner
         outer = plan.prune.prune if between else plan.prune
         self.columns = ColumnHooks(model, self.family, outer)
@@ -137,7 +141,7 @@ class Accelerated:
         pruners = (outer, getattr(draft, "prune", None))
         blocks = [b for p in pruners if (b := getattr(p, "after_block", None)) is not None]
         if any(b != "auto" or self.family.tower_pruning for b in blocks):
-            tower = TowerHooks(model, self.family, self.columns)
+            tower = TowerHooks(model, self.family, self.columns, self.tower)
             tower.install(patch)
             tower.check()
         if self.hooked:
@@ -184,6 +188,8 @@ class Accelerated:
                 if self.draft is not None:
                     held.enter_context(model_lock(self.draft.model))
                 held.enter_context(self._call())
+                if self.plan.fast_tower:
+                    held.enter_context(fresh_lengths(next(self.model.parameters()).device))
                 return self._generate(inner, args, kwargs)
 
         return generate
@@ -191,7 +197,7 @@ class Accelerated:
     @contextmanager
     def _call(self) -> Iterator[None]:
         """Around one call: its own state, also for a call made by a streamer or processor of another one."""
-        held: list[Any] = [self.columns, self.meter, self.columns.gaze, self.columns.attention, self._reuse]
+        held: list[Any] = [self.columns, self.meter, self.columns.gaze, self.columns.attention, self._reuse, self.tower]
         before = [
             (owner, {name: _held(getattr(owner, name)) for name in owner.per_call})
             for owner in held
@@ -259,7 +265,7 @@ class Accelerated:
             elif not stats["visual_tokens"]:
                 raise StageDidNotFire("visual tokens were in the prompt but the pruner never saw them")
             elif stats["kept_tokens"] == stats["visual_tokens"]:
-                notes.append(self._why_all(stats["visual_tokens"]))
+                notes.append(why_all_kept(self.plan.prune, self.columns.media, stats["visual_tokens"]))
         sequences = getattr(out, "sequences", out)
         prompt = ids.shape[1] if ids is not None else 0
         prefill, decode = self.meter.timings(max(0, sequences.shape[1] - prompt))
@@ -270,14 +276,12 @@ class Accelerated:
             notes.append("use_cache=False: every step is a prefill; times are of the first")
         shown = ("visual_tokens", "kept_tokens", "encode_ms", "select_ms", "tower_block")
         encode = {k: stats[k] for k in shown if k in stats}
+        if self.tower is not None and stats["encode_ms"]:
+            encode |= self.tower.report()
+            notes += self.tower.notes()
+        elif self.plan.tower == "fast" and not self.family.tower_loops:
+            notes.append("tower: one call a layer already, left as it is")
         self.report = Report(encode, prefill, decode | self._stage["decode"], notes)
-
-    def _why_all(self, tokens: int) -> str:
-        """Why the pruner kept everything."""
-        least = getattr(self.plan.prune, "least", 0)
-        if all(item.n <= least for items in self.columns.media.values() for item in items):
-            return f"prune: {tokens:,} visual tokens, no image or video has more than least={least}, all kept"
-        return f"prune: {self.plan.prune.name} kept every token of this media"
 
     # -- life --------------------------------------------------------------------------------------------------------
 

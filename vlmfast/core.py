@@ -131,6 +131,14 @@ class LowRank:
 
 
 @dataclass
+class Held:
+    """The columns of one batch row that are not padding."""
+
+    columns: Tensor  # (n,) int64
+    where: slice | Tensor  # the same, the cheapest way to index with them
+
+
+@dataclass
 class LayerView:
     """One layer's cache right after its prefill attention, as a KV policy sees it."""
 
@@ -144,6 +152,8 @@ class LayerView:
     queries: Tensor | None = None  # (B, W) bool: which of the window's queries count: text after the media
     rotation: Rotation | None = None  # None where the rotation of every column is not known
     rank: int | None = None  # this layer's place among those, where some are left alone; None = `layer`
+    held: list[Held] | None = None  # per batch row, as the host knows it; None = to be read from `kinds`
+    picked: list[Tensor] | None = None  # per batch row, places (n,) int64 of the queries that count, as `queries` says
 
 
 @dataclass(frozen=True)

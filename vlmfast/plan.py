@@ -16,17 +16,25 @@ from vlmfast.files import write_text
 
 PRESETS = ("safe", "balanced", "fast")
 STAGES = ("prune", "kv", "speculate")
+TOWERS = ("fast", "stock")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """prune: which visual tokens go on. kv: which keys/values stay. speculate: how tokens are guessed and verified."""
+    """prune: which visual tokens go on. kv: which keys/values stay. speculate: how tokens are guessed and verified.
+
+    tower: "fast" (the vision tower without its loops, see `runtime.fast_tower`) or "stock" (as transformers has it);
+    None is "fast" as soon as anything else is asked.
+    """
 
     prune: Any = None
     kv: Any = None
     speculate: Any = None
+    tower: str | None = None
 
     def __post_init__(self) -> None:
+        if self.tower is not None and self.tower not in TOWERS:
+            raise UserError(f"tower={shown(self.tower)} is not known; use {' or '.join(map(repr, TOWERS))}")
         for stage in STAGES:
             value = getattr(self, stage)
             methods = _methods(stage) if value is not None else {}
@@ -44,20 +52,27 @@ class Plan:
     def __str__(self) -> str:
         """The stages asked for, with the fields that are not at their defaults: `prune vidcom2 keep=0.4`."""
         stages = [f"{stage} {_summary(value)}" for stage in STAGES if (value := getattr(self, stage)) is not None]
+        stages += [] if self.tower is None else [f"tower {self.tower}"]
         return ", ".join(stages) or "nothing asked"
 
     def json(self) -> dict[str, Any]:
         """Plain-JSON form; `Plan.from_json` reads it back."""
         return {f.name: to_json(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
+    @property
+    def fast_tower(self) -> bool:
+        """Does the fast tower run: asked for, or not refused where a stage is asked for?"""
+        return self.tower == "fast" or (self.tower is None and any(getattr(self, stage) for stage in STAGES))
+
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Plan:
         """Rebuild a plan from `json()`'s form. Raises UserError naming the unknown stage, method or field."""
+        known = (*STAGES, "tower")
         if not isinstance(data, dict):
-            raise UserError(f"a plan is a JSON object with the keys {', '.join(STAGES)}, not {shown(data)}")
+            raise UserError(f"a plan is a JSON object with the keys {', '.join(known)}, not {shown(data)}")
         for stage in data:
-            if stage not in STAGES:
-                raise UserError(f"unknown plan field {shown(stage)}; known: {', '.join(STAGES)}")
+            if stage not in known:
+                raise UserError(f"unknown plan field {shown(stage)}; known: {', '.join(known)}")
         return cls(**{stage: _build(stage, value) for stage, value in data.items()})
 
     def save(self, path: str | Path) -> None:
@@ -115,7 +130,11 @@ def resolve(plan: Plan | str | Path | dict | None, **stages: Any) -> Plan:
         raise UserError(
             f"plan={shown(plan)}: give a Plan, a preset's name ({', '.join(PRESETS)}), a plan file (.json) or a dict"
         )
-    given = {k: parse(k, v) if isinstance(v, str) else _build(k, v) for k, v in stages.items() if v is not None}
+    given = {
+        k: parse(k, v) if isinstance(v, str) and k in STAGES else _build(k, v)
+        for k, v in stages.items()
+        if v is not None
+    }
     return dataclasses.replace(plan, **given) if given else plan
 
 

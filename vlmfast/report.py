@@ -53,3 +53,11 @@ class Report:
                     line += f", {d['graph_captures']} graphs captured in {d['capture_ms']:,.0f} ms"
             lines.append(line)
         return "\n".join(lines + [f"note     {n}" for n in self.notes])
+
+
+def why_all_kept(pruner: Any, media: dict[str, list[Any]], tokens: int) -> str:
+    """The note of a call whose pruner kept everything. media: per kind, items with `.n` visual tokens each."""
+    least = getattr(pruner, "least", 0)
+    if all(item.n <= least for items in media.values() for item in items):
+        return f"prune: {tokens:,} visual tokens, no image or video has more than least={least}, all kept"
+    return f"prune: {pruner.name} kept every token of this media"

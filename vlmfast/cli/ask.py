@@ -19,6 +19,7 @@ def ask(
     prune: options.Prune = None,
     kv: options.KV = None,
     speculate: options.Speculation = None,
+    tower: options.Tower = None,
     preset: options.Preset = None,
     plan: options.PlanFile = None,
     frames: options.Frames = None,
@@ -34,7 +35,7 @@ def ask(
     """Ask a question of a picture or a video."""
     from vlmfast.core import UserError
 
-    chosen = options.plan(preset, plan, prune, kv, speculate)
+    chosen = options.plan(preset, plan, prune, kv, speculate, tower)
     pictures = options.images(image)
     clip = options.video(video, frames, fps, select, backend)
     if not pictures and clip is None:

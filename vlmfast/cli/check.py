@@ -29,6 +29,7 @@ def check(
     prune: options.Prune = None,
     kv: options.KV = None,
     speculate: options.Speculation = None,
+    tower: options.Tower = None,
     preset: options.Preset = None,
     plan: options.PlanFile = None,
     frames: options.Frames = None,
@@ -43,9 +44,9 @@ def check(
     as_json: options.Json = False,
 ) -> None:
     """Check the laws on your own checkpoint and time it before and after."""
-    if all(v is None for v in (preset, plan, prune, kv, speculate)):
+    if all(v is None for v in (preset, plan, prune, kv, speculate, tower)):
         prune, speculate = TIMED  # a preset might leave a small picture alone
-    chosen = options.plan(preset, plan, prune, kv, speculate)
+    chosen = options.plan(preset, plan, prune, kv, speculate, tower)
     media: dict[str, Any] = {"images": options.images(image)}
     media["video"] = options.video(video, frames, fps, select, backend)
     if not media["images"] and media["video"] is None:

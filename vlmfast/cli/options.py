@@ -18,6 +18,7 @@ VideoPath = Annotated[Path | None, typer.Option("--video", help="a video file, o
 Prune = Annotated[str | None, typer.Option("--prune", help="visual tokens kept, e.g. vidcom2:keep=0.25")]
 KV = Annotated[str | None, typer.Option("--kv", help="keys and values kept, e.g. hybridkv:keep=0.1")]
 Speculation = Annotated[str | None, typer.Option("--speculate", help="drafting, e.g. speculate:draft=promptlookup")]
+Tower = Annotated[str | None, typer.Option("--tower", help="the vision tower: fast (where anything is asked) or stock")]
 Preset = Annotated[str | None, typer.Option("--preset", help="safe, balanced or fast")]
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="a plan file (JSON)")]
 Frames = Annotated[int | None, typer.Option("--frames", min=1, help="frames taken evenly from the video (default 16)")]
@@ -45,6 +46,7 @@ def plan(
     prune: str | None = None,
     kv: str | None = None,
     speculate: str | None = None,
+    tower: str | None = None,
 ) -> Plan:
     """The plan that the options describe: a preset or a plan file, with single stages replaced."""
     from vlmfast.core import UserError
@@ -55,7 +57,7 @@ def plan(
         raise UserError("--preset and --plan exclude each other: give one")
     base = Plan.load(file) if file is not None else named(preset) if preset is not None else None
     stages = {"prune": prune, "kv": kv, "speculate": speculate}
-    return resolve(base, **{k: parse(k, v) for k, v in stages.items() if v is not None})
+    return resolve(base, **{k: parse(k, v) for k, v in stages.items() if v is not None}, tower=tower)
 
 
 def load(model: str, dtype: str, device: str | None, device_map: str | None = None) -> Loaded:

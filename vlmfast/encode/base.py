@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vlmfast.core import Unsupported, UserError, VisualTokens, check_fraction
 from vlmfast.fields import Method
-from vlmfast.kernels import highest, ranking
+from vlmfast.kernels import ranking
 
 
 @dataclass(frozen=True)
@@ -120,16 +120,16 @@ def ranked(score: Tensor, frame: Tensor, budget: int, floor: int, per_frame: Ten
     score, frame: (N,). No host sync: a token's rank inside its frame lifts it into a higher class of the top-k.
     """
     order = ranking(score)
+    n = len(order)
     by_frame = order[frame[order].argsort(stable=True)]  # frames ascending, best first within each
     sorted_frame = frame[by_frame]
-    start = torch.searchsorted(sorted_frame, sorted_frame)
-    rank = torch.empty_like(by_frame)
-    rank[by_frame] = torch.arange(len(by_frame), device=score.device) - start
-    quota = torch.full_like(frame, floor) if per_frame is None else per_frame.clamp(min=floor)[frame]
-    overall = torch.empty_like(order)
-    overall[order] = torch.arange(len(order), 0, -1, device=score.device)
-    lifted = overall + (rank < floor).long() * (2 * len(order)) + (rank < quota).long() * (2 * len(order))
-    return highest(lifted, budget)
+    rank = torch.arange(n, device=score.device).sub_(torch.searchsorted(sorted_frame, sorted_frame))
+    place = order.argsort()[by_frame].add_(rank < floor, alpha=-2 * n)
+    if per_frame is None:
+        place.add_(rank < floor, alpha=-2 * n)
+    else:
+        place.add_(rank < per_frame.clamp(min=floor)[sorted_frame], alpha=-2 * n)
+    return by_frame[place.argsort()[:budget]]
 
 
 def frame_means(features: Tensor, frame: Tensor, t: int) -> Tensor:

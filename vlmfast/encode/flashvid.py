@@ -11,7 +11,8 @@ from torch.nn.functional import normalize
 
 from vlmfast.core import VisualTokens, check_fraction
 from vlmfast.encode.base import Pruner, frame_means
-from vlmfast.kernels import highest, ranking
+from vlmfast.encode.greedy import LATTICE, in_order, unit_rows
+from vlmfast.kernels import greedy, highest, ranking
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class FlashVID(Pruner):
 
     def select_body(self, tokens: VisualTokens, budget: int) -> Tensor:
         t, n = tokens.frames, tokens.n // tokens.frames
-        x = normalize(tokens.features.float(), dim=-1).nan_to_num_().view(t, n, -1)
+        x = unit_rows(tokens.features).view(t, n, -1)
         each = max(min(self.floor, budget // t), int(self.alpha * budget) // t)
         taken = attended_and_diverse(x, self.need(tokens, "attention").float().view(t, n), each)
         rank = self._roots_first(x, taken, tokens)
@@ -72,19 +73,16 @@ class FlashVID(Pruner):
 def attended_and_diverse(x: Tensor, attention: Tensor, k: int) -> Tensor:
     """(t, n) bool: k tokens of every frame by farthest-point selection, gaps weighted by attention.
 
-    x: (t, n, D) unit rows; attention: (t, n). The first token of a frame is the most attended.
+    x: (t, n, D) unit rows; attention: (t, n). The first token of a frame is the most attended; where nothing new is
+    left, the rest goes by attention, then evenly over the frame (`encode/greedy.py`).
     """
     t, n, _ = x.shape
     weight = attention / attention.amax(1, keepdim=True).clamp(min=1e-12)
-    distance = 1 - x @ x.transpose(1, 2)
-    taken = torch.zeros(t, n, dtype=torch.bool, device=x.device)
-    gap = torch.full_like(weight, 2.0)
-    frames = torch.arange(t, device=x.device)
-    for _ in range(k):
-        best = (gap.clamp(min=0) * weight).masked_fill(taken, -1).argmax(1)
-        taken[frames, best] = True
-        gap = torch.minimum(gap, distance[frames, best])
-    return taken
+    left = greedy.farthest(1 - x @ x.transpose(1, 2), weight, weight, k)
+    if left.device.type == "cpu" and bool(((left < 0).sum(1) == k).all()):  # where looking costs nothing
+        return left < 0
+    order = in_order(left, weight, torch.arange(n, device=x.device, dtype=torch.float64).mul_(LATTICE[1]).frac_())
+    return torch.zeros(t, n, dtype=torch.bool, device=x.device).scatter_(1, order[:, :k], True)
 
 
 def density_peaks(x: Tensor, among: Tensor, k: int = 7) -> Tensor:

@@ -44,8 +44,8 @@ class IVCPrune(Pruner):
         axes = max(1, min(round(self.coordinates * tokens.n), budget // 2)) // 2 * 2 or 1
         cos, sin = self.need(tokens, "rope").float()
         rank = torch.zeros(tokens.n, device=cos.device)
-        rank[highest(cos, (axes + 1) // 2)] = 4
-        rank[highest(sin.masked_fill(rank > 0, float("-inf")), axes // 2)] = 4
+        rank.index_fill_(0, highest(cos, (axes + 1) // 2), 4)
+        rank.index_fill_(0, highest(sin.masked_fill(rank > 0, float("-inf")), axes // 2), 4)
         # the other pruner's best go next; what it keeps of a whole budget fills up for those it shares with the axes
         if budget > axes:
             rank[self.prune.select_body(tokens, budget - axes)] += 2

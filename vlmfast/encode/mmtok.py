@@ -11,7 +11,8 @@ from torch.nn.functional import normalize
 
 from vlmfast.core import UserError, VisualTokens
 from vlmfast.encode.base import Pruner
-from vlmfast.encode.maxmin import with_floor
+from vlmfast.encode.greedy import cosines, kept_set, unit_rows
+from vlmfast.kernels import greedy
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,10 @@ class MMTok(Pruner):
     mean over question tokens of their best match + `alpha` * mean over visual tokens of their best match,
     where a match is the softmax over visual tokens of cosine / temperature (0.02 from text, 0.2 from vision).
 
-    Similarities are taken between embeddings as the language model reads them. K steps of one (Q + N, N) maximum: the
-    dearest of the attention-free rules at thousands of tokens.
+    Similarities are taken between embeddings as the language model reads them; a token's gain is summed in whole units
+    of 2**-58, so that every device picks the same of the same matches. A pick costs the rows that it covers better.
+    Where no token adds anything, the rest goes by relevance to the question, then evenly over time
+    (`encode/greedy.py`).
     """
 
     alpha: float = 0.5
@@ -37,23 +40,21 @@ class MMTok(Pruner):
 
     def matches(self, tokens: VisualTokens) -> Tensor:
         """(Q + N, N): how well each visual token (column) stands for each question or visual token (row), weighted."""
-        x = normalize(tokens.features.float(), dim=-1)
-        q = normalize(self.need(tokens, "question").float(), dim=-1)
-        text = (q @ x.T / self.text_temperature).softmax(-1) / len(q)
-        vision = (x @ x.T / self.vision_temperature).softmax(-1) / len(x)
-        return torch.cat([text, self.alpha * vision])
+        question, vision = self._matches(tokens)
+        return torch.cat([question, vision])
+
+    def _matches(self, tokens: VisualTokens) -> tuple[Tensor, Tensor]:
+        rows = unit_rows(tokens.features)
+        cos = cosines(tokens.features, rows)
+        text = normalize(self.need(tokens, "question").to(rows.dtype), dim=-1) @ rows.T
+        question = text.div_(self.text_temperature).softmax(-1).div_(len(text))
+        return question, cos.div_(self.vision_temperature).softmax(-1).mul_(self.alpha / len(cos))
 
     def select_body(self, tokens: VisualTokens, budget: int) -> Tensor:
-        matches = self.matches(tokens).T.contiguous()  # (N, Q + N): one candidate per row
-        covered = matches.new_zeros(matches.shape[1])
-        taken = torch.zeros(tokens.n, dtype=torch.bool, device=matches.device)
-        chosen = torch.empty(budget, dtype=torch.long, device=matches.device)
-        gain = matches.sum(1)
-        for i in range(budget):
-            if i:
-                gain = (matches - covered).clamp_(min=0).sum(1)
-            best = gain.masked_fill(taken, -1).argmax()[None]
-            chosen[i : i + 1] = best
-            taken.index_fill_(0, best, True)
-            covered = torch.maximum(covered, matches.index_select(0, best)[0])
-        return with_floor(chosen, gain.masked_fill(taken, -1), tokens.frame, tokens.frames, self.floor)
+        question, vision = self._matches(tokens)
+        matches = torch.cat([question, vision]).T.contiguous()  # (N, Q + N): one candidate per row
+        if self.alpha > 16:  # sums stay below 32, the largest that is counted
+            matches *= 16 / self.alpha
+        relevance = question.sum(0)
+        left = greedy.coverage(matches, budget)
+        return kept_set(left, tokens.frame, relevance / relevance.max(), budget, self.floor)

@@ -49,6 +49,8 @@ class PixelPrune(Pruner):
         x = self.need(tokens, "pixels")
         t, h, w = tokens.grid
         at = torch.arange(t * h * w, device=x.device).view(t, h, w)
+        if self.threshold == 0:  # what stands for a token equals it: every token by its own neighbours, all at once
+            return self._repeats(x, at).flatten()
         source = at.clone()  # whose pixels stand for each token, once it is settled
         error = torch.full((t, h, w), float("inf"), device=x.device)
         for d in range(1, h + w - 1):  # a diagonal depends on the two before it only
@@ -64,6 +66,17 @@ class PixelPrune(Pruner):
             error[:, rows, columns] = off = _distance(x, here, guess)
             source[:, rows, columns] = torch.where(off > self.threshold, here, guess)
         return error.flatten()
+
+    def _repeats(self, x: Tensor, at: Tensor) -> Tensor:
+        """`error` where only exact repeats are foretold. at (t, h, w): each token's row of x."""
+        _, h, w = at.shape
+        rows, columns = torch.arange(h, device=x.device)[:, None], torch.arange(w, device=x.device)
+        up, back = (rows - 1).clamp(min=0), (columns - 1).clamp(min=0)
+        left, above, corner = at[:, rows, back], at[:, up, columns], at[:, up, back]
+        edge = (_distance(x, corner, left) <= 0) & (_distance(x, corner, above) > 0)
+        error = _distance(x, at, torch.where((edge & (rows > 0)) | (columns == 0), above, left))
+        error[:, 0, 0] = float("inf")
+        return error
 
 
 def _distance(x: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -23,4 +23,4 @@ class Random(Pruner):
     def score(self, tokens: VisualTokens) -> Tensor:
         # drawn on the CPU so that every device keeps the same tokens
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + tokens.n)
-        return torch.rand(tokens.n, generator=generator).to(tokens.features.device)
+        return torch.rand(tokens.n, generator=generator).to(tokens.features.device, non_blocking=True)

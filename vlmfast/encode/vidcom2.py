@@ -51,5 +51,5 @@ class VidCom2(Pruner):
 
 def gaussians(distance: Tensor) -> Tensor:
     """Sum of exp(-d / (2 a)) over widths a = 2^-3 ... 2^1."""
-    widths = torch.tensor([0.125, 0.25, 0.5, 1.0, 2.0], device=distance.device)
+    widths = torch.arange(-3.0, 2.0, device=distance.device).exp2_()
     return torch.exp(-distance[..., None] / (2 * widths)).sum(-1)

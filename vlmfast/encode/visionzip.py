@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 
 from vlmfast.core import Unsupported, VisualTokens, check_fraction
 from vlmfast.encode.base import Pruner, ranked, without_separators
+from vlmfast.kernels import ranking
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,5 @@ class VisionZip(Pruner):
 
 def rest_of(n: int, chosen: Tensor) -> Tensor:
     """The indices in 0 ... n - 1 that are not in `chosen`, ascending."""
-    free = torch.ones(n, dtype=torch.bool, device=chosen.device)
-    free[chosen] = False
-    return free.nonzero()[:, 0]
+    free = torch.ones(n, dtype=torch.bool, device=chosen.device).index_fill_(0, chosen, False)
+    return ranking(free)[: n - len(chosen)]

@@ -27,6 +27,7 @@ class Family:
     model_types: tuple[str, ...] = ()
     rope_axes: int = 1  # 1, or 3 under M-RoPE
     media: tuple[str, ...] = ("image",)
+    tower_loops: bool = False  # does the tower attend piece by piece (windows, frames) of one packed sequence?
     tower_pruning: bool = False  # can a pruner act inside the tower (`after_block`)?
     recurrent: bool = False  # do some text layers keep a running state, which no token can be taken out of?
 

@@ -15,6 +15,7 @@ class Qwen(Family):
     model_types: tuple[str, ...] = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
     rope_axes = 3
     media = ("image", "video")
+    tower_loops = True
     tower_pruning = True
 
     def tower(self, model: nn.Module) -> nn.Module:

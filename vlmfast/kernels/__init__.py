@@ -7,10 +7,11 @@ from typing import Literal
 from torch import Tensor
 
 from vlmfast.core import UserError
-from vlmfast.kernels import cpu, reference
+from vlmfast.kernels import cpu, greedy, reference
 from vlmfast.kernels.cpu import chunk_scores
 from vlmfast.kernels.ranking import highest, ranking
 from vlmfast.kernels.reference import Ragged, dequantise, quantise
+from vlmfast.kernels.vision import fused, gated, rms_norm, rotated
 
 Backend = Literal["reference", "cpu", "triton"]
 
@@ -60,9 +61,16 @@ def window_attention(query: Tensor, keys: Tensor, scaling: float, visible: Tenso
     return cpu.window_attention(query, keys, scaling, visible)
 
 
-def window_mean(query: Tensor, keys: Tensor, scaling: float, visible: Tensor, queries: Tensor) -> Tensor:
-    """(B, H, 1, L) float32 mean over the queries that count, see `reference.window_mean`."""
-    return cpu.window_mean(query, keys, scaling, visible, queries)
+def window_mean(
+    query: Tensor,
+    keys: Tensor,
+    scaling: float,
+    visible: Tensor | None,
+    queries: Tensor,
+    picked: list[Tensor] | None = None,
+) -> Tensor:
+    """(B, H, 1, L) float32 mean over the queries that count, see `reference.window_mean` and `cpu.window_mean`."""
+    return cpu.window_mean(query, keys, scaling, visible, queries, picked)
 
 
 __all__ = [
@@ -70,10 +78,15 @@ __all__ = [
     "Ragged",
     "chunk_scores",
     "dequantise",
+    "fused",
+    "gated",
+    "greedy",
     "highest",
     "quantise",
     "ragged_attention",
     "ranking",
+    "rms_norm",
+    "rotated",
     "window_attention",
     "window_mean",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vlmfast.kernels.reference import Ragged
 
+AT_ONCE = 2**26  # attention weights held at once on CUDA
 SLACK = 8  # up to 1/SLACK of what is read may be free slots, if that makes one dense tensor of several rows
 
 
@@ -107,17 +108,29 @@ def chunk_scores(query: Tensor, representatives: Tensor) -> Tensor:
     return _matmul(query, representatives.transpose(1, 2)).amax(1).float()
 
 
-def window_mean(query: Tensor, keys: Tensor, scaling: float, visible: Tensor, queries: Tensor) -> Tensor:
-    """See `reference.window_mean`: one (batch row, key head) at a time, so that memory stays W * L per group."""
+def window_mean(
+    query: Tensor,
+    keys: Tensor,
+    scaling: float,
+    visible: Tensor | None,
+    queries: Tensor,
+    picked: list[Tensor] | None = None,
+) -> Tensor:
+    """See `reference.window_mean`: some key heads of a batch row at a time, on a CPU one, so that memory stays W * L.
+
+    picked: the places that `queries` says, so that nothing waits.
+    """
     b, h, w, _ = query.shape
     hk, n = keys.shape[1], keys.shape[2]
     out = torch.empty(b, h, 1, n, dtype=torch.float32, device=query.device)
     group = h // hk
+    step = max(1, AT_ONCE // (group * w * n)) if query.is_cuda else 1
     for i in range(b):
-        count = queries[i].nonzero()[:, 0]
-        for j in range(hk):
-            heads = slice(j * group, (j + 1) * group)
-            weights = window_attention(query[i : i + 1, heads], keys[i : i + 1, j : j + 1], scaling, visible[i : i + 1])
+        count = queries[i].nonzero()[:, 0] if picked is None else picked[i]
+        seen = None if visible is None else visible[i : i + 1]
+        for j in range(0, hk, step):
+            heads = slice(j * group, (j + step) * group)
+            weights = window_attention(query[i : i + 1, heads], keys[i : i + 1, j : j + step], scaling, seen)
             out[i, heads, 0] = weights[0, :, count].mean(1) if len(count) < w else weights[0].mean(1)
     return out
 

@@ -89,7 +89,7 @@ def window_attention(query: Tensor, keys: Tensor, scaling: float, visible: Tenso
     return scores.softmax(-1).nan_to_num(0.0)
 
 
-def window_mean(query: Tensor, keys: Tensor, scaling: float, visible: Tensor, queries: Tensor) -> Tensor:
+def window_mean(query: Tensor, keys: Tensor, scaling: float, visible: Tensor | None, queries: Tensor) -> Tensor:
     """Mean of `window_attention` over the queries that count: (B, H, 1, L) float32. queries (B, W) bool."""
     weights = window_attention(query, keys, scaling, visible) * queries[:, None, :, None]
     return weights.sum(2, keepdim=True) / queries.sum(1)[:, None, None, None]

@@ -136,9 +136,8 @@ class KVPolicy(Method):
         """One layer from the choices of its rows; None = the row stays whole."""
         b, hk, _, _ = view.keys.shape
         keep: list[Tensor] = []
-        device = view.keys.device
-        dynamic = torch.zeros(b * hk, dtype=torch.bool, device=device)
-        budget = torch.zeros(b * hk, dtype=torch.int64, device=device)
+        dynamic = torch.zeros(b * hk, dtype=torch.bool)  # on the host, which reads them
+        budget = torch.zeros(b * hk, dtype=torch.int64)
         merged: list[tuple[Tensor, Tensor] | None] = []
         mass: list[Tensor | None] = []
         low: list[Tensor] = []
@@ -238,16 +237,18 @@ def max_pool(scores: Tensor, width: int) -> Tensor:
 
 def real_columns(view: LayerView) -> list[Tensor]:
     """Columns of every batch row that are not padding, int64."""
+    if view.held is not None:
+        return [held.columns for held in view.held]
     return [(kinds != Kind.PAD).nonzero()[:, 0] for kinds in view.kinds]
 
 
 def row_of(view: LayerView, i: int, columns: Tensor) -> Row:
-    n = len(columns)
-    first = int(columns[0])
-    where = slice(first, first + n) if int(columns[-1]) - first == n - 1 else columns
+    where = columns if view.held is None else view.held[i].where
     window = None
     if view.window is not None and view.queries is not None:
-        window = view.window[i][:, view.queries[i]][..., where]
+        picked = view.queries[i] if view.picked is None else view.picked[i]
+        window = view.window[i] if view.window.shape[2] == 1 else view.window[i][:, picked]
+        window = window[..., where]
     kinds = view.kinds[i, where]
     row = Row(view.keys[i][:, where], view.values[i][:, where], kinds, window, view.layer, view.layers, rank=view.rank)
     if view.rotation is not None:

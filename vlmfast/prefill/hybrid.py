@@ -116,14 +116,14 @@ class HybridKV(KVPolicy):
         return (torch.where(visual, score, score + 1e3) if self.text_first else score), ties
 
     def choose(self, row: Row) -> Choice:
-        sigma = self.concentration(row)
-        dynamic = self.classify(sigma).cpu()
+        sigma = self.concentration(row).cpu()  # the one wait of a layer
+        dynamic = self.classify(sigma)
         heads, total = len(sigma), self.total(row.n)
         count = int(dynamic.sum())
         static_columns, dynamic_columns = by_type(
             total, heads, count, self.ratio, self.sinks + self.recent, self.least()
         )
-        weights = {"broad": 1 - sigma, "sparse": sigma, "equal": torch.ones_like(sigma)}[self.share].cpu()
+        weights = {"broad": 1 - sigma, "sparse": sigma, "equal": torch.ones_like(sigma)}[self.share]
         budget = torch.zeros(heads, dtype=torch.int64)
         if count:
             budget[dynamic] = min(row.n, dynamic_columns // count)
@@ -135,7 +135,7 @@ class HybridKV(KVPolicy):
         everything = torch.arange(row.n, device=scores.device)
         keep = [everything if dynamic[h] else best(scores[h], int(budget[h]), ties[h]) for h in range(heads)]
         stats = {"concentration": sigma.tolist(), "dynamic": dynamic.tolist(), "budget": budget.tolist()}
-        return Choice(keep, dynamic.to(scores.device), budget.to(scores.device), stats)
+        return Choice(keep, dynamic, budget, stats)
 
 
 def _rank(x: Tensor, tiebreak: Tensor | None = None) -> Tensor:

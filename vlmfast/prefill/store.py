@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.kernels import Ragged, dequantise, quantise
+from vlmfast.runtime.pieces import to_device
 
 _BUFFERS = ("keys", "values", "positions", "key_scale", "value_scale", "bias")  # one slot each per column
 Segment = tuple[int, Tensor, Tensor, Tensor]  # row, keys (n, D), values (n, Dv), positions (n,) logical columns
@@ -40,7 +41,7 @@ class Store(Ragged):
     def index(self) -> Tensor:
         """`rows` as a tensor (entries,) int64 on the storage's device."""
         if self._index is None or self._index[0] is not self.rows:
-            self._index = self.rows, torch.tensor(self.rows, device=self.keys.device)
+            self._index = self.rows, to_device(torch.tensor(self.rows), self.keys.device)
         return self._index[1]
 
     @classmethod
@@ -76,7 +77,7 @@ class Store(Ragged):
             positions=k.new_empty(ends[-1], dtype=torch.int32),
             finite=True,
             capacity=capacity,
-            cursor=torch.tensor(offsets, device=k.device) + torch.tensor(lengths, device=k.device),
+            cursor=to_device(torch.tensor(offsets) + torch.tensor(lengths), k.device),
         )
         for at, (_, keys, values, positions) in zip(offsets, segments, strict=True):
             new._write(slice(at, at + keys.shape[0]), keys, values)
@@ -153,7 +154,8 @@ class Store(Ragged):
             setattr(self, name, new)
         self.rows, self.lengths = [e[0] for e in entries], [e[2] for e in entries]
         self.offsets, self.capacity = offsets, capacity
-        self.cursor = torch.tensor([o + n for o, n in zip(offsets, self.lengths, strict=True)], device=self.keys.device)
+        ends = [o + n for o, n in zip(offsets, self.lengths, strict=True)]
+        self.cursor = to_device(torch.tensor(ends), self.keys.device)
 
     def drop_last(self, n: int) -> None:
         """Forget the last n columns of every entry."""

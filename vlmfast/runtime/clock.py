@@ -1,8 +1,9 @@
-"""Wall-clock seconds, after the device has finished what was queued."""
+"""Wall-clock seconds of a model's work, which a GPU does while the host goes on."""
 
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,3 +14,31 @@ def clock(model: nn.Module) -> float:
     if torch.cuda.is_available() and next(model.parameters()).is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+class Stopwatch:
+    """Sums spans of a model's work. On CUDA the device marks them, and nothing waits until `seconds` is asked."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._cuda = torch.cuda.is_available() and next(model.parameters()).is_cuda
+        self._spans: list[tuple[Any, Any]] = []
+
+    def now(self) -> Any:
+        """A mark: what `add` is given later."""
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def add(self, start: Any) -> None:
+        """Count from `start` to here."""
+        self._spans.append((start, self.now()))
+
+    def seconds(self) -> float:
+        """The sum so far."""
+        if not self._cuda:
+            return sum(end - start for start, end in self._spans)
+        if self._spans:
+            self._spans[-1][1].synchronize()
+        return sum(start.elapsed_time(end) for start, end in self._spans) / 1e3

@@ -13,9 +13,10 @@ from vlmfast.families import Family
 from vlmfast.families.base import attentions
 from vlmfast.runtime.columns import ColumnHooks
 from vlmfast.runtime.cuts import all_keys
-from vlmfast.runtime.layers import text_queries, window_queries
+from vlmfast.runtime.layers import window_queries
 from vlmfast.runtime.names import cache_in
 from vlmfast.runtime.patch import Patch
+from vlmfast.runtime.prompt_facts import text_queries
 
 
 class Gaze:

@@ -22,13 +22,14 @@ from transformers.cache_utils import (
 )
 
 from vlmfast import kernels
-from vlmfast.core import CompressedLayer, Kind, LayerView, Policy, Rotation, StageDidNotFire, Unsupported
+from vlmfast.core import CompressedLayer, LayerView, Policy, Rotation, StageDidNotFire, Unsupported
 from vlmfast.families.base import attentions, queries
 from vlmfast.runtime.attention import AttentionSwitch
-from vlmfast.runtime.clock import clock
+from vlmfast.runtime.clock import Stopwatch
 from vlmfast.runtime.cuts import prunable
 from vlmfast.runtime.names import QuantizedLayerBase, cache_in, put_cache
 from vlmfast.runtime.patch import Patch
+from vlmfast.runtime.prompt_facts import PromptFacts
 
 FITS = "kv: the context fits the budget, bypassed"
 NO_WEIGHTS = (
@@ -60,7 +61,9 @@ class KVHooks:
         self.stats: list[dict[str, Any]] = []
         self.rotation: Rotation | None = None
         self.rated: list[tuple[LayerView, Any]] = []  # layers that wait for the last one
-        self.seconds = self.window_seconds = 0.0
+        self.facts: PromptFacts | None = None
+        self.queries: tuple[int, Tensor, list[Tensor]] | None = None  # those of the window, see `PromptFacts`
+        self.choosing, self.window = Stopwatch(self.text_model), Stopwatch(self.text_model)
 
     def install(self, patch: Patch) -> None:
         text = self.text_model
@@ -109,7 +112,7 @@ class KVHooks:
 
     def _report(self) -> None:
         self.sink({
-            "compress_ms": self.seconds * 1e3, "window_ms": self.window_seconds * 1e3,
+            "compress_ms": self.choosing.seconds() * 1e3, "window_ms": self.window.seconds() * 1e3,
             "kv_layers": self.stats, "notes": self.notes,
         })  # fmt: skip
 
@@ -195,17 +198,19 @@ class KVHooks:
         if columns is None or columns.kinds.shape[1] != held:
             known = "no column kinds" if columns is None else f"kinds of {columns.kinds.shape[1]} columns"
             raise StageDidNotFire(f"layer {module.layer_idx} holds {held} columns but the runtime has {known} for them")
-        start = clock(self.text_model)
-        if self.fits is None:
-            if bool((columns.kinds[:, -1] == Kind.PAD).any()):
+        start = self.choosing.now()
+        if self.facts is None:
+            self.facts = PromptFacts(columns.kinds)
+            if self.facts.right_padded:
                 raise Unsupported("padding on the right of a prompt: pad on the left (padding_side='left') to generate")
-            self.fits = self.policy.fits(int((columns.kinds != Kind.PAD).sum(1).max()))
+            self.fits = self.policy.fits(self.facts.longest)
         if not self.fits:
-            window, counted = self._window(module, args, kwargs, layer.keys, columns.kinds)
+            window, counted = self._window(module, args, kwargs, layer.keys, self.facts)
             mine = sorted(self.originals)
             view = LayerView(
                 layer.keys, layer.values, columns.kinds, window, module.layer_idx, len(mine),
                 columns.index, counted, self._rotation(kwargs, held), mine.index(module.layer_idx),
+                self.facts.held, None if self.queries is None else self.queries[2],
             )  # fmt: skip
             if not self.policy.spans:
                 kept = self.policy.compress(view)
@@ -219,7 +224,7 @@ class KVHooks:
                     for waiting, kept in zip(views, self.policy.compress_all(views, rated), strict=True):
                         self._store(waiting, kept)
                     self.rated = []
-        self.seconds += clock(self.text_model) - start
+        self.choosing.add(start)
 
     def _rotation(self, kwargs: dict, held: int) -> Rotation | None:
         """The rotation this layer's attention was given, where it covers all columns."""
@@ -234,35 +239,26 @@ class KVHooks:
         self.stats.append({"layer": view.layer, **kept.stats})
 
     def _window(
-        self, module: Any, args: tuple, kwargs: dict, keys: Tensor, kinds: Tensor
+        self, module: Any, args: tuple, kwargs: dict, keys: Tensor, facts: PromptFacts
     ) -> tuple[Tensor | None, Tensor | None]:
         """Attention of the last text queries: weights (B, H, W, L) float32, and which of them count (B, W) bool."""
         w = min(self.policy.window(), keys.shape[2])
         if w == 0:
             return None, None
-        start = clock(self.text_model)
-        w, counted = text_queries(kinds, w)
+        start = self.window.now()
+        if self.queries is None:
+            self.queries = facts.queries(w)
+        w, counted, picked = self.queries
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         query = window_queries(module, hidden[:, -w:], kwargs["position_embeddings"])
-        visible = kinds != Kind.PAD
         if self.policy.per_query:
-            weights = kernels.window_attention(query, keys, module.scaling, visible)
+            weights = kernels.window_attention(query, keys, module.scaling, facts.visible)
             weights.masked_fill_(~counted[:, None, :, None], 0.0)
         else:
-            weights = kernels.window_mean(query, keys, module.scaling, visible, counted)
+            weights = kernels.window_mean(query, keys, module.scaling, facts.visible, counted, picked)
             counted = counted[:, -1:] | True
-        self.window_seconds += clock(self.text_model) - start
+        self.window.add(start)
         return weights, counted
-
-
-def text_queries(kinds: Tensor, w: int) -> tuple[int, Tensor]:
-    """Which of the last w columns of kinds (B, L) are text after the media: how far back they reach, (B, that) bool."""
-    recent = kinds[:, -w:]
-    queries = recent == Kind.TEXT
-    none = ~queries.any(1, keepdim=True)  # media at the very end: the last columns, whatever they are
-    queries = queries | (none & (recent != Kind.PAD))
-    w = min(w, int(queries.flip(1).long().cumsum(1).argmax(1).max()) + 1)  # columns back to the first that counts
-    return w, queries[:, -w:]
 
 
 def window_queries(module: Any, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:

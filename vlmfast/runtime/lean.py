@@ -75,10 +75,12 @@ def _children(module: nn.Module) -> set[str]:
 
 
 def _foreign(module: nn.Module) -> bool:
-    """True when somebody else's hook or replaced forward sits on the module (ours act at prefill only)."""
+    """True when somebody else's hook or forward sits on the module (our hooks act at prefill only, our forwards compute
+    the same)."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    ours = all(str(getattr(h, "__module__", "")).startswith("vlmfast.runtime.") for h in hooks)
-    return "forward" in vars(module) or not ours
+    replaced = vars(module).get("forward")
+    changes = [*hooks] if replaced is None else [*hooks, getattr(replaced, "func", replaced)]
+    return not all(str(getattr(c, "__module__", "")).startswith("vlmfast.runtime.") for c in changes)
 
 
 class Lean:

@@ -65,7 +65,7 @@ class WorkingSet:
             cache.layers[i] = self.policy.cache_layer()
             cache.layers[i].update(plain.keys, plain.values)
             hooks._after_attention(self.text.layers[i].self_attn, (), self.seen[i], None)
-        self.stats["kv_compress_ms"] = hooks.seconds * 1e3
+        self.stats["kv_compress_ms"] = hooks.choosing.seconds() * 1e3
         self.stats["kv_compressed_layers"] = hooks.compressed
         self.seen.clear()
 

@@ -6,6 +6,7 @@ where a grid's tokens lie, how time advances and where the text after a video be
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,20 @@ from torch import Tensor
 from vlmfast import families
 from vlmfast.core import Unsupported, UserError
 from vlmfast.families.base import feature_list
+from vlmfast.runtime.fast_tower import fast_modules
+from vlmfast.runtime.model_lock import lock_functions
+from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.template import chat_text
 from vlmfast.runtime.weights import reason
+
+
+def opened(model: Any, fast: bool) -> Callable[[], None]:
+    """Open a model for a stream: `generate` waits for its turn, the tower is fast. Returns what undoes both."""
+    patch = Patch()
+    patch.call(lock_functions(model, stream=True))
+    if fast:
+        fast_modules(model, families.get(model), patch)
+    return patch.remove
 
 
 @dataclass

@@ -28,10 +28,9 @@ from vlmfast.fields import checked
 from vlmfast.plan import Plan, resolve
 from vlmfast.preconditions import MARK, check_model, unwrap
 from vlmfast.runtime.late_rope import check
-from vlmfast.runtime.model_lock import lock_functions
 from vlmfast.runtime.placeholders import refuse_placeholders
 from vlmfast.runtime.stream_kv import WorkingSet
-from vlmfast.runtime.video import Eyes
+from vlmfast.runtime.video import Eyes, opened
 from vlmfast.stream import saving
 from vlmfast.stream.blocks import Block
 from vlmfast.stream.encode import Encoder
@@ -137,7 +136,7 @@ class StreamSession(Intake):
         self.turns: list[tuple[str, str]] = []
         self.lost_seconds = 0.0
         self.working_peak = 0
-        self._unlock = lock_functions(self.model, stream=True)  # `generate` beside a stream waits for its turn
+        self._unlock = opened(self.model, self.plan.tower != "stock")
         weakref.finalize(self, self._unlock)
 
     # -- questions -----------------------------------------------------------------------------------------------------
@@ -246,7 +245,7 @@ class StreamSession(Intake):
         if self.plan.speculate is None:
             yield told
             return
-        with Accelerated(self.model, Plan(speculate=self.plan.speculate)) as fast:
+        with Accelerated(self.model, Plan(speculate=self.plan.speculate, tower="stock")) as fast:
             yield told
             told |= {k: v for k, v in fast.report.decode.items() if k != "tokens"}
 

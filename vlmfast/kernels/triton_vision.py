@@ -1,0 +1,89 @@
+"""Triton versions of `vlmfast.kernels.vision`: bandwidth-bound, one launch each, no shape in the compiled code but D.
+
+Products and sums are not fused (`enable_fp_fusion=False`), so that every rounding is the one that transformers makes.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _rms_norm(x_ptr, weight_ptr, out_ptr, eps, D: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One program a row."""
+    i = tl.arange(0, BLOCK)
+    at = tl.program_id(0).to(tl.int64) * D + i
+    x = tl.load(x_ptr + at, mask=i < D, other=0.0).to(tl.float32)
+    x = (x * tl.rsqrt(tl.sum(x * x, 0) / D + eps)).to(out_ptr.dtype.element_ty).to(tl.float32)
+    tl.store(out_ptr + at, x * tl.load(weight_ptr + i, mask=i < D, other=0.0).to(tl.float32), mask=i < D)
+
+
+@triton.jit
+def _gated(gate_ptr, up_ptr, out_ptr, gate_row, up_row, WIDTH, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One program a (row, BLOCK columns)."""
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(gate_ptr + row * gate_row + i, mask=i < WIDTH, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * up_row + i, mask=i < WIDTH, other=0.0).to(tl.float32)
+    gate = tl.div_rn(gate, 1.0 + tl.exp(-gate)).to(out_ptr.dtype.element_ty).to(tl.float32)
+    tl.store(out_ptr + row * WIDTH + i, gate * up, mask=i < WIDTH)
+
+
+@triton.jit
+def _rotate(  # type: ignore[no-untyped-def]
+    qkv_ptr, cos_ptr, sin_ptr, row_stride, HEADS: tl.constexpr, D: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program a row: its first HEADS heads (queries, then keys), in two halves."""
+    half: tl.constexpr = D // 2
+    row = tl.program_id(0).to(tl.int64)
+    head, i = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    inside = (head < HEADS) & (i < half)
+    low = qkv_ptr + row * row_stride + head * D + i
+    table = row * D + i
+    a = tl.load(low, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(low + half, mask=inside, other=0.0).to(tl.float32)
+    cos_a = tl.load(cos_ptr + table, mask=i < half, other=0.0).to(tl.float32)
+    sin_a = tl.load(sin_ptr + table, mask=i < half, other=0.0).to(tl.float32)
+    cos_b = tl.load(cos_ptr + table + half, mask=i < half, other=0.0).to(tl.float32)
+    sin_b = tl.load(sin_ptr + table + half, mask=i < half, other=0.0).to(tl.float32)
+    tl.store(low, a * cos_a - b * sin_a, mask=inside)
+    tl.store(low + half, b * cos_b + a * sin_b, mask=inside)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `vision.rms_norm`."""
+    x = x.contiguous()
+    width = x.shape[-1]
+    out = torch.empty_like(x)
+    _rms_norm[(x.numel() // width,)](
+        x, weight, out, eps, D=width, BLOCK=triton.next_power_of_2(width), num_warps=4 if width <= 2048 else 8,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """See `vision.gated`."""
+    width = gate.shape[-1]
+    flat_gate, flat_up = gate.reshape(-1, width), up.reshape(-1, width)
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    _gated[(len(flat_gate), triton.cdiv(width, 1024))](
+        flat_gate, flat_up, out, flat_gate.stride(0), flat_up.stride(0), width, BLOCK=1024, num_warps=4,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
+
+
+def rotate(qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotate queries and keys of qkv (N, 3, H, D) in place; see `vision.rotated`."""
+    n, _, heads, width = qkv.shape
+    assert qkv.is_contiguous()
+    _rotate[(n,)](
+        qkv, cos.contiguous(), sin.contiguous(), qkv.stride(0), HEADS=2 * heads, D=width,
+        BLOCK_H=triton.next_power_of_2(2 * heads), BLOCK_D=triton.next_power_of_2(width // 2), num_warps=4,
+        enable_fp_fusion=False,
+    )  # fmt: skip

@@ -1,0 +1,199 @@
+"""The vision tower without its loops: one attention call a block, nothing read from the device inside a block.
+
+Under sdpa transformers attends window by window in Python and reads the boundaries three times a block. Here equal
+windows are one batch (see `runtime.pieces`), everything that depends on the grid comes from the host (`runtime.grids`),
+and on CUDA in half precision norms, rotations and gates are one launch each (`runtime.fused_modules`). On a CPU the
+tower's results are the stock ones to the bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from vlmfast import kernels
+from vlmfast.core import UserError
+from vlmfast.families import Family
+from vlmfast.runtime.fused_modules import FusedModules
+from vlmfast.runtime.grids import Grid, Grids
+from vlmfast.runtime.patch import Patch
+from vlmfast.runtime.pieces import KeptPieces, Pieces
+from vlmfast.runtime.tower_graphs import TowerGraphs
+
+FRESH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_CHECKED: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()  # "" where it agrees
+
+
+@contextlib.contextmanager
+def fresh_lengths(device: torch.device) -> Iterator[None]:
+    """Attention without cuDNN on CUDA: it builds a plan, for tens of milliseconds, for every length it has not seen."""
+    if device.type != "cuda":
+        yield
+        return
+    with sdpa_kernel(FRESH):
+        yield
+
+
+def fast_modules(model: nn.Module, family: Family, patch: Patch) -> FastTower | None:
+    """Install what makes prefills faster without changing them: a tower without loops, and fused modules."""
+    text = FusedModules(family.text(model), pad=False)
+    patch.call(text.remove)
+
+    def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is not None and embeds.shape[1] > 1:
+            text.install(embeds)
+
+    patch.hook(family.text(model).register_forward_pre_hook(enter, with_kwargs=True))
+    if not family.tower_loops:
+        return None
+    tower = FastTower(model, family)
+    tower.install(patch)
+    return tower
+
+
+class FastTower:
+    """Replaces the `forward` of a looping tower and of its attention modules, until the patch is removed.
+
+    grid: of the call that runs. cut: the merge groups (K,) that are left, ascending in the tower's order, once a pruner
+    inside the tower has chosen.
+    """
+
+    per_call = ("grid", "cut", "_kept")
+
+    def __init__(self, model: nn.Module, family: Family) -> None:
+        tower: Any = family.tower(model)
+        self.tower = tower
+        self.unit = int(tower.spatial_merge_size) ** 2
+        self.blocks: list[Any] = list(tower.blocks)
+        self.grids = Grids(self.tower)
+        self.grid: Grid | None = None
+        self.cut: Tensor | None = None
+        self.fused = FusedModules(self.tower, pad=True)
+        self.graphs = TowerGraphs()
+        self._kept: list[tuple[Tensor, Pieces]] = []
+        self._unknown = self._why_unknown()
+
+    def _why_unknown(self) -> str | None:
+        for module in (self.tower, *(block.attn for block in self.blocks)):
+            if "forward" in vars(module):
+                return f"the forward of a {type(module).__name__} was replaced"
+        for block in self.blocks:
+            names = {name for name, _ in block.attn.named_children()}
+            if names != {"qkv", "proj"} or not hasattr(block.attn, "num_heads"):
+                return f"a {type(block.attn).__name__} is not known here"
+        return None
+
+    def install(self, patch: Patch) -> None:
+        if self._unknown is not None:
+            return
+        stock = self.tower.forward
+        patch.set(self.tower, "forward", functools.wraps(stock)(functools.partial(self._forward, stock)))
+        for block in self.blocks:
+            attend = functools.partial(self._attend, block.attn, block.attn.forward)
+            patch.set(block.attn, "forward", functools.wraps(block.attn.forward)(attend))
+        patch.call(self.fused.remove)
+        patch.call(self.graphs.clear)
+
+    def _why_not(self) -> str | None:
+        """Why this call takes the stock way; None when it does not."""
+        if self._unknown is not None:
+            return self._unknown
+        attention = self.tower.config._attn_implementation
+        if attention != "sdpa":
+            return f"its attention is {attention!r}, which is left as it is"
+        if self.tower.training:
+            return "it is in training mode"
+        return _CHECKED.get(self.tower) or None
+
+    def report(self) -> dict[str, Any]:
+        """For the encode part of the report."""
+        out: dict[str, Any] = {"tower": "stock" if self._why_not() else "fast"}
+        return out | self.graphs.report()
+
+    def notes(self) -> list[str]:
+        reason = self._why_not()
+        if reason is not None:
+            return [f"tower: the stock way ({reason})"]
+        return [] if self.graphs.failed is None else [f"tower: launched, not replayed ({self.graphs.failed})"]
+
+    # -- the call ----------------------------------------------------------------------------------------------------
+
+    def _forward(self, stock: Callable[..., Any], hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> Any:
+        if self._why_not() is not None:
+            return stock(hidden_states, grid_thw, **kwargs)
+        device = hidden_states.device
+        grid = self.grids.of(grid_thw, device)
+        if grid.patches != hidden_states.shape[0]:
+            raise UserError(
+                f"the grids {list(map(list, grid.key))} hold {grid.patches:,} patches, but {hidden_states.shape[0]:,} "
+                "came in: hand over pixel values and grid_thw from the same call of the processor"
+            )
+        before = self.grid, self.cut, self._kept
+        self.grid, self.cut, self._kept = grid, None, []
+        try:
+            with fresh_lengths(device):
+                self.fused.install(hidden_states)
+                run = functools.partial(stock, grid_thw=grid_thw, **kwargs | grid.given)
+                if kwargs or not self.graphs.take(self.tower, hidden_states):
+                    return run(hidden_states)
+                return self.graphs.run(grid.key, run, hidden_states, tuple(self.fused.addresses()))
+        finally:
+            self.grid, self.cut, self._kept = before
+
+    def _attend(
+        self,
+        attn: Any,
+        stock: Callable[..., Tensor],
+        hidden_states: Tensor,
+        cu_seqlens: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        own = functools.partial(
+            stock, hidden_states, cu_seqlens=cu_seqlens, position_embeddings=position_embeddings, **kwargs
+        )
+        if self.grid is None or position_embeddings is None or _CHECKED.get(self.tower):
+            return own()  # called by somebody else than our forward, or another kind of attention
+        pieces = self._pieces(cu_seqlens)
+        qkv = attn.qkv(hidden_states).view(hidden_states.shape[0], 3, attn.num_heads, -1)
+        q, k, v = kernels.rotated(qkv, *position_embeddings)
+        out = attn.proj(pieces.attend(q, k, v, attn.scaling).flatten(1))
+        if self.tower not in _CHECKED and self.cut is None:
+            _CHECKED[self.tower] = _disagreement(stock, out, hidden_states, pieces.lengths, position_embeddings)
+            if _CHECKED[self.tower]:
+                return own()
+        return out
+
+    def _pieces(self, boundaries: Tensor) -> Pieces:
+        """The pieces of these boundaries: as the grid has them, or what the cut left of them."""
+        assert self.grid is not None
+        pieces = next((p for b, p in self.grid.boundaries if b is boundaries), None)
+        if pieces is None:  # not from the grid: somebody's own
+            return Pieces((boundaries[1:] - boundaries[:-1]).tolist(), boundaries.device)
+        if self.cut is None:
+            return pieces
+        kept = next((p for b, p in self._kept if b is boundaries), None)
+        if kept is None:
+            kept = KeptPieces(pieces.lengths, self.cut, self.unit)
+            self._kept.append((boundaries, kept))
+        return kept
+
+
+def _disagreement(
+    stock: Callable[..., Tensor], got: Tensor, hidden: Tensor, lengths: list[int], tables: tuple[Tensor, Tensor]
+) -> str:
+    """Once per tower: the first piece of its first block through the module's own code. "" when they agree."""
+    rows = lengths[0]
+    bounds = torch.tensor([0, rows], dtype=torch.int32)
+    expected = stock(hidden[:rows], cu_seqlens=bounds, position_embeddings=(tables[0][:rows], tables[1][:rows]))
+    error = float((got[:rows] - expected).norm() / expected.norm().clamp(min=1e-12))
+    return "" if error <= TOLERANCE.get(got.dtype, 1e-2) else f"its results differ from the module's by {error:.1e}"
