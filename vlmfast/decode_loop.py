@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 from vlmfast import engine
@@ -57,7 +58,8 @@ def _no_engine(model: Any, plan: Plan, reuse: bool, nested: bool) -> str | None:
     """Why a call without speculate= is not decoded by our loop, None = it is; empty where there is no question: on a
     CPU, and where nothing was asked."""
     text, head = engine.decoder(model)
-    if text is None or not engine.automatic(text) or (plan == Plan() and not reuse):
+    asked = reuse or replace(plan, tower=None) != Plan() or plan.tower == "fast"
+    if text is None or not engine.automatic(text) or not asked:
         return ""
     if nested:
         return "a call inside a call"
