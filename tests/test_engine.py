@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 from typing import Any
 
+import methods
 import pytest
 import tiny
 import torch
@@ -24,7 +25,7 @@ from vlmfast.encode import FastV, Uniform, VidCom2
 from vlmfast.engine import graphs, pool, slots
 from vlmfast.engine.step import SIZES, Static
 from vlmfast.kernels import step_reference
-from vlmfast.prefill import SnapKV
+from vlmfast.prefill import AdaKV, SnapKV
 from vlmfast.runtime.stepper import Stepper
 
 STATIC = [f for f in tiny.FAMILIES if f != "qwen3_vl_moe"]  # experts are not ours
@@ -289,7 +290,7 @@ def test_a_failed_step_shows_its_error_and_leaves_the_cache(
 
 @pytest.mark.usefixtures("automatic")
 def test_what_transformers_decodes_says_why() -> None:
-    """Several rows, beams, autocast, a compressed cache, an assistant: decoded as before, one line in the report."""
+    """Beams, autocast, an assistant: decoded as before, one line in the report."""
     model, batch = tiny.build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl", batch=2)
     one = tiny.inputs("qwen2_5_vl", text=40)
     with vlmfast.accelerate(model, prune=Uniform(keep=1.0)) as fast:
@@ -304,12 +305,55 @@ def test_what_transformers_decodes_says_why() -> None:
         assert "engine: torch.autocast is on, decoded by transformers" in fast.report.notes
         plain(model, one, n=4)
         assert fast.report.decode["engine"] == "static" and "static step" in str(fast.report)
-    with vlmfast.accelerate(model, kv=SnapKV(keep=0.5)) as fast:
-        plain(model, one, n=4)
-        assert "engine: kv= caches are ragged, decoded by transformers" in fast.report.notes
     with vlmfast.accelerate(model) as fast:
         plain(model, one, n=4)
         assert fast.report.notes == [] and "engine" not in fast.report.decode
+
+
+# -- compressed caches -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", methods.POLICIES, ids=repr)
+def test_static_over_a_compressed_cache(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every head at its own length: the tokens of the module's step, the same columns left behind, a second turn."""
+    model, batch = tiny.build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl", media=("image", "image"), text=12)
+    more = torch.tensor([[30, 31, 32, 33]])
+    said = []
+    for static in (False, True):
+        monkeypatch.setattr(engine, "automatic", lambda text, static=static: static)
+        with vlmfast.accelerate(model, kv=policy) as fast:
+            out = plain(model, batch, n=9, return_dict_in_generate=True)
+            cache, report = out.past_key_values, fast.report
+            held = [layer.lengths().tolist() for layer in cache.layers if hasattr(layer, "lengths")]
+            ids = torch.cat([out.sequences, more], 1)
+            turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": cache}
+            said.append((out.sequences.tolist(), held, plain(model, turn, n=5).tolist()))
+    assert said[0] == said[1]
+    for word in ("dynamic", "int8", "every token", "several"):
+        if word in str(report.decode.get("engine_reason")):
+            return
+    assert report.decode["engine"] == "static" or any("fits" in note for note in report.notes), report
+
+
+@pytest.mark.usefixtures("automatic")
+@pytest.mark.parametrize("policy", [SnapKV(keep=0.4, sinks=1, recent=2), AdaKV(keep=0.3, sinks=1, recent=2)], ids=repr)
+def test_drafts_and_rows_over_a_compressed_cache(policy: Any) -> None:
+    model, draft = tiny.build("qwen2_5_vl"), draft_of("qwen2_5_vl")
+    batch = tiny.inputs("qwen2_5_vl", media=("image", "image"), text=12)
+    with vlmfast.accelerate(model, kv=policy) as fast:
+        expected = plain(model, batch)
+        assert fast.report.decode["engine"] == "static"
+    for source in (ModelDraft(draft, None), PromptLookup()):
+        with vlmfast.accelerate(model, kv=policy, speculate=Speculate(source, length=3)) as fast:
+            assert torch.equal(plain(model, batch), expected)
+            assert fast.report.decode["engine"] == "static"
+    rows = tiny.inputs("qwen2_5_vl", media=[("image",), ("image", "image")], text=[6, 14])
+    with vlmfast.accelerate(model, kv=policy) as fast:
+        got = plain(model, rows)
+        assert fast.report.decode["engine"] == "static"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine, "automatic", lambda text: False)
+            assert torch.equal(plain(model, rows), got)
 
 
 # -- several rows ------------------------------------------------------------------------------------------------------

@@ -63,8 +63,6 @@ def _no_engine(model: Any, plan: Plan, reuse: bool, nested: bool) -> str | None:
         return ""
     if nested:
         return "a call inside a call"
-    if plan.kv is not None:
-        return "kv= caches are ragged"
     return engine.why_not(text, head)
 
 

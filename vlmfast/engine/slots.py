@@ -26,8 +26,9 @@ def bucket(columns: int) -> int:
 
 
 class Slots:
-    """keys, values: per layer (rows, Hk, capacity, Dh); counters (layers + 1, rows) int64: columns held in every layer,
-    and the next row of the rotary tables; cos, sin (rows, TABLE, Dh), the first half of sin negated.
+    """keys, values: per layer (rows, Hk, capacity, Dh); counters (N,) int64: `lengths`, per layer the columns that each
+    head of a row holds (rows * Hk,), and `at` (rows,), the next row of the rotary tables; cos, sin (rows, TABLE, Dh),
+    the first half of sin negated.
 
     fed: tokens after the prefill that the counters stand for, None = not known; splits: of the attention.
     """
@@ -40,11 +41,12 @@ class Slots:
         with torch.inference_mode(False), torch.no_grad():  # ordinary tensors: they are changed in place for ever
             self.keys = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(layers)]
             self.values = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(layers)]
-            even = rows + rows % 2  # every layer's at a multiple of 16 bytes: kernels are specialised for that
-            both = torch.zeros(2, layers + 1, even, dtype=torch.long, device=like.device)[:, :, :rows]
+            pairs = rows * weights.kv_heads
+            self.stride = pairs + pairs % 2  # every layer's at a multiple of 16 bytes: kernels are specialised for that
+            both = torch.zeros(2, layers * self.stride + rows, dtype=torch.long, device=like.device)
             self.counters, self.origin = both.unbind(0)  # origin: counters before the first token
-            self.lengths = list(self.counters[:layers].unbind(0))
-            self.at = self.counters[layers]
+            self.lengths = [self.counters[i * self.stride :][:pairs] for i in range(layers)]
+            self.at = self.counters[layers * self.stride :]
             self.cos = torch.zeros(rows, TABLE, weights.head_size, dtype=like.dtype, device=like.device)
             self.sin = torch.zeros_like(self.cos)
             self.done = torch.zeros(rows, 1, dtype=torch.bool, device=like.device)  # rows whose answer has ended
@@ -72,9 +74,10 @@ class Slots:
         return sum(t.nbytes for t in (*self.keys, *self.values))
 
     def begin(self, columns: list[list[int]], base: int) -> None:
-        """Say how many columns every row of each layer holds before the first token, and which token the tables were
-        made for."""
-        self.origin.copy_(torch.tensor([*columns, [BEFORE - base] * self.rows]))
+        """Say how many columns every head of each layer holds before the first token (rows * Hk a layer), and which
+        token the tables were made for."""
+        numbers = [n for layer in columns for n in (*layer, *[0] * (self.stride - len(layer)))]
+        self.origin.copy_(torch.tensor([*numbers, *[BEFORE - base] * self.rows]))
         self.fed = None
 
     def stop_at(self, eos: frozenset[int], pad: int, ended: Tensor | None) -> None:

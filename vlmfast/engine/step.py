@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlmfast.core import PlainRows, Unsupported
 from vlmfast.engine.graphs import Readback
 from vlmfast.engine.pool import Pool
 from vlmfast.engine.slots import BEFORE, TABLE, Slots
@@ -41,6 +42,14 @@ def forward(weights: Weights, slots: Slots, ops: ModuleType, tokens: Tensor) -> 
     return F.linear(ops.add_norm(x, last, weights.final, eps)[1], weights.head, weights.head_bias)
 
 
+def _plain(layer: Any) -> list[tuple[Tensor, Tensor]]:
+    """The columns of a compressed layer, pair by pair."""
+    rows = layer.plain_rows()
+    if isinstance(rows, str):
+        raise Unsupported(rows)
+    return rows
+
+
 class Static:
     """Rows after their prefill, in slots of their own until `flush`. For one row, the protocol of `runtime.lean.Lean`.
 
@@ -61,17 +70,27 @@ class Static:
         self.hidden = None
         self.start = position if position.shape[0] != 4 or position.ndim == 2 else position[1:]
         layers = cache.layers[: len(pool.weights.layers)]
-        self.rows = int(layers[0].keys.shape[0])
-        self.prompt: list[list[int]]  # columns per layer and row that the prefill left
-        if valid is None:
-            self.prompt = [[layer.keys.shape[-2]] * self.rows for layer in layers]
+        first, heads = layers[0], pool.weights.kv_heads
+        ragged = isinstance(first, PlainRows) and first.ragged
+        self.rows = int(first.batch if ragged else first.keys.shape[0])
+        self.prompt: list[list[int]]  # columns per layer and (row, head) that the prefill left
+        if ragged:
+            held = [_plain(layer) for layer in layers]
+            self.prompt = [[len(keys) for keys, _ in pairs] for pairs in held]
+        elif valid is None:
+            self.prompt = [[layer.keys.shape[-2]] * self.rows * heads for layer in layers]
         else:
-            self.prompt = [valid.sum(1).tolist()] * len(layers)
+            self.prompt = [[n for n in valid.sum(1).tolist() for _ in range(heads)]] * len(layers)
             # every row's columns first, in their order; what follows them is overwritten, or never read
             order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)[:, None, :, None]
         self.longest = max(map(max, self.prompt))
         self.slots = self._take(self.longest + room + SIZES[-1])
-        for layer, keys, values in zip(layers, self.slots.keys, self.slots.values, strict=True):
+        for i, (layer, keys, values) in enumerate(zip(layers, self.slots.keys, self.slots.values, strict=True)):
+            if ragged:
+                for pair, (some_keys, some_values) in enumerate(held[i]):
+                    keys[pair // heads, pair % heads, : len(some_keys)] = some_keys
+                    values[pair // heads, pair % heads, : len(some_keys)] = some_values
+                continue
             p = layer.keys.shape[-2]
             if valid is None:
                 keys[:, :, :p], values[:, :, :p] = layer.keys, layer.values
@@ -190,18 +209,19 @@ class Static:
         append(cache, columns)
         held = {t.untyped_storage().data_ptr() for t in slots.keys}
         for layer in cache.layers[: len(slots.keys)]:
-            if layer.keys.untyped_storage().data_ptr() in held:  # nothing was appended
+            if layer.keys is not None and layer.keys.untyped_storage().data_ptr() in held:  # nothing was appended
                 layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
         slots.owner, self.n = None, 0
 
     def _stepped(self, i: int) -> tuple[Tensor, Tensor]:
         """Keys and values (B, Hk, n, Dh) of layer i that came after the prompt."""
         keys, values = self.slots.keys[i], self.slots.values[i]
-        if self.rows == 1:
+        if len(set(self.prompt[i])) == 1:
             p = self.prompt[i][0]
             return keys[:, :, p : p + self.n], values[:, :, p : p + self.n]
-        index = self.slots.origin[i][:, None] + torch.arange(self.n, device=keys.device)
-        index = index[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+        begins = self.slots.origin[i * self.slots.stride :][: keys.shape[0] * keys.shape[1]]
+        index = begins.view(*keys.shape[:2], 1) + torch.arange(self.n, device=keys.device)
+        index = index[..., None].expand(-1, -1, -1, keys.shape[3])
         return keys.gather(2, index), values.gather(2, index)
 
     def fork(self) -> Static:

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from vlmfast import families
-from vlmfast.core import Kind, Unsupported, brief
+from vlmfast.core import Kind, PlainRows, Unsupported, brief
 from vlmfast.runtime.lean import Lean, why_not
 from vlmfast.runtime.names import CACHE, cache_of
 
 Maker = Callable[..., Any]  # see `engine.open_static`
 _CHECKED: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
-_STATIC: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
+_STATIC: weakref.WeakKeyDictionary[nn.Module, dict[bool, str | None]] = weakref.WeakKeyDictionary()  # ragged or not
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 
@@ -116,6 +116,11 @@ class Stepper:
         elif columns is None and self.mask is not None:
             valid = self.mask.bool()
         rows = self.logits.shape[0]
+        layers = self.cache.layers[: len(self.text.layers)]
+        if all(isinstance(layer, PlainRows) and layer.ragged for layer in layers):
+            self._go_static(None, room, static, forced, ragged=True)
+            self.reason = self.reason or ("heads hold different columns" if self.lean is None else None)
+            return
         self.reason = why_not(self.text, self.head, self.cache, rows)
         if valid is not None and rows > 1 and columns is not None and self.mask is not None:
             later = columns.logical - self.mask.shape[1]  # of turns that brought no media: they dropped nothing
@@ -132,32 +137,40 @@ class Stepper:
             self.reason = _CHECKED[self.model]
         if self.reason is not None:
             return
-        if static is not None:
-            made: Any = _STATIC.get(self.model)  # why it was found wrong before
-            if made is None:
-                hidden = self.hidden_layer is not None
-                made = static(self.text, self.head, self.cache, valid, self.position, room, hidden, forced)
-            if made is not None and not isinstance(made, str):
-                if self.model not in _STATIC:
-                    _STATIC[self.model] = self._differs(made, valid)
-                made = _STATIC[self.model] or made
-            if isinstance(made, str):
-                self.reason = made
-            else:
-                self.lean = made
+        self._go_static(valid, room, static, forced)
         if self.lean is None and rows == 1:
             self.lean = Lean(self.text, self.head, self.cache, _first(valid), self.position, room)
 
-    def _differs(self, static: Any, valid: Tensor | None) -> str | None:
-        """Once per model: two tokens through the static step and the lean one, of several rows the model's own. None
-        when they agree."""
+    def _go_static(
+        self, valid: Tensor | None, room: int, static: Maker | None, forced: bool, ragged: bool = False
+    ) -> None:
+        """Take the static step where there is one. ragged: the cache is compressed, every head by itself."""
+        if static is None:
+            return
+        checked = _STATIC.setdefault(self.model, {})
+        made: Any = checked.get(ragged)  # why it was found wrong before
+        if made is None:
+            hidden = self.hidden_layer is not None
+            made = static(self.text, self.head, self.cache, valid, self.position, room, hidden, forced)
+        if made is not None and not isinstance(made, str):
+            if ragged not in checked:
+                checked[ragged] = self._differs(made, valid, ragged)
+            made = checked[ragged] or made
+        if isinstance(made, str):
+            self.reason = made
+        else:
+            self.lean = made
+
+    def _differs(self, static: Any, valid: Tensor | None, ragged: bool) -> str | None:
+        """Once per model and kind of cache: two tokens through the static step and the lean one, of several rows or
+        compressed caches the model's own. None when they agree."""
         token = self.logits.argmax(-1, keepdim=True)
         tokens = torch.cat([token, token], 1)
-        if len(token) > 1:
+        if len(token) > 1 or ragged:
             expected = self.step(tokens)
             self.rewind(2)
         with torch.inference_mode():
-            if len(token) == 1:
+            if len(token) == 1 and not ragged:
                 lean = Lean(self.text, self.head, copy.copy(self.cache), _first(valid), self.position, 4)
                 expected = torch.stack([lean.step(token[0]), lean.step(token[0])], 1).float()
             try:
