@@ -81,7 +81,7 @@ def decode(run: Run) -> None:
             repeats = True
             echo(model)
         with run.trying(what), torch.no_grad():
-            times = 1 if run.dry or (stock and rows > 1) else 3
+            times = 1 if run.dry or (stock and rows > 1) else 2 if stock and visual > 4096 else 3
             with accelerated(model, asked[name]) as handle:
                 warm, samples = timed(run, model, handle, prompts, (visual, rows, repeats), times, name == "static")
                 words = {"report": handle.report.json()["decode"], **notes(handle)} if handle is not None else {}
