@@ -11,6 +11,7 @@ from vlmfast.encode import (
     EVS,
     AdaptInfer,
     CDPruner,
+    Downsample,
     FastV,
     FlashVID,
     HiRED,
@@ -67,6 +68,12 @@ BEFORE: list[Any] = [
     PixelPrune(keep=0.3, threshold=0.5),
 ]
 
+# the pixels themselves, before anything sees them: test_downsample holds the laws
+SMALLER: list[Any] = [
+    Downsample(keep=0.6),
+    Downsample(keep=0.25),
+]
+
 # between layers of the language model (the tiny ones have four; Qwen3-VL's DeepStack fills the first two)
 BETWEEN: list[Any] = [
     FastV(keep=0.7),
@@ -80,11 +87,13 @@ BETWEEN: list[Any] = [
 ]
 
 OUTER: list[Any] = FIRST + BREADTH  # at the tower's output
-PRUNERS: list[Any] = OUTER + BEFORE + BETWEEN
+PRUNERS: list[Any] = OUTER + BEFORE + SMALLER + BETWEEN
 
 
 def carries(method: Any, family: str, media: tuple[str, ...]) -> bool:
     """Can this method run on this family and media? What cannot is refused, and a test of its own holds that."""
+    if isinstance(method, Downsample):
+        return family in tiny.MROPE
     return not (method.after_block is not None and family not in tiny.QWEN)
 
 

@@ -142,7 +142,18 @@ def test_slots_and_tables_grow_and_follow() -> None:
         static.rewind(back)
         lean.rewind(back)
     assert static.lean.slots.capacity > 1200 > capacity
+    assert all(length.data_ptr() % 16 == 0 for length in static.lean.slots.lengths)
     assert len(pool.pool_of(static.text, static.head).slots) == 1
+
+
+def test_padding_takes_no_columns() -> None:
+    """More padding than the slots have room for: only what is seen goes into them."""
+    model, batch = tiny.build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl", pad=600)
+    static, lean = stepper(model, batch), stepper(model, batch, "lean")
+    assert isinstance(static.lean, Static) and static.lean.slots.capacity == 256
+    for n in (1, 4):
+        tokens = torch.arange(30, 30 + n)[None]
+        torch.testing.assert_close(static.step(tokens), lean.step(tokens), atol=1e-4, rtol=1e-4)
 
 
 def test_bucket_wastes_a_fifth_at_most() -> None:
@@ -283,7 +294,7 @@ def test_what_transformers_decodes_says_why() -> None:
     one = tiny.inputs("qwen2_5_vl", text=40)
     with vlmfast.accelerate(model, prune=Uniform(keep=1.0)) as fast:
         for given, more, why in [
-            (batch, {}, "2 rows"), (one, {"num_beams": 2}, "num_beams=2"), (one, {"assistant_model": model}, "assist"),
+            (batch, {"num_beams": 3}, "num_beams=3"), (one, {"assistant_model": model}, "assist"),
         ]:  # fmt: skip
             plain(model, given, n=4, **more)
             assert any(note.startswith("engine: ") and why in note for note in fast.report.notes), fast.report.notes
@@ -299,6 +310,64 @@ def test_what_transformers_decodes_says_why() -> None:
     with vlmfast.accelerate(model) as fast:
         plain(model, one, n=4)
         assert fast.report.notes == [] and "engine" not in fast.report.decode
+
+
+# -- several rows ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("automatic")
+@pytest.mark.parametrize("family", STATIC)
+@pytest.mark.parametrize("prune", [Uniform(keep=1.0), VidCom2(keep=0.5)], ids=["all", "half"])
+def test_rows_of_a_batch_say_what_stock_says(family: str, prune: Any) -> None:
+    """Rows of different media, padded on the left, that end at different places; laws 5 and 6."""
+    model = tiny.build(family)
+    media = [("image",), ("image", "image"), ()]
+    batch = tiny.inputs(family, media=media, text=[5, 9, 12])
+    start = batch["input_ids"].shape[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "automatic", lambda text: False)
+        with vlmfast.accelerate(model, prune=prune):
+            expected = plain(model, batch)
+            eos = [int(expected[0, start + 3]), int(expected[1, start + 7])]
+            ended = plain(model, batch, eos_token_id=eos, n=12)
+            limited = plain(model, batch, return_dict_in_generate=True, repetition_penalty=1.5, output_scores=True)
+    with vlmfast.accelerate(model, prune=prune) as fast:
+        for _ in range(2):
+            assert torch.equal(plain(model, batch), expected)
+            assert fast.report.decode["engine"] == "static", fast.report.notes
+        assert torch.equal(plain(model, batch, eos_token_id=eos, n=12), ended)
+        got = plain(model, batch, return_dict_in_generate=True, repetition_penalty=1.5, output_scores=True)
+        assert torch.equal(got.sequences, limited.sequences)
+        for a, b in zip(got.scores, limited.scores, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+        for a, b in zip(got.past_key_values.layers, limited.past_key_values.layers, strict=True):
+            visible = b.keys.abs().sum((1, 3)) > 0
+            assert a.keys.shape == b.keys.shape and bool(visible.any())
+            torch.testing.assert_close(a.keys[:, :, -14:], b.keys[:, :, -14:], atol=1e-4, rtol=1e-4)
+        one = tiny.inputs(family, media=media[:1], text=[5])
+        assert torch.equal(plain(model, one)[0, -16:], expected[0, -16:])
+
+
+@pytest.mark.usefixtures("automatic")
+def test_rows_are_sampled_as_stock_samples_them_and_go_on() -> None:
+    model, one = tiny.build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl")
+    expected = []
+    for fast in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine, "automatic", lambda text, on=fast: on)
+            with vlmfast.accelerate(model, prune=Uniform(keep=1.0)) as handle:
+                torch.manual_seed(0)
+                first = plain(model, one, do_sample=True, num_return_sequences=3, temperature=1.2, n=6)
+                batch = tiny.inputs("qwen2_5_vl", batch=2)
+                turn = plain(model, batch, return_dict_in_generate=True, n=5)
+                ids = torch.cat([turn.sequences, torch.tensor([[30, 31], [40, 41]])], 1)
+                mask = torch.ones_like(ids)
+                mask[:, : batch["input_ids"].shape[1]] = batch["attention_mask"]
+                more = {"input_ids": ids, "attention_mask": mask, "past_key_values": turn.past_key_values}
+                expected.append([first, turn.sequences, plain(model, more, n=5)])
+                assert handle.report.decode.get("engine") == ("static" if fast else None), handle.report
+    for a, b in zip(*expected, strict=True):
+        assert torch.equal(a, b)
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
@@ -500,6 +569,23 @@ def test_drafts_step_statically_on_a_card(source: str) -> None:
     assert torch.equal(first, again)
 
 
+def test_a_card_says_what_the_cpu_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32, kernels' twins included: one row and three, ended rows, drafts; nothing waits inside a graph."""
+    monkeypatch.setattr(pool, "HALF", (torch.float32,))
+    model, batch = tiny.build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl", media=[("image",), ("image", "image"), ()])
+    one, draft = tiny.inputs("qwen2_5_vl"), draft_of("qwen2_5_vl")
+    start = batch["input_ids"].shape[1]
+    eos = plain(model, batch)[0, start + 3 : start + 4].tolist()
+    want = [plain(model, given, eos_token_id=eos) for given in (batch, one)]
+    with PretendCuda(capability=(9, 0)):
+        to_cuda(model), to_cuda(draft)
+        for speculate in (None, Speculate(ModelDraft(draft, None), length=4, otherwise="plain")):
+            with vlmfast.accelerate(model, prune=Uniform(keep=1.0), speculate=speculate) as fast:
+                for given, expected in zip((batch, one), want, strict=True):
+                    assert torch.equal(to_host(plain(model, to_cuda(given), eos_token_id=eos)), expected)
+                    assert fast.report.decode["engine"] == "static", fast.report.notes
+
+
 def test_before_ampere_and_in_float32_the_lean_step_runs_and_says_why() -> None:
     for capability, half, why in [((7, 5), True, "compute capability 8.0"), ((9, 0), False, "not float32")]:
         model, batch = tiny.build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl")
@@ -566,3 +652,10 @@ def test_captured_steps_on_a_card(family: str) -> None:
         torch.manual_seed(0)
         plain(model, batch, n=8, do_sample=True, temperature=1.5, repetition_penalty=1.1)
         assert fast.report.decode["engine"] == "static"
+    _, rows = halved(model, tiny.inputs(family, media=[("image",), ("image", "image"), ()]))
+    rows = {k: v.cuda() for k, v in rows.items()}
+    with vlmfast.accelerate(model, prune=Uniform(keep=1.0)) as fast:
+        said = plain(model, rows, n=20)
+        assert fast.report.decode["engine"] == "static" and said.shape[1] == rows["input_ids"].shape[1] + 20
+        again = plain(model, rows, n=20, eos_token_id=[int(said[0, -15]), int(said[1, -9])])
+        assert torch.equal(again[2, :-19], said[2, : again.shape[1] - 19])

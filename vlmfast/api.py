@@ -19,6 +19,7 @@ from vlmfast.preconditions import MARK, check_model, refuse_call, refuse_copy, u
 from vlmfast.report import Report, why_all_kept
 from vlmfast.runtime.columns import ColumnHooks
 from vlmfast.runtime.compiled import checked, observed, refuse_compiled
+from vlmfast.runtime.downsample import Downsampled
 from vlmfast.runtime.fast_tower import FastTower, fast_modules, fresh_lengths
 from vlmfast.runtime.gaze import Gaze
 from vlmfast.runtime.inner import InnerHooks
@@ -102,7 +103,8 @@ class Accelerated:
             patch.call(lock_functions(model))
         self.tower: FastTower | None = fast_modules(model, self.family, patch) if plan.fast_tower else None
         between = hasattr(plan.prune, "cuts")  # acts between layers of the language model; may hold a first pruner
-        outer = plan.prune.prune if between else plan.prune
+        self.smaller = Downsampled.of(model, self.family, plan.prune, self.always)
+        outer = plan.prune.prune if between else None if self.smaller is not None else plan.prune
         self.columns = ColumnHooks(model, self.family, outer)
         self.columns.reuse, self.columns.drafts = self._reuse, self.always
         self.meter = Meter(model, self.family)
@@ -190,7 +192,7 @@ class Accelerated:
                 held.enter_context(self._call())
                 if self.plan.fast_tower:
                     held.enter_context(fresh_lengths(next(self.model.parameters()).device))
-                return self._generate(inner, args, kwargs)
+                return (self._generate if self.smaller is None else self.smaller.around(self))(inner, args, kwargs)
 
         return generate
 
@@ -264,11 +266,10 @@ class Accelerated:
                 notes += [] if stats["visual_tokens"] else ["prune: keep=1 keeps every visual token, bypassed"]
             elif not stats["visual_tokens"]:
                 raise StageDidNotFire("visual tokens were in the prompt but the pruner never saw them")
-            elif stats["kept_tokens"] == stats["visual_tokens"]:
+            elif stats["kept_tokens"] == stats["visual_tokens"] and self.smaller is None:
                 notes.append(why_all_kept(self.plan.prune, self.columns.media, stats["visual_tokens"]))
-        sequences = getattr(out, "sequences", out)
-        prompt = ids.shape[1] if ids is not None else 0
-        prefill, decode = self.meter.timings(max(0, sequences.shape[1] - prompt))
+        new = getattr(out, "sequences", out).shape[1] - (0 if ids is None else ids.shape[1])
+        prefill, decode = self.meter.timings(max(0, new))
         prefill |= cache_counts(self.columns.cache) | self._stage["prefill"]
         notes += prefill.pop("notes", [])  # type: ignore[arg-type]
         notes += self._stage["decode"].pop("notes", [])

@@ -185,10 +185,10 @@ class SelfDraft(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if hasattr(self.prune, "cuts"):
+        if hasattr(self.prune, "cuts") or getattr(self.prune, "resizes", False):
             raise UserError(
-                f"prune={shown(self.prune)} in {self.name}: it drops tokens between layers, and a draft needs a pruner "
-                "of the tower's output, e.g. prune=Uniform(keep=0.1)"
+                f"prune={shown(self.prune)} in {self.name}: it does not act at the tower's output, as "
+                "a draft needs it, e.g. prune=Uniform(keep=0.1)"
             )
         if getattr(self.prune, "after_block", None) is not None:
             raise UserError(

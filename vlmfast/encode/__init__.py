@@ -6,6 +6,7 @@ from vlmfast.encode.adaptinfer import AdaptInfer
 from vlmfast.encode.base import Pruner
 from vlmfast.encode.between import LayerPruner
 from vlmfast.encode.cdpruner import CDPruner
+from vlmfast.encode.downsample import Downsample
 from vlmfast.encode.dtd import DTD
 from vlmfast.encode.evs import EVS
 from vlmfast.encode.fastv import FastV
@@ -26,13 +27,14 @@ from vlmfast.encode.visionzip import VisionZip
 METHODS: dict[str, type[Any]] = {
     m.name: m
     for m in (
-        Uniform, Random, EVS, VidCom2, MaxMin,
+        Uniform, Random, Downsample, EVS, VidCom2, MaxMin,
         VisionZip, HiRED, CDPruner, MMTok, DTD, VCast, FlashVID, IVCPrune, PixelPrune,
         FastV, PyramidDrop, V2Drop, AdaptInfer,
     )
 }  # fmt: skip
 
 __all__ = [
-    "DTD", "EVS", "METHODS", "AdaptInfer", "CDPruner", "FastV", "FlashVID", "HiRED", "IVCPrune", "LayerPruner", "MMTok",
-    "MaxMin", "PixelPrune", "Pruner", "PyramidDrop", "Random", "Uniform", "V2Drop", "VCast", "VidCom2", "VisionZip",
+    "DTD", "EVS", "METHODS", "AdaptInfer", "CDPruner", "Downsample", "FastV", "FlashVID", "HiRED", "IVCPrune",
+    "LayerPruner", "MMTok", "MaxMin", "PixelPrune", "Pruner", "PyramidDrop", "Random", "Uniform", "V2Drop", "VCast",
+    "VidCom2", "VisionZip",
 ]  # fmt: skip

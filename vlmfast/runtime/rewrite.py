@@ -73,7 +73,7 @@ class Rewrite:
 
     def run(self, inner: Callable[..., Any], args: tuple, kwargs: dict, option: Callable[[str], Any], why: str) -> Any:
         """`inner(*args, **kwargs)` with short inputs. why: what `needs` said of this call."""
-        call = _arguments(inner, args, kwargs)
+        call = arguments(inner, args, kwargs)
         cache = cache_in(call)
         past = int(cache.get_seq_length()) if cache is not None else 0
         media = self._media(call, past)
@@ -289,7 +289,7 @@ def _static(cache: Any) -> bool:
     return type(cache) is not DynamicCache or any(not isinstance(layer, DynamicLayer) for layer in cache.layers)
 
 
-def _arguments(inner: Callable[..., Any], args: tuple, kwargs: dict) -> dict[str, Any]:
+def arguments(inner: Callable[..., Any], args: tuple, kwargs: dict) -> dict[str, Any]:
     """All arguments of a `generate` call by name, ids under `input_ids`."""
     bound = inspect.signature(inner).bind(*args, **kwargs).arguments
     call = {k: v for k, v in bound.items() if k != "kwargs"} | bound.get("kwargs", {})

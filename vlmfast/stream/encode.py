@@ -308,6 +308,8 @@ class Encoder:
 
 def _check_pruner(prune: Any) -> None:
     name = type(prune).__name__
+    if getattr(prune, "resizes", False):
+        raise Unsupported(f"{name} resizes the media of generate() calls: give a stream smaller frames instead")
     if getattr(prune, "after_block", None) not in (None, "auto"):
         raise Unsupported(
             f"{name}(after_block=...) prunes inside the tower, a stream at its output: leave after_block=None"

@@ -1,0 +1,58 @@
+"""Qwen's pixel values: patches of frames, in the order of merge groups, and back."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+
+@dataclass(frozen=True)
+class PatchLayout:
+    """How a processor cuts frames: `merge` x `merge` patches of `size` x `size` pixels, `frames` frames, one column."""
+
+    size: int
+    merge: int
+    frames: int
+
+    @classmethod
+    def of(cls, model: Any) -> PatchLayout:
+        config = model.config.vision_config
+        return cls(int(config.patch_size), int(config.spatial_merge_size), int(config.temporal_patch_size))
+
+    def frames_of(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """patches (t * h * w, values) of a grid in patches -> frames (t * frames, C, height, width)."""
+        t, h, w = grid
+        m, p = self.merge, self.size
+        x = patches.view(t, h // m, w // m, m, m, -1, self.frames, p, p)
+        return x.permute(0, 6, 5, 1, 3, 7, 2, 4, 8).reshape(t * self.frames, -1, h * p, w * p)
+
+    def patches_of(self, frames: Tensor) -> Tensor:
+        """The inverse of `frames_of`."""
+        n, channels, height, width = frames.shape
+        m, p = self.merge, self.size
+        x = frames.view(n // self.frames, self.frames, channels, height // (p * m), m, p, width // (p * m), m, p)
+        x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
+        return x.reshape(n // self.frames * (height // p) * (width // p), -1)
+
+    def smaller(self, grid: tuple[int, int, int], keep: float) -> tuple[int, int, int]:
+        """The grid in patches that a processor makes of these frames when it may use `keep` of their pixels."""
+        t, h, w = grid
+        root = math.sqrt(keep)
+        side = (max(1, math.floor(n / self.merge * root + 1e-9)) * self.merge for n in (h, w))
+        return (t, *side)  # type: ignore[return-value]
+
+    def resized(self, patches: Tensor, grid: tuple[int, int, int], to: tuple[int, int, int]) -> Tensor:
+        """The patches of the same frames on another grid (t, h, w); bicubic with antialiasing, as processors resize.
+
+        Values stay within those of the frames, channel by channel.
+        """
+        frames = self.frames_of(patches, grid).float()
+        low, high = frames.amin((0, 2, 3), keepdim=True), frames.amax((0, 2, 3), keepdim=True)
+        size = (to[1] * self.size, to[2] * self.size)
+        small = interpolate(frames, size, mode="bicubic", align_corners=False, antialias=True)
+        return self.patches_of(torch.minimum(torch.maximum(small, low), high)).to(patches.dtype)
