@@ -20,7 +20,7 @@ from evals import records
 from evals.gpu_run import Run, said, takes_tower
 from vlmfast.core import UserError
 
-GROUPS = {"kv": 2, "prune": 4, "decode": 2, "half": 1, "stream": 1}  # and how many processes share its cases
+GROUPS = {"kv": 2, "prune": 4, "decode": 2, "half": 3, "stream": 1}  # and how many processes share its cases
 TESTS = records.ROOT / "tests"
 Place = Callable[[Any], Any]  # moves a tensor, a model or a dict of tensors to where the case runs
 

@@ -22,7 +22,7 @@ from pretend_cuda import PretendCuda, to_cuda
 
 import vlmfast
 from evals.gpu_run import takes_tower
-from vlmfast.core import VisualTokens
+from vlmfast.core import Unsupported, VisualTokens
 from vlmfast.decode import Speculate
 from vlmfast.encode import METHODS, VidCom2
 from vlmfast.prefill import HybridKV, SnapKV
@@ -147,8 +147,12 @@ def choosers() -> Iterator[tuple[str, Counts]]:
                 more["attention"] = more["attention"].expand(len(layers), -1)
             seen = VisualTokens(to_cuda(features), to_cuda(n // 64), (4, 8, 8), True, **more)
             before = counted(device)
-            prune.select(seen)
-            yield name, less(counted(device), before)
+            try:
+                prune.select(seen)
+            except Unsupported:  # it acts before there are tokens
+                continue
+            counts = less(counted(device), before)
+        yield name, counts
 
 
 def between() -> Iterator[tuple[str, Counts]]:
