@@ -27,7 +27,8 @@ def outside(shape: Shape) -> dict[str, Any]:
     """Row key -> pruner: every method that acts at the tower's output or before the tower."""
     from vlmfast.encode import METHODS, Pruner
 
-    made = {name: m() if name in THRESHOLD else m(keep=KEEP) for name, m in METHODS.items() if issubclass(m, Pruner)}
+    early = {name: m for name, m in METHODS.items() if issubclass(m, Pruner) or getattr(m, "resizes", False)}
+    made = {name: m() if name in THRESHOLD else m(keep=KEEP) for name, m in early.items()}
     # the random tower makes all tokens alike, still or not: only what is nearly the same has not changed
     return made | {"dtd": METHODS["dtd"](keep=1 - 1e-4, threshold=0.999)}
 

@@ -138,7 +138,7 @@ def choosers() -> Iterator[tuple[str, Counts]]:
     features = torch.randn(256, 32, generator=gen)
     for name, method in METHODS.items():
         prune = method(keep=0.25)
-        if hasattr(prune, "cuts"):  # between layers: counted as a part of its prefill
+        if hasattr(prune, "cuts") or getattr(prune, "resizes", False):  # counted as a part of a prefill; of no tokens
             continue
         with PretendCuda(capability=CARD) as device:
             more = {k: to_cuda(v) for k, v in given.items()}

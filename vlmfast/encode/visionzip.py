@@ -85,5 +85,5 @@ class VisionZip(Pruner):
 
 def rest_of(n: int, chosen: Tensor) -> Tensor:
     """The indices in 0 ... n - 1 that are not in `chosen`, ascending."""
-    free = torch.ones(n, dtype=torch.bool, device=chosen.device).index_fill_(0, chosen, False)
+    free = torch.ones(n, dtype=torch.int8, device=chosen.device).index_fill_(0, chosen, 0)
     return ranking(free)[: n - len(chosen)]

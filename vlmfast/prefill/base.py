@@ -151,11 +151,12 @@ class KVPolicy(Method):
                 low += [columns[:0]] * hk
                 low_rank += [None] * hk
                 continue
-            keep += [columns[k] for k in choice.keep]
+            whole = len(columns) == view.keys.shape[2]  # then a column's place among them is the column
+            keep += choice.keep if whole else [columns[k] for k in choice.keep]
             merged += choice.merged or [None] * hk
             mass += choice.mass or [None] * hk
             low_rank += choice.low_rank or [None] * hk
-            low += [columns[k] for k in choice.low or [columns[:0]] * hk]
+            low += [columns[:0]] * hk if choice.low is None else [columns[k] for k in choice.low]
             if choice.dynamic is not None and choice.budget is not None:
                 dynamic[i * hk : (i + 1) * hk], budget[i * hk : (i + 1) * hk] = choice.dynamic, choice.budget
             stats.setdefault("rows", []).append(choice.stats)
@@ -222,7 +223,10 @@ def best(scores: Tensor, count: int, tiebreak: Tensor | None = None) -> Tensor:
 
 def best_of_heads(scores: Tensor, counts: Sequence[int], tiebreak: Tensor | None = None) -> list[Tensor]:
     """`best` of every head: scores and tiebreak (Hk, n), counts per head."""
-    return [order[:count].sort().values for order, count in zip(ranking(scores, tiebreak), counts, strict=True)]
+    order = ranking(scores, tiebreak)
+    if len(set(counts)) == 1:
+        return list(order[:, : counts[0]].sort(1).values)
+    return [row[:count].sort().values for row, count in zip(order, counts, strict=True)]
 
 
 def under(policy: KVPolicy, scorer: KVPolicy) -> KVPolicy:

@@ -174,12 +174,13 @@ class KVLayer(Announced, CacheLayerMixin):
         dynamic = kept.dynamic.tolist() if kept.dynamic is not None else [False] * (b * hk)
         small = kept.int8.tolist() if kept.int8 is not None else [False] * (b * hk)
         parts: dict[str, list] = {"exact": [], "int8": [], "dynamic": []}
+        positions = positions.to(torch.int32)
         for r, columns in enumerate(kept.keep):
             i, h = divmod(r, hk)
             where = slice(None) if len(columns) == n else columns
             merged = kept.merged[r] if kept.merged is not None else None
             k, v = merged if merged is not None else (keys[i, h][where], values[i, h][where])
-            segment = (r, k, v, positions[i][where].to(torch.int32))
+            segment = (r, k, v, positions[i][where])
             parts["dynamic" if dynamic[r] else "int8" if small[r] else "exact"].append(segment)
         if parts["exact"]:
             self.exact = Store.build(parts["exact"], b * hk, mass=kept.mass)
@@ -194,7 +195,7 @@ class KVLayer(Announced, CacheLayerMixin):
         if kept.low is not None:
             assert self.dynamic is None, "dynamic heads hold whole columns"
             rows = [(r, *divmod(r, hk), columns) for r, columns in enumerate(kept.low) if len(columns)]
-            low = [(r, keys[i, h][at], values[i, h][at], positions[i][at].to(torch.int32)) for r, i, h, at in rows]
+            low = [(r, keys[i, h][at], values[i, h][at], positions[i][at]) for r, i, h, at in rows]
             self.low = Store.build(low, b * hk, int8=True).compact()
         self.keys = self.values = None
         self.stats = kept.stats

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vlmfast.core import Unsupported, UserError
 from vlmfast.families import Family
 from vlmfast.families.patches import PatchLayout
+from vlmfast.runtime.clock import Stopwatch
 from vlmfast.runtime.names import cache_in, option
 from vlmfast.runtime.rewrite import arguments, implied_mask
 from vlmfast.runtime.selection import left_padded
@@ -67,8 +68,11 @@ class Downsampled:
         if before is None and not grids:
             return handle._generate(inner, (), call)
         self._refuse(call, cache, before, grids)
+        watch = Stopwatch(self.model)
+        start = watch.now()
         made = self._shorten(call, grids) if before is None else before
         prompt, dropped = call["input_ids"], made.ids.shape[1] - made.short.shape[1]
+        watch.add(start)
         tail = slice(made.ids.shape[1], None)
         call["input_ids"] = torch.cat([made.short, prompt[:, tail]], 1)
         call["attention_mask"] = torch.cat([made.mask, self._mask(call, prompt)[:, tail]], 1)
@@ -84,7 +88,8 @@ class Downsampled:
         if handle.columns.cache is not None:
             setattr(handle.columns.cache, MARK, made)
         if before is None:
-            handle.report.encode |= {"visual_tokens": made.counts[0], "kept_tokens": made.counts[1]}
+            counts = {"visual_tokens": made.counts[0], "kept_tokens": made.counts[1]}
+            handle.report.encode |= counts | {"select_ms": watch.seconds() * 1e3}
         return self._whole(out, prompt, dropped)
 
     def _mask(self, call: dict[str, Any], ids: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vlmfast import kernels
 from vlmfast.core import Kind, StageDidNotFire, Unsupported
 from vlmfast.families import Family
-from vlmfast.runtime.clock import clock
+from vlmfast.runtime.clock import Stopwatch
 from vlmfast.runtime.columns import ColumnHooks
 from vlmfast.runtime.cuts import Held, LayerMethod, Run, Sight, all_keys, prunable, take_tables
 from vlmfast.runtime.layers import window_queries
@@ -38,6 +38,7 @@ class InnerHooks:
         self.layers = family.layers(model)
         self.cuts = dict(method.cuts(len(self.layers)))
         self.run: Run | None = None
+        self.watch = Stopwatch(model)
         self.tail: Tensor | None = None
         self.masks: dict[tuple, Tensor | None] = {}
         self._check()
@@ -80,7 +81,7 @@ class InnerHooks:
     # -- around the text model -------------------------------------------------------------------------------------
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.run, self.masks = None, {}
+        self.run, self.masks, self.watch = None, {}, Stopwatch(self.model)
         entered, cache = self.columns.entered, cache_in(kwargs)
         mask = kwargs.get("attention_mask")
         plain = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
@@ -106,6 +107,7 @@ class InnerHooks:
         if run is not None and output is not None:
             if run.done < len(self.cuts):
                 raise StageDidNotFire(f"{self.method.name} made {run.done} of its {len(self.cuts)} cuts")
+            self.columns.stats["select_ms"] += self.watch.seconds() * 1e3
             self.columns.stats["kept_tokens"] += int((run.kinds == Kind.VISUAL).sum()) - int(run.entered.sum())
 
     # -- the layer before a cut: what the method looks at ------------------------------------------------------------
@@ -114,14 +116,14 @@ class InnerHooks:
         w = self.method.window()
         if self.run is None or w == 0:
             return
-        start = clock(self.model)
+        start = self.watch.now()
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         tables, n = kwargs["position_embeddings"], hidden.shape[1]
         cache = cache_in(kwargs)
         keys = cache.layers[module.layer_idx].keys[:, :, -n:] if cache is not None else all_keys(module, hidden, tables)
         query = window_queries(module, hidden[:, -w:], tables)
         self.run.weights = kernels.window_attention(query, keys, module.scaling, self.run.kinds != Kind.PAD)
-        self.columns.stats["select_ms"] += (clock(self.model) - start) * 1e3
+        self.watch.add(start)
 
     # -- every layer from the one before the first cut ---------------------------------------------------------------
 
@@ -132,9 +134,9 @@ class InnerHooks:
                 self._continue(i, hidden, kwargs)
                 return args, kwargs
             if i in self.cuts:
-                start = clock(self.model)
+                start = self.watch.now()
                 hidden = self._cut(i, hidden, kwargs)
-                self.columns.stats["select_ms"] += (clock(self.model) - start) * 1e3
+                self.watch.add(start)
             if i + 1 in self.cuts:
                 self.run.before = hidden
             if self.run.source is None:
@@ -159,8 +161,9 @@ class InnerHooks:
         s = int(keep.sum(1).max())
         source = keep.to(torch.int8).argsort(dim=1, stable=True)[:, width - s :]  # what goes first, both ascending
         filled = keep.gather(1, source)
-        run.kinds = run.kinds.gather(1, source).masked_fill(~filled, Kind.PAD)
-        run.index = run.index.gather(1, source).masked_fill(~filled, -1)
+        empty = ~filled
+        run.kinds = run.kinds.gather(1, source).masked_fill_(empty, Kind.PAD)
+        run.index = run.index.gather(1, source).masked_fill_(empty, -1)
         run.source = source if run.source is None else run.source.gather(1, source)
         run.tables = take_tables(kwargs["position_embeddings"], run.source)
         run.done += 1
