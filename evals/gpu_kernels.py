@@ -15,6 +15,7 @@ FILES = (  # (file of tests/, which of its tests: pytest's -k, "" for all)
     ("test_step_kernels.py", "match_plain_torch"),
     ("test_greedy.py", "kernels_pick"),
     ("test_fast_tower.py", "triton"),
+    ("test_engine.py", "captured_steps_on_a_card"),
 )
 
 
