@@ -50,7 +50,7 @@ def checks(dry: bool) -> list[Job]:
 TIMED = [
     Job("first_token", gpu_prefill.first_token, 110),
     Job("choose", gpu_prefill.choose, 45),
-    Job("decode", gpu_decode.decode, 110),
+    Job("decode", gpu_decode.decode, 130),
     Job("stream", gpu_stream.stream, 45),
     Job("profile", gpu_profile.profile, 45),
 ]

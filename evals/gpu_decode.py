@@ -81,11 +81,12 @@ def decode(run: Run) -> None:
             repeats = True
             echo(model)
         with run.trying(what), torch.no_grad():
-            times = 1 if run.dry or (stock and rows > 1) else 3
+            times = 1 if run.dry or (stock and rows > 1) else 2 if stock and visual > 4096 else 3
             with accelerated(model, asked[name]) as handle:
                 warm, samples = timed(run, model, handle, prompts, (visual, rows, repeats), times, name == "static")
                 words = {"report": handle.report.json()["decode"], **notes(handle)} if handle is not None else {}
             metrics = spread(samples, "decode_ms_per_token") | memory(run) | {"warm_ms": warm}
+            metrics |= {k: v for k, v in samples[-1].items() if k == "steady_ms_per_token"}
             metrics["decode_floor_ms"] = floor(run, model, metrics, rows)
             if name == "plain":
                 plain[visual, rows] = samples
@@ -103,8 +104,8 @@ def timed(
     new = 8 if run.dry else 32
     generate = {"cache_implementation": "static"} if static else {}
 
-    def call(tokens: int) -> tuple[float, int]:
-        inputs = prompts.next(visual, rows, step=tokens + 1, repeats=repeats)
+    def call(tokens: int, step: int = 0) -> tuple[float, int]:
+        inputs = prompts.next(visual, rows, step=step or tokens + 1, repeats=repeats)
         return answered(run, model, inputs, tokens, **generate)[0], inputs["input_ids"].shape[1]
 
     memory(run, reset=True)
@@ -117,6 +118,10 @@ def timed(
         own = reported(handle, ("decode_ms_per_token",))
         sample |= {"reported_ms_per_token": own["decode_ms_per_token"]} if own else {}
         samples.append(sample | reported(handle, REPORTED))
+    if handle is not None and (run.dry or samples[-1]["decode_ms_per_token"] < 10):
+        # what an answer costs once is in neither; a step of our own plans for no length
+        short, long = (call(1 + n, step=1)[0] for n in (new, 4 * new))
+        samples[-1]["steady_ms_per_token"] = (long - short) / (3 * new)
     return warm, samples
 
 

@@ -15,6 +15,7 @@ FILES = (  # (file of tests/, which of its tests: pytest's -k, "" for all)
     ("test_step_kernels.py", "match_plain_torch"),
     ("test_greedy.py", "kernels_pick"),
     ("test_fast_tower.py", "triton"),
+    ("test_engine.py", "captured_steps_on_a_card"),
 )
 
 
@@ -28,7 +29,8 @@ def kernels(run: Run, file: str, which: str) -> None:
     import pytest
 
     if not (TESTS / file).exists():
-        raise UserError(f"needs a checkout of the repository: tests/{file} is not here")
+        run.skip(file, "needs a checkout of the repository: its tests/ are not here")
+        return
     counts = {"passed": 0, "failed": 0, "skipped": 0}
     wrong: list[str] = []
     begin = time.monotonic()

@@ -70,8 +70,8 @@ CHOOSE: list[Column] = [
 DECODE: list[Column] = [
     ("visual", param("visual_tokens")), ("rows", param("batch")),
     ("ms a token", within("decode", "decode_ms_per_token")), ("faster", over("decode_ms_per_token")),
-    ("reported", metric("reported_ms_per_token")), ("bound", metric("decode_floor_ms")),
-    ("accepted", metric("accepted_length")), ("GB", gigabytes), ("by", engine),
+    ("steady", metric("steady_ms_per_token")), ("reported", metric("reported_ms_per_token")),
+    ("bound", metric("decode_floor_ms")), ("accepted", metric("accepted_length")), ("GB", gigabytes), ("by", engine),
 ]  # fmt: skip
 STREAM: list[Column] = [
     ("frames/s", metric("fps")), ("side", metric("side")), ("answer ms", metric("latency_ms")),

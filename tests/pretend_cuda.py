@@ -430,7 +430,7 @@ def _step_split(grid: tuple, q: Tensor, k: Tensor, v: Tensor, length: Tensor, ac
     queries = q.view(-1, n, heads, group, constants["D"])
     for pair in range(grid[0]):
         row, head = divmod(pair, heads)
-        held = int(length[row])
+        held = int(length[pair])
         keys, values = (x[row, head, : held + n].float() for x in (k, v))
         scores = queries[row, :, head].reshape(n * group, -1).float() @ keys.T * scale
         last = held + torch.arange(n * group) // group

@@ -33,18 +33,20 @@ def test_within_budget(group: str) -> None:
 
 
 def test_what_is_over_is_named_with_its_lines() -> None:
-    counts = {
-        "launches": Counter({"a.py:1": 3.0, "b.py:2": 4.0}),
-        "waits": Counter(),
-        "copies": Counter({"c.py:3": 0.5}),
-    }
+    launches, copies = Counter({"a.py:1": 3.0, "b.py:2": 4.0}), Counter({"c.py:3": 0.5})
+    counts = {"launches": launches, "waits": Counter(), "copies": copies, "graphed": Counter()}
     budget = {"launches": 6, "waits": 0, "copies": 0.5}
     assert over("x", counts, budget) == ["x: 7 launches, the budget is 6; most by b.py:2 4, a.py:1 3"]
     assert over("x", counts, budget | {"launches": 7}) == [] and "no budget" in over("x", counts, None)[0]
 
 
 def test_budgets_are_only_lowered(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    counts = {"launches": Counter({"a.py:1": 5}), "waits": Counter({"a.py:1": 2}), "copies": Counter()}
+    counts = {
+        "launches": Counter({"a.py:1": 5}),
+        "waits": Counter({"a.py:1": 2}),
+        "copies": Counter(),
+        "graphed": Counter(),
+    }
     file = tmp_path / "budgets.json"
     file.write_text(json.dumps({"group": {"known": {"launches": 4, "waits": 3, "copies": 1}, "gone": {"launches": 1}}}))
     monkeypatch.setattr(budgets, "FILE", file)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 from typing import Any
 
+import methods
 import pytest
 import tiny
 import torch
@@ -24,7 +25,7 @@ from vlmfast.encode import FastV, Uniform, VidCom2
 from vlmfast.engine import graphs, pool, slots
 from vlmfast.engine.step import SIZES, Static
 from vlmfast.kernels import step_reference
-from vlmfast.prefill import SnapKV
+from vlmfast.prefill import AdaKV, SnapKV
 from vlmfast.runtime.stepper import Stepper
 
 STATIC = [f for f in tiny.FAMILIES if f != "qwen3_vl_moe"]  # experts are not ours
@@ -142,7 +143,18 @@ def test_slots_and_tables_grow_and_follow() -> None:
         static.rewind(back)
         lean.rewind(back)
     assert static.lean.slots.capacity > 1200 > capacity
+    assert all(length.data_ptr() % 16 == 0 for length in static.lean.slots.lengths)
     assert len(pool.pool_of(static.text, static.head).slots) == 1
+
+
+def test_padding_takes_no_columns() -> None:
+    """More padding than the slots have room for: only what is seen goes into them."""
+    model, batch = tiny.build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl", pad=600)
+    static, lean = stepper(model, batch), stepper(model, batch, "lean")
+    assert isinstance(static.lean, Static) and static.lean.slots.capacity == 256
+    for n in (1, 4):
+        tokens = torch.arange(30, 30 + n)[None]
+        torch.testing.assert_close(static.step(tokens), lean.step(tokens), atol=1e-4, rtol=1e-4)
 
 
 def test_bucket_wastes_a_fifth_at_most() -> None:
@@ -278,12 +290,12 @@ def test_a_failed_step_shows_its_error_and_leaves_the_cache(
 
 @pytest.mark.usefixtures("automatic")
 def test_what_transformers_decodes_says_why() -> None:
-    """Several rows, beams, autocast, a compressed cache, an assistant: decoded as before, one line in the report."""
+    """Beams, autocast, an assistant: decoded as before, one line in the report."""
     model, batch = tiny.build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl", batch=2)
     one = tiny.inputs("qwen2_5_vl", text=40)
     with vlmfast.accelerate(model, prune=Uniform(keep=1.0)) as fast:
         for given, more, why in [
-            (batch, {}, "2 rows"), (one, {"num_beams": 2}, "num_beams=2"), (one, {"assistant_model": model}, "assist"),
+            (batch, {"num_beams": 3}, "num_beams=3"), (one, {"assistant_model": model}, "assist"),
         ]:  # fmt: skip
             plain(model, given, n=4, **more)
             assert any(note.startswith("engine: ") and why in note for note in fast.report.notes), fast.report.notes
@@ -293,12 +305,113 @@ def test_what_transformers_decodes_says_why() -> None:
         assert "engine: torch.autocast is on, decoded by transformers" in fast.report.notes
         plain(model, one, n=4)
         assert fast.report.decode["engine"] == "static" and "static step" in str(fast.report)
-    with vlmfast.accelerate(model, kv=SnapKV(keep=0.5)) as fast:
-        plain(model, one, n=4)
-        assert "engine: kv= caches are ragged, decoded by transformers" in fast.report.notes
     with vlmfast.accelerate(model) as fast:
         plain(model, one, n=4)
         assert fast.report.notes == [] and "engine" not in fast.report.decode
+
+
+# -- compressed caches -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", methods.POLICIES, ids=repr)
+def test_static_over_a_compressed_cache(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every head at its own length: the tokens of the module's step, the same columns left behind, a second turn."""
+    model, batch = tiny.build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl", media=("image", "image"), text=12)
+    more = torch.tensor([[30, 31, 32, 33]])
+    said = []
+    for static in (False, True):
+        monkeypatch.setattr(engine, "automatic", lambda text, static=static: static)
+        with vlmfast.accelerate(model, kv=policy) as fast:
+            out = plain(model, batch, n=9, return_dict_in_generate=True)
+            cache, report = out.past_key_values, fast.report
+            held = [layer.lengths().tolist() for layer in cache.layers if hasattr(layer, "lengths")]
+            ids = torch.cat([out.sequences, more], 1)
+            turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": cache}
+            said.append((out.sequences.tolist(), held, plain(model, turn, n=5).tolist()))
+    assert said[0] == said[1]
+    for word in ("dynamic", "int8", "every token", "several"):
+        if word in str(report.decode.get("engine_reason")):
+            return
+    assert report.decode["engine"] == "static" or any("fits" in note for note in report.notes), report
+
+
+@pytest.mark.usefixtures("automatic")
+@pytest.mark.parametrize("policy", [SnapKV(keep=0.4, sinks=1, recent=2), AdaKV(keep=0.3, sinks=1, recent=2)], ids=repr)
+def test_drafts_and_rows_over_a_compressed_cache(policy: Any) -> None:
+    model, draft = tiny.build("qwen2_5_vl"), draft_of("qwen2_5_vl")
+    batch = tiny.inputs("qwen2_5_vl", media=("image", "image"), text=12)
+    with vlmfast.accelerate(model, kv=policy) as fast:
+        expected = plain(model, batch)
+        assert fast.report.decode["engine"] == "static"
+    for source in (ModelDraft(draft, None), PromptLookup()):
+        with vlmfast.accelerate(model, kv=policy, speculate=Speculate(source, length=3)) as fast:
+            assert torch.equal(plain(model, batch), expected)
+            assert fast.report.decode["engine"] == "static"
+    rows = tiny.inputs("qwen2_5_vl", media=[("image",), ("image", "image")], text=[6, 14])
+    with vlmfast.accelerate(model, kv=policy) as fast:
+        got = plain(model, rows)
+        assert fast.report.decode["engine"] == "static"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine, "automatic", lambda text: False)
+            assert torch.equal(plain(model, rows), got)
+
+
+# -- several rows ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("automatic")
+@pytest.mark.parametrize("family", STATIC)
+@pytest.mark.parametrize("prune", [Uniform(keep=1.0), VidCom2(keep=0.5)], ids=["all", "half"])
+def test_rows_of_a_batch_say_what_stock_says(family: str, prune: Any) -> None:
+    """Rows of different media, padded on the left, that end at different places; laws 5 and 6."""
+    model = tiny.build(family)
+    media = [("image",), ("image", "image"), ()]
+    batch = tiny.inputs(family, media=media, text=[5, 9, 12])
+    start = batch["input_ids"].shape[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "automatic", lambda text: False)
+        with vlmfast.accelerate(model, prune=prune):
+            expected = plain(model, batch)
+            eos = [int(expected[0, start + 3]), int(expected[1, start + 7])]
+            ended = plain(model, batch, eos_token_id=eos, n=12)
+            limited = plain(model, batch, return_dict_in_generate=True, repetition_penalty=1.5, output_scores=True)
+    with vlmfast.accelerate(model, prune=prune) as fast:
+        for _ in range(2):
+            assert torch.equal(plain(model, batch), expected)
+            assert fast.report.decode["engine"] == "static", fast.report.notes
+        assert torch.equal(plain(model, batch, eos_token_id=eos, n=12), ended)
+        got = plain(model, batch, return_dict_in_generate=True, repetition_penalty=1.5, output_scores=True)
+        assert torch.equal(got.sequences, limited.sequences)
+        for a, b in zip(got.scores, limited.scores, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+        for a, b in zip(got.past_key_values.layers, limited.past_key_values.layers, strict=True):
+            visible = b.keys.abs().sum((1, 3)) > 0
+            assert a.keys.shape == b.keys.shape and bool(visible.any())
+            torch.testing.assert_close(a.keys[:, :, -14:], b.keys[:, :, -14:], atol=1e-4, rtol=1e-4)
+        one = tiny.inputs(family, media=media[:1], text=[5])
+        assert torch.equal(plain(model, one)[0, -16:], expected[0, -16:])
+
+
+@pytest.mark.usefixtures("automatic")
+def test_rows_are_sampled_as_stock_samples_them_and_go_on() -> None:
+    model, one = tiny.build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl")
+    expected = []
+    for fast in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine, "automatic", lambda text, on=fast: on)
+            with vlmfast.accelerate(model, prune=Uniform(keep=1.0)) as handle:
+                torch.manual_seed(0)
+                first = plain(model, one, do_sample=True, num_return_sequences=3, temperature=1.2, n=6)
+                batch = tiny.inputs("qwen2_5_vl", batch=2)
+                turn = plain(model, batch, return_dict_in_generate=True, n=5)
+                ids = torch.cat([turn.sequences, torch.tensor([[30, 31], [40, 41]])], 1)
+                mask = torch.ones_like(ids)
+                mask[:, : batch["input_ids"].shape[1]] = batch["attention_mask"]
+                more = {"input_ids": ids, "attention_mask": mask, "past_key_values": turn.past_key_values}
+                expected.append([first, turn.sequences, plain(model, more, n=5)])
+                assert handle.report.decode.get("engine") == ("static" if fast else None), handle.report
+    for a, b in zip(*expected, strict=True):
+        assert torch.equal(a, b)
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
@@ -500,6 +613,23 @@ def test_drafts_step_statically_on_a_card(source: str) -> None:
     assert torch.equal(first, again)
 
 
+def test_a_card_says_what_the_cpu_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32, kernels' twins included: one row and three, ended rows, drafts; nothing waits inside a graph."""
+    monkeypatch.setattr(pool, "HALF", (torch.float32,))
+    model, batch = tiny.build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl", media=[("image",), ("image", "image"), ()])
+    one, draft = tiny.inputs("qwen2_5_vl"), draft_of("qwen2_5_vl")
+    start = batch["input_ids"].shape[1]
+    eos = plain(model, batch)[0, start + 3 : start + 4].tolist()
+    want = [plain(model, given, eos_token_id=eos) for given in (batch, one)]
+    with PretendCuda(capability=(9, 0)):
+        to_cuda(model), to_cuda(draft)
+        for speculate in (None, Speculate(ModelDraft(draft, None), length=4, otherwise="plain")):
+            with vlmfast.accelerate(model, prune=Uniform(keep=1.0), speculate=speculate) as fast:
+                for given, expected in zip((batch, one), want, strict=True):
+                    assert torch.equal(to_host(plain(model, to_cuda(given), eos_token_id=eos)), expected)
+                    assert fast.report.decode["engine"] == "static", fast.report.notes
+
+
 def test_before_ampere_and_in_float32_the_lean_step_runs_and_says_why() -> None:
     for capability, half, why in [((7, 5), True, "compute capability 8.0"), ((9, 0), False, "not float32")]:
         model, batch = tiny.build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl")
@@ -566,3 +696,10 @@ def test_captured_steps_on_a_card(family: str) -> None:
         torch.manual_seed(0)
         plain(model, batch, n=8, do_sample=True, temperature=1.5, repetition_penalty=1.1)
         assert fast.report.decode["engine"] == "static"
+    _, rows = halved(model, tiny.inputs(family, media=[("image",), ("image", "image"), ()]))
+    rows = {k: v.cuda() for k, v in rows.items()}
+    with vlmfast.accelerate(model, prune=Uniform(keep=1.0)) as fast:
+        said = plain(model, rows, n=20)
+        assert fast.report.decode["engine"] == "static" and said.shape[1] == rows["input_ids"].shape[1] + 20
+        again = plain(model, rows, n=20, eos_token_id=[int(said[0, -15]), int(said[1, -9])])
+        assert torch.equal(again[2, :-19], said[2, : again.shape[1] - 19])

@@ -13,7 +13,18 @@ import pytest
 import torch
 from pretend_cuda import PretendCuda, to_cuda
 
-from evals import gpu, gpu_decode, gpu_prefill, gpu_run, gpu_suite, gpu_tables, readme, records
+from evals import (
+    gpu,
+    gpu_decode,
+    gpu_kernels,
+    gpu_methods,
+    gpu_prefill,
+    gpu_run,
+    gpu_suite,
+    gpu_tables,
+    readme,
+    records,
+)
 from evals.gpu_run import Prompts, Run, finite, takes_tower
 from evals.shapes import TOY, build
 
@@ -102,6 +113,16 @@ def test_what_is_left_out_for_want_of_time_is_said(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in run.lines.read_text().splitlines()]
     asked = len(gpu_prefill.order(True)) + len(gpu_decode.order(True, False))
     assert sum("out of time" in line.get("skipped", "") for line in lines) == asked
+
+
+def test_without_a_checkout_the_checks_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (gpu_methods, gpu_kernels):
+        monkeypatch.setattr(module, "TESTS", tmp_path)
+    run = run_of(tmp_path)
+    for job in gpu.checks(True):
+        job.function(run, *job.arguments)
+    lines = [json.loads(line).get("skipped", "") for line in run.lines.read_text().splitlines()]
+    assert len([line for line in lines if "needs a checkout" in line]) == len(gpu_methods.GROUPS) + 1
 
 
 def test_no_length_comes_twice(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 from vlmfast import engine
@@ -21,44 +22,51 @@ def put_loop(
     loop decodes; columns, draft: see `decode.loop.build`; reuse: is reuse= on? nested: is this a
     call that another one of the same model makes, an assistant's?
     """
-    speculate, sink = plan.speculate, stage.update
-    if speculate is None:
-        reason = _no_engine(model, plan, reuse, nested)
-        if reason is not None:
-            stage["notes"] = [f"engine: {reason}, decoded by transformers"] if reason else []
-            return
     from vlmfast.decode import Speculate, loop
 
-    if speculate is None:
-        speculate, sink = Speculate(otherwise="plain"), functools.partial(_engine_alone, stage)
-    try:
-        loop.check(model, speculate, args, kwargs, plan.kv)
+    def put(speculate: Speculate, sink: Any, many: bool) -> None:
+        loop.check(model, speculate, args, kwargs, plan.kv, many)
         if why is not None:
             raise Unsupported(f"{why} with prune= is decoded by transformers' own loop: drop {why} or speculate=")
-    except Unsupported as e:
-        if speculate.otherwise == "refuse":
-            raise
-        name = "engine" if plan.speculate is None else "speculate"
-        stage["notes"] = [f"{name}: not for this call ({e}), decoded by transformers"]
-        return
-    kwargs["custom_generate"] = loop.build(
-        model, speculate, streamer=kwargs.get("streamer"), columns=columns, draft=draft, inputs=kwargs, sink=sink
-    )
+        kwargs["custom_generate"] = loop.build(
+            model, speculate, streamer=kwargs.get("streamer"), columns=columns, draft=draft, inputs=kwargs, sink=sink,
+            many=many,
+        )  # fmt: skip
+
+    refused = None
+    if plan.speculate is not None:
+        try:
+            return put(plan.speculate, stage.update, False)
+        except Unsupported as e:
+            if plan.speculate.otherwise == "refuse":
+                raise
+            refused = f"speculate: not for this call ({e}), decoded "
+    reason = _no_engine(model, plan, reuse, nested)
+    if reason is None:
+        try:
+            put(Speculate(), functools.partial(_engine_alone, stage), True)
+        except Unsupported as e:
+            reason = f"not for this call ({e})"
+    if refused is not None:
+        stage["notes"] = [refused + ("without drafts" if reason is None else "by transformers")]
+    elif reason:
+        stage["notes"] = [f"engine: {reason}, decoded by transformers"]
+    return None
 
 
 def _no_engine(model: Any, plan: Plan, reuse: bool, nested: bool) -> str | None:
     """Why a call without speculate= is not decoded by our loop, None = it is; empty where there is no question: on a
     CPU, and where nothing was asked."""
     text, head = engine.decoder(model)
-    if text is None or not engine.automatic(text) or (plan == Plan() and not reuse):
+    asked = reuse or replace(plan, tower=None) != Plan() or plan.tower == "fast"
+    if text is None or not engine.automatic(text) or not asked:
         return ""
     if nested:
         return "a call inside a call"
-    if plan.kv is not None:
-        return "kv= caches are ragged"
     return engine.why_not(text, head)
 
 
 def _engine_alone(stage: dict[str, Any], numbers: dict[str, Any]) -> None:
     """What the report keeps of the loop's numbers where nothing was drafted or asked to be."""
-    stage.update({k: v for k, v in numbers.items() if k.startswith(("engine", "graph", "capture", "notes"))})
+    stage.update({k: v for k, v in numbers.items() if k.startswith(("engine", "graph", "capture"))})
+    stage["notes"] = [*stage.get("notes", []), *numbers.get("notes", [])]

@@ -22,6 +22,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteri
 from vlmfast import engine, families
 from vlmfast.core import Draft, Unsupported
 from vlmfast.decode import accept as rules
+from vlmfast.decode import batch
 from vlmfast.decode.drafts import Request
 from vlmfast.decode.guards import strict_tokens
 from vlmfast.decode.ledger import Ledger
@@ -53,14 +54,15 @@ def build(
     inputs: dict[str, Any] | None = None,
     sink: Callable[[dict[str, Any]], Any] | None = None,
     steps: str = "auto",
+    many: bool = False,
 ) -> Callable[..., Any]:
     """The `custom_generate` callable of one `generate` call.
 
     streamer: the one given to `generate` (transformers hands none to a callable); columns: the target's column hooks,
     needed by SelfDraft; draft: the handle of an accelerated draft model (its hooks do the work); inputs: the keyword
     arguments of the call, for the draft's own encoder; sink: receives the numbers of the report; steps: the engine of
-    target and draft, see `Stepper.prefill`. Also moves `stop_strings` out of `inputs` into `stopping_criteria`:
-    transformers loses the tokenizer on the way to a callable.
+    target and draft, see `Stepper.prefill`; many: take several rows too, without a draft. Also moves `stop_strings` out
+    of `inputs` into `stopping_criteria`: transformers loses the tokenizer on the way to a callable.
     """
     inputs = {} if inputs is None else inputs
     if inputs.get("stop_strings") is not None and inputs.get("tokenizer") is not None:
@@ -73,6 +75,10 @@ def build(
         model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any,
         **kwargs: Any,
     ) -> Any:  # fmt: skip
+        if input_ids.shape[0] != 1 and many:
+            return batch.decode(
+                model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, sink, steps, kwargs
+            )
         if input_ids.shape[0] != 1:
             raise Unsupported(f"{input_ids.shape[0]} rows came in: speculation decodes one row at a time")
         config, (limit, eos, rest) = generation_config, split(stopping_criteria or [])
@@ -259,7 +265,7 @@ class _Run:
         """Say what the step chooses, until the answer ends; the step may then have run ahead."""
         out, start = self.out, time.perf_counter()
         with closing(target.greedy(out.said[-1], out.left())) as tokens:
-            for token in tokens:
+            for token in map(int, tokens):
                 now = time.perf_counter()
                 self.ledger.round(0, [], 0.0, (now - start) * 1e3)
                 start = now
@@ -273,14 +279,10 @@ class _Run:
         last = out.ids[:, -1:]
         t1 = time.perf_counter()
         logits = target.step(last if draft is None else torch.cat([last, draft[None]], 1))[0]
-        if logits.is_cuda:  # the choice waits for the step
-            rows = Rows(self.choice, out.ids, draft, logits)
-            if self.sampling:
-                clock(self.model)
-            t2 = time.perf_counter()
-        else:
-            t2 = time.perf_counter()
-            rows = Rows(self.choice, out.ids, draft, logits)
+        if logits.is_cuda:
+            clock(self.model)  # the choice would wait for the step in any case
+        t2 = time.perf_counter()
+        rows = Rows(self.choice, out.ids, draft, logits)
         draft_ms, verify_ms = (t1 - t0) * 1e3, (t2 - t1) * 1e3
         if draft is None:
             out.emit(rows.pick(0), partial(rows.kept, 0))

@@ -27,10 +27,12 @@ REFUSED_OPTIONS = {
 }
 
 
-def check(model: Any, speculate: Speculate, args: tuple, kwargs: dict[str, Any], kv: Any = None) -> None:
+def check(
+    model: Any, speculate: Speculate, args: tuple, kwargs: dict[str, Any], kv: Any = None, many: bool = False
+) -> None:
     """Raise Unsupported, in one line, for whatever this loop cannot honour; called before anything runs.
 
-    kv: the policy that will compress the target's cache, if any.
+    kv: the policy that will compress the target's cache, if any; many: may there be several rows?
     """
     if families.get(model).recurrent:
         raise Unsupported(
@@ -50,7 +52,7 @@ def check(model: Any, speculate: Speculate, args: tuple, kwargs: dict[str, Any],
         raise Unsupported(f"num_beams={ask['num_beams']}: beams cannot be drafted; use num_beams=1 or drop speculate=")
     ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
     rows = (1 if ids is None else ids.shape[0]) * (ask["num_return_sequences"] or 1)
-    if rows > 1:
+    if rows > 1 and not many:
         raise Unsupported(f"{rows} rows came in: speculation decodes one row at a time; call generate per row")
     if option(model, kwargs, "use_cache") is False:
         raise Unsupported("use_cache=False: a draft is verified over the cache; use use_cache=True")

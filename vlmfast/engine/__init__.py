@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from vlmfast import families
 from vlmfast.core import Unsupported
 from vlmfast.engine import pool, weights
+from vlmfast.engine.slots import STOPS
 from vlmfast.engine.step import Static, forward
 from vlmfast.runtime.lean import unknown_decoder
 
-__all__ = ["Static", "automatic", "decoder", "forward", "open_static", "prepare", "release", "why_not"]
+__all__ = ["STOPS", "Static", "automatic", "decoder", "forward", "open_static", "prepare", "release", "why_not"]
 
 
 def automatic(text: Any) -> bool:

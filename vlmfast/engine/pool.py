@@ -48,17 +48,24 @@ class Pool:
         if fitting:
             return min(fitting, key=lambda s: s.capacity)
         self.drop(idle)
-        capacity, w = bucket(columns), self.weights
-        splits = 1
-        if self.ops is not step_reference:
-            splits = self.ops.splits_for(rows * w.kv_heads, capacity, self.processors)
-        try:
-            made = Slots(w, rows, capacity, splits, Graphs(self.device, self.memory))
-        except torch.OutOfMemoryError:
+        made, capacity, w = None, bucket(columns), self.weights
+        for more in (bucket(columns + columns // 8), capacity):  # a longer prompt next time captures nothing anew
+            try:
+                made = self._make(rows, more)
+                break
+            except torch.OutOfMemoryError:
+                continue
+        if made is None:
             size = 2 * len(w.layers) * rows * capacity * w.kv_heads * w.head_size * w.embed.dtype.itemsize
-            raise Unsupported(f"no memory for slots of {capacity:,} columns, {size / 1e9:.1f} GB") from None
+            raise Unsupported(f"no memory for slots of {capacity:,} columns, {size / 1e9:.1f} GB")
         self.slots.append(made)
         return made
+
+    def _make(self, rows: int, capacity: int) -> Slots:
+        splits = 1
+        if self.ops is not step_reference:
+            splits = self.ops.splits_for(rows * self.weights.kv_heads, capacity, self.processors)
+        return Slots(self.weights, rows, capacity, splits, Graphs(self.device, self.memory))
 
     def drop(self, slots: list[Slots]) -> None:
         """Give these slots back."""

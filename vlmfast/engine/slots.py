@@ -12,6 +12,7 @@ from vlmfast.engine.graphs import Graphs
 from vlmfast.engine.weights import Weights
 
 TABLE = 1024  # positions whose rotation is held at once
+STOPS = 15  # ids that may end an answer
 BEFORE = 64  # of them, that many before the place where the table was made: tokens may be taken back
 
 
@@ -25,8 +26,9 @@ def bucket(columns: int) -> int:
 
 
 class Slots:
-    """keys, values: per layer (rows, Hk, capacity, Dh); counters (layers + 1, rows) int64: columns held in every layer,
-    and the next row of the rotary tables; cos, sin (rows, TABLE, Dh), the first half of sin negated.
+    """keys, values: per layer (rows, Hk, capacity, Dh); counters (N,) int64: `lengths`, per layer the columns that each
+    head of a row holds (rows * Hk,), and `at` (rows,), the next row of the rotary tables; cos, sin (rows, TABLE, Dh),
+    the first half of sin negated.
 
     fed: tokens after the prefill that the counters stand for, None = not known; splits: of the attention.
     """
@@ -39,12 +41,18 @@ class Slots:
         with torch.inference_mode(False), torch.no_grad():  # ordinary tensors: they are changed in place for ever
             self.keys = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(layers)]
             self.values = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(layers)]
-            self.counters = torch.zeros(layers + 1, rows, dtype=torch.long, device=like.device)
-            self.origin = torch.zeros_like(self.counters)  # counters before the first token
-            self.lengths = list(self.counters[:layers].unbind(0))
-            self.at = self.counters[layers]
+            pairs = rows * weights.kv_heads
+            self.stride = pairs + pairs % 2  # every layer's at a multiple of 16 bytes: kernels are specialised for that
+            both = torch.zeros(2, layers * self.stride + rows, dtype=torch.long, device=like.device)
+            self.counters, self.origin = both.unbind(0)  # origin: counters before the first token
+            self.lengths = [self.counters[i * self.stride :][:pairs] for i in range(layers)]
+            self.at = self.counters[layers * self.stride :]
             self.cos = torch.zeros(rows, TABLE, weights.head_size, dtype=like.dtype, device=like.device)
             self.sin = torch.zeros_like(self.cos)
+            self.done = torch.zeros(rows, 1, dtype=torch.bool, device=like.device)  # rows whose answer has ended
+            self.stop = torch.full(
+                (1, STOPS + 1), -1, dtype=torch.long, device=like.device
+            )  # what ends one, and pads it
         self.inputs: dict[int, Tensor] = {}
         self.fed: int | None = None
         self.owner: weakref.ref[Any] | None = None
@@ -65,10 +73,26 @@ class Slots:
         """Bytes of keys and values."""
         return sum(t.nbytes for t in (*self.keys, *self.values))
 
-    def begin(self, columns: list[int], base: int) -> None:
-        """Say how many columns each layer holds before the first token, and which token the tables were made for."""
-        self.origin.copy_(torch.tensor([[c] for c in (*columns, BEFORE - base)]).expand(-1, self.rows))
+    def begin(self, columns: list[list[int]], base: int) -> None:
+        """Say how many columns every head of each layer holds before the first token (rows * Hk a layer), and which
+        token the tables were made for."""
+        numbers = [n for layer in columns for n in (*layer, *[0] * (self.stride - len(layer)))]
+        self.origin.copy_(torch.tensor([*numbers, *[BEFORE - base] * self.rows]))
         self.fed = None
+
+    def stop_at(self, eos: frozenset[int], pad: int, ended: Tensor | None) -> None:
+        """Say what ends a row, what follows the end, and which rows (rows,) bool have ended."""
+        if ended is None:
+            self.done.fill_(False)
+        else:
+            self.done.copy_(ended[:, None])
+        self.stop.copy_(torch.tensor([[*sorted(eos), *[-1] * (STOPS - len(eos)), pad]]))
+
+    def ended(self, chosen: Tensor) -> Tensor:
+        """chosen (rows, 1) -> the same, padding in rows that have ended; remembers those that end now."""
+        chosen = torch.where(self.done, self.stop[:, STOPS:], chosen)
+        self.done.logical_or_((chosen == self.stop[:, :STOPS]).any(1, keepdim=True))
+        return chosen
 
     def set_fed(self, n: int) -> None:
         """Let the counters stand for n tokens after the prefill."""

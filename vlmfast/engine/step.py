@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlmfast.core import PlainRows, Unsupported
 from vlmfast.engine.graphs import Readback
 from vlmfast.engine.pool import Pool
 from vlmfast.engine.slots import BEFORE, TABLE, Slots
@@ -41,11 +42,19 @@ def forward(weights: Weights, slots: Slots, ops: ModuleType, tokens: Tensor) -> 
     return F.linear(ops.add_norm(x, last, weights.final, eps)[1], weights.head, weights.head_bias)
 
 
-class Static:
-    """One row after its prefill, in slots of its own until `flush`. The same protocol as `runtime.lean.Lean`.
+def _plain(layer: Any) -> list[tuple[Tensor, Tensor]]:
+    """The columns of a compressed layer, pair by pair."""
+    rows = layer.plain_rows()
+    if isinstance(rows, str):
+        raise Unsupported(rows)
+    return rows
 
-    cache: filled by a prefill of one row; valid: (P,) bool, physical columns that are not padding, or None; position:
-    the next position in the model's own layout, (..., 1, 1) int64; room: tokens to make room for (it grows when they
+
+class Static:
+    """Rows after their prefill, in slots of their own until `flush`. For one row, the protocol of `runtime.lean.Lean`.
+
+    cache: filled by a prefill of B rows; valid: (B, P) bool, physical columns that are not padding, or None; position:
+    the next positions in the model's own layout, (..., B, 1) int64; room: tokens to make room for (it grows when they
     do not suffice). captures, seconds: graphs captured for this row, and how long that took.
     """
 
@@ -61,19 +70,38 @@ class Static:
         self.hidden = None
         self.start = position if position.shape[0] != 4 or position.ndim == 2 else position[1:]
         layers = cache.layers[: len(pool.weights.layers)]
-        kept = None if valid is None else int(valid.sum())
-        self.prompt = [layer.keys.shape[-2] if kept is None else kept for layer in layers]
-        self.slots = self._take(max(self.prompt) + room + SIZES[-1])
-        for layer, p, keys, values in zip(layers, self.prompt, self.slots.keys, self.slots.values, strict=True):
+        first, heads = layers[0], pool.weights.kv_heads
+        ragged = isinstance(first, PlainRows) and first.ragged
+        self.rows = int(first.batch if ragged else first.keys.shape[0])
+        self.prompt: list[list[int]]  # columns per layer and (row, head) that the prefill left
+        if ragged:
+            held = [_plain(layer) for layer in layers]
+            self.prompt = [[len(keys) for keys, _ in pairs] for pairs in held]
+        elif valid is None:
+            self.prompt = [[layer.keys.shape[-2]] * self.rows * heads for layer in layers]
+        else:
+            self.prompt = [[n for n in valid.sum(1).tolist() for _ in range(heads)]] * len(layers)
+            # every row's columns first, in their order; what follows them is overwritten, or never read
+            order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)[:, None, :, None]
+        self.longest = max(map(max, self.prompt))
+        self.slots = self._take(self.longest + room + SIZES[-1])
+        for i, (layer, keys, values) in enumerate(zip(layers, self.slots.keys, self.slots.values, strict=True)):
+            if ragged:
+                for pair, (some_keys, some_values) in enumerate(held[i]):
+                    keys[pair // heads, pair % heads, : len(some_keys)] = some_keys
+                    values[pair // heads, pair % heads, : len(some_keys)] = some_values
+                continue
+            p = layer.keys.shape[-2]
             if valid is None:
-                keys[0, :, :p], values[0, :, :p] = layer.keys[0], layer.values[0]
-                layer.keys, layer.values = keys[:1, :, :p], values[:1, :, :p]  # the prompt is held once
+                keys[:, :, :p], values[:, :, :p] = layer.keys, layer.values
+                layer.keys, layer.values = keys[:, :, :p], values[:, :, :p]  # the prompt is held once
             else:
-                keys[0, :, :p], values[0, :, :p] = layer.keys[0][:, valid], layer.values[0][:, valid]
+                index, p = order[:, :, : self.longest].expand(-1, keys.shape[1], -1, keys.shape[3]), self.longest
+                keys[:, :, :p], values[:, :, :p] = layer.keys.gather(2, index), layer.values.gather(2, index)
         self._turn(0)
 
     def _take(self, columns: int) -> Slots:
-        slots = self.pool.take(1, columns)
+        slots = self.pool.take(self.rows, columns)
         slots.owner = weakref.ref(self)
         return slots
 
@@ -83,25 +111,28 @@ class Static:
         steps = torch.arange(base - BEFORE, base - BEFORE + TABLE, device=self.start.device)
         cos, sin = self.text.rotary_emb(slots.keys[0], self.start + steps)
         half = cos.shape[-1] // 2
-        slots.cos.copy_(cos[:1])
-        slots.sin.copy_(torch.cat([-sin[:1, :, :half], sin[:1, :, half:]], -1))
+        slots.cos.copy_(cos)
+        slots.sin.copy_(torch.cat([-sin[..., :half], sin[..., half:]], -1))
         slots.begin(self.prompt, base)
 
     def _reserve(self, size: int) -> None:
         """Room for `size` more tokens in the slots and in the tables."""
-        if max(self.prompt) + self.n + size > self.slots.capacity:
+        if self.longest + self.n + size > self.slots.capacity:
             before, self.slots = self.slots, self._take(2 * self.slots.capacity)
             for old, new in zip((*before.keys, *before.values), (*self.slots.keys, *self.slots.values), strict=True):
                 new[:, :, : before.capacity] = old
             for n, tokens in before.inputs.items():
                 self.slots.tokens(n).copy_(tokens)
+            self.slots.done.copy_(before.done)
+            self.slots.stop.copy_(before.stop)
             self.pool.drop([before])
             self._turn(max(0, self.n - BEFORE))
         elif not 0 <= BEFORE + self.n - self.base <= TABLE - size:
             self._turn(max(0, self.n - BEFORE))
 
     def _run(self, size: int, n: int, greedy: bool, token: int | Tensor | None) -> Tensor:
-        """One step of `size` tokens of which n count. token: what to feed, None = what the step before chose."""
+        """One step of `size` tokens of which n count -> (B, n, V). token: what to feed, None = what the step before
+        chose."""
         self._reserve(size)
         slots, weights, ops = self.slots, self.pool.weights, self.pool.ops
         tokens = slots.tokens(size)
@@ -109,7 +140,8 @@ class Static:
         def body() -> Tensor:
             logits = forward(weights, slots, ops, tokens)
             if greedy:
-                tokens.copy_(logits.argmax(-1, keepdim=True))
+                chosen = logits.argmax(-1, keepdim=True)
+                tokens.copy_(chosen if slots.rows == 1 else slots.ended(chosen))
             return logits
 
         count, seconds, waiting = slots.graphs.captures, slots.graphs.seconds, None
@@ -122,7 +154,7 @@ class Static:
         if captured:
             slots.fed = None
         if isinstance(token, Tensor):
-            tokens[0, :n] = token
+            tokens[:, :n] = token
         elif token is not None:
             tokens.fill_(token)
         elif waiting is not None:
@@ -132,25 +164,35 @@ class Static:
         logits = run()
         slots.fed = self.n + size
         self.n += n
-        return logits[:n]
+        return logits.view(self.rows, size, -1)[:, :n]
 
-    def step(self, tokens: Tensor, hidden_layer: int | None = None) -> Tensor:
-        """tokens (n,) int64 -> logits (n, V) in the model's dtype, valid until the next step."""
-        n, most = tokens.shape[0], SIZES[-1]
+    def step_rows(self, tokens: Tensor) -> Tensor:
+        """tokens (B, n) -> logits (B, n, V) in the model's dtype, valid until the next step."""
+        n, most = tokens.shape[1], SIZES[-1]
         if n > most:
-            return torch.cat([self.step(part).clone() for part in tokens.split(most)])
+            return torch.cat([self.step_rows(part).clone() for part in tokens.split(most, 1)], 1)
         return self._run(next(size for size in SIZES if size >= n), n, False, tokens)
 
-    def greedy(self, token: int, most: int | None = None) -> Iterator[int]:
-        """Feed a token, then every token chosen: yields at most `most` choices (the highest logit).
+    def step(self, tokens: Tensor, hidden_layer: int | None = None) -> Tensor:
+        """tokens (n,) int64 of the one row -> logits (n, V) in the model's dtype, valid until the next step."""
+        return self.step_rows(tokens[None])[0]
+
+    def greedy(
+        self, tokens: int | Tensor, most: int | None = None, eos: frozenset[int] = frozenset(), pad: int = 0,
+        ended: Tensor | None = None,
+    ) -> Iterator[Tensor]:  # fmt: skip
+        """Feed tokens (B, 1), then every token chosen: yields at most `most` choices (the highest logits), (B, 1) on
+        the host. Of several rows, those that said one of `eos`, and those `ended` (B,) before, go on with `pad`.
 
         The device is one step ahead of the host: when the caller stops, `n` says how many tokens were fed.
         """
         said: Readback | None = None
         fed = 0
+        if self.rows > 1:
+            self.slots.stop_at(eos, pad, ended)
         for done in itertools.count() if most is None else range(most):
             while fed < (done + 2 if most is None else min(most, done + 2)):
-                self._run(1, 1, True, token if fed == 0 else None)
+                self._run(1, 1, True, tokens if fed == 0 else None)
                 source = self.slots.tokens(1)
                 if said is None:
                     said = Readback(source)
@@ -158,18 +200,29 @@ class Static:
                 said.send(fed)
                 fed += 1
             assert said is not None
-            yield int(said.read(done))
+            yield said.read(done)
 
     def flush(self, cache: Any) -> None:
         """Append everything stepped so far to the cache's own layers, which then hold what is theirs; spent after."""
         slots = self.slots
-        columns = [(k[0], v[0]) for k, v in zip(slots.keys, slots.values, strict=True)]
-        append(cache, columns, self.prompt, self.n)
+        columns = [self._stepped(i) for i in range(len(slots.keys))] if self.n else []
+        append(cache, columns)
         held = {t.untyped_storage().data_ptr() for t in slots.keys}
-        for layer in cache.layers[: len(columns)]:
-            if layer.keys.untyped_storage().data_ptr() in held:  # nothing was appended
+        for layer in cache.layers[: len(slots.keys)]:
+            if layer.keys is not None and layer.keys.untyped_storage().data_ptr() in held:  # nothing was appended
                 layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
         slots.owner, self.n = None, 0
+
+    def _stepped(self, i: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, Hk, n, Dh) of layer i that came after the prompt."""
+        keys, values = self.slots.keys[i], self.slots.values[i]
+        if len(set(self.prompt[i])) == 1:
+            p = self.prompt[i][0]
+            return keys[:, :, p : p + self.n], values[:, :, p : p + self.n]
+        begins = self.slots.origin[i * self.slots.stride :][: keys.shape[0] * keys.shape[1]]
+        index = begins.view(*keys.shape[:2], 1) + torch.arange(self.n, device=keys.device)
+        index = index[..., None].expand(-1, -1, -1, keys.shape[3])
+        return keys.gather(2, index), values.gather(2, index)
 
     def fork(self) -> Static:
         """An independent copy at the same place."""

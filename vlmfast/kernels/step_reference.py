@@ -1,8 +1,8 @@
 """The parts of a decoder step of static shape, in plain torch: the specification of `triton_step`.
 
 Rounded where a module or operator of transformers rounds. Shapes: B rows, n new tokens a row, R = B * n; the cache of
-one layer is keys and values (B, Hk, capacity, Dh); `length` (B,) int64 counts the columns a row holds and lies on the
-device. No shape depends on data, nothing is read on the host.
+one layer is keys and values (B, Hk, capacity, Dh); `length` (B * Hk,) int64 counts the columns that each head of a row
+holds and lies on the device. No shape depends on data, nothing is read on the host.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ def rope(
     steps, rows = torch.arange(n, device=qkv.device), torch.arange(b, device=qkv.device)[:, None]
     c, s = (table[rows, at[:, None] + steps][:, :, None] for table in (cos, sin))
     q, k = (x * c + torch.roll(x, dh // 2, -1) * s for x in (q, k))
-    where = (length[:, None] + steps)[:, None, :, None].expand(b, hk, n, dh)
+    where = (length.view(b, hk, 1) + steps)[..., None].expand(b, hk, n, dh)
     keys.scatter_(2, where, k.transpose(1, 2))
     values.scatter_(2, where, v.transpose(1, 2))
     return q.reshape(b * n, h * dh)
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, length: Tensor, n: int, scale: float, splits: int = 1) -> Tensor:
-    """q (R, H Dh): the j-th new token of a row attends to its columns 0 .. length + j -> (R, H Dh).
+    """q (R, H Dh): the j-th new token of a row attends to columns 0 .. length + j of each head -> (R, H Dh).
 
     splits: in how many parts a kernel reads the columns; of no account here.
     """
     b, hk, capacity, dh = keys.shape
     packed = q.view(b, n, hk, -1, dh).permute(0, 2, 3, 1, 4)
-    last = length[:, None] + torch.arange(n, device=q.device)
-    seen = (torch.arange(capacity, device=q.device) <= last[..., None])[:, None].repeat(1, 1, packed.shape[2], 1)
+    last = length.view(b, hk, 1) + torch.arange(n, device=q.device)
+    seen = (torch.arange(capacity, device=q.device) <= last[..., None]).repeat(1, 1, packed.shape[2], 1)
     out = F.scaled_dot_product_attention(packed.reshape(b, hk, -1, dh), keys, values, attn_mask=seen, scale=scale)
     return out.reshape(packed.shape).permute(0, 3, 1, 2, 4).reshape(b * n, -1)
 

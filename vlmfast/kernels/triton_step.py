@@ -69,7 +69,7 @@ def _rope(  # type: ignore[no-untyped-def]
         a, b = _round(a * ca, q_ptr) + _round(b * sa, q_ptr), _round(b * cb, q_ptr) + _round(a * sb, q_ptr)
     to = q_ptr + (token * H + head) * D
     if head >= H:
-        place = tl.load(length_ptr + row) + j
+        place = tl.load(length_ptr + row * HK + (head - H) % HK) + j
         inside = inside & (place < CAPACITY)
         cell = ((row * HK + (head - H) % HK).to(tl.int64) * CAPACITY + place) * D
         to = k_ptr + cell
@@ -88,7 +88,7 @@ def _split(  # type: ignore[no-untyped-def]
     """One program a ((row, kv head), split, BLOCK_M of the N * G queries): its columns for those queries."""
     pair, split = tl.program_id(0), tl.program_id(1)
     row, head = pair // HK, pair % HK
-    held = tl.load(length_ptr + row).to(tl.int32)
+    held = tl.load(length_ptr + pair).to(tl.int32)
     end = tl.minimum(held + N, CAPACITY)
     share = tl.cdiv(tl.cdiv(end, SPLITS), 16) * 16
     low = split * share

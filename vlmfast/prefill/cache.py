@@ -226,6 +226,18 @@ class KVLayer(Announced, CacheLayerMixin):
         share = torch.sigmoid(there - here)[..., None]
         return torch.lerp(out.float(), more.float(), share).to(out.dtype)
 
+    def plain_rows(self) -> list[tuple[Tensor, Tensor]] | str:
+        """Keys and values of every (batch row, head), where they are nothing but columns in fast memory."""
+        if type(self) is not KVLayer:
+            return f"a {type(self).__name__} acts on every token"
+        if self.exact is None or self.dynamic is not None or len(self.exact) < self.exact.total:
+            return "dynamic heads read host memory" if self.dynamic is not None else "heads are stored as int8"
+        if self.low is not None or self.exact.bias is not None:
+            return "columns stand for several, or are stored as int8"
+        store = self.exact
+        held = sorted(zip(store.rows, store.offsets, store.lengths, strict=True))
+        return [(store.keys[at : at + n], store.values[at : at + n]) for _, at, n in held]
+
     # -- accounts --------------------------------------------------------------------------------------------------
 
     def lengths(self) -> Tensor:

@@ -25,8 +25,11 @@ MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 TABLE = 128  # positions rotated at once
 
 
-def why_not(text: Any, head: nn.Module, cache: Any) -> str | None:
-    """None when `Lean` can step this decoder over this cache (one row); else one line saying what is in the way."""
+def why_not(text: Any, head: nn.Module, cache: Any, rows: int = 1) -> str | None:
+    """None when `Lean` can step this decoder over this cache; else one line saying what is in the way.
+
+    rows: that the cache holds; `Lean` takes one, `engine.Static` any number.
+    """
     reason = unknown_decoder(text, head)
     if reason is not None:
         return reason
@@ -34,7 +37,7 @@ def why_not(text: Any, head: nn.Module, cache: Any) -> str | None:
     if len(layers) < len(text.layers):
         return "the cache is not filled"
     for layer in layers:
-        if type(layer) not in (DynamicLayer, PrunedLayer) or layer.keys.shape[0] != 1:
+        if type(layer) not in (DynamicLayer, PrunedLayer) or layer.keys.shape[0] != rows:
             return f"cache layers of type {type(layer).__name__} are not dense rows"
     return None
 
@@ -187,7 +190,9 @@ class Lean:
 
     def flush(self, cache: Any) -> None:
         """Append everything stepped so far to the cache's own layers; the decoder is spent afterwards."""
-        append(cache, list(zip(self.keys, self.values, strict=True)), self.prompt, self.n)
+        if self.n:
+            held = zip(self.keys, self.values, self.prompt, strict=True)
+            append(cache, [(k[None, :, p : p + self.n], v[None, :, p : p + self.n]) for k, v, p in held])
         self.n = 0
 
     def fork(self) -> Lean:
@@ -213,13 +218,12 @@ def layer_weights(block: Any) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def append(cache: Any, columns: list[tuple[Tensor, Tensor]], prompt: list[int], n: int) -> None:
-    """Append n stepped columns to every layer of a cache. columns: keys and values (Hk, capacity, Dh) per layer, the
-    stepped ones after `prompt` others."""
-    for layer, (k, v), p in zip(cache.layers, columns if n else (), prompt, strict=False):
+def append(cache: Any, columns: list[tuple[Tensor, Tensor]]) -> None:
+    """Append stepped keys and values, (B, Hk, n, Dh) per layer, to the layers of a cache."""
+    for layer, (keys, values) in zip(cache.layers, columns, strict=False):
         if getattr(layer, "announced", None) is not None:  # only our own hooks may add to it
             layer.announce()
-        layer.update(k[None, :, p : p + n], v[None, :, p : p + n])
+        layer.update(keys, values)
 
 
 def _roomy(x: Tensor, least: int) -> Tensor:

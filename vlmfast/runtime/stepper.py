@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from vlmfast import families
-from vlmfast.core import Kind, Unsupported, brief
+from vlmfast.core import Kind, PlainRows, Unsupported, brief
 from vlmfast.runtime.lean import Lean, why_not
 from vlmfast.runtime.names import CACHE, cache_of
 
 Maker = Callable[..., Any]  # see `engine.open_static`
 _CHECKED: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
-_STATIC: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
+_STATIC: weakref.WeakKeyDictionary[nn.Module, dict[bool, str | None]] = weakref.WeakKeyDictionary()  # ragged or not
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 
@@ -32,8 +32,12 @@ def _padding(mask: Tensor | None) -> Tensor | None:
     return None if mask is None or bool((mask == 1).all()) else mask
 
 
+def _first(valid: Tensor | None) -> Tensor | None:
+    return None if valid is None else valid[0]
+
+
 class Stepper:
-    """Built by `Stepper.prefill`. Shapes: one row (B = 1) everywhere.
+    """Built by `Stepper.prefill`. Shapes: one row (B = 1) everywhere; "static" and "module" steps take more.
 
     cache: the model's cache (valid after `finish`); position: the next position, (..., 1, 1) int64 in the model's own
     layout; logits: (1, V) float32 after the prompt; hidden: (1, n, D) of `hidden_layer` in the last forward;
@@ -108,45 +112,69 @@ class Stepper:
         valid = None
         columns = getattr(self.cache, "vlmfast_columns", None)
         if columns is not None and columns.padded:
-            valid = columns.kinds[0] != Kind.PAD
+            valid = columns.kinds != Kind.PAD
         elif columns is None and self.mask is not None:
-            valid = self.mask[0].bool()
-        self.reason = why_not(self.text, self.head, self.cache)
+            valid = self.mask.bool()
+        rows = self.logits.shape[0]
+        layers = self.cache.layers[: len(self.text.layers)]
+        if all(isinstance(layer, PlainRows) and layer.ragged for layer in layers):
+            self._go_static(None, room, static, forced, ragged=True)
+            self.reason = self.reason or ("heads hold different columns" if self.lean is None else None)
+            return
+        self.reason = why_not(self.text, self.head, self.cache, rows)
+        if valid is not None and rows > 1 and columns is not None and self.mask is not None:
+            later = columns.logical - self.mask.shape[1]  # of turns that brought no media: they dropped nothing
+            valid = torch.cat([valid, self.mask[:, later:].bool()], 1) if later < 0 else valid
         if (
             self.reason is None
             and valid is not None
-            and any(layer.keys.shape[-2] != valid.shape[0] for layer in self.cache.layers)
+            and any(layer.keys.shape[-2] != valid.shape[1] for layer in self.cache.layers)
         ):
             self.reason = "a padded row whose layers hold different columns"
-        if self.reason is None and self.model not in _CHECKED:
-            _CHECKED[self.model] = self._disagreement(valid)
-        self.reason = self.reason or _CHECKED[self.model]
+        if self.reason is None and rows == 1:
+            if self.model not in _CHECKED:
+                _CHECKED[self.model] = self._disagreement(valid)
+            self.reason = _CHECKED[self.model]
         if self.reason is not None:
             return
-        if static is not None:
-            made: Any = _STATIC.get(self.model)  # why it was found wrong before
-            if made is None:
-                hidden = self.hidden_layer is not None
-                made = static(self.text, self.head, self.cache, valid, self.position, room, hidden, forced)
-            if made is not None and not isinstance(made, str):
-                if self.model not in _STATIC:
-                    _STATIC[self.model] = self._differs(made, valid)
-                made = _STATIC[self.model] or made
-            if isinstance(made, str):
-                self.reason = made
-            else:
-                self.lean = made
-        if self.lean is None:
-            self.lean = Lean(self.text, self.head, self.cache, valid, self.position, room)
+        self._go_static(valid, room, static, forced)
+        if self.lean is None and rows == 1:
+            self.lean = Lean(self.text, self.head, self.cache, _first(valid), self.position, room)
 
-    def _differs(self, static: Any, valid: Tensor | None) -> str | None:
-        """Once per model: two tokens through the static and the lean step. None when they agree."""
-        token = self.logits.argmax(-1)
+    def _go_static(
+        self, valid: Tensor | None, room: int, static: Maker | None, forced: bool, ragged: bool = False
+    ) -> None:
+        """Take the static step where there is one. ragged: the cache is compressed, every head by itself."""
+        if static is None:
+            return
+        checked = _STATIC.setdefault(self.model, {})
+        made: Any = checked.get(ragged)  # why it was found wrong before
+        if made is None:
+            hidden = self.hidden_layer is not None
+            made = static(self.text, self.head, self.cache, valid, self.position, room, hidden, forced)
+        if made is not None and not isinstance(made, str):
+            if ragged not in checked:
+                checked[ragged] = self._differs(made, valid, ragged)
+            made = checked[ragged] or made
+        if isinstance(made, str):
+            self.reason = made
+        else:
+            self.lean = made
+
+    def _differs(self, static: Any, valid: Tensor | None, ragged: bool) -> str | None:
+        """Once per model and kind of cache: two tokens through the static step and the lean one, of several rows or
+        compressed caches the model's own. None when they agree."""
+        token = self.logits.argmax(-1, keepdim=True)
+        tokens = torch.cat([token, token], 1)
+        if len(token) > 1 or ragged:
+            expected = self.step(tokens)
+            self.rewind(2)
         with torch.inference_mode():
-            lean = Lean(self.text, self.head, copy.copy(self.cache), valid, self.position, 4)
-            expected = torch.cat([lean.step(token), lean.step(token)]).float()
+            if len(token) == 1 and not ragged:
+                lean = Lean(self.text, self.head, copy.copy(self.cache), _first(valid), self.position, 4)
+                expected = torch.stack([lean.step(token[0]), lean.step(token[0])], 1).float()
             try:
-                got = torch.cat([static.step(token).float(), static.step(token).float()])
+                got = torch.cat([static.step_rows(token).float(), static.step_rows(token).float()], 1)
             except torch.OutOfMemoryError:
                 raise
             except Exception as e:  # a compiler or driver that does not take the kernels or their capture
@@ -165,7 +193,7 @@ class Stepper:
         expected = self.step(tokens)[0]
         self.rewind(2)
         self.hidden = hidden
-        lean = Lean(self.text, self.head, copy.copy(self.cache), valid, self.position, 4)
+        lean = Lean(self.text, self.head, copy.copy(self.cache), _first(valid), self.position, 4)
         got = torch.cat([lean.step(tokens[0, :1]), lean.step(tokens[0, 1:])]).float()
         error = float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
         if error <= TOLERANCE.get(self.text.dtype, 1e-1):
@@ -198,18 +226,20 @@ class Stepper:
 
     def _lean_step(self, lean: Any, tokens: Tensor) -> Tensor:
         with torch.inference_mode():  # a tenth less to do per operation than under no_grad
+            if len(tokens) > 1:
+                return lean.step_rows(tokens).to(torch.float32, copy=True)
             logits = lean.step(tokens[0], self.hidden_layer)[None]
         if self.hidden_layer is not None and lean.hidden is not None:
             self.hidden = lean.hidden[None]
         return logits.to(torch.float32, copy=True)  # an ordinary tensor: it may reach the caller
 
-    def greedy(self, token: int, most: int | None) -> Generator[int, None, None]:
-        """Feed a token, then every token chosen (the highest logit): yields at most `most` choices; static step only.
+    def greedy(self, tokens: Any, most: int | None, **more: Any) -> Generator[Tensor, None, None]:
+        """Feed tokens, then every token chosen: `engine.Static.greedy`, static step only.
 
         The device runs ahead: more tokens may be fed than were yielded, `length` says how many once it is closed.
         """
         before, position, length = self.lean.n, self.position, self.length
-        choices = self.lean.greedy(token, most)
+        choices = self.lean.greedy(tokens, most, **more)
         try:
             while True:
                 with torch.inference_mode():
@@ -225,7 +255,7 @@ class Stepper:
         n = tokens.shape[1]
         mask = None
         if self.mask is not None:
-            mask = torch.cat([self.mask, self.mask.new_ones(1, self.length + n - self.mask.shape[1])], 1)
+            mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), self.length + n - self.mask.shape[1])], 1)
         handle = None
         if self.hidden_layer is not None:
             handle = self.text.layers[self.hidden_layer].register_forward_hook(self._keep_hidden)
