@@ -111,6 +111,27 @@ def test_the_kernels_pick_what_the_specification_picks(cases: list[tuple[int, in
     assert found == [[True] * 3] * len(cases)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, whose programs meet at barriers")
+def test_on_a_card_a_whole_grid_picks_what_the_specification_picks() -> None:
+    """2,048 tokens on many multiprocessors, 600 picks: two blocks of `most_probable`; twice, and the same again."""
+    from vlmfast.kernels import triton_greedy
+
+    n, k = 2048, 600
+    x = normalize(torch.randn(n, 1024, generator=torch.Generator().manual_seed(0)), dim=-1).cuda()
+    weight = torch.linspace(0.5, 1, n, device="cuda")
+    kernel, ones = weight[:, None] * (x @ x.T) * weight, torch.ones(1, n, device="cuda")
+    distance, matches = (1 - x @ x.T)[None], (x @ x.T / 0.05).softmax(-1).T.contiguous() / n
+    assert greedy.fused(kernel)
+    for _ in range(2):
+        got = triton_greedy.farthest(distance, ones, ones, k)
+        assert torch.equal(got.clamp(max=0), greedy.farthest_plain(distance, ones, ones, k).clamp(max=0))
+        got = triton_greedy.coverage(matches, k)
+        assert torch.equal(got, greedy.coverage_plain(matches, k))
+        got, want = triton_greedy.most_probable(kernel.clone(), k) < 0, greedy.most_probable_plain(kernel, k) < 0
+        assert int((got & want).sum()) >= 0.97 * k == 0.97 * int(want.sum())
+
+
 # -- where nothing new is left -----------------------------------------------------------------------------------------
 
 
