@@ -684,7 +684,7 @@ def test_captured_steps_on_a_card(family: str) -> None:
             decode = fast.report.decode
             assert decode["engine"] == "static", decode
             assert heard.tokens[-n:] == said[0].tolist()
-            assert (decode["graph_captures"] == 0) == (call == 1)
+            assert call != 1 or decode["graph_captures"] == 0  # slots and graphs of the call before
             lean = stepper(model, batch, "lean")
             logits = torch.cat([lean.logits, fed_by(lean, said[:, :-1])])
             chosen = logits.gather(1, said[0, :, None])[:, 0]
