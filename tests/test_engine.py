@@ -46,7 +46,7 @@ def speak(model: Any, batch: dict[str, Any], speculate: Speculate | None = None,
         steps="static",
     )  # fmt: skip
     out = model.generate(**given)
-    assert numbers["engine"] == "static"
+    assert numbers.get("engine", "static") == "static"  # an answer of one token takes no step
     return out, numbers
 
 

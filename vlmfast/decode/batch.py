@@ -30,12 +30,13 @@ def decode(
     room = 256 if limit is None else min(4096, limit - ids.shape[1] + 2)
     ledger, start = Ledger(), ids.shape[1]
     target = Stepper.prefill(model, ids, config, kwargs, None, steps, room, engine.open_static)
-    ledger.engine, ledger.reason = target.engine, target.reason
     run = _Rows(ids, processors, criteria, config, streamer, eos)
     try:
         run.say(target.logits)
+        if not run.done:
+            ledger.engine, ledger.reason = target.engine, target.reason
         asked = rest or run.processors or config.do_sample or run.scores is not None or run.logits is not None
-        if target.engine == "static" and not asked and len(eos) <= engine.STOPS:
+        if ledger.engine == "static" and not asked and len(eos) <= engine.STOPS:
             _follow(run, target, ledger, eos, limit)
         while not run.done:
             began = time.perf_counter()

@@ -48,8 +48,9 @@ class Ledger:
         where one was measured in this call. rule: the acceptance rule's name, None without a draft."""
         rounds = max(1, self.counts["verify_rounds"])
         accepted = sum(self.counts[name] for name in NAMES.values()) / rounds
-        out: dict[str, Any] = {**self.counts, **self.times, "accepted_length": accepted, "engine": self.engine}
-        out |= self.graphs
+        out: dict[str, Any] = {**self.counts, **self.times, "accepted_length": accepted, **self.graphs}
+        if self.engine:  # an answer of one token has none
+            out["engine"] = self.engine
         if self.reason is not None:
             out["engine_reason"] = self.reason
         if rule is not None:

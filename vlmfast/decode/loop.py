@@ -135,11 +135,12 @@ class _Run:
         target = Stepper.prefill(
             self.model, out.ids, self.config, kwargs, self._layer(), self.steps, room, engine.open_static
         )
-        self.ledger.engine, self.ledger.reason = target.engine, target.reason
         try:
             rows = Rows(choice, out.ids, None, target.logits)
             out.emit(rows.pick(0), partial(rows.kept, 0))  # the first token waits for no draft
             waiting, wait = self.pace is not None, 0
+            if not out.done:
+                self.ledger.engine, self.ledger.reason = target.engine, target.reason
             if self.pace is not None and not out.done:
                 self._prepare(tokenizer, target)
                 wait = 0 if self.goes_on or continued else self.pace.wait()

@@ -17,14 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.cache_utils import DynamicLayer
 
 from vlmfast import kernels
 from vlmfast.core import UserError
 from vlmfast.families import Family
 from vlmfast.runtime.fused_modules import FusedModules
 from vlmfast.runtime.grids import Grid, Grids
+from vlmfast.runtime.names import cache_in
 from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.pieces import KeptPieces, Pieces
+from vlmfast.runtime.state import PrunedLayer
 from vlmfast.runtime.tower_graphs import TowerGraphs
 
 FRESH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -51,6 +54,8 @@ def fast_modules(model: nn.Module, family: Family, patch: Patch) -> FastTower | 
         embeds = kwargs.get("inputs_embeds")
         if embeds is not None and embeds.shape[1] > 1:
             text.install(embeds)
+            if embeds.is_cuda and not torch.is_autocast_enabled("cuda"):
+                begin(cache_in(kwargs), embeds)
 
     patch.hook(family.text(model).register_forward_pre_hook(enter, with_kwargs=True))
     if not family.tower_loops:
@@ -58,6 +63,14 @@ def fast_modules(model: nn.Module, family: Family, patch: Patch) -> FastTower | 
     tower = FastTower(model, family)
     tower.install(patch)
     return tower
+
+
+def begin(cache: Any, like: Tensor) -> None:
+    """Make the empty tensors of a dynamic cache's layers, as their first update would, without a wait for each."""
+    for layer in getattr(cache, "layers", None) or []:
+        if type(layer) in (DynamicLayer, PrunedLayer) and not layer.is_initialized:
+            layer.dtype, layer.device, layer.is_initialized = like.dtype, like.device, True
+            layer.keys, layer.values = like.new_empty(0), like.new_empty(0)
 
 
 class FastTower:

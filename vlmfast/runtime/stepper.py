@@ -8,6 +8,7 @@ model, not on the cache), nor on how many columns a pruned or compressed cache p
 from __future__ import annotations
 
 import copy
+import functools
 import weakref
 from collections.abc import Callable, Generator
 from contextlib import suppress
@@ -59,6 +60,7 @@ class Stepper:
         self.length = cache.get_seq_length()  # logical columns fed so far
         self.lean: Any = None  # a `Lean`, or an `engine.Static`, which steps as it does
         self.reason: str | None = None
+        self._opens: Callable[[], None] | None = None  # makes the engine, when the first token is fed
 
     @classmethod
     def prefill(
@@ -102,11 +104,19 @@ class Stepper:
         self = cls(model, cache, positions[..., -1:] + 1, logits, mask, hidden_layer)
         if seen:
             self.hidden = torch.cat(seen, 1)
-        if engine != "module":
+        if engine == "auto":
+            self._opens = functools.partial(self._go_lean, room, static, False)  # an answer of one token needs none
+        elif engine != "module":
             self._go_lean(room, None if engine == "lean" else static, engine == "static")
-            if engine not in ("auto", self.engine):
+            if engine != self.engine:
                 raise Unsupported(f"the {engine} step cannot run here: {self.reason}; use engine='auto'")
         return self
+
+    def open(self) -> None:
+        """Make the engine, unless it is there."""
+        opens, self._opens = self._opens, None
+        if opens is not None:
+            opens()
 
     def _go_lean(self, room: int, static: Maker | None, forced: bool) -> None:
         valid = None
@@ -202,6 +212,7 @@ class Stepper:
 
     @property
     def engine(self) -> str:
+        self.open()
         return "module" if self.lean is None else self.lean.name
 
     def step(self, tokens: Tensor) -> Tensor:
@@ -209,6 +220,7 @@ class Stepper:
 
         Interrupted on the way (Ctrl-C, no memory) it fed nothing.
         """
+        self.open()
         n, fed = tokens.shape[1], 0 if self.lean is None else self.lean.n
         try:
             logits = self._module_step(tokens).float() if self.lean is None else self._lean_step(self.lean, tokens)
@@ -238,6 +250,7 @@ class Stepper:
 
         The device runs ahead: more tokens may be fed than were yielded, `length` says how many once it is closed.
         """
+        self.open()
         before, position, length = self.lean.n, self.position, self.length
         choices = self.lean.greedy(tokens, most, **more)
         try:
@@ -295,6 +308,7 @@ class Stepper:
 
     def fork(self) -> Stepper:
         """An independent copy at the same place, cache included."""
+        self.open()
         twin = copy.copy(self)
         if self.lean is not None:
             twin.lean = self.lean.fork()
@@ -305,5 +319,5 @@ class Stepper:
         """Bring the cache up to date with every token still fed, and return it."""
         if self.lean is not None:
             self.lean.flush(self.cache)
-        self.lean, self.reason = None, "finished"
+        self.lean, self.reason, self._opens = None, "finished", None
         return self.cache
