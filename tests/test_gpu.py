@@ -94,7 +94,7 @@ def test_a_part_that_crashes_hangs_or_is_killed_ends_alone(tmp_path: Path, monke
     suite.rates = suite.record.pop("rates")
     suite.record["parts"].clear()
     functions = (crash, hang, killed, fine)
-    suite.together([gpu_suite.Job(f.__name__, f, 1.0) for f in functions], tmp_path)
+    suite.together([gpu_suite.Job(f.__name__, f, 1.0 if f is hang else 60.0) for f in functions], tmp_path)
     ended = {p["part"]: p for p in suite.record["parts"]}
     assert ended["fine"]["state"] == "done" and ended["crash"]["state"] == "failed (exit 1)"
     assert ended["crash"]["last"][-1].startswith("KeyError: 'no such kernel'")
