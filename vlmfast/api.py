@@ -107,6 +107,7 @@ class Accelerated:
         outer = plan.prune.prune if between else None if self.smaller is not None else plan.prune
         self.columns = ColumnHooks(model, self.family, outer)
         self.columns.reuse, self.columns.drafts = self._reuse, self.always
+        self.columns.host_grids = self.tower is not None
         self.meter = Meter(model, self.family)
         self.rewrite = Rewrite(model, self.family, self.columns, patch, self.meter)
         draft = getattr(plan.speculate, "draft", None)
@@ -255,7 +256,7 @@ class Accelerated:
 
     def _fill(self, ids: Tensor | None, out: Any, past: int) -> None:
         """Write the report; raise when a stage had work and did not run."""
-        stats = self.columns.stats
+        stats = self.columns.timed()
         notes = list(self.columns.notes)
         new_ids = ids[:, past:] if ids is not None and past and ids.shape[1] > past else ids
         has_media = new_ids is not None and any(bool((new_ids == t).any()) for t in self.columns.ids.values())

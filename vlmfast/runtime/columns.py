@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicCache
 from vlmfast.core import Kind, TokenPruner, Unsupported
 from vlmfast.families import Family, Item
 from vlmfast.families.base import feature_list
-from vlmfast.runtime.clock import clock
+from vlmfast.runtime.clock import Stopwatch
 from vlmfast.runtime.compiled import is_compiled, refuse_compiled
 from vlmfast.runtime.model_lock import model_lock
 from vlmfast.runtime.names import cache_in, put_cache
@@ -35,10 +35,11 @@ class ColumnHooks:
     """Installs the three taps. `pruner` None = observe only (column kinds for KV policies and speculation)."""
 
     per_call = ("media", "given", "kind", "stats", "notes", "seen", "tower_kept", "kept", "cache", "in_call", "entered",
-                "has_media")  # fmt: skip
+                "has_media", "encoding", "selecting")  # fmt: skip
 
     def __init__(self, model: nn.Module, family: Family, pruner: TokenPruner | None) -> None:
         self.model, self.family, self.pruner = model, family, pruner
+        self.host_grids = False  # may grids come to the tower on the host?
         self.ids = family.visual_ids(model)
         self.tower_kept: dict[str, list[Tensor]] | None = None  # filled by TowerHooks: kept rows per item
         self.attention: TowerAttention | None = None  # where tower attention comes from, when a pruner needs it
@@ -60,11 +61,17 @@ class ColumnHooks:
             self.gaze.reset()
         self.kept: dict[str, list[Tensor]] = {}  # kept indices of every item, in the order of `media`; {} = all
         self.stats = {"visual_tokens": 0, "kept_tokens": 0, "encode_ms": 0.0, "select_ms": 0.0, "prefills": 0}
+        self.encoding, self.selecting = Stopwatch(self.model), Stopwatch(self.model)
         self.notes = []
         self.cache: Any = None  # of the running `generate` call
         self.in_call = False  # is one running?
         self.entered: Columns | None = None  # the columns of the forward now running, when it brings new media
         self.has_media = False
+
+    def timed(self) -> dict[str, Any]:
+        """The counts and milliseconds of the last request; waits for what is still running."""
+        spans = {"encode_ms": self.encoding.seconds() * 1e3, "select_ms": self.selecting.seconds() * 1e3}
+        return self.stats | {name: self.stats[name] + span for name, span in spans.items()}
 
     @property
     def active(self) -> bool:
@@ -106,11 +113,15 @@ class ColumnHooks:
         def tap(*args: Any, **kwargs: Any) -> Any:
             if self.kind is not None:  # Qwen3-VL encodes video by calling the image function
                 return inner(*args, **kwargs)
-            bound = signature.bind(*args, **kwargs).arguments
+            given = signature.bind(*args, **kwargs)
+            bound, grid = given.arguments, f"{kind}_grid_thw"
+            if self.host_grids and bound.get(grid) is not None:  # read before the tower runs: nothing waits for it
+                bound[grid] = bound[grid].cpu()
+                args, kwargs = given.args, given.kwargs
             call = {**bound, **bound.get("kwargs", {})}
-            start = clock(self.model)
+            start = self.encoding.now()
             out = self._encode(kind, call, functools.partial(inner, *args, **kwargs))
-            self.stats["encode_ms"] += (clock(self.model) - start) * 1e3
+            self.encoding.add(start)
             self.media[kind] = self.family.items(self.model, kind, call, feature_list(out))
             if self.attention is not None:
                 self.attention.collect(kind, functools.partial(inner, *args, **kwargs), call, self.media[kind])
@@ -278,14 +289,14 @@ class ColumnHooks:
             return None
         total = sum(int(m.sum()) for m in seen.values())
         self.stats["visual_tokens"] += total
-        start = clock(self.model)
+        start = self.selecting.now()
         keep = valid.clone()
         kept_total = 0
         for kind, where in seen.items():
             kept_total += select_kind(self, kw, kind, where, visual, valid, keep)
         self.stats["kept_tokens"] += kept_total
         rows = [k.nonzero()[:, 0] for k in keep]
-        self.stats["select_ms"] += (clock(self.model) - start) * 1e3
+        self.selecting.add(start)
         return None if kept_total == total else rows
 
     def _note_cache(self, cache: Any) -> None:

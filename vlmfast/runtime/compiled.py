@@ -30,6 +30,8 @@ def is_hooked(module: nn.Module) -> bool:
 
 def refuse_compiled(model: nn.Module) -> None:
     """Raise Unsupported when a compiled part of the model holds one of our hooks."""
+    if not any(map(is_compiled, model.modules())):
+        return
     for name, module in model.named_modules():
         if is_compiled(module) and any(is_hooked(part) for part in module.modules()):
             raise Unsupported(

@@ -142,7 +142,7 @@ class FastTower:
 
     def _forward(self, stock: Callable[..., Any], hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> Any:
         if self._why_not() is not None:
-            return stock(hidden_states, grid_thw, **kwargs)
+            return stock(hidden_states, grid_thw.to(hidden_states.device), **kwargs)
         device = hidden_states.device
         grid = self.grids.of(grid_thw, device)
         if grid.patches != hidden_states.shape[0]:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from vlmfast.core import StageDidNotFire, Unsupported, VisualTokens, tower_block
 from vlmfast.families import Family
 from vlmfast.families.qwen import Qwen, grid_items, group_mean, kept_seqlens
-from vlmfast.runtime.clock import clock
 from vlmfast.runtime.columns import ColumnHooks
 from vlmfast.runtime.fast_tower import FastTower
 from vlmfast.runtime.patch import Patch
@@ -116,7 +115,7 @@ class TowerHooks:
         """Score the merge groups as the tower has them at this block, keep whole groups."""
         pruner, kind = self.columns.pruner, self.columns.kind
         assert pruner is not None and self.grid is not None
-        start = clock(self.model)
+        start = self.columns.selecting.now()
         grid = None if self.fast is None else self.fast.grid
         features = group_mean(hidden, self.unit)
         self.total = len(features)
@@ -154,7 +153,7 @@ class TowerHooks:
         self.kept = flags.argsort(descending=True, stable=True)[: len(chosen)]
         if self.fast is not None:
             self.fast.cut = self.kept
-        self.columns.stats["select_ms"] += (clock(self.model) - start) * 1e3
+        self.columns.selecting.add(start)
         self.columns.stats["tower_block"] = self.at
         return self._rows(hidden)
 
