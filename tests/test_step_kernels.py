@@ -135,7 +135,8 @@ def test_splits(pairs: int, capacity: int, processors: int, splits: int) -> None
 KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # shared memory of a program
 LONGS = ("length_ptr", "at_ptr")
 FLOATS = ("acc_ptr", "top_ptr")
-KINDS = {"eps": "fp32", "scale": "fp32", "CAPACITY": "i32", "TABLE": "i32", "SPLITS": "i32", "N": "i32"}
+NUMBERS = ("CAPACITY", "TABLE", "SPLITS", "N", "WIDTH", "gate_row", "up_row", "row_stride")
+KINDS = {"eps": "fp32", "scale": "fp32", **dict.fromkeys(NUMBERS, "i32")}
 
 
 def kernels_of(
@@ -154,6 +155,9 @@ def kernels_of(
          {"num_warps": 1, "enable_fp_fusion": False}),
         ("_split", {**shape, **sizes}, options),
         ("_combine", {**shape, "BLOCK_S": 64, "BLOCK": 64}, {"num_warps": 4}),
+        ("_rms_norm", {"D": width, "BLOCK": block(width)}, {"num_warps": 4 if width <= 2048 else 8}),
+        ("_gated", {"BLOCK": 1024}, {"num_warps": 4}),
+        ("_rotate", {"HEADS": 4 * group, "D": head, "BLOCK_H": block(4 * group), "BLOCK_D": block(head // 2)}, {}),
     ]  # fmt: skip
 
 
@@ -164,9 +168,9 @@ def compiled(name: str, constants: dict[str, Any], options: dict[str, Any], dtyp
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from vlmfast.kernels import triton_step
+    from vlmfast.kernels import triton_step, triton_vision
 
-    kernel = getattr(triton_step, name)
+    kernel = getattr(triton_step, name, None) or getattr(triton_vision, name)
     signature: dict[str, str] = {}
     for argument in kernel.arg_names:
         floats = argument in FLOATS or (argument == "sum_ptr" and name != "_add_norm")
