@@ -6,6 +6,7 @@ float32 and float16 (it is wrong in bfloat16). Ahead-of-time compilation needs n
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import os
@@ -133,31 +134,42 @@ def test_splits(pairs: int, capacity: int, processors: int, splits: int) -> None
 # -- ahead of time -----------------------------------------------------------------------------------------------------
 
 KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # shared memory of a program
-LONGS = ("length_ptr", "at_ptr")
-FLOATS = ("acc_ptr", "top_ptr")
-NUMBERS = ("CAPACITY", "TABLE", "SPLITS", "N", "WIDTH", "gate_row", "up_row", "row_stride")
-KINDS = {"eps": "fp32", "scale": "fp32", **dict.fromkeys(NUMBERS, "i32")}
+LONGS = ("length_ptr", "at_ptr", "rows_ptr", "offsets_ptr", "lengths_ptr")
+FLOATS = ("acc_ptr", "top_ptr", "max_ptr")
+NUMBERS = ("CAPACITY", "TABLE", "SPLITS", "N", "WIDTH", "gate_row", "up_row", "row_stride", "Q", "M")
+KINDS = {"eps": "fp32", "scale": "fp32", "scaling": "fp32", **dict.fromkeys(NUMBERS, "i32")}
+Kernel = tuple[str, dict[str, Any], dict[str, Any]]  # module.name, constants, options
 
 
-def kernels_of(
-    head: int, group: int, n: int, width: int, inner: int
-) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """(kernel, constants, options) of a model's step, as the launchers choose them."""
+def kernels_of(head: int, group: int, n: int, width: int, inner: int) -> list[Kernel]:
+    """Of a model's step, tower and compressed caches, as the launchers choose them."""
+    from vlmfast.kernels import triton_ragged
     from vlmfast.kernels.triton_step import block, tile
+
+    ragged: list[Kernel] = []
+    wide = 4 if width <= 2048 else 8
+    for int8 in (False, True) if n * group <= (128 if head <= 128 else 64) else ():
+        both = triton_ragged.tile(head, n * group)
+        blocks = {k: both[k] for k in ("BLOCK_D", "BLOCK_M", "BLOCK_N")}
+        constants = {"D": head, "DV": head, "BLOCK_DV": blocks["BLOCK_D"], "INT8": int8, **blocks}
+        ragged.append(("triton_ragged._split", constants, {k: both[k] for k in ("num_warps", "num_stages")}))
 
     shape = {"G": group, "HK": 2, "D": head}
     sizes = tile(head, n * group)
     options = {k: sizes.pop(k) for k in ("num_warps", "num_stages")}
     return [
-        ("_add_norm", {"D": width, "BLOCK": block(width), "ADD": True}, {"num_warps": 4 if width <= 2048 else 8}),
-        ("_gate", {"I": inner, "BLOCK": 512}, {"num_warps": 4}),
-        ("_rope", {"H": 2 * group, "HK": 2, "D": head, "BLOCK": block(head // 2), "NORM": True},
+        *ragged,
+        ("triton_ragged._combine", {"DV": head, "BLOCK_DV": block(head), "BLOCK_S": 64}, {"num_warps": 8}),
+        ("triton_step._add_norm", {"D": width, "BLOCK": block(width), "ADD": True}, {"num_warps": wide}),
+        ("triton_step._gate", {"I": inner, "BLOCK": 512}, {"num_warps": 4}),
+        ("triton_step._rope", {"H": 2 * group, "HK": 2, "D": head, "BLOCK": block(head // 2), "NORM": True},
          {"num_warps": 1, "enable_fp_fusion": False}),
-        ("_split", {**shape, **sizes}, options),
-        ("_combine", {**shape, "BLOCK_S": 64, "BLOCK": 64}, {"num_warps": 4}),
-        ("_rms_norm", {"D": width, "BLOCK": block(width)}, {"num_warps": 4 if width <= 2048 else 8}),
-        ("_gated", {"BLOCK": 1024}, {"num_warps": 4}),
-        ("_rotate", {"HEADS": 4 * group, "D": head, "BLOCK_H": block(4 * group), "BLOCK_D": block(head // 2)}, {}),
+        ("triton_step._split", {**shape, **sizes}, options),
+        ("triton_step._combine", {**shape, "BLOCK_S": 64, "BLOCK": 64}, {"num_warps": 4}),
+        ("triton_vision._rms_norm", {"D": width, "BLOCK": block(width)}, {"num_warps": wide}),
+        ("triton_vision._gated", {"BLOCK": 1024}, {"num_warps": 4}),
+        ("triton_vision._rotate",
+         {"HEADS": 4 * group, "D": head, "BLOCK_H": block(4 * group), "BLOCK_D": block(head // 2)}, {}),
     ]  # fmt: skip
 
 
@@ -168,12 +180,15 @@ def compiled(name: str, constants: dict[str, Any], options: dict[str, Any], dtyp
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from vlmfast.kernels import triton_step, triton_vision
-
-    kernel = getattr(triton_step, name, None) or getattr(triton_vision, name)
+    module, _, own = name.partition(".")
+    kernel = getattr(importlib.import_module(f"vlmfast.kernels.{module}"), own)
     signature: dict[str, str] = {}
     for argument in kernel.arg_names:
-        floats = argument in FLOATS or (argument == "sum_ptr" and name != "_add_norm")
+        floats = argument in FLOATS or (argument == "sum_ptr" and own != "_add_norm")
+        if argument in ("k_ptr", "v_ptr") and constants.get("INT8"):
+            signature[argument] = "*i8"
+            continue
+        floats = floats or (argument in ("ks_ptr", "vs_ptr") and constants.get("INT8"))
         kind = "*i64" if argument in LONGS else "*fp32" if floats else f"*{dtype}"
         signature[argument] = "constexpr" if argument in constants else KINDS.get(argument, kind)
     names = list(signature)

@@ -48,8 +48,8 @@ def ragged_attention(
 
         if not triton_ragged.supports(query, kv) or lse is not None or not causal:
             raise UserError(
-                f"the Triton kernel takes {triton_ragged.MAX_QUERIES} query tokens, 128 grouped queries, heads of "
-                "256 in float16, bfloat16 or float32, no bias, whole rows; "
+                f"the Triton kernel takes {triton_ragged.MAX_QUERIES} query tokens, 128 grouped queries (64 if heads "
+                "exceed 128), heads of 256 in float16, bfloat16 or float32, no bias, whole rows; "
                 f"got {list(query.shape)} {query.dtype}; use backend='cpu'"
             )
         return triton_ragged.ragged_attention(query, kv, scaling, out)

@@ -87,15 +87,26 @@ def _combine(  # type: ignore[no-untyped-def]
 
 
 def supports(query: Tensor, kv: Ragged) -> bool:
-    """True where the kernel takes it: up to 16 query tokens, up to 128 grouped queries, heads up to 256, no bias."""
+    """True where the kernel takes it: up to 16 query tokens, 128 grouped queries (64 of heads above 128), heads up to
+    256, no bias."""
     b, h, q, d = query.shape
     return (
         kv.bias is None
         and q <= MAX_QUERIES
-        and b * h // kv.total * q <= 128
+        and b * h // kv.total * q <= (128 if d <= 128 else 64)
         and d <= 256
         and query.dtype != torch.float64
     )
+
+
+def tile(head: int, queries: int) -> dict[str, int]:
+    """Block sizes of `_split` that fit 99 KiB of shared memory and 255 registers, the least of sm_80 to sm_120."""
+    block_d, block_m = (max(16, triton.next_power_of_2(n)) for n in (head, queries))
+    columns = 64 if block_d * block_m <= 8192 else 32
+    if block_d > 128:
+        columns = 32 if block_d * block_m <= 8192 else 16
+    return {"BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_N": columns, "num_stages": 2,
+            "num_warps": 8 if block_d * block_m > 4096 else 4}  # fmt: skip
 
 
 def ragged_attention(query: Tensor, kv: Ragged, scaling: float, out: Tensor, splits: int | None = None) -> Tensor:
@@ -116,12 +127,12 @@ def ragged_attention(query: Tensor, kv: Ragged, scaling: float, out: Tensor, spl
     total = torch.empty_like(top)
     scales = (kv.key_scale, kv.value_scale) if kv.key_scale is not None else (flat, flat)
     block = triton.next_power_of_2
+    sizes = tile(max(d, dv), m) | {"BLOCK_D": max(16, block(d))}
     _split[(entries, splits)](
         flat, kv.keys, kv.values, *scales, rows, offsets, lengths, acc, top, total, scaling, q, m, splits,
-        D=d, DV=dv, BLOCK_D=max(16, block(d)), BLOCK_DV=max(16, block(dv)), BLOCK_M=max(16, block(m)), BLOCK_N=64,
-        INT8=kv.key_scale is not None,
+        D=d, DV=dv, BLOCK_DV=max(16, block(dv)), INT8=kv.key_scale is not None, **sizes,
     )  # fmt: skip
     _combine[(entries, m)](
-        acc, top, total, rows, out, m, splits, DV=dv, BLOCK_DV=max(16, block(dv)), BLOCK_S=block(splits)
+        acc, top, total, rows, out, m, splits, DV=dv, BLOCK_DV=max(16, block(dv)), BLOCK_S=block(splits), num_warps=8
     )
     return out
