@@ -276,6 +276,8 @@ class Accelerated:
         notes += self._stage["decode"].pop("notes", [])
         if stats["prefills"] > 1:
             notes.append("use_cache=False: every step is a prefill; times are of the first")
+        if self.plan.fast_tower and next(self.model.parameters()).is_cuda:
+            prefill["attention"] = "without cuDNN, which plans every new length"
         shown = ("visual_tokens", "kept_tokens", "encode_ms", "select_ms", "tower_block")
         encode = {k: stats[k] for k in shown if k in stats}
         if self.tower is not None and stats["encode_ms"]:

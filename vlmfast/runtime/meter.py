@@ -64,10 +64,10 @@ class Meter:
 
         patch.set(self.model, "_get_logits_processor", processors)
 
-    def timings(self, new_tokens: int) -> tuple[dict[str, float], dict[str, Any]]:
+    def timings(self, new_tokens: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """Prefill and decode times; call at the end of generate. new_tokens: tokens per row, the first included."""
         end = clock(self.model)
-        prefill = {"prefill_ms": self.prefill_ms or 0.0, "ttft_ms": (self.first - self.start) * 1e3}
+        prefill: dict[str, Any] = {"prefill_ms": self.prefill_ms or 0.0, "ttft_ms": (self.first - self.start) * 1e3}
         steps = max(1, new_tokens - 1)
         decode: dict[str, Any] = {
             "tokens": new_tokens,

@@ -25,6 +25,7 @@ class Captured:
     pixels: Tensor
     output: Any
     weights: tuple[int, ...]  # where the tower's tensors lay
+    bytes: int = 0  # that capturing it took on the device
 
 
 class TowerGraphs:
@@ -67,6 +68,7 @@ class TowerGraphs:
         return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, captured.output)
 
     def _capture(self, call: Callable[[Tensor], Any], pixels: Tensor, weights: tuple[int, ...]) -> Captured | None:
+        before = torch.cuda.memory_allocated(pixels.device)
         static = pixels.clone()
         try:
             side = torch.cuda.Stream(pixels.device)
@@ -81,13 +83,14 @@ class TowerGraphs:
             self.failed = str(e).splitlines()[0][:120]
             self.clear()
             return None
-        return Captured(graph, static, output, weights)
+        return Captured(graph, static, output, weights, torch.cuda.memory_allocated(pixels.device) - before)
 
     def report(self) -> dict[str, Any]:
         """For the report: how many graphs are kept and what their inputs and outputs hold."""
         if not self._graphs:
             return {}
-        return {"tower_graphs": len(self._graphs), "tower_replays": self.replays}
+        held = sum(captured.bytes for captured in self._graphs.values())
+        return {"tower_graphs": len(self._graphs), "tower_replays": self.replays, "tower_graph_bytes": held}
 
     def clear(self) -> None:
         self._graphs.clear()
