@@ -179,11 +179,11 @@ def accuracy(rows: list[Row]) -> str:
 SUMMARY = [
     ("long prompts of eleven kinds", "`balanced`", "accuracy-presets.json", "balanced"),
     ("long prompts of eleven kinds", "`fast`", "accuracy-presets.json", "fast"),
-    ("easy-VQA", "`vidcom2`, a quarter of the tokens", "accuracy-easy-vqa.json", "vidcom2-25"),
-    ("easy-VQA", "`uniform`, a quarter of the tokens", "accuracy-easy-vqa.json", "uniform-25"),
-    ("small pictures, several objects", "`vidcom2`, a quarter of the tokens", "accuracy-pocket.json", "vidcom2-25"),
-    ("second question about a clip", "`hybridkv`, a tenth of the cache", "accuracy-turns.json", "hybridkv-10"),
-    ("second question about a clip", "`snapkv`, a tenth of the cache", "accuracy-turns.json", "snapkv-10"),
+    ("easy-VQA", "`vidcom2`, 25 % of tokens", "accuracy-easy-vqa.json", "vidcom2-25"),
+    ("easy-VQA", "`uniform`, 25 % of tokens", "accuracy-easy-vqa.json", "uniform-25"),
+    ("small pictures, several objects", "`vidcom2`, 25 % of tokens", "accuracy-pocket.json", "vidcom2-25"),
+    ("second questions, clips", "`hybridkv`, 10 % of cache", "accuracy-turns.json", "hybridkv-10"),
+    ("second questions, clips", "`snapkv`, 10 % of cache", "accuracy-turns.json", "snapkv-10"),
 ]  # fmt: skip
 
 
