@@ -395,6 +395,14 @@ def _rotate_kernel(grid: tuple, qkv: Tensor, cos: Tensor, sin: Tensor, *sizes: i
     qkv[:, :2] = (both * cos.float()[:, None, None] + turned * sin.float()[:, None, None]).to(qkv.dtype)
 
 
+def _rotate_text_kernel(
+    grid: tuple, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *sizes: int, **constants: Any
+) -> None:
+    half, c, s = q.shape[-1] // 2, cos[:, :, None], sin[:, :, None]
+    for x in (q, k):
+        x.copy_(x * c + torch.cat([-x[..., half:], x[..., :half]], -1) * s)
+
+
 def _ragged_pieces(q: Any, k: Any, v: Any, bounds: Any, longest: int, scale: float) -> Tensor:
     """One launch; a piece longer than `longest` would be cut off on a card."""
     q, k, v, ends = to_host([q, k, v.contiguous(), bounds])
@@ -587,6 +595,7 @@ class PretendCuda(contextlib.AbstractContextManager):
             self._patch(triton_vision, "_rms_norm", _Kernel(_rms_norm_kernel))
             self._patch(triton_vision, "_gated", _Kernel(_gated_kernel))
             self._patch(triton_vision, "_rotate", _Kernel(_rotate_kernel))
+            self._patch(triton_vision, "_rotate_text", _Kernel(_rotate_text_kernel))
             self._patch(vision, "ragged_pieces", _ragged_pieces)
             for name, twin in STEP_TWINS.items():
                 self._patch(triton_step, name, _Kernel(twin))

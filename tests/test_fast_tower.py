@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -249,6 +250,40 @@ def test_a_grid_that_comes_back_is_replayed(monkeypatch: pytest.MonkeyPatch) -> 
         assert fast_tower.graphs.report() == {}
 
 
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_fused_decoder_gives_the_same_within_rounding(family: str) -> None:
+    """bf16 on the pretend card: prefill of two padded rows, a policy, a second turn; as near to float32 as stock is."""
+    media = ("image",) if family == "llava" else ("image", "image")
+    batch = tiny.inputs(family, media=[media, ("image",)], text=[9, 5])
+    more = torch.full((2, 3), 40)
+    logits = {}
+    for name, dtype, card in (
+        ("exact", torch.float32, None),
+        ("stock", torch.bfloat16, None),
+        ("card", torch.bfloat16, 1),
+    ):
+        model = tiny.build(family).to(dtype)
+        given = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
+        with contextlib.ExitStack() as held, torch.no_grad():
+            place = to_cuda if card else dict
+            if card:
+                held.enter_context(PretendCuda(capability=HOPPER))
+                held.enter_context(vlmfast.accelerate(to_cuda(model), tower="fast"))
+            out = model(**place(given), use_cache=True)
+            cache = out.cache if hasattr(out, "cache") else out.past_key_values
+            mask = torch.cat([batch["attention_mask"], torch.ones_like(more)], 1)
+            places = torch.arange(60, 63).expand((3, 2, 3) if family in tiny.MROPE else (2, 3)).clone()
+            turn = place({"input_ids": more, "attention_mask": mask, "position_ids": places})
+            key = "cache" if hasattr(out, "cache") else "past_key_values"
+            second = model(**turn, **{key: cache})
+            logits[name] = torch.cat([to_host(x.logits)[:, -3:].float() for x in (out, second)])
+            if card:
+                fused = [m for m in families.get(model).text(model).modules() if "forward" in vars(m)]
+                assert any(type(m).__name__.endswith("Attention") for m in fused), "no attention was fused"
+    stock = (logits["stock"] - logits["exact"]).norm()
+    assert (logits["card"] - logits["exact"]).norm() <= 2 * stock
+
+
 # -- plans and errors ------------------------------------------------------------------------------------------------
 
 
@@ -359,6 +394,15 @@ def kernel_errors(device: str) -> dict[str, tuple[float, float]]:
                 triton_vision.gated(gate, up), plain(vision.gated, gate, up),
                 plain(vision.gated, gate.double(), up.double()),
             )  # fmt: skip
+        text = [torch.randn(2, 3, h, 20, device=device).to(dtype) for h in (5, 2)]
+        for rows in (1, 2):
+            tables = torch.randn(2, rows, 3, 20, device=device).to(dtype)
+            turned_text = torch.cat([x.flatten() for x in _rotated_in_place(text, tables)])
+            either = [
+                torch.cat([x.flatten() for x in plain(vision.rotated_text, *(y.to(t) for y in (*text, *tables)))])
+                for t in (dtype, torch.float64)
+            ]
+            found[f"rotate text {rows} {dtype}"] = (turned_text, *either)
         qkv, (cos, sin) = (
             torch.randn(5, 3, 3, 20, device=device).to(dtype),
             torch.randn(2, 5, 20, device=device).to(dtype),
@@ -376,6 +420,14 @@ def kernel_errors(device: str) -> dict[str, tuple[float, float]]:
         )
         for name, (got, torch_way, exact) in found.items()
     }
+
+
+def _rotated_in_place(text: list[torch.Tensor], tables: torch.Tensor) -> list[torch.Tensor]:
+    from vlmfast.kernels import triton_vision
+
+    q, k = (x.clone() for x in text)
+    triton_vision.rotate_text(q, k, *tables)
+    return [q, k]
 
 
 def plain(function: Any, *args: Any) -> Any:

@@ -136,7 +136,7 @@ def test_splits(pairs: int, capacity: int, processors: int, splits: int) -> None
 KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # shared memory of a program
 LONGS = ("length_ptr", "at_ptr", "rows_ptr", "offsets_ptr", "lengths_ptr")
 FLOATS = ("acc_ptr", "top_ptr", "max_ptr")
-NUMBERS = ("CAPACITY", "TABLE", "SPLITS", "N", "WIDTH", "gate_row", "up_row", "row_stride", "Q", "M")
+NUMBERS = ("CAPACITY", "TABLE", "SPLITS", "N", "WIDTH", "LENGTH", "gate_row", "up_row", "row_stride", "Q", "M")
 KINDS = {"eps": "fp32", "scale": "fp32", "scaling": "fp32", **dict.fromkeys(NUMBERS, "i32")}
 Kernel = tuple[str, dict[str, Any], dict[str, Any]]  # module.name, constants, options
 
@@ -168,6 +168,9 @@ def kernels_of(head: int, group: int, n: int, width: int, inner: int) -> list[Ke
         ("triton_step._combine", {**shape, "BLOCK_S": 64, "BLOCK": 64}, {"num_warps": 4}),
         ("triton_vision._rms_norm", {"D": width, "BLOCK": block(width)}, {"num_warps": wide}),
         ("triton_vision._gated", {"BLOCK": 1024}, {"num_warps": 4}),
+        ("triton_vision._rotate_text",
+         {"SHARED": True, "HEADS": 2 * group, "KV_HEADS": 2, "D": head, "BLOCK_H": block(2 * group, 1), "BLOCK_K": 2,
+          "BLOCK_D": block(head // 2, 1)}, {"num_warps": 4, "enable_fp_fusion": False}),
         ("triton_vision._rotate",
          {"HEADS": 4 * group, "D": head, "BLOCK_H": block(4 * group), "BLOCK_D": block(head // 2)}, {}),
     ]  # fmt: skip

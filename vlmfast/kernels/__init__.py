@@ -11,7 +11,7 @@ from vlmfast.kernels import cpu, greedy, reference
 from vlmfast.kernels.cpu import chunk_scores
 from vlmfast.kernels.ranking import highest, ranking
 from vlmfast.kernels.reference import Ragged, dequantise, quantise
-from vlmfast.kernels.vision import fused, gated, rms_norm, rotated
+from vlmfast.kernels.vision import fused, gated, rms_norm, rotated, rotated_text
 
 Backend = Literal["reference", "cpu", "triton"]
 
@@ -87,6 +87,7 @@ __all__ = [
     "ranking",
     "rms_norm",
     "rotated",
+    "rotated_text",
     "window_attention",
     "window_mean",
 ]

@@ -54,6 +54,53 @@ def _rotate(  # type: ignore[no-untyped-def]
     tl.store(low + half, b * cos_b + a * sin_b, mask=inside)
 
 
+@triton.jit
+def _turn(  # type: ignore[no-untyped-def]
+    x_ptr,
+    cos_a,
+    sin_a,
+    cos_b,
+    sin_b,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The heads of one row, in two halves; products and sums rounded as those of tensors of the dtype are."""
+    half: tl.constexpr = D // 2
+    kind = x_ptr.dtype.element_ty
+    head, i = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    inside = (head < HEADS) & (i < half)
+    low = x_ptr + head * D + i
+    a = tl.load(low, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(low + half, mask=inside, other=0.0).to(tl.float32)
+    first = (a * cos_a).to(kind).to(tl.float32) - (b * sin_a).to(kind).to(tl.float32)
+    second = (b * cos_b).to(kind).to(tl.float32) + (a * sin_b).to(kind).to(tl.float32)
+    tl.store(low, first, mask=inside)
+    tl.store(low + half, second, mask=inside)
+
+
+@triton.jit(do_not_specialize=["LENGTH"])
+def _rotate_text(  # type: ignore[no-untyped-def]
+    q_ptr, k_ptr, cos_ptr, sin_ptr, LENGTH, SHARED: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+    D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program a token: its queries and keys."""
+    half: tl.constexpr = D // 2
+    row = tl.program_id(0).to(tl.int64)
+    table = row
+    if SHARED:
+        table = row % LENGTH
+    i = tl.arange(0, BLOCK_D)[None, :]
+    at = table * D + i
+    cos_a = tl.load(cos_ptr + at, mask=i < half, other=0.0).to(tl.float32)
+    sin_a = tl.load(sin_ptr + at, mask=i < half, other=0.0).to(tl.float32)
+    cos_b = tl.load(cos_ptr + at + half, mask=i < half, other=0.0).to(tl.float32)
+    sin_b = tl.load(sin_ptr + at + half, mask=i < half, other=0.0).to(tl.float32)
+    _turn(q_ptr + row * HEADS * D, cos_a, sin_a, cos_b, sin_b, HEADS, D, BLOCK_H, BLOCK_D)
+    _turn(k_ptr + row * KV_HEADS * D, cos_a, sin_a, cos_b, sin_b, KV_HEADS, D, BLOCK_K, BLOCK_D)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `vision.rms_norm`."""
     x = x.contiguous()
@@ -85,5 +132,17 @@ def rotate(qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
     _rotate[(n,)](
         qkv, cos.contiguous(), sin.contiguous(), qkv.stride(0), HEADS=2 * heads, D=width,
         BLOCK_H=triton.next_power_of_2(2 * heads), BLOCK_D=triton.next_power_of_2(width // 2), num_warps=4,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def rotate_text(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotate q (B, L, H, D) and k (B, L, Hk, D) in place; see `vision.rotated_text`."""
+    b, length, heads, width = q.shape
+    assert q.is_contiguous() and k.is_contiguous()
+    power = triton.next_power_of_2
+    _rotate_text[(b * length,)](
+        q, k, cos.contiguous(), sin.contiguous(), length, SHARED=cos.shape[0] == 1, HEADS=heads, KV_HEADS=k.shape[2],
+        D=width, BLOCK_H=power(heads), BLOCK_K=power(k.shape[2]), BLOCK_D=power(width // 2), num_warps=4,
         enable_fp_fusion=False,
     )  # fmt: skip

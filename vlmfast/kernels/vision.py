@@ -54,6 +54,21 @@ def rotated(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tens
     return both[:, 0], both[:, 1], qkv[:, 2]
 
 
+def rotated_text(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries (B, L, H, D) and keys (B, L, Hk, D) of a decoder, rotated in their own dtype; cos, sin (B or 1, L, D).
+
+    Fused, q and k themselves are rotated.
+    """
+    if fused(q):
+        from vlmfast.kernels import triton_vision
+
+        triton_vision.rotate_text(q, k, cos, sin)
+        return q, k
+    half, c, s = q.shape[-1] // 2, cos[:, :, None], sin[:, :, None]
+    turned = (torch.cat([-x[..., half:], x[..., :half]], -1) for x in (q, k))
+    return tuple(x * c + y * s for x, y in zip((q, k), turned, strict=True))  # type: ignore[return-value]
+
+
 def ragged_pieces(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float) -> Tensor:
     """Attention inside each piece of a packed sequence, CUDA in half precision only (`has_ragged_pieces`).
 

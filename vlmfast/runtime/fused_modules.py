@@ -1,4 +1,5 @@
-"""Norms, gated MLPs and patch embeddings in few launches, on CUDA in half precision; elsewhere modules run as they are.
+"""Norms, gated MLPs, rotations and patch embeddings in few launches on CUDA in half precision; elsewhere modules run
+as they are.
 
 The modules of a tower or decoder keep their parameters; their `forward` is replaced by one that computes the same with
 fused kernels (`vlmfast.kernels.vision`), after a first comparison with the module's own. An MLP whose width is no
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmfast import kernels
+from vlmfast.runtime.fused_attention import agrees, fused_attention
 from vlmfast.runtime.patch import Patch
 
 MULTIPLE = 8  # numbers of a half precision row that make 16 bytes
@@ -49,12 +51,13 @@ class FusedModules:
         for module in self.root.modules():
             if "forward" in vars(module):
                 continue
-            forward = _fused_forward(module)
+            attention = type(module).__name__.endswith("Attention")
+            forward = fused_attention(module) if attention else _fused_forward(module)
             if forward is None:
                 continue
             kind = type(module)
             if kind not in checked:
-                checked[kind] = _agrees(module, forward)
+                checked[kind] = (agrees if attention else _agrees)(module, forward)
             if checked[kind]:
                 if self.pad and isinstance(forward, _Gated):
                     self._padded += forward.pad()
