@@ -151,7 +151,7 @@ def table(part: str) -> Callable[[list[Row]], str]:
 
     def write(rows: list[Row]) -> str:
         heads, lines = cells(part, rows)
-        return markdown(["method", *heads[1:]], lines)
+        return markdown(["method", *heads[1:]], lines) if lines else markdown(["not measured in this record"], [])
 
     return write
 
@@ -166,8 +166,36 @@ def kernels(rows: list[Row]) -> str:
     return markdown(["of", "us", "calls", "kernel"], lines)
 
 
+#: of the README: what is timed, part, row, visual tokens, rows of the batch, metric
+SUMMARY = [
+    ("first token, 8,192 visual tokens, all kept", "first_token", "tower", 8192, 1, "ttft_ms"),
+    ("the same, `balanced` (two fifths kept)", "first_token", "balanced", 8192, 1, "ttft_ms"),
+    ("the same, `fast` (a fifth kept)", "first_token", "fast", 8192, 1, "ttft_ms"),
+    ("first token, 2,048 visual tokens, all kept", "first_token", "tower", 2048, 1, "ttft_ms"),
+    ("the same, `balanced`", "first_token", "balanced", 2048, 1, "ttft_ms"),
+    ("first token, 256 visual tokens, all kept", "first_token", "tower", 256, 1, "ttft_ms"),
+    ("each next token, 8,192 visual tokens", "decode", "ours", 8192, 1, "decode_ms_per_token"),
+    ("each next step, 8 rows of 2,048 visual tokens", "decode", "ours", 2048, 8, "decode_ms_per_token"),
+]
+
+
+def summary(rows: list[Row]) -> str:
+    """The README's table: what a call costs, stock and ours, in milliseconds."""
+    found = {
+        (r["params"].get("part"), r["name"], r["params"].get("visual_tokens"), r["params"].get("batch")): r
+        for r in rows
+    }
+    lines = []
+    for words, part, name, visual, batch, key in SUMMARY:
+        plain, ours = (found.get((part, n, visual, batch)) for n in ("plain", name))
+        if plain and ours:
+            lines.append([words, number(plain["metrics"].get(key)), number(ours["metrics"].get(key)), ratio(ours, key)])
+    return markdown(["milliseconds", "stock", "vlmfast", "faster"], lines)
+
+
 #: marker -> (result file, table)
 TABLES = {
+    "gpu-summary": ("gpu.json", summary),
     "gpu-methods": ("gpu.json", table("methods")),
     "gpu-first-token": ("gpu.json", table("first_token")),
     "gpu-choose": ("gpu.json", table("choose")),

@@ -1,8 +1,8 @@
 """The measured columns and tables of the documents, from `evals/results`: `python -m evals.readme [--check]`.
 
 A table is found by its marker (`<!-- measured: encode -->`); its first columns are words and stay, the measured ones
-are written anew, so that no figure in it was typed by hand. A method without a measurement has a dash. Whole tables
-(`evals.readme_tables`) stand behind `<!-- table: NAME -->` in the README and in `evals/README.md`.
+are written anew, so that no figure in it was typed by hand. A method without a measurement says so. Whole tables
+(`evals.readme_tables`) stand behind `<!-- table: NAME -->` in the README, in `docs/` and in `evals/README.md`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,13 @@ from evals import gpu_tables, readme_tables, records
 from evals.tables import KEEPS
 from vlmfast.cli.errors import application
 
-DOCUMENTS = (records.ROOT / "README.md", records.ROOT / "evals" / "README.md")
+DOCUMENTS = (
+    records.ROOT / "README.md",
+    *sorted((records.ROOT / "docs").glob("*.md")),
+    records.ROOT / "evals" / "README.md",
+)
 RESULTS = records.ROOT / "evals" / "results"
+UNKNOWN = ["not measured yet", "-", "-", "-"]
 WORDS = {"encode": 4, "prefill": 3}  # columns that are not measured
 HEADS = {
     "encode": ["prefill", "TTFT", "choosing", f"points at {' / '.join(map(str, KEEPS))} %"],
@@ -83,16 +88,16 @@ def prefill_cells(results: Path = RESULTS) -> dict[str, list[str]]:
 
 
 def filled(text: str, stage: str, cells: dict[str, list[str]]) -> str:
-    """The README's text with the measured columns of one table written anew."""
+    """A document's text with the measured columns of one table written anew."""
     before, marker, after = text.partition(f"<!-- measured: {stage} -->\n")
     if not marker:
-        raise ValueError(f"README.md has no table marked {stage}")
+        raise ValueError(f"no table is marked {stage}")
     lines, keep = after.split("\n"), WORDS[stage]
     for i, line in enumerate(lines):
         if not line.startswith("|"):
             break
         words = [c.strip() for c in line.strip("|").split(" | " if i != 1 else "|")][:keep]
-        extra = HEADS[stage] if i == 0 else ["---"] * 4 if i == 1 else cells.get(words[0].strip("`"), ["-"] * 4)
+        extra = HEADS[stage] if i == 0 else ["---"] * 4 if i == 1 else cells.get(words[0].strip("`"), UNKNOWN)
         lines[i] = "|" + "|".join([*words, *extra]) + "|" if i == 1 else f"| {' | '.join([*words, *extra])} |"
     return before + marker + "\n".join(lines)
 
@@ -116,7 +121,7 @@ def build(text: str) -> str:
         rows = rows_of(file)
         if rows:
             text = placed(text, name, table(rows))
-    return text
+    return placed(text, "accuracy-summary", readme_tables.summary(rows_of))
 
 
 def main(

@@ -1,7 +1,8 @@
-"""Whole tables of the README and of `evals/README.md`, each made from one result file (see `evals.readme`)."""
+"""Whole tables of the documents, each made from one result file (see `evals.readme`)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 Row = dict[str, Any]
@@ -172,6 +173,29 @@ def accuracy(rows: list[Row]) -> str:
         m = r["metrics"]
         out.append([r["name"], str(r["params"]["questions"]), percent(m.get("accuracy", m.get("f1"))), difference(m)])
     return markdown(["method", "questions", "right", "points against plain"], out)
+
+
+#: of the README: which questions, what is done, result file, row
+SUMMARY = [
+    ("long prompts of eleven kinds", "`balanced`", "accuracy-presets.json", "balanced"),
+    ("long prompts of eleven kinds", "`fast`", "accuracy-presets.json", "fast"),
+    ("easy-VQA", "`vidcom2`, 25 % of tokens", "accuracy-easy-vqa.json", "vidcom2-25"),
+    ("easy-VQA", "`uniform`, 25 % of tokens", "accuracy-easy-vqa.json", "uniform-25"),
+    ("small pictures, several objects", "`vidcom2`, 25 % of tokens", "accuracy-pocket.json", "vidcom2-25"),
+    ("second questions, clips", "`hybridkv`, 10 % of cache", "accuracy-turns.json", "hybridkv-10"),
+    ("second questions, clips", "`snapkv`, 10 % of cache", "accuracy-turns.json", "snapkv-10"),
+]  # fmt: skip
+
+
+def summary(rows_of: Callable[[str], list[Row]]) -> str:
+    """The README's table: what some methods do to the answers of the small models. rows_of: the rows of a file."""
+    out = []
+    for words, method, file, name in SUMMARY:
+        found = {r["name"]: r for r in rows_of(file)}
+        if name in found:
+            m, asked = found[name]["metrics"], f"{found[name]['params']['questions']:,}"
+            out.append([words, asked, method, percent(m["accuracy"] - m["diff_vs_plain"]), difference(m)])
+    return markdown(["questions", "asked", "method", "plain is right", "change"], out)
 
 
 def crash(rows: list[Row]) -> str:

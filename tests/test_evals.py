@@ -393,6 +393,21 @@ def test_turns_before_the_question_are_said() -> None:
     assert text.count("assistant") == 2
 
 
+def test_the_readmes_tables_take_what_the_records_hold() -> None:
+    from evals import gpu_tables, readme_tables, records
+
+    where = {"part": "first_token", "visual_tokens": 8192, "batch": 1}
+    rows = [records.row("plain", metrics={"ttft_ms": 900.0}, params=where)]
+    assert len(gpu_tables.summary(rows).split("\n")) == 2  # nothing to compare
+    rows.append(records.row("tower", metrics={"ttft_ms": 250}, params=where, vs={"plain": {"ttft_ms": [3.5, 3, 4]}}))
+    assert gpu_tables.summary(rows).split("\n")[2].endswith("| 900 | 250 | 3.50x |")
+    metrics = {"accuracy": 0.70, "diff_vs_plain": -0.05, "diff_ci95": [-0.08, -0.02]}
+    fast = records.row("fast", metrics=metrics, params={"questions": 1024})
+    found = {"accuracy-presets.json": [fast]}
+    table = readme_tables.summary(lambda file: found.get(file, [])).split("\n")
+    assert len(table) == 3 and table[2].endswith("| 1,024 | `fast` | 75.0 % | -5.0 [-8.0, -2.0] |")
+
+
 def test_measured_columns_are_what_the_results_say(tmp_path: Path) -> None:
     from evals import readme, records
 

@@ -60,7 +60,8 @@ def test_the_whole_suite_runs_dry(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert all(f"\n{part}: " in said for part in gpu.PARTS) and len(said) < 8000
     for name, (_, table) in gpu_tables.TABLES.items():
         lines = table(record["rows"]).split("\n")
-        assert len(lines) > 2 and len({line.count(" | ") for line in lines}) == 1, name
+        assert len(lines) > (1 if name == "gpu-summary" else 2)  # whose prompts are those of a real run
+        assert len({line.count(" | ") for line in lines}) == 1, name
     text = "<!-- table: gpu-decode -->\n| old |\nafter"
     assert "| plain |" in readme.placed(text, "gpu-decode", gpu_tables.TABLES["gpu-decode"][1](record["rows"]))
 

@@ -16,6 +16,12 @@ from vlmfast.plan import parse
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "vlmfast").rglob("*.py"))
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "evals" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 INTERNALS = ("runtime/", "families/", "prefill/cache.py", "decode/loop.py")
 TRAINS = ("pocket/",)  # the one place that builds models of its own
 
@@ -32,17 +38,17 @@ def test_floors() -> None:
 
 @pytest.mark.parametrize("stage", ["encode", "prefill", "decode"])
 def test_a_method_stands_in_four_places(stage: str) -> None:
-    """Its own file, its stage's METHODS, a row in tests/methods.py, a row in the README's method table."""
+    """Its own file, its stage's METHODS, a row in tests/methods.py, a row in docs/methods.md."""
     registered = {"encode": encode.METHODS, "prefill": prefill.METHODS, "decode": decode.METHODS}[stage]
     rows = {"encode": methods.PRUNERS, "prefill": methods.POLICIES, "decode": methods.RULES}[stage]
-    readme = (ROOT / "README.md").read_text()
+    page = (ROOT / "docs" / "methods.md").read_text()
     assert registered, stage
     tested = {type(row).name for row in rows}
     for name, kind in registered.items():
         assert kind.name == name
         assert kind.__module__.startswith(f"vlmfast.{stage}."), f"{name}: not a file of {stage}/"
         assert name in tested, f"{name}: no row in tests/methods.py"
-        assert re.search(rf"^\| `{re.escape(name)}` \|", readme, re.M), f"{name}: no row in the README's method table"
+        assert re.search(rf"^\| `{re.escape(name)}` \|", page, re.M), f"{name}: no row in docs/methods.md"
         assert kind.__doc__, name
         if stage != "decode":
             assert len([r for r in rows if type(r).name == name]) >= 2, f"{name}: give gentle and harsh parameters"
@@ -83,6 +89,35 @@ def test_the_guide_rests_on_results_and_names_what_exists() -> None:
         parse(stage, spec)
     for name in re.findall(r"`([A-Z]\w+)`", text):
         assert hasattr(decode, name), f"{name} is not a draft or rule"
+
+
+def test_the_readme_is_one_short_page() -> None:
+    """At most 120 lines, prose within 92 columns, table cells within 60 characters."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 120
+    for line in lines:
+        if line.startswith("|"):
+            assert all(len(cell.strip()) <= 60 for cell in line.strip("|").split("|")), line
+        else:
+            assert len(line) <= 92, line
+
+
+def anchors(path: Path) -> set[str]:
+    """The fragments that a page's headings can be linked by, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", path.read_text(), flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_relative_links_lead_somewhere(document: Path) -> None:
+    text = re.sub(r"```.*?```", "", document.read_text(), flags=re.S)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", link):
+            continue
+        file, _, fragment = link.partition("#")
+        target = (document.parent / file).resolve() if file else document
+        assert target.exists(), f"{link} is not there"
+        assert not fragment or fragment in anchors(target), f"{link}: no such heading"
 
 
 def test_files_stay_short() -> None:
