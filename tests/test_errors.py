@@ -64,9 +64,9 @@ def place(home: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRe
     monkeypatch.chdir(home)
     real, kept = loading.load, {}
 
-    def load(name: str = "pocket", dtype: str = "auto", device: str | None = None) -> Any:
-        if (name, dtype, device) != ("model", "auto", None):
-            return real(name, dtype, device)
+    def load(name: str = "pocket", dtype: str = "auto", device: str | None = None, spread: str | None = None) -> Any:
+        if (name, dtype, device, spread) != ("model", "auto", None, None):
+            return real(name, dtype, device, spread)
         if not kept:
             kept[name] = real(name)
         return kept[name]
