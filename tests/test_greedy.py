@@ -222,7 +222,7 @@ def chosen(method: Any, t: int, each: int) -> tuple[list[int], int, int]:
     tokens = clip(t, each, 1, noise=0.3)
     tokens.rope = torch.rand(2, t * each, generator=torch.Generator().manual_seed(1))
     want = method.select(tokens)
-    with PretendCuda() as device:
+    with PretendCuda(capability=(9, 0)) as device:
         there = VisualTokens(**{k: to_cuda(v) if isinstance(v, Tensor) else v for k, v in vars(tokens).items()})
         got = to_host(method.select(there))
     assert torch.equal(got, want)

@@ -179,7 +179,6 @@ def kernels_of(head: int, group: int, n: int, width: int, inner: int) -> list[Ke
 def compiled(name: str, constants: dict[str, Any], options: dict[str, Any], dtype: str, arch: int) -> dict[str, int]:
     """What the kernel takes on a card of this architecture: registers, spilt bytes, shared memory."""
     import triton
-    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -200,6 +199,57 @@ def compiled(name: str, constants: dict[str, Any], options: dict[str, Any], dtyp
     }
     source = ASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()}, even)
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_stages": 2, **options})
+    return usage(made, arch)
+
+
+def greedy_kernels(own: int, arch: int) -> list[tuple[str, str, dict[str, Any], int]]:
+    """(kernel, types in order, constants, warps) of the greedy choosers at 8,192 tokens, `own` of them to a program."""
+    from vlmfast.kernels.triton_greedy import block_of
+
+    programs = 8192 // own
+    block, warps = block_of(own, divmod(arch, 10))  # type: ignore[arg-type]
+    numbers = "fp32 " * 5
+    shape = {"GP": programs, "C": own}
+    return [
+        ("_farthest", "*fp32 " * 4 + "i32 i32", {"SPENT": 1e-5, "WIDTH": 8192}, 32),
+        ("_grow", "*" + numbers.strip().replace(" ", " *") + " *i32 *i32" + " i32" * 5,
+         {**shape, "B": block}, warps),
+        ("_cover", "*fp32 *fp32 *fp32 *i64 *i64 *i64 *i32 *i32 *i32 *fp32 *fp32 *i32" + " i32" * 5 + " fp32",
+         {**shape, "PHASES": 3, "RB": 2 * own, "T": 16}, 8),
+    ]  # fmt: skip
+
+
+def greedy_fit(arch: int, own: int) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from vlmfast.kernels import triton_greedy
+
+    for name, types, constants, warps in greedy_kernels(own, arch):
+        kernel = getattr(triton_greedy, name)
+        kinds = iter(types.split())
+        signature = {n: "constexpr" if n in constants else next(kinds) for n in kernel.arg_names}
+        names = list(signature)
+        values: Any = {(names.index(k),): v for k, v in constants.items()}
+        even: Any = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"}
+        options = {"num_warps": warps, "launch_cooperative_grid": True}
+        made = triton.compile(ASTSource(kernel, signature, values, even), GPUTarget("cuda", arch, 32), options)
+        took = usage(made, arch)
+        assert 0 < took["registers"] <= 255 and took["shared"] <= KIB[arch] * 1024 and not took["spilt"], (name, took)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", KIB)
+def test_choosers_fit_every_card(arch: int) -> None:
+    """Cards of 132 processors and more (64 tokens a program), and of fewer (128)."""
+    greedy_fit(arch, 64 if arch in (90, 100, 120) else 128)
+
+
+def usage(made: Any, arch: int) -> dict[str, int]:
+    """Registers, spilt bytes and shared memory of a compiled kernel."""
+    from triton import knobs
+
     tool = (knobs.nvidia.ptxas_blackwell if arch >= 100 else knobs.nvidia.ptxas).path
     log = subprocess.run(
         [tool, "-v", f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}", "-o", os.devnull, "-"],

@@ -173,6 +173,16 @@ def _shape(n: int, device: torch.device) -> tuple[int, dict[str, int], Tensor]:
     return programs, {"GP": triton.next_power_of_2(programs), "C": own}, slots
 
 
+def block_of(own: int, capability: tuple[int, int]) -> tuple[int, int]:
+    """Picks of `most_probable` between two products, and warps: the picks' rows of `own` places stay in registers.
+
+    Compilers for other cards than H100 and B200 spill blocks of that size.
+    """
+    if own == 64 and capability in ((9, 0), (10, 0)):
+        return BLOCK, 16
+    return max(16, min(BLOCK, 2**13 // own)), 8
+
+
 def farthest(distance: Tensor, start: Tensor, weight: Tensor, k: int) -> Tensor:
     """See `greedy.farthest_plain`."""
     matrices, n = start.shape
@@ -187,7 +197,7 @@ def most_probable(kernel: Tensor, k: int) -> Tensor:
     unexplained."""
     n = len(kernel)
     programs, meta, slot_at = _shape(n, kernel.device)
-    block = BLOCK if meta["C"] == 64 else max(16, min(BLOCK, 2**14 // meta["C"]))  # they stay in registers: no spills
+    block, warps = block_of(meta["C"], (9, 0) if SERIAL else torch.cuda.get_device_capability(kernel.device))
     gain, basis = kernel.diagonal().clone(), kernel.new_empty(block, n)
     least, slot_gain = gain * SPENT, gain.new_empty(2 * programs)
     arrived = slot_at.new_zeros(triton.cdiv(k, block))
@@ -195,7 +205,7 @@ def most_probable(kernel: Tensor, k: int) -> Tensor:
         m = min(block, k - done)
         args = (kernel, basis, gain, least, slot_gain, slot_at, arrived[done // block :], done)
         for first, steps in [(0, 0)] * (done == 0) + ([(j, 1) for j in range(m)] if SERIAL else [(0, m)]):
-            _run(_grow, programs, *args, first, steps, n, programs, B=block, num_warps=16, **meta)
+            _run(_grow, programs, *args, first, steps, n, programs, B=block, num_warps=warps, **meta)
         if done + m < k:
             kernel.addmm_(basis[:m].T, basis[:m], alpha=-1)
     return gain
