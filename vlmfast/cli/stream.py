@@ -42,6 +42,7 @@ def stream(
     realtime: Annotated[bool, typer.Option("--realtime", help="play a file at its own speed")] = False,
     prune: options.Prune = None,
     speculate: options.Speculation = None,
+    tower: options.Tower = None,
     max_new_tokens: options.NewTokens = 128,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
@@ -64,7 +65,7 @@ def stream(
         raise UserError(
             "nothing is asked and nothing kept: give --ask, or --save to keep the stream, or type in a terminal"
         )
-    chosen = options.plan(prune=prune, speculate=speculate)
+    chosen = options.plan(prune=prune, speculate=speculate, tower=tower)
     from vlmfast.stream.session import StreamSession
 
     loaded = options.load(model, dtype, device, device_map)
