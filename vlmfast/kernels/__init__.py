@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vlmfast.core import UserError
 from vlmfast.kernels import cpu, greedy, reference
-from vlmfast.kernels.cpu import chunk_scores
+from vlmfast.kernels.cpu import chunk_scores, window_attention, window_mean
 from vlmfast.kernels.ranking import highest, ranking
 from vlmfast.kernels.reference import Ragged, dequantise, quantise
 from vlmfast.kernels.vision import fused, gated, rms_norm, rotated, rotated_text
@@ -54,23 +54,6 @@ def ragged_attention(
             )
         return triton_ragged.ragged_attention(query, kv, scaling, out)
     raise UserError(f"backend={backend!r} does not exist: choose reference, cpu or triton")
-
-
-def window_attention(query: Tensor, keys: Tensor, scaling: float, visible: Tensor | None = None) -> Tensor:
-    """(B, H, W, L) float32 weights of the last W queries, see `reference.window_attention`."""
-    return cpu.window_attention(query, keys, scaling, visible)
-
-
-def window_mean(
-    query: Tensor,
-    keys: Tensor,
-    scaling: float,
-    visible: Tensor | None,
-    queries: Tensor,
-    picked: list[Tensor] | None = None,
-) -> Tensor:
-    """(B, H, 1, L) float32 mean over the queries that count, see `reference.window_mean` and `cpu.window_mean`."""
-    return cpu.window_mean(query, keys, scaling, visible, queries, picked)
 
 
 __all__ = [

@@ -136,7 +136,8 @@ class FastTower:
         reason = self._why_not()
         if reason is not None:
             return [f"tower: the stock way ({reason})"]
-        return [] if self.graphs.failed is None else [f"tower: launched, not replayed ({self.graphs.failed})"]
+        notes = [f"tower: a {kind} computes something of its own and runs unfused" for kind in self.fused.unlike]
+        return notes + ([f"tower: launched, not replayed ({self.graphs.failed})"] if self.graphs.failed else [])
 
     # -- the call ----------------------------------------------------------------------------------------------------
 

@@ -33,6 +33,7 @@ class FusedModules:
     def __init__(self, root: nn.Module, pad: bool) -> None:
         self.root, self.pad = root, pad
         self._patch = Patch()
+        self.unlike: list[str] = []  # kinds of modules that compute something else than their fused forward
         self._on = False
         self._padded: list[tuple[nn.Parameter, Tensor]] = []  # and the buffer that it is a view of
 
@@ -58,6 +59,8 @@ class FusedModules:
             kind = type(module)
             if kind not in checked:
                 checked[kind] = (agrees if attention else _agrees)(module, forward)
+                if not checked[kind] and kind.__name__ not in self.unlike:
+                    self.unlike.append(kind.__name__)
             if checked[kind]:
                 if self.pad and isinstance(forward, _Gated):
                     self._padded += forward.pad()
