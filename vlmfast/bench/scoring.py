@@ -134,6 +134,6 @@ def score(metric: str, answer: str, expected: Sequence[str], choices: Sequence[s
 
 def exact_fact(answer: str, expected: str) -> float:
     """1.0 for the pocket world's right answer."""
-    from vlmfast.pocket.captions import normalise as facts
+    from vlmfast.pocket.captions import normalise as normalise_caption
 
-    return float(facts(answer).rstrip(" .") == facts(expected).rstrip(" ."))
+    return float(normalise_caption(answer).rstrip(" .") == normalise_caption(expected).rstrip(" ."))
