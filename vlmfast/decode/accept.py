@@ -64,9 +64,9 @@ class Round:
 
 @dataclass
 class Verdict:
-    """how: one of EXACT, LOOSE, SHIFT per accepted token; next: the token to emit after them."""
+    """kinds: one of EXACT, LOOSE, SHIFT per accepted token; next: the token to emit after them."""
 
-    how: list[int]
+    kinds: list[int]
     next: int
 
 

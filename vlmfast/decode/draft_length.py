@@ -133,8 +133,8 @@ class DraftLengthController:
         """Probability in [0, 0.9] of passing under which a further token does not pay; 0 = go on to `length`."""
         if self.fixed is not None or not self.draft.known or self.ms == 0:
             return 0.0
-        pace = max(self.tokens / self.ms, 1 / self.verified(1))
-        return min(0.9, pace * (self.draft.each + self.verified(2) - self.verified(1)))
+        rate = max(self.tokens / self.ms, 1 / self.verified(1))
+        return min(0.9, rate * (self.draft.each + self.verified(2) - self.verified(1)))
 
     def verified(self, n: int) -> float:
         """Milliseconds of a step of the target over n tokens: the line from a plain step to the mean verification."""
