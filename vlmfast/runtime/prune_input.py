@@ -50,9 +50,7 @@ class InputPruning:
         self.ids = family.visual_ids(model)
         self.tower_kept: dict[str, list[Tensor]] | None = None  # filled by InTowerPruning: kept rows per item
         self.attention: TowerAttention | None = None  # where tower attention comes from, when a pruner needs it
-        self.text_attention: Any = (
-            None  # a `runtime.text_attention.TextAttentionRecorder`, when a draft prunes by the target's attention
-        )
+        self.text_attention: Any = None  # a `TextAttentionRecorder`, when a draft prunes by the target's attention
         self.reuse: MediaCache | None = None  # encoded media kept between calls, when asked for
         self.media: dict[str, list[Item]] = {}  # layout of the media encoded for the running request
         self.kind: str | None = None  # the media being encoded right now
