@@ -11,7 +11,7 @@ from test_decode import pair, speak
 from transformers import DynamicCache
 
 import vlmfast
-from vlmfast.decode import Exact, LookupThenModel, Loose, ModelDraft, PromptLookup, SelfDraft, Speculate, loop
+from vlmfast.decode import Exact, LookupThenModel, Loose, ModelDraft, PromptLookup, SelfDraft, Speculate, draft_length
 from vlmfast.decode.draft_length import FEW, DraftLengthController, LinearCost
 from vlmfast.encode import Uniform
 from vlmfast.runtime.compat import cache_in
@@ -73,7 +73,7 @@ def test_plans_that_take_turns_keep_their_own_pace() -> None:
     for _ in range(2):
         for plan in plans:
             speak(target, batch, plan, 12)
-    held = {entry[0](): entry[1] for entry in loop._PACES[target]}
+    held = {entry[0](): entry[1] for entry in draft_length._KEPT[target]}
     assert set(held) == set(plans)
     assert all(held[plan].most == plan.most and list(held[plan].lengths) == [11, 11] for plan in plans)
     plans.clear()
@@ -81,7 +81,7 @@ def test_plans_that_take_turns_keep_their_own_pace() -> None:
     del plan
     gc.collect()
     speak(target, batch, Speculate(ModelDraft(draft, None)), 4)
-    assert len(loop._PACES[target]) == 1  # forgotten with the plan: it would keep the draft model in memory
+    assert len(draft_length._KEPT[target]) == 1  # forgotten with the plan: it would keep the draft model in memory
 
 
 COSTS = {  # milliseconds of verifying n tokens, where a plain step takes 10
@@ -173,7 +173,7 @@ def test_short_answers_are_noticed_and_long_ones_too() -> None:
     plan = Speculate(ModelDraft(draft, None))
     for _ in range(FEW + 1):
         speak(target, batch, plan, 2)
-    (controller,) = (p for ref, p in loop._PACES[target] if ref() is plan)
+    (controller,) = (p for ref, p in draft_length._KEPT[target] if ref() is plan)
     assert list(controller.lengths) == [1] * (FEW + 1) and len(controller.opened) == FEW
     speak(target, batch, plan, 20)
     assert controller.lengths[-1] == 19

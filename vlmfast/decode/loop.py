@@ -24,7 +24,7 @@ from vlmfast.core import Draft, Unsupported
 from vlmfast.decode import accept as rules
 from vlmfast.decode import batch
 from vlmfast.decode.counters import Counters
-from vlmfast.decode.draft_length import DraftLengthController
+from vlmfast.decode.draft_length import controller_of
 from vlmfast.decode.drafts import Request
 from vlmfast.decode.output import Output, split
 from vlmfast.decode.preconditions import check, tokenizer_for
@@ -40,10 +40,6 @@ from vlmfast.runtime.stepper import Stepper
 __all__ = ["build", "check"]
 
 _KEPT: weakref.WeakKeyDictionary[Any, tuple[Any, Draft | None]] = weakref.WeakKeyDictionary()  # live drafts by cache
-# by target model, then by plan; both weak: a plan holds its draft model
-_PACES: weakref.WeakKeyDictionary[Any, list[tuple[weakref.ref[Speculate], DraftLengthController]]] = (
-    weakref.WeakKeyDictionary()
-)
 
 
 def build(
@@ -123,7 +119,7 @@ class _Run:
         self.past: list[Tensor] = []  # relevance of every position so far, where the rule asks for it
         self.strict: Tensor | None = None
         self.random: torch.Generator | None = None
-        self.controller = None if speculate.draft is None else self._controller()
+        self.controller = None if speculate.draft is None else controller_of(model, speculate)
 
     def go(
         self,
@@ -236,18 +232,6 @@ class _Run:
             self.draft = config.open(request)
         _KEPT[cache] = (config, self.draft)
         self.counters.times["draft_prefill_ms"] = (time.perf_counter() - start) * 1e3
-
-    def _controller(self) -> DraftLengthController:
-        """Running acceptance and costs, kept from call to call of one model and plan when adaptive."""
-        plan = self.speculate
-        if plan.length != "adaptive":
-            return DraftLengthController(plan.length, plan.most)
-        held = _PACES[self.model] = [entry for entry in _PACES.get(self.model, ()) if entry[0]() is not None]
-        controller = next((controller for known, controller in held if known() is plan), None)
-        if controller is None:
-            controller = DraftLengthController(plan.length, plan.most)
-            held.append((weakref.ref(plan), controller))
-        return controller
 
     # -- tokens ----------------------------------------------------------------------------------------------------
 
