@@ -95,9 +95,7 @@ class Encoder:
     """window: tokens that a frame sees besides the init tokens. tau: cosine distance, None keeps every token.
     prune: a pruner of the plan, applied to every grid by itself."""
 
-    def __init__(
-        self, vision: VisionEncoder, init: list[int], window: int, tau: float | None, prune: Any = None
-    ) -> None:
+    def __init__(self, vision: VisionEncoder, init: list[int], window: int, tau: float | None, prune: Any) -> None:
         if prune is not None:
             _check_pruner(prune)
         self.vision, self.window, self.tau, self.prune = vision, window, tau, prune
