@@ -103,7 +103,7 @@ class Rule(Method):
         return False
 
     def words(self) -> tuple[str, ...]:
-        """Classes of words (see decode.guards) that are never loosened; non-empty means a tokenizer is needed."""
+        """Classes of words (`decode.strict_tokens`) that are never loosened; non-empty means a tokenizer is needed."""
         return ()
 
     def _check(self, **fractions: float) -> None:
