@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import binomtest
 
 RESAMPLES = 4000
 
@@ -72,9 +73,7 @@ def mcnemar(scores: Sequence[float], baseline: Sequence[float]) -> float:
     """Exact two-sided p-value that wins and losses are equally likely; questions are taken as independent."""
     difference = np.asarray(scores, float) - np.asarray(baseline, float)
     wins, losses = int((difference > 0).sum()), int((difference < 0).sum())
-    n, few = wins + losses, min(wins, losses)
-    logs = [math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2) for k in range(few + 1)]
-    return min(1.0, 2 * sum(math.exp(x) for x in logs)) if n else 1.0
+    return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
 def median_ratio(baseline: Sequence[float], this: Sequence[float]) -> list[float]:
