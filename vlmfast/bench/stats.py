@@ -7,7 +7,6 @@ Intervals are percentile bootstraps over clusters (a clip, an image): questions 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
+
+from vlmfast.bench.timing import median_interval
 
 RESAMPLES = 4000
 
@@ -79,12 +80,9 @@ def mcnemar(scores: Sequence[float], baseline: Sequence[float]) -> float:
 def median_ratio(baseline: Sequence[float], this: Sequence[float]) -> list[float]:
     """[median, low, high] of the paired ratios baseline / this: how many times less time or bytes.
 
-    Rows of one batch share one measurement: equal pairs count once. The interval: order statistics.
+    Rows of one batch share one measurement: equal pairs count once. The interval: `timing.median_interval`.
     """
     pairs = {(b, t) for b, t in zip(baseline, this, strict=True) if b > 0 and t > 0}
     if not pairs:
         return []
-    ratios = sorted(b / t for b, t in pairs)
-    n = len(ratios)
-    drop = max(0, math.floor(n / 2 - 0.98 * math.sqrt(n)) - 1) if n >= 6 else 0
-    return [float(f"{x:.4g}") for x in (float(np.median(ratios)), ratios[drop], ratios[n - 1 - drop])]
+    return [float(f"{x:.4g}") for x in median_interval([b / t for b, t in pairs])]
