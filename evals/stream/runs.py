@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ from typing import Any
 import torch
 
 from vlmfast.bench.scoring import exact_fact
-from vlmfast.core import UserError
 from vlmfast.stream import External, Internal, Oracle, RandomRetriever, Recency, StreamSession, UniformRetriever
 from vlmfast.stream.recall_by_layer import layer_recall
 from vlmfast.stream.retrievers import Retriever, in_time
 
 TOKENS = 12  # longest answer
 BATCH = 64  # frames per push
+# Seeds of held-out clips: retrievers, redundancy and the number of blocks were chosen on the former
+CHOSEN_ON, REPORTED = range(1, 100), range(1000, 1040)
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,31 @@ class Asked:
 
 @dataclass
 class Result:
-    """Everything one method did with all questions of one length."""
+    """Everything one method did with the questions of one length, question by question."""
 
+    questions: list[tuple[str, float, str]] = field(default_factory=list)  # (clip, seconds, question)
     scores: list[float] = field(default_factory=list)
-    recalls: list[float] = field(default_factory=list)
+    recalls: list[float | None] = field(default_factory=list)
     reports: list[dict[str, Any]] = field(default_factory=list)
-    clips: list[str] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
+
+    def add(self, asked: Asked, score: float, report: dict[str, Any], recall: float | None = None) -> None:
+        """One answer."""
+        self.questions.append((asked.clip, asked.time, asked.question))
+        self.scores.append(score)
+        self.recalls.append(recall)
+        self.reports.append({k: float(v) for k, v in report.items() if isinstance(v, (int, float))})
+        self.kinds.append(asked.kind)
+
+    @classmethod
+    def read(cls, stored: dict[str, Any]) -> Result:
+        """From JSON."""
+        return cls(**stored | {"questions": [tuple(q) for q in stored["questions"]]})
+
+    def extend(self, other: Result) -> None:
+        """The answers of another clip."""
+        for name in ("questions", "scores", "recalls", "reports", "kinds"):
+            getattr(self, name).extend(getattr(other, name))
 
     def median(self, key: str) -> float:
         return float(statistics.median(r[key] for r in self.reports))
@@ -51,12 +71,10 @@ class Result:
 
 @dataclass
 class Encoded:
-    """A session over one clip, and what encoding it took."""
+    """A session over one clip in its own folder."""
 
     session: StreamSession
     clip: Any
-    name: str
-    fps: float
     folder: tempfile.TemporaryDirectory[str]
 
     def close(self) -> None:
@@ -64,12 +82,12 @@ class Encoded:
         self.folder.cleanup()
 
 
-def plan_of(minutes: float, quick: bool, first: int = 1) -> list[tuple[int, int]]:
-    """(seed, questions) of the clips of one length: short ones are many, so that every length has enough questions."""
+def clips_of(minutes: float, quick: bool) -> list[tuple[int, int]]:
+    """(seed, questions) of the reported clips of one length."""
     if quick:
-        return [(first, 4)]
-    clips = 6 if minutes <= 2 else 2 if minutes <= 15 else 1
-    return [(seed, 8 if minutes <= 2 else 16) for seed in range(first, first + clips)]
+        return [(REPORTED[0], 4)]
+    many = 40 if minutes <= 2 else 20 if minutes <= 15 else 10
+    return [(seed, 8 if minutes <= 2 else 16) for seed in REPORTED[:many]]
 
 
 def questions(clip: Any, name: str) -> list[Asked]:
@@ -97,36 +115,57 @@ def by_colour(frames: int) -> External:
     return External(frames=frames, frames_to=frames_to, text_to=text_to)
 
 
-def encode(model: Any, processor: Any, clip: Any, name: str, **options: Any) -> Encoded:
-    """Push a whole clip. fps is measured over the session's own time, without drawing the frames."""
+def opened(model: Any, processor: Any, clip: Any, **options: Any) -> Encoded:
+    """A session that has seen nothing yet."""
     folder = tempfile.TemporaryDirectory(prefix="vlmfast-")
     options = {"retrieve": by_colour(16), "disk": Path(folder.name) / "stream", "fps": clip.fps} | options
-    session = StreamSession(model, processor, **options)
-    frames, times = [], []
-    for seconds, frame in clip.frames():
+    return Encoded(StreamSession(model, processor, **options), clip, folder)
+
+
+def watch(streams: Sequence[Encoded], asked: Sequence[Asked], ask_now: Callable[[Asked], None]) -> None:
+    """Push one clip into sessions, `BATCH` frames at a time, and stop at every question's second to have it asked.
+
+    So a question meets the stream as a user's would: what comes later has not been seen, and the sliding window holds
+    what was seen last. asked: in any order; ask_now: called once per question, in the order of time.
+    """
+    waiting, frames, times = sorted(asked, key=lambda a: a.time), [], []
+
+    def push() -> None:
+        if frames:
+            for stream in streams:
+                stream.session.push(torch.stack(frames), times)
+            frames.clear()
+            times.clear()
+
+    for seconds, frame in streams[0].clip.frames():
+        while waiting and waiting[0].time <= seconds:
+            push()
+            ask_now(waiting.pop(0))
         frames.append(frame)
         times.append(seconds)
         if len(frames) == BATCH:
-            session.push(torch.stack(frames), times)
-            frames, times = [], []
-    if frames:
-        session.push(torch.stack(frames), times)
-    session.flush()
-    return Encoded(session, clip, name, session.stats()["fps"], folder)
+            push()
+    push()
+    for question in waiting:
+        ask_now(question)
+    for stream in streams:
+        stream.session.flush()
 
 
 def recall(session: StreamSession, asked: Asked, weights: dict[int, float]) -> float:
-    """Share of the evidence's blocks that were brought back, averaged over layers (ReKV's recall)."""
-    blocks = in_time(list(session.store.blocks.values()), asked.time)
-    wanted = [b.id for b in in_time(blocks, None, asked.evidence)]
-    return sum(weights.get(i, 0.0) for i in wanted) / max(1, len(wanted))
+    """Share of the evidence's blocks that were brought back, averaged over layers (ReKV's recall).
+
+    Counted are the blocks that the evidence made, also those that have been evicted since.
+    """
+    held = [b.id for b in in_time(list(session.store.blocks.values()), None, asked.evidence)]
+    size = session.vision.frames / session.fps  # seconds of a block
+    end = min(asked.evidence[1], asked.time)
+    made = max(len(held), math.floor((end - asked.evidence[0]) / size))
+    return sum(weights.get(i, 0.0) for i in held) / max(1, made)
 
 
 def ask(session: StreamSession, asked: Asked, retriever: Retriever | None, into: Result) -> None:
-    """One question, as of its own second, in a conversation of its own.
-
-    A window that no longer holds anything from before that second has no answer: scored 0, and not timed.
-    """
+    """One question about what was seen so far, in a conversation of its own."""
     weights: dict[int, float] = {}
     build = session.recall.context
 
@@ -136,21 +175,12 @@ def ask(session: StreamSession, asked: Asked, retriever: Retriever | None, into:
         return context
 
     session.recall.context = spied  # type: ignore[method-assign]
-    answer = None
     try:
-        answer = session.ask(asked.question, at=asked.time, max_new_tokens=TOKENS, retrieve=retriever)
-    except UserError:
-        if retriever is not None:
-            raise
+        answer = session.ask(asked.question, max_new_tokens=TOKENS, retrieve=retriever)
     finally:
         session.recall.context = build  # type: ignore[method-assign]
         session.new_conversation()
-    into.scores.append(0.0 if answer is None else exact_fact(answer.text, asked.answer))
-    into.recalls.append(recall(session, asked, weights))
-    if answer is not None:
-        into.reports.append(answer.report)
-    into.clips.append(asked.clip)
-    into.kinds.append(asked.kind)
+    into.add(asked, exact_fact(answer.text, asked.answer), answer.report, recall(session, asked, weights))
 
 
 def best_layers(model: Any, processor: Any, frames: int, count: int = 2, **options: Any) -> tuple[tuple[int, ...], Any]:
@@ -158,7 +188,8 @@ def best_layers(model: Any, processor: Any, frames: int, count: int = 2, **optio
     from vlmfast.pocket.clips import clip
 
     drawn = clip(7, 600, split="train", questions=16)
-    done = encode(model, processor, drawn, "train", **options)
+    done = opened(model, processor, drawn, **options)
+    watch([done], [], lambda asked: None)
     asked = [(q.question, q.time, q.evidence) for q in questions(drawn, "train") if q.kind != "now"]
     found = layer_recall(done.session, asked, Internal(frames=frames, similarity="centred"))
     done.close()
@@ -187,6 +218,25 @@ def methods(frames: int, layers: tuple[int, ...] | None) -> dict[str, Callable[[
     }
 
 
+def text_only(model: Any, processor: Any, asked: Asked) -> tuple[float, float]:
+    """The floor: the question without any video. Returns (score, milliseconds)."""
+    chat = [{"role": "user", "content": [{"type": "text", "text": asked.question}]}]
+    text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    start = time.perf_counter()
+    return _answered(model, processor, processor(text=[text], return_tensors="pt"), asked), _since(start)
+
+
+def _answered(model: Any, processor: Any, inputs: Any, asked: Asked) -> float:
+    inputs = {k: v.to(model.device) for k, v in inputs.items()}
+    out = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
+    answer = processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return exact_fact(answer, asked.answer)
+
+
+def _since(start: float) -> float:
+    return (time.perf_counter() - start) * 1e3
+
+
 def reencode(model: Any, processor: Any, clip: Any, asked: Asked) -> tuple[float, float]:
     """The plain way: all frames up to the question through the model again. Returns (score, milliseconds)."""
     frames = torch.stack([f for s, f in clip.frames(0, round(asked.time * clip.fps))]).permute(0, 3, 1, 2)
@@ -203,10 +253,7 @@ def reencode(model: Any, processor: Any, clip: Any, asked: Asked) -> tuple[float
         video_metadata=[meta],
         return_tensors="pt",
     )
-    inputs = {k: v.to(model.device) for k, v in inputs.items()}
-    out = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
-    said = processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return exact_fact(said, asked.answer), (time.perf_counter() - start) * 1e3
+    return _answered(model, processor, inputs, asked), _since(start)
 
 
 def rekv_bytes_per_hour(session: StreamSession) -> float:

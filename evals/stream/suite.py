@@ -1,19 +1,23 @@
-"""The stream, measured: `python -m evals.stream [--minutes 1,10,60] [--quick] [--model pocket] --out FILE.json`.
+"""Streams, measured: `python -m evals.stream [--minutes 1,10,60] [--quick] [--model pocket] --out FILE.json`.
 
-Pocket clips of every length are encoded once; their questions (past events, the needle, and the same asked while it
-is on screen: `now`) are answered with every retriever at the same number of blocks, one block being one temporal grid
-(two frames, one second). Rows:
+Pocket clips that no setting was chosen on (40 of a minute, 20 of ten, 10 of an hour) are streamed, and every question
+is asked **at its own second while the clip runs**: past events, the needle, and the same asked while it is on screen
+(`now`). All ways of retrieving answer it at the same number of blocks, one block being one temporal grid (two frames,
+one second). Rows:
 
 * `layers`: evidence recall of every layer on a clip of the train split; the two best choose for `internal`;
-* one per length and retriever (`internal-by-layer` is ReKV's own rule, `external` knows colours only, `oracle` where
-  the evidence lies): accuracy, evidence recall, latency, tokens read;
+* one per length and way (`internal-by-layer` is ReKV's own rule, `external` knows colours only, `oracle` where the
+  evidence lies, `window` retrieves nothing): accuracy, evidence recall, latency, tokens read; past and now apart, with
+  intervals over clips;
+* floors: `majority` says the commonest answer to such a question on other clips, `text-only` sees no video;
 * `session`: sustained fps, bytes per tier, archive bytes per hour, plain ReKV's bytes per hour for the same stream;
 * `internal-full` and `rekv` (up to 10 minutes): nothing dropped, two bytes per number, what compression costs; with
   the retriever of `internal`, and with inner products per layer;
-* `reencode` (up to 10 minutes): all frames through the model again for every question;
+* `reencode` (up to 10 minutes): all frames through the model again for a question, paired with `internal` on it;
 * `natural`: decoding, encoding, retrieval and limits on a real clip, whatever the pocket model makes of it.
 
-A plot of latency and memory against length lies beside the result.
+Clips are shared among `--jobs` processes; what a clip gave is kept in `--answers`, so that a killed run goes on where
+it stopped. A plot of latency and memory against length lies beside the result.
 """
 
 from __future__ import annotations
@@ -40,11 +44,12 @@ def main(
     redundancy: Annotated[float, typer.Option(help="cosine distance below which a token is dropped", min=0)] = 0.01,
     window: Annotated[int, typer.Option(help="tokens of the sliding window", min=1)] = 1024,
     ram: Annotated[str, typer.Option(help="archive in memory")] = "16MiB",
-    questions: Annotated[int | None, typer.Option(help="most questions per length", min=1)] = None,
-    first: Annotated[int, typer.Option(help="seed of the first clip, not one a setting was chosen on", min=0)] = 1,
+    jobs: Annotated[int, typer.Option(help="processes, each with its share of the cores", min=1)] = 1,
+    answers: Annotated[Path, typer.Option(help="folder of what each clip gave")] = Path("runs/stream"),
     force: Annotated[bool, typer.Option("--force", help="replace an existing result")] = False,
 ) -> None:
     """Measure the stream and write its record and plot."""
+    from evals.stream import runs
     from vlmfast.bench import records
 
     lengths = [0.3] if quick else lengths_of(minutes)
@@ -52,11 +57,11 @@ def main(
     parse_bytes("--ram", ram)
     config = {
         "minutes": lengths, "quick": quick, "model": model, "frames": frames, "redundancy": redundancy,
-        "window": window, "ram": ram, "keep_as": "int8", "first": first,
+        "window": window, "ram": ram, "keep_as": "int8", "jobs": jobs,
     }  # fmt: skip
-    record = records.head("stream", config=config, seed=1, repeats=1)
-    record["rows"] = rows(config, questions)
-    record["show"] = ["accuracy", "evidence_recall", "total_ms", "context_tokens", "fps", "bytes_per_hour"]
+    record = records.head("stream", config=config, seed=runs.REPORTED[0], repeats=1)
+    record["rows"] = rows(config, answers)
+    record["show"] = ["accuracy_past", "accuracy_now", "evidence_recall_past", "total_ms", "fps", "bytes_per_hour"]
     records.write(out, record, force)
     plot(record, out.with_suffix(".png"))
     from evals.speed.suites import show
@@ -75,116 +80,81 @@ def lengths_of(text: str) -> list[float]:
     return lengths
 
 
-def rows(config: dict[str, Any], most: int | None) -> list[dict[str, Any]]:
+def rows(config: dict[str, Any], answers: Path) -> list[dict[str, Any]]:
     """All rows of a run."""
-    from evals.stream import runs
+    from evals.stream import clips, runs
     from vlmfast import loading
     from vlmfast.bench import records
-    from vlmfast.pocket.clips import clip
-    from vlmfast.stream import Internal
 
-    loaded = loading.load(config["model"])
-    options = {k: config[k] for k in ("redundancy", "window", "ram", "keep_as")}
-    layers, out = None, []
+    loaded, out = loading.load(config["model"]), []
+    layers = None
     if not config["quick"]:
+        options = {k: config[k] for k in clips.OPTIONS}
         layers, found = runs.best_layers(loaded.model, loaded.processor, config["frames"], **options)
         tell(f"layers {layers} choose; recall of each: {' '.join(f'{x:.2f}' for x in found)}")
         out.append(records.row("layers", params={"chosen": list(layers)}, metrics={"evidence_recall_by_layer": found}))
-    ways = runs.methods(config["frames"], layers)
-    if config["quick"]:
-        ways = {k: ways[k] for k in ("internal", "recency", "oracle")}
     for minutes in config["minutes"]:
-        results = {name: runs.Result() for name in ways}
-        rekv, whole, plain = runs.Result(), runs.Result(), runs.Result()
-        clips = runs.plan_of(minutes, config["quick"], config["first"])
-        for seed, count in clips:
-            drawn = clip(seed, round(minutes * 60), questions=count)
-            name = f"{minutes:g}min-{seed}"
-            done = runs.encode(loaded.model, loaded.processor, drawn, name, **options)
-            asked = _spread(runs.questions(drawn, name), most and max(1, most // len(clips)))
-            tell(f"{name}: {done.fps:.0f} fps, {len(asked)} questions")
-            for question in asked:
-                for way, make in ways.items():
-                    runs.ask(done.session, question, make(question), results[way])
-            if seed == clips[-1][0]:
-                out.append(session_row(done, minutes))
-            done.close()
-            if minutes <= 10 and not config["quick"]:
-                full = {"redundancy": None, "keep_as": "bf16", "window": config["window"]}
-                done = runs.encode(loaded.model, loaded.processor, drawn, name, **full)
-                for question in asked:
-                    tool = Internal(frames=config["frames"], similarity="inner")
-                    runs.ask(done.session, question, tool, rekv)
-                    runs.ask(done.session, question, runs.internal(config["frames"], layers), whole)
-                done.close()
-                for question in asked if minutes <= 1 else _spread(asked, 2):
-                    score, ms = runs.reencode(loaded.model, loaded.processor, drawn, question)
-                    plain.scores.append(score)
-                    plain.clips.append(name)
-                    plain.reports.append({"total_ms": ms})
-        results |= {"internal-full": whole, "rekv": rekv, "reencode": plain}
-        for way, result in results.items():
-            if result.scores:
-                out.append(method_row(way, result, results, minutes, config["frames"]))
+        results: dict[str, Any] = {}
+        done = clips.measured({**config, "layers": layers}, minutes, answers, tell)
+        for per_clip in done:
+            for way, result in per_clip["results"].items():
+                results.setdefault(way, runs.Result()).extend(runs.Result.read(result))
+        out.append(session_row(done, minutes))
+        out += [
+            method_row(way, result, results["internal"], minutes, config["frames"]) for way, result in results.items()
+        ]
     return out if config["quick"] else [*out, *natural_rows(loaded, config)]
 
 
-def _spread(items: list[Any], most: int | None) -> list[Any]:
-    """At most so many of the items, evenly."""
-    if most is None or len(items) <= most:
-        return items
-    return [items[round(i * (len(items) - 1) / max(1, most - 1))] for i in range(most)]
-
-
-def method_row(way: str, result: Any, all_: dict[str, Any], minutes: float, frames: int) -> dict[str, Any]:
-    """One method at one length."""
+def method_row(way: str, result: Any, base: Any, minutes: float, frames: int) -> dict[str, Any]:
+    """One way at one length; compared with `internal` (`base`) on the same questions, clips being the clusters."""
     from vlmfast.bench import records, stats
 
-    overall = stats.mean(result.scores, result.clips)
+    clips = [clip for clip, _, _ in result.questions]
+    overall = stats.mean(result.scores, clips)
     metrics: dict[str, Any] = {
-        "minutes": minutes, "questions": len(result.scores), "accuracy": overall.mean,
+        "minutes": minutes, "questions": len(result.scores), "clips": len(set(clips)), "accuracy": overall.mean,
         "ci95": [overall.low, overall.high],
     }  # fmt: skip
-    if result.reports:
-        metrics["total_ms"] = result.median("total_ms")
-    if result.kinds:
-        past = [i for i, kind in enumerate(result.kinds) if kind != LATE]
-        for name, picked in (("past", past), ("now", [i for i in range(len(result.kinds)) if i not in set(past)])):
-            if picked:
-                metrics[f"accuracy_{name}"] = sum(result.scores[i] for i in picked) / len(picked)
-                metrics[f"evidence_recall_{name}"] = sum(result.recalls[i] for i in picked) / len(picked)
-        metrics["evidence_recall"] = sum(result.recalls) / len(result.recalls)
-        if result.reports:
-            metrics |= {key: result.median(key) for key in TIMED}
-            metrics["latency_ms"] = metrics["total_ms"]
-            metrics["kv_fast_bytes"] = max(r["kv_fast_bytes"] for r in result.reports)
-        base = all_["internal"]
-        if way != "internal" and len(base.scores) == len(result.scores):
-            gap = stats.paired(result.scores, base.scores, result.clips)
-            metrics |= {"diff_vs_internal": gap.mean, "diff_vs_internal_ci95": [gap.low, gap.high]}
+    place = {question: i for i, question in enumerate(base.questions)}
+    for name in ("past", "now"):
+        picked = [i for i, kind in enumerate(result.kinds) if (kind == LATE) == (name == "now")]
+        if not picked:
+            continue
+        mean = stats.mean([result.scores[i] for i in picked], [clips[i] for i in picked])
+        metrics |= {f"questions_{name}": len(picked), f"accuracy_{name}": mean.mean}
+        metrics[f"ci95_{name}"] = [mean.low, mean.high]
+        recalls = [result.recalls[i] for i in picked if result.recalls[i] is not None]
+        if recalls:
+            metrics[f"evidence_recall_{name}"] = sum(recalls) / len(recalls)
+        if way != "internal":
+            other = [base.scores[place[result.questions[i]]] for i in picked]
+            gap = stats.paired([result.scores[i] for i in picked], other, [clips[i] for i in picked])
+            metrics |= {f"diff_vs_internal_{name}": gap.mean, f"diff_vs_internal_{name}_ci95": [gap.low, gap.high]}
     vs: dict[str, Any] = {}
-    if way == "internal" and all_["reencode"].reports:
-        slow = all_["reencode"].median("total_ms") / metrics["total_ms"]
-        vs = {"reencode": {"total_ms": [slow, slow, slow]}}
+    if all("total_ms" in r for r in result.reports):
+        metrics["total_ms"] = result.median("total_ms")
+        if way != "internal":
+            own = [base.reports[place[q]]["total_ms"] for q in result.questions]
+            ratio = stats.median_ratio(own, [r["total_ms"] for r in result.reports])
+            vs = {"internal": {"total_ms": ratio}}
+    if all(key in r for r in result.reports for key in TIMED):
+        metrics |= {key: result.median(key) for key in TIMED}
+        metrics["latency_ms"] = metrics["total_ms"]
+        metrics["kv_fast_bytes"] = max(r["kv_fast_bytes"] for r in result.reports)
     return records.row(way, params={"minutes": minutes, "frames": frames}, metrics=metrics, vs=vs)
 
 
-def session_row(done: Any, minutes: float) -> dict[str, Any]:
-    """What one stream cost."""
-    from evals.stream.runs import rekv_bytes_per_hour, resident_bytes
+def session_row(done: list[dict[str, Any]], minutes: float) -> dict[str, Any]:
+    """What one stream of this length cost: medians over clips, the largest peaks."""
+    import statistics
+
     from vlmfast.bench import records
 
-    session, stats = done.session, done.session.stats()
-    per_hour = stats["archive_bytes"] / stats["seconds"] * 3600
-    metrics = {
-        "minutes": minutes, "fps": done.fps, "visual_tokens": stats["visual_tokens"],
-        "kept_tokens": stats["kept_tokens"], "kv_fast_bytes": stats["kv_fast_bytes"],
-        "kv_host_bytes": stats["kv_host_bytes"], "kv_disk_bytes": stats["kv_disk_bytes"],
-        "archive_bytes": stats["archive_bytes"], "bytes_per_hour": per_hour,
-        "rekv_bytes_per_hour": rekv_bytes_per_hour(session), "peak_bytes": resident_bytes(),
-        "evicted": stats["evicted"], "dropped_frames": stats["dropped_frames"],
-    }  # fmt: skip
-    ratio = metrics["rekv_bytes_per_hour"] / per_hour
+    seen = [clip["session"] for clip in done]
+    metrics = {key: statistics.median(s[key] for s in seen) for key in seen[0]}
+    metrics |= {"minutes": minutes, "clips": len(seen), "peak_bytes": max(s["peak_bytes"] for s in seen)}
+    ratio = metrics["rekv_bytes_per_hour"] / metrics["bytes_per_hour"]
     vs = {"rekv": {"bytes_per_hour": [ratio, ratio, ratio]}}
     return records.row("session", params={"minutes": minutes}, metrics=metrics, vs=vs)
 

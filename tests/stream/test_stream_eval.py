@@ -28,20 +28,28 @@ def run(*args):
 
 def test_quick_writes_a_whole_record_and_its_plot(folder, tmp_path):
     out = tmp_path / "stream.json"
-    result = run("--quick", "--model", str(folder), "--out", str(out), "--frames", "4")
+    options = ("--quick", "--model", str(folder), "--frames", "4", "--answers", str(tmp_path / "answers"))
+    result = run(*options, "--out", str(out))
     assert result.exit_code == 0, result.output
     record = json.loads(out.read_text())
     records.check(record)
     rows = {r["name"]: r["metrics"] for r in record["rows"]}
     assert {"internal", "recency", "oracle", "session"} <= set(rows)
     for name in ("internal", "recency", "oracle"):
-        assert 0 <= rows[name]["accuracy"] <= 1 and rows[name]["total_ms"] > 0 and len(rows[name]["ci95"]) == 2
+        assert 0 <= rows[name]["accuracy"] <= 1 and rows[name]["total_ms"] > 0 and len(rows[name]["ci95_past"]) == 2
         assert rows[name]["retrieved_blocks"] == 4
     session = rows["session"]
     assert session["kept_tokens"] < session["visual_tokens"] and session["bytes_per_hour"] > 0
     assert out.with_suffix(".png").stat().st_size > 5000
-    again = run("--quick", "--model", str(folder), "--out", str(out))
+    again = run(*options, "--out", str(out))
     assert again.exit_code == 2 and "exists" in again.output
+    (kept,) = (tmp_path / "answers").rglob("*.json")
+    second = run(*options, "--out", str(tmp_path / "again.json"))
+    assert second.exit_code == 0 and "1 of 1 clips are in" in second.stderr, "a run goes on from what was answered"
+    assert json.loads((tmp_path / "again.json").read_text())["rows"] == record["rows"]
+    kept.write_text(kept.read_text()[:100])
+    damaged = run(*options, "--out", str(tmp_path / "third.json"))
+    assert damaged.exit_code == 2 and "is damaged" in damaged.stderr and not (tmp_path / "third.json").exists()
 
 
 def test_questions_have_one_place_in_time():
@@ -70,8 +78,9 @@ def test_recall_counts_the_evidence_brought_back(folder):
     from vlmfast.pocket.clips import clip
 
     loaded = loading.load(str(folder))
-    done = runs.encode(loaded.model, loaded.processor, clip(1, 40, questions=4), "x", redundancy=None, window=512)
+    done = runs.opened(loaded.model, loaded.processor, clip(1, 40, questions=4), redundancy=None, window=512)
     first = runs.Asked("x", 40.0, "location", "where ?", "left", (8.0, 16.0))
+    runs.watch([done], [], lambda asked: None)
     for tool, want in (
         (Oracle(frames=8, spans=(first.evidence,)), 1.0),
         (Recency(frames=8), 0.0),
@@ -83,6 +92,38 @@ def test_recall_counts_the_evidence_brought_back(folder):
     assert done.session.turns == []
     plain = runs.rekv_bytes_per_hour(done.session)
     assert plain == 2 * 4 * 2 * 16 * 2 * 64 * 3600, "2 x layers x heads x size x 2 bytes x tokens a second x an hour"
+    for block in list(done.session.store.blocks.values())[8:12]:
+        done.session.store.blocks.pop(block.id)
+    assert runs.recall(done.session, first, dict.fromkeys(range(40), 1.0)) == 0.5, "what was evicted was not recalled"
     done.close()
     assert exact_fact("Top Left .", "top left") == 1.0 and exact_fact("top", "top left") == 0.0
     assert torch.is_grad_enabled()
+
+
+def test_questions_are_asked_while_the_clip_runs(folder):
+    """In the order of time, before anything later was pushed, and all of it is pushed in the end."""
+    from vlmfast import loading
+    from vlmfast.pocket.clips import clip
+
+    loaded = loading.load(str(folder))
+    drawn = clip(2, 32, questions=4)
+    done = runs.opened(loaded.model, loaded.processor, drawn, redundancy=None, window=512)
+    seen = []
+    asked = runs.questions(drawn, "x")
+    runs.watch([done], asked[::-1], lambda question: seen.append((question.time, done.session.last)))
+    assert [time for time, _ in seen] == sorted(question.time for question in asked)
+    assert all(last < time <= last + 2 / drawn.fps for time, last in seen)
+    assert done.session.stats()["frames"] == len(drawn)
+    done.close()
+
+
+def test_reported_clips_are_no_others():
+    """Nothing was chosen on them, training draws from another split, and second questions have clips of their own."""
+    from vlmfast.bench import followup
+
+    reported = set(runs.REPORTED)
+    assert not reported & set(runs.CHOSEN_ON)
+    assert not reported & set(range(followup.OFFSET, followup.OFFSET + followup.CLIPS))
+    for minutes in (1.0, 10.0, 60.0):
+        clips = runs.clips_of(minutes, quick=False)
+        assert {seed for seed, _ in clips} <= reported and len(clips) >= (10 if minutes == 60 else 20)
