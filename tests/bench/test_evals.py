@@ -64,6 +64,8 @@ def test_bad_names_say_what_is_wrong(name: str, word: str) -> None:
         ("choice", "The answer is b", ["B"], ["a cat", "a dog"], 1.0),
         ("choice", "I see a cat here", ["A"], ["cat", "dog"], 1.0),
         ("choice", "a cat and a dog", ["A"], ["cat", "dog"], 0.0),
+        ("choice", "no, not a dog", ["dog"], ["cat", "dog"], 0.0),
+        ("choice", "it isn't a dog but a cat", ["cat"], ["cat", "dog"], 1.0),
         ("choice", "A dog", ["a dog"], ["a cat", "a dog"], 1.0),
         ("anls", "Eifel Tower", ["eiffel tower"], None, 1 - 1 / 12),
         ("anls", "London", ["paris"], None, 0.0),

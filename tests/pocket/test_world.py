@@ -174,3 +174,14 @@ def test_every_stage_of_the_curriculum_makes_a_batch() -> None:
         frames, chats, _ = batches.make(small, 1)
         assert frames.shape[2:] == (*recipe.size, 3)
         assert all(chats)
+
+
+def test_needles_lie_anywhere() -> None:
+    """A star shows up in the first, middle and last third of clips alike, so that no place may be learnt."""
+    places = []
+    for seed in range(60):
+        drawn = world.clip(seed, 64, questions=4)
+        (needle,) = (q for q in drawn.questions if q.kind == "needle")
+        places.append(int(needle.evidence[0] // 8))
+    thirds = [sum(low <= p < low + 3 for p in places) for low in (0, 3, 6)]
+    assert set(places) == set(range(8)) and min(thirds[:2]) > 10 and thirds[2] > 5

@@ -57,6 +57,9 @@ def choice(answer: str, expected: Sequence[str], choices: Sequence[str] | None =
     return float(picked is not None and picked in wanted)
 
 
+DENIED = r"\b(?:not|never|without|\w+n'?t) (?:(?:show|be) )?(?:{})\b"  # in normal form: "not a dog" picks no dog
+
+
 def _picked(answer: str, options: list[str]) -> int | None:
     last = chr(64 + len(options))
     text = answer.strip()
@@ -67,6 +70,7 @@ def _picked(answer: str, options: list[str]) -> int | None:
     given, forms = normalise(text), [normalise(o) for o in options]
     if given in forms:
         return forms.index(given)
+    given = re.sub(DENIED.format("|".join(map(re.escape, filter(None, forms)))), " ", given)
     inside = [i for i, f in enumerate(forms) if f and re.search(rf"\b{re.escape(f)}\b", given)]
     return inside[0] if len(inside) == 1 else None
 

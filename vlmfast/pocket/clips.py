@@ -109,6 +109,7 @@ def clip(
     asked = max(1, min(questions, count, 16))
     reserved, common = pairs[:asked], pairs[asked:]
     marked = sorted(rng.shuffled(list(range(count)))[:asked])
+    needle = Rng({"train": 13, "test": 14}[split], seed, seconds).n(count)  # the scene in which the star shows up
     out = LongClip(seed, count * SEGMENT, fps, shape, split, [])
     pending: list[Question] = []
     for number in range(count):
@@ -123,7 +124,7 @@ def clip(
         if rng.u() < 0.5:  # a bystander that is never asked about
             free = [c for c in cells if c != main.cell]
             objects.insert(0, place(rng, rng.pick([p for p in common if p != pair]), free[0], min(shape)))
-        if number in marked and marked.index(number) == asked // 2:
+        if number == needle:
             used = {o.cell for o in objects}
             star = star_at(rng, next(c for c in cells if c not in used), min(shape))
             star.t_in = float(1 + rng.n(SEGMENT - 3))
