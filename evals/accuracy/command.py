@@ -66,6 +66,7 @@ def main(
     frames: Annotated[str, typer.Option(help="frames of one's own videos, e.g. fps:rate=2")] = "uniform:16",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
+    floors: Annotated[bool, typer.Option(help="also ask blindly: without media, grey, of another question")] = True,
     force: Annotated[bool, typer.Option("--force", help="start anew, replacing existing files")] = False,
 ) -> None:
     """Ask a task's questions of the plain model and of every method; write answers and the paired summary."""
@@ -74,6 +75,6 @@ def main(
     plans = methods.named(methods_, prune, kv, speculate, draft, {p.stem: Plan.load(p) for p in plan or []})
     result = evaluate(
         task, out, summary, plans=plans, model=model, limit=limit, batch=batch, shard=shard, tokens=tokens,
-        force=force, metric=metric, frames=frames, device=device, dtype=dtype,
+        force=force, blind=floors, metric=metric, frames=frames, device=device, dtype=dtype,
     )  # fmt: skip
     show(result)

@@ -147,7 +147,7 @@ def run(
         start = clock()
         result = accuracy.evaluate(
             table.task, answers / f"{name}.jsonl", out / f"accuracy-{name}.json", plans=plans, model=model,
-            limit=min(limit, total), batch=table.batch, loaded=loaded, weights=weights, force=force,
+            limit=min(limit, total), batch=table.batch, loaded=loaded, weights=weights, force=force, blind=True,
             stop=lambda: clock() >= deadline,
         )  # fmt: skip
         spent, force = clock() - start, False

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmfast import files
-from vlmfast.bench import journal, methods, records, runner, tasks
+from vlmfast.bench import floors, journal, methods, records, runner, tasks
 from vlmfast.bench.summary import summarise
 from vlmfast.bench.validity import laws
 from vlmfast.core import UserError
@@ -38,6 +38,8 @@ def answer(
 ) -> bool:
     """Ask what has not been asked yet; records go to the journal as they come. False: `stop` said so before the end.
 
+    plans: by method; a method of `floors.ASKED` asks the plain model with other media, whatever its plan.
+
     Methods take turns at being first, so that none pays for the cold caches of every new question. stop: asked
     before every method's turn.
     """
@@ -54,7 +56,10 @@ def answer(
                 if book.missing((s.id, method) for s in samples):
                     if stop():
                         return False
-                    book.add(run.ask(samples, plans[method], method, tokens or task.tokens))
+                    asked = samples
+                    if method in floors.ASKED:
+                        asked = [floors.blinded(s, method, task, i) for s, i in zip(samples, chunk, strict=True)]
+                    book.add(run.ask(asked, plans[method], method, tokens or task.tokens))
                 bar.update(len(chunk))
     return True
 
@@ -98,11 +103,14 @@ def evaluate(
     dtype: str = "auto",
     loaded: runner.Runner | None = None,
     weights: str = "",
+    blind: bool = False,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """Run a task and return its summary record (written to `summary` too). loaded: a model in memory, with the
-    fingerprint of its `weights`. stop: says when time is over; the summary is then over the questions that every
-    method answered."""
+    """Run a task and return its summary record (written to `summary` too).
+
+    loaded: a model in memory, with the fingerprint of its `weights`. blind: with the rows of `floors`. stop: says when
+    time is over; the summary is then over the questions that every method answered.
+    """
     if batch < 1 or (limit is not None and limit < 1):
         raise UserError(f"--batch {batch} and --limit {limit} must be at least 1")
     files.claim(out, force=True)  # answers are continued, a summary of the same run is replaced
@@ -113,13 +121,15 @@ def evaluate(
     if not chosen:
         raise UserError(f"{task_name} holds no question for --shard {shard}")
     plans = {"plain": Plan()} | (plans or methods.named(names, draft=draft))
+    plans |= {floor: Plan() for floor in floors.ASKED if blind}
     run = loaded or runner.load(model, device, dtype)
     identity = identity_of(run, task, weights if loaded else runner.fingerprint(model), batch, tokens)
     name = journal.run_name(identity)
     if summary is not None and summary.exists() and not force:
         _same_run(summary, name)
     book = open_journal(out, identity, plans, force)
-    broken = laws(run, first_readable(task, chosen), plans, tokens or task.tokens, stop)
+    judged = {method: plan for method, plan in plans.items() if method not in floors.ASKED}
+    broken = laws(run, first_readable(task, chosen), judged, tokens or task.tokens, stop)
     answer(run, task, plans, book, chosen, batch, tokens, stop)
     wanted = [task.ids[i] for i in chosen]
     check_asked(book.records, wanted)
@@ -158,7 +168,7 @@ def identity_of(run: runner.Runner, task: tasks.Task, weights: str, batch: int, 
 
 def open_journal(out: Path, identity: dict[str, Any], plans: dict[str, Plan], force: bool) -> journal.Journal:
     """The file of answers, with what it already holds."""
-    hashes = {m: journal.plan_hash(public(p)) for m, p in plans.items()}
+    hashes = {m: journal.plan_hash({"floor": m} if m in floors.ASKED else public(p)) for m, p in plans.items()}
     return journal.Journal(out, journal.run_name(identity), hashes, force)
 
 

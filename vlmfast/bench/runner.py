@@ -180,7 +180,8 @@ class Runner:
 
 
 def _identity(s: Sample, method: str) -> dict[str, Any]:
-    return {"id": s.id, "method": method, "kind": s.kind, "cluster": s.cluster, "expected": s.expected[0]}
+    return {"id": s.id, "method": method, "kind": s.kind, "cluster": s.cluster, "question": s.question,
+            "expected": s.expected[0]}  # fmt: skip
 
 
 def _failed(s: Sample, method: str, why: str) -> dict[str, Any]:

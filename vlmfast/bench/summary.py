@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from vlmfast.bench import methods, stats
+from vlmfast.bench import floors, methods, stats
 from vlmfast.bench.records import row
 from vlmfast.bench.runner import STAGE
 from vlmfast.plan import Plan
@@ -30,6 +30,8 @@ def summarise(
     for method, plan in plans.items():
         mine = [records[i, method] for i in ids]
         rows.append(_row(method, plan, mine, plain, metric, (broken or {}).get(method)))
+    if metric == "accuracy" and ids and not set(floors.ASKED).isdisjoint(plans):
+        rows.append(_row(floors.MAJORITY, Plan(), floors.majority(plain), plain, metric, "no model is asked"))
     return rows
 
 
