@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 _HOME = {
     "Fps": "source",
@@ -27,6 +27,15 @@ _HOME = {
     "layer_recall": "layers",
     "Store": "store",
 }
+
+if TYPE_CHECKING:
+    from vlmfast.stream.images import read_image
+    from vlmfast.stream.layers import layer_recall
+    from vlmfast.stream.live import Frame, open_source
+    from vlmfast.stream.retrieve import Anywhere, Evenly, External, Internal, Oracle, Recency
+    from vlmfast.stream.session import Answer, StreamSession
+    from vlmfast.stream.source import Fps, SceneChange, Uniform, Video, parse_select, read_video, write_video
+    from vlmfast.stream.store import Store
 
 __all__ = sorted(_HOME)
 
