@@ -1,7 +1,7 @@
-"""For the API reference: docstrings that name their fields in running text (`keep: fraction kept. floor: ...`) as a list.
+"""For the API reference: fields that a docstring names in running text (`keep: fraction kept. floor: ...`) as a list.
 
-A field begins at the start of a line or after a full stop or semicolon, and is known by the names of the parameters. A
-line that begins a sentence without one begins a new paragraph.
+A field begins at the start of a line or after a full stop or semicolon, and is known by the names of the parameters.
+A line that begins a sentence without one begins a new paragraph.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def listed(text: str, names: set[str]) -> str:
             continue
         block = re.sub(r"(?<=[.:])\n(?=[A-Z`(])", "\n\n", block)
         parts = re.split(r"\n\s*\n", field.sub(lambda m: f"\n\n* **{m[1]}**: ", block).strip())
-        paragraphs += [part.strip() for part in parts]
+        paragraphs += [part.strip().removesuffix(";") for part in parts]
     return "\n\n".join(paragraphs)
 
 

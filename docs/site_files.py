@@ -1,6 +1,6 @@
 """What `mkdocs` builds the site from: the repository's own documents, at their own paths.
 
-A link that works in a checkout (`docs/choosing.md` in the README, `../evals/README.md` in a guide) so works in the site.
+A link that works in a checkout (`docs/choosing.md` in the README, `../evals/README.md` in a guide) works here too.
 The scripts of `examples/` are shown below the table that links them.
 """
 
