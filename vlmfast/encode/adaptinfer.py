@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlmfast.core import Kind, UserError
 from vlmfast.encode.between import LayerPruner, check_layers, stage_layers, staged
-from vlmfast.runtime.cuts import Sight
+from vlmfast.runtime.layer_cuts import CutInputs
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class AdaptInfer(LayerPruner):
     def window(self) -> int:
         return self.raters
 
-    def rate(self, sight: Sight) -> Tensor:
+    def rate(self, sight: CutInputs) -> Tensor:
         assert sight.weights is not None
         attention = sight.weights.mean(1)  # (B, W, P)
         w = attention.shape[1]

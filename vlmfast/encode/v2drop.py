@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from vlmfast.encode.between import LayerPruner, check_layers, stage_layers, staged
-from vlmfast.runtime.cuts import Sight
+from vlmfast.runtime.layer_cuts import CutInputs
 
 
 @dataclass(frozen=True)
@@ -34,5 +34,5 @@ class V2Drop(LayerPruner):
     def window(self) -> int:
         return 0
 
-    def rate(self, sight: Sight) -> Tensor:
+    def rate(self, sight: CutInputs) -> Tensor:
         return (sight.hidden - sight.before).float().norm(dim=-1)
