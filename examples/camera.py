@@ -7,7 +7,8 @@ import tempfile
 from vlmfast import StreamSession
 from vlmfast.loading import load
 from vlmfast.pocket import world
-from vlmfast.stream import Internal, write_video
+from vlmfast.stream import Internal
+from vlmfast.video import write_video
 
 if len(sys.argv) > 2:
     source = int(sys.argv[2]) if sys.argv[2].isdigit() else sys.argv[2]

@@ -9,7 +9,7 @@ from vlmfast.encode import Downsample, Uniform, VidCom2
 from vlmfast.loading import load
 from vlmfast.pocket import world
 from vlmfast.prefill import SnapKV
-from vlmfast.stream import read_image
+from vlmfast.video import read_image
 
 drawn = world.sample("shape", seed=4, split="test", size=256, objects=(2, 3))
 picture = read_image(sys.argv[2]) if len(sys.argv) > 2 else drawn.frames[0].numpy()

@@ -7,7 +7,7 @@ from vlmfast import accelerate
 from vlmfast.decode import Lossless, ModelDraft, Speculate
 from vlmfast.loading import load
 from vlmfast.pocket import world
-from vlmfast.stream import read_image
+from vlmfast.video import read_image
 
 names = sys.argv[1:3] if len(sys.argv) > 2 else ["pocket", "pocket-draft"]  # the same tokenizer in both
 target, draft = load(names[0]), load(names[1])

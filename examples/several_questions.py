@@ -7,7 +7,7 @@ import tempfile
 from vlmfast import accelerate
 from vlmfast.loading import load
 from vlmfast.pocket import world
-from vlmfast.stream import read_video, write_video
+from vlmfast.video import read_video, write_video
 
 if len(sys.argv) > 2:
     video, questions = sys.argv[2], sys.argv[3:] or ["What happens?", "Where does it happen?", "Who is seen?"]
