@@ -1,0 +1,109 @@
+"""The demo's paired run: stock transformers and a pruned call, in turn, at the widths of Qwen2.5-VL-3B.
+
+Random weights, a twelfth of the layers: times are real, answers mean nothing. Every round brings a new clip whose
+pixels all differ, and both get it. How many frames and rounds fit is found from one untimed call of each.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from vlmfast.bench import timing
+from vlmfast.bench.shapes import QWEN_3B_TWELFTH, Shape, build, clip
+from vlmfast.core import UserError, tower_block
+from vlmfast.encode import VidCom2
+from vlmfast.plan import Plan
+from vlmfast.runtime import dtypes
+
+SHAPE = replace(QWEN_3B_TWELFTH, grid=(4, 16, 16))
+PLAN = Plan(prune=VidCom2(keep=0.25, after_block="auto"))
+SECONDS = 12.0  # that the timed rounds may take
+FEWEST, MOST = 3, 5  # rounds
+NEW = 5  # new tokens: the first one, and four of which the time of each next one is the mean
+STAGES = ("encode_ms", "select_ms", "prefill_ms", "ttft_ms", "decode_ms_per_token")
+
+
+def memory(shape: Shape, dtype: str) -> int:
+    """Bytes that the run takes at most: the weights, and about as much again for what is computed with them."""
+    decoder = shape.layers * (2 * shape.hidden**2 + 3 * shape.hidden * shape.intermediate)
+    tower = shape.depth * (4 * shape.vision_hidden**2 + 3 * shape.vision_hidden * shape.vision_intermediate)
+    return 2 * (4 if dtype == "float32" else 2) * (decoder + tower + shape.vocab * shape.hidden)
+
+
+def fitting(shape: Shape, frame_s: float, seconds: float) -> tuple[int, int]:
+    """(frames, rounds) that fit into `seconds`. frame_s: seconds that both competitors take for one frame."""
+    frames = next((t for t in range(shape.grid[0], 0, -1) if FEWEST * t * frame_s <= seconds), 1)
+    return frames, min(MOST, max(FEWEST, int(seconds / (frames * frame_s))))
+
+
+def measure(device: str = "cpu", shape: Shape | None = None, seconds: float | None = None) -> dict[str, Any]:
+    """Run it. Returns what was run (shape, dtype, rates, rounds) and `stages`: for each its medians, the paired ratios
+    [median, least, largest] of stock over ours, and the floors of both in milliseconds, None where there is none.
+    shape, seconds: None is `SHAPE`, `SECONDS`. Raises UserError where the memory does not suffice.
+    """
+    import torch
+
+    from vlmfast import roofline
+
+    shape, seconds = shape or SHAPE, seconds or SECONDS
+    dtype = timing.half(device)
+    needed, free = memory(shape, dtype), dtypes.available() if device == "cpu" else None
+    if free is not None and needed > free:
+        raise UserError(f"the run at real shapes needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free")
+    machine = roofline.measured(device, 0.5, dtype)
+    model = build(shape, 0, dtype, device)
+
+    def asked(shape: Shape, plan: Plan | None, seed: int) -> timing.Sample:
+        import vlmfast
+
+        inputs = {name: tensor.to(device) for name, tensor in clip(shape, seed, dtype, busy=1.0).items()}
+        with torch.inference_mode(), vlmfast.accelerate(model, plan) as fast:
+            model.generate(**inputs, max_new_tokens=NEW, min_new_tokens=NEW)
+            report = {**fast.report.encode, **fast.report.prefill, **fast.report.decode}
+        return {name: float(report[name]) for name in (*STAGES, "visual_tokens", "kept_tokens")}
+
+    def runner(name: str, plan: Plan | None) -> Callable[[], timing.Sample]:
+        seeds = itertools.count(1)
+        return lambda: asked(shape, plan, next(seeds))
+
+    small = replace(shape, grid=(1, *shape.grid[1:]))
+    if device != "cpu":  # a card compiles and captures in its first calls
+        asked(small, None, 0), asked(small, PLAN, 0)
+    start = timing.now(device)
+    asked(small, None, 0), asked(small, PLAN, 0)
+    frames, rounds = fitting(shape, timing.now(device) - start, seconds)
+    shape = replace(shape, grid=(frames, *shape.grid[1:]))
+    runs = {"stock": runner("stock", None), "ours": runner("ours", PLAN)}
+    samples = timing.interleaved(runs, rounds, warmup=0)
+    medians = {name: timing.medians(rows) for name, rows in samples.items()}
+    ratios = timing.ratios(samples["stock"], samples["ours"], list(STAGES))
+    kept = medians["ours"]["kept_tokens"] / shape.visual
+    floors = {
+        "stock": floor(shape, roofline.Asked(), machine, dtype),
+        "ours": floor(shape, roofline.Asked(kept, tower_block("auto", shape.depth)), machine, dtype),
+    }
+    return {
+        "shape": shape.json(), "plan": PLAN.json(), "dtype": dtype, "device": device, "machine": machine.name,
+        "flops": machine.flops, "bytes": machine.bytes, "rounds": rounds, "visual_tokens": shape.visual,
+        "kept_tokens": int(medians["ours"]["kept_tokens"]),
+        "stages": {
+            stage: {"stock": medians["stock"][stage], "ours": medians["ours"][stage], "ratio": ratios.get(stage),
+                    "floor": {name: found.get(stage) for name, found in floors.items()}}
+            for stage in STAGES
+        },
+        "samples": samples,
+    }  # fmt: skip
+
+
+def floor(shape: Shape, asked: Any, machine: Any, dtype: str) -> dict[str, float]:
+    """Milliseconds that arithmetic and bytes take at least, by stage, as `vlmfast.roofline` counts them."""
+    from vlmfast import roofline
+
+    request = roofline.Request(shape.visual, shape.text + 2, NEW, 1, shape.grid[0])
+    costs = roofline.stages(roofline.shape_of(shape.json()), request, asked, 4 if dtype == "float32" else 2)
+    encode, prefill, decode = (costs[stage].floor_ms(machine) for stage in ("encode", "prefill", "decode"))
+    each = decode / costs["decode"].steps
+    return {"encode_ms": encode, "prefill_ms": prefill, "ttft_ms": encode + prefill, "decode_ms_per_token": each}
