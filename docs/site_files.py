@@ -25,11 +25,9 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Append the scripts to the page of examples, and lead its links to them."""
-    if page.file.src_uri != "docs/examples.md":
-        return markdown
-    scripts = re.findall(r"\]\(\.\./(examples/\w+\.py)\)", markdown)
-    for script in scripts:
-        source = (ROOT / script).read_text(encoding="utf-8")
-        markdown += f"\n\n## {script}\n\n```python\n{source}```\n"
-    return re.sub(r"\]\(\.\./examples/(\w+)\.py\)", r"](#examples\1py)", markdown)
+    """Lead links to a script to its text, which is shown at the end of the page of examples."""
+    if page.file.src_uri == "docs/examples.md":
+        for script in re.findall(r"\]\(\.\./(examples/\w+\.py)\)", markdown):
+            source = (ROOT / script).read_text(encoding="utf-8")
+            markdown += f"\n\n## {script}\n\n```python\n{source}```\n"
+    return re.sub(r"\]\(((?:\.\./)*)examples/(\w+)\.py\)", r"](\1docs/examples.md#examples\2py)", markdown)

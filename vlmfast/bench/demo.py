@@ -20,7 +20,7 @@ from vlmfast.runtime import dtypes
 
 SHAPE = replace(QWEN_3B_TWELFTH, grid=(4, 16, 16))
 PLAN = Plan(prune=VidCom2(keep=0.25, after_block="auto"))
-SECONDS = 12.0  # that the timed rounds may take
+SECONDS = 15.0  # that the first tokens of all rounds may take
 FEWEST, MOST = 3, 5  # rounds
 NEW = 5  # new tokens: the first one, and four of which the time of each next one is the mean
 STAGES = ("encode_ms", "select_ms", "prefill_ms", "ttft_ms", "decode_ms_per_token")
@@ -34,7 +34,7 @@ def memory(shape: Shape, dtype: str) -> int:
 
 
 def fitting(shape: Shape, frame_s: float, seconds: float) -> tuple[int, int]:
-    """(frames, rounds) that fit into `seconds`. frame_s: seconds that both competitors take for one frame."""
+    """(frames, rounds) that fit into `seconds`. frame_s: seconds to first token of both, for one frame."""
     frames = next((t for t in range(shape.grid[0], 0, -1) if FEWEST * t * frame_s <= seconds), 1)
     return frames, min(MOST, max(FEWEST, int(seconds / (frames * frame_s))))
 
@@ -42,10 +42,12 @@ def fitting(shape: Shape, frame_s: float, seconds: float) -> tuple[int, int]:
 def measure(device: str = "cpu", shape: Shape | None = None, seconds: float | None = None) -> dict[str, Any]:
     """Run it. Returns what was run (shape, dtype, rates, rounds) and `stages`: for each its medians, the paired ratios
     [median, least, largest] of stock over ours, and the floors of both in milliseconds, None where there is none.
+
     shape, seconds: None is `SHAPE`, `SECONDS`. Raises UserError where the memory does not suffice.
     """
     import torch
 
+    import vlmfast
     from vlmfast import roofline
 
     shape, seconds = shape or SHAPE, seconds or SECONDS
@@ -57,37 +59,34 @@ def measure(device: str = "cpu", shape: Shape | None = None, seconds: float | No
     model = build(shape, 0, dtype, device)
 
     def asked(shape: Shape, plan: Plan | None, seed: int) -> timing.Sample:
-        import vlmfast
-
         inputs = {name: tensor.to(device) for name, tensor in clip(shape, seed, dtype, busy=1.0).items()}
         with torch.inference_mode(), vlmfast.accelerate(model, plan) as fast:
             model.generate(**inputs, max_new_tokens=NEW, min_new_tokens=NEW)
             report = {**fast.report.encode, **fast.report.prefill, **fast.report.decode}
         return {name: float(report[name]) for name in (*STAGES, "visual_tokens", "kept_tokens")}
 
-    def runner(name: str, plan: Plan | None) -> Callable[[], timing.Sample]:
-        seeds = itertools.count(1)
-        return lambda: asked(shape, plan, next(seeds))
-
     small = replace(shape, grid=(1, *shape.grid[1:]))
     if device != "cpu":  # a card compiles and captures in its first calls
         asked(small, None, 0), asked(small, PLAN, 0)
-    start = timing.now(device)
-    asked(small, None, 0), asked(small, PLAN, 0)
-    frames, rounds = fitting(shape, timing.now(device) - start, seconds)
-    shape = replace(shape, grid=(frames, *shape.grid[1:]))
-    runs = {"stock": runner("stock", None), "ours": runner("ours", PLAN)}
+    frame_ms = asked(small, None, 0)["ttft_ms"] + asked(small, PLAN, 0)["ttft_ms"]
+    frames, rounds = fitting(shape, frame_ms / 1e3, seconds)
+    whole = replace(shape, grid=(frames, *shape.grid[1:]))
+    seeds = {"stock": itertools.count(1), "ours": itertools.count(1)}
+    runs: dict[str, Callable[[], timing.Sample]] = {
+        "stock": lambda: asked(whole, None, next(seeds["stock"])),
+        "ours": lambda: asked(whole, PLAN, next(seeds["ours"])),
+    }
     samples = timing.interleaved(runs, rounds, warmup=0)
     medians = {name: timing.medians(rows) for name, rows in samples.items()}
     ratios = timing.ratios(samples["stock"], samples["ours"], list(STAGES))
-    kept = medians["ours"]["kept_tokens"] / shape.visual
+    kept = medians["ours"]["kept_tokens"] / whole.visual
     floors = {
-        "stock": floor(shape, roofline.Asked(), machine, dtype),
-        "ours": floor(shape, roofline.Asked(kept, tower_block("auto", shape.depth)), machine, dtype),
+        "stock": floor(whole, roofline.Asked(), machine, dtype),
+        "ours": floor(whole, roofline.Asked(kept, tower_block("auto", shape.depth)), machine, dtype),
     }
     return {
-        "shape": shape.json(), "plan": PLAN.json(), "dtype": dtype, "device": device, "machine": machine.name,
-        "flops": machine.flops, "bytes": machine.bytes, "rounds": rounds, "visual_tokens": shape.visual,
+        "shape": whole.json(), "plan": PLAN.json(), "dtype": dtype, "device": device, "machine": machine.name,
+        "flops": machine.flops, "bytes": machine.bytes, "rounds": rounds, "visual_tokens": whole.visual,
         "kept_tokens": int(medians["ours"]["kept_tokens"]),
         "stages": {
             stage: {"stock": medians["stock"][stage], "ours": medians["ours"][stage], "ratio": ratios.get(stage),

@@ -199,8 +199,9 @@ def show_speed(timed: dict[str, Any]) -> None:
     page.print(
         f"A clip of {timed['visual_tokens']:,} visual tokens, of which vlmfast keeps {timed['kept_tokens']:,}, chosen "
         f"inside the vision tower. Widths of Qwen2.5-VL-3B, {shape['layers']} of 36 text layers and {shape['depth']} "
-        f"of 32 tower blocks, random weights: speed, not answers. {timed['dtype']} on {console.plain(timed['machine'])}. "
-        f"{timed['rounds']} rounds, both in turn, a new clip each: medians, in brackets the least and largest ratio."
+        f"of 32 tower blocks, random weights: speed, not answers. {timed['dtype']} on "
+        f"{console.plain(timed['machine'])}. {timed['rounds']} rounds, both in turn, a new clip each: medians, in "
+        "brackets the least and largest ratio."
     )
     rows = []
     for stage, word in WORDS.items():
