@@ -266,7 +266,7 @@ def _collect(
 def write_video(path: str | os.PathLike[str], frames: Any, fps: float, crf: int = 12) -> Path:
     """Writes frames (T, H, W, 3) uint8 RGB (an array, a tensor, or any iterable of such pictures) as H.264 mp4.
 
-    fps frames per second, crf the x264 quality (0 lossless, 12 near so, 23 usual). The file appears whole or not at
+    fps: frames per second. crf: the x264 quality (0 lossless, 12 near so, 23 usual). The file appears whole or not at
     all. Raises UserError for no frames, odd or changing sizes and wrong dtypes. Returns the path.
     """
     import av
