@@ -455,8 +455,12 @@ def test_the_demo_times_both_on_the_same_new_clips(
     show_speed(timed)
     told = capsys.readouterr().out
     assert max(map(len, told.splitlines())) <= 80
-    for said in ("each next token", "The first token", "Its floor", "Each next token", f"{timed['rounds']} rounds"):
+    for said in ("each next token", "The first token", "Each next token", f"{timed['rounds']} rounds"):
         assert said in " ".join(told.split()), said
+    for busy, said, unsaid in ((False, "Its floor", "No floor"), (True, "No floor", "Its floor")):
+        show_speed({**timed, "busy": busy})
+        told = capsys.readouterr().out
+        assert said in told and unsaid not in told
 
 
 def test_the_demo_fits_its_time_and_says_no_more_than_it_saw() -> None:

@@ -41,7 +41,9 @@ def fitting(shape: Shape, frame_s: float, seconds: float) -> tuple[int, int]:
 
 def measure(device: str = "cpu", shape: Shape | None = None, seconds: float | None = None) -> dict[str, Any]:
     """Run it. Returns what was run (shape, dtype, rates, rounds) and `stages`: for each its medians, the paired ratios
-    [median, least, largest] of stock over ours, and the floors of both in milliseconds, None where there is none.
+    [median, least, largest] of stock over ours, and the floors of both in milliseconds, None where there is none. The
+    floors are at the better of the rates before and after; where a median lies below its floor all the same, somebody
+    else used the machine, and `busy` is True.
 
     shape, seconds: None is `SHAPE`, `SECONDS`. Raises UserError where the memory does not suffice.
     """
@@ -55,7 +57,7 @@ def measure(device: str = "cpu", shape: Shape | None = None, seconds: float | No
     needed, free = memory(shape, dtype), dtypes.available() if device == "cpu" else None
     if free is not None and needed > free:
         raise UserError(f"the run at real shapes needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free")
-    machine = roofline.measured(device, 0.5, dtype)
+    before = roofline.measured(device, 0.5, dtype)
     model = build(shape, 0, dtype, device)
 
     def asked(shape: Shape, plan: Plan | None, seed: int) -> timing.Sample:
@@ -77,6 +79,8 @@ def measure(device: str = "cpu", shape: Shape | None = None, seconds: float | No
         "ours": lambda: asked(whole, PLAN, next(seeds["ours"])),
     }
     samples = timing.interleaved(runs, rounds, warmup=0)
+    after = roofline.measured(device, 0.5, dtype)
+    machine = replace(before, flops=max(before.flops, after.flops), bytes=max(before.bytes, after.bytes))
     medians = {name: timing.medians(rows) for name, rows in samples.items()}
     ratios = timing.ratios(samples["stock"], samples["ours"], list(STAGES))
     kept = medians["ours"]["kept_tokens"] / whole.visual
@@ -84,16 +88,20 @@ def measure(device: str = "cpu", shape: Shape | None = None, seconds: float | No
         "stock": floor(whole, roofline.Asked(), machine, dtype),
         "ours": floor(whole, roofline.Asked(kept, tower_block("auto", shape.depth)), machine, dtype),
     }
+    stages: dict[str, dict[str, Any]] = {
+        stage: {
+            "stock": medians["stock"][stage], "ours": medians["ours"][stage], "ratio": ratios.get(stage),
+            "floor": {name: found.get(stage) for name, found in floors.items()},
+        }
+        for stage in STAGES
+    }  # fmt: skip
+    busy = any(
+        low is not None and low > 1.02 * now[who] for now in stages.values() for who, low in now["floor"].items()
+    )
     return {
         "shape": whole.json(), "plan": PLAN.json(), "dtype": dtype, "device": device, "machine": machine.name,
         "flops": machine.flops, "bytes": machine.bytes, "rounds": rounds, "visual_tokens": whole.visual,
-        "kept_tokens": int(medians["ours"]["kept_tokens"]),
-        "stages": {
-            stage: {"stock": medians["stock"][stage], "ours": medians["ours"][stage], "ratio": ratios.get(stage),
-                    "floor": {name: found.get(stage) for name, found in floors.items()}}
-            for stage in STAGES
-        },
-        "samples": samples,
+        "kept_tokens": int(medians["ours"]["kept_tokens"]), "busy": busy, "stages": stages, "samples": samples,
     }  # fmt: skip
 
 

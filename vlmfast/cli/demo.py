@@ -206,26 +206,24 @@ def show_speed(timed: dict[str, Any]) -> None:
     rows = []
     for stage, word in WORDS.items():
         now, ratio = stages[stage], stages[stage]["ratio"]
-        floors = [figure(f) if f is not None else "" for f in (now["floor"]["stock"], now["floor"]["ours"])]
         faster = f"{ratio[0]:.2f}x [{ratio[1]:.2f}, {ratio[2]:.2f}]" if ratio else ""
+        floors = ["" if low is None or timed["busy"] else figure(low) for low in now["floor"].values()]
         rows.append([word, figure(now["stock"]), figure(now["ours"]), console.plain(faster), *floors])
-    heads = ("milliseconds", "plain", "vlmfast", "faster", "floor\nplain", "floor\nvlmfast")
-    console.table(heads, rows)
+    console.table(("milliseconds", "plain", "vlmfast", "faster", "floor\nplain", "floor\nvlmfast"), rows)
     first, each = stages["ttft_ms"], stages["decode_ms_per_token"]
     page.print(f"The first token {verdict(first['ratio'])}.")
-    page.print(
-        f"Its floor: arithmetic alone takes {figure(first['floor']['stock'])} ms for all tokens and "
-        f"{figure(first['floor']['ours'])} ms for those kept, at the rates reached here just now "
-        f"({timed['flops'] / 1e9:,.0f} GFLOP/s, {timed['bytes'] / 1e9:,.0f} GB/s). Pruning lowers the floor."
-    )
+    if timed["busy"]:
+        page.print("[yellow]No floor: the machine was busy while its rates were measured. Run it again when idle.[/]")
+    else:
+        page.print(
+            f"Its floor: arithmetic alone takes {figure(first['floor']['stock'])} ms for all tokens and "
+            f"{figure(first['floor']['ours'])} ms for those kept, at the rates reached here just now "
+            f"({timed['flops'] / 1e9:,.0f} GFLOP/s, {timed['bytes'] / 1e9:,.0f} GB/s). Pruning lowers the floor."
+        )
     page.print(
         f"Each next token {verdict(each['ratio'])}. It reads all weights once, whatever was pruned; guessing several "
         "tokens at a time shortens that: examples/draft_model.py"
     )
-    if any(
-        now["floor"][who] and now["floor"][who] > 1.02 * now[who] for now in stages.values() for who in now["floor"]
-    ):
-        page.print("[yellow]The machine was busy: a floor lies above a time. Run it again when it is idle.[/yellow]")
 
 
 def verdict(ratio: list[float]) -> str:
