@@ -4,13 +4,22 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 
-.PHONY: demo test lint test-slow test-isa floor originals conformance setup clean
+.PHONY: demo test docs lint test-slow test-isa floor originals conformance setup clean
 
 demo: setup
 	$(BIN)/vlmfast demo
 
 test: lint
 	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+# the documents as a site in site/, with an API reference; warnings are errors, nothing is loaded from elsewhere
+docs: $(STAMP)-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo "site/index.html is there; to search it too: $(BIN)/python -m http.server -d site"
+
+$(STAMP)-docs: $(STAMP)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[docs]"
+	touch $@
 
 lint: setup
 	$(BIN)/ruff check .
@@ -60,4 +69,4 @@ $(STAMP): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .floor .originals .conformance demo-out
+	rm -rf $(VENV) .floor .originals .conformance demo-out site

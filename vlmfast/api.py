@@ -64,7 +64,10 @@ def accelerate(
 
 
 class Accelerated:
-    """What `accelerate` returns: owns every hook on the model until `remove()`."""
+    """What `accelerate` returns: owns every hook on the model until `remove()`, by call or at the end of a `with`.
+
+    report: what each stage of the last call did, see `Report`. model, plan: what was accelerated, and how.
+    """
 
     def __init__(
         self, model: nn.Module, plan: Plan, reuse: int | str | None = None, replace: bool = False, always: bool = False

@@ -18,7 +18,9 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from evals.speed.shapes import TOY
 from vlmfast import cli, loading
+from vlmfast.bench import shapes
 from vlmfast.plan import Plan
 from vlmfast.video.read import Fps, Uniform, read_image, read_video, write_video
 
@@ -383,7 +385,7 @@ def test_demo_end_to_end(checkpoint: Any, tmp_path: Path) -> None:
             assert len(row["kept"] or range(int(m["visual_tokens"]))) == m["kept_tokens"], name
         assert rows["vidcom2 25%"]["metrics"]["kv_fast_bytes"] < rows["plain"]["metrics"]["kv_fast_bytes"]
         assert rows["vidcom2 25%"]["metrics"]["kept_tokens"] == round(0.25 * rows["plain"]["metrics"]["kept_tokens"])
-    assert "vidcom2 25%" in result.stdout and "kept.png" in result.stdout
+    assert "vidcom2 25%" in result.stdout and "kept.png" in result.stdout and "vlmfast check" in result.stdout
     with Image.open(tmp_path / "demo" / "kept.png") as sheet:
         assert sheet.width > 1000 and sheet.height > 1000
 
@@ -408,3 +410,76 @@ def test_demo_leaves_nothing_behind_when_it_cannot_run(checkpoint: Any, tmp_path
     result = call("demo", "--model", checkpoint("llava"), "--out", tmp_path / "demo")
     assert result.exit_code == 2 and "video" in result.stderr
     assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.slow
+def test_the_whole_demo_fits_80_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the pocket model, with a toy in the place of the larger shapes: pages of 80 columns, figures in the record."""
+    from vlmfast.bench import demo
+
+    monkeypatch.setattr(demo, "SHAPE", TOY)
+    monkeypatch.setattr(demo, "SECONDS", 0.5)
+    monkeypatch.setenv("COLUMNS", "80")
+    result = call("demo", "--out", tmp_path / "demo")
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    speed = json.loads((tmp_path / "demo" / "demo.json").read_text())["speed"]
+    words = " ".join(result.stdout.split())
+    for said in ("9 of 9", "What becomes faster", f"{speed['rounds']} rounds", "kept.png"):
+        assert said in words, said
+
+
+def test_the_demo_times_both_on_the_same_new_clips(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vlmfast.bench import demo
+    from vlmfast.cli.demo import show_speed
+
+    seen: list[tuple[int, torch.Tensor]] = []
+
+    def watched(shape: Any, seed: int, *rest: Any, **more: Any) -> Any:
+        inputs = shapes.clip(shape, seed, *rest, **more)
+        seen.append((seed, inputs["pixel_values_videos"]))
+        return inputs
+
+    monkeypatch.setattr(demo, "clip", watched)
+    timed = demo.measure(shape=TOY, seconds=0.1)
+    pixels = {seed: pixel for seed, pixel in seen if seed}
+    assert sorted(seed for seed, _ in seen if seed) == sorted([*range(1, timed["rounds"] + 1)] * 2)
+    assert not torch.equal(pixels[1], pixels[2]) and all(p.float().std(0).min() > 0.1 for p in pixels.values())
+    assert timed["kept_tokens"] == round(0.25 * timed["visual_tokens"])
+    first = timed["stages"]["ttft_ms"]
+    assert first["floor"]["stock"] > first["floor"]["ours"] > 0 and first["ratio"][1] <= first["ratio"][0]
+    assert len(timed["samples"]["stock"]) == len(timed["samples"]["ours"]) == timed["rounds"] >= 3
+    monkeypatch.setenv("COLUMNS", "80")
+    show_speed(timed)
+    told = capsys.readouterr().out
+    assert max(map(len, told.splitlines())) <= 80
+    for said in ("each next token", "The first token", "Each next token", f"{timed['rounds']} rounds"):
+        assert said in " ".join(told.split()), said
+    for busy, said, unsaid in ((False, "Its floor", "No floor"), (True, "No floor", "Its floor")):
+        show_speed({**timed, "busy": busy})
+        told = capsys.readouterr().out
+        assert said in told and unsaid not in told
+
+
+def test_the_demo_fits_its_time_and_says_no_more_than_it_saw() -> None:
+    from vlmfast.bench.demo import SHAPE, fitting, memory
+    from vlmfast.cli.demo import verdict
+
+    assert fitting(SHAPE, 0.5, 12) == (4, 5) and fitting(SHAPE, 1.0, 12) == (4, 3)
+    assert fitting(SHAPE, 1.5, 12) == (2, 4) and fitting(SHAPE, 50.0, 12) == (1, 3)
+    assert 2e9 < memory(SHAPE, "bfloat16") < memory(SHAPE, "float32") < 8e9
+    assert verdict([2.0, 1.8, 2.1]) == "comes 2.00x sooner (1.80 to 2.10 over the rounds)"
+    assert verdict([0.5, 0.4, 0.6]).startswith("comes 2.00x later")
+    assert verdict([1.2, 0.9, 1.3]).startswith("shows no clear gain") and "clear" in verdict([1.0, 0.99, 1.01])
+
+
+def test_without_the_memory_the_demo_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vlmfast.bench import demo
+    from vlmfast.cli.demo import speed
+
+    monkeypatch.setattr(demo.dtypes, "available", lambda: 10**6)
+    assert "GB are free" in speed("cpu")["error"] and "not timed" in capsys.readouterr().out

@@ -67,6 +67,7 @@ def test_the_wheel_is_what_is_imported(installed: Path, folder: Path) -> None:
     code = "import importlib.util as u, vlmfast; print(vlmfast.__file__); print(u.find_spec('evals'))"
     where, others = run(installed / "python", "-c", code, cwd=folder).stdout.splitlines()
     assert Path(where).is_relative_to(installed.parent) and others == "None"
+    assert (Path(where).parent / "py.typed").is_file(), "types are for whoever installs it, too"
 
 
 def test_the_commands_run_in_an_empty_folder(installed: Path, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""`vlmfast demo`: real video files, plain and accelerated answers side by side, and a picture of what was kept."""
+"""`vlmfast demo`: answers about real video files, plain and accelerated, what became faster, and what was kept."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def demo(
     dtype: options.Dtype = "float32",
     device: options.Device = None,
 ) -> None:
-    """Answer questions about real video files, plain and accelerated, and show what was kept."""
+    """Answer questions about real video files, plain and accelerated, and time a larger model's shapes."""
     from vlmfast.cli import scenes, sheet
     from vlmfast.core import UserError
     from vlmfast.files import claim, write_text
@@ -46,11 +46,15 @@ def demo(
         warm_up(loaded, media)
         results = [[trial(loaded, medium, name, plan, step) for name, plan in plans.items()] for medium in media]
     sheet.draw(media, results, out / "kept.png", title(loaded))
-    data = {"model": model, "seed": seed, "media": record(media, results)}
+    data: dict[str, Any] = {"model": model, "seed": seed, "media": record(media, results)}
     write_text(out / "demo.json", json.dumps(data, indent=1) + "\n")
     show(media, results)
-    files = ", ".join([*(m.name for m in media), "demo.json"])
-    console.out().print(console.plain(f"\nWhich patches were kept in which frame: {out / 'kept.png'}   (also {files})"))
+    if model == "pocket":
+        data["speed"] = speed(str(loaded.model.device))
+        write_text(out / "demo.json", json.dumps(data, indent=1) + "\n")
+    else:
+        say(f"What becomes faster on your model: vlmfast check --model {model}")
+    say(f"Which patches were kept in which frame: {out / 'kept.png'}", f"Clips and all figures: {out}")
 
 
 FILES = ("moves.mp4", "events.mp4", "picture.png", "kept.png")
@@ -127,28 +131,107 @@ def record(media: list[Any], results: list[list[dict[str, Any]]]) -> list[dict[s
     ]
 
 
-def show(media: list[Any], results: list[list[dict[str, Any]]]) -> None:
-    """A table per clip or picture, below its questions, a row per method; green answers are right."""
+def say(*lines: str) -> None:
+    """Print lines, wrapped where they are too long, after an empty one."""
     page = console.out()
-    heads = ("", "visual\ntokens", "encode\nms", "prefill\nms", "decode\nms/token", "KV\nkB")
-    for medium, rows in zip(media, results, strict=True):
-        page.print(f"\n[bold]{console.plain(medium.name)}[/bold]")
+    page.print()
+    for line in lines:
+        page.print(console.plain(line))
+
+
+def show(media: list[Any], results: list[list[dict[str, Any]]]) -> None:
+    """The questions, one row per method with what was right, and the answers that were not."""
+    page, number = console.out(), 0
+    page.print("[bold]Answers[/bold]")
+    for medium in media:
+        page.print(f"  {console.plain(medium.name)}")
         for question, answer in medium.turns:
-            page.print(f"  [dim]{console.plain(question)}[/dim] {console.plain(answer)}")
-        lines = []
-        for row in rows:
-            answers = [
-                f"[{'green' if right else 'red'}]{'✓' if right else '✗'} {console.plain(_short(answer))}[/]"
-                for answer, right in zip(row["answers"], row["right"], strict=True)
-            ]
-            m, each = row["metrics"], 4 if sum(len(_short(a)) + 4 for a in row["answers"]) <= 36 else 2
-            below = ["  " + "  ".join(answers[i : i + each]) for i in range(0, len(answers), each)]
-            lines.append([
-                "\n".join([console.plain(row["name"]), *below]),
-                f"{m['kept_tokens']:,.0f}", f"{m['encode_ms']:.1f}", f"{m['prefill_ms']:.1f}",
-                f"{m['decode_ms_per_token']:.1f}", f"{m['kv_fast_bytes'] / 1e3:,.0f}",
-            ])  # fmt: skip
-        console.table(heads, lines)
-    for name in dict.fromkeys(row["name"] for rows in results for row in rows):
-        right = [r for rows in results for row in rows if row["name"] == name for r in row["right"]]
-        page.print(f"  {name:<22} {sum(right)} of {len(right)} right")
+            number += 1
+            page.print(f"  {number:>3} {console.plain(question)} [dim]{console.plain(answer)}[/dim]")
+    rows, wrong = [], []
+    for method in zip(*results, strict=True):  # the same plan on every medium
+        name, right = method[0]["name"], [good for row in method for good in row["right"]]
+        answers = [answer for row in method for answer in row["answers"]]
+        marks = " ".join("".join(MARKS[good] for good in row["right"]) for row in method)
+        tokens, size = (sum(row["metrics"][key] for row in method) for key in ("kept_tokens", "kv_fast_bytes"))
+        count = f"{sum(right)} of {len(right)}"
+        rows.append([console.plain(name), f"{tokens:,.0f}", f"{size / 1e3:,.0f}", marks, count])
+        missed = [f"{i + 1} {_short(a)}" for i, (a, good) in enumerate(zip(answers, right, strict=True)) if not good]
+        wrong += [f"  {name}: {', '.join(missed)}"] if missed else []
+    console.table(("method", "visual\ntokens", "KV\nkB", "questions\nin order", "right"), rows)
+    if wrong:
+        page.print("Answered otherwise:")
+        for line in wrong:
+            page.print(console.plain(line))
+
+
+MARKS = {True: "[green]✓[/green]", False: "[red]✗[/red]"}
+WORDS = {
+    "encode_ms": "vision tower",
+    "select_ms": "choosing tokens",
+    "prefill_ms": "prefill",
+    "ttft_ms": "first token",
+    "decode_ms_per_token": "each next token",
+}
+
+
+def speed(device: str) -> dict[str, Any]:
+    """Run and print the paired timing at real shapes; returns it, or why it could not run."""
+    from vlmfast.bench.demo import measure
+    from vlmfast.core import UserError
+
+    console.out().print("\n[bold]What becomes faster[/bold]")
+    try:
+        with console.waiting("timing a larger model's shapes, about half a minute"):
+            timed = measure(device)
+    except UserError as e:
+        console.out().print(console.plain(f"not timed: {e}"))
+        return {"error": str(e)}
+    show_speed(timed)
+    return timed
+
+
+def show_speed(timed: dict[str, Any]) -> None:
+    """What was timed, stage by stage, with its floor, and what that means in words."""
+    from vlmfast.page import figure
+
+    page, shape, stages = console.out(), timed["shape"], timed["stages"]
+    page.print(
+        f"A clip of {timed['visual_tokens']:,} visual tokens, of which vlmfast keeps {timed['kept_tokens']:,}, chosen "
+        f"inside the vision tower. Widths of Qwen2.5-VL-3B, {shape['layers']} of 36 text layers and {shape['depth']} "
+        f"of 32 tower blocks, random weights: speed, not answers. {timed['dtype']} on "
+        f"{console.plain(timed['machine'])}. {timed['rounds']} rounds, both in turn, a new clip each: medians, in "
+        "brackets the least and largest ratio."
+    )
+    rows = []
+    for stage, word in WORDS.items():
+        now, ratio = stages[stage], stages[stage]["ratio"]
+        faster = f"{ratio[0]:.2f}x [{ratio[1]:.2f}, {ratio[2]:.2f}]" if ratio else ""
+        floors = ["" if low is None or timed["busy"] else figure(low) for low in now["floor"].values()]
+        rows.append([word, figure(now["stock"]), figure(now["ours"]), console.plain(faster), *floors])
+    console.table(("milliseconds", "plain", "vlmfast", "faster", "floor\nplain", "floor\nvlmfast"), rows)
+    first, each = stages["ttft_ms"], stages["decode_ms_per_token"]
+    page.print(f"The first token {verdict(first['ratio'])}.")
+    if timed["busy"]:
+        page.print("[yellow]No floor: the machine was busy while its rates were measured. Run it again when idle.[/]")
+    else:
+        page.print(
+            f"Its floor: arithmetic alone takes {figure(first['floor']['stock'])} ms for all tokens and "
+            f"{figure(first['floor']['ours'])} ms for those kept, at the rates reached here just now "
+            f"({timed['flops'] / 1e9:,.0f} GFLOP/s, {timed['bytes'] / 1e9:,.0f} GB/s). Pruning lowers the floor."
+        )
+    page.print(
+        f"Each next token {verdict(each['ratio'])}. It reads all weights once, whatever was pruned; guessing several "
+        "tokens at a time shortens that: examples/draft_model.py"
+    )
+
+
+def verdict(ratio: list[float]) -> str:
+    """What a paired ratio [median, least, largest] of plain over ours says."""
+    middle, least, largest = ratio
+    spread = f"{least:.2f} to {largest:.2f} over the rounds"
+    if least > 1.03:
+        return f"comes {middle:.2f}x sooner ({spread})"
+    if largest < 0.97:
+        return f"comes {1 / middle:.2f}x later ({spread})"
+    return f"shows no clear gain ({middle:.2f}x, {spread})"

@@ -21,8 +21,8 @@ class AdaKV(KVPolicy):
     the kept columns agree; the authors' code blends, giving a head (1 - floor) of what the ranking says and floor of
     the mean.
 
-    scorer  any policy with a `score` (its own keep, budget, sinks and recent are not used)
-    floor   share of the mean budget that each head gets whatever its scores, in (0, 1] (paper's code 0.5, kvpress 0.2)
+    scorer: any policy with a `score` (its own keep, budget, sinks and recent are not used)
+    floor: share of the mean budget that each head gets whatever its scores, in (0, 1] (paper's code 0.5, kvpress 0.2)
     """
 
     name: ClassVar[str] = "adakv"

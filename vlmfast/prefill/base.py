@@ -64,11 +64,11 @@ class Choice:
 class KVPolicy(Method):
     """Base of all policies. Subclasses set `name` and implement `score`, or `choose` when heads differ in kind.
 
-    keep    fraction of all columns that enter the cache (after pruning) which stays, in (0, 1]
-    budget  the same as a count of columns per head; overrides keep
-    sinks   first columns, always kept
-    recent  last columns, always kept
-    int8    store what stays as int8 with a float32 scale per vector
+    keep: fraction of all columns that enter the cache (after pruning) which stays, in (0, 1]
+    budget: the same as a count of columns per head; overrides keep
+    sinks: first columns, always kept
+    recent: last columns, always kept
+    int8: store what stays as int8 with a float32 scale per vector
     """
 
     name: ClassVar[str]

@@ -24,11 +24,11 @@ class CAKE(AcrossLayers):
     layer; its last budgets are those of one division after the last layer, which is what happens here, so the whole
     prefill is held until then. The window is text after the media.
 
-    queries  size of the observation window (paper 32)
-    tau1     temperature of the dispersion (paper: tuned per model, 0.2 to 2)
-    tau2     temperature of the shift (likewise)
-    gamma    weight of the variance in a column's score (paper 200)
-    pool     width of the max pooling over columns, odd (5)
+    queries: size of the observation window (paper 32)
+    tau1: temperature of the dispersion (paper: tuned per model, 0.2 to 2)
+    tau2: temperature of the shift (likewise)
+    gamma: weight of the variance in a column's score (paper 200)
+    pool: width of the max pooling over columns, odd (5)
     """
 
     name: ClassVar[str] = "cake"

@@ -40,8 +40,8 @@ class ElasticCache(KVPolicy):
     refused drafts, so this half is off unless `distance` is given. Attention is that of the text after the media (the
     paper sums over the whole instruction).
 
-    queries   text queries summed over, the last ones
-    distance  columns before the end where decoding evicts (paper 25); None = decoded columns are all kept
+    queries: text queries summed over, the last ones
+    distance: columns before the end where decoding evicts (paper 25); None = decoded columns are all kept
     """
 
     name: ClassVar[str] = "elasticcache"

@@ -20,9 +20,9 @@ class H2O(KVPolicy):
     kvpress' observed attention also divides a column's sum by the number of queries that can see it and keeps no recent
     half, neither of which is in the paper: with that undone the scores agree.
 
-    queries  text queries summed over, the last ones
-    heavy    share of the budget for heavy hitters, in [0, 1]; the rest goes to recent columns (paper 0.5)
-    sinks    the paper keeps none by rule
+    queries: text queries summed over, the last ones
+    heavy: share of the budget for heavy hitters, in [0, 1]; the rest goes to recent columns (paper 0.5)
+    sinks: the paper keeps none by rule
     """
 
     name: ClassVar[str] = "h2o"

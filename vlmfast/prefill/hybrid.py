@@ -23,23 +23,23 @@ from vlmfast.prefill.keydiff import distinctness
 class HybridKV(KVPolicy):
     """Heads are classified at every prefill from the attention of the text after the media.
 
-    queries     text queries observed, the last ones (open in the paper)
-    theta       a head is concentrated when the top columns hold at least this share of its attention (paper 0.9)
-    top         fraction of the columns that counts as top (open; 0.1 = "90 % of the mass in the 10 % budget")
-    dynamic     which heads are dynamic: the "concentrated" ones, or the "diffuse" ones (paper). Concentrated heads are
-                those that search: what they find for this question is not what the next one asks for, so they need
-                everything within reach, where a diffuse head sums up what any good sample of the columns tells
-    group       how a key head's query group is summarised: mean or max (open)
-    split       fraction of heads made dynamic, the most or the least concentrated ones, instead of theta (None = theta)
-    ratio       level 1: a dynamic head's budget over the mean budget (open)
-    share       level 2, static heads: "broad" gives less concentrated heads more, "sparse" the reverse, or "equal"
-    text_first  static heads keep all text before any visual column (paper)
-    static      what else they keep: the columns most attended to ("attention", paper), those whose keys are unlike the
-                others ("keys", see KeyDiff), or as many of "both"
-    pool        width of the max pooling that makes visual columns locally salient, odd (open)
-    chunk       columns per chunk of a dynamic head (open); fewer where its budget cannot hold four of them
-    bound       what stands for a chunk: its mean key, or the minmax bound of its keys (open)
-    refresh     choose chunks anew every this many tokens (open)
+    queries: text queries observed, the last ones (open in the paper)
+    theta: a head is concentrated when the top columns hold at least this share of its attention (paper 0.9)
+    top: fraction of the columns that counts as top (open; 0.1 = "90 % of the mass in the 10 % budget")
+    dynamic: which heads are dynamic: the "concentrated" ones, or the "diffuse" ones (paper). Concentrated heads are
+    those that search: what they find for this question is not what the next one asks for, so they need
+    everything within reach, where a diffuse head sums up what any good sample of the columns tells
+    group: how a key head's query group is summarised: mean or max (open)
+    split: fraction of heads made dynamic, the most or the least concentrated ones, instead of theta (None = theta)
+    ratio: level 1: a dynamic head's budget over the mean budget (open)
+    share: level 2, static heads: "broad" gives less concentrated heads more, "sparse" the reverse, or "equal"
+    text_first: static heads keep all text before any visual column (paper)
+    static: what else they keep: the columns most attended to ("attention", paper), those whose keys are unlike the
+    others ("keys", see KeyDiff), or as many of "both"
+    pool: width of the max pooling that makes visual columns locally salient, odd (open)
+    chunk: columns per chunk of a dynamic head (open); fewer where its budget cannot hold four of them
+    bound: what stands for a chunk: its mean key, or the minmax bound of its keys (open)
+    refresh: choose chunks anew every this many tokens (open)
 
     The ablation in `evals/README.md` (second questions about other scenes of a pocket clip, a twentieth kept) decides
     one field: with diffuse heads dynamic, as published, 16 to 22 points go, with concentrated ones none. The others

@@ -24,8 +24,8 @@ class KVMerger(KVPolicy):
     where the cosine of neighbours falls below a threshold (0.75), so the number of runs follows the input; here the
     budget says how many, and the cuts are where the cosine is lowest. Heavy hitters do not cut a run.
 
-    queries  text queries summed over, the last ones
-    heavy    share of the budget beside sinks and recent columns that goes to heavy hitters, in [0, 1) (ours)
+    queries: text queries summed over, the last ones
+    heavy: share of the budget beside sinks and recent columns that goes to heavy hitters, in [0, 1) (ours)
     """
 
     name: ClassVar[str] = "kvmerger"

@@ -96,8 +96,8 @@ class LazyEviction(SnapKV):
     whatever the prompt. Of the paper's score we know this ratio only (through summaries), not its exact form; the paper
     leaves the prompt whole. Costs one more product of queries and keys per token. Refused together with a draft.
 
-    lag    tokens between evictions, and newest columns that always stay (the paper sets it per task)
-    alpha  attention from which a column counts as used (likewise)
+    lag: tokens between evictions, and newest columns that always stay (the paper sets it per task)
+    alpha: attention from which a column counts as used (likewise)
     """
 
     name: ClassVar[str] = "lazyeviction"

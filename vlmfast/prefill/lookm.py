@@ -20,9 +20,9 @@ class LookM(KVPolicy):
     Attention is that of the text after the media (the paper sums over the whole prompt). Text is evicted, and merged
     like the rest, only where it alone exceeds the budget.
 
-    queries  text queries summed over, the last ones
-    merge    a kept vector c takes in m evicted e: "averaged" (c + sum e) / (m + 1), "pivotal" (c + sum (c + e) / 2) /
-             (m + 1), or "weighted" (c + sum s e) / (m + 1) with s the cosine of the keys (paper: pivotal does best)
+    queries: text queries summed over, the last ones
+    merge: a kept vector c takes in m evicted e: "averaged" (c + sum e) / (m + 1), "pivotal" (c + sum (c + e) / 2) /
+    (m + 1), or "weighted" (c + sum s e) / (m + 1) with s the cosine of the keys (paper: pivotal does best)
     """
 
     name: ClassVar[str] = "lookm"

@@ -15,12 +15,12 @@ from vlmfast.prefill.base import KVPolicy, Row
 class MixKV(KVPolicy):
     """Score = r diversity + (1 - r) importance, with r the redundancy of the head.
 
-    importance  window attention plus the norm of the value, rescaled to [0, 1] and to the mean of the attention
-    diversity   minus the cosine between a key and the head's mean key, rescaled alike
-    redundancy  mean cosine between two different keys of the head, clipped to [0, 1]; for unit keys k that is
-                (|sum k|^2 - n) / (n (n - 1)). The paper's code reads it from an offline file; here it is the prompt's
+    importance: window attention plus the norm of the value, rescaled to [0, 1] and to the mean of the attention
+    diversity: minus the cosine between a key and the head's mean key, rescaled alike
+    redundancy: mean cosine between two different keys of the head, clipped to [0, 1]; for unit keys k that is
+    (|sum k|^2 - n) / (n (n - 1)). The paper's code reads it from an offline file; here it is the prompt's
 
-    queries  text queries observed, the last ones (paper 32)
+    queries: text queries observed, the last ones (paper 32)
     """
 
     name: ClassVar[str] = "mixkv"

@@ -22,7 +22,7 @@ class PrefixKV(AcrossLayers):
     the mean of its heads'. Sinks and recent columns stay anyway and are left out of the shares: they would hold most of
     every layer's attention, and a layer that looks at few things would be left with nothing beside them.
 
-    queries  text queries observed, the last ones
+    queries: text queries observed, the last ones
     """
 
     name: ClassVar[str] = "prefixkv"

@@ -18,7 +18,7 @@ class PyramidKV(SnapKV):
     would keep more than there is, it keeps everything and the slope is flatter, so the mean stays. (kvpress counts the
     window into the pyramid, and falls back to equal budgets where the last layer could not hold it.)
 
-    beta  mean budget over the smallest, at least 1 (1 = every layer the same; paper 20)
+    beta: mean budget over the smallest, at least 1 (1 = every layer the same; paper 20)
     """
 
     name: ClassVar[str] = "pyramidkv"

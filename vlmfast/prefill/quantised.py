@@ -21,8 +21,8 @@ class Quantised(KVPolicy):
     papers go down to 2 to 4 bits with balanced or channel-wise scales; here the low tier has 8, so the cache shrinks to
     about half at most in bfloat16.
 
-    scorer  any policy with a `score` (its own keep, budget, sinks and recent are not used); ZipCache ranks by attention
-            per query
+    scorer: any policy with a `score` (its own keep, budget, sinks and recent are not used); ZipCache ranks by attention
+    per query
     """
 
     name: ClassVar[str] = "quantised"

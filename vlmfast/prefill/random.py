@@ -15,7 +15,7 @@ from vlmfast.prefill.base import KVPolicy, Row
 class Random(KVPolicy):
     """Uniformly random columns, drawn per layer and head.
 
-    seed  of the draw; the same seed, layer and length give the same columns
+    seed: of the draw; the same seed, layer and length give the same columns
     """
 
     name: ClassVar[str] = "random"

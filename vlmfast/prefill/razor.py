@@ -23,10 +23,10 @@ class RazorAttention(AcrossLayers):
     random prompt; here they are this prompt's heads with the most attention outside sinks and recent columns, ranked
     over all layers, or a list. Of the ranked ones only as many as the budget can hold whole are taken.
 
-    keep     15 % of the heads whole and a fifth of the columns elsewhere, as in the paper
-    share    fraction of all heads taken as retrieval heads (paper 0.15)
-    heads    (layer, key head) pairs to take instead, however they look; needs no attention
-    queries  text queries whose attention ranks the heads, the last ones
+    keep: 15 % of the heads whole and a fifth of the columns elsewhere, as in the paper
+    share: fraction of all heads taken as retrieval heads (paper 0.15)
+    heads: (layer, key head) pairs to take instead, however they look; needs no attention
+    queries: text queries whose attention ranks the heads, the last ones
     """
 
     name: ClassVar[str] = "razorattention"

@@ -21,8 +21,8 @@ class ShadowKV(KVPolicy):
     (those their mean stands for badly) exactly, left out here; sinks and recent columns always are in fast memory, with
     rebuilt keys. Rotation tables are shared by all layers and counted in the first.
 
-    rank   of the keys of a layer (paper 160, for 8 key heads of 128)
-    chunk  columns per chunk (paper 8); fewer where the budget cannot hold two of them
+    rank: of the keys of a layer (paper 160, for 8 key heads of 128)
+    chunk: columns per chunk (paper 8); fewer where the budget cannot hold two of them
     """
 
     name: ClassVar[str] = "shadowkv"

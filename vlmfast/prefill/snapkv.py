@@ -20,8 +20,8 @@ class SnapKV(KVPolicy):
     paper, the pooling ends where the `recent` columns begin. kvpress pools by an average over 5 columns, so it keeps
     other columns; without pooling both keep the same.
 
-    queries  size of the observation window (paper 32)
-    pool     width of the max pooling over columns, odd (paper 7; 1 = none)
+    queries: size of the observation window (paper 32)
+    pool: width of the max pooling over columns, odd (paper 7; 1 = none)
     """
 
     name: ClassVar[str] = "snapkv"

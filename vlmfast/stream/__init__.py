@@ -1,39 +1,34 @@
-"""Streams: endless video encoded once, kept in RAM and on disk, and asked about. Nothing heavy is imported until asked.
-
-What reads videos lives in `vlmfast.video`; its names may be imported from here too.
-"""
+"""Streams: questions about endless video, which is encoded once. Nothing heavy is imported until asked."""
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vlmfast import video
+if TYPE_CHECKING:
+    from vlmfast.stream.archive.store import Store
+    from vlmfast.stream.recall_by_layer import layer_recall
+    from vlmfast.stream.retrievers import External, Internal, Oracle, RandomRetriever, Recency, UniformRetriever
+    from vlmfast.stream.session import Answer, StreamSession
 
-_HOME = {
-    "Answer": "session",
-    "StreamSession": "session",
-    "External": "retrievers",
-    "Internal": "retrievers",
-    "Oracle": "retrievers",
-    "RandomRetriever": "retrievers",
-    "Recency": "retrievers",
-    "UniformRetriever": "retrievers",
-    "layer_recall": "recall_by_layer",
-    "Store": "archive.store",
-}
+__all__ = [
+    "Answer", "External", "Internal", "Oracle", "RandomRetriever", "Recency", "Store", "StreamSession",
+    "UniformRetriever", "layer_recall",
+]  # fmt: skip
+
+_HOMES = {"Answer": "session", "Store": "archive.store", "StreamSession": "session", "layer_recall": "recall_by_layer"}
 _EARLIER = {"Anywhere": "RandomRetriever", "Evenly": "UniformRetriever"}
-
-__all__ = sorted([*_HOME, *video.__all__])
 
 
 def __getattr__(name: str) -> Any:
     name = _EARLIER.get(name, name)
+    if name in __all__:
+        return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'retrievers')}"), name)
+    from vlmfast import video  # its names were here before 0.2
+
     if name in video.__all__:
         return getattr(video, name)
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

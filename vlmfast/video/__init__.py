@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_HOME = {
-    "Fps": "read",
-    "Frame": "live_source",
-    "SceneChange": "read",
-    "Uniform": "read",
-    "Video": "read",
-    "open_source": "live_source",
-    "parse_select": "read",
-    "read_image": "images",
-    "read_video": "read",
-    "write_video": "read",
-}
+if TYPE_CHECKING:
+    from vlmfast.video.images import read_image
+    from vlmfast.video.live_source import Frame, open_source
+    from vlmfast.video.read import Fps, SceneChange, Uniform, Video, parse_select, read_video, write_video
 
-__all__ = sorted(_HOME)
+__all__ = [
+    "Fps", "Frame", "SceneChange", "Uniform", "Video", "open_source", "parse_select", "read_image", "read_video",
+    "write_video",
+]  # fmt: skip
+
+_HOMES = {"Frame": "live_source", "open_source": "live_source", "read_image": "images"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'read')}"), name)
 
 
 def __dir__() -> list[str]:

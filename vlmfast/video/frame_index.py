@@ -35,12 +35,12 @@ _STAMPLESS = {"avi", "h264", "hevc", "mpegvideo", "m4v"}  # only a frame rate: w
 class Index:
     """The frames of one file in the order they are shown. N frames.
 
-    timestamps  (N,) float64, seconds since the first frame, strictly increasing
-    pts         (N,) int64 stamps as stored, or None when frames can only be counted
-    keys        (K,) int64, the stamps a decoder can start from; empty when pts is None
-    fps         average frames per second; duration in seconds, last frame included
-    size        (height, width) of the decoded pictures; orientation: what sets them upright
-    container   libav's name of the file format, such as "mov,mp4,m4a,3gp,3g2,mj2"
+    timestamps: (N,) float64, seconds since the first frame, strictly increasing
+    pts: (N,) int64 stamps as stored, or None when frames can only be counted
+    keys: (K,) int64, the stamps a decoder can start from; empty when pts is None
+    fps: average frames per second; duration in seconds, last frame included
+    size: (height, width) of the decoded pictures; orientation: what sets them upright
+    container: libav's name of the file format, such as "mov,mp4,m4a,3gp,3g2,mj2"
     """
 
     path: Path

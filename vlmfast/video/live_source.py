@@ -102,15 +102,15 @@ def open_source(
 ) -> Iterator[Frame]:
     """An iterator of `Frame(image, timestamp)`; every image has the size of the first one (or `size`).
 
-    source      a video file, a folder of pictures (natural order), a URL (http, rtsp, rtmp, srt, udp, tcp), a camera
-                number (through OpenCV), or any iterable of frames or of (frame, seconds) pairs
-    realtime    files, folders and iterables: wait until each frame's time has come (else as fast as asked for)
-    fps         of a folder or of frames without seconds: frames per second, default 1
-    sample_fps  give out at most that many frames per second of stream time; the others are not converted
-    size        (height, width), or an integer for the longer side
-    reconnect   URLs and cameras: tries after a loss, waiting `backoff` seconds, then twice that, ... at most 30 s;
-                every received frame resets the count. 0: a stream that closes ends the iteration; silence raises
-    timeout     seconds without an answer after which a connection counts as lost
+    source: a video file, a folder of pictures (natural order), a URL (http, rtsp, rtmp, srt, udp, tcp), a camera
+    number (through OpenCV), or any iterable of frames or of (frame, seconds) pairs
+    realtime: files, folders and iterables: wait until each frame's time has come (else as fast as asked for)
+    fps: of a folder or of frames without seconds: frames per second, default 1
+    sample_fps: give out at most that many frames per second of stream time; the others are not converted
+    size: (height, width), or an integer for the longer side
+    reconnect: URLs and cameras: tries after a loss, waiting `backoff` seconds, then twice that, ... at most 30 s;
+    every received frame resets the count. 0: a stream that closes ends the iteration; silence raises
+    timeout: seconds without an answer after which a connection counts as lost
     Raises UserError at the call for bad arguments and missing files, later for damage and for streams that do not
     come back. A first connection that fails is not tried again.
     """

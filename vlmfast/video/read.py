@@ -95,8 +95,8 @@ class Fps:
 class SceneChange:
     """The first frame, then every frame that differs from the last one kept by more than `threshold`.
 
-    threshold  mean absolute difference of the thumbnails, 0 to 1 (about 0.02: something moved; 0.1: another shot)
-    min_gap    seconds that two kept frames are apart at least; max_gap: a frame is kept after that long anyway
+    threshold: mean absolute difference of the thumbnails, 0 to 1 (about 0.02: something moved; 0.1: another shot)
+    min_gap: seconds that two kept frames are apart at least; max_gap: a frame is kept after that long anyway
     Decodes every frame once, small.
     """
 
@@ -160,9 +160,9 @@ def parse_select(text: str) -> Select:
 class Video:
     """Chosen frames of a video. T frames of N in the source.
 
-    frames      (T, H, W, 3) uint8 RGB, upright
-    timestamps  (T,) float64, seconds since the source's first frame, strictly increasing
-    indices     (T,) int64, their numbers in the source
+    frames: (T, H, W, 3) uint8 RGB, upright
+    timestamps: (T,) float64, seconds since the source's first frame, strictly increasing
+    indices: (T,) int64, their numbers in the source
     fps, duration, total, size: of the source: frames per second, seconds, N, (height, width) upright
     """
 
@@ -200,11 +200,11 @@ def read_video(
 ) -> Video:
     """Reads the selected frames of a video file or of a folder of pictures.
 
-    select      Uniform (default, 16 frames), Fps or SceneChange, or the same as text ("fps:2")
-    backend     "pyav", "decord" or "opencv": who decodes; frames and timestamps are the same
-    max_frames  thins the selection evenly to at most that many
-    size        (height, width), or an integer: the longer side is scaled down to it; None = as stored
-    fps         of a folder only: pictures per second, default 1
+    select: Uniform (default, 16 frames), Fps or SceneChange, or the same as text ("fps:2")
+    backend: "pyav", "decord" or "opencv": who decodes; frames and timestamps are the same
+    max_frames: thins the selection evenly to at most that many
+    size: (height, width), or an integer: the longer side is scaled down to it; None = as stored
+    fps: of a folder only: pictures per second, default 1
     Raises UserError for bad files and bad arguments. Only the selected frames are kept in memory.
     """
     path = Path(path)
@@ -266,7 +266,7 @@ def _collect(
 def write_video(path: str | os.PathLike[str], frames: Any, fps: float, crf: int = 12) -> Path:
     """Writes frames (T, H, W, 3) uint8 RGB (an array, a tensor, or any iterable of such pictures) as H.264 mp4.
 
-    fps frames per second, crf the x264 quality (0 lossless, 12 near so, 23 usual). The file appears whole or not at
+    fps: frames per second. crf: the x264 quality (0 lossless, 12 near so, 23 usual). The file appears whole or not at
     all. Raises UserError for no frames, odd or changing sizes and wrong dtypes. Returns the path.
     """
     import av
