@@ -17,7 +17,7 @@ from typing import Any
 
 from evals import scoring
 from evals.tasks import Clip, Sample, Task
-from vlmfast import spec
+from vlmfast import files
 from vlmfast.core import UserError, shown
 from vlmfast.stream.files import regular
 
@@ -108,7 +108,7 @@ def _raw(path: Path) -> Iterator[tuple[str, Any]]:
         except UnicodeDecodeError as e:
             raise UserError(f"{where} is not UTF-8 text (byte {e.start + 1}): save the file as UTF-8") from None
         if text.strip():
-            yield where, spec.loads(text, where)
+            yield where, files.loads(text, where)
 
 
 def _checked(row: Any, where: str, folder: Path, metric: str | None) -> dict[str, Any]:
