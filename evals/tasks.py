@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from evals import scoring
 from vlmfast import spec
@@ -120,6 +120,7 @@ class PocketOptions(Options):
     seconds: PositiveInt | None = None
     split: Literal["train", "test"] | None = None
     seed: NonNegativeInt = 0
+    title: ClassVar[str] = "a pocket task"
 
 
 KINDS = {f"pocket/{kind}": PocketOptions for kind in ("all", *MIXES, *POCKET_KINDS)}

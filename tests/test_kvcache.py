@@ -224,14 +224,17 @@ def test_heads_are_classified_and_drawn(tmp_path):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: SnapKV(keep=0), r"keep=0.0 is outside \(0, 1\]"),
-        (lambda: SnapKV(pool=4), "pooling width is odd"),
+        (lambda: SnapKV(keep=0), "keep=0 in snapkv: keep must be a finite number above 0, at most 1"),
+        (lambda: SnapKV(pool=4), "pool=4 in snapkv: pool must be a whole number at least 1, odd"),
         (lambda: StreamingLLM(budget=30), "budget=30 cannot hold the 36 columns it must keep"),
         (lambda: HybridKV(budget=36), r"cannot hold the 37 columns it must keep \(sinks=4, recent=32\)"),
         (lambda: HybridKV(advanced=HybridAdvanced(bound="max")), "must be one of mean, minmax"),
-        (lambda: HybridKV(advanced=HybridAdvanced(theta=2.0)), "fractions in"),
+        (
+            lambda: HybridKV(advanced=HybridAdvanced(theta=2.0)),
+            "theta=2.0 in hybridkv:advanced: theta must be a finite number at least 0, at most 1",
+        ),
         (lambda: AdaKV(scorer=HybridKV), "scorer must be a KVPolicy"),
-        (lambda: Random(seed=-1), "whole number of at least 0"),
+        (lambda: Random(seed=-1), "whole number at least 0"),
     ],
 )
 def test_bad_fields_are_named(build, message):

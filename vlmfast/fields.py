@@ -82,7 +82,8 @@ class Method:
     """Base of every method object. Raises UserError naming the field when a value is not what its annotation says."""
 
     def __post_init__(self) -> None:
-        where = getattr(type(self), "name", "") or type(self).__name__
+        kind = type(self)
+        where = getattr(kind, "name", "") or getattr(kind, "title", "") or kind.__name__
         hints = field_types(type(self))
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             if field.init:
@@ -99,9 +100,13 @@ class Method:
 
 
 class Options(Method):
-    """Base of a group of fields that has no name of its own: what a method calls `advanced`, a task's options."""
+    """Base of a group of fields that has no name in texts: what a method calls `advanced`, a task's options.
+
+    title: what errors call it.
+    """
 
     name: typing.ClassVar[str] = ""
+    title: typing.ClassVar[str] = ""
 
 
 def nested(holder: Any) -> collections.abc.Iterator[Method]:
@@ -197,8 +202,8 @@ def _types(kind: type) -> dict[str, Any]:
     return typing.get_type_hints(kind, include_extras=True)
 
 
-def options_of(hint: Any) -> type[Options] | None:
-    """The class of options that a field of this annotation holds, if it does."""
+def options_of(hint: Any) -> Any:
+    """The class of options that a field of this annotation holds; None where it holds none."""
     return hint if isinstance(hint, type) and issubclass(hint, Options) else None
 
 
@@ -210,10 +215,12 @@ def takes_list(hint: Any) -> bool:
 
 def unknown(what: str, name: Any, known: collections.abc.Iterable[str], text: str = "") -> UserError:
     """The error for a name that is none of those known, with the closest of them. text: where it stands."""
-    names = sorted(known)
+    names = list(known)
     close = difflib.get_close_matches(name, names, 1) if isinstance(name, str) else []
     hope = f", did you mean {close[0]}?" if close else ""
-    return UserError(f"unknown {what} {shown(name)}{place(text)}{hope}; known: {', '.join(names)}")
+    return UserError(
+        f"unknown {what} {shown(name)}{place(text) if text != name else ''}{hope}; known: {', '.join(names)}"
+    )
 
 
 def place(text: str) -> str:

@@ -247,7 +247,7 @@ def current(given: dict[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
     Fields that are now `advanced` stood beside the others; lists were joined with a plus, or were one number.
     """
     advanced = options_of(hints.get("advanced"))
-    inner = set(field_types(advanced)) - {"name", *hints} if advanced else set()
+    inner = {f.name for f in dataclasses.fields(advanced)} - set(hints) if advanced else set()
     out = {key: value for key, value in given.items() if key not in inner}
     if len(out) < len(given):
         if not isinstance(held := out.get("advanced", {}), dict):

@@ -84,9 +84,9 @@ def show(rows: list[dict[str, Any]], policy: Any) -> None:
         lines.append([f"[cyan]{layer}[/cyan]", *(_cell(row) for row in here), f"{count} of {len(here)}"])
     console.table(["layer", *heads, "dynamic"], lines)
     dynamic = sum(row["type"] == "dynamic" for row in rows)
-    rule = f"the least concentrated {policy.split:.0%} of a layer"
-    if policy.split is None:
-        rule = f"under {policy.advanced.theta:.0%}"
+    theta, split = policy.advanced.theta, policy.split
+    above, most = ("at least", "most") if policy.dynamic == "concentrated" else ("under", "least")
+    rule = f"{above} {theta:.0%}" if split is None else f"the {most} concentrated {split:.0%} of a layer"
     page.print(f"{dynamic} of {len(rows)} heads are dynamic ({rule})")
 
 

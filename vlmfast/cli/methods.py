@@ -11,7 +11,6 @@ import re
 from typing import Any
 
 from vlmfast.cli import console, options
-from vlmfast.fields import Options
 
 STAGES = (  # title, package, table of methods in it, the option it goes to
     ("encode: visual tokens kept", "vlmfast.encode", "METHODS", "--prune"),
@@ -89,6 +88,8 @@ def summary(text: str) -> str:
 
 def default(field: dataclasses.Field[Any]) -> Any:
     """A field's default as one would type it; "required" without one."""
+    from vlmfast.fields import Options
+
     if field.default is not dataclasses.MISSING:
         value = field.default
     elif field.default_factory is not dataclasses.MISSING:

@@ -97,6 +97,7 @@ class LooseAdvanced(Options):
     `within` best; 0 = off).
     """
 
+    title: ClassVar[str] = "loose:advanced"
     top: PositiveInt = 10
     layer: int = -1
     offset: Literal["predict", "self"] = "predict"

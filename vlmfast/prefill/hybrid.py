@@ -39,6 +39,7 @@ class HybridAdvanced(Options):
     refresh     choose chunks anew every this many tokens (open)
     """
 
+    title: ClassVar[str] = "hybridkv:advanced"
     queries: PositiveInt = 64
     theta: Share = 0.9
     top: Fraction = 0.1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from vlmfast.fields import NonNegativeInt, Options, PositiveInt
 
@@ -57,6 +58,7 @@ class Request(Options):
     new: NonNegativeInt = 64
     batch: PositiveInt = 1
     frames: PositiveInt = 8
+    title: ClassVar[str] = "--tokens"
 
 
 @dataclass(frozen=True)
