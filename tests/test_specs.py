@@ -8,6 +8,7 @@ import functools
 import json
 import math
 import os
+import re
 import typing
 from pathlib import Path
 from typing import Any, Literal
@@ -217,6 +218,18 @@ def test_several_rows_are_listed_by_name_or_text() -> None:
     assert list(listed) == ["vidcom2-50", "vidcom2:keep=0.5,least=9", "safe", "plan:kv=snapkv,tower=stock"]
     assert listed["safe"] == resolve("safe") and listed["vidcom2:keep=0.5,least=9"].prune.least == 9
     assert resolve("plan:kv=snapkv,tower=stock") == listed["plan:kv=snapkv,tower=stock"]
+
+
+def test_the_examples_in_the_documents_are_read() -> None:
+    text = (RECORDS.parents[1] / "docs" / "methods.md").read_text().partition("<!-- text form -->")[2]
+    readers: dict[str, Any] = {
+        "--prune": PRUNE, "--kv": KV, "--speculate": SPECULATE, "accelerate(model, ...)": resolve,
+        "--retrieve": retrieve.parse, "--select": source.parse_select, "--tokens": roofline.parse, "--task": tasks.get,
+    }  # fmt: skip
+    examples = re.findall(r"^\| `(.+?)` \| `(.+?)` \|$", text.partition("\n\n")[0], re.M)
+    assert {where for where, _ in examples} == set(readers)
+    for where, example in examples:
+        assert readers[where](example) is not None
 
 
 def flat(data: Any) -> Any:
