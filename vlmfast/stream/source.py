@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from vlmfast import spec
 from vlmfast.core import UserError
-from vlmfast.fields import Method, NonNegativeFloat, PositiveFloat, PositiveInt, Range
+from vlmfast.fields import Method, NonNegativeFloat, PositiveFloat, PositiveInt, Range, checked
 from vlmfast.stream import backends
 from vlmfast.stream.images import (
     Size,
@@ -31,7 +31,6 @@ from vlmfast.stream.images import (
     check_size,
     folder_images,
     image_size,
-    positive,
     read_image,
     resize,
     target,
@@ -193,9 +192,9 @@ def read_video(
     backends.require(backend)
     check_size(size)
     if max_frames is not None:
-        positive("max_frames", max_frames, "integer")
+        checked("max_frames", max_frames, PositiveInt, "read_video")
     if fps is not None:
-        positive("fps", fps)
+        checked("fps", fps, PositiveFloat, "read_video")
     if os.path.isdir(path):
         return _read_folder(path, select, max_frames, size, 1.0 if fps is None else fps)
     if fps is not None:
@@ -251,7 +250,7 @@ def write_video(path: str | os.PathLike[str], frames: Any, fps: float, crf: int 
     import av
 
     path = Path(path)
-    positive("fps", fps)
+    checked("fps", fps, PositiveFloat, "write_video")
     if not path.parent.is_dir():
         raise UserError(f"no such folder: {path.parent}; create it first")
     if os.path.isdir(path):
