@@ -33,7 +33,10 @@ Place = Callable[[Any], Any]  # moves a tensor, a model or a dict of tensors to 
 MORE = torch.tensor([[30, 31, 32, 33]])  # a second turn
 SMALL = {"sinks": 1, "recent": 2}
 OPEN = {"digits": False, "negation": False, "comparison": False}  # no tokenizer is at hand to look words up
-RULES = {"loose": [OPEN, OPEN | {"scope": "running"}], "fly": [{"window": 1}]}  # of others: the rule's own defaults
+RULES = {
+    "loose": [OPEN, OPEN | {"advanced": decode.LooseAdvanced(scope="running")}],
+    "fly": [{"window": 1}],
+}  # of others: the rule's own defaults
 DRAFTS: dict[str, Callable[[Any], Any]] = {  # of others: the draft's own defaults
     "modeldraft": lambda model: ModelDraft(model, prune=None),
     "selfdraft": lambda model: decode.SelfDraft(Uniform(keep=0.5)),
