@@ -22,8 +22,9 @@ test-slow: setup
 	$(BIN)/python -m pytest -n 2 -m slow
 
 # the laws under each set of instructions that a CPU may have, as far as this one goes
-LAWS := $(addprefix tests/test_,laws.py prefill.py kvbreadth.py decode.py stepper.py compose.py stream.py pretend_cuda.py \
-	kernels.py shapes.py)
+LAWS := $(addprefix tests/,laws/test_laws.py prefill/test_prefill.py prefill/test_kvbreadth.py decode/test_decode.py \
+	runtime/test_stepper.py laws/test_stages_compose.py stream/test_stream.py laws/test_pretend_cuda.py \
+	engine/test_kernels.py bench/test_shapes.py)
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 
 test-isa: setup
@@ -37,17 +38,17 @@ test-isa: setup
 # the laws on the oldest transformers we support, laid over the same environment
 floor: setup
 	$(BIN)/python -m pip install -q --no-deps --upgrade --target .floor "transformers==5.18.0"
-	PYTHONPATH=.floor $(BIN)/python -m pytest -n 2 -m "not slow" tests/test_laws.py tests/test_tiny.py
+	PYTHONPATH=.floor $(BIN)/python -m pytest -n 2 -m "not slow" tests/laws/test_laws.py tests/laws/test_tiny.py
 
 # our rules beside the authors' or a reference's, as published; test-only, without their dependencies
 originals: setup
 	$(BIN)/python -m pip install -q --no-deps --upgrade --target .originals kvpress visionzip sparsevlm flowcut
-	$(BIN)/python -m pytest -rs tests/test_originals.py
+	$(BIN)/python -m pytest -rs tests/laws/test_originals.py
 
 # transformers' own tests of our families, plain and accelerated; name their folder, of a checkout at the installed release
 conformance: setup
 	test -z "$(TRANSFORMERS_TESTS)" || test -d .conformance || $(BIN)/python -m pip install -q --target .conformance requests httpx parameterized
-	PYTHONPATH=$(CURDIR)/.conformance $(BIN)/python tests/transformers_suite.py "$(TRANSFORMERS_TESTS)" --pytest "-n 2"
+	PYTHONPATH=$(CURDIR)/.conformance $(BIN)/python tests/support/transformers_suite.py "$(TRANSFORMERS_TESTS)" --pytest "-n 2"
 
 setup: $(STAMP)
 

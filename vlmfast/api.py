@@ -17,19 +17,19 @@ from vlmfast.decode_loop import put_loop
 from vlmfast.plan import Plan, resolve
 from vlmfast.preconditions import MARK, check_model, refuse_call, refuse_copy, unwrap
 from vlmfast.report import Report, why_all_kept
-from vlmfast.runtime.columns import ColumnHooks
+from vlmfast.runtime.compat import cache_in, option
 from vlmfast.runtime.compiled import checked, observed, refuse_compiled
 from vlmfast.runtime.downsample import Downsampled
 from vlmfast.runtime.fast_tower import FastTower, fast_modules, fresh_lengths
-from vlmfast.runtime.gaze import Gaze
-from vlmfast.runtime.inner import InnerHooks
-from vlmfast.runtime.meter import Meter, cache_counts
+from vlmfast.runtime.media_cache import MediaCache
 from vlmfast.runtime.model_lock import lock_functions, model_lock, streamed
-from vlmfast.runtime.names import cache_in, option
 from vlmfast.runtime.patch import Patch
-from vlmfast.runtime.reuse import Reuse
-from vlmfast.runtime.rewrite import Rewrite, needs
-from vlmfast.runtime.tower import TowerHooks
+from vlmfast.runtime.prune_between_layers import BetweenLayerPruning
+from vlmfast.runtime.prune_in_tower import InTowerPruning
+from vlmfast.runtime.prune_input import InputPruning
+from vlmfast.runtime.shorten_prompt import PromptShortening, needs
+from vlmfast.runtime.stage_timer import StageTimer, cache_counts
+from vlmfast.runtime.text_attention import TextAttentionRecorder
 from vlmfast.runtime.tower_attention import TowerAttention, wanted_layers
 
 
@@ -83,7 +83,7 @@ class Accelerated:
                     "this model is already accelerated: call .remove() on the first handle, or pass replace=True"
                 )
             vars(self.model)[MARK].remove()
-        self._reuse = Reuse(self.model, self.family, limit) if limit is not None else None
+        self._reuse = MediaCache(self.model, self.family, limit) if limit is not None else None
         self._patch = Patch()
         self._stage: dict[str, dict[str, Any]] = {"prefill": {}, "decode": {}}
         self._calls = 0  # `generate` calls now running: one, or more inside it
@@ -105,11 +105,11 @@ class Accelerated:
         between = hasattr(plan.prune, "cuts")  # acts between layers of the language model; may hold a first pruner
         self.smaller = Downsampled.of(model, self.family, plan.prune, self.always)
         outer = plan.prune.prune if between else None if self.smaller is not None else plan.prune
-        self.columns = ColumnHooks(model, self.family, outer)
+        self.columns = InputPruning(model, self.family, outer)
         self.columns.reuse, self.columns.drafts = self._reuse, self.always
         self.columns.host_grids = self.tower is not None
-        self.meter = Meter(model, self.family)
-        self.rewrite = Rewrite(model, self.family, self.columns, patch, self.meter)
+        self.meter = StageTimer(model, self.family)
+        self.rewrite = PromptShortening(model, self.family, self.columns, patch, self.meter)
         draft = getattr(plan.speculate, "draft", None)
         guide: Any = getattr(draft, "prune", None)
         if getattr(guide, "guided", False):
@@ -117,10 +117,10 @@ class Accelerated:
                 raise Unsupported(
                     f"{guide.name} reads the prefill that reuse= may skip: leave reuse= away, or use another pruner"
                 )
-            self.columns.gaze = Gaze(model, self.family, self.columns, guide.queries)
+            self.columns.gaze = TextAttentionRecorder(model, self.family, self.columns, guide.queries)
             self.columns.gaze.watch(patch)
         if plan.kv is not None:
-            from vlmfast.runtime.layers import KVHooks
+            from vlmfast.runtime.kv_hooks import KVHooks
 
             text = self.family.text(model)
             self.kv = KVHooks(text, text.config, plan.kv, self._stage["prefill"].update)
@@ -135,7 +135,7 @@ class Accelerated:
                     f"{plan.prune.name} leaves every layer with columns of its own, "
                     "which kv= and reuse= cannot follow: use one or the other"
                 )
-            InnerHooks(model, self.family, self.columns, plan.prune).install(patch)
+            BetweenLayerPruning(model, self.family, self.columns, plan.prune).install(patch)
         second = None if hasattr(draft, "load") else getattr(draft, "prune", None)  # a second prefill of this model
         layers = tuple(sorted({*wanted_layers(outer), *wanted_layers(second)}))
         if layers:
@@ -144,7 +144,7 @@ class Accelerated:
         pruners = (outer, getattr(draft, "prune", None))
         blocks = [b for p in pruners if (b := getattr(p, "after_block", None)) is not None]
         if any(b != "auto" or self.family.tower_pruning for b in blocks):
-            tower = TowerHooks(model, self.family, self.columns, self.tower)
+            tower = InTowerPruning(model, self.family, self.columns, self.tower)
             tower.install(patch)
             tower.check()
         if self.hooked:

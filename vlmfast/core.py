@@ -101,9 +101,13 @@ class VisualTokens:
 class TokenPruner(Protocol):
     """What the runtime asks of a pruner. `keep` in (0, 1]; `after_block` as in `tower_block`."""
 
-    keep: float
-    after_block: int | float | str | None
-    needs: tuple[str, ...]
+    needs: ClassVar[tuple[str, ...]]
+
+    @property
+    def keep(self) -> float: ...
+
+    @property
+    def after_block(self) -> int | float | str | None: ...
 
     def select(self, tokens: VisualTokens) -> Tensor:
         """Return the kept indices, (K,) int64, strictly ascending."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from vlmfast.stream.source import Video
+    from vlmfast.video.read import Video
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -123,7 +123,7 @@ def as_picture(image: Any) -> Any:
     """A picture (H, W, 3) uint8 as a PIL image: in an array 1, 3 or 4 pixels high processors take rows for channels."""
     from PIL import Image
 
-    from vlmfast.stream.images import as_frame
+    from vlmfast.video.images import as_frame
 
     return Image.fromarray(as_frame(image))
 

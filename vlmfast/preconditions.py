@@ -11,8 +11,8 @@ from vlmfast import families
 from vlmfast.core import Unsupported, UserError
 from vlmfast.fields import nested
 from vlmfast.plan import Plan
-from vlmfast.runtime.columns import ColumnHooks
-from vlmfast.runtime.names import cache_in
+from vlmfast.runtime.compat import cache_in
+from vlmfast.runtime.prune_input import InputPruning
 
 MARK = "_vlmfast"  # the attribute of an accelerated model that holds its handle
 
@@ -46,7 +46,7 @@ def refuse_copy(*_: Any) -> Any:
 def refuse_call(
     model: nn.Module,
     plan: Plan,
-    columns: ColumnHooks,
+    columns: InputPruning,
     option: Callable[[str], Any],
     why: str | None,
     args: tuple,
@@ -72,9 +72,9 @@ def refuse_call(
             "pruner that acts before the language model"
         )
     if kv is not None:
-        from vlmfast.prefill import refuse
+        from vlmfast.prefill import preconditions
 
-        refuse.check(kv, option, prompt, cache_in(kwargs))
+        preconditions.check(kv, option, prompt, cache_in(kwargs))
 
 
 def prompt_of(args: tuple, kwargs: dict) -> Any:

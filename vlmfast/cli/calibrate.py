@@ -46,9 +46,9 @@ def calibrate(
     if out is not None:
         files.claim(out, force, (".json",))
     if task is not None:
-        from vlmfast.tune import from_evals
+        from vlmfast.bench import tasks
 
-        from_evals("tasks").get(task)  # says what is wrong with its name, or that there are none here
+        tasks.get(task)  # says what is wrong with its name
     AdaptInfer(keep=keep)  # says what is wrong with keep before anything is loaded
     media = (options.images(image), options.video(video, frames, fps, select, backend))
 
@@ -76,11 +76,12 @@ def calibrate(
 
 def of_task(loaded: Any, name: str, limit: int) -> Iterator[dict[str, Any]]:
     """The task's first questions as inputs, one row each."""
+    from vlmfast.bench import tasks
+    from vlmfast.bench.runner import Runner
     from vlmfast.core import UserError
-    from vlmfast.tune import from_evals
 
-    task = from_evals("tasks").get(name)
-    run = from_evals("runner").Runner(loaded.model, loaded.processor, loaded.name)
+    task = tasks.get(name)
+    run = Runner(loaded.model, loaded.processor, loaded.name)
     for i in task.first(limit):
         sample = task.sample(i)
         if sample.error:

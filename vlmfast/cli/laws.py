@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmfast.cli.ask import GREEDY
 from vlmfast.core import Unsupported, UserError
-from vlmfast.runtime.names import cache_of
+from vlmfast.runtime.compat import cache_of
 
 if TYPE_CHECKING:
     from vlmfast.loading import Loaded

@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from vlmfast.loading import Loaded
     from vlmfast.plan import Plan
-    from vlmfast.stream.source import Video
+    from vlmfast.video.read import Video
 
 Model = Annotated[str, typer.Option("--model", help="'pocket', a checkpoint folder, or a hub id")]
 Images = Annotated[list[Path] | None, typer.Option("--image", help="a picture; may be given several times")]
@@ -78,7 +78,7 @@ def images(paths: list[Path] | None) -> list[Any]:
 
     from PIL.Image import DecompressionBombWarning
 
-    from vlmfast.stream.source import read_image
+    from vlmfast.video.read import read_image
 
     warnings.filterwarnings("ignore", category=DecompressionBombWarning)  # too large is an error here, said once
     return [read_image(p) for p in paths or ()]
@@ -93,7 +93,7 @@ def video(
 ) -> Video | None:
     """The chosen frames of the video, None without one."""
     from vlmfast.core import UserError
-    from vlmfast.stream import source
+    from vlmfast.video import read
 
     given = [n for n, v in (("--frames", frames), ("--fps", fps), ("--select", select)) if v is not None]
     if len(given) > 1:
@@ -102,7 +102,7 @@ def video(
         if given:
             raise UserError(f"{given[0]} chooses frames of a video: give --video too")
         return None
-    chosen: Any = select if select is not None else source.Fps(fps) if fps is not None else source.Uniform(frames or 16)
+    chosen: Any = select if select is not None else read.Fps(fps) if fps is not None else read.Uniform(frames or 16)
     if frames is not None:
-        chosen = source.Uniform(frames)
-    return source.read_video(path, select=chosen, backend=backend)
+        chosen = read.Uniform(frames)
+    return read.read_video(path, select=chosen, backend=backend)

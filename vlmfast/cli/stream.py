@@ -156,7 +156,7 @@ class Talk:
 
     def _until(self, source: Any, feed: dict[str, Any], timed: list[tuple[float | None, str]]) -> Iterator[Any]:
         """Frames of the source; a question is asked before the first frame after its second, everything encoded."""
-        from vlmfast.stream.live import open_source
+        from vlmfast.video.live_source import open_source
 
         start = self.session.stats()["seconds"]
         for image, seconds in open_source(source, **{k: v for k, v in feed.items() if v is not None}):

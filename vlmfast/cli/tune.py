@@ -23,7 +23,7 @@ def tune(
     force: Annotated[bool, typer.Option("--force", help="start anew, replacing existing files")] = False,
 ) -> None:
     """Search plans by successive halving on paired questions; write the best as a plan file, and why as a page."""
-    from vlmfast import tune as tuning
+    from vlmfast.bench import tune as tuning
 
     chosen, field = tuning.tune(
         model, task, out, floor=floor, minutes=minutes, names=methods, draft=draft, limit=limit, force=force,

@@ -6,8 +6,8 @@ from vlmfast.decode.accept import Exact, FLy, Loose, LooseAdvanced, Lossless, Ra
 from vlmfast.decode.bild import BiLD
 from vlmfast.decode.drafts import DRAFTS, LookupThenModel, ModelDraft, PromptLookup, SelfDraft
 from vlmfast.decode.ensemble import Ensemble
-from vlmfast.decode.guided import TargetAttention
 from vlmfast.decode.speculate import Speculate
+from vlmfast.decode.target_attention import TargetAttention
 
 METHODS = {Speculate.name: Speculate}
 ACCEPT: dict[str, Any] = {rule.name: rule for rule in (Exact, Lossless, Loose, FLy, BiLD, Ensemble, RandomRelax)}

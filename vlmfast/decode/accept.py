@@ -223,13 +223,13 @@ class Loose(Rule):
             return Exact().judge(r)
         codes: list[int] = []
         for i, token in enumerate(r.draft.tolist()):
-            code = EXACT if token == r.pick(i) else self._pardon(r, i)
+            code = EXACT if token == r.pick(i) else self.judge_mismatch(r, i)
             if code == REFUSED:
                 break
             codes.append(code)
         return Verdict(codes, r.pick(len(codes)))
 
-    def _pardon(self, r: Round, i: int) -> int:
+    def judge_mismatch(self, r: Round, i: int) -> int:
         """What becomes of drafted token i, which is not the target's: LOOSE, SHIFT or REFUSED. Cheap guards first."""
         draft = r.draft[i : i + 1]
         if r.strict is not None and bool(r.strict[draft] | r.strict[r.pick(i)]):

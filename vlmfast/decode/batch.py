@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from vlmfast import engine
-from vlmfast.decode.ledger import Ledger
+from vlmfast.decode.counters import Counters
 from vlmfast.decode.output import split
-from vlmfast.runtime.names import CACHE
+from vlmfast.runtime.compat import CACHE
 from vlmfast.runtime.stepper import Stepper
 
 
@@ -28,7 +28,7 @@ def decode(
     steps: see `loop.build`."""
     limit, eos, rest = split(criteria or [])
     room = 256 if limit is None else min(4096, limit - ids.shape[1] + 2)
-    ledger, start = Ledger(), ids.shape[1]
+    ledger, start = Counters(), ids.shape[1]
     target = Stepper.prefill(model, ids, config, kwargs, None, steps, room, engine.open_static)
     run = _Rows(ids, processors, criteria, config, streamer, eos)
     try:
@@ -43,7 +43,7 @@ def decode(
             logits = target.step(run.ids[:, -1:])[:, -1]
             ledger.round(0, [], 0.0, (time.perf_counter() - began) * 1e3)
             run.say(logits)
-        ledger.captured(target.lean)
+        ledger.captured(target.decoder)
     except BaseException:
         with suppress(Exception):  # what stopped us is what the caller must hear of
             _settle(target, start, run)
@@ -100,7 +100,7 @@ class _Rows:
         self.done = not bool(self.going.any())
 
 
-def _follow(run: _Rows, target: Stepper, ledger: Ledger, eos: frozenset[int], limit: int | None) -> None:
+def _follow(run: _Rows, target: Stepper, ledger: Counters, eos: frozenset[int], limit: int | None) -> None:
     """Say what the step chooses, until every row has ended; the step may then have run ahead."""
     if run.done:
         return

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from vlmfast import families
 from vlmfast.core import Draft, StageDidNotFire, TokenPruner, Unsupported, UserError, shown
-from vlmfast.decode.guided import TargetAttention
-from vlmfast.decode.live import Chain, Either, Ngrams
+from vlmfast.decode.proposers import LookupOrModel, ModelProposer, NgramProposer
+from vlmfast.decode.target_attention import TargetAttention
 from vlmfast.engine import open_static
 from vlmfast.fields import Method, PositiveInt, Range
 from vlmfast.runtime import dtypes, weights
-from vlmfast.runtime.names import CACHE, OLD
+from vlmfast.runtime.compat import CACHE, OLD
 from vlmfast.runtime.stepper import Stepper
 
 Confidence = Annotated[float, Range(0, 1, "most")]
@@ -140,7 +140,7 @@ class ModelDraft(Method):
         if hooks is not None and hooks.stats["visual_tokens"] == 0 and _sees(draft, ids):
             raise StageDidNotFire("visual tokens were in the prompt but the draft's pruner never saw them")
         vocab = min(_vocabulary(draft), _vocabulary(request.model))
-        return Chain(stepper, ids.shape[1], request.stop, vocab, self.confidence)
+        return ModelProposer(stepper, ids.shape[1], request.stop, vocab, self.confidence)
 
 
 def _guided(prune: Any) -> bool:
@@ -204,7 +204,7 @@ class SelfDraft(Method):
             )  # fmt: skip
         hooks.stats, hooks.cache, hooks.notes = stats, cache, notes
         vocab = _vocabulary(request.model)
-        return Chain(stepper, request.input_ids.shape[1], request.stop, vocab, self.confidence)
+        return ModelProposer(stepper, request.input_ids.shape[1], request.stop, vocab, self.confidence)
 
 
 @dataclass(frozen=True)
@@ -226,10 +226,10 @@ class PromptLookup(Method):
     def check(self, model: Any, inputs: dict[str, Any]) -> None:
         """Any supported model will do."""
 
-    def open(self, request: Request) -> Ngrams:
+    def open(self, request: Request) -> NgramProposer:
         """Index the prompt; visual placeholders are never proposed."""
         banned = frozenset(families.get(request.model).visual_ids(request.model).values())
-        return Ngrams(request.input_ids[0].tolist(), self.longest, self.shortest, banned)
+        return NgramProposer(request.input_ids[0].tolist(), self.longest, self.shortest, banned)
 
 
 @dataclass(frozen=True)
@@ -249,8 +249,8 @@ class LookupThenModel(ModelDraft):
         """Open both."""
         lookup = PromptLookup(self.longest, self.shortest).open(request)
         chain = super().open(request)
-        assert isinstance(chain, Chain)
-        return Either(lookup, chain)
+        assert isinstance(chain, ModelProposer)
+        return LookupOrModel(lookup, chain)
 
 
 DRAFTS: dict[str, Any] = {d.name: d for d in (ModelDraft, SelfDraft, PromptLookup, LookupThenModel)}

@@ -2,7 +2,7 @@
 
 `generate` prepares everything and calls what `build` returned (its `custom_generate`). A round: the draft proposes
 d_1..d_k; the target reads the last emitted token and the draft in one forward; the rule lets a prefix through and names
-the token after it; both caches go back to exactly what was emitted. Without a draft k = 0: our lean plain loop.
+the token after it; both caches go back to exactly what was emitted. Without a draft k = 0: our own plain loop.
 """
 
 from __future__ import annotations
@@ -23,25 +23,27 @@ from vlmfast import engine, families
 from vlmfast.core import Draft, Unsupported
 from vlmfast.decode import accept as rules
 from vlmfast.decode import batch
+from vlmfast.decode.counters import Counters
+from vlmfast.decode.draft_length import DraftLengthController
 from vlmfast.decode.drafts import Request
-from vlmfast.decode.guards import strict_tokens
-from vlmfast.decode.ledger import Ledger
-from vlmfast.decode.live import Chain
 from vlmfast.decode.output import Output, split
-from vlmfast.decode.pace import Pace
-from vlmfast.decode.refuse import check, tokenizer_for
+from vlmfast.decode.preconditions import check, tokenizer_for
+from vlmfast.decode.proposers import ModelProposer
 from vlmfast.decode.relevance import VisualMemory, collect
-from vlmfast.decode.rows import Choice, Rows
 from vlmfast.decode.speculate import Speculate
+from vlmfast.decode.strict_tokens import strict_tokens
+from vlmfast.decode.verification import TokenChooser, VerifiedLogits
 from vlmfast.runtime.clock import clock
-from vlmfast.runtime.names import CACHE, cache_in
+from vlmfast.runtime.compat import CACHE, cache_in
 from vlmfast.runtime.stepper import Stepper
 
 __all__ = ["build", "check"]
 
 _KEPT: weakref.WeakKeyDictionary[Any, tuple[Any, Draft | None]] = weakref.WeakKeyDictionary()  # live drafts by cache
 # by target model, then by plan; both weak: a plan holds its draft model
-_PACES: weakref.WeakKeyDictionary[Any, list[tuple[weakref.ref[Speculate], Pace]]] = weakref.WeakKeyDictionary()
+_PACES: weakref.WeakKeyDictionary[Any, list[tuple[weakref.ref[Speculate], DraftLengthController]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def build(
@@ -88,7 +90,7 @@ def build(
         run = _Run(model, speculate, config, out, goes_on=kept or cache_in(inputs) is not None)
         run.steps = steps
         cache = run.go(
-            Choice(logits_processor, run.sampling, run.drawn, run.rule.graded()),
+            TokenChooser(logits_processor, run.sampling, run.drawn, run.rule.graded()),
             tokenizer,
             (columns, draft),
             media,
@@ -115,7 +117,7 @@ class _Run:
         self.rule = speculate.accept
         self.sampling = bool(config.do_sample)
         self.drawn = self.sampling and self.rule.draws
-        self.ledger = Ledger()
+        self.ledger = Counters()
         self.draft: Draft | None = None
         self.memory: VisualMemory | None = None
         self.past: list[Tensor] = []  # relevance of every position so far, where the rule asks for it
@@ -124,7 +126,12 @@ class _Run:
         self.pace = None if speculate.draft is None else self._pace()
 
     def go(
-        self, choice: Choice, tokenizer: Any, hooks: tuple[Any, Any], media: dict[str, Any], kwargs: dict[str, Any]
+        self,
+        choice: TokenChooser,
+        tokenizer: Any,
+        hooks: tuple[Any, Any],
+        media: dict[str, Any],
+        kwargs: dict[str, Any],
     ) -> Any:
         """Prefill, decode, and hand back the cache, cropped to what `generate` would leave."""
         out, self.choice = self.out, choice
@@ -136,7 +143,7 @@ class _Run:
             self.model, out.ids, self.config, kwargs, self._layer(), self.steps, room, engine.open_static
         )
         try:
-            rows = Rows(choice, out.ids, None, target.logits)
+            rows = VerifiedLogits(choice, out.ids, None, target.logits)
             out.emit(rows.pick(0), partial(rows.kept, 0))  # the first token waits for no draft
             waiting, wait = self.pace is not None, 0
             if not out.done:
@@ -158,7 +165,7 @@ class _Run:
             if self.pace is not None:
                 self.pace.answered(len(out.said) - 1, times["draft_prefill_ms"])
             chain = getattr(self.draft, "chain", self.draft)
-            self.ledger.captured(target.lean, chain.stepper.lean if isinstance(chain, Chain) else None)
+            self.ledger.captured(target.decoder, chain.stepper.decoder if isinstance(chain, ModelProposer) else None)
             if wait:
                 self.ledger.notes.append(f"speculate: drafts did not pay in recent answers, none for {wait + 1} tokens")
         except BaseException:
@@ -224,15 +231,15 @@ class _Run:
         _KEPT[cache] = (config, self.draft)
         self.ledger.times["draft_prefill_ms"] = (time.perf_counter() - start) * 1e3
 
-    def _pace(self) -> Pace:
+    def _pace(self) -> DraftLengthController:
         """Running acceptance and costs, kept from call to call of one model and plan when adaptive."""
         plan = self.speculate
         if plan.length != "adaptive":
-            return Pace(plan.length, plan.most)
+            return DraftLengthController(plan.length, plan.most)
         held = _PACES[self.model] = [entry for entry in _PACES.get(self.model, ()) if entry[0]() is not None]
         pace = next((pace for known, pace in held if known() is plan), None)
         if pace is None:
-            pace = Pace(plan.length, plan.most)
+            pace = DraftLengthController(plan.length, plan.most)
             held.append((weakref.ref(plan), pace))
         return pace
 
@@ -248,7 +255,7 @@ class _Run:
         if k <= 0:
             return None, None
         chain = getattr(self.draft, "chain", self.draft)
-        if isinstance(chain, Chain):
+        if isinstance(chain, ModelProposer):
             chain.floor, chain.refusal, chain.certainty = self.pace.floor(), self.pace.refusal, []
             chain.fallback = getattr(self.rule, "fallback", 0.0)
         tokens, q = self.draft.propose(self.out.ids, k, None if self.choice.plain else self.choice.for_draft)
@@ -281,13 +288,13 @@ class _Run:
         if logits.is_cuda:
             clock(self.model)  # the choice would wait for the step in any case
         t2 = time.perf_counter()
-        rows = Rows(self.choice, out.ids, draft, logits)
+        rows = VerifiedLogits(self.choice, out.ids, draft, logits)
         draft_ms, verify_ms = (t1 - t0) * 1e3, (t2 - t1) * 1e3
         if draft is None:
             out.emit(rows.pick(0), partial(rows.kept, 0))
             self.ledger.round(0, [], draft_ms, verify_ms)
             if self.pace is not None:
-                self.pace.saw(0, 0, draft_ms, verify_ms)
+                self.pace.record_round(0, 0, draft_ms, verify_ms)
             return
         k = draft.shape[0]
         verdict = self.rule.judge(self._view(rows, draft, q, target))
@@ -298,11 +305,11 @@ class _Run:
         self.ledger.round(k, verdict.how, draft_ms, verify_ms)
         chain = getattr(self.draft, "chain", self.draft)
         assert self.draft is not None and self.pace is not None
-        self.pace.saw(k, accepted, draft_ms, verify_ms, getattr(chain, "certainty", None))
+        self.pace.record_round(k, accepted, draft_ms, verify_ms, getattr(chain, "certainty", None))
         self.draft.rewind(k - accepted)
         target.rewind(k - accepted)
 
-    def _view(self, rows: Rows, draft: Tensor, q: Tensor | None, target: Stepper) -> rules.Round:
+    def _view(self, rows: VerifiedLogits, draft: Tensor, q: Tensor | None, target: Stepper) -> rules.Round:
         relevance: Any = None
         past = None
         k, size = draft.shape[0], rows.logits.shape[-1]

@@ -14,7 +14,7 @@ from vlmfast.fields import Method, PositiveInt
 class Speculate(Method):
     """The decode stage of a plan.
 
-    draft: ModelDraft, SelfDraft, PromptLookup or LookupThenModel; None = no drafting, our lean loop (`plain_loop`).
+    draft: ModelDraft, SelfDraft, PromptLookup or LookupThenModel; None = no drafting, our own loop (`plain_loop`).
     accept: an acceptance rule (`decode.ACCEPT`); length: tokens drafted per round, or "adaptive": as many as running
     acceptance and measured costs favour, at most `most`, and none at the start of an answer for as long as recent
     answers ended before a draft's prefill had paid (see `decode.pace`). tokenizer: for rules whose guards know words;

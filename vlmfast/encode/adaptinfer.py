@@ -10,7 +10,7 @@ from torch import Tensor
 from vlmfast.core import Kind
 from vlmfast.encode.between import LayerPruner, stage_layers, staged
 from vlmfast.fields import Layers, PositiveInt
-from vlmfast.runtime.cuts import Sight
+from vlmfast.runtime.layer_cuts import CutInputs
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class AdaptInfer(LayerPruner):
     def window(self) -> int:
         return self.raters
 
-    def rate(self, sight: Sight) -> Tensor:
+    def rate(self, sight: CutInputs) -> Tensor:
         assert sight.weights is not None
         attention = sight.weights.mean(1)  # (B, W, P)
         w = attention.shape[1]

@@ -10,7 +10,7 @@ from torch import Tensor
 from vlmfast.core import Unsupported, VisualTokens
 from vlmfast.encode.base import Pruner
 from vlmfast.fields import Fraction, Layers, Method
-from vlmfast.runtime.cuts import Sight
+from vlmfast.runtime.layer_cuts import CutInputs
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class LayerPruner(Method):
         """Last columns whose attention `rate` reads; 0 = attention-free."""
         return 1
 
-    def rate(self, sight: Sight) -> Tensor:
+    def rate(self, sight: CutInputs) -> Tensor:
         """(B, P) scores, higher is kept; only visual columns count."""
         raise NotImplementedError
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlmfast.encode.between import LayerPruner
 from vlmfast.fields import Fraction, PositiveInt
-from vlmfast.runtime.cuts import Sight
+from vlmfast.runtime.layer_cuts import CutInputs
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,6 @@ class FastV(LayerPruner):
     def cuts(self, layers: int) -> tuple[tuple[int, float], ...]:
         return ((self.after_layer, self.keep),)
 
-    def rate(self, sight: Sight) -> Tensor:
+    def rate(self, sight: CutInputs) -> Tensor:
         assert sight.weights is not None
         return sight.weights[:, :, -1].mean(1)

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from vlmfast import families
 from vlmfast.core import Kind, Unsupported, UserError
-from vlmfast.runtime.columns import ColumnHooks
-from vlmfast.runtime.gaze import Gaze
-from vlmfast.runtime.inner import deep_layers
 from vlmfast.runtime.patch import Patch
+from vlmfast.runtime.prune_between_layers import deep_layers
+from vlmfast.runtime.prune_input import InputPruning
+from vlmfast.runtime.text_attention import TextAttentionRecorder
 
 NOISE = 0.1  # ripples where attention stands still are no inflections
 
@@ -52,8 +52,8 @@ def calibrate(model: nn.Module, prompts: Iterable[dict[str, Any]], stages: int =
 def attention(model: nn.Module, inputs: dict[str, Any], queries: int) -> Tensor | None:
     """(layers, n) float32: what the text pays each of the n visual tokens, per layer; None where there are none."""
     family, patch = families.get(model), Patch()
-    columns = ColumnHooks(model, family, None)
-    gaze = Gaze(model, family, columns, queries)
+    columns = InputPruning(model, family, None)
+    gaze = TextAttentionRecorder(model, family, columns, queries)
     try:
         columns.install(patch)
         gaze.watch(patch)

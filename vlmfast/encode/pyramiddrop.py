@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlmfast.encode.between import LayerPruner, stage_layers, staged
 from vlmfast.fields import Fraction, Layers
-from vlmfast.runtime.cuts import Sight
+from vlmfast.runtime.layer_cuts import CutInputs
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,6 @@ class PyramidDrop(LayerPruner):
     def cuts(self, layers: int) -> tuple[tuple[int, float], ...]:
         return staged(self.keep, stage_layers(self.layers, (0.25, 0.5, 0.75), layers))
 
-    def rate(self, sight: Sight) -> Tensor:
+    def rate(self, sight: CutInputs) -> Tensor:
         assert sight.weights is not None
         return sight.weights[:, :, -1].mean(1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlmfast.encode.between import LayerPruner, stage_layers, staged
 from vlmfast.fields import Layers
-from vlmfast.runtime.cuts import Sight
+from vlmfast.runtime.layer_cuts import CutInputs
 
 
 @dataclass(frozen=True)
@@ -31,5 +31,5 @@ class V2Drop(LayerPruner):
     def window(self) -> int:
         return 0
 
-    def rate(self, sight: Sight) -> Tensor:
+    def rate(self, sight: CutInputs) -> Tensor:
         return (sight.hidden - sight.before).float().norm(dim=-1)

@@ -16,7 +16,7 @@ from vlmfast.core import Unsupported
 from vlmfast.engine import pool, weights
 from vlmfast.engine.slots import STOPS
 from vlmfast.engine.step import Static, forward
-from vlmfast.runtime.lean import unknown_decoder
+from vlmfast.runtime.fast_decoder import unknown_decoder
 
 __all__ = ["STOPS", "Static", "automatic", "decoder", "forward", "open_static", "prepare", "release", "why_not"]
 
@@ -53,7 +53,7 @@ def why_not(text: Any, head: Any) -> str | None:
 def open_static(
     text: Any, head: Any, cache: Any, valid: Tensor | None, position: Tensor, room: int, hidden: bool, forced: bool
 ) -> Static | str | None:
-    """A static step over a cache that `lean.why_not` takes, or why there is none; None where it is not asked for.
+    """A static step over a cache that `fast_decoder.why_not` takes, or why there is none; None where none is asked for.
 
     hidden: must a step give the output of a layer? forced: asked for by name; otherwise on CUDA alone. The others as
     of `Static`.

@@ -22,7 +22,7 @@ from vlmfast.engine.graphs import Readback
 from vlmfast.engine.pool import Pool
 from vlmfast.engine.slots import BEFORE, TABLE, Slots
 from vlmfast.engine.weights import Weights
-from vlmfast.runtime.lean import append
+from vlmfast.runtime.fast_decoder import append
 
 SIZES = (1, 2, 4, 6, 8, 12, 17)  # tokens of a step that graphs are captured for; other numbers are rounded up
 
@@ -51,7 +51,7 @@ def _plain(layer: Any) -> list[tuple[Tensor, Tensor]]:
 
 
 class Static:
-    """Rows after their prefill, in slots of their own until `flush`. For one row, the protocol of `runtime.lean.Lean`.
+    """Rows after their prefill, in slots of their own until `flush`. For one row, the protocol of `FastDecoder`.
 
     cache: filled by a prefill of B rows; valid: (B, P) bool, physical columns that are not padding, or None; position:
     the next positions in the model's own layout, (..., B, 1) int64; room: tokens to make room for (it grows when they

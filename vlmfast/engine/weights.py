@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmfast.runtime.lean import layer_weights
+from vlmfast.runtime.fast_decoder import layer_weights
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Layer:
 
 
 def why_not(text: Any, head: Any) -> str | None:
-    """Why the weights of a decoder that `lean.why_not` takes cannot be joined, in words; None = they can."""
+    """Why the weights of a decoder that `fast_decoder.why_not` takes cannot be joined, in words; None = they can."""
     if text.config.hidden_act != "silu":
         return f"activation {text.config.hidden_act!r} is not silu"
     tensors = _tensors(text, head)

@@ -19,7 +19,7 @@ def path(name: str = "target") -> str:
     if name not in ("target", "draft"):
         raise ValueError(f"the pocket models are 'target' and 'draft', not {name!r}")
     if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"{folder} holds no checkpoint; make one with: python -m vlmfast.pocket.train --export")
+        raise FileNotFoundError(f"{folder} holds no checkpoint; make one with: python -m training.train --export")
     return str(folder)
 
 

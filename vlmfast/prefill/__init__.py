@@ -2,7 +2,6 @@
 
 from vlmfast.prefill.adakv import AdaKV
 from vlmfast.prefill.base import KVPolicy
-from vlmfast.prefill.cache import KVLayer
 from vlmfast.prefill.cake import CAKE
 from vlmfast.prefill.elasticcache import ElasticCache
 from vlmfast.prefill.full import Full
@@ -16,6 +15,7 @@ from vlmfast.prefill.mixkv import MixKV
 from vlmfast.prefill.prefixkv import PrefixKV
 from vlmfast.prefill.pyramidkv import PyramidKV
 from vlmfast.prefill.quantised import Quantised
+from vlmfast.prefill.ragged_layer import KVLayer
 from vlmfast.prefill.random import Random
 from vlmfast.prefill.razor import RazorAttention
 from vlmfast.prefill.shadowkv import ShadowKV

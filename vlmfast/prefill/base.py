@@ -18,7 +18,7 @@ from torch import Tensor
 from vlmfast.core import CompressedLayer, Kind, LayerView, LowRank, Retrieval, Rotation, UserError
 from vlmfast.fields import Fraction, Method, NonNegativeInt
 from vlmfast.kernels import highest, ranking
-from vlmfast.prefill.cache import KVLayer
+from vlmfast.prefill.ragged_layer import KVLayer
 
 
 @dataclass

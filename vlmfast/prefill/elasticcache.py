@@ -10,9 +10,9 @@ from torch import Tensor
 
 from vlmfast.fields import PositiveInt
 from vlmfast.prefill.base import Choice, KVPolicy, Row
-from vlmfast.prefill.cache import KVLayer
 from vlmfast.prefill.evict import EvictingLayer
 from vlmfast.prefill.merge import folded, nearest_place, others
+from vlmfast.prefill.ragged_layer import KVLayer
 
 
 class FixedPointLayer(EvictingLayer):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.core import CompressedLayer, Unsupported
-from vlmfast.prefill.cache import KVLayer
+from vlmfast.prefill.ragged_layer import KVLayer
 
 
 class EvictingLayer(KVLayer):

@@ -14,9 +14,9 @@ from vlmfast import families
 from vlmfast.core import CompressedLayer, LayerView, UserError
 from vlmfast.prefill.base import row_of
 from vlmfast.prefill.hybrid import HybridKV
-from vlmfast.runtime.columns import ColumnHooks
-from vlmfast.runtime.layers import KVHooks
+from vlmfast.runtime.kv_hooks import KVHooks
 from vlmfast.runtime.patch import Patch
+from vlmfast.runtime.prune_input import InputPruning
 
 
 @dataclass
@@ -92,7 +92,7 @@ def classify(model: nn.Module, inputs: dict[str, Any], policy: HybridKV | None =
     text = family.text(model)
     try:
         KVHooks(text, text.config, observe, lambda _: None).install(patch)
-        ColumnHooks(model, family, None).install(patch)
+        InputPruning(model, family, None).install(patch)
         model(**inputs, use_cache=True)
     finally:
         patch.remove()

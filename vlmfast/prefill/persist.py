@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from vlmfast.core import LowRank, Retrieval, UserError, shown
-from vlmfast.prefill.cache import KVLayer
 from vlmfast.prefill.elasticcache import FixedPointLayer
+from vlmfast.prefill.host_heads import Group, HostHeads, LowRankGroup
 from vlmfast.prefill.lazyeviction import LaggedLayer
-from vlmfast.prefill.retrieve import Dynamic, Group, LowRankGroup
-from vlmfast.prefill.store import Store
-from vlmfast.runtime.state import Columns
+from vlmfast.prefill.ragged_layer import KVLayer
+from vlmfast.prefill.ragged_store import Store
+from vlmfast.runtime.cache_state import Columns
 
 _KNOWN: dict[str, type] = {
     c.__name__: c
@@ -27,7 +27,7 @@ _KNOWN: dict[str, type] = {
         FixedPointLayer,
         LaggedLayer,
         Store,
-        Dynamic,
+        HostHeads,
         Group,
         LowRankGroup,
         LowRank,

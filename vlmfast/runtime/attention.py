@@ -18,9 +18,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlmfast.core import Unsupported
-from vlmfast.runtime.names import cache_in
+from vlmfast.runtime.cache_state import AnnouncedColumns
+from vlmfast.runtime.compat import cache_in
 from vlmfast.runtime.patch import Patch
-from vlmfast.runtime.state import Announced
 
 NAME = "vlmfast"
 _TAG = "_vlmfast_layer"
@@ -90,7 +90,7 @@ class AttentionSwitch:
         ours = [bool(getattr(layer, "ragged", False)) for layer in attended]
         if any(ours):
             for layer in attended:
-                if isinstance(layer, Announced):
+                if isinstance(layer, AnnouncedColumns):
                     layer.announce()
             self.config._attn_implementation_internal = NAME if all(ours) else _mixed(current)
 

@@ -18,10 +18,10 @@ from vlmfast.core import Unsupported, UserError
 from vlmfast.families import Family
 from vlmfast.families.patches import PatchLayout
 from vlmfast.runtime.clock import Stopwatch
-from vlmfast.runtime.names import cache_in, option
-from vlmfast.runtime.rewrite import arguments, implied_mask
+from vlmfast.runtime.compat import cache_in, option
+from vlmfast.runtime.full_prompt import FullPromptView, put
 from vlmfast.runtime.selection import left_padded
-from vlmfast.runtime.shown import Prompt, put
+from vlmfast.runtime.shorten_prompt import arguments, implied_mask
 
 MARK = "vlmfast_downsampled"  # what an earlier turn left on its cache
 PIXELS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
@@ -79,7 +79,7 @@ class Downsampled:
         if made.types is not None and call.get("mm_token_type_ids") is not None:
             call["mm_token_type_ids"] = torch.cat([made.types, call["mm_token_type_ids"][:, tail]], 1)
         self._lengths(call, dropped)
-        shown = Prompt(prompt, prompt.shape[1] - dropped)
+        shown = FullPromptView(prompt, prompt.shape[1] - dropped)
         shown.show(call)
         for name in ("logits_processor", "stopping_criteria"):
             if call.get(name) is not None:

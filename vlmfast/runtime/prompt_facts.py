@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from vlmfast.core import Held, Kind
-from vlmfast.runtime.pieces import to_device
+from vlmfast.runtime.packed_pieces import to_device
 
 
 class PromptFacts:

@@ -12,11 +12,11 @@ from vlmfast.families import Item
 from vlmfast.runtime.tower_attention import attention_of, rotation_means
 
 if TYPE_CHECKING:
-    from vlmfast.runtime.columns import ColumnHooks
+    from vlmfast.runtime.prune_input import InputPruning
 
 
 def select_kind(
-    hooks: ColumnHooks, kw: dict, kind: str, where: Tensor, visual: Tensor, valid: Tensor, keep: Tensor
+    hooks: InputPruning, kw: dict, kind: str, where: Tensor, visual: Tensor, valid: Tensor, keep: Tensor
 ) -> int:
     """Clear from keep (B, q) the columns of one kind of media that the pruner drops; returns how many stay."""
     counts = where.sum(1).tolist()
@@ -67,7 +67,7 @@ def select_kind(
 
 
 def choose(
-    hooks: ColumnHooks,
+    hooks: InputPruning,
     kw: dict,
     kind: str,
     number: int,

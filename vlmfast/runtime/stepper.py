@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from vlmfast import families
 from vlmfast.core import Kind, PlainRows, Unsupported, brief
-from vlmfast.runtime.lean import Lean, why_not
-from vlmfast.runtime.names import CACHE, cache_of
+from vlmfast.runtime.compat import CACHE, cache_of
+from vlmfast.runtime.fast_decoder import FastDecoder, why_not
 
 Maker = Callable[..., Any]  # see `engine.open_static`
 _CHECKED: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
@@ -42,7 +42,7 @@ class Stepper:
 
     cache: the model's cache (valid after `finish`); position: the next position, (..., 1, 1) int64 in the model's own
     layout; logits: (1, V) float32 after the prompt; hidden: (1, n, D) of `hidden_layer` in the last forward;
-    engine: "static" (fixed shapes, captured on CUDA, see `engine`), "lean" (functional, see `runtime.lean`) or "module"
+    engine: "static" (fixed shapes, captured on CUDA, see `engine`), "functional" (`runtime.fast_decoder`) or "module"
     (the text model's own forward); reason: why it is not the one before.
     """
 
@@ -58,7 +58,7 @@ class Stepper:
         self.hidden_layer = hidden_layer
         self.hidden: Tensor | None = None
         self.length = cache.get_seq_length()  # logical columns fed so far
-        self.lean: Any = None  # a `Lean`, or an `engine.Static`, which steps as it does
+        self.decoder: Any = None  # a `FastDecoder`, or an `engine.Static`, which steps as it does
         self.reason: str | None = None
         self._opens: Callable[[], None] | None = None  # makes the engine, when the first token is fed
 
@@ -77,10 +77,10 @@ class Stepper:
         """Run the prompt, as `generate` would, with everything that `generate` prepared.
 
         input_ids (1, L) int64; model_kwargs: as handed to a `custom_generate` callable, or the user's own inputs with
-        an empty cache; hidden_layer: of a decoder
-        layer whose output to record, first here as `.hidden` (1, P, D) over the physical columns that entered, then at
-        every step. engine: "auto", "static", "lean" or "module" (one named raises where it cannot run). room: tokens
-        expected. static: `engine.open_static`, where the static step may be taken.
+        an empty cache; hidden_layer: of a decoder layer whose output to record, first here as `.hidden` (1, P, D) over
+        the physical columns that entered, then at every step. engine: "auto", "static", "functional" or "module" (one
+        named raises where it cannot run). room: tokens expected. static: `engine.open_static`, where the static step
+        may be taken.
         """
         text = families.get(model).text(model)
         if model_kwargs.get("position_ids") is None:  # raw inputs: what `generate` does before it calls
@@ -105,9 +105,11 @@ class Stepper:
         if seen:
             self.hidden = torch.cat(seen, 1)
         if engine == "auto":
-            self._opens = functools.partial(self._go_lean, room, static, False)  # an answer of one token needs none
+            self._opens = functools.partial(
+                self._go_functional, room, static, False
+            )  # an answer of one token needs none
         elif engine != "module":
-            self._go_lean(room, None if engine == "lean" else static, engine == "static")
+            self._go_functional(room, None if engine == "functional" else static, engine == "static")
             if engine != self.engine:
                 raise Unsupported(f"the {engine} step cannot run here: {self.reason}; use engine='auto'")
         return self
@@ -118,7 +120,7 @@ class Stepper:
         if opens is not None:
             opens()
 
-    def _go_lean(self, room: int, static: Maker | None, forced: bool) -> None:
+    def _go_functional(self, room: int, static: Maker | None, forced: bool) -> None:
         valid = None
         columns = getattr(self.cache, "vlmfast_columns", None)
         if columns is not None and columns.padded:
@@ -129,7 +131,7 @@ class Stepper:
         layers = self.cache.layers[: len(self.text.layers)]
         if all(isinstance(layer, PlainRows) and layer.ragged for layer in layers):
             self._go_static(None, room, static, forced, ragged=True)
-            self.reason = self.reason or ("heads hold different columns" if self.lean is None else None)
+            self.reason = self.reason or ("heads hold different columns" if self.decoder is None else None)
             return
         self.reason = why_not(self.text, self.head, self.cache, rows)
         if valid is not None and rows > 1 and columns is not None and self.mask is not None:
@@ -148,8 +150,8 @@ class Stepper:
         if self.reason is not None:
             return
         self._go_static(valid, room, static, forced)
-        if self.lean is None and rows == 1:
-            self.lean = Lean(self.text, self.head, self.cache, _first(valid), self.position, room)
+        if self.decoder is None and rows == 1:
+            self.decoder = FastDecoder(self.text, self.head, self.cache, _first(valid), self.position, room)
 
     def _go_static(
         self, valid: Tensor | None, room: int, static: Maker | None, forced: bool, ragged: bool = False
@@ -169,11 +171,11 @@ class Stepper:
         if isinstance(made, str):
             self.reason = made
         else:
-            self.lean = made
+            self.decoder = made
 
     def _differs(self, static: Any, valid: Tensor | None, ragged: bool) -> str | None:
-        """Once per model and kind of cache: two tokens through the static step and the lean one, of several rows or
-        compressed caches the model's own. None when they agree."""
+        """Once per model and kind of cache: two tokens through the static step and the functional one, of several rows
+        or compressed caches the model's own. None when they agree."""
         token = self.logits.argmax(-1, keepdim=True)
         tokens = torch.cat([token, token], 1)
         if len(token) > 1 or ragged:
@@ -181,8 +183,8 @@ class Stepper:
             self.rewind(2)
         with torch.inference_mode():
             if len(token) == 1 and not ragged:
-                lean = Lean(self.text, self.head, copy.copy(self.cache), _first(valid), self.position, 4)
-                expected = torch.stack([lean.step(token[0]), lean.step(token[0])], 1).float()
+                functional = FastDecoder(self.text, self.head, copy.copy(self.cache), _first(valid), self.position, 4)
+                expected = torch.stack([functional.step(token[0]), functional.step(token[0])], 1).float()
             try:
                 got = torch.cat([static.step_rows(token).float(), static.step_rows(token).float()], 1)
             except torch.OutOfMemoryError:
@@ -193,7 +195,7 @@ class Stepper:
         error = float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
         if error <= TOLERANCE.get(self.text.dtype, 1e-1):
             return None
-        return f"logits of the static step differ from the lean step's by {error:.1e}"
+        return f"logits of the static step differ from the functional step's by {error:.1e}"
 
     def _disagreement(self, valid: Tensor | None) -> str | None:
         """Once per model: two tokens through both engines. None when they agree."""
@@ -203,8 +205,8 @@ class Stepper:
         expected = self.step(tokens)[0]
         self.rewind(2)
         self.hidden = hidden
-        lean = Lean(self.text, self.head, copy.copy(self.cache), _first(valid), self.position, 4)
-        got = torch.cat([lean.step(tokens[0, :1]), lean.step(tokens[0, 1:])]).float()
+        functional = FastDecoder(self.text, self.head, copy.copy(self.cache), _first(valid), self.position, 4)
+        got = torch.cat([functional.step(tokens[0, :1]), functional.step(tokens[0, 1:])]).float()
         error = float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
         if error <= TOLERANCE.get(self.text.dtype, 1e-1):
             return None
@@ -213,7 +215,7 @@ class Stepper:
     @property
     def engine(self) -> str:
         self.open()
-        return "module" if self.lean is None else self.lean.name
+        return "module" if self.decoder is None else self.decoder.name
 
     def step(self, tokens: Tensor) -> Tensor:
         """Feed tokens (1, n) int64 after everything fed so far -> logits (1, n, V) float32.
@@ -221,13 +223,17 @@ class Stepper:
         Interrupted on the way (Ctrl-C, no memory) it fed nothing.
         """
         self.open()
-        n, fed = tokens.shape[1], 0 if self.lean is None else self.lean.n
+        n, fed = tokens.shape[1], 0 if self.decoder is None else self.decoder.n
         try:
-            logits = self._module_step(tokens).float() if self.lean is None else self._lean_step(self.lean, tokens)
+            logits = (
+                self._module_step(tokens).float()
+                if self.decoder is None
+                else self._functional_step(self.decoder, tokens)
+            )
         except BaseException:
-            if self.lean is not None:
-                self.lean.n = fed
-            for layer in () if self.lean is not None else self.cache.layers:  # those that the step reached grew
+            if self.decoder is not None:
+                self.decoder.n = fed
+            for layer in () if self.decoder is not None else self.cache.layers:  # those that the step reached grew
                 grown = layer.get_seq_length() - self.length
                 with suppress(Exception):  # one that has no way back: what stopped us matters more
                     layer.crop(-grown) if grown > 0 else None
@@ -236,13 +242,13 @@ class Stepper:
         self.length += n
         return logits
 
-    def _lean_step(self, lean: Any, tokens: Tensor) -> Tensor:
+    def _functional_step(self, functional: Any, tokens: Tensor) -> Tensor:
         with torch.inference_mode():  # a tenth less to do per operation than under no_grad
             if len(tokens) > 1:
-                return lean.step_rows(tokens).to(torch.float32, copy=True)
-            logits = lean.step(tokens[0], self.hidden_layer)[None]
-        if self.hidden_layer is not None and lean.hidden is not None:
-            self.hidden = lean.hidden[None]
+                return functional.step_rows(tokens).to(torch.float32, copy=True)
+            logits = functional.step(tokens[0], self.hidden_layer)[None]
+        if self.hidden_layer is not None and functional.hidden is not None:
+            self.hidden = functional.hidden[None]
         return logits.to(torch.float32, copy=True)  # an ordinary tensor: it may reach the caller
 
     def greedy(self, tokens: Any, most: int | None, **more: Any) -> Generator[Tensor, None, None]:
@@ -251,8 +257,8 @@ class Stepper:
         The device runs ahead: more tokens may be fed than were yielded, `length` says how many once it is closed.
         """
         self.open()
-        before, position, length = self.lean.n, self.position, self.length
-        choices = self.lean.greedy(tokens, most, **more)
+        before, position, length = self.decoder.n, self.position, self.length
+        choices = self.decoder.greedy(tokens, most, **more)
         try:
             while True:
                 with torch.inference_mode():
@@ -261,7 +267,7 @@ class Stepper:
                     return
                 yield chosen
         finally:
-            fed = self.lean.n - before
+            fed = self.decoder.n - before
             self.position, self.length = position + fed, length + fed
 
     def _module_step(self, tokens: Tensor) -> Tensor:
@@ -297,10 +303,10 @@ class Stepper:
         """Forget the last n tokens fed (n >= 0); never reaches into the prompt."""
         if n == 0:
             return
-        if self.lean is not None:
-            if n > self.lean.n:
-                raise ValueError(f"rewind({n}) after {self.lean.n} tokens would reach into the prompt")
-            self.lean.n -= n
+        if self.decoder is not None:
+            if n > self.decoder.n:
+                raise ValueError(f"rewind({n}) after {self.decoder.n} tokens would reach into the prompt")
+            self.decoder.n -= n
         else:
             self.cache.crop(-n)
         self.position = self.position - n
@@ -310,14 +316,14 @@ class Stepper:
         """An independent copy at the same place, cache included."""
         self.open()
         twin = copy.copy(self)
-        if self.lean is not None:
-            twin.lean = self.lean.fork()
+        if self.decoder is not None:
+            twin.decoder = self.decoder.fork()
         twin.cache = copy.deepcopy(self.cache)
         return twin
 
     def finish(self) -> Any:
         """Bring the cache up to date with every token still fed, and return it."""
-        if self.lean is not None:
-            self.lean.flush(self.cache)
-        self.lean, self.reason, self._opens = None, "finished", None
+        if self.decoder is not None:
+            self.decoder.flush(self.cache)
+        self.decoder, self.reason, self._opens = None, "finished", None
         return self.cache

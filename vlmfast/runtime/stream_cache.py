@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from vlmfast.core import Unsupported
+from vlmfast.runtime.compat import CACHE
 from vlmfast.runtime.late_rope import attend, cos_sin, mark, rotate, running
-from vlmfast.runtime.names import CACHE
 
 
 class _Layer(CacheLayerMixin):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vlmfast.core import Unsupported, UserError
-from vlmfast.runtime.names import option
+from vlmfast.runtime.compat import option
 
 INPUTS = ("input_ids", "inputs", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "cache")
 REFUSED = {

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from vlmfast.core import UserError
 from vlmfast.runtime.model_lock import model_lock
-from vlmfast.runtime.video import Eyes
+from vlmfast.stream.archive.folder import StoreError
+from vlmfast.stream.archive.packing import Packed, pack
+from vlmfast.stream.archive.store import Store
 from vlmfast.stream.blocks import Block
-from vlmfast.stream.encode import Clip, Encoder
-from vlmfast.stream.feed import Queue, Timed, as_frames, as_times
-from vlmfast.stream.folder import StoreError
-from vlmfast.stream.pack import Packed, pack
-from vlmfast.stream.retrieve import External, Retriever
-from vlmfast.stream.store import Store
+from vlmfast.stream.encoder import Clip, Encoder
+from vlmfast.stream.frame_queue import FrameQueue, Timed, as_frames, as_times
+from vlmfast.stream.retrievers import External, Retriever
+from vlmfast.stream.vision import VisionEncoder
 from vlmfast.stream.watch import Watcher
 
 CHUNK = 32  # temporal grids through the tower at once
@@ -29,13 +29,13 @@ class Intake:
     """The half of `StreamSession` that takes frames."""
 
     model: Any
-    eyes: Eyes
+    eyes: VisionEncoder
     encoder: Encoder
     store: Store
     retriever: Retriever | None
 
     def __init__(self, fps: float, queue: int) -> None:
-        self.fps, self.queue = fps, Queue(queue)
+        self.fps, self.queue = fps, FrameQueue(queue)
         self.pending: list[Timed] = []  # frames that wait for their partner (Qwen reads two as one)
         self.last: float | None = None  # seconds of the newest frame encoded
         self.gap: float | None = None  # seconds between the last two frames

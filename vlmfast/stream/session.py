@@ -29,17 +29,17 @@ from vlmfast.plan import Plan, resolve
 from vlmfast.preconditions import MARK, check_model, unwrap
 from vlmfast.runtime.late_rope import check
 from vlmfast.runtime.placeholders import refuse_placeholders
-from vlmfast.runtime.stream_kv import WorkingSet
-from vlmfast.runtime.video import Eyes, opened
-from vlmfast.stream import saving
+from vlmfast.runtime.working_set_kv import WorkingSetCompression
+from vlmfast.stream import snapshot
+from vlmfast.stream.archive.folder import StoreError
+from vlmfast.stream.archive.store import Store
 from vlmfast.stream.blocks import Block
-from vlmfast.stream.encode import Encoder
-from vlmfast.stream.folder import StoreError
+from vlmfast.stream.encoder import Encoder
 from vlmfast.stream.generate_options import check_options
 from vlmfast.stream.intake import Intake
-from vlmfast.stream.recall import Context, Recall, cache_bytes, reading
-from vlmfast.stream.retrieve import Internal, Retriever, in_time, intervals, parse
-from vlmfast.stream.store import Store
+from vlmfast.stream.retrievers import Internal, Retriever, in_time, intervals, parse
+from vlmfast.stream.vision import VisionEncoder, opened
+from vlmfast.stream.working_set import Context, WorkingSet, cache_bytes, reading
 
 
 @dataclass
@@ -112,7 +112,7 @@ class StreamSession(Intake):
             self.notes.append("speculate: needs the same blocks in every layer (Internal(scope='shared')), left out")
         self.dense = self.plan.speculate is not None or self.plan.kv is not None
         self._check_dense(self.retriever)
-        self.eyes = Eyes(self.model, processor)
+        self.eyes = VisionEncoder(self.model, processor)
         check(self.eyes.text)
         init, _ = self.eyes.prompt([self._turn("?", True)])
         self.encoder = Encoder(self.eyes, init, window, redundancy, self.plan.prune)
@@ -122,10 +122,10 @@ class StreamSession(Intake):
             "flush_seconds": flush_seconds,
         }  # fmt: skip
         if _store is None:
-            head = {} if disk is None else saving.head(self.model, self.config, self.plan.prune)
+            head = {} if disk is None else snapshot.head(self.model, self.config, self.plan.prune)
             _store = Store(ram, disk, disk_limit, keep_as, flush_seconds, head).create()
         self.store = _store
-        self.recall = Recall(self.encoder, self.store, positions == "contiguous", text_after)
+        self.recall = WorkingSet(self.encoder, self.store, positions == "contiguous", text_after)
         self.turns: list[tuple[str, str]] = []
         self.lost_seconds = 0.0
         self.working_peak = 0
@@ -155,7 +155,7 @@ class StreamSession(Intake):
         with self._lock:
             context = self.context(question, at, between, retrieve)
             built = time.perf_counter()
-            kv = None if self.plan.kv is None else WorkingSet(self.eyes.text, self.plan.kv)
+            kv = None if self.plan.kv is None else WorkingSetCompression(self.eyes.text, self.plan.kv)
             with reading(self.eyes, self.dense):
                 with nullcontext() if kv is None else kv.watching():
                     self.recall.prefill(context)
@@ -278,7 +278,7 @@ class StreamSession(Intake):
         self._open()
         with self._lock:
             self._drain()
-            saving.save(self, path)
+            snapshot.save(self, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module, processor: Any, **changed: Any) -> StreamSession:
@@ -286,7 +286,7 @@ class StreamSession(Intake):
         damaged. changed: session arguments that should differ (ram, retrieve, queue, ...); those that shaped the
         stored blocks cannot. Raises UserError for another model, adapters as they are switched included, and while
         another session has the folder open: one session owns it at a time."""
-        return saving.load(cls, path, model, processor, changed)
+        return snapshot.load(cls, path, model, processor, changed)
 
     def close(self, discard: bool = False) -> None:
         """Stop watching, encode what waits, write it to disk and let go of the files.
@@ -303,7 +303,7 @@ class StreamSession(Intake):
             watcher.stop()
         with self._lock:
             if self.store.disk is not None and not discard:
-                saving.finish(self)
+                snapshot.finish(self)
             self._closed = True
             self._unlock()
             self.store.close()

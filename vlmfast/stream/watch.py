@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from vlmfast.core import UserError
-from vlmfast.stream.feed import as_frames
+from vlmfast.stream.frame_queue import as_frames
 
 if TYPE_CHECKING:
     from vlmfast.stream.intake import Intake
@@ -29,7 +29,7 @@ class Watcher:
 
     @staticmethod
     def _frames(source: Any, options: dict[str, Any]) -> Iterable[Any]:
-        from vlmfast.stream.live import open_source
+        from vlmfast.video.live_source import open_source
 
         if isinstance(source, (str, int)) or hasattr(source, "__fspath__"):
             return open_source(source, **options)

@@ -1,0 +1,1 @@
+"""Accuracy, paired: `python -m evals.accuracy --task NAME --out FILE.jsonl --summary FILE.json`."""

@@ -1,0 +1,1 @@
+"""Everything that a GPU is asked in one run: `python -m evals.gpu --out FOLDER`."""

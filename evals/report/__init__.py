@@ -1,0 +1,1 @@
+"""The tables and pictures of the documents, made from the result files."""

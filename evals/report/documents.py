@@ -1,0 +1,147 @@
+"""The measured columns and tables of the documents, from `evals/results`: `python -m evals.report.documents [--check]`.
+
+A table is found by its marker (`<!-- measured: encode -->`); its first columns are words and stay, the measured ones
+are written anew, so that no figure in it was typed by hand. A method without a measurement says so. Whole tables
+(`evals.report.tables`) stand behind `<!-- table: NAME -->` in the README, in `docs/` and in `evals/README.md`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from evals.accuracy.tables import KEEPS
+from evals.report import gpu_tables
+from evals.report import tables as readme_tables
+from vlmfast.bench import records
+from vlmfast.cli.errors import application
+
+DOCUMENTS = (
+    records.ROOT / "README.md",
+    *sorted((records.ROOT / "docs").glob("*.md")),
+    records.ROOT / "evals" / "README.md",
+)
+RESULTS = records.ROOT / "evals" / "results"
+UNKNOWN = ["not measured yet", "-", "-", "-"]
+WORDS = {"encode": 4, "prefill": 3}  # columns that are not measured
+HEADS = {
+    "encode": ["prefill", "TTFT", "choosing", f"points at {' / '.join(map(str, KEEPS))} %"],
+    "prefill": ["KV bytes", "decode", "choosing", f"points at {' / '.join(map(str, KEEPS))} %"],
+}
+
+
+def rows_of(name: str, results: Path = RESULTS) -> list[dict[str, Any]]:
+    """The rows of a result file, none when it is not there."""
+    file = results / name
+    return json.loads(file.read_text())["rows"] if file.exists() else []
+
+
+def ratio(row: dict[str, Any], key: str, base: str = "plain") -> str:
+    """A paired ratio as one reads it."""
+    found = row["vs"].get(base, {}).get(key)
+    return "-" if not found else f"{found[0]:.1f}x" if found[0] >= 1.95 else f"{found[0]:.2f}x"
+
+
+def share(value: float | None) -> str:
+    """A share as a percentage."""
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def points(rows: list[dict[str, Any]], method: str) -> str:
+    """Paired differences to plain in points at every kept fraction; bold where the interval leaves out zero."""
+    by_name = {r["name"]: r["metrics"] for r in rows}
+
+    def one(m: dict[str, Any] | None) -> str:
+        if m is None:
+            return "-"
+        text = f"{100 * m['diff_vs_plain']:+.1f}"
+        low, high = m["diff_ci95"]
+        return f"**{text}**" if low > 0 or high < 0 else text
+
+    if method in by_name:
+        return one(by_name[method])
+    return " / ".join(one(by_name.get(f"{method}-{k}") or by_name.get(f"kv.{method}-{k}")) for k in KEEPS)
+
+
+def encode_cells(results: Path = RESULTS) -> dict[str, list[str]]:
+    """Method -> measured cells of the encode table."""
+    accuracy, out = rows_of("accuracy-pocket.json", results), {}
+    for row in rows_of("cpu-encode.json", results):
+        if row["name"] != "plain" and (row["name"] == "pixelprune" or "after_block" not in row["params"]):
+            chosen = share(row["metrics"].get("select_of_plain_prefill"))
+            cells = [ratio(row, "prefill_ms"), ratio(row, "ttft_ms"), chosen, points(accuracy, row["name"])]
+            out[row["name"]] = cells  # the group of all methods comes last
+    return out
+
+
+def prefill_cells(results: Path = RESULTS) -> dict[str, list[str]]:
+    """Method -> measured cells of the policies' table."""
+    accuracy = [*rows_of("accuracy-policies.json", results), *rows_of("accuracy-lazy.json", results)]
+    out = {}
+    for row in rows_of("cpu-prefill.json", results):
+        if row.get("end_to_end") and row["name"] != "plain":
+            cells = [ratio(row, "kv_fast_bytes"), ratio(row, "decode_ms_per_token")]
+            out[row["name"]] = [*cells, share(row["metrics"]["compress_share"]), points(accuracy, row["name"])]
+    return out
+
+
+def filled(text: str, stage: str, cells: dict[str, list[str]]) -> str:
+    """A document's text with the measured columns of one table written anew."""
+    before, marker, after = text.partition(f"<!-- measured: {stage} -->\n")
+    if not marker:
+        raise ValueError(f"no table is marked {stage}")
+    lines, keep = after.split("\n"), WORDS[stage]
+    for i, line in enumerate(lines):
+        if not line.startswith("|"):
+            break
+        words = [c.strip() for c in line.strip("|").split(" | " if i != 1 else "|")][:keep]
+        extra = HEADS[stage] if i == 0 else ["---"] * 4 if i == 1 else cells.get(words[0].strip("`"), UNKNOWN)
+        lines[i] = "|" + "|".join([*words, *extra]) + "|" if i == 1 else f"| {' | '.join([*words, *extra])} |"
+    return before + marker + "\n".join(lines)
+
+
+def placed(text: str, name: str, table: str) -> str:
+    """The text with the table behind `<!-- table: NAME -->` replaced."""
+    before, marker, after = text.partition(f"<!-- table: {name} -->\n")
+    if not marker:
+        return text
+    lines = after.split("\n")
+    rest = next((i for i, line in enumerate(lines) if not line.startswith("|")), len(lines))
+    return before + marker + "\n".join([*table.split("\n"), *lines[rest:]])
+
+
+def build(text: str) -> str:
+    """A whole document, measured columns and tables anew."""
+    for stage, cells in (("encode", encode_cells), ("prefill", prefill_cells)):
+        if f"<!-- measured: {stage} -->" in text:
+            text = filled(text, stage, cells())
+    for name, (file, table) in (readme_tables.TABLES | gpu_tables.TABLES).items():
+        rows = rows_of(file)
+        if rows:
+            text = placed(text, name, table(rows))
+    return placed(text, "accuracy-summary", readme_tables.summary(rows_of))
+
+
+def main(
+    check: Annotated[bool, typer.Option("--check", help="change nothing; fail when one is out of date")] = False,
+) -> None:
+    """Write (or check) what was measured."""
+    for document in DOCUMENTS:
+        old = document.read_text()
+        new = build(old)
+        if check and new != old:
+            print(
+                f"error: {document.name} is not what evals/results say: run python -m evals.report.documents",
+                file=sys.stderr,
+            )
+            raise typer.Exit(1)
+        if not check:
+            document.write_text(new)
+
+
+if __name__ == "__main__":
+    application(main)()

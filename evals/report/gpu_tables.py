@@ -1,0 +1,205 @@
+"""The GPU suite's tables: what it prints when a part ends, and Markdown for the documents."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from evals.report.tables import Row, markdown, ratio
+
+Column = tuple[str, Callable[[Row], str]]
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """Three digits, thousands apart; "-" for none."""
+    if not isinstance(value, (int, float)):
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.{digits}g}"
+
+
+def metric(key: str) -> Callable[[Row], str]:
+    """A column of one metric."""
+    return lambda r: number(r["metrics"].get(key))
+
+
+def param(key: str) -> Callable[[Row], str]:
+    """A column of one parameter."""
+    return lambda r: number(r["params"].get(key))
+
+
+def within(stem: str, key: str) -> Callable[[Row], str]:
+    """A median with its least and largest."""
+
+    def cell(r: Row) -> str:
+        m = r["metrics"]
+        low, high = m.get(f"{stem}_low_ms"), m.get(f"{stem}_high_ms")
+        return number(m.get(key)) + (f" [{number(low)}, {number(high)}]" if low is not None else "")
+
+    return cell
+
+
+def over(key: str) -> Callable[[Row], str]:
+    """How much faster than stock."""
+    return lambda r: ratio(r, key)
+
+
+def gigabytes(r: Row) -> str:
+    """Peak memory."""
+    peak = r["metrics"].get("peak_bytes")
+    return "-" if not peak else f"{peak / 1e9:.1f}"
+
+
+def engine(r: Row) -> str:
+    """What decoded, as the report says it."""
+    return str(r.get("report", {}).get("engine", "-"))[:12]
+
+
+CHECK: list[Column] = [
+    (k, metric(k)) for k in ("cases", "equal", "ran", "refused", "different", "passed", "skipped", "failed", "seconds")
+]
+FIRST: list[Column] = [
+    ("visual", param("visual_tokens")), ("first token ms", within("ttft", "ttft_ms")), ("faster", over("ttft_ms")),
+    ("tower", metric("encode_ms")), ("bound", metric("encode_floor_ms")), ("choose", metric("select_ms")),
+    ("language", metric("prefill_ms")), ("bound ", metric("prefill_floor_ms")),
+]  # fmt: skip
+CHOOSE: list[Column] = [
+    ("choose ms", metric("select_ms")), ("first token ms", metric("ttft_ms")), ("kept", metric("kept_tokens")),
+    ("first call", metric("warm_ms")),
+]  # fmt: skip
+DECODE: list[Column] = [
+    ("visual", param("visual_tokens")), ("rows", param("batch")),
+    ("ms a token", within("decode", "decode_ms_per_token")), ("faster", over("decode_ms_per_token")),
+    ("steady", metric("steady_ms_per_token")), ("reported", metric("reported_ms_per_token")),
+    ("bound", metric("decode_floor_ms")), ("accepted", metric("accepted_length")), ("GB", gigabytes), ("by", engine),
+]  # fmt: skip
+STREAM: list[Column] = [
+    ("frames/s", metric("fps")), ("side", metric("side")), ("answer ms", metric("latency_ms")),
+    ("choose", metric("select_ms")), ("prefill", metric("prefill_ms")), ("GB", gigabytes),
+]  # fmt: skip
+PROFILE: list[Column] = [
+    ("visual", param("visual_tokens")), ("device ms", metric("device_ms")), ("kernels", metric("launches")),
+]  # fmt: skip
+COLUMNS = {"methods": CHECK, "kernels": CHECK, "first_token": FIRST, "choose": CHOOSE, "decode": DECODE,
+           "stream": STREAM, "profile": PROFILE}  # fmt: skip
+
+
+def of(part: str, rows: list[Row]) -> list[Row]:
+    """A part's rows; how the model was built is left out."""
+    found = [r for r in rows if r["params"].get("part") == part and r["name"] != "build"]
+    return together(found) if part == "methods" else found
+
+
+def together(rows: list[Row]) -> list[Row]:
+    """One row of those that share a group's cases: counts added up, the longest time."""
+    out: dict[str, Row] = {}
+    for r in rows:
+        if r["name"] not in out:
+            out[r["name"]] = {**r, "metrics": dict(r["metrics"]), "wrong": list(r["wrong"])}
+            continue
+        whole = out[r["name"]]
+        whole["wrong"] += r["wrong"]
+        whole["by"] = dict(Counter(whole.get("by", {})) + Counter(r.get("by", {})))
+        for k, v in r["metrics"].items():
+            whole["metrics"][k] = max(whole["metrics"][k], v) if k == "seconds" else whole["metrics"][k] + v
+    return list(out.values())
+
+
+def cells(part: str, rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """Heads and cells; columns that no row fills are left out."""
+    heads = ["", *(head.strip() for head, _ in COLUMNS[part])]
+    lines = [[r["name"], *(cell(r) for _, cell in COLUMNS[part])] for r in of(part, rows)]
+    used = [0, *(c for c in range(1, len(heads)) if any(line[c] != "-" for line in lines))]
+    return [heads[c] for c in used], [[line[c] for c in used] for line in lines]
+
+
+def show(part: str, record: dict[str, Any], top: int = 5) -> None:
+    """Print a part: a narrow table, what was wrong, what was left out."""
+    from vlmfast.cli import console
+
+    heads, lines = cells(part, record["rows"])
+    page = console.out()
+    state = [p for p in record["parts"] if p["part"].partition(" ")[0] == part]
+    done = [p["seconds"] for p in state if p["state"] == "done"]
+    ended = "; ".join(f"{p['part']} {p['state']}, {p['seconds']:.0f} s" for p in state if p["state"] != "done")
+    ended = "; ".join(filter(None, [f"{len(done)} done in {max(done, default=0):.0f} s", ended]))
+    page.print(f"\n{part}: {ended}", markup=False, soft_wrap=True)
+    if lines:
+        widths = [max(len(row[c]) for row in [heads, *lines]) for c in range(len(heads))]
+        for row in [heads, *lines]:
+            text = [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
+            page.print("  ".join(text).rstrip(), markup=False, soft_wrap=True)
+    for r in of(part, record["rows"]):
+        for line in r.get("wrong", [])[:8]:
+            page.print(f"  WRONG {r['name']}: {line}"[:160], markup=False, soft_wrap=True)
+        if r.get("by"):
+            page.print(f"  {r['name']} decoded by: {r['by']}", markup=False, soft_wrap=True)
+        if r.get("kernels"):
+            page.print(f"  {r['name']}", markup=False)
+        for k in r.get("kernels", [])[:top]:
+            page.print(f"  {k['us']:>9,.0f} us x{k['count']:<5g} {k['kernel'][:56]}", markup=False, soft_wrap=True)
+    for line in record["skipped"]:
+        if line.startswith(f"{part}:"):
+            page.print(f"  left out: {line.partition(': ')[2]}"[:160], markup=False, soft_wrap=True)
+    for p in state:
+        for line in p.get("last", []):
+            page.print(f"  {p['part']} | {line[:140]}", markup=False, soft_wrap=True)
+
+
+def table(part: str) -> Callable[[list[Row]], str]:
+    """A part's Markdown table."""
+
+    def write(rows: list[Row]) -> str:
+        heads, lines = cells(part, rows)
+        return markdown(["method", *heads[1:]], lines) if lines else markdown(["not measured in this record"], [])
+
+    return write
+
+
+def kernels(rows: list[Row]) -> str:
+    """The longest kernels of every profile."""
+    lines = [
+        [r["name"] if not i else "", f"{k['us']:,.0f}", f"{k['count']:g}", f"`{k['kernel'][:60]}`"]
+        for r in of("profile", rows)
+        for i, k in enumerate(r.get("kernels", [])[:8])
+    ]
+    return markdown(["of", "us", "calls", "kernel"], lines)
+
+
+#: of the README: what is timed, part, row, visual tokens, rows of the batch, metric
+SUMMARY = [
+    ("first token, 8,192 visual tokens, all kept", "first_token", "tower", 8192, 1, "ttft_ms"),
+    ("the same, `balanced` (two fifths kept)", "first_token", "balanced", 8192, 1, "ttft_ms"),
+    ("the same, `fast` (a fifth kept)", "first_token", "fast", 8192, 1, "ttft_ms"),
+    ("first token, 2,048 visual tokens, all kept", "first_token", "tower", 2048, 1, "ttft_ms"),
+    ("the same, `balanced`", "first_token", "balanced", 2048, 1, "ttft_ms"),
+    ("first token, 256 visual tokens, all kept", "first_token", "tower", 256, 1, "ttft_ms"),
+    ("each next token, 8,192 visual tokens", "decode", "ours", 8192, 1, "decode_ms_per_token"),
+    ("each next step, 8 rows of 2,048 visual tokens", "decode", "ours", 2048, 8, "decode_ms_per_token"),
+]
+
+
+def summary(rows: list[Row]) -> str:
+    """The README's table: what a call costs, stock and ours, in milliseconds."""
+    found = {
+        (r["params"].get("part"), r["name"], r["params"].get("visual_tokens"), r["params"].get("batch")): r
+        for r in rows
+    }
+    lines = []
+    for words, part, name, visual, batch, key in SUMMARY:
+        plain, ours = (found.get((part, n, visual, batch)) for n in ("plain", name))
+        if plain and ours:
+            lines.append([words, number(plain["metrics"].get(key)), number(ours["metrics"].get(key)), ratio(ours, key)])
+    return markdown(["milliseconds", "stock", "vlmfast", "faster"], lines)
+
+
+#: marker -> (result file, table)
+TABLES = {
+    "gpu-summary": ("gpu.json", summary),
+    "gpu-methods": ("gpu.json", table("methods")),
+    "gpu-first-token": ("gpu.json", table("first_token")),
+    "gpu-choose": ("gpu.json", table("choose")),
+    "gpu-decode": ("gpu.json", table("decode")),
+    "gpu-stream": ("gpu.json", table("stream")),
+    "gpu-kernels": ("gpu.json", kernels),
+}

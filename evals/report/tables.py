@@ -1,0 +1,232 @@
+"""Whole tables of the documents, each made from one result file (see `evals.report.documents`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def markdown(heads: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(r)} |" for r in [heads, ["---"] * len(heads), *rows])
+
+
+def ratio(row: Row, key: str, base: str = "plain", interval: bool = False) -> str:
+    """A paired ratio as one reads it, with its interval where asked."""
+    found = row["vs"].get(base, {}).get(key)
+    if not found:
+        return "-"
+    digits = 1 if found[0] >= 9.95 else 2
+    text = f"{found[0]:.{digits}f}x"
+    return f"{text} [{found[1]:.{digits}f}, {found[2]:.{digits}f}]" if interval else text
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A share as a percentage."""
+    return "-" if value is None else f"{100 * value:.{digits}f} %"
+
+
+def difference(m: dict[str, Any]) -> str:
+    """Points against plain with the interval."""
+    if "diff_vs_plain" not in m:
+        return ""
+    low, high = (f"{100 * x:+.1f}" for x in m["diff_ci95"])
+    return f"{100 * m['diff_vs_plain']:+.1f} [{low}, {high}]"
+
+
+def encode(rows: list[Row]) -> str:
+    """The deep group of the encode suite: the tower's output, inside the tower, between layers."""
+    out, first = [], rows[0]["params"].get("layers")
+    for r in rows:
+        p, m = r["params"], r["metrics"]
+        if p.get("layers") != first:
+            continue
+        name = r["name"] + (f", after tower block {p['after_block']} of {p['depth']}" if "after_block" in p else "")
+        times = [f"{m[k]:,.0f}" for k in ("encode_ms", "select_ms")]
+        times += [f"{m[k]:,.0f}" + (f" ({ratio(r, k, 'plain', True)})" if r["vs"] else "") for k in
+                  ("prefill_ms", "ttft_ms")]  # fmt: skip
+        floor = f"{m['encode_floor_ms']:,.0f} + {m['prefill_floor_ms']:,.0f}"
+        out.append([name, f"{m['visual_tokens']:,.0f} → {m['kept_tokens']:,.0f}", *times, floor])
+    heads = ["method", "visual tokens", "encode", "choose", "prefill", "TTFT", "floor: encode + prefill"]
+    return markdown(heads, out)
+
+
+def decode(rows: list[Row]) -> str:
+    """Pocket captions: every rule and draft against stock generate and our plain loop."""
+    out = []
+    for r in rows:
+        p, m = r["params"], r["metrics"]
+        if (
+            "shape" in p
+            or r.get("predicted")
+            or ("relax" in p and r["name"] != "randomrelax")
+            or r["name"] == "loose-paper"
+        ):
+            continue
+        if r["name"] == "loose" and set(p) - {"draft", "length", "batch", "dtype", "processes"}:
+            continue
+        if r["name"] == "randomrelax" and p.get("relax") != 0.5:
+            continue
+        name = f"{r['name']} ({p['draft']})" if "draft" in p and r["name"] != "plain" else r["name"]
+        name += ", bfloat16" if "dtype" in p else ""
+        accepted = f"{m['accepted_length']:.2f}" if m.get("drafted") else "-"
+        out.append([
+            name, ratio(r, "decode_ms_per_token", "plain", True), ratio(r, "decode_ms_per_token", "plain_loop", True),
+            ratio(r, "total_ms"), accepted, percent(m.get("retention")), difference(m), percent(m["same_text"], 0),
+        ])  # fmt: skip
+    heads = ["rule (draft)", "decode, against plain", "against plain_loop", "whole answer", "accepted per round",
+             "caption F1 kept", "points", "same text"]  # fmt: skip
+    return markdown(heads, out)
+
+
+def luck(rows: list[Row]) -> str:
+    """Rules at equal accepted length: what looking keeps that luck loses."""
+    out = []
+    ratios = list(dict.fromkeys(k for r in rows for k in r["metrics"].get("vs_random", {})))
+    for r in rows:
+        p, m = r["params"], r["metrics"]
+        cells = [r["name"] + (f" relax={p['relax']:g}" if "relax" in p else ""), f"{m['accepted_length']:.2f}"]
+        cells += [percent(m["f1"]), difference(m)]
+        for k in ratios:
+            mean, low, high = m["vs_random"][k] if "vs_random" in m else (None, None, None)
+            cells.append("" if mean is None else f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]")
+        out.append(cells)
+    heads = ["rule", "accepted per round", "caption F1", "points against exact", *(f"against luck {k}" for k in ratios)]
+    return markdown(heads, out)
+
+
+def kv(rows: list[Row], contexts: tuple[int, ...] = (8192, 32768, 131072), keep: float = 0.10) -> str:
+    """The attention op, the whole step and the bytes at a tenth of the cache, against our own full cache."""
+    out = []
+    for r in rows:
+        p, m = r["params"], r["metrics"]
+        if r.get("end_to_end") or p["context_tokens"] not in contexts or p.get("keep", keep) not in (keep, 1.0):
+            continue
+        if r["name"] == "full":
+            continue
+        out.append([
+            f"{p['context_tokens'] // 1024}k x {p['batch']}", r["name"], f"{m['attention_ms']:.2f} ms",
+            ratio(r, "attention_ms", "full"), ratio(r, "decode_ms_per_token", "full"),
+            f"{m['bound_vs_full']:.2f}x" if r["name"] != "plain" else "-", percent(m.get("step_of_bound"), 0),
+            ratio(r, "kv_fast_bytes", "full"), f"{m['kv_host_bytes'] / 2**20:,.0f} MB",
+            percent(m.get("compress_share")),
+        ])  # fmt: skip
+    heads = ["context x batch", "method", "attention op", "against full", "step against full", "byte bound",
+             "of the bound", "fast bytes fewer", "host bytes", "choosing, of prefill"]  # fmt: skip
+    return markdown(heads, out)
+
+
+def stream(rows: list[Row]) -> str:
+    """Accuracy, recall of the evidence and latency per length and way of retrieving."""
+    out = []
+    for r in rows:
+        m = r["metrics"]
+        if "accuracy" not in m:
+            continue
+        out.append([
+            f"{r['params']['minutes']:g} min", r["name"], str(m["questions"]),
+            percent(m.get("accuracy_past", m["accuracy"]), 0), percent(m.get("evidence_recall_past"), 0),
+            percent(m.get("accuracy_now"), 0), f"{m['total_ms']:,.0f} ms" if "total_ms" in m else "-",
+        ])  # fmt: skip
+    return markdown(
+        ["length", "way", "questions", "right, past events", "evidence recalled", "right, on screen now", "answer"], out
+    )
+
+
+def sessions(rows: list[Row]) -> str:
+    """What a stream keeps and costs by its length."""
+    out = []
+    for r in rows:
+        m = r["metrics"]
+        if r["name"] != "session":
+            continue
+        mb = [f"{m[k] / 2**20:,.1f} MB" for k in ("kv_fast_bytes", "kv_host_bytes", "kv_disk_bytes", "bytes_per_hour")]
+        out.append([f"{m['minutes']:g} min", f"{m['fps']:.0f}", *mb, ratio(r, "bytes_per_hour", "rekv")])
+    heads = ["length", "frames/s", "fast memory", "RAM archive", "disk", "archive per hour", "less than plain ReKV"]
+    return markdown(heads, out)
+
+
+def presets(rows: list[Row]) -> str:
+    """Every preset end to end at 3B shapes, and a second question about the same clip."""
+    out = []
+    for r in rows:
+        m = r["metrics"]
+        if r["name"] == "reuse":
+            cells = ["", "", "", f"{m['ttft_ms']:,.0f} ({ratio(r, 'ttft_ms', 'plain', True)})", "", "", "", ""]
+            out.append(["second question, reuse=", *cells])
+            continue
+        cells = [f"{m['kept_tokens']:,.0f}", *(f"{m[k]:,.0f}" for k in ("encode_ms", "prefill_ms", "ttft_ms"))]
+        cells += [f"{m['decode_ms_per_token']:.0f}", f"{m['total_ms']:,.0f}"]
+        speed = [ratio(r, k, "plain", True) if r["vs"] else "" for k in ("total_ms", "decode_ms_per_token")]
+        out.append([r["name"], *cells, *speed])
+    heads = ["preset", "visual tokens", "encode ms", "prefill ms", "TTFT ms", "ms/token", "total ms", "total faster",
+             "decode faster"]  # fmt: skip
+    return markdown(heads, out)
+
+
+def accuracy(rows: list[Row]) -> str:
+    """Score and paired difference of every method."""
+    out = []
+    for r in rows:
+        m = r["metrics"]
+        out.append([r["name"], str(r["params"]["questions"]), percent(m.get("accuracy", m.get("f1"))), difference(m)])
+    return markdown(["method", "questions", "right", "points against plain"], out)
+
+
+#: of the README: which questions, what is done, result file, row
+SUMMARY = [
+    ("long prompts of eleven kinds", "`balanced`", "accuracy-presets.json", "balanced"),
+    ("long prompts of eleven kinds", "`fast`", "accuracy-presets.json", "fast"),
+    ("easy-VQA", "`vidcom2`, 25 % of tokens", "accuracy-easy-vqa.json", "vidcom2-25"),
+    ("easy-VQA", "`uniform`, 25 % of tokens", "accuracy-easy-vqa.json", "uniform-25"),
+    ("small pictures, several objects", "`vidcom2`, 25 % of tokens", "accuracy-pocket.json", "vidcom2-25"),
+    ("second questions, clips", "`hybridkv`, 10 % of cache", "accuracy-turns.json", "hybridkv-10"),
+    ("second questions, clips", "`snapkv`, 10 % of cache", "accuracy-turns.json", "snapkv-10"),
+]  # fmt: skip
+
+
+def summary(rows_of: Callable[[str], list[Row]]) -> str:
+    """The README's table: what some methods do to the answers of the small models. rows_of: the rows of a file."""
+    out = []
+    for words, method, file, name in SUMMARY:
+        found = {r["name"]: r for r in rows_of(file)}
+        if name in found:
+            m, asked = found[name]["metrics"], f"{found[name]['params']['questions']:,}"
+            out.append([words, asked, method, percent(m["accuracy"] - m["diff_vs_plain"]), difference(m)])
+    return markdown(["questions", "asked", "method", "plain is right", "change"], out)
+
+
+def crash(rows: list[Row]) -> str:
+    """What happened to an archive, and how often it was then the stream it should be."""
+    keys = ("trials", "same", "reported", "refused", "wrong")
+    out = []
+    for r in rows:
+        name = r["name"] + (", while open" if r["params"].get("while_open") else "")
+        out.append([name, *(f"{r['metrics'][k]:,}" for k in keys)])
+    return markdown(["what is done", *keys], out)
+
+
+#: marker -> (result file, table)
+TABLES = {
+    "encode": ("cpu-encode.json", encode),
+    "decode": ("cpu-decode.json", decode),
+    "luck": ("luck.json", luck),
+    "kv": ("cpu-prefill.json", kv),
+    "stream": ("cpu-stream.json", stream),
+    "sessions": ("cpu-stream.json", sessions),
+    "crash": ("stream-crash.json", crash),
+    "presets": ("cpu-presets.json", presets),
+    "accuracy-easy-vqa": ("accuracy-easy-vqa.json", accuracy),
+    "accuracy-long": ("accuracy-long.json", accuracy),
+    "accuracy-turns": ("accuracy-turns.json", accuracy),
+    "accuracy-easy-again": ("accuracy-easy-again.json", accuracy),
+    "accuracy-grounding": ("accuracy-grounding.json", accuracy),
+    "accuracy-lazy": ("accuracy-lazy.json", accuracy),
+    "accuracy-captions": ("accuracy-captions.json", accuracy),
+    "accuracy-hybridkv": ("accuracy-hybridkv.json", accuracy),
+    "accuracy-presets": ("accuracy-presets.json", accuracy),
+    "accuracy-rules": ("accuracy-rules.json", accuracy),
+    "accuracy-policies": ("accuracy-policies.json", accuracy),
+}

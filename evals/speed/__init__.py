@@ -1,0 +1,1 @@
+"""Speed, stage by stage: `python -m evals.speed --suite NAME --out FILE.json`."""

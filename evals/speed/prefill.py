@@ -1,0 +1,325 @@
+"""What compressed keys and values save at decode: the attention op, the whole step, the bytes, and what choosing costs.
+
+Layers of a 7B text decoder with random weights over synthetic keys and values that every method compresses. Random
+weights attend flat, so HybridKV's head types are replayed (`SPLIT` of the heads dynamic, or `--split`). Queries of
+consecutive steps are correlated (`DRIFT`), otherwise every step would swap every chunk.
+
+Timed are windows of `STEPS` tokens, as many as HybridKV goes between two searches: `attention_ms` and
+`decode_ms_per_token` are means over a window, `attention_worst_ms` its slowest token. What decodes every token alike is
+timed on one. The cache grows as it does in use; bytes are those after compression.
+
+Rows: `plain` (stock transformers: growing DynamicCache, sdpa), `full` (every column, our storage and kernels), `snapkv`
+and `hybridkv` at several budgets, and `adakv-masked`: AdaKV as most peers have it, columns masked and not removed.
+`bound_vs_full` is the step ratio that bytes alone would give; `floor_ms` the bytes of a step over the copy rate.
+Rows marked `end_to_end` are every policy through `generate` on one prompt (see `evals.speed.policies`).
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import itertools
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import DynamicCache, Qwen2Config, Qwen2Model
+
+from evals.speed import policies as speed_policies
+from vlmfast import kernels
+from vlmfast.bench import records, timing
+from vlmfast.cli.errors import application
+from vlmfast.core import Kind, LayerView, to_json
+from vlmfast.prefill import AdaKV, Full, HybridKV, KVLayer, KVPolicy, SnapKV
+from vlmfast.runtime.attention import AttentionSwitch, tag
+from vlmfast.runtime.compat import CACHE
+from vlmfast.runtime.patch import Patch
+
+SEED, SPLIT, DRIFT, TEXT, DTYPE = 0, 0.25, 0.95, 64, getattr(torch, timing.half())
+LIMIT = 8e9  # bytes of keys and values, over all methods of one combination
+STEPS = 4  # tokens per timed window, HybridKV's `refresh`
+FLUSH = 96 * 2**20  # bytes written before each timed attention op: in a step, a layer's weights pass in between
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A text decoder: heads of Qwen2.5-VL-7B, a few of its 28 layers."""
+
+    hidden: int = 3584
+    heads: int = 28
+    kv_heads: int = 4
+    intermediate: int = 18944
+    layers: int = 2
+    contexts: tuple[int, ...] = (2048, 8192, 32768, 131072)
+    batches: tuple[int, ...] = (1, 4, 8)
+    keeps: tuple[float, ...] = (0.20, 0.10, 0.05)
+
+    @property
+    def head(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def weights(self) -> int:
+        """Parameters of all layers."""
+        return self.layers * (
+            2 * self.hidden * self.head * (self.heads + self.kv_heads) + 3 * self.hidden * self.intermediate
+        )
+
+    def kv_bytes(self, context: int, batch: int) -> int:
+        return 2 * DTYPE.itemsize * self.layers * batch * self.kv_heads * context * self.head
+
+    def prefill_flops(self, context: int, batch: int) -> float:
+        return batch * (2.0 * self.weights * context + self.layers * 2.0 * context**2 * self.hidden)
+
+
+TOY = Shape(512, 8, 4, 1024, 2, (512, 2048), (1, 2), (0.20, 0.10))
+
+
+def build(shape: Shape) -> Qwen2Model:
+    config = Qwen2Config(
+        hidden_size=shape.hidden, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+        intermediate_size=shape.intermediate, num_hidden_layers=shape.layers, vocab_size=8, use_sliding_window=False,
+        max_position_embeddings=2**18, attn_implementation="sdpa",
+    )  # fmt: skip
+    torch.manual_seed(SEED)
+    return Qwen2Model(config).to(DTYPE).eval().requires_grad_(False)
+
+
+class Masked(KVLayer):
+    """All columns stay; those AdaKV would remove are masked. Dense packed sdpa, the kindest reading of the peers."""
+
+    def compress(self, kept: Any, positions: Tensor | None = None) -> None:
+        assert self.keys is not None
+        b, hk, n, _ = self.keys.shape
+        self.mask = torch.zeros(b * hk, n, dtype=torch.bool)
+        for row, columns in enumerate(kept.keep):
+            self.mask[row, columns] = True
+        self.mask = self.mask.view(b, hk, 1, n)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.keys is None or self.values is None:
+            return super().update(key_states, value_states)
+        q = key_states.shape[2]
+        self.keys, self.values = torch.cat([self.keys, key_states], 2), torch.cat([self.values, value_states], 2)
+        self.mask = torch.cat([self.mask, self.mask.new_ones(*self.mask.shape[:3], q)], 3)
+        self.entered += q
+        return tag(key_states, self), value_states
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        self.mask = self.mask[..., :tokens_to_remove]
+
+    def attend(self, query: Tensor, scaling: float) -> Tensor:
+        assert self.keys is not None and self.values is not None
+        packed = query.reshape(query.shape[0], self.heads, -1, query.shape[-1])
+        return scaled_dot_product_attention(packed, self.keys, self.values, self.mask, scale=scaling).reshape_as(query)
+
+
+@dataclass
+class Entry:
+    """One competitor: its cache over the common prefill, and what compressing it took."""
+
+    policy: KVPolicy | None
+    cache: DynamicCache
+    compress_ms: float = 0.0
+
+
+def prefilled(shape: Shape, policy: KVPolicy | None, keys: Tensor, values: Tensor) -> Entry:
+    """A cache whose layers all hold the synthetic prefill, compressed by the policy (None: stock layers)."""
+    cache = DynamicCache()
+    if policy is None:
+        for i in range(shape.layers):
+            cache.update(keys, values, i)
+        return Entry(None, cache)
+    b, n = keys.shape[0], keys.shape[2]
+    kinds = torch.full((b, n), Kind.VISUAL, dtype=torch.int8)
+    kinds[:, :20], kinds[:, -TEXT:] = Kind.SYSTEM, Kind.TEXT
+    w = min(policy.window(), TEXT)
+    query = torch.randn(b, shape.heads, max(1, w), shape.head).to(DTYPE)
+    count = torch.ones(b, max(1, w), dtype=torch.bool)
+    spent = 0.0
+    for i in range(shape.layers):
+        layer = Masked() if isinstance(policy, AdaKV) else policy.cache_layer()
+        layer.update(keys, values)
+        start = timing.now()
+        window = None
+        if w:
+            window = kernels.window_mean(query, keys, shape.head**-0.5, kinds != Kind.PAD, count)
+        view = LayerView(keys, values, kinds, window, i, shape.layers, None, count[:, :1])
+        layer.compress(policy.compress(view))
+        spent += timing.now() - start
+        cache.layers.append(layer)
+    return Entry(policy, cache, spent * 1e3)
+
+
+def drifting(x: Tensor, fresh: Tensor) -> Tensor:
+    return DRIFT * x + math.sqrt(1 - DRIFT**2) * fresh
+
+
+def competitor(shape: Shape, model: Qwen2Model, entry: Entry, batch: int, context: int) -> Callable[[], timing.Sample]:
+    """One paired run: a window of the attention op of one layer (append included), then one of whole steps."""
+    gen = torch.Generator().manual_seed(SEED + 1)
+    flush = torch.zeros(FLUSH, dtype=torch.uint8)
+    state: dict[str, Tensor] = {
+        "query": torch.randn(batch, shape.heads, 1, shape.head, generator=gen),
+        "hidden": torch.randn(batch, 1, shape.hidden, generator=gen),
+    }
+    attention: Any = model.layers[0].self_attn
+    stock = torch.nn.functional.scaled_dot_product_attention
+    alike = entry.policy is None or isinstance(entry.cache.layers[0], Masked)
+    steps, tiers, at = 1 if alike else STEPS, bytes_of(entry.cache), itertools.count(context)
+    layer: Any = copy.deepcopy(entry.cache.layers[0])  # the op goes its own way: queries of a kind follow each other
+
+    def drift(name: str) -> Tensor:
+        state[name] = drifting(state[name], torch.randn(state[name].shape, generator=gen))
+        return state[name].to(DTYPE)
+
+    def op() -> float:
+        query = drift("query")
+        key, value = torch.randn(2, batch, shape.kv_heads, 1, shape.head, generator=gen).to(DTYPE)
+        flush.add_(1)
+        start = timing.now()
+        k, v = layer.update(key, value)
+        if entry.policy is None:
+            stock(query, k, v, scale=attention.scaling, enable_gqa=True)
+        else:
+            layer.attend(query, attention.scaling)
+        return (timing.now() - start) * 1e3
+
+    def step() -> float:
+        hidden, position = drift("hidden"), torch.full((batch, 1), next(at))
+        start = timing.now()
+        model(inputs_embeds=hidden, **{CACHE: entry.cache}, position_ids=position)
+        return (timing.now() - start) * 1e3
+
+    def run() -> timing.Sample:
+        ops, whole = [op() for _ in range(steps)], [step() for _ in range(steps)]
+        return {
+            "attention_ms": statistics.mean(ops), "attention_worst_ms": max(ops),
+            "decode_ms_per_token": statistics.mean(whole), **{k: float(v) for k, v in tiers.items()},
+        }  # fmt: skip
+
+    return run
+
+
+def bytes_of(cache: DynamicCache) -> dict[str, int]:
+    """Bytes of all layers by tier."""
+    out = {"kv_fast_bytes": 0, "kv_fast_allocated_bytes": 0, "kv_host_bytes": 0, "resident_bytes": 0}
+    for layer in cache.layers:
+        if isinstance(layer, KVLayer):
+            tiers = layer.nbytes()
+        else:
+            n = sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
+            tiers = {"fast": n, "fast_allocated": n, "host": 0, "resident": n}
+        for name, tier in zip(out, ("fast", "fast_allocated", "host", "resident"), strict=True):
+            out[name] += tiers[tier]
+    return out
+
+
+def methods(shape: Shape, split: float) -> dict[str, KVPolicy | None]:
+    out: dict[str, KVPolicy | None] = {"plain": None, "full": Full(), "adakv-masked 0.1": AdaKV(keep=0.10)}
+    for keep in shape.keeps:
+        out[f"snapkv {keep}"] = SnapKV(keep=keep)
+        out[f"hybridkv {keep}"] = HybridKV(keep=keep, split=split)
+    return out
+
+
+def combination(
+    shape: Shape, model: Qwen2Model, context: int, batch: int, split: float, rounds: int, machine: timing.Rates
+) -> list[dict[str, Any]]:
+    """All rows of one context and batch: every method over the same prefill, interleaved."""
+    keys, values = (torch.randn(batch, shape.kv_heads, context, shape.head).to(DTYPE) for _ in range(2))
+    entries = {name: prefilled(shape, policy, keys, values) for name, policy in methods(shape, split).items()}
+    runs = {name: competitor(shape, model, entry, batch, context) for name, entry in entries.items()}
+    samples = timing.interleaved(runs, rounds, progress=timing.ticker(len(runs) * (rounds + 1)))
+    prefill = shape.prefill_flops(context, batch) / machine.flops * 1e3
+    weights, whole = DTYPE.itemsize * shape.weights, timing.medians(samples["full"])["kv_fast_bytes"]
+    rows = []
+    for name, entry in entries.items():
+        m = timing.medians(samples[name])
+        bound = (weights + whole) / (weights + m["kv_fast_bytes"])
+        ratios = {b: timing.ratios(samples[b], samples[name]) for b in ("plain", "full") if b != name}
+        m |= {
+            "floor_ms": (weights + m["kv_fast_bytes"]) / machine.bytes * 1e3,
+            "attention_floor_ms": m["kv_fast_bytes"] / shape.layers / machine.bytes * 1e3,
+            "compress_ms": entry.compress_ms, "prefill_floor_ms": prefill,
+            "compress_share": entry.compress_ms / prefill, "bound_vs_full": bound,
+        }  # fmt: skip
+        if name not in ("plain", "full"):
+            m["moved_share"] = moved(entry.cache, rounds + 1)
+            m["step_of_bound"] = ratios["full"]["decode_ms_per_token"][0] / bound
+        keep = {} if entry.policy is None else {"keep": entry.policy.keep}
+        params = {**keep, "context_tokens": context, "batch": batch}
+        plan = {"prune": None, "kv": to_json(entry.policy), "speculate": None}
+        rows.append(records.row(name.split()[0], plan=plan, params=params, metrics=m, vs=ratios))
+    return rows
+
+
+def moved(cache: DynamicCache, rounds: int) -> float:
+    """Share of the dynamic heads' slots that a token swapped, over all rounds."""
+    layers = [x for x in cache.layers if isinstance(x, KVLayer)]
+    groups = [g for x in layers if x.dynamic for g in x.dynamic.groups]
+    slots = sum(g.held.numel() * rounds * STEPS for g in groups)
+    return sum(g.moved for g in groups) / slots if slots else 0.0
+
+
+def measured_prefill(model: Qwen2Model, shape: Shape, context: int) -> float:
+    """Milliseconds of one real prefill, a check on the floor that compression is compared with."""
+    hidden = torch.randn(1, context, shape.hidden).to(DTYPE)
+    start = timing.now()
+    model(inputs_embeds=hidden, use_cache=True)
+    return (timing.now() - start) * 1e3
+
+
+@torch.inference_mode()
+def run(quick: bool = False, shape: Shape | None = None, split: float = SPLIT, rounds: int = 7) -> dict[str, Any]:
+    """Measure every combination that fits; returns the rows and what the head needs."""
+    shape = shape or (TOY if quick else Shape())
+    rounds, threads = 3 if quick else rounds, torch.get_num_threads()
+    torch.set_num_threads(1 if quick else threads)  # tiny shapes lose more to waiting threads than they win
+    model, patch, machine = build(shape), Patch(), timing.rates("cpu", DTYPE)
+    AttentionSwitch(model, model.config).install(patch)
+    rows, skipped = [], []
+    for context in shape.contexts:
+        for batch in shape.batches:
+            if 4 * shape.kv_bytes(context, batch) > LIMIT:
+                skipped.append([context, batch])
+                continue
+            rows += combination(shape, model, context, batch, split, rounds, machine)
+            gc.collect()
+    first = shape.contexts[0]
+    config = {
+        **asdict(shape), "split": split, "drift": DRIFT, "text_tokens": TEXT, "skipped": skipped,
+        "copy_gbytes": machine.bytes / 1e9, "matmul_gflops": machine.flops / 1e9,
+        "prefill_measured_ms": {str(first): measured_prefill(model, shape, first)},
+        "prefill_floor_ms": {str(first): shape.prefill_flops(first, 1) / machine.flops * 1e3},
+    }  # fmt: skip
+    patch.remove()
+    del model
+    rows += speed_policies.rows(split, quick)
+    torch.set_num_threads(threads)
+    return {"config": config, "seed": SEED, "repeats": rounds, "device": "cpu", "dtype": timing.half(), "rows": rows}
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="result file (JSON)")],
+    quick: Annotated[bool, typer.Option("--quick", help="toy shapes")] = False,
+    force: Annotated[bool, typer.Option("--force", help="replace an existing result")] = False,
+    split: Annotated[float, typer.Option(help="fraction of the heads that is dynamic", min=0, max=1)] = SPLIT,
+) -> None:
+    """The prefill suite by itself, with its share of dynamic heads open to change."""
+    records.claim(out, force)
+    result = run(quick, split=split)
+    rows = result.pop("rows")
+    records.write(out, records.head("prefill", **result) | {"rows": rows}, force)
+
+
+if __name__ == "__main__":
+    application(main)()

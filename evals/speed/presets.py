@@ -1,0 +1,223 @@
+"""The presets end to end: 3B shapes, 2,048 visual tokens, 64 new tokens, against plain and against each other.
+
+Random weights in real shapes (`evals.speed.shapes`): times of encode, prefill, decode are real, answers mean nothing.
+What a draft gets right is a property of trained models, so a preset that drafts is timed with its acceptance replayed:
+in every round as many drafted tokens are right as the same draft and rule had right in a round on pocket captions,
+drawn from the shares that the decode suite measured (`accepted_shares` of `evals/results/cpu-decode.json`).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+from evals.speed.shapes import QWEN_3B, TOY, build, clip, encode_cost, prefill_cost
+from vlmfast.bench import records, timing
+from vlmfast.core import UserError, tower_block
+from vlmfast.decode.accept import EXACT, Round, Rule, Verdict
+from vlmfast.plan import PRESETS, Plan, preset
+
+SIXTH = replace(
+    QWEN_3B, name="Qwen2.5-VL-3B, a sixth of its layers", layers=6, depth=5, full_attention=(4,),
+    note="text 36 -> 6 layers, vision 32 -> 5 blocks, one with full attention; the output head is not cut, so that "
+    "decode weighs more than in the whole model",
+)  # fmt: skip
+NEW = 64
+ROUNDS = 3
+SEED = 0
+DRY = (0.5, 0.3, 0.2)  # stands for the measured shares where shapes are toys
+MEASURED = records.ROOT / "evals" / "results" / "cpu-decode.json"
+STAGES = ("encode_ms", "select_ms", "prefill_ms", "ttft_ms", "decode_ms_per_token", "total_ms")
+COUNTS = ("visual_tokens", "kept_tokens", "cached_tokens", "kv_fast_bytes", "kv_host_bytes")
+SHOWN = (*STAGES, *COUNTS, "accepted_length", "verify_rounds")
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A draft that proposes the known continuation, right for as many tokens as luck has it; costs no model."""
+
+    tokens: tuple[int, ...]  # what plain says
+    prompt: int  # length of the prompt
+    shares: tuple[float, ...]  # of rounds with 0, 1, 2, ... right tokens
+    vocab: int
+    seed: int = SEED
+    name: ClassVar[str] = "replay"
+    good: list[int] = field(default_factory=lambda: [0], init=False, repr=False, compare=False)  # of the last proposal
+    _random: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def check(self, *request: Any) -> None:
+        """Nothing to compare."""
+
+    def open(self, request: Any) -> Replay:
+        """A fresh stream of luck per request: every round of the benchmark sees the same."""
+        self._random[:] = [random.Random(self.seed)]
+        return self
+
+    def propose(self, ids: Any, k: int, pick: Any = None) -> tuple[Any, None]:
+        """The next tokens that plain said, spoilt by chance."""
+        import torch
+
+        luck = self._random[0]
+        at = ids.shape[1] - self.prompt
+        self.good[0] = good = luck.choices(range(len(self.shares)), self.shares)[0]
+        next_ = self.tokens[at : at + k]
+        said = [t if i < good else (t + 1) % self.vocab for i, t in enumerate(next_)]
+        return torch.tensor(said, dtype=torch.long, device=ids.device), None
+
+    def rewind(self, n: int) -> None:
+        """Nothing is remembered."""
+
+
+@dataclass(frozen=True)
+class ReplayedAcceptance(Rule):
+    """Lets through as many tokens as the replayed draft got right.
+
+    The tokens themselves do not decide: in bf16 the near ties of random weights fall otherwise when several tokens are
+    verified at once, and after the first such tie nothing that plain said would be right any more.
+    """
+
+    draft: Replay
+    name: ClassVar[str] = "replay"
+    lossless: ClassVar[bool] = True
+
+    def judge(self, r: Round) -> Verdict:
+        """The first `draft.good` tokens."""
+        n = min(self.draft.good[0], r.draft.shape[0])
+        return Verdict([EXACT] * n, r.pick(n))
+
+
+def plans() -> dict[str, Plan]:
+    """plain and every preset."""
+    return {"plain": Plan()} | {name: preset(name) for name in PRESETS}
+
+
+def per_round(shares: list[float], accepted: float) -> tuple[float, ...]:
+    """Shares of drafted rounds as shares of all rounds: those without a draft accept none, `accepted` is the mean."""
+    mean = sum(n * s for n, s in enumerate(shares))
+    drafted = min(1.0, accepted / mean) if mean else 0.0
+    return (1 - drafted * (1 - shares[0]), *(drafted * s for s in shares[1:]))
+
+
+def measured_shares(name: str, draft: str) -> tuple[float, ...]:
+    """`accepted_shares` of a rule and draft in the decode record. Raises UserError where it was not measured."""
+    try:
+        rows = json.loads(MEASURED.read_text())["rows"]
+        row = next(
+            r
+            for r in rows
+            if r["name"] == name and r["params"].get("draft") == draft and r["metrics"].get("accepted_shares")
+        )
+        return per_round(row["metrics"]["accepted_shares"], row["metrics"]["accepted_length"])
+    except (OSError, StopIteration):
+        raise UserError(
+            f"how often {name} accepts {draft} was not measured: run python -m evals.speed --suite decode "
+            f"--out {MEASURED.relative_to(records.ROOT)} first"
+        ) from None
+
+
+def replayed(plan: Plan, said: tuple[int, ...], prompt: int, vocab: int, quick: bool = False) -> Plan:
+    """The plan with its draft, if it has one, replaced by a replay of known acceptance."""
+    if plan.speculate is None or plan.speculate.draft is None:
+        return plan
+    kind = (plan.speculate.accept.name, plan.speculate.draft.name)
+    draft = Replay(said, prompt, DRY if quick else measured_shares(*kind), vocab)
+    return replace(plan, speculate=replace(plan.speculate, draft=draft, accept=ReplayedAcceptance(draft)))
+
+
+def run(quick: bool = False) -> dict[str, Any]:
+    """Measure; returns the rows and what the head needs."""
+    import torch
+
+    import vlmfast
+
+    shape, rounds, new = (TOY, 2, 8) if quick else (SIXTH, ROUNDS, NEW)
+    dtype = timing.half()
+    model, inputs = build(shape, SEED, dtype), clip(shape, SEED, dtype)
+    prompt = inputs["input_ids"].shape[1]
+    said: dict[str, tuple[int, ...]] = {}
+
+    def ask(plan: Plan) -> tuple[timing.Sample, tuple[int, ...]]:
+        with vlmfast.accelerate(model, plan) as fast:
+            start = timing.now()
+            out = model.generate(**inputs, max_new_tokens=new)
+            total = (timing.now() - start) * 1e3
+            report = fast.report.json()
+        flat = {**report["encode"], **report["prefill"], **report["decode"], "total_ms": total}
+        return {k: float(flat[k]) for k in SHOWN if k in flat}, tuple(out[0, prompt:].tolist())
+
+    with torch.inference_mode():
+        # what each preset says without drafting: its drafts replay that
+        wanted = plans()
+        for name, plan in wanted.items():
+            bare = replace(plan, speculate=None)
+            same = next((n for n, p in wanted.items() if n in said and replace(p, speculate=None) == bare), None)
+            said[name] = said[same] if same else ask(bare)[1]
+        ready = {n: replayed(p, said[n], prompt, shape.vocab, quick) for n, p in wanted.items()}
+        answers: dict[str, tuple[int, ...]] = {}
+
+        def runner(name: str) -> Callable[[], timing.Sample]:
+            def one() -> timing.Sample:
+                sample, answers[name] = ask(ready[name])
+                return sample
+
+            return one
+
+        samples = timing.interleaved({n: runner(n) for n in ready}, rounds, 0, timing.ticker(len(ready) * rounds))
+    machine = timing.rates("cpu", getattr(torch, dtype))
+    rows = []
+    for name, plan in wanted.items():
+        medians = timing.medians(samples[name])
+        kept, block = int(medians["kept_tokens"]), tower_block(getattr(plan.prune, "after_block", None), shape.depth)
+        costs = (encode_cost(shape, kept, block), prefill_cost(shape, kept))
+        floors = [timing.floor_ms(*cost, machine, dtype) for cost in costs]
+        metrics = {**medians, "floor_ms": sum(floors), "same_tokens": answers[name] == answers["plain"]}
+        params: dict[str, Any] = {"batch": 1, "new_tokens": new}
+        if plan.prune is not None:
+            params["keep"] = plan.prune.keep
+        vs = {} if name == "plain" else {"plain": timing.ratios(samples["plain"], samples[name])}
+        rows.append(records.row(name, plan=preset_json(name, plan), params=params, metrics=metrics, vs=vs))
+    rows.append(second_question(model, inputs, rounds))
+    return {
+        "config": {**shape.json(), "visual_tokens": shape.visual, "new_tokens": new,
+                   "accept_replayed": "pocket captions",
+                   "floor": "encode and prefill", "matmul_gflops": round(machine.flops / 1e9, 1),
+                   "copy_gbytes": round(machine.bytes / 1e9, 2)},
+        "seed": SEED, "repeats": rounds, "device": "cpu", "dtype": dtype, "rows": rows,
+        "show": ["kept_tokens", "encode_ms", "prefill_ms", "ttft_ms", "decode_ms_per_token", "total_ms"],
+    }  # fmt: skip
+
+
+def second_question(model: Any, inputs: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """The row `reuse`: time to first token of a second question about the same clip, kept in memory or not."""
+    import torch
+
+    import vlmfast
+
+    other = {**inputs, "input_ids": inputs["input_ids"].clone()}
+    other["input_ids"][:, -4:] += 1  # other words after the same media
+
+    def first_token(fast: Any, asked: dict[str, Any]) -> timing.Sample:
+        model.generate(**asked, max_new_tokens=1)
+        return {"ttft_ms": float(fast.report.prefill["ttft_ms"])}
+
+    def plain() -> timing.Sample:
+        with vlmfast.accelerate(model) as fast:
+            return first_token(fast, other)
+
+    def reused() -> timing.Sample:
+        with vlmfast.accelerate(model, reuse="1GiB") as fast:
+            first_token(fast, inputs)
+            return first_token(fast, other)
+
+    with torch.inference_mode():
+        samples = timing.interleaved({"plain": plain, "reuse": reused}, rounds, warmup=0)
+    vs = {"plain": timing.ratios(samples["plain"], samples["reuse"])}
+    return records.row("reuse", params={"batch": 1, "question": 2}, metrics=timing.medians(samples["reuse"]), vs=vs)
+
+
+def preset_json(name: str, plan: Plan) -> dict[str, Any]:
+    """The plan as the preset states it."""
+    return plan.json() if name != "plain" else {}

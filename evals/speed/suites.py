@@ -1,0 +1,93 @@
+"""Speed, stage by stage: `python -m evals.speed --suite NAME [--quick] [--force] --out FILE.json`.
+
+A suite (encode, prefill, decode, stream, presets) is a module `evals/speed/<suite>.py` with `run(quick: bool) -> dict`:
+a record with at least `rows` (see `vlmfast.bench.records`), and `config`, `seed`, `repeats`, `device`, `dtype` for the
+head that is added here. A suite that builds its own head keeps it. Timings come from `vlmfast.bench.timing`: paired,
+interleaved, medians.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vlmfast.cli import console
+from vlmfast.core import UserError
+
+SUITES = ("encode", "prefill", "decode", "stream", "presets")
+
+
+def available() -> list[str]:
+    """The suites that exist here."""
+    return [s for s in SUITES if importlib.util.find_spec(f"evals.speed.{s}") is not None]
+
+
+def measure(suite: str, quick: bool) -> dict[str, Any]:
+    """Run one suite and return its whole record."""
+    from vlmfast.bench import records
+
+    result = dict(importlib.import_module(f"evals.speed.{suite}").run(quick))
+    if "hardware" in result:
+        return result
+    head = records.head(
+        suite,
+        config={"quick": quick, **result.pop("config", {})},
+        seed=result.pop("seed", 0),
+        repeats=result.pop("repeats", 1),
+        device=result.pop("device", "cpu"),
+        dtype=result.pop("dtype", "float32"),
+    )
+    return {**head, **result}
+
+
+def main(
+    suite: Annotated[str, typer.Option(help=f"one of {', '.join(SUITES)}")],
+    out: Annotated[Path, typer.Option(help="result file (JSON)")],
+    quick: Annotated[bool, typer.Option("--quick", help="tiny shapes, under a minute")] = False,
+    force: Annotated[bool, typer.Option("--force", help="replace an existing result")] = False,
+) -> None:
+    """Measure one suite and write its record."""
+    from vlmfast.bench import records
+
+    if suite not in available():
+        raise UserError(f"no suite {suite!r}: choose one of {', '.join(available())}")
+    records.claim(out, force)
+    record = measure(suite, quick)
+    records.write(out, record, force)
+    show(record)
+
+
+def show(record: dict[str, Any]) -> None:
+    """The record's rows as a table: medians, and the paired ratio to the first baseline below.
+
+    A suite names the columns worth showing in `record["show"]`; without it, all metrics are shown.
+    """
+    from vlmfast.page import floors_above
+
+    metrics = record.get("show") or list(dict.fromkeys(k for r in record["rows"] for k in r["metrics"]))
+    rows = []
+    for r in record["rows"]:
+        versus: dict[str, Any] = next(iter(r["vs"].values()), {})
+        params = console.plain(" ".join(f"{k}={v}" for k, v in r["params"].items()))
+        name = f"{console.plain(r['name'])}\n[dim]{params}[/dim]" if params else console.plain(r["name"])
+        ratios = {m: f"\n{versus[m][0]:.2f}x" for m in metrics if m in versus}
+        cells = [number(r["metrics"].get(m)) + ratios.get(m, "") for m in metrics]
+        rows.append([name, *cells])
+    title = f"{record['suite']} · {record['hardware']['name']} · {record['hardware']['dtype']}"
+    console.table(["method", *(m.replace("_", "\n") for m in metrics)], rows, console.plain(title))
+    for r in record["rows"]:
+        for note in floors_above(r["metrics"]):
+            console.out().print(console.plain(f"{r['name']}: {note}"))
+
+
+def number(value: Any) -> str:
+    """A metric as one reads it: three digits, thousands apart, "" for none."""
+    if value is None:
+        return ""
+    if not isinstance(value, (int, float)):
+        return console.plain(value)
+    return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"

@@ -1,0 +1,1 @@
+"""Streams, measured: `python -m evals.stream --out FILE.json`, and what their archive survives."""

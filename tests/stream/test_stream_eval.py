@@ -1,0 +1,87 @@
+"""The stream's evaluation: its record, and the claims its numbers stand on."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+import torch
+from typer.testing import CliRunner
+
+from evals.stream import runs
+from evals.stream import suite as stream
+from vlmfast.bench import records
+from vlmfast.cli.errors import application
+from vlmfast.stream.retrievers import Oracle, Recency
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.save("qwen2_5_vl", tmp_path_factory.mktemp("eval") / "model")
+
+
+def run(*args):
+    return CliRunner().invoke(application(stream.main), list(args))
+
+
+def test_quick_writes_a_whole_record_and_its_plot(folder, tmp_path):
+    out = tmp_path / "stream.json"
+    result = run("--quick", "--model", str(folder), "--out", str(out), "--frames", "4")
+    assert result.exit_code == 0, result.output
+    record = json.loads(out.read_text())
+    records.check(record)
+    rows = {r["name"]: r["metrics"] for r in record["rows"]}
+    assert {"internal", "recency", "oracle", "session"} <= set(rows)
+    for name in ("internal", "recency", "oracle"):
+        assert 0 <= rows[name]["accuracy"] <= 1 and rows[name]["total_ms"] > 0 and len(rows[name]["ci95"]) == 2
+        assert rows[name]["retrieved_blocks"] == 4
+    session = rows["session"]
+    assert session["kept_tokens"] < session["visual_tokens"] and session["bytes_per_hour"] > 0
+    assert out.with_suffix(".png").stat().st_size > 5000
+    again = run("--quick", "--model", str(folder), "--out", str(out))
+    assert again.exit_code == 2 and "exists" in again.output
+
+
+def test_questions_have_one_place_in_time():
+    from vlmfast.pocket.clips import clip
+
+    drawn = clip(3, 64, questions=8)
+    asked = runs.questions(drawn, "x")
+    assert len({q.question for q in asked}) == len(drawn.questions)
+    for q in asked:
+        assert q.time >= q.evidence[1] - 0.5 and q.kind in ("location", "motion", "needle", "now")
+
+
+def test_the_external_control_finds_colours():
+    t = torch
+
+    tool = runs.by_colour(2)
+    frames = t.full((3, 8, 8, 3), 120, dtype=t.uint8)
+    frames[1, :4, :4] = t.tensor([222, 38, 38], dtype=t.uint8)
+    seen, wanted = tool.frames_to(frames), tool.text_to("where is the red ring ?")
+    assert int(t.cosine_similarity(seen, wanted[None], dim=-1).argmax()) == 1
+
+
+def test_recall_counts_the_evidence_brought_back(folder):
+    """Oracle reaches all of it, recency what is recent; a model's answer scores by the world's own rule."""
+    from vlmfast import loading
+    from vlmfast.pocket.clips import clip
+
+    loaded = loading.load(str(folder))
+    done = runs.encode(loaded.model, loaded.processor, clip(1, 40, questions=4), "x", redundancy=None, window=512)
+    first = runs.Asked("x", 40.0, "location", "where ?", "left", (8.0, 16.0))
+    for tool, want in (
+        (Oracle(frames=8, spans=(first.evidence,)), 1.0),
+        (Recency(frames=8), 0.0),
+        (Recency(frames=28), 0.5),
+    ):
+        result = runs.Result()
+        runs.ask(done.session, first, tool, result)
+        assert result.recalls == [want]
+    assert done.session.turns == []
+    plain = runs.rekv_bytes_per_hour(done.session)
+    assert plain == 2 * 4 * 2 * 16 * 2 * 64 * 3600, "2 x layers x heads x size x 2 bytes x tokens a second x an hour"
+    done.close()
+    assert runs.right("Top Left .", "top left") == 1.0 and runs.right("top", "top left") == 0.0
+    assert torch.is_grad_enabled()

@@ -1,0 +1,195 @@
+"""What a stage may cost on a GPU: launches, host waits and copies, counted on the pretend CUDA device.
+
+`budgets.json` holds the counts that no change may exceed (`test_budgets.py`). They are only ever lowered:
+
+    PYTHONPATH=. python tests/support/budgets.py        # writes what is now lower, and what has no budget yet
+
+Counts are of tiny models, in float32 where nothing else is said: a tower call as a whole, a prefill by what one more
+layer adds, a chooser by the call, decoding by the token.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+from pretend_cuda import PretendCuda, to_cuda
+
+import vlmfast
+from evals.gpu.run import takes_tower
+from vlmfast.core import Unsupported, VisualTokens
+from vlmfast.decode import Speculate
+from vlmfast.encode import METHODS, VidCom2
+from vlmfast.prefill import HybridKV, SnapKV
+
+FILE = Path(__file__).with_suffix(".json")
+KINDS = ("launches", "waits", "copies", "graphed")  # graphed: started inside a captured graph, which is one launch
+Counts = dict[str, Counter[str]]  # kind -> the line that asked -> how often
+SMALL = {"sinks": 1, "recent": 2}
+CARD = (9, 0)
+CLIPS = {
+    "2 frames of 16 x 24": {"frames": 2, "size": (16, 24)},
+    "8 frames of 32 x 48": {"frames": 8, "size": (32, 48)},
+    "16 frames of 32 x 48": {"frames": 16, "size": (32, 48)},
+    "4 frames of 24 x 40, ragged": {"frames": 4, "size": (24, 40)},
+}
+
+
+def counted(device: PretendCuda) -> Counts:
+    """What the device has counted so far."""
+    return {kind: Counter(getattr(device, kind)) for kind in KINDS}
+
+
+def less(after: Counts, before: Counts, over: int = 1) -> Counts:
+    """What came between, of one of `over` equal parts."""
+    out = {}
+    for kind in KINDS:
+        lines = {line: (n - before[kind][line]) / over for line, n in after[kind].items()}
+        out[kind] = Counter({line: n for line, n in lines.items() if n})  # type: ignore[type-var]
+    return out
+
+
+def model_of(layers: int = 2, dtype: torch.dtype = torch.float32) -> Any:
+    """A model on the device with a tower of four blocks, the last with full attention."""
+    vision = {"depth": 4, "fullatt_block_indexes": [3]}
+    return to_cuda(tiny.build("qwen2_5_vl", num_hidden_layers=layers, vision=vision).to(dtype))
+
+
+def answer(model: Any, new: int, **clip: Any) -> None:
+    """One greedy call over a clip."""
+    inputs = tiny.inputs("qwen2_5_vl", **{"media": ("video",), "text": 8, **CLIPS["8 frames of 32 x 48"], **clip})
+    inputs = {k: v.to(model.dtype) if k.startswith("pixel") else v for k, v in inputs.items()}
+    model.generate(**to_cuda(inputs), max_new_tokens=new, do_sample=False)
+
+
+def towers() -> Iterator[tuple[str, Counts]]:
+    """A call of the tower: stock, fast, and pruned after its first block."""
+    arms: dict[str, dict[str, Any]] = {"stock": {}, "pruned inside": {"prune": VidCom2(keep=0.5, after_block=1)}}
+    if takes_tower():
+        arms["fast"] = {"tower": "fast"}
+    cases = [(clip, {"media": ("video",), **more}) for clip, more in CLIPS.items()]
+    cases.append(("two images", {"media": ("image", "image"), "size": None}))
+    for name, plan in arms.items():
+        for clip, more in cases:
+            with PretendCuda(capability=CARD) as device:
+                model, seen = model_of(), []
+                with vlmfast.accelerate(model, **plan):
+                    visual = model.model.visual
+                    visual.register_forward_pre_hook(lambda *a, s=seen, d=device: s.append(counted(d)))
+                    visual.register_forward_hook(lambda *a, s=seen, d=device: s.append(counted(d)))
+                    answer(model, 1, **more)
+            yield f"{name}, {clip}", less(seen[1], seen[0])
+
+
+def plans() -> dict[str, dict[str, Any]]:
+    """Plans whose prefill and decoding are counted."""
+    return {
+        "stock": {},
+        "loop": {"speculate": Speculate()},
+        "vidcom2": {"prune": VidCom2(keep=0.5)},
+        "snapkv": {"kv": SnapKV(keep=0.3, **SMALL)},
+        "snapkv int8": {"kv": SnapKV(keep=0.3, int8=True, **SMALL)},
+        "hybridkv": {"kv": HybridKV(keep=0.3, **SMALL)},
+        "hybridkv split": {"kv": HybridKV(keep=0.3, split=0.5, **SMALL)},
+    }
+
+
+def whole(plan: dict[str, Any], layers: int, new: int, dtype: torch.dtype = torch.float32) -> Counts:
+    """Everything that a call of `new` tokens asks for."""
+    with PretendCuda(capability=CARD) as device:
+        model = model_of(layers, dtype)
+        with vlmfast.accelerate(model, **plan):
+            before = counted(device)
+            answer(model, new)
+            return less(counted(device), before)
+
+
+def prefills() -> Iterator[tuple[str, Counts]]:
+    """What one more layer adds to a call that ends with its first token."""
+    for name, plan in plans().items():
+        yield name, less(whole(plan, 4, 1), whole(plan, 2, 1), 2)
+
+
+def tokens() -> Iterator[tuple[str, Counts]]:
+    """What a token more costs, two layers."""
+    for name, plan in plans().items():
+        span = 8 if "split" in name else 2  # chunks are chosen anew every few tokens
+        yield name, less(whole(plan, 2, 2 + span), whole(plan, 2, 2), span)
+    for name in ("loop", "vidcom2"):  # the static step is for half precision
+        plan = plans()[name]
+        half = [whole(plan, 2, new, torch.bfloat16) for new in (10, 2)]
+        yield f"{name}, bfloat16", less(half[0], half[1], 8)
+
+
+def choosers() -> Iterator[tuple[str, Counts]]:
+    """A choice of 64 out of 256 tokens."""
+    gen = torch.Generator().manual_seed(0)
+    n = torch.arange(256)
+    given: dict[str, Any] = {
+        "positions": torch.stack([n // 64, n % 64 // 8, n % 8]), "question": torch.randn(6, 32, generator=gen),
+        "attention": torch.rand(256, generator=gen), "rope": torch.rand(2, 256, generator=gen),
+        "pixels": torch.randn(256, 48, generator=gen),
+    }  # fmt: skip
+    features = torch.randn(256, 32, generator=gen)
+    for name, method in METHODS.items():
+        prune = method(keep=0.25)
+        if hasattr(prune, "cuts") or getattr(prune, "resizes", False):  # counted as a part of a prefill; of no tokens
+            continue
+        with PretendCuda(capability=CARD) as device:
+            more = {k: to_cuda(v) for k, v in given.items()}
+            layers = getattr(prune, "attention_layers", (-1,))
+            if len(layers) > 1:
+                more["attention"] = more["attention"].expand(len(layers), -1)
+            seen = VisualTokens(to_cuda(features), to_cuda(n // 64), (4, 8, 8), True, **more)
+            before = counted(device)
+            try:
+                prune.select(seen)
+            except Unsupported:  # it acts before there are tokens
+                continue
+            counts = less(counted(device), before)
+        yield name, counts
+
+
+def between() -> Iterator[tuple[str, Counts]]:
+    """A whole first token of four layers with a pruner between them."""
+    for name, method in METHODS.items():
+        if hasattr(method(keep=0.5), "cuts"):
+            deep = {"after_layer": 2} if "after_layer" in method.__dataclass_fields__ else {"layers": (2, 3)}
+            yield name, whole({"prune": method(keep=0.5, **deep)}, 4, 1)
+
+
+GROUPS: dict[str, Callable[[], Iterator[tuple[str, Counts]]]] = {
+    "tower call": towers, "prefill, a layer": prefills, "chooser call": choosers,
+    "first token, pruned between layers": between, "token": tokens,
+}  # fmt: skip
+
+
+def totals(counts: Counts) -> dict[str, float]:
+    """The counts as they stand in the file."""
+    sums = {kind: round(sum(counts[kind].values()), 2) for kind in KINDS}
+    return {kind: int(n) if n == int(n) else n for kind, n in sums.items() if n or kind != "graphed"}
+
+
+def main() -> None:
+    """Write the budgets anew, never higher."""
+    held = json.loads(FILE.read_text()) if FILE.exists() else {}
+    for group, cases in GROUPS.items():
+        known = held.setdefault(group, {})
+        for name, counts in cases():
+            was, now = known.get(name, {}), totals(counts)
+            known[name] = {kind: min(n, was.get(kind, n)) for kind, n in now.items()}
+            if known[name] != was:
+                print(f"{group}: {name}: {was or 'none'} -> {known[name]}")
+    lines = [f"  {json.dumps(group)}: {{\n" + ",\n".join(
+        f"    {json.dumps(name)}: {json.dumps(counts)}" for name, counts in cases.items()) + "\n  }"
+        for group, cases in held.items()]  # fmt: skip
+    FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""How the pocket model was trained: batches, curriculum, losses, distillation, evaluation. Not packaged."""

@@ -1,0 +1,1 @@
+"""Measuring honestly: tasks, answers of a model under a plan, paired statistics, timing, result files, and `tune`."""

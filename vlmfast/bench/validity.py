@@ -1,0 +1,53 @@
+"""No speed figure on a red gate: the laws of a plan, checked on the very model and question that are timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vlmfast.bench.runner import Runner
+from vlmfast.bench.tasks import Sample
+from vlmfast.plan import Plan
+
+
+def laws(
+    runner: Runner, sample: Sample, plans: dict[str, Plan], tokens: int, stop: Callable[[], bool] = lambda: False
+) -> dict[str, str]:
+    """Method -> the law it breaks on this question; methods that keep all of them are not listed.
+
+    Checked: removing a plan restores the model bit for bit; a plan with an exact acceptance rule says the same
+    tokens as the same plan without it.
+    """
+    import torch
+
+    if sample.error:
+        return dict.fromkeys(plans, "law: not checked, the first question has no media")
+    broken: dict[str, str] = {}
+    inputs = runner.inputs([sample])
+    with torch.no_grad():
+        before = runner.model(**inputs).logits
+    for method, plan in plans.items():
+        if stop():
+            broken[method] = "law: not checked, out of time"
+            continue
+        try:
+            said = _tokens(runner, inputs, plan, tokens)
+            with torch.no_grad():
+                after = runner.model(**inputs).logits
+            if not torch.equal(before, after):
+                broken[method] = "law: removing it does not restore the model"
+            elif plan.speculate is not None and plan.speculate.accept.lossless:
+                base = _tokens(runner, inputs, Plan(prune=plan.prune, kv=plan.kv), tokens)
+                if not torch.equal(said, base):
+                    broken[method] = "law: an exact acceptance rule changed the tokens"
+        except Exception as e:  # a failing question is the runner's business: it is recorded there
+            broken[method] = f"law: not checked, the first question failed ({type(e).__name__})"
+    return broken
+
+
+def _tokens(runner: Runner, inputs: dict[str, Any], plan: Plan, tokens: int) -> Any:
+    import vlmfast
+
+    extra = {"tokenizer": runner.processor.tokenizer} if plan.speculate is not None else {}
+    with vlmfast.accelerate(runner.model, plan):
+        return runner.model.generate(**inputs, **extra, max_new_tokens=tokens, do_sample=False)

@@ -1,0 +1,66 @@
+"""What the decode stage counts and times, and the numbers it hands to the report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vlmfast.decode.accept import EXACT, LOOSE, SHIFT
+from vlmfast.decode.speculate import predicted_speedup
+
+NAMES = {EXACT: "accepted_exact", LOOSE: "accepted_loose", SHIFT: "accepted_shift"}
+
+
+class Counters:
+    """One `generate` call."""
+
+    def __init__(self) -> None:
+        self.counts = dict.fromkeys(("verify_rounds", "drafted", *NAMES.values()), 0)
+        self.times = dict.fromkeys(("draft_ms", "verify_ms", "overhead_ms", "draft_prefill_ms"), 0.0)
+        self.notes: list[str] = []
+        self.trace: list[tuple[int, int]] = []  # (drafted, accepted) per round with a draft
+        self.plain: list[float] = []  # ms of rounds without a draft
+        self.engine, self.reason = "", None  # type: str, str | None
+        self.graphs: dict[str, float] = {}  # of the static step
+
+    def round(self, drafted: int, how: list[int], draft_ms: float, verify_ms: float) -> None:
+        """Record one forward of the target."""
+        self.counts["verify_rounds"] += 1
+        self.times["draft_ms"] += draft_ms
+        self.times["verify_ms"] += verify_ms
+        if drafted == 0:
+            self.plain.append(verify_ms)
+            return
+        self.counts["drafted"] += drafted
+        self.trace.append((drafted, len(how)))
+        for code in how:
+            self.counts[NAMES[code]] += 1
+
+    def captured(self, *steps: Any) -> None:
+        """Count the graphs that these steps captured in this call, and their milliseconds."""
+        found = [s for s in steps if getattr(s, "captures", None) is not None]
+        if found:
+            self.graphs = {
+                "graph_captures": sum(s.captures for s in found), "capture_ms": sum(s.seconds for s in found) * 1e3,
+            }  # fmt: skip
+
+    def numbers(self, rule: str | None) -> dict[str, Any]:
+        """Metric names of the result files, plus `engine`, `rule`, `trace`, and `predicted_speedup` over plain steps
+        where one was measured in this call. rule: the acceptance rule's name, None without a draft."""
+        rounds = max(1, self.counts["verify_rounds"])
+        accepted = sum(self.counts[name] for name in NAMES.values()) / rounds
+        out: dict[str, Any] = {**self.counts, **self.times, "accepted_length": accepted, **self.graphs}
+        if self.engine:  # an answer of one token has none
+            out["engine"] = self.engine
+        if self.reason is not None:
+            out["engine_reason"] = self.reason
+        if rule is not None:
+            out |= {"rule": rule, "trace": self.trace}
+            drafted = self.counts["drafted"]
+            if self.plain and drafted:
+                step = sorted(self.plain)[len(self.plain) // 2]
+                verify = self.times["verify_ms"] / rounds / step
+                token = self.times["draft_ms"] / drafted / step
+                out["predicted_speedup"] = predicted_speedup(accepted, drafted / rounds, verify, token)
+        if self.notes:
+            out["notes"] = list(self.notes)
+        return out

@@ -1,0 +1,86 @@
+"""How a token is chosen under the request's processors, and the rows of one verification."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation import logits_process as processors
+
+# processors whose result for a row does not depend on the ids: one call serves all rows of a round
+ROW_WISE = (
+    processors.TemperatureLogitsWarper, processors.TopKLogitsWarper, processors.TopPLogitsWarper,
+    processors.MinPLogitsWarper, processors.TypicalLogitsWarper, processors.EpsilonLogitsWarper,
+    processors.EtaLogitsWarper, processors.SuppressTokensLogitsProcessor, processors.LogitNormalization,
+)  # fmt: skip
+
+
+class TokenChooser:
+    """The request's logits processors, and greedy or sampling. drawn: must a draft draw its tokens too? graded: does
+    the rule read the draft's probabilities?"""
+
+    def __init__(self, logits_processor: Any, sampling: bool, drawn: bool, graded: bool = False) -> None:
+        self.processors = logits_processor if logits_processor is not None and len(logits_processor) else None
+        self.row_wise = self.processors is not None and all(isinstance(p, ROW_WISE) for p in self.processors)
+        self.sampling, self.drawn, self.graded = sampling, drawn, graded
+
+    @property
+    def plain(self) -> bool:
+        """True when a draft may take its argmax."""
+        return self.processors is None and not self.drawn and not self.graded
+
+    def process(self, ids: Tensor, logits: Tensor) -> Tensor:
+        """ids (1, L), logits (1, V) -> processed scores (1, V)."""
+        return logits if self.processors is None else self.processors(ids, logits)
+
+    def choose(self, scores: Tensor) -> int:
+        """scores (V,) -> the target's choice, drawn exactly as `generate` draws it."""
+        if self.sampling:
+            return int(torch.multinomial(scores[None].softmax(-1), 1))
+        return int(scores.argmax())
+
+    def for_draft(self, ids: Tensor, logits: Tensor) -> tuple[int, Tensor | None]:
+        """The draft's choice and its distribution (see `core.Draft`)."""
+        scores = self.process(ids, logits.clone())[0]
+        q = scores.softmax(-1) if self.drawn or self.graded else None
+        if not self.drawn or q is None:
+            return int(scores.argmax()), q
+        return int(torch.multinomial(q, 1)), q
+
+
+class VerifiedLogits:
+    """The k + 1 rows of one verification, logits (k + 1, V): scores and choices, made once, when asked for."""
+
+    def __init__(self, choice: TokenChooser, ids: Tensor, draft: Tensor | None, logits: Tensor) -> None:
+        self.choice, self.ids, self.draft, self.logits = choice, ids, draft, logits
+        self.done: dict[int, Tensor] = {}
+        self.picked: dict[int, int] = {}
+        self.batch: Tensor | None = None
+        if choice.processors is None:
+            self.batch = logits
+        elif choice.row_wise:
+            self.batch = choice.processors(ids.expand(logits.shape[0], -1), logits.clone())
+        if self.batch is not None and not choice.sampling:
+            self.picked = dict(enumerate(self.batch.argmax(-1).tolist()))
+
+    def score(self, i: int) -> Tensor:
+        """Processed scores (V,) float32 of row i, under the ids that lead to it."""
+        if self.batch is not None:
+            return self.batch[i]
+        if i not in self.done:
+            ids = self.ids
+            if i and self.draft is not None:
+                ids = torch.cat([ids, self.draft[None, :i]], 1)
+            self.done[i] = self.choice.process(ids, self.logits[i : i + 1].clone())[0]
+        return self.done[i]
+
+    def pick(self, i: int) -> int:
+        """The target's choice at row i."""
+        if i not in self.picked:
+            self.picked[i] = self.choice.choose(self.score(i))
+        return self.picked[i]
+
+    def kept(self, i: int) -> tuple[Tensor, Tensor]:
+        """Processed scores and raw logits of row i, (1, V) each, as `generate` returns them."""
+        return self.score(i)[None].clone(), self.logits[i : i + 1].clone()

@@ -1,0 +1,294 @@
+"""A transformers cache layer whose heads may hold different columns, in tiers, and that really is smaller.
+
+Life of a layer: empty -> holding the whole prefill as it came (B, Hk, L, Dh) -> ragged. A ragged layer hands itself to
+the attention function on the key tensor (`runtime.attention`), which calls `attend`; nothing is ever padded or masked.
+It reports the *logical* length (columns of the user's sequence) and holds the *physical* ones.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from vlmfast import kernels
+from vlmfast.core import CompressedLayer, Unsupported
+from vlmfast.prefill.host_heads import HostHeads
+from vlmfast.prefill.ragged_store import Store
+from vlmfast.runtime.attention import tag
+from vlmfast.runtime.cache_state import AnnouncedColumns
+
+
+class KVLayer(AnnouncedColumns, CacheLayerMixin):
+    """One layer's keys and values: ragged, tiered, croppable. Uncompressed it is the full cache under our attention.
+
+    Once a model's hooks have filled it, only their attention can read it: what was not announced is refused.
+    """
+
+    is_sliding = False
+    is_croppable = True
+    is_compileable = False
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__()
+        self.keys: Tensor | None = None  # (B, Hk, L, Dh) while the prefill is held as it came
+        self.values: Tensor | None = None
+        self.exact: Store | None = None  # fast memory, the model's dtype
+        self.int8: Store | None = None  # fast memory, int8 with a scale per vector
+        self.low: Store | None = None  # fast memory, int8: prefill columns of rows whose other columns are in `exact`
+        self.dynamic: HostHeads | None = None  # host memory, with fast slots
+        self.entered = 0  # columns that came in
+        self.skipped = 0  # logical columns that never entered
+        self.base = 0  # logical length at the end of the prefill
+        self.heads = self.batch = 0
+        self.stats: dict[str, Any] = {}
+        self.backend: kernels.Backend | None = None
+        self.verifying = False  # several tokens at once are drafted ones under verification, and not a new turn
+
+    # -- what transformers asks ------------------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.batch, self.heads = key_states.shape[:2]
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add q columns. The first call returns them as they came; later ones return them tagged with this layer."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states, value_states
+            self.entered = key_states.shape[2]
+            return key_states, value_states
+        self.check_announced()
+        if self.keys is not None:
+            self.compress(None)
+        position = self.get_seq_length()
+        flat = key_states.flatten(0, 1), value_states.flatten(0, 1)
+        for store in self.stores():
+            store.append(*flat, position)
+        self.entered += key_states.shape[2]
+        return tag(key_states, self), value_states
+
+    def get_seq_length(self) -> int:
+        """Logical length: what entered plus what was pruned before it could."""
+        return self.entered + self.skipped
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.entered + query_length, self.skipped
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.__init__()  # type: ignore[misc]
+
+    def offload(self) -> None:
+        raise Unsupported("an offloaded cache moves whole layers; this one has its own host tier: use offloading=False")
+
+    def prefetch(self) -> None:
+        self.offload()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Go back -n columns (n <= 0), or to n logical columns (n > 0, as before transformers 5.20).
+
+        Exact for columns that came after the compression. Columns of the prefill can be taken back too: every head
+        then holds what it kept among the columns that remain (a merged one keeps what was merged into it).
+        """
+        length = self.get_seq_length()
+        remove = -tokens_to_remove if tokens_to_remove <= 0 else length - tokens_to_remove
+        if remove <= 0 or not self.is_initialized:
+            return
+        length -= remove
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys[:, :, :-remove], self.values[:, :, :-remove]
+        for store in (self.exact, self.int8):
+            if store is not None and length >= self.base:
+                store.drop_last(remove)
+            elif store is not None:
+                store.keep_before(length)
+        if self.low is not None and length < self.base:
+            self.low.keep_before(length)
+        if self.dynamic is not None:
+            self.dynamic.crop(length, remove)
+        self.entered -= remove
+        self.base = min(self.base, length)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.batch_select_indices(torch.arange(self.batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep batch rows `indices` (int64, repeats allowed, or a bool mask), in that order."""
+        indices = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
+        batch = [int(i) for i in indices]
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys[batch], self.values[batch]
+        rows = {old * self.heads + h for old in batch for h in range(self.heads)}
+        for name in ("exact", "int8", "low"):
+            store = getattr(self, name)
+            if store is not None and rows.isdisjoint(store.rows):
+                setattr(self, name, None)
+            elif store is not None:
+                store.take(batch, self.heads)
+        if self.dynamic is not None:
+            self.dynamic.take(batch, self.heads)
+            self.dynamic = self.dynamic if self.dynamic.groups else None
+        self.batch = len(batch)
+
+    # -- compression and attention ---------------------------------------------------------------------------------
+
+    @property
+    def ragged(self) -> bool:
+        """True once attention has to go through `attend`."""
+        return self.is_initialized
+
+    def skip(self, n: int) -> None:
+        """Count n more logical columns that never enter this layer (pruned before it)."""
+        self.skipped += n
+
+    def stores(self) -> list[Store]:
+        """The fast-memory stores that exist and grow."""
+        found = (self.exact, self.int8, self.dynamic.store if self.dynamic else None)
+        return [s for s in found if s is not None]
+
+    def compress(self, kept: CompressedLayer | None, positions: Tensor | None = None) -> None:
+        """Turn the held prefill into ragged storage: what `kept` names, or every column when None.
+
+        positions (B, L): logical column of each held one, -1 on padding (then dropped); None = in order, no padding.
+        """
+        keys, values = self.keys, self.values
+        assert keys is not None and values is not None, "compress() needs the prefill that update() was given"
+        b, hk, n, _ = keys.shape
+        self.base = self.get_seq_length()
+        if positions is None:
+            positions = torch.arange(self.skipped, self.skipped + n, device=keys.device).expand(b, n)
+        if kept is None:
+            real = [(p >= 0).nonzero()[:, 0] for p in positions]
+            kept = CompressedLayer(keep=[real[r // hk] for r in range(b * hk)])
+        assert kept.dynamic is None or kept.mass is None or not kept.dynamic.any(), "dynamic heads hold plain columns"
+        dynamic = kept.dynamic.tolist() if kept.dynamic is not None else [False] * (b * hk)
+        small = kept.int8.tolist() if kept.int8 is not None else [False] * (b * hk)
+        parts: dict[str, list] = {"exact": [], "int8": [], "dynamic": []}
+        positions = positions.to(torch.int32)
+        joined = _joined(kept, keys, values, positions)
+        for r, columns in enumerate(kept.keep if joined is None else []):
+            i, h = divmod(r, hk)
+            where = slice(None) if len(columns) == n else columns
+            merged = kept.merged[r] if kept.merged is not None else None
+            k, v = merged if merged is not None else (keys[i, h][where], values[i, h][where])
+            segment = (r, k, v, positions[i][where])
+            parts["dynamic" if dynamic[r] else "int8" if small[r] else "exact"].append(segment)
+        if joined is not None:
+            parts["int8" if small[0] else "exact"] = list(zip(range(b * hk), *joined, strict=True))
+        if parts["exact"]:
+            self.exact = Store.build(parts["exact"], b * hk, mass=kept.mass, joined=joined)
+        if parts["int8"]:
+            self.int8 = Store.build(parts["int8"], b * hk, int8=True, mass=kept.mass, joined=joined)
+        if parts["dynamic"]:
+            assert kept.budget is not None and kept.retrieval is not None, "dynamic heads need a budget and a Retrieval"
+            budgets = [int(kept.budget[s[0]]) for s in parts["dynamic"]]
+            self.dynamic = HostHeads(
+                parts["dynamic"], budgets, kept.retrieval, b * hk, self.base, keys.device, kept.low_rank
+            )
+        if kept.low is not None:
+            assert self.dynamic is None, "dynamic heads hold whole columns"
+            rows = [(r, *divmod(r, hk), columns) for r, columns in enumerate(kept.low) if len(columns)]
+            low = [(r, keys[i, h][at], values[i, h][at], positions[i][at]) for r, i, h, at in rows]
+            self.low = Store.build(low, b * hk, int8=True).compact()
+        self.keys = self.values = None
+        self.stats = kept.stats
+
+    def attend(self, query: Tensor, scaling: float) -> Tensor:
+        """Attention of the last q columns (already in the layer), causal: (B, H, q, Dh) -> (B, H, q, Dv)."""
+        out = query.new_empty(*query.shape[:3], self.stores()[0].values.shape[-1])
+        if self.low is not None:
+            return self._joined(query, scaling, out, self.low)
+        for store in (self.exact, self.int8):
+            if store is not None:
+                kernels.ragged_attention(query, store, scaling, out, self.backend)
+        if self.dynamic is not None:
+            turn = query.shape[2] > 1 and not self.verifying
+            self.dynamic.attend(query, scaling, out, self.get_seq_length(), turn)
+        return out
+
+    def _joined(self, query: Tensor, scaling: float, out: Tensor, low: Store) -> Tensor:
+        """Attention over rows that lie in two stores: each by itself, joined by their sums of exponentials."""
+        more = torch.zeros_like(out)
+        here, there = (query.new_full(query.shape[:3], float("-inf"), dtype=torch.float32) for _ in range(2))
+        for store in self.stores():
+            kernels.ragged_attention(query, store, scaling, out, self.backend, here)
+        kernels.ragged_attention(query, low, scaling, more, self.backend, there, causal=False)
+        share = torch.sigmoid(there - here)[..., None]
+        return torch.lerp(out.float(), more.float(), share).to(out.dtype)
+
+    def plain_rows(self) -> list[tuple[Tensor, Tensor]] | str:
+        """Keys and values of every (batch row, head), where they are nothing but columns in fast memory."""
+        if type(self) is not KVLayer:
+            return f"a {type(self).__name__} acts on every token"
+        if self.exact is None or self.dynamic is not None or len(self.exact) < self.exact.total:
+            return "dynamic heads read host memory" if self.dynamic is not None else "heads are stored as int8"
+        if self.low is not None or self.exact.bias is not None:
+            return "columns stand for several, or are stored as int8"
+        store = self.exact
+        held = sorted(zip(store.rows, store.offsets, store.lengths, strict=True))
+        return [(store.keys[at : at + n], store.values[at : at + n]) for _, at, n in held]
+
+    # -- accounts --------------------------------------------------------------------------------------------------
+
+    def lengths(self) -> Tensor:
+        """(B, Hk) int64 columns each head holds in fast memory."""
+        if self.keys is not None:
+            return torch.full((self.batch, self.heads), self.entered)
+        out = torch.zeros(self.batch * self.heads, dtype=torch.int64)
+        for store in [*self.stores(), *([self.low] if self.low is not None else [])]:
+            out[store.rows] += torch.tensor(store.lengths)
+        return out.view(self.batch, self.heads)
+
+    def cached_tokens(self) -> float:
+        """Mean columns per head in fast memory."""
+        return float(self.lengths().double().mean()) if self.is_initialized else 0.0
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes by tier: `fast` (held; of it `int8`), `fast_allocated` (with free slots), `host`, `resident` (all).
+
+        Keys, values, scales, positions, chunk representatives and tables are counted. On CPU `fast` and `host` are the
+        same memory.
+        """
+        if self.keys is not None and self.values is not None:
+            n = sum(t.numel() * t.element_size() for t in (self.keys, self.values))
+            return {"fast": n, "int8": 0, "fast_allocated": n, "host": 0, "resident": n}
+        tiers = {"fast": 0, "int8": 0, "fast_allocated": 0, "host": 0}
+        for store in (self.exact, self.int8, self.low):
+            if store is not None:
+                used, allocated = store.nbytes()
+                tiers["fast"] += used
+                tiers["fast_allocated"] += allocated
+                tiers["int8"] += used if store is not self.exact else 0
+        if self.dynamic is not None:
+            for tier, size in self.dynamic.nbytes().items():
+                tiers[tier] += size
+        return tiers | {"resident": tiers["fast_allocated"] + tiers["host"]}
+
+    def fork(self) -> KVLayer:
+        """An independent copy."""
+        return copy.deepcopy(self)
+
+
+def _joined(
+    kept: CompressedLayer, keys: Tensor, values: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Keys (R, m, D), values (R, m, Dv) and positions (R, m) of what stays, gathered at once; None where rows differ in
+    length or in kind, or hold other vectors than their own. keys, values (B, Hk, n, D); positions (B, n)."""
+    b, hk = keys.shape[:2]
+    one = len({len(columns) for columns in kept.keep}) == 1 and kept.merged is None
+    alike = kept.int8 is None or len(set(kept.int8.tolist())) == 1
+    if not one or not alike or (kept.dynamic is not None and bool(kept.dynamic.any())):
+        return None
+    columns, head = torch.stack(kept.keep).view(b, hk, -1), torch.arange(hk, device=keys.device)[:, None]
+    rows = [(keys[i][head, c], values[i][head, c], positions[i][c]) for i, c in enumerate(columns)]
+    return rows[0] if b == 1 else tuple(torch.cat(x) for x in zip(*rows, strict=True))  # type: ignore[return-value]

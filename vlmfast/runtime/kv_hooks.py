@@ -1,0 +1,287 @@
+"""Hooks that let a KV policy act on a prefill: our cache layers go in first, each is compressed after its attention.
+
+A policy that shares one budget among the layers (`spans`) rates each after its attention; all shrink after the last.
+Only the first prefill of an empty cache is compressed; decoded tokens, verified drafts and later turns are appended.
+Where the whole context fits the budget the cache gets its own layers back, untouched.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    StaticLayer,
+)
+
+from vlmfast import kernels
+from vlmfast.core import CompressedLayer, LayerView, Policy, Rotation, StageDidNotFire, Unsupported
+from vlmfast.families.base import attentions, queries
+from vlmfast.runtime.attention import AttentionSwitch
+from vlmfast.runtime.clock import Stopwatch
+from vlmfast.runtime.compat import QuantizedLayerBase, cache_in, put_cache
+from vlmfast.runtime.layer_cuts import prunable
+from vlmfast.runtime.patch import Patch
+from vlmfast.runtime.prompt_facts import PromptFacts
+
+FITS = "kv: the context fits the budget, bypassed"
+NO_WEIGHTS = (
+    "output_attentions with kv=: attention over a compressed cache makes no weights to return; "
+    "drop output_attentions or kv="
+)
+
+
+class KVHooks:
+    """Installs a policy on one text model.
+
+    report_sink receives, once per prefill, a dict with `compress_ms`, `window_ms` (of it, recomputed attention),
+    `kv_layers` (what the policy says of each layer) and `notes`.
+    """
+
+    def __init__(
+        self, text_model: nn.Module, text_config: Any, policy: Policy, report_sink: Callable[[dict], None]
+    ) -> None:
+        self.text_model, self.config, self.policy, self.sink = text_model, text_config, policy, report_sink
+        self.switch = AttentionSwitch(text_model, text_config)
+        self._reset()
+
+    def _reset(self) -> None:
+        self.cache: Any = None  # the cache being prefilled right now
+        self.originals: dict[int, Any] = {}
+        self.fits: bool | None = None
+        self.compressed = 0
+        self.notes: list[str] = []
+        self.stats: list[dict[str, Any]] = []
+        self.rotation: Rotation | None = None
+        self.rated: list[tuple[LayerView, Any]] = []  # layers that wait for the last one
+        self.facts: PromptFacts | None = None
+        self.queries: tuple[int, Tensor, list[Tensor]] | None = None  # those of the window, see `PromptFacts`
+        self.choosing, self.window = Stopwatch(self.text_model), Stopwatch(self.text_model)
+
+    def install(self, patch: Patch) -> None:
+        text = self.text_model
+        patch.call(self._reset)
+        for attention in attentions(text):
+            patch.hook(attention.register_forward_hook(self._after_attention, with_kwargs=True))
+        self.switch.install(patch)
+        patch.hook(text.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True))
+        patch.hook(text.register_forward_hook(self._leave, with_kwargs=True, always_call=True))
+
+    def abandon(self) -> None:
+        """Forget a forward that was interrupted."""
+        self._reset()
+        self.switch.restore()
+
+    # -- around the text model -------------------------------------------------------------------------------------
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        self._reset()
+        cache = cache_in(kwargs)
+        use_cache = kwargs.get("use_cache")
+        if cache is None and (self.config.use_cache if use_cache is None else use_cache):
+            cache = put_cache(kwargs, DynamicCache(config=self.config))
+        if cache is None:
+            return args, kwargs
+        empty = cache.get_seq_length() == 0
+        if empty and self.policy.fits(kwargs["inputs_embeds"].shape[1]):
+            self.notes.append(FITS)
+            self._report()
+            return args, kwargs
+        layers = self._layers(cache)
+        ragged = any(getattr(layer, "ragged", False) for layer in layers)
+        if (empty or ragged) and torch.is_autocast_enabled(kwargs["inputs_embeds"].device.type):
+            raise Unsupported(
+                "torch.autocast with kv=: it leaves keys and values in two dtypes, which one storage cannot hold; load "
+                "the model in the dtype you want (dtype=torch.bfloat16) and drop autocast"
+            )
+        if empty:
+            self._replace(cache, layers)
+        elif ragged:
+            asked = kwargs.get("output_attentions")
+            if self.config.output_attentions if asked is None else asked:
+                raise Unsupported(NO_WEIGHTS)
+            self._continue(kwargs)
+        return args, kwargs
+
+    def _report(self) -> None:
+        self.sink({
+            "compress_ms": self.choosing.seconds() * 1e3, "window_ms": self.window.seconds() * 1e3,
+            "kv_layers": self.stats, "notes": self.notes,
+        })  # fmt: skip
+
+    def _layers(self, cache: Any) -> list[Any]:
+        if not isinstance(cache, Cache) or not hasattr(cache, "layers") or getattr(cache, "offloading", False):
+            raise Unsupported(
+                f"a {'offloaded ' if getattr(cache, 'offloading', False) else ''}{type(cache).__name__} cannot hold "
+                "compressed keys and values: use the default dynamic cache (kv policies have their own host tier)"
+            )
+        if not cache.layers:
+            cache.layers.extend(DynamicLayer() for _ in self.text_model.layers)  # type: ignore[union-attr]
+        return cache.layers
+
+    def _replace(self, cache: Any, layers: list[Any]) -> None:
+        """Swap the empty layers of a dynamic cache for the policy's; sliding and linear ones are left alone."""
+        alone = []
+        for i, layer in enumerate(layers):
+            if isinstance(layer, (StaticLayer, QuantizedLayerBase)):
+                raise Unsupported(
+                    f"a {type(layer).__name__} has a fixed layout that a kv policy cannot shrink: "
+                    "use the default dynamic cache (cache_implementation unset)"
+                )
+            plain = type(layer) is DynamicLayer or (isinstance(layer, CacheLayerMixin) and hasattr(layer, "skip"))
+            if plain and not getattr(layer, "is_sliding", False):
+                self.originals[i] = layer
+            else:
+                alone.append(i)
+        if not self.originals:
+            raise Unsupported(
+                f"every layer is a {type(layers[0]).__name__}: kv policies compress full-attention layers only; "
+                "drop kv= for this model"
+            )
+        for i in self.originals:
+            layers[i] = self.policy.cache_layer()
+            layers[i].announce(begun=False)
+        if alone:
+            kind = type(layers[alone[0]]).__name__
+            self.notes.append(
+                f"kv: layers {_ranges(alone)} ({kind}) were left alone, full attention only is compressed"
+            )
+        self.cache = cache
+
+    def _continue(self, kwargs: dict) -> None:
+        """A forward over a compressed cache: decode, verification or a later turn."""
+        q, mask = kwargs["inputs_embeds"].shape[1], kwargs.get("attention_mask")
+        if q > 1 and isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask[:, -q:].all()):
+            raise Unsupported(
+                "a later turn whose rows differ in length was padded: on a compressed cache give every row the same "
+                "number of new tokens, or run the rows one by one"
+            )
+        if q > 16:
+            self.sink({"notes": [f"kv: {q} columns of a later turn were appended whole, only the first is compressed"]})
+
+    def _leave(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if self.cache is None:
+            return
+        try:
+            if self.compressed == 0:
+                for i, original in self.originals.items():
+                    ours = self.cache.layers[i]
+                    self.cache.layers[i] = original
+                    if ours.skipped:  # a pruner dropped columns on the way in: the layer must count them
+                        if not hasattr(original, "skip"):
+                            original = prunable(self.cache, i, len(self.cache.layers))
+                        original.skip(ours.skipped)
+                    if ours.keys is not None:
+                        original.update(ours.keys, ours.values)
+                if output is not None:
+                    self.notes.append(FITS)
+            if output is not None:
+                self._report()
+        finally:
+            self._reset()
+
+    # -- after each layer's attention ------------------------------------------------------------------------------
+
+    def _after_attention(self, module: Any, args: tuple, kwargs: dict, output: Any) -> None:
+        if self.cache is None or module.layer_idx not in self.originals:
+            return
+        layer = self.cache.layers[module.layer_idx]
+        columns = getattr(self.cache, "vlmfast_columns", None)
+        held = layer.keys.shape[2]
+        if columns is None or columns.kinds.shape[1] != held:
+            known = "no column kinds" if columns is None else f"kinds of {columns.kinds.shape[1]} columns"
+            raise StageDidNotFire(f"layer {module.layer_idx} holds {held} columns but the runtime has {known} for them")
+        start = self.choosing.now()
+        if self.facts is None:
+            self.facts = PromptFacts(columns.kinds)
+            if self.facts.right_padded:
+                raise Unsupported("padding on the right of a prompt: pad on the left (padding_side='left') to generate")
+            self.fits = self.policy.fits(self.facts.longest)
+        if not self.fits:
+            window, counted = self._window(module, args, kwargs, layer.keys, self.facts)
+            mine = sorted(self.originals)
+            view = LayerView(
+                layer.keys, layer.values, columns.kinds, window, module.layer_idx, len(mine),
+                columns.index, counted, self._rotation(kwargs, held), mine.index(module.layer_idx),
+                self.facts.held, None if self.queries is None else self.queries[2],
+            )  # fmt: skip
+            if not self.policy.spans:
+                kept = self.policy.compress(view)
+                if kept is not None:
+                    self._store(view, kept)
+            else:
+                self.rated.append((view, self.policy.rate(view)))
+                view.window = None
+                if view.layer == max(self.originals):
+                    views, rated = [list(x) for x in zip(*self.rated, strict=True)]
+                    for waiting, kept in zip(views, self.policy.compress_all(views, rated), strict=True):
+                        self._store(waiting, kept)
+                    self.rated = []
+        self.choosing.add(start)
+
+    def _rotation(self, kwargs: dict, held: int) -> Rotation | None:
+        """The rotation this layer's attention was given, where it covers all columns."""
+        tables = kwargs.get("position_embeddings")
+        if self.rotation is None and tables and tables[0].ndim == 3 and tables[0].shape[1] == held:
+            self.rotation = Rotation(tables[0], tables[1], min(self.originals))
+        return self.rotation
+
+    def _store(self, view: LayerView, kept: CompressedLayer) -> None:
+        self.cache.layers[view.layer].compress(kept, view.positions)
+        self.compressed += 1
+        self.stats.append({"layer": view.layer, **kept.stats})
+
+    def _window(
+        self, module: Any, args: tuple, kwargs: dict, keys: Tensor, facts: PromptFacts
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Attention of the last text queries: weights (B, H, W, L) float32, and which of them count (B, W) bool."""
+        w = min(self.policy.window(), keys.shape[2])
+        if w == 0:
+            return None, None
+        start = self.window.now()
+        if self.queries is None:
+            self.queries = facts.queries(w)
+        w, counted, picked = self.queries
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        query = window_queries(module, hidden[:, -w:], kwargs["position_embeddings"])
+        if self.policy.per_query:
+            weights = kernels.window_attention(query, keys, module.scaling, facts.visible)
+            weights.masked_fill_(~counted[:, None, :, None], 0.0)
+        else:
+            weights = kernels.window_mean(query, keys, module.scaling, facts.visible, counted, picked)
+            counted = counted[:, -1:] | True
+        self.window.add(start)
+        return weights, counted
+
+
+def window_queries(module: Any, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotated queries (B, H, W, Dh) of the last W columns, as the attention module itself makes them.
+
+    hidden (B, W, D) is what the module received; position_embeddings its full-length cos and sin.
+    """
+    w = hidden.shape[1]
+    query = queries(module, hidden)
+    if hasattr(module, "q_norm"):
+        query = module.q_norm(query)
+    query = query.transpose(1, 2)
+    cos, sin = (x[..., -w:, :] for x in position_embeddings)
+    rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb  # the family's own
+    return rotate(query, query[:, :1], cos, sin)[0]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> '0-2, 5'."""
+    parts: list[list[int]] = []
+    for n in numbers:
+        if parts and n == parts[-1][-1] + 1:
+            parts[-1].append(n)
+        else:
+            parts.append([n])
+    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)

@@ -1,0 +1,117 @@
+"""What the runtime and the methods between layers exchange, and what a cut leaves behind on the cache."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from vlmfast.core import Unsupported
+from vlmfast.runtime.cache_state import PrunedLayer
+
+
+@dataclass
+class CutInputs:
+    """What a method sees of the columns that reached a cut, after the layer before it."""
+
+    kinds: Tensor  # (B, P) int8, `Kind`
+    hidden: Tensor  # (B, P, D), output of the layer before the cut
+    before: Tensor  # (B, P, D), its input
+    weights: Tensor | None  # (B, H, W, P) float32 attention of the last W columns in that layer; None if not asked for
+
+
+class LayerMethod(Protocol):
+    """What the runtime asks of a method that acts between layers."""
+
+    keep: float
+    name: str
+
+    def cuts(self, layers: int) -> tuple[tuple[int, float], ...]:
+        """(layer, fraction of the entered visual columns that stay from this layer on), ascending; layer >= 1."""
+        ...
+
+    def window(self) -> int:
+        """Number of last columns whose attention it needs (0 = attention-free)."""
+        ...
+
+    def rate(self, sight: CutInputs) -> Tensor:
+        """(B, P) scores of the visual columns, higher is kept."""
+        ...
+
+
+@dataclass
+class CutColumns:
+    """The columns of one cache that the layers from a cut on hold, up to the last prefill."""
+
+    valid: Tensor  # (B, W) bool, not padding
+    index: Tensor  # (B, W) int64 logical columns, -1 on padding
+    uncut: int  # columns that the layers before any cut held at that time
+    padded: bool
+
+    def grown(self, width: int, tail: Tensor | None) -> Tensor:
+        """(B, width) bool: what followed is valid unless the 2-D mask `tail` says otherwise; cut if cropped."""
+        new = width - self.valid.shape[1]
+        if new <= 0:
+            return self.valid[:, :width]
+        ones = self.valid.new_ones(self.valid.shape[0], new)
+        if tail is not None and tail.shape[1] >= new:
+            ones = tail[:, tail.shape[1] - new :].bool()
+        return torch.cat([self.valid, ones], 1)
+
+
+@dataclass
+class PrunedPrefill:
+    """One prefill with new media on its way through the layers."""
+
+    kinds: Tensor  # (B, P) int8 of the columns now running
+    index: Tensor  # (B, P) int64 logical column of each
+    entered: Tensor  # (B,) visual columns that entered
+    prior: Tensor  # (B, past) bool, physical columns already in the uncut layers, not padding
+    done: int = 0
+    source: Tensor | None = None  # (B, P) which of the entered columns they are
+    before: Tensor | None = None
+    weights: Tensor | None = None
+    tables: tuple[Tensor, Tensor] | None = None  # cos and sin of the columns now running
+    valid: Tensor | None = None  # (B, past + P) bool of the cut layers
+    masks: dict[str, Any] = field(default_factory=dict)
+
+
+def all_keys(module: Any, hidden: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """(B, Hk, P, Dh) rotated keys, recomputed where there is no cache to read them from."""
+    key = module.k_proj(hidden).unflatten(-1, (-1, module.head_dim))
+    if hasattr(module, "k_norm"):
+        key = module.k_norm(key)
+    key = key.transpose(1, 2)
+    rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb  # the family's own
+    return rotate(key, key, *tables)[1]
+
+
+def take_tables(tables: tuple[Tensor, Tensor], source: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin (B or 1, P, Dh) of the columns `source` (B, S)."""
+    b, s = source.shape
+    cos, sin = (
+        t.expand(b, -1, -1).gather(1, source[..., None].expand(b, s, t.shape[-1]))
+        for t in tables
+    )  # fmt: skip
+    return cos, sin
+
+
+def prunable(cache: Any, i: int, layers: int) -> Any:
+    """Cache layer i, made one that counts skipped columns."""
+    while len(cache.layers) < layers:
+        cache.layers.append(PrunedLayer())
+    layer = cache.layers[i]
+    if type(layer) is DynamicLayer:
+        new = PrunedLayer()
+        new.__dict__.update(layer.__dict__)
+        cache.layers[i] = layer = new
+    if not isinstance(layer, PrunedLayer):
+        raise Unsupported(
+            f"a {type(layer).__name__} cannot hold fewer columns than the layers before it: "
+            "use the default dynamic cache and full attention"
+        )
+    return layer

@@ -1,0 +1,319 @@
+"""Which columns enter the language model: finds the visual ones, lets a pruner drop some, keeps masks right.
+
+Three taps on an unmodified model: `get_*_features` (layout of the media), the base model's forward (where the
+placeholders are), the text model's forward (where columns are dropped). What was dropped is remembered on the cache
+object itself, so several conversations may interleave.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+
+from vlmfast.core import Kind, TokenPruner, Unsupported
+from vlmfast.families import Family, Item
+from vlmfast.families.base import feature_list
+from vlmfast.runtime.cache_state import (
+    Columns,
+    column_kinds,
+    contiguous_positions,
+    count_skipped,
+    entry_mask,
+    rows_width,
+)
+from vlmfast.runtime.clock import Stopwatch
+from vlmfast.runtime.compat import cache_in, put_cache
+from vlmfast.runtime.compiled import is_compiled, refuse_compiled
+from vlmfast.runtime.media_cache import MediaCache
+from vlmfast.runtime.model_lock import model_lock
+from vlmfast.runtime.patch import Patch
+from vlmfast.runtime.selection import drop, left_padded, select_kind
+from vlmfast.runtime.tower_attention import TowerAttention
+
+
+class InputPruning:
+    """Installs the three taps. `pruner` None = observe only (column kinds for KV policies and speculation)."""
+
+    per_call = ("media", "given", "kind", "stats", "notes", "seen", "tower_kept", "kept", "cache", "in_call", "entered",
+                "has_media", "encoding", "selecting")  # fmt: skip
+
+    def __init__(self, model: nn.Module, family: Family, pruner: TokenPruner | None) -> None:
+        self.model, self.family, self.pruner = model, family, pruner
+        self.host_grids = False  # may grids come to the tower on the host?
+        self.ids = family.visual_ids(model)
+        self.tower_kept: dict[str, list[Tensor]] | None = None  # filled by InTowerPruning: kept rows per item
+        self.attention: TowerAttention | None = None  # where tower attention comes from, when a pruner needs it
+        self.gaze: Any = None  # a `runtime.gaze.TextAttentionRecorder`, when a draft prunes by the target's attention
+        self.reuse: MediaCache | None = None  # encoded media kept between calls, when asked for
+        self.media: dict[str, list[Item]] = {}  # layout of the media encoded for the running request
+        self.kind: str | None = None  # the media being encoded right now
+        self.drafts = False  # is this a draft model, whose forwards belong to a call of its target?
+        self.stats: dict[str, Any] = {}
+        self.notes: list[str] = []
+        self.seen: dict[str, Tensor] = {}
+        self.given: set[str] = set()  # kinds of media that came already encoded
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the last request."""
+        self.media, self.seen, self.given, self.tower_kept, self.kind = {}, {}, set(), None, None
+        if self.gaze is not None:
+            self.gaze.reset()
+        self.kept: dict[str, list[Tensor]] = {}  # kept indices of every item, in the order of `media`; {} = all
+        self.stats = {"visual_tokens": 0, "kept_tokens": 0, "encode_ms": 0.0, "select_ms": 0.0, "prefills": 0}
+        self.encoding, self.selecting = Stopwatch(self.model), Stopwatch(self.model)
+        self.notes = []
+        self.cache: Any = None  # of the running `generate` call
+        self.in_call = False  # is one running?
+        self.entered: Columns | None = None  # the columns of the forward now running, when it brings new media
+        self.has_media = False
+
+    def timed(self) -> dict[str, Any]:
+        """The counts and milliseconds of the last request; waits for what is still running."""
+        spans = {"encode_ms": self.encoding.seconds() * 1e3, "select_ms": self.selecting.seconds() * 1e3}
+        return self.stats | {name: self.stats[name] + span for name, span in spans.items()}
+
+    @property
+    def active(self) -> bool:
+        """Does the running pruner drop anything?"""
+        return self.pruner is not None and self.pruner.keep < 1
+
+    @contextmanager
+    def using(self, pruner: TokenPruner | None) -> Iterator[None]:
+        """Prune with another pruner inside the block (a draft that is the target itself)."""
+        before, self.pruner = self.pruner, pruner
+        try:
+            yield
+        finally:
+            self.pruner = before
+
+    def install(self, patch: Patch) -> None:
+        base, text = self.family.base(self.model), self.family.text(self.model)
+        for kind in self.ids:
+            self._tap_features(patch, base, kind)
+        patch.hook(self.model.register_forward_pre_hook(self._refuse, with_kwargs=True))
+        patch.hook(base.register_forward_pre_hook(self._see, with_kwargs=True))
+        patch.hook(text.register_forward_pre_hook(self._enter, with_kwargs=True))
+        if self.family.rope_axes == 1:  # FlashAttention reads packing from the positions the layers get
+            for layer in self.family.layers(self.model):
+                patch.hook(layer.register_forward_pre_hook(contiguous_positions, with_kwargs=True), stays=True)
+
+    # -- tap 1: media layout ---------------------------------------------------------------------------------------
+
+    def _tap_features(self, patch: Patch, base: nn.Module, kind: str) -> None:
+        name = f"get_{kind}_features"
+        inner = getattr(base, name)
+        signature = inspect.signature(inner)
+
+        @functools.wraps(inner)
+        def tapped(*args: Any, **kwargs: Any) -> Any:
+            with model_lock(self.model):
+                return tap(*args, **kwargs)
+
+        def tap(*args: Any, **kwargs: Any) -> Any:
+            if self.kind is not None:  # Qwen3-VL encodes video by calling the image function
+                return inner(*args, **kwargs)
+            given = signature.bind(*args, **kwargs)
+            bound, grid = given.arguments, f"{kind}_grid_thw"
+            if self.host_grids and bound.get(grid) is not None:  # read before the tower runs: nothing waits for it
+                bound[grid] = bound[grid].cpu()
+                args, kwargs = given.args, given.kwargs
+            call = {**bound, **bound.get("kwargs", {})}
+            start = self.encoding.now()
+            out = self._encode(kind, call, functools.partial(inner, *args, **kwargs))
+            self.encoding.add(start)
+            self.media[kind] = self.family.items(self.model, kind, call, feature_list(out))
+            if self.attention is not None:
+                self.attention.collect(kind, functools.partial(inner, *args, **kwargs), call, self.media[kind])
+            return out
+
+        patch.set(base, name, tapped)
+
+    def _encode(self, kind: str, call: dict[str, Any], encode: Callable[[], Any]) -> Any:
+        """Run the tower on one kind of media, or find what it said of the same pixels before."""
+        key, found = "", None
+        reuse = self.reuse if self.attention is None else None  # tower attention exists only while the tower runs
+        if reuse is not None:
+            key, found = reuse.features(kind, call | {"pruner": repr(self.pruner)})
+        if found is not None:
+            if found[1] is not None:
+                self.tower_kept = (self.tower_kept or {}) | {kind: found[1]}
+            return found[0]
+        self.kind = kind
+        try:
+            out = encode()
+        finally:
+            self.kind = None
+        if reuse is not None:
+            reuse.keep_features(key, out, (self.tower_kept or {}).get(kind))
+        return out
+
+    def _refuse(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if is_compiled(self.family.text(self.model)):
+            refuse_compiled(self.model)
+        if kwargs.get("labels") is not None and self.active:
+            raise Unsupported("labels were given to a model with a pruner: remove() the acceleration to train")
+
+    def refuse_merged(self, ids: Tensor | None, embeds: Tensor | None) -> None:
+        """Raise Unsupported for embeddings (B, L, D) that hold features where the ids (B, L) have placeholders."""
+        if ids is None or embeds is None or ids.shape != embeds.shape[:2]:
+            return
+        for kind, where in self._placeholders(embeds).items():
+            known = (ids == self.ids[kind]).to(where.device)
+            if bool((known & ~where).any()):
+                raise Unsupported(
+                    f"inputs_embeds came in with the {kind} features already in them, whose layout is not known: "
+                    "pass input_ids and the pixels to prune them"
+                )
+
+    # -- tap 2: where the placeholders are -------------------------------------------------------------------------
+
+    def _see(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        self.seen = {}
+        if ids is None:
+            embeds = kwargs.get("inputs_embeds")
+            if embeds is None or embeds.shape[1] == 1:
+                return
+            self.seen = self._placeholders(embeds)
+        elif ids.shape[1] > 1:
+            self.seen = {kind: ids == token for kind, token in self.ids.items()}
+        self.lay_out(kwargs)
+
+    def _placeholders(self, embeds: Tensor) -> dict[str, Tensor]:
+        """Per kind of media (B, L) bool, where embeddings (B, L, D) are a placeholder's."""
+        table: Any = self.family.base(self.model).get_input_embeddings()  # type: ignore[operator]
+        tokens = {kind: torch.tensor(token, device=table.weight.device) for kind, token in self.ids.items()}
+        return {kind: (embeds == table(token).to(embeds)).all(-1) for kind, token in tokens.items()}
+
+    def lay_out(self, call: dict[str, Any]) -> None:
+        """Note the layout of media that came already encoded (mm_encoder_outputs), where `call` gives it."""
+        outputs = call.get("mm_encoder_outputs") or {}
+        self.given |= {kind for kind in self.ids if outputs.get(kind) is not None}
+        for kind in self.given & outputs.keys() - self.media.keys():
+            features = feature_list(outputs[kind])
+            try:
+                items = self.family.items(self.model, kind, call, features)
+            except (KeyError, TypeError, AttributeError):  # no grids came with them
+                continue
+            if sum(item.n for item in items) == sum(map(len, features)):
+                self.media[kind] = items
+
+    # -- tap 3: columns enter the text model -----------------------------------------------------------------------
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        embeds = kwargs["inputs_embeds"]
+        cache = cache_in(kwargs)
+        columns: Columns | None = getattr(cache, "vlmfast_columns", None)
+        past = cache.get_seq_length() if cache is not None else 0
+        seen, self.seen = self.seen, {}
+        has_media = any(bool(m.any()) for m in seen.values())
+        self._note_cache(cache)
+        self.entered, self.has_media = None, has_media
+        if past and not has_media:  # decode, verification, or a turn without new media
+            if columns is not None and columns.padded:
+                columns.announce(cache)
+                kwargs["attention_mask"] = columns.mask(kwargs.get("attention_mask"), past + embeds.shape[1])
+            return args, kwargs
+        self.stats["prefills"] += 1
+        self._prefill(kwargs, seen, has_media, past, columns)
+        return args, kwargs
+
+    def _prefill(self, kw: dict, seen: dict[str, Tensor], has_media: bool, past: int, columns: Columns | None) -> None:
+        embeds, mask = kw["inputs_embeds"], kw.get("attention_mask")
+        b, q, _ = embeds.shape
+        if mask is not None and (isinstance(mask, dict) or mask.ndim != 2):
+            if not self.active:
+                self._bypass(seen)
+                return
+            raise Unsupported(
+                "a prebuilt attention mask cannot follow pruned columns: pass a 2-D mask and a dynamic cache, "
+                "or call generate(), which rewrites its inputs for a static one"
+            )
+        valid = torch.ones(b, q, dtype=torch.bool, device=embeds.device)
+        if mask is not None:
+            valid = mask[:, -q:].bool()
+        padded = mask is not None and not bool(valid.all())
+        if past and columns is None:  # the cache was filled before we saw it: nothing was dropped from it
+            before = valid.new_ones(b, past) if mask is None else mask[:, :past].bool()
+            columns = Columns(
+                column_kinds(torch.zeros_like(before), before, False),
+                torch.arange(past, device=before.device).expand(b, past).masked_fill(~before, -1),
+                past,
+                not bool(before.all()),
+            )
+        elif columns is not None:
+            columns.grow(past)
+        visual = functools.reduce(torch.logical_or, seen.values(), torch.zeros_like(valid))
+        kinds = column_kinds(visual, valid, past > 0)
+        index = torch.arange(past, past + q, device=embeds.device).expand(b, q)
+        index = index.masked_fill(~valid, -1)
+        rows = self.rows(kw, seen, visual, valid) if has_media else None
+        if (
+            not self.in_call and not self.drafts
+        ):  # a forward by itself: what it encoded says nothing about the next one's media
+            self.media, self.tower_kept = {}, None
+        if rows is not None:
+            source, filled = left_padded(rows, embeds.device)
+            padded = len({len(r) for r in rows}) > 1
+            drop(kw, source, filled, rows, past)
+            kinds = kinds.gather(1, source).masked_fill(~filled, Kind.PAD)
+            index = index.gather(1, source).masked_fill(~filled, -1)
+        if columns is not None:
+            kinds = torch.cat([columns.kinds, kinds], 1)
+            index = torch.cat([columns.index, index], 1)
+            padded = padded or columns.padded
+        state = Columns(kinds, index, past + q, padded)
+        self.entered = state if has_media else None
+        cache = cache_in(kw)
+        if cache is None and kw.get("use_cache") and rows is not None:
+            cache = put_cache(kw, DynamicCache(config=self.family.text(self.model).config))
+        if cache is not None:
+            if rows is not None:
+                count_skipped(cache, q - rows_width(rows), len(self.family.layers(self.model)))
+            cache.vlmfast_columns = state
+            state.announce(cache)
+            self._note_cache(cache)
+        if rows is not None or (columns is not None and columns.padded):
+            mask = entry_mask(state)
+            if mask is None and cache_in(kw) is None:  # gaps in positions would read as packing
+                mask = torch.ones(b, kw["inputs_embeds"].shape[1], dtype=torch.long, device=embeds.device)
+            elif mask is not None and cache_in(kw) is None:
+                mask = mask[:, -kw["inputs_embeds"].shape[1] :]
+            kw["attention_mask"] = mask
+
+    def rows(self, kw: dict, seen: dict[str, Tensor], visual: Tensor, valid: Tensor) -> list[Tensor] | None:
+        """Kept column indices of every row, ascending; None when nothing is dropped."""
+        if not self.active:
+            self._bypass(seen)
+            return None
+        total = sum(int(m.sum()) for m in seen.values())
+        self.stats["visual_tokens"] += total
+        start = self.selecting.now()
+        keep = valid.clone()
+        kept_total = 0
+        for kind, where in seen.items():
+            kept_total += select_kind(self, kw, kind, where, visual, valid, keep)
+        self.stats["kept_tokens"] += kept_total
+        rows = [k.nonzero()[:, 0] for k in keep]
+        self.selecting.add(start)
+        return None if kept_total == total else rows
+
+    def _note_cache(self, cache: Any) -> None:
+        """Remember the cache of the call: the first one, since streamers and processors may bring others meanwhile."""
+        if self.in_call and self.cache is None:
+            self.cache = cache
+
+    def _bypass(self, seen: dict[str, Tensor]) -> None:
+        total = sum(int(m.sum()) for m in seen.values())
+        self.stats["visual_tokens"] += total
+        self.stats["kept_tokens"] += total
+        if self.pruner is not None and total:
+            self.notes.append("prune: keep=1 keeps every visual token, bypassed")

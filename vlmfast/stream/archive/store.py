@@ -1,0 +1,324 @@
+"""The archive of a stream: blocks in RAM, spilled to disk, within byte limits that hold at all times.
+
+With a disk, every block goes into a segment soon after it arrives and RAM is a cache of the newest; without one, RAM is
+all there is. When a tier is full the blocks worth least are given up (see `eviction`). The representatives of all
+blocks stay in RAM, so with a disk too RAM limits how many blocks there are: the table of representatives grows to three
+quarters of it, then blocks are given up for the ones that come.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmfast.core import UserError, parse_bytes
+from vlmfast.stream.archive.eviction import from_segments, least
+from vlmfast.stream.archive.folder import NoRoom, StoreError
+from vlmfast.stream.archive.packing import FORMATS, Packed, pack, unpack
+from vlmfast.stream.archive.representatives import RepresentativeTable
+from vlmfast.stream.archive.segments import BlockLost, Segments
+from vlmfast.stream.blocks import Block, Payload
+
+META = 600  # bytes that a block's own record takes in RAM, about
+SEGMENT = 8 << 20
+
+
+class Store:
+    """ram, disk_limit: bytes or text ("2GiB"). path: folder of the disk tier, None for none. fmt: "int8" (default),
+    "bf16", "model". flush_seconds: a segment is written at the latest after so much stream."""
+
+    def __init__(
+        self,
+        ram: int | str = "2GiB",
+        path: str | os.PathLike[str] | None = None,
+        disk_limit: int | str | None = None,
+        fmt: str = "int8",
+        flush_seconds: float = 30.0,
+        head: dict[str, Any] | None = None,
+    ) -> None:
+        if fmt not in FORMATS:
+            raise UserError(f"kept as {fmt!r} is not known; known: {', '.join(FORMATS)}")
+        limit = parse_bytes("ram", ram)
+        if limit is None:
+            raise UserError('ram=None: the store needs a limit, e.g. ram="2GiB"')
+        self.ram, self.fmt, self.flush_seconds = limit, fmt, flush_seconds
+        self.blocks: dict[int, Block] = {}  # in stream order
+        self.held: dict[int, Packed] = {}  # blocks in RAM
+        self.dirty: list[int] = []  # blocks not on disk yet, in order (with a disk)
+        self.reps = RepresentativeTable()
+        self.held_bytes = 0
+        self.peak_ram = 0
+        self.evicted = 0
+        self.lost: list[str] = []  # what could not be read any more
+        self.disk_limit = parse_bytes("disk_limit", disk_limit)
+        self.disk = None if path is None else Segments(path, self.disk_limit, head or {})
+        self.segment = SEGMENT if self.disk_limit is None else min(SEGMENT, max(1, self.disk_limit // 8))
+
+    def create(self) -> Store:
+        """Make the disk folder, if there is to be one."""
+        if self.disk is not None:
+            self.disk.create()
+            try:
+                self.disk.commit()
+                self.disk.beat(float("-inf"))
+            except BaseException:
+                self.disk.abandon()
+                raise
+        return self
+
+    def open(self) -> Store:
+        """Take up an existing folder; what was damaged is named in `lost`."""
+        assert self.disk is not None
+        blocks, reps = self.disk.open()
+        for block in blocks:
+            self.blocks[block.id] = block
+            self.reps.add(block.id, *reps.pop(block.id))
+        self.lost += self.disk.skipped
+        if self.ram_bytes > self.ram:
+            self.close()
+            raise StoreError(
+                f"ram={self.ram:,} bytes cannot hold the representatives of {len(blocks):,} blocks, "
+                f"{self.ram_bytes:,} bytes: raise ram="
+            )
+        self.peak_ram = self.ram_bytes
+        return self
+
+    # -- sizes ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def ram_bytes(self) -> int:
+        """Bytes in RAM: blocks, representatives and records."""
+        return self.held_bytes + self.reps.nbytes() + META * len(self.blocks)
+
+    @property
+    def disk_bytes(self) -> int:
+        return 0 if self.disk is None else self.disk.used
+
+    @property
+    def archive_bytes(self) -> int:
+        """Bytes of keys, values, scales and representatives of all stored blocks, each counted once."""
+        if self.disk is None:
+            return self.held_bytes + self.reps.nbytes()
+        waiting = [self.held.get(i) for i in list(self.dirty)]  # a status line may ask while another thread encodes
+        return self.disk.segment_bytes + sum(p.nbytes() for p in waiting if p is not None)
+
+    # -- in ------------------------------------------------------------------------------------------------------------
+
+    def add(self, block: Block, payload: Payload) -> None:
+        """Store a block. Raises StoreError (nothing stored is lost, this block is not taken) when there is no room."""
+        self.insert(block, pack(payload.keys, payload.values, payload.rep, self.fmt, payload.embedding))
+
+    def insert(self, block: Block, packed: Packed) -> None:
+        """`add` of a packed block."""
+        size = packed.nbytes() + META
+        self._slot(size, packed)
+        self._reserve(size + self.reps.cost(packed.rep, packed.embedding))
+        self.blocks[block.id] = block
+        self.held[block.id] = packed
+        self.held_bytes += packed.nbytes()
+        self.reps.add(block.id, packed.rep, packed.embedding)
+        self.peak_ram = max(self.peak_ram, self.ram_bytes)
+        if self.disk is not None:
+            self.dirty.append(block.id)
+
+    def _slot(self, size: int, packed: Packed) -> None:
+        """Where the table of representatives must grow and may not, give up blocks for a free place in it."""
+        slab = self.reps.cost(packed.rep, packed.embedding)
+        if not slab or not self.blocks:
+            return
+        fixed, most = self.reps.nbytes() + slab + META * self.reps.grown, self.ram * 3 // 4
+        if self.disk is None:
+            fixed, most = self.ram_bytes + slab + size, self.ram
+        if fixed > most:
+            self._evict(0, 1 + len(self.blocks) // 16)
+
+    def due(self) -> bool:
+        """Is it time to write a segment?"""
+        if self.disk is None or not self.dirty:
+            return False
+        span = self.blocks[self.dirty[-1]].end - self.blocks[self.dirty[0]].start
+        return span >= self.flush_seconds or self._dirty_bytes() >= self.segment
+
+    def _dirty_bytes(self) -> int:
+        return sum(self.held[i].nbytes() for i in self.dirty)
+
+    def flush(self) -> None:
+        """Write everything that is not on disk yet. Raises StoreError; the blocks then stay in RAM."""
+        while self.disk is not None and self.dirty:
+            batch: list[int] = []
+            size = 0
+            for i in self.dirty:
+                size += self._file_bytes(i)
+                if batch and size > self.segment:
+                    break
+                batch.append(i)
+            if self.disk_limit is not None:
+                self.disk.drop_state()  # older than what comes now
+            self._disk_room(sum(self._file_bytes(i) for i in batch) + 600 + 48 * len(batch))
+            batch = [i for i in batch if i in self.blocks]
+            if batch:
+                self.disk.write([(self.blocks[i], self.held[i]) for i in batch])
+            self.dirty = self.dirty[len(batch) :]
+
+    def _file_bytes(self, i: int) -> int:
+        """Bytes of a block in a segment, its share of the header included (an upper bound)."""
+        packed, block = self.held[i], self.blocks[i]
+        rep = packed.rep.numel() * 2 + (0 if packed.embedding is None else packed.embedding.numel() * 2)
+        return packed.nbytes() + rep + 900 + 8 * block.rel.numel() + 12 * (packed.rep.shape[0] + 1)
+
+    # -- room ----------------------------------------------------------------------------------------------------------
+
+    def _reserve(self, need: int) -> None:
+        """Make `need` bytes of RAM free: first copies that are on disk too, then (without a disk) whole blocks."""
+        over = self.ram_bytes + need - self.ram
+        if over <= 0:
+            return
+        dirty = set(self.dirty)
+        if self.disk is not None:
+            clean = [i for i in self.held if i not in dirty]
+            if sum(self.held[i].nbytes() for i in clean) < over and self.dirty:
+                self.flush()
+                clean = list(self.held)
+            for i in clean:
+                if over <= 0:
+                    return
+                over -= self._release(i)
+        if over > 0:
+            over -= self._evict(over)
+        if over > 0:
+            raise StoreError(
+                f"ram={self.ram:,} bytes cannot take a block of {need:,} beside {self.ram_bytes:,} in use "
+                "(representatives of all blocks stay in RAM): raise ram="
+            )
+
+    def _release(self, i: int) -> int:
+        """Forget the RAM copy of a block that is on disk; bytes freed."""
+        freed = self.held.pop(i).nbytes()
+        self.held_bytes -= freed
+        return freed
+
+    def _evict(self, need: int, slots: int = 0) -> int:
+        """Give up blocks until `need` bytes of RAM and `slots` blocks are free, a sixteenth of the limit at a time.
+
+        Gives up nothing, and returns 0, when there is not so much to give up."""
+        gone: list[int] = []
+        target, freed = max(need, self.ram // 16) if need else 0, 0
+        for i in least(self.blocks, {} if self.disk is None else self.disk.entries):
+            if freed >= target and len(gone) >= slots:
+                break
+            freed += META + (self.held[i].nbytes() if i in self.held else 0)
+            gone.append(i)
+        if freed < need:
+            return 0
+        before = self.ram_bytes
+        self.remove(gone)
+        return before - self.ram_bytes
+
+    def remove(self, ids: list[int]) -> None:
+        """Give up blocks in every tier, segment by segment. After a StoreError those of the segments done are gone."""
+        gone = set(ids) & self.blocks.keys()
+        for file in {} if self.disk is None else {self.disk.where[i]: None for i in gone if i in self.disk.where}:
+            self._thin(file, gone)
+        self._drop(gone & self.blocks.keys())
+
+    def _thin(self, file: str, gone: set[int]) -> None:
+        """Rewrite a segment without the blocks in `gone`."""
+        assert self.disk is not None
+        held = [i for i in self.disk.entries[file]["blocks"] if i in self.blocks]
+        try:
+            keep = [(self.blocks[i], self.whole(i)) for i in held if i not in gone]
+        except BlockLost:
+            return  # the whole segment is, and `lost` says so
+        self.disk.rewrite(file, keep)
+        self._drop([i for i in held if i in gone])
+
+    def _drop(self, ids: Iterable[int]) -> None:
+        """Forget blocks that no tier holds on disk any more."""
+        gone = set(ids)
+        for i in gone:
+            if i in self.held:
+                self._release(i)
+            self.reps.remove(i)
+            del self.blocks[i]
+        self.dirty = [i for i in self.dirty if i not in gone]
+        self.evicted += len(gone)
+
+    def _disk_room(self, need: int) -> None:
+        """Give up blocks on disk until `need` bytes fit, and one more segment to rewrite others with.
+
+        Raises NoRoom, and gives up nothing, when that cannot be.
+        """
+        if self.disk is None or self.disk_limit is None:
+            return
+        spare = max([self.segment, need, *(e["bytes"] for e in self.disk.entries.values())])
+        if self.disk.used + need + spare > self.disk_limit:
+            self.disk.drop_aside()
+        fixed = self.disk.used - self.disk.segment_bytes
+        if fixed + need + spare > self.disk_limit:
+            raise NoRoom(
+                f"disk_limit={self.disk_limit:,} bytes cannot hold {need:,} more and room to rewrite a segment"
+            )
+        while self.disk.used + need + spare > self.disk_limit:
+            gone = from_segments(self.blocks, self.disk.entries)
+            if not gone:
+                raise NoRoom(
+                    f"disk_limit={self.disk_limit:,} bytes is too small: it must hold a few segments of {spare:,} bytes"
+                )
+            self.remove(gone)
+
+    # -- out -----------------------------------------------------------------------------------------------------------
+
+    def layer(self, i: int, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Un-rotated keys and values (Hk, n, Dh) of one layer of a block, in `dtype` on the CPU.
+
+        Raises BlockLost when the disk no longer has it: its segment is then forgotten and named in `lost`.
+        """
+        rep = self.reps.rep(i, layer)
+        packed = self.held.get(i)
+        if packed is not None:
+            ks = None if packed.key_scale is None else packed.key_scale[layer]
+            vs = None if packed.value_scale is None else packed.value_scale[layer]
+            return unpack(packed.keys[layer], packed.values[layer], ks, vs, rep, dtype)
+        assert self.disk is not None
+        file = self.disk.where[i]
+        try:
+            got = self.disk.layer(i, layer)
+        except BlockLost as e:
+            self._forget(file, e)
+            raise
+        return unpack(got["k"], got["v"], got.get("ks"), got.get("vs"), rep, dtype)
+
+    def _forget(self, file: str, error: Exception) -> None:
+        assert self.disk is not None
+        held = [i for i in self.disk.forget(file) if i in self.blocks]
+        self.dirty = sorted({*self.dirty, *(i for i in held if i in self.held)})  # still in RAM: written again
+        gone = [i for i in held if i not in self.held]
+        for i in gone:
+            self.reps.remove(i)
+            del self.blocks[i]
+        self.lost.append(f"{file} ({len(gone)} blocks): {error}")
+
+    def whole(self, i: int) -> Packed:
+        """A block with all its layers, as it is kept. Raises BlockLost, as `layer`."""
+        if i in self.held:
+            return self.held[i]
+        assert self.disk is not None
+        file = self.disk.where[i]
+        try:
+            return self.disk.whole(i, *self.reps.of(i))
+        except BlockLost as e:
+            self._forget(file, e)
+            raise
+
+    def save_state(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """Write the session's state beside the segments. Gives up no block for it. Raises NoRoom, StoreError."""
+        assert self.disk is not None
+        self.disk.write_state(tensors, meta)
+
+    def close(self) -> None:
+        if self.disk is not None:
+            self.disk.close()

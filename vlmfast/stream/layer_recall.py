@@ -1,0 +1,47 @@
+"""Which layers of a model find what a question names: measured on a few questions whose evidence is known.
+
+ReKV lets every layer choose for itself, and layers differ widely in how well they do: those that look things up know
+where it is, those before and after them do not. With a handful of labelled questions the good ones can be told apart
+and asked alone: `Internal(scope="shared", layers=...)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from vlmfast.core import UserError
+from vlmfast.stream.retrievers import Internal, View, in_time, top
+
+if TYPE_CHECKING:
+    from vlmfast.stream.session import StreamSession
+
+Labelled = tuple[str, float | None, tuple[float, float]]
+
+
+@torch.no_grad()
+def layer_recall(session: StreamSession, asked: Sequence[Labelled], retriever: Internal | None = None) -> list[float]:
+    """Evidence recall of every layer: the share of the evidence's blocks among those that it would bring back.
+
+    asked: (question, asked at second or None, (start, end) of the evidence in seconds). retriever: budget and rule,
+    by default `Internal()`. Raises UserError when the stream holds none of the evidence.
+    """
+    tool = retriever or Internal()
+    layers = list(range(len(session.encoder.cache.layers)))
+    found: list[list[float]] = []
+    for question, at, evidence in asked:
+        blocks = in_time(list(session.store.blocks.values()), at)
+        wanted = {b.id for b in in_time(blocks, None, evidence)}
+        if not wanted:
+            continue
+        view = View(blocks, session.store.reps)
+        with session._lock:
+            session.recall.begin()
+            scores = session.recall.scores(tool, view, question, layers)
+        picked = [top(s, view.tokens, tool.frames, tool.tokens).tolist() for s in scores]
+        found.append([len(wanted & {blocks[i].id for i in best}) / len(wanted) for best in picked])
+    if not found:
+        raise UserError("none of the questions has its evidence in this stream: give (start, end) in its seconds")
+    return torch.tensor(found, dtype=torch.float64).mean(0).tolist()

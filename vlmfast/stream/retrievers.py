@@ -1,0 +1,290 @@
+"""Which blocks a question brings back. Pure functions on scores, and one small class per way of choosing.
+
+A retriever's budget is a number of blocks (`frames`, temporal grids) or of tokens (`tokens`), or both. Candidates are
+the blocks left by the question's time filter, in stream order; every choice is returned ascending.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlmfast import spec
+from vlmfast.core import UserError, shown
+from vlmfast.fields import Method, NonNegativeInt, PositiveInt
+from vlmfast.kernels import ranking
+from vlmfast.stream.archive.representatives import RepresentativeTable
+from vlmfast.stream.blocks import Block
+
+
+@dataclass
+class View:
+    """N candidates: blocks in stream order, their seconds start, end (N,) float64 and tokens (N,) int64."""
+
+    blocks: list[Block]
+    reps: RepresentativeTable | None = None
+
+    def __post_init__(self) -> None:
+        self.start = torch.tensor([b.start for b in self.blocks], dtype=torch.float64)
+        self.end = torch.tensor([b.end for b in self.blocks], dtype=torch.float64)
+        self.tokens = torch.tensor([b.n for b in self.blocks], dtype=torch.long)
+        self.slots = self.reps.slots([b.id for b in self.blocks]) if self.reps is not None else torch.zeros(0)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+
+def top(scores: Tensor, sizes: Tensor, frames: int | None, tokens: int | None) -> Tensor:
+    """Indices (K,) ascending of the best-scored candidates within the budgets; ties go to the earlier one.
+
+    With a token budget the ranking is walked from the best on and a candidate that does not fit is passed over; at
+    least one is taken.
+    """
+    order = ranking(scores.double())
+    if tokens is None:
+        return order[:frames].sort().values
+    chosen: list[int] = []
+    used = 0
+    total = sizes[order]
+    for rank, n in zip(order.tolist(), total.tolist(), strict=True):
+        if frames is not None and len(chosen) >= frames:
+            break
+        if used + n <= tokens or not chosen:
+            chosen.append(rank)
+            used += n
+        if used >= tokens:
+            break
+    return torch.tensor(sorted(chosen), dtype=torch.long)
+
+
+def smoothed(scores: Tensor, sizes: Tensor, reach: int) -> Tensor:
+    """Scores (N,) averaged over `reach` neighbours on either side, weighted by their tokens (N,).
+
+    A block whose frame brought little new holds few tokens, and what they say of the scene is little: its neighbours
+    speak for it. reach 0 changes nothing.
+    """
+    if reach == 0 or len(scores) < 2:
+        return scores
+    weight = sizes.to(scores)
+    kernel = torch.ones(1, 1, 2 * reach + 1, dtype=scores.dtype)
+    both = torch.stack([scores * weight, weight])[:, None]
+    total, mass = F.conv1d(both, kernel, padding=reach)[:, 0]
+    return total / mass
+
+
+def in_time(
+    blocks: Sequence[Block], at: float | None = None, between: tuple[float, float] | None = None
+) -> list[Block]:
+    """Blocks that had begun by second `at` and that overlap `between` (start, end)."""
+    if between is not None and not between[0] <= between[1]:
+        raise UserError(f"between={between} runs backwards: give (start, end) in seconds")
+    kept = [b for b in blocks if at is None or b.start <= at]
+    if between is not None:
+        first, last = between  # an instant is a span too
+        kept = [b for b in kept if b.end > first and (b.start < last or b.start <= first)]
+    return kept
+
+
+def intervals(weights: dict[int, float], blocks: dict[int, Block]) -> list[tuple[float, float, float]]:
+    """(start, end, score) of runs of neighbouring blocks, best first; the score is the best weight in the run."""
+    runs: list[list[float]] = []
+    last = None
+    for i in sorted(weights):
+        block = blocks[i]
+        if last is not None and i == last + 1:
+            runs[-1][1], runs[-1][2] = block.end, max(runs[-1][2], weights[i])
+        else:
+            runs.append([block.start, block.end, weights[i]])
+        last = i
+    found = [(float(a), float(b), round(float(s), 4)) for a, b, s in runs]
+    return sorted(found, key=lambda r: (-r[2], r[0]))
+
+
+@dataclass(frozen=True)
+class Retriever(Method):
+    """frames: most blocks brought back, None for no limit. tokens: most tokens brought back, None for no limit."""
+
+    frames: PositiveInt | None = 16
+    tokens: PositiveInt | None = None
+
+    name: ClassVar[str] = ""
+    per_layer: ClassVar[bool] = False  # does it look at queries?
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.frames is None and self.tokens is None:
+            raise UserError(f"{type(self).__name__} needs a budget: frames=16, or tokens=2048")
+
+    def fits(self, view: View) -> bool:
+        """Do all candidates fit the budget? Then there is nothing to choose."""
+        return (self.frames is None or len(view) <= self.frames) and (
+            self.tokens is None or int(view.tokens.sum()) <= self.tokens
+        )
+
+    def select(self, view: View, question: str) -> Tensor:
+        """Indices (K,) of the chosen candidates, ascending."""
+        return top(self.scores(view, question), view.tokens, self.frames, self.tokens)
+
+    def scores(self, view: View, question: str) -> Tensor:
+        """(N,) higher is brought back."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Internal(Retriever):
+    """ReKV's internal retrieval (arXiv 2503.00540): at every layer, un-rotated queries of the bare question against
+    each block's mean un-rotated key, query heads of a group summed on their key/value head.
+
+    similarity: "cosine" (the paper), "inner" (its code) or "centred": cosine to the key less the mean key of all
+    candidates, so that what all blocks share counts for none. query: "mean" of the question's tokens (ReKV), or "each"
+    token by itself, standardised over the candidates, the best one counting. smooth: see `smoothed`. scope: "layer"
+    chooses for every layer by itself; "shared" standardises the scores of `layers` (None: all; negative numbers from
+    the end), averages them, and chooses once.
+    """
+
+    similarity: Literal["cosine", "inner", "centred"] = "cosine"
+    query: Literal["mean", "each"] = "mean"
+    smooth: NonNegativeInt = 0
+    scope: Literal["layer", "shared"] = "layer"
+    layers: tuple[int, ...] | None = None
+
+    name: ClassVar[str] = "internal"
+    per_layer: ClassVar[bool] = True
+
+    def check_model(self, layers: int, heads: int, axes: int) -> None:
+        self.asked(layers)
+
+    def layer_scores(self, view: View, layer: int, queries: Tensor) -> Tensor:
+        """(N,) scores at one layer of a question's queries (Hk, G, q, Dh)."""
+        assert view.reps is not None
+        summed = queries.float().sum(1).transpose(0, 1)  # (q, Hk, Dh)
+        if self.query == "mean":
+            summed = summed.mean(0, keepdim=True)
+        scores = view.reps.products(layer, summed, view.slots, centred=self.similarity == "centred")
+        if self.similarity != "inner":
+            scores = scores / view.reps.norms_of(layer, view.slots, self.similarity == "centred").clamp(min=1e-6)
+        if self.query == "each":
+            scores = standardised(scores)
+        return smoothed(scores.amax(0), view.tokens, self.smooth)
+
+    def asked(self, count: int) -> list[int]:
+        """The layers, of `count`, whose scores are combined, ascending. Raises UserError for one that is not there."""
+        wanted = range(count) if self.layers is None else self.layers
+        wrong = [i for i in wanted if not -count <= i < count]
+        if wrong or not wanted:
+            raise UserError(f"layers={shown(self.layers)} in internal: this model's layers are 0 to {count - 1}")
+        return sorted({i % count for i in wanted})
+
+    def combine(self, scores: list[Tensor]) -> Tensor:
+        """(N,) from the scores of the layers that were asked: mean of the standardised ones."""
+        return standardised(torch.stack(scores)).mean(0)
+
+
+def standardised(scores: Tensor) -> Tensor:
+    """Rows (R, N) with mean 0 and deviation 1 over the candidates."""
+    if scores.shape[1] < 2:
+        return torch.zeros_like(scores)
+    return (scores - scores.mean(1, keepdim=True)) / scores.std(1, keepdim=True).clamp(min=1e-9)
+
+
+@dataclass(frozen=True)
+class External(Retriever):
+    """Any encoder pair with one space (CLIP, SigLIP): frames are embedded when pushed, the question when asked.
+
+    frames_to: (T, H, W, 3) uint8 -> (T, E); text_to: str -> (E,). Ranks by cosine.
+    """
+
+    frames_to: Callable[[Tensor], Tensor] | None = None
+    text_to: Callable[[str], Tensor] | None = None
+
+    name: ClassVar[str] = "external"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.frames_to is None or self.text_to is None:
+            raise UserError("External needs frames_to= and text_to=: the two halves of a CLIP-like encoder")
+
+    def scores(self, view: View, question: str) -> Tensor:
+        assert view.reps is not None and self.text_to is not None
+        stored = view.reps.embedding(view.slots)
+        if stored is None:
+            raise UserError("nothing was embedded: give External to StreamSession(retrieve=...) before pushing frames")
+        return F.cosine_similarity(stored, self.text_to(question).float().reshape(1, -1).cpu(), dim=-1)
+
+
+@dataclass(frozen=True)
+class Recency(Retriever):
+    """The newest blocks."""
+
+    name: ClassVar[str] = "recency"
+
+    def scores(self, view: View, question: str) -> Tensor:
+        return torch.arange(len(view), dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class UniformRetriever(Retriever):
+    """Blocks spread evenly over the candidates ("uniform")."""
+
+    name: ClassVar[str] = "uniform"
+
+    def select(self, view: View, question: str) -> Tensor:
+        count = min(len(view), self.frames or len(view))
+        while True:
+            index = (
+                torch.linspace(0, len(view) - 1, count).round().long().unique() if count > 1 else torch.zeros(1).long()
+            )
+            if count == 1 or self.tokens is None or int(view.tokens[index].sum()) <= self.tokens:
+                return index
+            over = int(view.tokens[index].sum()) / self.tokens
+            count = max(1, min(count - 1, int(count / over)))
+
+
+@dataclass(frozen=True)
+class RandomRetriever(Retriever):
+    """Blocks at random ("random"), the same ones for the same seed and number of candidates."""
+
+    seed: int = 0
+
+    name: ClassVar[str] = "random"
+
+    def scores(self, view: View, question: str) -> Tensor:
+        return torch.rand(len(view), generator=torch.Generator().manual_seed(self.seed + len(view)))
+
+
+@dataclass(frozen=True)
+class Oracle(Retriever):
+    """The blocks in the given (start, end) seconds, the control that knows; what is left of the budget goes to the
+    blocks nearest to them."""
+
+    spans: tuple[tuple[float, float], ...] = ()
+
+    name: ClassVar[str] = "oracle"
+
+    def scores(self, view: View, question: str) -> Tensor:
+        if not self.spans:
+            raise UserError("Oracle needs spans=((start, end), ...): the seconds where the evidence lies")
+        away = torch.full((len(view),), float("inf"), dtype=torch.float64)
+        for start, end in self.spans:
+            gap = torch.maximum(start - view.end + 1e-9, view.start - end + 1e-9).clamp(min=0)
+            away = torch.minimum(away, gap)
+        return -away
+
+
+METHODS: dict[str, type[Retriever]] = {
+    kind.name: kind for kind in (Internal, External, Recency, UniformRetriever, RandomRetriever, Oracle)
+}
+
+
+def parse(text: Any) -> Retriever | None:
+    """A retriever from itself, None or "none" (the window alone), or its text, as in
+    `internal:similarity=centred,scope=shared,layers=[2,3]`; see `spec`."""
+    if text is None or isinstance(text, Retriever):
+        return text
+    retriever: Retriever | None = None if text == "none" else spec.read("retriever", text, METHODS)
+    return retriever

@@ -1,0 +1,138 @@
+"""The pixels of chosen frames of a file, through PyAV, decord or OpenCV.
+
+A backend is only asked for frames by number (`fetch(index, wanted, backend)`), and the numbers come from the one index
+made by PyAV, so it cannot change which frames are seen. What a library cannot deliver exactly is refused.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmfast.core import UserError
+from vlmfast.video.frame_index import Index, frames_of, opened
+
+BACKENDS = {"pyav": "av", "decord": "decord", "opencv": "cv2"}
+_PIP = {"pyav": "av", "decord": "decord", "opencv": "opencv-python-headless"}
+_SEEK_PAYS = 12  # frames to skip before a seek (flush, refill of the decoder's threads) is cheaper than decoding on
+
+
+def require(backend: str) -> None:
+    """Raises UserError unless `backend` is known and installed."""
+    if backend not in BACKENDS:
+        raise UserError(f"unknown video backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+    if importlib.util.find_spec(BACKENDS[backend]) is None:
+        have = [b for b, module in BACKENDS.items() if importlib.util.find_spec(module)]
+        raise UserError(
+            f"the video backend {backend!r} is not installed; pip install {_PIP[backend]}, "
+            f"or use {' or '.join(map(repr, have)) or 'another one'}"
+        )
+
+
+def fetch(index: Index, wanted: NDArray[np.int64], backend: str = "pyav") -> Iterator[NDArray[np.uint8]]:
+    """Yields the frames numbered `wanted` (ascending, distinct), upright, each (H, W, 3) uint8 RGB.
+
+    Raises UserError when the backend is missing or cannot deliver exactly these frames.
+    """
+    require(backend)
+    take = {"pyav": _pyav, "decord": _decord, "opencv": _opencv}[backend]
+    for frame in take(index, wanted):
+        yield index.orientation.apply(frame)
+
+
+def thumbnails(index: Index, side: int) -> Iterator[NDArray[np.uint8]]:
+    """Yields every frame scaled to (side, side, 3) uint8 RGB, as stored (not turned upright)."""
+    with opened(index.path) as (container, stream):
+        known: set[int] | None = None if index.pts is None else set(index.pts.tolist())
+        for frame in frames_of(container, stream, index.path):
+            if known is None or frame.pts in known:
+                yield frame.to_ndarray(format="rgb24", width=side, height=side, interpolation="AREA")
+
+
+def _pyav(index: Index, wanted: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
+    pts = index.pts
+    if pts is None:
+        rest = iter(wanted.tolist())
+        target = next(rest, None)
+        with opened(index.path) as (container, stream):
+            for k, frame in enumerate(frames_of(container, stream, index.path)):
+                if target is None:
+                    return
+                if k == target:
+                    yield frame.to_ndarray(format="rgb24")
+                    target = next(rest, None)
+        return
+    targets = pts[wanted]
+    done = 0
+    for exact in (False, True):  # a second time without seeking, should a seek ever land behind its target
+        with opened(index.path) as (container, stream):
+            frames, at = (
+                frames_of(container, stream, index.path),
+                -1,
+            )  # `at` = number of the last decoded frame
+            for target in targets[done:].tolist():
+                key = np.searchsorted(index.keys, target, side="right") - 1
+                start = int(np.searchsorted(pts, index.keys[key])) if key >= 0 else 0
+                if not exact and start - at > _SEEK_PAYS:
+                    frames.close()
+                    container.seek(int(index.keys[key]), stream=stream, backward=True)
+                    frames = frames_of(container, stream, index.path)
+                found = next((f for f in frames if f.pts is not None and f.pts >= target), None)
+                if found is None or found.pts != target:
+                    break
+                at = int(wanted[done])
+                done += 1
+                yield found.to_ndarray(format="rgb24")
+        if done == len(targets):
+            return
+    raise UserError(
+        f"{index.path} announces a frame at {index.timestamps[wanted[done]]:.2f} s that cannot be decoded; "
+        "it is damaged there: copy it again"
+    )
+
+
+def _decord(index: Index, wanted: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
+    import decord
+
+    if replace(index.orientation, stretch=Fraction(1)):
+        raise UserError(f"decord cannot decode {index.path}, which is stored rotated or mirrored; use backend='pyav'")
+    if not {"mp4", "matroska"} & set(index.container.split(",")):  # it loses or shifts frames in ts and avi
+        raise UserError(f"decord misnumbers the frames of {index.path}; use backend='pyav', or convert it to mp4")
+    decord.logging.set_level(decord.logging.QUIET)
+    try:
+        reader = decord.VideoReader(str(index.path.absolute()), num_threads=2)
+        if len(reader) != len(index):
+            raise UserError(f"decord sees {len(reader)} of {len(index)} frames in {index.path}; use backend='pyav'")
+        at = 0
+        for k in wanted.tolist():  # its random access is not exact in open groups of pictures, so it walks too
+            while at <= k:
+                frame = reader.next()
+                at += 1
+            yield frame.asnumpy()
+    except (decord.DECORDError, RuntimeError, StopIteration) as e:
+        why = " ".join(str(e).split())[-80:]
+        raise UserError(f"decord cannot decode {index.path} ({why}); use backend='pyav'") from None
+
+
+def _opencv(index: Index, wanted: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
+    import cv2
+
+    capture = cv2.VideoCapture(str(index.path.absolute()), cv2.CAP_FFMPEG)
+    try:
+        capture.set(cv2.CAP_PROP_ORIENTATION_AUTO, 0)  # we turn the picture ourselves, alike for every backend
+        at = 0
+        for k in wanted.tolist():  # its seeks are not frame-exact, so it walks
+            while at < k and capture.grab():
+                at += 1
+            ok, frame = capture.read() if at == k else (False, None)
+            if not ok or frame is None:
+                raise UserError(f"opencv stops at frame {at} of {index.path}; use backend='pyav'")
+            at += 1
+            yield np.ascontiguousarray(frame[..., ::-1])
+    finally:
+        capture.release()

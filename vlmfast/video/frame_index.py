@@ -1,0 +1,247 @@
+"""One local video file: opening it, and which frames it holds and when each is shown.
+
+`read_index(path)` reads packets, not pictures, where the container allows. It is made by PyAV whatever backend is to
+decode, and is the only authority on frame numbers and timestamps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmfast.core import UserError
+from vlmfast.video import orientation
+from vlmfast.video.limits import MOST_PIXELS, check_pixels, regular
+from vlmfast.video.orientation import Orientation
+
+# What libav may take a file for: containers of video, and sound and pictures in order to say that it is one. Left out
+# are the formats that name further files or addresses (playlists, session descriptions, concatenations).
+_FORMATS = (
+    "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,h264,hevc,vvc,obu,av1,ivf,m4v,mpegvideo,mjpeg,gif,apng,nut,mxf,dv,"
+    "yuv4mpegpipe,rm,wav,mp3,flac,aac,ac3,aiff,au,png_pipe,jpeg_pipe,bmp_pipe,webp_pipe,tiff_pipe,gif_pipe,image2"
+)
+LIMITS = {"max_pixels": str(MOST_PIXELS)}  # of libav's decoders, also while it looks what is in a file
+_STAMPED = {"mp4", "matroska", "mpegts"}  # their packets carry true presentation stamps; elsewhere frames are counted
+_STAMPLESS = {"avi", "h264", "hevc", "mpegvideo", "m4v"}  # only a frame rate: what libav makes up is no better
+
+
+@dataclass(frozen=True)
+class Index:
+    """The frames of one file in the order they are shown. N frames.
+
+    timestamps  (N,) float64, seconds since the first frame, strictly increasing
+    pts         (N,) int64 stamps as stored, or None when frames can only be counted
+    keys        (K,) int64, the stamps a decoder can start from; empty when pts is None
+    fps         average frames per second; duration in seconds, last frame included
+    size        (height, width) of the decoded pictures; orientation: what sets them upright
+    container   libav's name of the file format, such as "mov,mp4,m4a,3gp,3g2,mj2"
+    """
+
+    path: Path
+    timestamps: NDArray[np.float64]
+    pts: NDArray[np.int64] | None
+    keys: NDArray[np.int64]
+    fps: float
+    duration: float
+    size: tuple[int, int]
+    orientation: Orientation
+    container: str
+
+    def __len__(self) -> int:
+        return len(self.timestamps)
+
+    @property
+    def shown(self) -> tuple[int, int]:
+        """(height, width) of the upright picture."""
+        return self.orientation.shown(self.size)
+
+
+def reason(error: BaseException) -> str:
+    """The words of a libav error, on one line and without its number and path."""
+    return " ".join(str(getattr(error, "strerror", None) or error).split()).rstrip(".")
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[Any, Any]]:
+    """(container, video stream) of a local file, threads on. Raises UserError for whatever is not a video."""
+    import av
+
+    path = regular(path, "file")
+    with path.open("rb") as file:
+        head = file.read(16).lstrip().lower()
+    if head.startswith((b"#extm3u", b"ffconcat")):
+        # A playlist would make libav open files and addresses that the user never named.
+        raise UserError(f"{path} is a playlist, not a video; give the video itself, or the stream's URL")
+    try:
+        # The protocol is spelled out so that a name like "http:x" or "concat:a|b" stays a file name.
+        options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS, **LIMITS}
+        container = av.open(f"file:{path.absolute()}", options=options)
+    except (av.error.FFmpegError, ValueError) as e:
+        raise UserError(
+            f"{path} cannot be read as a video ({reason(e)}): it is damaged, cut short or not a video; "
+            "check that it plays, or copy it again"
+        ) from None
+    with container:
+        streams = [s for s in container.streams.video if not s.disposition & 0x400]  # 0x400: a cover picture
+        name = container.format.name
+        if name == "image2" or name.endswith("_pipe"):
+            raise UserError(f"{path} is a picture, not a video; give it as an image")
+        if not streams or name == "tty":  # libav takes any .txt for terminal art
+            raise UserError(f"{path} is not a video (it has no video track); give a file such as mp4, mkv or webm")
+        ready(streams[0], path)
+        streams[0].thread_type = "AUTO"
+        yield container, streams[0]
+
+
+def ready(stream: Any, name: object) -> None:
+    """Hold the decoder to MOST_PIXELS, also where a later frame is larger. UserError where the header says more."""
+    if stream.codec_context is None:
+        raise UserError(f"{name} is damaged, or coded in a way that is not known here; convert it to H.264")
+    check_pixels(name, stream.height, stream.width)
+    stream.codec_context.options = LIMITS
+
+
+class Tally:
+    """What the packets of one video track amount to, against what the file's header announces."""
+
+    def __init__(self) -> None:
+        self.packets, self.tail, self.gap = 0, 0, 0  # tail, gap: stamps of the last packet and of the longest one
+        self.first: int | None = None  # the smallest and the largest stamp
+        self.last: int | None = None
+        self._before: int | None = None
+
+    def saw(self, packet: Any) -> bool:
+        """Count one packet; False for the mark at the end."""
+        if packet.size == 0 and packet.dts is None:
+            return False
+        self.packets += 1
+        if packet.pts is not None and not packet.is_discard:
+            self.first = packet.pts if self.first is None else min(self.first, packet.pts)
+            self.last = packet.pts if self.last is None else max(self.last, packet.pts)
+            self.tail = packet.duration or 0
+        if packet.dts is not None:
+            self.gap = max(self.gap, packet.dts - self._before) if self._before is not None else 0
+            self._before = packet.dts
+        return True
+
+    def check(self, path: Path, container: Any, stream: Any) -> None:
+        """Raises UserError when the header promises clearly more than the file holds."""
+        formats = set(container.format.name.split(","))
+        least = {"mp4": 1.0, "avi": 0.9}  # AVI also counts frames that only repeat the one before
+        need = max((part * stream.frames for name, part in least.items() if name in formats), default=0.0)
+        if self.packets < need:
+            found = f"{self.packets} of the {stream.frames} frames"
+        elif "matroska" in formats and self.first is not None and (promised := _promised(container, stream)):
+            unit = float(stream.time_base)
+            span = ((self.last or 0) - self.first + self.tail) * unit
+            exact = "DURATION" in stream.metadata  # the track's own length, but for how long its last frame is shown
+            if span > promised - (1.5 * self.gap * unit + 0.04 if exact else max(0.5, 0.02 * promised)):
+                return
+            found = f"{span:.1f} of the {promised:.1f} seconds"
+        else:
+            return
+        raise UserError(
+            f"{path} is truncated: it holds {found} its header announces; copy it again, or keep what is there with: "
+            f"ffmpeg -i {path.name} -c copy whole.mkv"
+        )
+
+
+def frames_of(container: Any, stream: Any, path: Path, tally: Tally | None = None) -> Generator[Any, None, None]:
+    """Decoded av.VideoFrame objects from where the container stands. UserError where decoding fails.
+
+    tally: counts the packets on the way, for a reader that goes from the beginning to the end.
+    """
+    import av
+
+    last: float | None = None
+    try:
+        for packet in container.demux(stream):
+            if tally is not None:
+                tally.saw(packet)
+            for frame in packet.decode():
+                last = frame.time
+                yield frame
+    except av.error.FFmpegError as e:
+        where = "at its start" if last is None else f"after {last:.2f} s"
+        raise UserError(
+            f"{path} is damaged {where} ({reason(e)}); copy it again, or repair it with: "
+            f"ffmpeg -err_detect ignore_err -i {path.name} repaired.mp4"
+        ) from None
+
+
+def stamp_of(container: Any, frame: Any) -> float | None:
+    """When the frame is shown, in seconds on the container's clock, or None where only the frame rate is known."""
+    return None if container.format.name in _STAMPLESS else frame.time
+
+
+def read_index(path: Path) -> Index:
+    """Reads the frame index of `path` (packets only where the container allows, else one decoding pass).
+
+    Raises UserError for a missing, empty, damaged or truncated file, for one without frames and for non-videos.
+    """
+    import av
+
+    with opened(path) as (container, stream):
+        first = next(frames_of(container, stream, path), None)
+        if first is None:
+            raise UserError(f"{path} has no frames; check that it plays, or record it again")
+        size, turned = (first.height, first.width), orientation.of_frame(first, stream, path)
+        rate = float(stream.guessed_rate or stream.average_rate or 0)
+        average, unit = float(stream.average_rate or 0), float(stream.time_base)
+        name = container.format.name
+        stamped = bool(_STAMPED & set(name.split(",")))
+    pts, keys, tally = [], [], Tally()
+    with opened(path) as (container, stream):
+        try:
+            for packet in container.demux(stream):
+                if not tally.saw(packet):
+                    continue
+                stamped &= packet.pts is not None
+                if packet.pts is None or packet.is_discard:
+                    continue  # decoded for others to refer to, never shown
+                pts.append(packet.pts)
+                if packet.is_keyframe:
+                    keys.append(packet.pts)
+        except av.error.FFmpegError as e:
+            raise UserError(f"{path} is damaged after {tally.packets} frames ({reason(e)}); copy it again") from None
+        tally.check(path, container, stream)
+    order = np.unique(np.asarray(pts, np.int64))
+    if stamped and len(order) == len(pts) and first.pts == order[0]:
+        times = (order - order[0]) * unit
+        return Index(
+            path, times, order, np.sort(np.asarray(keys, np.int64)), *_pace(times, average), size, turned, name
+        )
+    with opened(path) as (container, stream):
+        seen = [stamp_of(container, frame) for frame in frames_of(container, stream, path)]
+    times = np.asarray([np.nan if t is None else t for t in seen], np.float64)
+    if not np.all(np.diff(times) > 0):  # stamps missing or not in order: the nominal rate is all there is
+        times = np.arange(len(seen)) / (rate or 25.0)
+    times = times - times[0]
+    return Index(path, times, None, np.empty(0, np.int64), *_pace(times, rate), size, turned, name)
+
+
+def _pace(times: NDArray[np.float64], nominal: float) -> tuple[float, float]:
+    """(fps, duration). The container's nominal rate is kept where the stamps bear it out (they may be rounded)."""
+    if len(times) == 1:
+        fps = nominal or 25.0
+        return fps, 1 / fps
+    measured = (len(times) - 1) / times[-1]
+    fps = nominal if nominal and abs(nominal / measured - 1) < 0.02 else measured
+    return float(fps), float(times[-1] + np.median(np.diff(times)))
+
+
+def _promised(container: Any, stream: Any) -> float | None:
+    """Seconds of video that a Matroska header announces: the track's own tag, or the file's when it is alone."""
+    tag = stream.metadata.get("DURATION", "")
+    try:
+        h, m, s = tag.split(":")
+        return int(h) * 3600 + int(m) * 60 + float(s) - (stream.start_time or 0) * float(stream.time_base)
+    except ValueError:
+        alone = len(container.streams) == 1 and container.duration
+        return container.duration / 1e6 if alone else None

@@ -1,0 +1,328 @@
+"""Frames one after the other, with the time at which each was seen: from files, folders, cameras, URLs or the user.
+
+    for image, seconds in open_source("rtsp://camera/stream", sample_fps=2): ...
+
+Time is what the stream's own stamps say, in seconds since the first frame. It never stands still or runs backwards,
+neither when a camera restarts its clock nor over a lost connection.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmfast.core import UserError
+from vlmfast.fields import NonNegativeInt, PositiveFloat, checked
+from vlmfast.video import decoders, images
+from vlmfast.video.frame_index import LIMITS, Tally, frames_of, opened, ready, reason, stamp_of
+from vlmfast.video.images import Size
+from vlmfast.video.orientation import Orientation, of_frame
+
+# What libav may open for a URL of each scheme: the stream itself and its parts, never a local file.
+_HTTP = "http,https,httpproxy,tls,tcp,crypto,data"
+_SCHEMES = {
+    "http": _HTTP,
+    "https": _HTTP,
+    "rtsp": "rtp,srtp,udp,tcp,tls",
+    "rtsps": "rtp,srtp,udp,tcp,tls",
+    "rtmp": "rtmp,tcp",
+    "rtmps": "rtmps,tls,tcp",
+    "srt": "srt,udp",
+    "tcp": "tcp",
+    "udp": "udp",
+}
+_LONGEST_WAIT = 30.0
+_UNSTAMPED = {"mpjpeg", "mjpeg"}  # MJPEG cameras send no stamps: the time of arrival is all there is
+_Pixels = Callable[[], NDArray[np.uint8]]  # converts a decoded frame when it is wanted
+_Raw = tuple[_Pixels, float | None]  # and the stream's own stamp in seconds, if it has one
+_Timed = tuple[_Pixels, float]  # and seconds since the first frame
+
+
+class Frame(NamedTuple):
+    """image (H, W, 3) uint8 RGB upright; timestamp in seconds since the source's first frame."""
+
+    image: NDArray[np.uint8]
+    timestamp: float
+
+
+class Clock:
+    """Turns stamps into seconds since the first frame, strictly increasing. `step` is the nominal frame interval."""
+
+    def __init__(self, step: float) -> None:
+        self.step, self.offset = step, 0.0
+        self.last: float | None = None  # what was given out last
+        self.stamp: float | None = None  # the stamp it came from
+        self.away: float | None = None  # seconds without connection before the frame to come
+
+    def __call__(self, stamp: float | None) -> float:
+        if self.last is None:
+            self.offset, now = -(stamp or 0.0), 0.0
+        elif stamp is None:
+            now = self.last + (self.step if self.away is None else max(self.step, self.away))
+        else:
+            if self.away is not None:  # the same clock, if it moved on by about as long as we were away
+                moved = None if self.stamp is None else stamp - self.stamp
+                if moved is None or not 0 < moved < self.away + 10:
+                    self.offset = self.last + max(self.step, self.away) - stamp
+            now = stamp + self.offset
+            if now <= self.last:  # the clock was set back
+                now = self.last + self.step
+                self.offset = now - stamp
+        self.last, self.stamp, self.away = now, stamp, None
+        return now
+
+
+class _Lost(Exception):
+    """The connection is gone; worth another try."""
+
+
+class _Finished(Exception):
+    """The stream was of known length and has been read to its end."""
+
+
+def open_source(
+    source: str | os.PathLike[str] | int | Iterable[Any],
+    *,
+    realtime: bool = False,
+    fps: float | None = None,
+    sample_fps: float | None = None,
+    size: Size = None,
+    reconnect: int = 5,
+    backoff: float = 0.5,
+    timeout: float = 10.0,
+) -> Iterator[Frame]:
+    """An iterator of `Frame(image, timestamp)`; every image has the size of the first one (or `size`).
+
+    source      a video file, a folder of pictures (natural order), a URL (http, rtsp, rtmp, srt, udp, tcp), a camera
+                number (through OpenCV), or any iterable of frames or of (frame, seconds) pairs
+    realtime    files, folders and iterables: wait until each frame's time has come (else as fast as asked for)
+    fps         of a folder or of frames without seconds: frames per second, default 1
+    sample_fps  give out at most that many frames per second of stream time; the others are not converted
+    size        (height, width), or an integer for the longer side
+    reconnect   URLs and cameras: tries after a loss, waiting `backoff` seconds, then twice that, ... at most 30 s;
+                every received frame resets the count. 0: a stream that closes ends the iteration; silence raises
+    timeout     seconds without an answer after which a connection counts as lost
+    Raises UserError at the call for bad arguments and missing files, later for damage and for streams that do not
+    come back. A first connection that fails is not tried again.
+    """
+    images.check_size(size)
+    for name, value in (("fps", fps), ("sample_fps", sample_fps), ("backoff", backoff), ("timeout", timeout)):
+        if value is not None:
+            checked(name, value, PositiveFloat, "open_source")
+    checked("reconnect", reconnect, NonNegativeInt, "open_source", 5)
+    step = 1.0 if fps is None else 1 / fps
+    if realtime and (isinstance(source, int) or (isinstance(source, str) and "://" in source)):
+        raise UserError("realtime= is for files, folders and iterables; cameras and URLs set their own pace")
+    if isinstance(source, int):
+        if isinstance(source, bool) or source < 0:
+            raise UserError(f"a camera has a number, 0 or more, got {source!r}")
+        raw = _live(f"camera {source}", lambda: _camera(source), reconnect, backoff)
+        return _deliver(raw, sample_fps, size, False)
+    if isinstance(source, str) and "://" in source:
+        scheme, _, rest = source.partition("://")
+        url = f"{scheme.lower()}://{rest}"
+        if scheme.lower() not in _SCHEMES or not _whole(url):
+            raise UserError(f"cannot open {_shown(url)}; a URL must begin with {', '.join(_SCHEMES)} and name a host")
+        seen: dict[str, float] = {}
+        raw = _live(_shown(url), lambda: _url(url, timeout, seen), reconnect, backoff)
+        return _deliver(raw, sample_fps, size, False)
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source)
+        if os.path.isdir(path):
+            files = images.folder_images(path, size)
+            pairs = ((partial(images.read_image, f), k * step) for k, f in enumerate(files))
+            return _deliver(pairs, sample_fps, size, realtime)
+        if fps is not None:
+            raise UserError(f"fps= is for folders and bare frames; {path} has its own timestamps (sample_fps= thins)")
+        with opened(path):
+            pass  # whatever is wrong with it is said now
+        return _deliver(_file(path), sample_fps, size, realtime)
+    if not isinstance(source, Iterable):
+        raise UserError(f"a source is a path, a URL, a camera number or an iterable, got {type(source).__name__}")
+    return _deliver(_pushed(source, step), sample_fps, size, realtime)
+
+
+def _deliver(raw: Iterable[_Timed], rate: float | None, size: Size, realtime: bool) -> Iterator[Frame]:
+    """Thins, paces, converts and scales."""
+    start, tick = time.monotonic(), 0.0
+    goal: tuple[int, int] | None = None
+    for pixels, now in raw:
+        if rate is not None and now < tick - 6e-4:  # stamps are rounded, in mkv to 1 ms
+            continue
+        if rate is not None:
+            tick = (np.floor((now + 7e-4) * rate) + 1) / rate
+        if realtime:
+            time.sleep(max(0.0, start + now - time.monotonic()))
+        image = pixels()
+        goal = goal or images.target((image.shape[0], image.shape[1]), size)
+        yield Frame(images.resize(image, goal), float(now))
+
+
+def _file(path: Path) -> Iterator[_Timed]:
+    with opened(path) as (container, stream):
+        clock, turned = Clock(1 / float(stream.guessed_rate or stream.average_rate or 25)), None
+        tally = Tally()
+        for frame in frames_of(container, stream, path, tally):
+            turned = of_frame(frame, stream, path) if turned is None else turned
+            yield partial(_pixels, frame, turned), clock(stamp_of(container, frame))
+        if turned is None:
+            raise UserError(f"{path} has no frames; check that it plays, or record it again")
+        tally.check(path, container, stream)
+
+
+def _pixels(frame: Any, turned: Orientation) -> NDArray[np.uint8]:
+    return turned.apply(frame.to_ndarray(format="rgb24"))
+
+
+def _pushed(source: Iterable[Any], step: float) -> Iterator[_Timed]:
+    last, k = -np.inf, -1
+    for k, item in enumerate(source):
+        frame, now = item if isinstance(item, tuple) and len(item) == 2 else (item, k * step)
+        if not isinstance(now, (int, float, np.number)) or not last < now < np.inf:
+            raise UserError(f"frame {k} has the timestamp {now!r}; seconds must increase (the last was {last:g})")
+        last = float(now)
+        yield partial(images.as_frame, frame), last
+    if k < 0:
+        raise UserError("the source gave no frames")
+
+
+def _live(name: str, connect: Callable[[], Iterator[_Raw]], tries: int, backoff: float) -> Iterator[_Timed]:
+    """Frames of one connection after the other, on one clock. `connect` raises _Lost, or ends when the stream does."""
+    clock, failed, received = Clock(1 / 25), 0, time.monotonic()
+    while True:
+        why = "it ended"
+        try:
+            for pixels, stamp in connect():
+                if failed:
+                    clock.away, failed = time.monotonic() - received, 0
+                yield pixels, clock(stamp)
+                received = time.monotonic()
+            if tries == 0 and clock.last is not None:
+                return
+        except _Finished:
+            return
+        except _Lost as e:
+            why = str(e)
+        if clock.last is None:
+            raise UserError(f"cannot open {name} ({why}); check the address, that it runs, and the password") from None
+        if failed >= tries:
+            raise UserError(
+                f"{name} stopped after {clock.last:.1f} s ({why}) and did not come back in {tries} tries; "
+                "start it again, or raise reconnect="
+            ) from None
+        time.sleep(min(_LONGEST_WAIT, backoff * 2**failed))
+        failed += 1
+
+
+def _whole(url: str) -> bool:
+    """Is it well-formed, with a host and no character that would end a line?"""
+    try:
+        parts = urlsplit(url)
+        return bool(parts.hostname) and (parts.port is None or parts.port > 0) and url.isprintable()
+    except ValueError:
+        return False
+
+
+def _shown(url: str) -> str:
+    """The URL without user name, password and query, for messages."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "that URL"
+    host = parts.netloc.rpartition("@")[2]
+    return f"{parts.scheme}://{host}{parts.path}"
+
+
+def _url(url: str, timeout: float, seen: dict[str, float]) -> Iterator[_Raw]:
+    """One connection to `url`. `seen["until"]` carries the last media time over connections, for streams of known
+    length: they begin anew, and what was given out already is passed over."""
+    import av
+
+    scheme = urlsplit(url).scheme
+    options = {"protocol_whitelist": f"{scheme},{_SCHEMES[scheme]}", **LIMITS}
+    if scheme.startswith("rtsp"):
+        options["rtsp_transport"] = "tcp"  # UDP loses packets, and firewalls drop it
+    end: float | None = None  # media time, where the length is known
+    begun = False
+    try:
+        with av.open(url, options=options, timeout=(timeout, timeout)) as container:
+            if not container.streams.video:
+                raise UserError(f"{_shown(url)} has no video track; give the address of a video stream")
+            stream = container.streams.video[0]
+            ready(stream, _shown(url))
+            stream.thread_type = "SLICE"  # frame threads would hold back one frame per thread
+            if container.duration is not None:
+                end = ((container.start_time or 0) + container.duration) / 1e6
+            arrival = bool(_UNSTAMPED & set(container.format.name.split(",")))
+            turned: Orientation | None = None
+            for frame in _tolerant(container, stream):
+                begun = True
+                turned = of_frame(frame, stream, _shown(url)) if turned is None else turned
+                stamp = None if frame.pts is None else float(frame.pts * stream.time_base)
+                stamp = time.monotonic() if arrival else stamp
+                if end is not None and stamp is not None:
+                    if stamp <= seen.get("until", -np.inf):
+                        continue
+                    seen["until"] = stamp
+                yield partial(_pixels, frame, turned), stamp
+    except av.error.ExitError:  # what PyAV's timeout looks like
+        raise _Lost(f"no answer for {timeout:g} s") from None
+    except av.error.FFmpegError as e:
+        # Without a length in its header an HTTP stream's end looks like this to libav: no failure by itself.
+        if not (begun and e.errno in (errno.EIO, errno.ECONNRESET, errno.EPIPE)):
+            raise _Lost(reason(e)) from None
+    if end is not None and seen.get("until", -np.inf) >= end - 1.0:
+        raise _Finished
+
+
+def _tolerant(container: Any, stream: Any) -> Iterator[Any]:
+    """Decoded frames; a live stream may begin or break in the middle of a picture, so broken packets are skipped."""
+    import av
+
+    broken = 0
+    try:
+        for packet in container.demux(stream):
+            try:
+                frames = packet.decode()
+            except av.error.InvalidDataError as e:
+                broken += 1
+                if broken > 250:  # ten seconds of nothing but noise
+                    raise _Lost(reason(e)) from None
+                continue
+            for frame in frames:
+                broken = 0
+                yield frame
+    except av.error.FFmpegError:
+        with suppress(av.error.FFmpegError):  # what arrived before the loss is still in the decoder
+            yield from stream.codec_context.decode(None)
+        raise
+
+
+def _camera(number: int) -> Iterator[_Raw]:
+    """One connection to a camera, through OpenCV. Stamps are the driver's, or the time of arrival where it has none."""
+    decoders.require("opencv")
+    import cv2
+
+    capture = cv2.VideoCapture(number)
+    try:
+        if not capture.isOpened():
+            raise _Lost("no such camera, or another program has it")
+        while capture.grab():
+            driver = capture.get(cv2.CAP_PROP_POS_MSEC) / 1e3
+            ok, frame = capture.retrieve()
+            if not ok:
+                break
+            yield partial(np.ascontiguousarray, frame[..., ::-1]), driver if driver > 0 else time.monotonic()
+        raise _Lost("it gave no more frames")
+    finally:
+        capture.release()
