@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     log, probe = Log(folder / "target.jsonl"), Probe(args.probe)
     done = counters.get("eyes", 0.0)
     if done < args.eyes:
-        vision_pretraining.VisionEncoder(model, device).train(
+        vision_pretraining.VisionReader(model, device).train(
             60 * (args.eyes - done), args.lr, log, offset=round(done * 1_000_000)
         )
         counters["eyes"] = args.eyes

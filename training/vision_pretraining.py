@@ -60,7 +60,7 @@ def char_token(text: Text, i: int, scene: Scene, rows: int, columns: int) -> tup
     return int(text.y * rows), min(int(x * columns), columns - 1)
 
 
-class VisionEncoder:
+class VisionReader:
     """Trains `model.model.visual` through a throw-away linear reader; `step` is one small batch."""
 
     def __init__(self, model: Any, device: torch.device, rows: int = 64) -> None:
@@ -126,5 +126,5 @@ def right(logits: torch.Tensor, what: torch.Tensor, nothing: bool) -> float:
 
 
 def shares(seen: list[dict[str, float]]) -> dict[str, float]:
-    """Mean of what `VisionEncoder.step` returned, by name; steps that asked nothing of a kind do not count."""
+    """Mean of what `VisionReader.step` returned, by name; steps that asked nothing of a kind do not count."""
     return {n: float(torch.tensor([s[n] for s in seen]).nanmean()) for n in KINDS}

@@ -117,8 +117,8 @@ class Accelerated:
                 raise Unsupported(
                     f"{guide.name} reads the prefill that reuse= may skip: leave reuse= away, or use another pruner"
                 )
-            self.columns.gaze = TextAttentionRecorder(model, self.family, self.columns, guide.queries)
-            self.columns.gaze.watch(patch)
+            self.columns.text_attention = TextAttentionRecorder(model, self.family, self.columns, guide.queries)
+            self.columns.text_attention.watch(patch)
         if plan.kv is not None:
             from vlmfast.runtime.kv_hooks import KVHooks
 
@@ -127,8 +127,8 @@ class Accelerated:
             self.kv.install(patch)
         if self.hooked:
             self.columns.install(patch)
-        if self.columns.gaze is not None:
-            self.columns.gaze.install(patch)
+        if self.columns.text_attention is not None:
+            self.columns.text_attention.install(patch)
         if between:
             if plan.kv is not None or self._reuse is not None:
                 raise Unsupported(
@@ -200,7 +200,14 @@ class Accelerated:
     @contextmanager
     def _call(self) -> Iterator[None]:
         """Around one call: its own state, also for a call made by a streamer or processor of another one."""
-        held: list[Any] = [self.columns, self.meter, self.columns.gaze, self.columns.attention, self._reuse, self.tower]
+        held: list[Any] = [
+            self.columns,
+            self.meter,
+            self.columns.text_attention,
+            self.columns.attention,
+            self._reuse,
+            self.tower,
+        ]
         before = [
             (owner, {name: _held(getattr(owner, name)) for name in owner.per_call})
             for owner in held

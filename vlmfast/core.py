@@ -73,7 +73,6 @@ class VisualTokens:
     video: bool = False
     protected: Tensor | None = None  # (N,) bool, separator rows (newlines) that must survive; None = none
     positions: Tensor | None = None  # (A, N) int64, A = 1, or 3 axes (t, h, w) under M-RoPE; None inside the tower
-    timestamps: Tensor | None = None  # (t,) float64 seconds, where known
     question: Tensor | None = None  # (Q, D), embeddings of the text after the last visual column, or None
     attention: Tensor | None = (
         None  # (N,) tower attention received, or (A, N) of several layers, if `needs` asks for it
@@ -89,12 +88,6 @@ class VisualTokens:
     def frames(self) -> int:
         """Number of frames (video) or tiles (image); host-side, no sync."""
         return self.grid[0]
-
-    @property
-    def rectangular(self) -> bool:
-        """True when features can be viewed as (t, h * w, D)."""
-        t, h, w = self.grid
-        return t * h * w == self.n
 
 
 @runtime_checkable

@@ -92,7 +92,7 @@ def finite(x: Any) -> Any:
 
 def said(error: BaseException) -> str:
     """An error in one line, with the innermost place in our code."""
-    ours = re.compile(r"/(vlmfast|evals)/(?!gpu_run)")
+    ours = re.compile(r"/(vlmfast|evals)/(?!gpu/run)")
     frames = [f for f in traceback.extract_tb(error.__traceback__) if ours.search(f.filename)]
     at = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:240]}{at}"

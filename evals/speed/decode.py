@@ -25,9 +25,8 @@ from typing import Annotated, Any
 import typer
 
 from evals.speed import decode_runs as runs
-from evals.speed import decode_tree
 from evals.speed.decode_shapes import rows as shape_rows
-from vlmfast.bench.records import ROOT, claim, head, row, write
+from vlmfast.bench.records import ROOT, claim, row
 from vlmfast.bench.stats import paired
 from vlmfast.bench.timing import half as half_dtype
 from vlmfast.bench.timing import ratios
@@ -58,7 +57,6 @@ def run(quick: bool, pictures: int | None = None) -> dict[str, Any]:
     strict = next(got for c, got in zip(who, results, strict=True) if c.name == "lossless")
     trace = [pair for r in strict for pair in r["trace"] if pair[0]] or [(1, 0)]
     rows += half(2 if quick else n, 1 if quick else PROCESSES) + shape_rows(trace, quick)
-    rows.append(decode_tree.row(target, draft, items[0][0], 4 if quick else n, 3 if quick else 15))
     out = {
         "rows": rows, "show": SHOW, "seed": 0, "repeats": n,
         "config": {"quick": quick, "pictures": n, "max_new_tokens": runs.TOKENS, "draft_keep": runs.KEEP},
@@ -198,24 +196,15 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="result file (JSON)")],
-    quick: Annotated[bool, typer.Option("--quick", help="four pictures")] = False,
-    pictures: Annotated[int | None, typer.Option(help="how many pictures (default 40)", min=1)] = None,
-    force: Annotated[bool, typer.Option("--force", help="replace an existing result")] = False,
-    samples: Annotated[str | None, typer.Option(help="only the main competitors, raw, in this dtype")] = None,
+    out: Annotated[Path, typer.Option(help="file to write (JSON)")],
+    samples: Annotated[str, typer.Option(help="float32 or bfloat16")],
+    pictures: Annotated[int, typer.Option(help="how many pictures", min=1)] = 40,
 ) -> None:
-    """Measure decoding and write its record, or, with --samples, what another process adds to it."""
-    claim(out, force)
-    if samples is not None:
-        if samples not in DTYPES:
-            raise UserError(f"--samples {samples}: choose one of {', '.join(DTYPES)}")
-        write_text(out, json.dumps(main_ones(pictures or 40, samples)[1]))
-        return
-    result = run(quick, pictures)
-    config, repeats = result.pop("config"), result.pop("repeats")
-    record = {**head("decode", config=config, seed=result.pop("seed"), repeats=repeats), **result}
-    write(out, record, force)
-    print(json.dumps([{"name": r["name"], **r["params"], **r["metrics"], "vs": r["vs"]} for r in record["rows"]]))
+    """The main competitors, raw, in a process of their own: what `evals.speed --suite decode` adds to its own."""
+    claim(out)
+    if samples not in DTYPES:
+        raise UserError(f"--samples {samples}: choose one of {', '.join(DTYPES)}")
+    write_text(out, json.dumps(main_ones(pictures, samples)[1]))
 
 
 if __name__ == "__main__":

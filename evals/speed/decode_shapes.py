@@ -36,7 +36,7 @@ def entry(trace: Trace, said: int) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Replay(Rule):
+class TracedAcceptance(Rule):
     """Accepts as many tokens per round as `trace` says, starting again with each answer."""
 
     trace: Trace
@@ -49,7 +49,7 @@ class Replay(Rule):
 
 
 @dataclass(frozen=True)
-class ReplayDraft(ModelDraft):
+class TracedDraft(ModelDraft):
     """Drafts as many tokens per round as `trace` says."""
 
     trace: Trace = ()
@@ -107,7 +107,7 @@ def rows(trace: list[tuple[int, int]], quick: bool) -> list[dict[str, Any]]:
     plans = {
         "plain": None,
         "plain_loop": Speculate(),
-        "lossless": Speculate(ReplayDraft(draft, None, trace=played), Replay(played), length=length),
+        "lossless": Speculate(TracedDraft(draft, None, trace=played), TracedAcceptance(played), length=length),
     }
 
     def run(plan: Speculate | None) -> dict[str, float]:

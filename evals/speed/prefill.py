@@ -1,7 +1,7 @@
 """What compressed keys and values save at decode: the attention op, the whole step, the bytes, and what choosing costs.
 
 Layers of a 7B text decoder with random weights over synthetic keys and values that every method compresses. Random
-weights attend flat, so HybridKV's head types are replayed (`SPLIT` of the heads dynamic, or `--split`). Queries of
+weights attend flat, so HybridKV's head types are replayed (`SPLIT` of the heads dynamic). Queries of
 consecutive steps are correlated (`DRIFT`), otherwise every step would swap every chunk.
 
 Timed are windows of `STEPS` tokens, as many as HybridKV goes between two searches: `attention_ms` and
@@ -23,11 +23,9 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, Qwen2Config, Qwen2Model
@@ -35,7 +33,6 @@ from transformers import DynamicCache, Qwen2Config, Qwen2Model
 from evals.speed import policies as speed_policies
 from vlmfast import kernels
 from vlmfast.bench import records, timing
-from vlmfast.cli.errors import application
 from vlmfast.core import Kind, LayerView, to_json
 from vlmfast.prefill import AdaKV, Full, HybridKV, KVLayer, KVPolicy, SnapKV
 from vlmfast.runtime.attention import AttentionSwitch, tag
@@ -306,20 +303,3 @@ def run(quick: bool = False, shape: Shape | None = None, split: float = SPLIT, r
     rows += speed_policies.rows(split, quick)
     torch.set_num_threads(threads)
     return {"config": config, "seed": SEED, "repeats": rounds, "device": "cpu", "dtype": timing.half(), "rows": rows}
-
-
-def main(
-    out: Annotated[Path, typer.Option(help="result file (JSON)")],
-    quick: Annotated[bool, typer.Option("--quick", help="toy shapes")] = False,
-    force: Annotated[bool, typer.Option("--force", help="replace an existing result")] = False,
-    split: Annotated[float, typer.Option(help="fraction of the heads that is dynamic", min=0, max=1)] = SPLIT,
-) -> None:
-    """The prefill suite by itself, with its share of dynamic heads open to change."""
-    records.claim(out, force)
-    result = run(quick, split=split)
-    rows = result.pop("rows")
-    records.write(out, records.head("prefill", **result) | {"rows": rows}, force)
-
-
-if __name__ == "__main__":
-    application(main)()

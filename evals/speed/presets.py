@@ -36,8 +36,8 @@ SHOWN = (*STAGES, *COUNTS, "accepted_length", "verify_rounds")
 
 
 @dataclass(frozen=True)
-class Replay:
-    """A draft that proposes the known continuation, right for as many tokens as luck has it; costs no model."""
+class ReplayedDraft:
+    """A draft that proposes the known continuation, right for as many tokens as a random draw says; costs no model."""
 
     tokens: tuple[int, ...]  # what plain says
     prompt: int  # length of the prompt
@@ -51,8 +51,8 @@ class Replay:
     def check(self, *request: Any) -> None:
         """Nothing to compare."""
 
-    def open(self, request: Any) -> Replay:
-        """A fresh stream of luck per request: every round of the benchmark sees the same."""
+    def open(self, request: Any) -> ReplayedDraft:
+        """A fresh random stream per request: every round of the benchmark sees the same."""
         self._random[:] = [random.Random(self.seed)]
         return self
 
@@ -60,9 +60,9 @@ class Replay:
         """The next tokens that plain said, spoilt by chance."""
         import torch
 
-        luck = self._random[0]
+        drawn = self._random[0]
         at = ids.shape[1] - self.prompt
-        self.good[0] = good = luck.choices(range(len(self.shares)), self.shares)[0]
+        self.good[0] = good = drawn.choices(range(len(self.shares)), self.shares)[0]
         next_ = self.tokens[at : at + k]
         said = [t if i < good else (t + 1) % self.vocab for i, t in enumerate(next_)]
         return torch.tensor(said, dtype=torch.long, device=ids.device), None
@@ -79,7 +79,7 @@ class ReplayedAcceptance(Rule):
     verified at once, and after the first such tie nothing that plain said would be right any more.
     """
 
-    draft: Replay
+    draft: ReplayedDraft
     name: ClassVar[str] = "replay"
     lossless: ClassVar[bool] = True
 
@@ -123,7 +123,7 @@ def replayed(plan: Plan, said: tuple[int, ...], prompt: int, vocab: int, quick: 
     if plan.speculate is None or plan.speculate.draft is None:
         return plan
     kind = (plan.speculate.accept.name, plan.speculate.draft.name)
-    draft = Replay(said, prompt, DRY if quick else measured_shares(*kind), vocab)
+    draft = ReplayedDraft(said, prompt, DRY if quick else measured_shares(*kind), vocab)
     return replace(plan, speculate=replace(plan.speculate, draft=draft, accept=ReplayedAcceptance(draft)))
 
 

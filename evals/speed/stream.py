@@ -97,7 +97,7 @@ def filled(model: Any, processor: Any, blocks: int) -> Any:
     session = StreamSession(model, processor, window=64, ram="4GiB", retrieve=Internal(frames=FRAMES))
     encoder = session.encoder
     layers, (hk, _, dh) = len(encoder.cache.layers), encoder.cache.layers[0].raw.shape
-    base, rel = encoder.base, session.eyes.layout.grid(4, 4).to(torch.int16)
+    base, rel = encoder.base, session.vision.layout.grid(4, 4).to(torch.int16)
     encoder.span = 4
     made = torch.randn(2, layers, hk, KEPT, dh, dtype=torch.bfloat16)
     for i in range(blocks):

@@ -85,12 +85,12 @@ class World:
         if lost:
             return f"lost after going on: {lost}"
         new = [i for i in after if i not in before]
-        return "" if len(new) == STEP // session.eyes.frames and new == sorted(new) else f"{before} became {after}"
+        return "" if len(new) == STEP // session.vision.frames and new == sorted(new) else f"{before} became {after}"
 
 
 def logits(session: StreamSession, blocks: list[Block] | None = None) -> torch.Tensor:
     """(V,) after the question over all stored blocks, or over these."""
-    ids = session.eyes.prompt(session._messages(QUESTION))[1]
+    ids = session.vision.prompt(session._messages(QUESTION))[1]
     held = list(session.store.blocks.values()) if blocks is None else blocks
     return session.recall.logits(session.recall.context(EVERY, held, QUESTION, ids, False), False)
 
@@ -200,7 +200,7 @@ def _copy(world: World, copy: Path) -> str:
             return "" if "holds no stream" in str(e) else str(e)
         return f"{copy.name} has no manifest and opens"
     session = world.load(copy)
-    whole = int(copy.name.partition("-")[2]) // session.eyes.frames + STEP // session.eyes.frames
+    whole = int(copy.name.partition("-")[2]) // session.vision.frames + STEP // session.vision.frames
     wrong = world.wrong(session)
     if len(session.store.blocks) != whole or session.lost_seconds or session.stats()["lost"]:
         wrong = f"{copy.name} holds {len(session.store.blocks)} of {whole} blocks"
@@ -257,7 +257,7 @@ def damaged(world: World, kept: Path, path: Path, name: str, kind: str, seed: in
         if while_open:
             damage(file, kind, rnd)
         answer = logits(session) if session.store.blocks else None
-        same = answer is not None and len(session.store.blocks) == KEPT // session.eyes.frames
+        same = answer is not None and len(session.store.blocks) == KEPT // session.vision.frames
         wrong = world.wrong(session, gaps=bool(session.stats()["lost"]))
         lost = session.stats()["lost"]
         try:

@@ -434,15 +434,3 @@ def test_measured_columns_are_what_the_results_say(tmp_path: Path) -> None:
     assert readme.placed("a\n<!-- table: x -->\n| 1 |\n| 2 |\nb", "x", "| 3 |") == "a\n<!-- table: x -->\n| 3 |\nb"
     for document in readme.DOCUMENTS:
         assert readme.build(document.read_text()) == document.read_text(), "run python -m evals.report.documents"
-
-
-def test_a_tree_pays_where_its_siblings_are_cheap_and_right() -> None:
-    from evals.speed import decode_tree
-
-    flat, steep = {1: 1.0, 16: 1.0}, {1: 1.0, 16: 16.0}
-    chain = decode_tree.pace(0.8, 0.5, 4, 0, flat, 0.2)
-    assert chain == pytest.approx(sum(0.8**i for i in range(5)) / 1.8)
-    assert decode_tree.pace(0.8, 0.5, 4, 4, flat, 0.2) > chain, "verification is free: siblings only help"
-    assert decode_tree.pace(0.8, 0.0, 4, 4, flat, 0.2) == chain, "never right: they do not"
-    assert decode_tree.pace(0.8, 0.5, 4, 4, steep, 0.2) < decode_tree.pace(0.8, 0.5, 4, 0, steep, 0.2)
-    assert decode_tree.at({1: 1.0, 3: 2.0}, 2) == 1.5

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
+from evals.accuracy.command import show
 from vlmfast.bench import accuracy, journal, methods, runner, tasks, tune
 from vlmfast.core import UserError
 from vlmfast.plan import Plan
@@ -181,7 +182,7 @@ def test_questions_that_cannot_be_asked_are_an_error_and_not_a_table(
     (tmp_path / "0.png").write_text("not a picture")
     result = accuracy.evaluate(str(file), tmp_path / "some.jsonl", names="uniform-50", loaded=run, tokens=2)
     assert [r["metrics"]["failed"] for r in result["rows"]] == [1, 1]
-    accuracy.show(result)
+    show(result)
     assert "1 of 6 questions failed" in capsys.readouterr().out
     for i in range(6):
         (tmp_path / f"{i}.png").write_text("not a picture")
@@ -211,7 +212,7 @@ def test_a_method_that_fails_everywhere_has_a_row_without_figures(
 
     result = accuracy.evaluate(str(file), tmp_path / "a.jsonl", plans=plans, loaded=Broken(), tokens=2)
     assert result["rows"][1]["metrics"]["failed"] == 6 and "kept_tokens" not in result["rows"][1]["metrics"]
-    accuracy.show(result)
+    show(result)
     assert "Unsupported: no" in capsys.readouterr().out
 
 

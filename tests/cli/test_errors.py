@@ -6,6 +6,7 @@ The walk takes options and their types from the commands themselves, so that a n
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import re
 import typing
@@ -74,11 +75,10 @@ def place(home: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRe
     monkeypatch.setattr(loading, "load", load if "read" in request.fixturenames else never)
     monkeypatch.setattr(laws, "LAWS", ())
     monkeypatch.setattr(laws, "catalogue", lambda case: {})
-    for name, function in (("speed", "measure"), ("gpu", "measure"), ("stream", "rows"), ("tables", "run"),
-                           ("stream_crash", "rows")):  # fmt: skip
-        monkeypatch.setattr(importlib.import_module(f"evals.{name}"), function, never)
-    for name in ("speed_decode", "speed_prefill"):
-        monkeypatch.setattr(importlib.import_module(f"evals.{name}"), "run", never)
+    for module, function in (("speed.suites", "measure"), ("gpu.suite", "measure"), ("stream.suite", "rows"),
+                             ("accuracy.tables", "run"), ("stream.crash", "rows"),
+                             ("speed.decode", "main_ones")):  # fmt: skip
+        monkeypatch.setattr(importlib.import_module(f"evals.{module}"), function, never)
     return home
 
 
@@ -101,12 +101,10 @@ GOOD: dict[str, list[str]] = {  # arguments with which a command would do its wo
     "speed": ["--suite", "encode", "--out", "new.json"],
     "gpu": ["--out", "new", "--dry"],
     "stream*": ["--out", "new.json", "--quick"],
-    "stream_crash": ["--out", "new.json", "--kills", "0"],
-    "tables": ["--only", "pocket", "--out", "new", "--answers", "new"],
-    "pareto": ["q.jsonl", "--out", "new.png"],
-    "speed_decode": ["--out", "new.json"],
-    "speed_prefill": ["--out", "new.json"],
-    "decode_luck": ["--out", "new.json"],
+    "stream.crash": ["--out", "new.json", "--kills", "0"],
+    "accuracy.tables": ["--only", "pocket", "--out", "new", "--answers", "new"],
+    "speed.decode": ["--out", "new.json", "--samples", "float32"],
+    "speed.random_baseline": ["--out", "new.json"],
 }
 
 
@@ -114,7 +112,9 @@ def function_of(name: str) -> Any:
     """A command's function; `stream*` is the evaluation of that name."""
     if name in cli.COMMANDS:
         return getattr(importlib.import_module(f"vlmfast.cli.{name}"), name)
-    return importlib.import_module(f"evals.{name.strip('*')}").main
+    module = f"evals.{name.strip('*')}"
+    whole = importlib.util.find_spec(f"{module}.__main__") if "." not in name else None
+    return importlib.import_module(whole.name if whole else module).main
 
 
 @dataclass
@@ -206,9 +206,12 @@ def walk(name: str, place: Path) -> None:
 
 def test_no_command_is_left_out() -> None:
     found = {c.name for c in cli.build().registered_commands}
-    programs = {p.stem for p in Path(importlib.import_module("evals").__file__ or "").parent.glob("*.py")
-                if "application(main)" in p.read_text()}  # fmt: skip
-    assert found <= set(GOOD) and programs - {"readme"} <= {name.strip("*") for name in GOOD}
+    folder = Path(importlib.import_module("evals").__file__ or "").parent
+    programs = {".".join(p.relative_to(folder).with_suffix("").parts).removesuffix(".__main__")
+                for p in folder.glob("*/*.py") if "application(main)" in p.read_text()}  # fmt: skip
+    assert found <= set(GOOD) and programs - {"report.documents"} <= {name.strip("*") for name in GOOD}
+    for earlier in folder.glob("*.py"):  # the names before commands had folders
+        assert earlier.stem == "__init__" or "import main" in earlier.read_text()
     for arguments in (["no-such-command"], ["--no-such-option"], ["ask"]):
         result = CliRunner().invoke(cli.build(), arguments)
         assert result.exit_code == 2 and fault(result) is None, result.stderr
@@ -219,7 +222,7 @@ def test_no_command_is_left_out() -> None:
 def test_typers_own_errors_are_one_line_too(name: str, place: Path) -> None:
     program = application(function_of(name))
     for arguments in (["--no-such-option"], ["a", "b", "c", "d"], ["--out"], ["--model"]):
-        if name in ("page", "pareto", "calibrate") and arguments[0] == "a":
+        if name in ("page", "calibrate") and arguments[0] == "a":
             continue  # these take several words
         result = invoke(program, arguments)
         assert result.exit_code == 2 and fault(result) is None, (arguments, result.stderr, result.exception)

@@ -62,10 +62,10 @@ def test_scopes_of_relaxation() -> None:
     relevance = torch.tensor([0.4, 0.6])
     past = torch.tensor([0.1, 0.2, 0.3, 0.35])
     r = lambda: round_of([1, 2], [8, 9, 5], relevance=relevance, past_relevance=past)  # noqa: E731
-    assert loose(relax=0.5, scope="running", **FREE).judge(r()).how == []  # both above the running median
-    assert loose(relax=0.8, scope="running", **FREE).judge(r()).how == [LOOSE]
-    assert loose(scope="threshold", threshold=0.5, **FREE).judge(r()).how == [LOOSE]
-    assert loose(scope="threshold", threshold=0.7, **FREE).judge(r()).how == [LOOSE, LOOSE]
+    assert loose(relax=0.5, scope="running", **FREE).judge(r()).kinds == []  # both above the running median
+    assert loose(relax=0.8, scope="running", **FREE).judge(r()).kinds == [LOOSE]
+    assert loose(scope="threshold", threshold=0.5, **FREE).judge(r()).kinds == [LOOSE]
+    assert loose(scope="threshold", threshold=0.7, **FREE).judge(r()).kinds == [LOOSE, LOOSE]
 
 
 def test_without_visual_tokens_loose_is_strict() -> None:
@@ -90,13 +90,13 @@ def test_guards_each_refuse_and_each_can_be_switched_off() -> None:
         r = round_of(draft, picks, relevance=torch.zeros(1), strict=strict)
         assert rule.judge(r) == Verdict([], picks[0])
     r = round_of([1, 3], [8, 9, 5], relevance=torch.zeros(2), committed=[1, 3, 7])
-    assert rule.judge(r).how == [LOOSE, LOOSE]
-    assert loose(relax=1.0, **FREE | {"bigram": True}).judge(r).how == [LOOSE]  # "1 3" was said before
+    assert rule.judge(r).kinds == [LOOSE, LOOSE]
+    assert loose(relax=1.0, **FREE | {"bigram": True}).judge(r).kinds == [LOOSE]  # "1 3" was said before
     r = round_of([4], [8, 5], relevance=torch.zeros(1))  # 8 first, then 7 and 9, 6 and 10, 5 and 11, 4
-    assert loose(relax=1.0, **FREE | {"within": 8}).judge(r).how == [LOOSE]
-    assert loose(relax=1.0, **FREE | {"within": 7}).judge(r).how == []
-    assert dataclasses.replace(rule, ratio=math.exp(-4.1)).judge(r).how == [LOOSE]
-    assert dataclasses.replace(rule, ratio=math.exp(-3.9)).judge(r).how == []
+    assert loose(relax=1.0, **FREE | {"within": 8}).judge(r).kinds == [LOOSE]
+    assert loose(relax=1.0, **FREE | {"within": 7}).judge(r).kinds == []
+    assert dataclasses.replace(rule, ratio=math.exp(-4.1)).judge(r).kinds == [LOOSE]
+    assert dataclasses.replace(rule, ratio=math.exp(-3.9)).judge(r).kinds == []
 
 
 def test_fly_needs_doubt_and_a_draft_that_finds_back() -> None:
@@ -105,7 +105,7 @@ def test_fly_needs_doubt_and_a_draft_that_finds_back() -> None:
     picks = [1, 9, 3, 4, 5]
 
     def judge(rule: FLy, draft: list[int], doubt: Tensor) -> list[int]:
-        return rule.judge(Round(torch.tensor(draft), lambda i: doubt, lambda i: picks[i])).how
+        return rule.judge(Round(torch.tensor(draft), lambda i: doubt, lambda i: picks[i])).kinds
 
     assert judge(FLy(window=2), [1, 2, 3, 4], unsure) == [EXACT, LOOSE, EXACT, EXACT]
     assert judge(FLy(window=2), [1, 2, 3, 4], sure) == [EXACT]
@@ -157,7 +157,7 @@ def test_ensemble_draws_from_the_mixture(weight: float) -> None:
         token = int(torch.multinomial(q, 1))
         r = Round(torch.tensor([token]), lambda i: p.log(), lambda i: 0, True, q[None])
         verdict = Ensemble(weight=weight).judge(r)
-        counts[token if verdict.how else verdict.next] += 1
+        counts[token if verdict.kinds else verdict.next] += 1
     v = weight * p + (1 - weight) * q
     chi2 = float(((counts - n * v) ** 2 / (n * v)).sum())
     assert chi2 < 23.5, counts / n  # 4 degrees of freedom, p = 1e-4
@@ -167,7 +167,7 @@ def test_random_relaxation_hits_its_rate_and_repeats() -> None:
     def passed(seed: int) -> list[int]:
         g = torch.Generator().manual_seed(seed)
         rule = RandomRelax(relax=0.3)
-        return [len(rule.judge(round_of([1], [9, 5], random=g)).how) for _ in range(2000)]
+        return [len(rule.judge(round_of([1], [9, 5], random=g)).kinds) for _ in range(2000)]
 
     assert passed(1) == passed(1) != passed(2)
     assert abs(sum(passed(1)) / 2000 - 0.3) < 0.05  # five standard deviations
@@ -193,7 +193,7 @@ def test_lossless_draws_from_the_target(certain: bool) -> None:
         pick = lambda i: int(torch.multinomial(p, 1))  # noqa: E731
         r = Round(torch.tensor([token]), lambda i: p.log(), pick, True, None if certain else q[None])
         verdict = Lossless().judge(r)
-        counts[token if verdict.how else verdict.next] += 1
+        counts[token if verdict.kinds else verdict.next] += 1
     chi2 = float(((counts - n * p) ** 2 / (n * p)).sum())
     assert chi2 < 23.5, counts / n  # 4 degrees of freedom, p = 1e-4
 

@@ -189,7 +189,7 @@ def test_the_draft_keeps_what_the_target_looked_at(family: str) -> None:
         for source in (ModelDraft(draft, prune=prune), SelfDraft(prune)):
             with vlmfast.accelerate(target, speculate=Speculate(source, length=3)) as fast:
                 assert torch.equal(plain(target, batch), expected)
-                assert torch.allclose(fast.columns.gaze.scores(len(ids))[visual], scores, atol=1e-5)
+                assert torch.allclose(fast.columns.text_attention.scores(len(ids))[visual], scores, atol=1e-5)
                 if fast.draft is None:
                     continue
                 kept = fast.draft.columns.kept["image"][0].tolist()
@@ -210,7 +210,7 @@ def test_guidance_follows_what_the_target_itself_kept() -> None:
             expected = plain(target, batch)
         with vlmfast.accelerate(target, speculate=speculate, **stages) as fast:
             assert torch.equal(plain(target, batch), expected)
-            scores = fast.columns.gaze.scores(batch["input_ids"].shape[1])[visual]
+            scores = fast.columns.text_attention.scores(batch["input_ids"].shape[1])[visual]
             kept = fast.draft.columns.kept["image"][0]
         if "prune" in stages:
             assert (scores > 0).nonzero()[:, 0].tolist() == fast.columns.kept["image"][0].tolist()
@@ -414,24 +414,24 @@ def test_max_time() -> None:
 
 
 def test_the_draft_grows_while_it_pays_and_stops_when_it_does_not() -> None:
-    pace = DraftLengthController("adaptive", 8)
+    controller = DraftLengthController("adaptive", 8)
     for _ in range(2):
-        assert pace.length() == 0  # a step without a draft comes first: without it there is nothing to compare with
-        pace.saw(0, 0, 0.0, 10.0)
+        assert controller.length() == 0  # a step without a draft comes first: there is nothing to compare with else
+        controller.record_round(0, 0, 0.0, 10.0)
         for _ in range(4):
-            k = pace.length()
+            k = controller.length()
             assert k > 0
-            pace.saw(k, k, 0.5 * k, 10.0, [0.95] * k)
+            controller.record_round(k, k, 0.5 * k, 10.0, [0.95] * k)
     for _ in range(30):
-        k = pace.length()
-        pace.saw(k, k, 0.5 * k, 10.0, [0.95] * k)  # every token passes, each costs a twentieth of a step
-    assert pace.length() == 8 and pace.refusal < 0.5
+        k = controller.length()
+        controller.record_round(k, k, 0.5 * k, 10.0, [0.95] * k)  # every token passes, each costs a twentieth of a step
+    assert controller.length() == 8 and controller.refusal < 0.5
     for _ in range(60):
-        pace.saw(2, 0, 8.0, 10.0, [0.95, 0.95])  # nothing passes, at nearly the cost of a step
-    assert pace.refusal > 1
-    assert pace.length() == 0
-    pace.saw(0, 0, 0.0, 10.0)
-    lengths = [pace.length() for _ in range(16 + 32 + 64)]
+        controller.record_round(2, 0, 8.0, 10.0, [0.95, 0.95])  # nothing passes, at nearly the cost of a step
+    assert controller.refusal > 1
+    assert controller.length() == 0
+    controller.record_round(0, 0, 0.0, 10.0)
+    lengths = [controller.length() for _ in range(16 + 32 + 64)]
     assert [i for i, k in enumerate(lengths) if k] == [15, 47, 111]  # a look now and then, in case it changed
     assert DraftLengthController(3, 8).length() == 3 and DraftLengthController(3, 8).floor() == 0
 
@@ -451,7 +451,7 @@ def test_adaptive_drafting_is_lossless(source: str) -> None:
     target, draft, batch = pair()
     drafts = LookupThenModel(draft, None) if source == "both" else source_of(source, draft)
     plan = Speculate(drafts, length="adaptive")
-    for n in (24, 5, 40):  # the pace is kept from call to call
+    for n in (24, 5, 40):  # the controller is kept from call to call
         assert torch.equal(speak(target, batch, plan, n)[0], plain(target, batch, n))
 
 

@@ -20,7 +20,7 @@ from vlmfast.decode import (
     PromptLookup,
     SelfDraft,
     Speculate,
-    loop,
+    draft_length,
 )
 from vlmfast.decode.draft_length import FEW, DraftLengthController, LinearCost
 from vlmfast.encode import Uniform
@@ -52,19 +52,19 @@ def world(floor: float | None, seed: int = 0, rounds: int = 600) -> float:
     A drafted token is sure (0.99) or a coin (0.55), and passes with that probability. A verification of n tokens takes
     3 + 0.1 n ms, a draft of n tokens 0.5 + 0.25 n.
     """
-    draw, pace = random.Random(seed), DraftLengthController("adaptive", 16)
+    draw, controller = random.Random(seed), DraftLengthController("adaptive", 16)
     tokens, ms = 0.0, 0.0
     for _ in range(rounds):
-        least = pace.floor() if floor is None else floor
-        most = pace.length() if floor is None else 16
+        least = controller.floor() if floor is None else floor
+        most = controller.length() if floor is None else 16
         sure: list[float] = []
         passes = 1.0
         while len(sure) < most and (not sure or passes >= least):
             sure.append(0.99 if draw.random() < 0.85 else 0.55)
-            passes *= 1 - (pace.refusal if floor is None else 1.0) * (1 - sure[-1])
+            passes *= 1 - (controller.refusal if floor is None else 1.0) * (1 - sure[-1])
         n = len(sure)
         accepted = next((i for i, p in enumerate(sure) if draw.random() >= p), n)
-        pace.record_round(n, accepted, 0.5 + 0.25 * n if n else 0.0, 3 + 0.1 * (n + 1), sure)
+        controller.record_round(n, accepted, 0.5 + 0.25 * n if n else 0.0, 3 + 0.1 * (n + 1), sure)
         tokens += accepted + 1
         ms += 3 + 0.1 * (n + 1) + (0.5 + 0.25 * n if n else 0.0)
     return tokens / ms
@@ -83,7 +83,7 @@ def test_plans_that_take_turns_keep_their_own_pace() -> None:
     for _ in range(2):
         for plan in plans:
             speak(target, batch, plan, 12)
-    held = {entry[0](): entry[1] for entry in loop._PACES[target]}
+    held = {entry[0](): entry[1] for entry in draft_length._KEPT[target]}
     assert set(held) == set(plans)
     assert all(held[plan].most == plan.most and list(held[plan].lengths) == [11, 11] for plan in plans)
     plans.clear()
@@ -91,7 +91,7 @@ def test_plans_that_take_turns_keep_their_own_pace() -> None:
     del plan
     gc.collect()
     speak(target, batch, Speculate(ModelDraft(draft, None)), 4)
-    assert len(loop._PACES[target]) == 1  # forgotten with the plan: it would keep the draft model in memory
+    assert len(draft_length._KEPT[target]) == 1  # forgotten with the plan: it would keep the draft model in memory
 
 
 COSTS = {  # milliseconds of verifying n tokens, where a plain step takes 10
@@ -104,15 +104,15 @@ COSTS = {  # milliseconds of verifying n tokens, where a plain step takes 10
 
 def answered(verify, drafting: float, certainty: float, length: int | None, tokens: int = 400, seed: int = 0) -> float:
     """Milliseconds per token; length None: as `DraftLengthController` says, else always that many drafted tokens."""
-    draw, pace = random.Random(seed), DraftLengthController("adaptive", 16)
+    draw, controller = random.Random(seed), DraftLengthController("adaptive", 16)
     said, ms = 0, 0.0
     while said < tokens:
-        most, least = (pace.length(), pace.floor()) if length is None else (length, 0.0)
+        most, least = (controller.length(), controller.floor()) if length is None else (length, 0.0)
         n, passes = 0, 1.0
         while n < most and (n == 0 or passes >= least):
-            n, passes = n + 1, passes * (1 - pace.refusal * (1 - certainty))
+            n, passes = n + 1, passes * (1 - controller.refusal * (1 - certainty))
         accepted = next((i for i in range(n) if draw.random() >= certainty), n)
-        pace.record_round(n, accepted, drafting * n, verify(n + 1), [certainty] * n)
+        controller.record_round(n, accepted, drafting * n, verify(n + 1), [certainty] * n)
         said, ms = said + accepted + 1, ms + drafting * n + verify(n + 1)
     return ms / said
 
@@ -133,14 +133,14 @@ def test_on_no_machine_does_drafting_cost_much_where_it_cannot_pay(machine, draf
 
 
 def told(lengths: list[int], opening: float = 6.0) -> DraftLengthController:
-    """A pace that knows plain steps of 2 ms, drafted tokens of 0.8 ms, and these answers."""
-    pace = DraftLengthController("adaptive", 16)
+    """A controller that knows plain steps of 2 ms, drafted tokens of 0.8 ms, and these answers."""
+    controller = DraftLengthController("adaptive", 16)
     for _ in range(40):
-        pace.record_round(0, 0, 0.0, 2.0)
-        pace.record_round(6, 5, 2.0, 2.8, [0.95] * 6)
+        controller.record_round(0, 0, 0.0, 2.0)
+        controller.record_round(6, 5, 2.0, 2.8, [0.95] * 6)
     for n in lengths:
-        pace.answered(n, opening)
-    return pace
+        controller.answered(n, opening)
+    return controller
 
 
 def test_the_draft_waits_where_answers_end_before_it_pays() -> None:
@@ -184,10 +184,10 @@ def test_short_answers_are_noticed_and_long_ones_too() -> None:
     plan = Speculate(ModelDraft(draft, None))
     for _ in range(FEW + 1):
         speak(target, batch, plan, 2)
-    (pace,) = (p for ref, p in loop._PACES[target] if ref() is plan)
-    assert list(pace.lengths) == [1] * (FEW + 1) and len(pace.opened) == FEW
+    (controller,) = (p for ref, p in draft_length._KEPT[target] if ref() is plan)
+    assert list(controller.lengths) == [1] * (FEW + 1) and len(controller.opened) == FEW
     speak(target, batch, plan, 20)
-    assert pace.lengths[-1] == 19
+    assert controller.lengths[-1] == 19
 
 
 def test_what_reaches_the_caller_is_ordinary_tensors() -> None:

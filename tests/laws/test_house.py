@@ -145,3 +145,42 @@ def test_every_module_has_a_docstring() -> None:
     for path in SOURCES:
         assert re.match(r'\s*(r?"""|from|$)', path.read_text()), path
         assert path.read_text().lstrip().startswith(('"""', 'r"""')), f"{path.relative_to(ROOT)} says nothing of itself"
+
+
+RETIRED = {  # names that were: a reader of today's code meets none of them
+    "classes": "Gaze Lean ColumnHooks InnerHooks TowerHooks Sight Eyes Pace AsLuckHadIt Evenly Anywhere Standing "
+    "RepTable Ledger _pardon from_evals Ngrams Announced",
+    "modules": "runtime.gaze runtime.shown runtime.lean runtime.columns runtime.inner runtime.cuts runtime.names "
+    "runtime.reuse runtime.video decode.pace decode.live decode.ledger decode.refuse decode.guided decode.guards "
+    "decode.rows prefill.retrieve prefill.store prefill.cache stream.standing stream.reps stream.pack stream.feed "
+    "stream.recall stream.saving stream.source stream.live stream.index stream.backends stream.retrieve pocket.eyes "
+    "pocket.insight pocket.mentions pocket.finding pocket.train pocket.evaluate vlmfast.tune evals.again evals.gate "
+    "evals.tasks evals.runner evals.records evals.stats evals.timing evals.compose evals.gpu_run",
+    "variables": "gaze ledger",
+}
+
+
+def test_retired_names_are_gone() -> None:
+    """Aliases (vlmfast/stream/__init__.py), the changelog, result files and this list aside."""
+    words = [word for group in RETIRED.values() for word in group.split()]
+    pattern = re.compile(r"(?<![\w/-])(" + "|".join(map(re.escape, words)) + r")(?!\w)")
+    allowed = {ROOT / "vlmfast" / "stream" / "__init__.py", Path(__file__)}
+    folders = [ROOT / f for f in ("vlmfast", "evals", "training", "tests", "docs")]
+    texts = [p for f in folders for ending in ("*.py", "*.md") for p in f.rglob(ending)] + [ROOT / "README.md"]
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in texts
+        if path not in allowed
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if pattern.search(line)
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_the_package_names_no_module_of_the_checkout() -> None:
+    """Not even in a string: an installed package has neither `evals` nor `training`. Prose may name their commands."""
+    for path in SOURCES:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            code = re.sub(r"`[^`]*`", "", line)
+            found = re.search(r"[\"'](evals|training)[.\"'{]|import (evals|training)\b", code)
+            assert not found, f"{path}:{number}: {line}"

@@ -213,7 +213,7 @@ def test_the_eyes_learn_from_tokens_that_hold_objects(tmp_path: Path) -> None:
         assert "".join(vision_pretraining.GLYPHS[int(s)] for s in slots if s) == scene.texts[0].string
     model = models.build("target")
     before = model.model.visual.merger.mlp[2].weight.clone()
-    learner = vision_pretraining.VisionEncoder(model, torch.device("cpu"), rows=2)
+    learner = vision_pretraining.VisionReader(model, torch.device("cpu"), rows=2)
     learner.steps = vision_pretraining.FRESH  # past the steps in which only the reader learns
     assert set(learner.step(1, 1e-3)) == set(vision_pretraining.KINDS)
     assert not torch.equal(before, model.model.visual.merger.mlp[2].weight)

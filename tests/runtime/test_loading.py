@@ -233,10 +233,10 @@ def test_low_frames_are_rows_and_not_channels(loaded: Any, family: str, size: tu
     want = model.processor.video_processor([stated], return_tensors="pt", **options)
     for a, b in zip(seen(model.inputs("what ?", video=clip)), seen(want), strict=True):
         assert a.shape == b.shape and torch.equal(a, b.to(a.dtype))
-    eyes = VisionEncoder(model.model, model.processor)
+    vision = VisionEncoder(model.model, model.processor)
     with torch.inference_mode():  # and in a stream: one grid alone, as wide as the picture is
-        grids = eyes.see(torch.from_numpy(frames[: eyes.frames]))
-    if eyes.qwen and size[0] != size[1]:
+        grids = vision.see(torch.from_numpy(frames[: vision.frames]))
+    if vision.qwen and size[0] != size[1]:
         assert (grids.size[0] < grids.size[1]) == (size[0] < size[1])
 
 

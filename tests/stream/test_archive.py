@@ -648,7 +648,7 @@ def test_an_error_in_the_middle_of_a_push_takes_nothing_of_it(tmp_path, monkeypa
     options = {"window": 40, "redundancy": 0.1}
     straight = stream.session(FAMILY, model, **options)
     s = stream.session(FAMILY, model, disk=tmp_path / "s", flush_seconds=3, ram=70_000, **options)
-    mlp = type(s.eyes.text.layers[0].mlp)
+    mlp = type(s.vision.text.layers[0].mlp)
     forward, failed = mlp.forward, 0
     for a, b in zip(range(0, 60, 15), range(15, 75, 15), strict=True):
         straight.push(frames[a:b])

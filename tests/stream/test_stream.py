@@ -24,7 +24,7 @@ from vlmfast.plan import Plan
 from vlmfast.prefill import METHODS as POLICIES
 from vlmfast.stream.archive import manifest
 from vlmfast.stream.archive.segments import StoreError
-from vlmfast.stream.layer_recall import layer_recall
+from vlmfast.stream.recall_by_layer import layer_recall
 from vlmfast.stream.retrievers import External, Internal, Oracle, Recency, UniformRetriever, in_time, standardised
 from vlmfast.stream.session import StreamSession
 
@@ -137,7 +137,7 @@ def test_everything_retrieved_equals_no_retrieval(family, positions):
     fewer = logits(s, retrieve=UniformRetriever(frames=n // 3))
     assert not close(results[0], fewer), "fewer blocks should say something else"
     # against one forward over the stored keys and values in stream order, rotated by hand
-    ids = s.eyes.prompt([turn(Q)])[1]
+    ids = s.vision.prompt([turn(Q)])[1]
     stored = list(s.store.blocks.values())
     chosen = s.recall.context(Oracle(frames=n, spans=((0.0, 1e6),)), stored, Q, ids, True)
     assert close(s.recall.logits(chosen, True), results[0]), "our attention and sdpa over a plain cache agree"
@@ -149,10 +149,10 @@ def test_pass_one_queries_are_the_models_own(family):
     s = session(family)
     s.push(video())
     seen, mine = {}, {}
-    norm = "q_norm" if hasattr(s.eyes.text.layers[0].self_attn, "q_norm") else "q_proj"
+    norm = "q_norm" if hasattr(s.vision.text.layers[0].self_attn, "q_norm") else "q_proj"
     hooks = [
         getattr(layer.self_attn, norm).register_forward_hook(lambda m, a, out, i=i: seen.__setitem__(i, out))
-        for i, layer in enumerate(s.eyes.text.layers)
+        for i, layer in enumerate(s.vision.text.layers)
     ]
 
     class Spy(Internal):
@@ -165,7 +165,7 @@ def test_pass_one_queries_are_the_models_own(family):
         h.remove()
     assert sorted(mine) == [0, 1, 2, 3]
     for i, queries in mine.items():
-        n = len(s.eyes.encode(Q))
+        n = len(s.vision.encode(Q))
         want = seen[i].reshape(-1, n, 4, 16)[0].permute(1, 0, 2).reshape(2, 2, n, 16)
         assert torch.allclose(queries, want, atol=1e-5)
 
@@ -264,7 +264,7 @@ def test_windowed_keys_equal_a_hand_made_prefill(family):
     s = session(family, model, window=60)
     s.push(frames)
     assert s.encoder.resident[0].id > 0
-    size, first = s.eyes.frames, s.encoder.resident[0].id
+    size, first = s.vision.frames, s.encoder.resident[0].id
     inputs = plain(family, model, frames[first * size :], [turn(Q)])
     # deeper layers saw what has left the window meanwhile; layer 0's keys and values depend on nothing else
     positions = model._prepare_position_ids_for_generation(inputs["input_ids"], dict(inputs))
@@ -410,7 +410,7 @@ def test_kv_policies_act_on_the_working_set(family, name):
     s = session(family, model, retrieve=tool, window=40, plan=both)
     s.push(video(40, still=0.0))
     assert s.ask(question, max_new_tokens=6).text == half.text, "lossless on the compressed working set too"
-    assert not any(m._forward_pre_hooks for m in s.eyes.text.layers[0].self_attn.modules())
+    assert not any(m._forward_pre_hooks for m in s.vision.text.layers[0].self_attn.modules())
 
 
 def test_what_cannot_be_honoured_is_refused():
@@ -476,7 +476,7 @@ def test_two_sessions_over_one_model_do_not_touch_each_other():
 def test_an_error_in_a_forward_leaves_the_window_as_it_was(monkeypatch):
     s = session("qwen2_5_vl")
     s.push(video(8))
-    want, text = logits(s), type(s.eyes.text.layers[2].mlp)
+    want, text = logits(s), type(s.vision.text.layers[2].mlp)
     forward = text.forward
     monkeypatch.setattr(text, "forward", lambda self, x: (_ for _ in ()).throw(MemoryError("out")))
     with pytest.raises(MemoryError):
@@ -640,7 +640,7 @@ def test_frames_may_change_size(family):
     s.push(np.full((4, 32, 32, 3), 90, np.uint8))
     s.push(video(3, seed=2))
     s.flush()
-    size = s.eyes.frames
+    size = s.vision.frames
     assert s.stats()["blocks"] == {1: 12, 2: 3 + 2 + 2}[size]
     if family in tiny.QWEN:
         extra = 0 if not family.startswith("qwen3_vl") else s.store.blocks[3].n - 16
@@ -746,7 +746,7 @@ def test_a_window_that_does_not_fit_the_limit_is_rebuilt(tmp_path):
 # ---------------------------------------------------------------- kill -9
 
 CHILD = """
-    import sys; sys.path.insert(0, {tests!r})
+    import sys; sys.path[:0] = [{tests!r}, {support!r}]
     import test_stream as t
     s = t.session("qwen2_5_vl", window=64, disk={disk!r}, flush_seconds=3, redundancy=0.2)
     for i in range(10_000):
@@ -756,7 +756,11 @@ CHILD = """
 
 
 def test_kill_minus_nine_loses_the_tail_and_says_how_much(tmp_path):
-    code = textwrap.dedent(CHILD.format(tests=str(Path(__file__).parent), disk=str(tmp_path / "s")))
+    code = textwrap.dedent(
+        CHILD.format(
+            tests=str(Path(__file__).parent), support=str(Path(tiny.__file__).parent), disk=str(tmp_path / "s")
+        )
+    )
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     seen = [float(child.stdout.readline()) for _ in range(12)][-1]

@@ -103,7 +103,7 @@ def commit() -> str:
     def git(*args: str) -> str:
         return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
-    if not (ROOT / "evals").is_dir():
+    if not (ROOT / "pyproject.toml").is_file():
         return "unknown"
     try:
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")

@@ -7,13 +7,15 @@ Intervals are percentile bootstraps over clusters (a clip, an image): questions 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import binomtest
+
+from vlmfast.bench.timing import median_interval
 
 RESAMPLES = 4000
 
@@ -72,20 +74,15 @@ def mcnemar(scores: Sequence[float], baseline: Sequence[float]) -> float:
     """Exact two-sided p-value that wins and losses are equally likely; questions are taken as independent."""
     difference = np.asarray(scores, float) - np.asarray(baseline, float)
     wins, losses = int((difference > 0).sum()), int((difference < 0).sum())
-    n, few = wins + losses, min(wins, losses)
-    logs = [math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2) for k in range(few + 1)]
-    return min(1.0, 2 * sum(math.exp(x) for x in logs)) if n else 1.0
+    return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
 def median_ratio(baseline: Sequence[float], this: Sequence[float]) -> list[float]:
     """[median, low, high] of the paired ratios baseline / this: how many times less time or bytes.
 
-    Rows of one batch share one measurement: equal pairs count once. The interval: order statistics.
+    Rows of one batch share one measurement: equal pairs count once. The interval: `timing.median_interval`.
     """
     pairs = {(b, t) for b, t in zip(baseline, this, strict=True) if b > 0 and t > 0}
     if not pairs:
         return []
-    ratios = sorted(b / t for b, t in pairs)
-    n = len(ratios)
-    drop = max(0, math.floor(n / 2 - 0.98 * math.sqrt(n)) - 1) if n >= 6 else 0
-    return [float(f"{x:.4g}") for x in (float(np.median(ratios)), ratios[drop], ratios[n - 1 - drop])]
+    return [float(f"{x:.4g}") for x in median_interval([b / t for b, t in pairs])]

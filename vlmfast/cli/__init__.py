@@ -28,7 +28,6 @@ COMMANDS = (
     "tune",
     "roofline",
     "page",
-    "serve",
 )
 
 

@@ -131,7 +131,7 @@ class Talk:
         if not self.silent:
             from transformers import TextStreamer
 
-            tokenizer: Any = self.session.eyes.tokenizer
+            tokenizer: Any = self.session.vision.tokenizer
             more["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         said = self.session.ask(question, at=at, max_new_tokens=self.max_new_tokens, **more)
         self.answers.append(

@@ -64,9 +64,9 @@ class Round:
 
 @dataclass
 class Verdict:
-    """how: one of EXACT, LOOSE, SHIFT per accepted token; next: the token to emit after them."""
+    """kinds: one of EXACT, LOOSE, SHIFT per accepted token; next: the token to emit after them."""
 
-    how: list[int]
+    kinds: list[int]
     next: int
 
 
@@ -125,7 +125,7 @@ class Rule(Method):
         return False
 
     def words(self) -> tuple[str, ...]:
-        """Classes of words (see decode.guards) that are never loosened; non-empty means a tokenizer is needed."""
+        """Classes of words (`decode.strict_tokens`) that are never loosened; non-empty means a tokenizer is needed."""
         return ()
 
     def seeing(self) -> LooseAdvanced:

@@ -28,22 +28,22 @@ def decode(
     steps: see `loop.build`."""
     limit, eos, rest = split(criteria or [])
     room = 256 if limit is None else min(4096, limit - ids.shape[1] + 2)
-    ledger, start = Counters(), ids.shape[1]
+    counters, start = Counters(), ids.shape[1]
     target = Stepper.prefill(model, ids, config, kwargs, None, steps, room, engine.open_static)
     run = _Rows(ids, processors, criteria, config, streamer, eos)
     try:
         run.say(target.logits)
         if not run.done:
-            ledger.engine, ledger.reason = target.engine, target.reason
+            counters.engine, counters.reason = target.engine, target.reason
         asked = rest or run.processors or config.do_sample or run.scores is not None or run.logits is not None
-        if ledger.engine == "static" and not asked and len(eos) <= engine.STOPS:
-            _follow(run, target, ledger, eos, limit)
+        if counters.engine == "static" and not asked and len(eos) <= engine.STOPS:
+            _follow(run, target, counters, eos, limit)
         while not run.done:
             began = time.perf_counter()
             logits = target.step(run.ids[:, -1:])[:, -1]
-            ledger.round(0, [], 0.0, (time.perf_counter() - began) * 1e3)
+            counters.round(0, [], 0.0, (time.perf_counter() - began) * 1e3)
             run.say(logits)
-        ledger.captured(target.decoder)
+        counters.captured(target.decoder)
     except BaseException:
         with suppress(Exception):  # what stopped us is what the caller must hear of
             _settle(target, start, run)
@@ -52,7 +52,7 @@ def decode(
     if streamer is not None:
         streamer.end()
     if sink is not None:
-        sink(ledger.numbers(None))
+        sink(counters.numbers(None))
     if not config.return_dict_in_generate:
         return run.ids
     return GenerateDecoderOnlyOutput(sequences=run.ids, scores=run.scores, logits=run.logits, **{CACHE: target.cache})
@@ -100,7 +100,7 @@ class _Rows:
         self.done = not bool(self.going.any())
 
 
-def _follow(run: _Rows, target: Stepper, ledger: Counters, eos: frozenset[int], limit: int | None) -> None:
+def _follow(run: _Rows, target: Stepper, counters: Counters, eos: frozenset[int], limit: int | None) -> None:
     """Say what the step chooses, until every row has ended; the step may then have run ahead."""
     if run.done:
         return
@@ -111,7 +111,7 @@ def _follow(run: _Rows, target: Stepper, ledger: Counters, eos: frozenset[int], 
     with closing(target.greedy(feed, left, eos=eos, pad=run.pad, ended=~run.going)) as choices:
         for chosen in choices:
             now = time.perf_counter()
-            ledger.round(0, [], 0.0, (now - start) * 1e3)
+            counters.round(0, [], 0.0, (now - start) * 1e3)
             start = now
             said.append(chosen.clone())
             if run.streamer is not None:

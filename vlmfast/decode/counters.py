@@ -22,7 +22,7 @@ class Counters:
         self.engine, self.reason = "", None  # type: str, str | None
         self.graphs: dict[str, float] = {}  # of the static step
 
-    def round(self, drafted: int, how: list[int], draft_ms: float, verify_ms: float) -> None:
+    def round(self, drafted: int, kinds: list[int], draft_ms: float, verify_ms: float) -> None:
         """Record one forward of the target."""
         self.counts["verify_rounds"] += 1
         self.times["draft_ms"] += draft_ms
@@ -31,8 +31,8 @@ class Counters:
             self.plain.append(verify_ms)
             return
         self.counts["drafted"] += drafted
-        self.trace.append((drafted, len(how)))
-        for code in how:
+        self.trace.append((drafted, len(kinds)))
+        for code in kinds:
             self.counts[NAMES[code]] += 1
 
     def captured(self, *steps: Any) -> None:

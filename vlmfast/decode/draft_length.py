@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
+import weakref
 from collections import deque
+from typing import Any
 
 FADE = 0.95  # of what earlier rounds say, per round
 OUTLIER = 2.0  # a round that took more than this multiple of what was expected counts as that multiple
@@ -133,8 +135,8 @@ class DraftLengthController:
         """Probability in [0, 0.9] of passing under which a further token does not pay; 0 = go on to `length`."""
         if self.fixed is not None or not self.draft.known or self.ms == 0:
             return 0.0
-        pace = max(self.tokens / self.ms, 1 / self.verified(1))
-        return min(0.9, pace * (self.draft.each + self.verified(2) - self.verified(1)))
+        rate = max(self.tokens / self.ms, 1 / self.verified(1))
+        return min(0.9, rate * (self.draft.each + self.verified(2) - self.verified(1)))
 
     def verified(self, n: int) -> float:
         """Milliseconds of a step of the target over n tokens: the line from a plain step to the mean verification."""
@@ -175,3 +177,21 @@ class DraftLengthController:
         if certainty:
             self.doubted = 0.98 * self.doubted + sum(1 - p for p in certainty[:tried])
             self.refused = 0.98 * self.refused + (accepted < drafted)
+
+
+# by target model, then by plan; both weak: a plan holds its draft model
+_KEPT: weakref.WeakKeyDictionary[Any, list[tuple[weakref.ref[Any], DraftLengthController]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def controller_of(model: Any, plan: Any) -> DraftLengthController:
+    """Running acceptance and costs, kept from call to call of one model and plan (`Speculate`) when adaptive."""
+    if plan.length != "adaptive":
+        return DraftLengthController(plan.length, plan.most)
+    kept = _KEPT[model] = [entry for entry in _KEPT.get(model, ()) if entry[0]() is not None]
+    controller = next((controller for known, controller in kept if known() is plan), None)
+    if controller is None:
+        controller = DraftLengthController(plan.length, plan.most)
+        kept.append((weakref.ref(plan), controller))
+    return controller

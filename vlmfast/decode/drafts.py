@@ -151,8 +151,8 @@ def _pruner(prune: Any, request: Request) -> Any:
     """The draft's pruner for this prompt: one that follows the target is told what the target looked at."""
     if not _guided(prune):
         return prune
-    ids, gaze = request.input_ids[0], getattr(request.columns, "gaze", None)
-    scores = None if gaze is None else gaze.scores(ids.shape[0])
+    ids, text_attention = request.input_ids[0], getattr(request.columns, "text_attention", None)
+    scores = None if text_attention is None else text_attention.scores(ids.shape[0])
     if scores is None:
         return prune.guided_by(None)
     tokens = families.get(request.model).visual_ids(request.model).values()
@@ -248,9 +248,9 @@ class LookupThenModel(ModelDraft):
     def open(self, request: Request) -> Draft:
         """Open both."""
         lookup = PromptLookup(self.longest, self.shortest).open(request)
-        chain = super().open(request)
-        assert isinstance(chain, ModelProposer)
-        return LookupOrModel(lookup, chain)
+        proposer = super().open(request)
+        assert isinstance(proposer, ModelProposer)
+        return LookupOrModel(lookup, proposer)
 
 
 DRAFTS: dict[str, Any] = {d.name: d for d in (ModelDraft, SelfDraft, PromptLookup, LookupThenModel)}

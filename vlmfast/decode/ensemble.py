@@ -38,7 +38,7 @@ class Ensemble(Rule):
             return Exact().judge(r)
         if r.draft_probs is None:
             raise UserError("ensemble: the draft gave no probabilities to mix; use ModelDraft or SelfDraft")
-        how: list[int] = []
+        kinds: list[int] = []
         for i, token in enumerate(r.draft.tolist()):
             p, q = r.score(i).softmax(-1), r.draft_probs[i]
             if r.sampling:
@@ -49,6 +49,6 @@ class Ensemble(Rule):
                 other = int((self.weight * p + (1 - self.weight) * q).argmax())
                 exact, passes = r.pick(i) == token, other == token
             if not passes:
-                return Verdict(how, other)
-            how.append(EXACT if exact else LOOSE)
-        return Verdict(how, r.pick(len(how)))
+                return Verdict(kinds, other)
+            kinds.append(EXACT if exact else LOOSE)
+        return Verdict(kinds, r.pick(len(kinds)))

@@ -24,7 +24,7 @@ from vlmfast.core import Draft, Unsupported
 from vlmfast.decode import accept as rules
 from vlmfast.decode import batch
 from vlmfast.decode.counters import Counters
-from vlmfast.decode.draft_length import DraftLengthController
+from vlmfast.decode.draft_length import controller_of
 from vlmfast.decode.drafts import Request
 from vlmfast.decode.output import Output, split
 from vlmfast.decode.preconditions import check, tokenizer_for
@@ -40,10 +40,6 @@ from vlmfast.runtime.stepper import Stepper
 __all__ = ["build", "check"]
 
 _KEPT: weakref.WeakKeyDictionary[Any, tuple[Any, Draft | None]] = weakref.WeakKeyDictionary()  # live drafts by cache
-# by target model, then by plan; both weak: a plan holds its draft model
-_PACES: weakref.WeakKeyDictionary[Any, list[tuple[weakref.ref[Speculate], DraftLengthController]]] = (
-    weakref.WeakKeyDictionary()
-)
 
 
 def build(
@@ -99,7 +95,7 @@ def build(
         if streamer is not None:
             streamer.end()
         if sink is not None:
-            sink(run.ledger.numbers(None if speculate.draft is None else speculate.accept.name))
+            sink(run.counters.numbers(None if speculate.draft is None else speculate.accept.name))
         ids = out.ids.clone()
         if not kept:
             return ids
@@ -117,13 +113,13 @@ class _Run:
         self.rule = speculate.accept
         self.sampling = bool(config.do_sample)
         self.drawn = self.sampling and self.rule.draws
-        self.ledger = Counters()
+        self.counters = Counters()
         self.draft: Draft | None = None
         self.memory: VisualMemory | None = None
         self.past: list[Tensor] = []  # relevance of every position so far, where the rule asks for it
         self.strict: Tensor | None = None
         self.random: torch.Generator | None = None
-        self.pace = None if speculate.draft is None else self._pace()
+        self.controller = None if speculate.draft is None else controller_of(model, speculate)
 
     def go(
         self,
@@ -145,29 +141,33 @@ class _Run:
         try:
             rows = VerifiedLogits(choice, out.ids, None, target.logits)
             out.emit(rows.pick(0), partial(rows.kept, 0))  # the first token waits for no draft
-            waiting, wait = self.pace is not None, 0
+            waiting, wait = self.controller is not None, 0
             if not out.done:
-                self.ledger.engine, self.ledger.reason = target.engine, target.reason
-            if self.pace is not None and not out.done:
+                self.counters.engine, self.counters.reason = target.engine, target.reason
+            if self.controller is not None and not out.done:
                 self._prepare(tokenizer, target)
-                wait = 0 if self.goes_on or continued else self.pace.wait()
+                wait = 0 if self.goes_on or continued else self.controller.wait()
             start = time.perf_counter()
             while not out.done:
-                if waiting and len(out.said) > wait:
+                if waiting and len(out.emitted) > wait:
                     self._open(*hooks, media, target.cache, before, continued)
                     waiting = False
                 if self._chosen_by_step(target):
                     self._follow(target)
                 else:
                     self._round(target)
-            total, times = (time.perf_counter() - start) * 1e3, self.ledger.times
+            total, times = (time.perf_counter() - start) * 1e3, self.counters.times
             times["overhead_ms"] = total - times["draft_ms"] - times["verify_ms"] - times["draft_prefill_ms"]
-            if self.pace is not None:
-                self.pace.answered(len(out.said) - 1, times["draft_prefill_ms"])
-            chain = getattr(self.draft, "chain", self.draft)
-            self.ledger.captured(target.decoder, chain.stepper.decoder if isinstance(chain, ModelProposer) else None)
+            if self.controller is not None:
+                self.controller.answered(len(out.emitted) - 1, times["draft_prefill_ms"])
+            proposer = getattr(self.draft, "proposer", self.draft)
+            self.counters.captured(
+                target.decoder, proposer.stepper.decoder if isinstance(proposer, ModelProposer) else None
+            )
             if wait:
-                self.ledger.notes.append(f"speculate: drafts did not pay in recent answers, none for {wait + 1} tokens")
+                self.counters.notes.append(
+                    f"speculate: drafts did not pay in recent answers, none for {wait + 1} tokens"
+                )
         except BaseException:
             with suppress(Exception):  # what stopped us is what the caller must hear of
                 self._settle(target)
@@ -194,7 +194,7 @@ class _Run:
             visual = list(families.get(self.model).visual_ids(self.model).values())
             self.memory = collect(target.hidden, target.cache, ids, visual, rule.seeing().top, self._layer() or 0)
             if self.memory is None:
-                self.ledger.notes.append(f"speculate: no visual tokens, {rule.name} verified strictly")
+                self.counters.notes.append(f"speculate: no visual tokens, {rule.name} verified strictly")
         if rule.lossless:
             return
         eos = stop if getattr(rule, "eos", True) else frozenset()
@@ -211,9 +211,9 @@ class _Run:
         if continued and kept is not None and kept[0] is config:
             self.draft = kept[1]
             if any(v.is_floating_point() for v in media.values() if isinstance(v, Tensor)):
-                self.ledger.notes.append("speculate: the draft does not see the new media of this turn")
+                self.counters.notes.append("speculate: the draft does not see the new media of this turn")
         elif continued and not getattr(config, "blind", False):
-            self.ledger.notes.append("speculate: the draft did not see the turns before, decoded without it")
+            self.counters.notes.append("speculate: the draft did not see the turns before, decoded without it")
         else:
             request = Request(
                 self.model,
@@ -229,51 +229,39 @@ class _Run:
             )
             self.draft = config.open(request)
         _KEPT[cache] = (config, self.draft)
-        self.ledger.times["draft_prefill_ms"] = (time.perf_counter() - start) * 1e3
-
-    def _pace(self) -> DraftLengthController:
-        """Running acceptance and costs, kept from call to call of one model and plan when adaptive."""
-        plan = self.speculate
-        if plan.length != "adaptive":
-            return DraftLengthController(plan.length, plan.most)
-        held = _PACES[self.model] = [entry for entry in _PACES.get(self.model, ()) if entry[0]() is not None]
-        pace = next((pace for known, pace in held if known() is plan), None)
-        if pace is None:
-            pace = DraftLengthController(plan.length, plan.most)
-            held.append((weakref.ref(plan), pace))
-        return pace
+        self.counters.times["draft_prefill_ms"] = (time.perf_counter() - start) * 1e3
 
     # -- tokens ----------------------------------------------------------------------------------------------------
 
     def _propose(self) -> tuple[Tensor | None, Tensor | None]:
         """At most as many tokens as may still be said, the target's own last word excluded."""
-        if self.draft is None or self.pace is None:
+        if self.draft is None or self.controller is None:
             return None, None
-        k, left = self.pace.length(), self.out.left()
+        k, left = self.controller.length(), self.out.left()
         if left is not None:
             k = min(k, left - 1)
         if k <= 0:
             return None, None
-        chain = getattr(self.draft, "chain", self.draft)
-        if isinstance(chain, ModelProposer):
-            chain.floor, chain.refusal, chain.certainty = self.pace.floor(), self.pace.refusal, []
-            chain.fallback = getattr(self.rule, "fallback", 0.0)
+        proposer = getattr(self.draft, "proposer", self.draft)
+        if isinstance(proposer, ModelProposer):
+            proposer.floor, proposer.refusal, proposer.certainty = self.controller.floor(), self.controller.refusal, []
+            proposer.fallback = getattr(self.rule, "fallback", 0.0)
         tokens, q = self.draft.propose(self.out.ids, k, None if self.choice.plain else self.choice.for_draft)
         return (tokens if tokens.shape[0] else None), q
 
     def _chosen_by_step(self, target: Stepper) -> bool:
         """May the step itself choose every token, the host only following it? Nothing but the ids is asked for then."""
         out = self.out
-        asked = self.pace is not None or self.sampling or self.choice.processors is not None or out.criteria
+        asked = self.controller is not None or self.sampling or self.choice.processors is not None or out.criteria
         return target.engine == "static" and not asked and out.scores is None and out.logits is None
 
     def _follow(self, target: Stepper) -> None:
         """Say what the step chooses, until the answer ends; the step may then have run ahead."""
         out, start = self.out, time.perf_counter()
-        with closing(target.greedy(out.said[-1], out.left())) as tokens:
+        with closing(target.greedy(out.emitted[-1], out.left())) as tokens:
             for token in map(int, tokens):
                 now = time.perf_counter()
-                self.ledger.round(0, [], 0.0, (now - start) * 1e3)
+                self.counters.round(0, [], 0.0, (now - start) * 1e3)
                 start = now
                 if out.emit(token, _nothing):
                     break
@@ -292,20 +280,20 @@ class _Run:
         draft_ms, verify_ms = (t1 - t0) * 1e3, (t2 - t1) * 1e3
         if draft is None:
             out.emit(rows.pick(0), partial(rows.kept, 0))
-            self.ledger.round(0, [], draft_ms, verify_ms)
-            if self.pace is not None:
-                self.pace.record_round(0, 0, draft_ms, verify_ms)
+            self.counters.round(0, [], draft_ms, verify_ms)
+            if self.controller is not None:
+                self.controller.record_round(0, 0, draft_ms, verify_ms)
             return
         k = draft.shape[0]
         verdict = self.rule.judge(self._view(rows, draft, q, target))
-        accepted = len(verdict.how)
+        accepted = len(verdict.kinds)
         for i, token in enumerate([*draft[:accepted].tolist(), verdict.next]):
             if out.emit(token, partial(rows.kept, i)):
                 break
-        self.ledger.round(k, verdict.how, draft_ms, verify_ms)
-        chain = getattr(self.draft, "chain", self.draft)
-        assert self.draft is not None and self.pace is not None
-        self.pace.record_round(k, accepted, draft_ms, verify_ms, getattr(chain, "certainty", None))
+        self.counters.round(k, verdict.kinds, draft_ms, verify_ms)
+        proposer = getattr(self.draft, "proposer", self.draft)
+        assert self.draft is not None and self.controller is not None
+        self.controller.record_round(k, accepted, draft_ms, verify_ms, getattr(proposer, "certainty", None))
         self.draft.rewind(k - accepted)
         target.rewind(k - accepted)
 
@@ -322,7 +310,7 @@ class _Run:
         if q is not None and q.shape[-1] < size:
             q = torch.nn.functional.pad(q, (0, size - q.shape[-1]))
         return rules.Round(
-            draft, rows.score, rows.pick, self.sampling, q, self.out.said, relevance, past, self.strict, self.random
+            draft, rows.score, rows.pick, self.sampling, q, self.out.emitted, relevance, past, self.strict, self.random
         )
 
 

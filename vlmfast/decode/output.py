@@ -27,7 +27,7 @@ class Output:
         self.limit, self.eos, self.criteria, self.streamer = limit, eos, criteria, streamer
         self.scores: tuple[Tensor, ...] | None = () if keep_scores else None
         self.logits: tuple[Tensor, ...] | None = () if keep_logits else None
-        self.said: list[int] = []
+        self.emitted: list[int] = []
         self.done = False
 
     @property
@@ -50,7 +50,7 @@ class Output:
             self.buffer = torch.cat([self.buffer, self.buffer.new_zeros(1, self.length)], 1)
         self.buffer[0, self.length].fill_(token)  # a kernel: an assignment would copy, and wait on a GPU
         self.length += 1
-        self.said.append(token)
+        self.emitted.append(token)
         if self.scores is not None or self.logits is not None:
             score, logits = kept()
             self.scores = None if self.scores is None else (*self.scores, score)

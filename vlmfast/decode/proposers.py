@@ -109,7 +109,7 @@ class LookupOrModel:
         self.first, self.second, self.used = first, second, True
 
     @property
-    def chain(self) -> ModelProposer:
+    def proposer(self) -> ModelProposer:
         """The model."""
         return self.second
 

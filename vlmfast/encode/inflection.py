@@ -53,17 +53,17 @@ def attention(model: nn.Module, inputs: dict[str, Any], queries: int) -> Tensor 
     """(layers, n) float32: what the text pays each of the n visual tokens, per layer; None where there are none."""
     family, patch = families.get(model), Patch()
     columns = InputPruning(model, family, None)
-    gaze = TextAttentionRecorder(model, family, columns, queries)
+    text_attention = TextAttentionRecorder(model, family, columns, queries)
     try:
         columns.install(patch)
-        gaze.watch(patch)
-        gaze.install(patch)
+        text_attention.watch(patch)
+        text_attention.install(patch)
         model(**inputs, use_cache=True)
     finally:
         patch.remove()
-    if gaze.kinds is None or not gaze.rows:
+    if text_attention.kinds is None or not text_attention.rows:
         return None
-    return torch.stack(gaze.rows)[:, gaze.kinds[0] == Kind.VISUAL].cpu()
+    return torch.stack(text_attention.rows)[:, text_attention.kinds[0] == Kind.VISUAL].cpu()
 
 
 def shifts(seen: Tensor | None) -> Tensor | None:

@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import interpolate
+
+# t, h, w: merge groups; mh, mw: patches of a group; f: frames of a patch; c: channels; ph, pw: its pixels
+PATCHES, FRAMES = "(t h w mh mw) (c f ph pw)", "(t f) c (h mh ph) (w mw pw)"
 
 
 @dataclass(frozen=True)
@@ -27,17 +31,15 @@ class PatchLayout:
     def frames_of(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """patches (t * h * w, values) of a grid in patches -> frames (t * frames, C, height, width)."""
         t, h, w = grid
-        m, p = self.merge, self.size
-        x = patches.view(t, h // m, w // m, m, m, -1, self.frames, p, p)
-        return x.permute(0, 6, 5, 1, 3, 7, 2, 4, 8).reshape(t * self.frames, -1, h * p, w * p)
+        sizes = {"t": t, "h": h // self.merge, "w": w // self.merge}
+        return rearrange(patches, f"{PATCHES} -> {FRAMES}", **sizes, **self._sizes())
 
     def patches_of(self, frames: Tensor) -> Tensor:
         """The inverse of `frames_of`."""
-        n, channels, height, width = frames.shape
-        m, p = self.merge, self.size
-        x = frames.view(n // self.frames, self.frames, channels, height // (p * m), m, p, width // (p * m), m, p)
-        x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
-        return x.reshape(n // self.frames * (height // p) * (width // p), -1)
+        return rearrange(frames, f"{FRAMES} -> {PATCHES}", **self._sizes())
+
+    def _sizes(self) -> dict[str, int]:
+        return {"mh": self.merge, "mw": self.merge, "f": self.frames, "ph": self.size, "pw": self.size}
 
     def smaller(self, grid: tuple[int, int, int], keep: float) -> tuple[int, int, int]:
         """The grid in patches that a processor makes of these frames when it may use `keep` of their pixels."""

@@ -50,7 +50,7 @@ class InputPruning:
         self.ids = family.visual_ids(model)
         self.tower_kept: dict[str, list[Tensor]] | None = None  # filled by InTowerPruning: kept rows per item
         self.attention: TowerAttention | None = None  # where tower attention comes from, when a pruner needs it
-        self.gaze: Any = None  # a `runtime.gaze.TextAttentionRecorder`, when a draft prunes by the target's attention
+        self.text_attention: Any = None  # a `TextAttentionRecorder`, when a draft prunes by the target's attention
         self.reuse: MediaCache | None = None  # encoded media kept between calls, when asked for
         self.media: dict[str, list[Item]] = {}  # layout of the media encoded for the running request
         self.kind: str | None = None  # the media being encoded right now
@@ -64,8 +64,8 @@ class InputPruning:
     def reset(self) -> None:
         """Forget the last request."""
         self.media, self.seen, self.given, self.tower_kept, self.kind = {}, {}, set(), None, None
-        if self.gaze is not None:
-            self.gaze.reset()
+        if self.text_attention is not None:
+            self.text_attention.reset()
         self.kept: dict[str, list[Tensor]] = {}  # kept indices of every item, in the order of `media`; {} = all
         self.stats = {"visual_tokens": 0, "kept_tokens": 0, "encode_ms": 0.0, "select_ms": 0.0, "prefills": 0}
         self.encoding, self.selecting = Stopwatch(self.model), Stopwatch(self.model)

@@ -1,37 +1,36 @@
-"""Video in: files, folders, cameras and URLs as frames with timestamps. Nothing heavy is imported until asked."""
+"""Streams: endless video encoded once, kept in RAM and on disk, and asked about. Nothing heavy is imported until asked.
+
+What reads videos lives in `vlmfast.video`; its names may be imported from here too.
+"""
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import Any
 
+from vlmfast import video
+
 _HOME = {
-    "Fps": "source",
-    "SceneChange": "source",
-    "Uniform": "source",
-    "Video": "source",
-    "parse_select": "source",
-    "read_image": "images",
-    "read_video": "source",
-    "write_video": "source",
-    "Frame": "live",
-    "open_source": "live",
     "Answer": "session",
     "StreamSession": "session",
-    "RandomRetriever": "retrieve",
-    "UniformRetriever": "retrieve",
-    "External": "retrieve",
-    "Internal": "retrieve",
-    "Oracle": "retrieve",
-    "Recency": "retrieve",
-    "layer_recall": "layers",
-    "Store": "store",
+    "External": "retrievers",
+    "Internal": "retrievers",
+    "Oracle": "retrievers",
+    "RandomRetriever": "retrievers",
+    "Recency": "retrievers",
+    "UniformRetriever": "retrievers",
+    "layer_recall": "recall_by_layer",
+    "Store": "archive.store",
 }
+_EARLIER = {"Anywhere": "RandomRetriever", "Evenly": "UniformRetriever"}
 
-__all__ = sorted(_HOME)
+__all__ = sorted([*_HOME, *video.__all__])
 
 
 def __getattr__(name: str) -> Any:
+    name = _EARLIER.get(name, name)
+    if name in video.__all__:
+        return getattr(video, name)
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -95,13 +95,13 @@ class Encoder:
     """window: tokens that a frame sees besides the init tokens. tau: cosine distance, None keeps every token.
     prune: a pruner of the plan, applied to every grid by itself."""
 
-    def __init__(self, eyes: VisionEncoder, init: list[int], window: int, tau: float | None, prune: Any = None) -> None:
+    def __init__(self, vision: VisionEncoder, init: list[int], window: int, tau: float | None, prune: Any) -> None:
         if prune is not None:
             _check_pruner(prune)
-        self.eyes, self.window, self.tau, self.prune = eyes, window, tau, prune
-        self.layout = eyes.layout
+        self.vision, self.window, self.tau, self.prune = vision, window, tau, prune
+        self.layout = vision.layout
         self.init, self.base = init, len(init)
-        self.cache = WindowCache(eyes.text, self.base + window)
+        self.cache = WindowCache(vision.text, self.base + window)
         self.resident: list[Block] = []  # blocks in the window, oldest first
         self.offsets: dict[int, int] = {}  # block id -> its first column in the cache
         self.state = State(cursor=self.base, shift=[0] * self.layout.axes)
@@ -113,7 +113,7 @@ class Encoder:
         if init:
             positions = torch.arange(self.base).expand(self.layout.axes, -1)
             with torch.inference_mode(False), torch.no_grad():
-                self.cache.forward(eyes.model, eyes.embed(init)[None], positions)
+                self.cache.forward(vision.model, vision.embed(init)[None], positions)
 
     @property
     def origin(self) -> tuple[int, ...]:
@@ -123,7 +123,7 @@ class Encoder:
     @torch.no_grad()
     def encode(self, clip: Clip) -> Iterator[tuple[Block, Payload]]:
         """The blocks of a clip, in order, each as soon as it went through the language model."""
-        grids = self.eyes.see(clip.frames)
+        grids = self.vision.see(clip.frames)
         group: list[_Piece] = []
         for g in range(len(clip)):
             piece = self._piece(grids, g, clip)
@@ -175,14 +175,14 @@ class Encoder:
         keep = self._keep(rows, (h, w))
         state.visual += rows.shape[0]
         state.kept += int(keep.sum())
-        stamp = self.eyes.stamp(start - state.first, last - state.first)
+        stamp = self.vision.stamp(start - state.first, last - state.first)
         k, spatial = len(stamp), self.layout.grid(h, w)
         rel = [torch.arange(k).expand(self.layout.axes, -1), spatial[:, keep.cpu()] + k]
-        parts = [self.eyes.embed(stamp), rows[keep]]
+        parts = [self.vision.embed(stamp), rows[keep]]
         extent = self.layout.span(h, w) + k
         if stamp:
             rel.append(torch.full((self.layout.axes, 1), extent))
-            parts.append(self.eyes.embed([self.eyes.end]))
+            parts.append(self.vision.embed([self.vision.end]))
             extent += 1
         end = last + clip.interval[g]
         if self.layout.timed:
@@ -196,7 +196,7 @@ class Encoder:
             advance = (extent,) * self.layout.axes
         positions = torch.cat(rel, 1).to(torch.int16)
         novelty = float(keep.float().mean())
-        block = Block(state.blocks, start, end, origin, advance, positions, self.eyes.frames, novelty)
+        block = Block(state.blocks, start, end, origin, advance, positions, self.vision.frames, novelty)
         if block.n > self.window:
             raise UserError(f"window={self.window} tokens cannot hold one frame of {block.n}: give a larger window")
         state.blocks += 1
@@ -279,7 +279,7 @@ class Encoder:
             levels = zip(*(p.deep for p in group), strict=True)
             deep["deepstack_visual_embeds"] = [torch.cat(level) for level in levels]
         a = self.cache.layers[0].n
-        self.cache.forward(self.eyes.model, embeds, positions, **deep)
+        self.cache.forward(self.vision.model, embeds, positions, **deep)
         b = self.cache.layers[0].n
         keys = torch.stack([layer.raw[:, a:b] for layer in self.cache.layers])
         values = torch.stack([layer.val[:, a:b] for layer in self.cache.layers])

@@ -29,7 +29,7 @@ class Intake:
     """The half of `StreamSession` that takes frames."""
 
     model: Any
-    eyes: VisionEncoder
+    vision: VisionEncoder
     encoder: Encoder
     store: Store
     retriever: Retriever | None
@@ -125,7 +125,7 @@ class Intake:
         """Checked frames with their seconds."""
         pictures = as_frames(frames)
         for picture in pictures:
-            self.eyes.check_size(*picture.shape[:2])
+            self.vision.check_size(*picture.shape[:2])
         times = as_times(timestamps, len(pictures), self._accepted, 1 / self.fps)
         if times:
             self._accepted = times[-1]
@@ -161,7 +161,7 @@ class Intake:
         """`drain` of the frames that wait when it is called; none while the disk refuses."""
         done, most = 0, len(self.queue) if most is None else most
         while done < most and len(self.queue) and self._disk_error is None and not self._closed:
-            items = self.queue.take(CHUNK * self.eyes.frames)
+            items = self.queue.take(CHUNK * self.vision.frames)
             try:
                 self._take(items)
             finally:
@@ -183,7 +183,7 @@ class Intake:
                 if self._disk_error is not None:
                     break
                 self.pending.append((frame, seconds))
-                if len(self.pending) >= CHUNK * self.eyes.frames:
+                if len(self.pending) >= CHUNK * self.vision.frames:
                     self._encode()
             if self._disk_error is None:
                 self._encode()
@@ -198,7 +198,7 @@ class Intake:
     def _encode(self, pad: bool = False) -> None:
         """Encode the frames that have their partners. After an error encoder and store are as before, and the frames
         still pending."""
-        size = self.eyes.frames
+        size = self.vision.frames
         items = list(self.pending)
         while pad and len(items) % size:
             items.append(items[-1])
@@ -224,9 +224,9 @@ class Intake:
 
     def _clip(self, items: list[Timed]) -> Clip:
         times, spans = [], []
-        for i in range(0, len(items), self.eyes.frames):
-            first, last = items[i][1], items[i + self.eyes.frames - 1][1]
-            for _, seconds in items[i : i + self.eyes.frames]:
+        for i in range(0, len(items), self.vision.frames):
+            first, last = items[i][1], items[i + self.vision.frames - 1][1]
+            for _, seconds in items[i : i + self.vision.frames]:
                 if self.last is not None and seconds > self.last:
                     self.gap = seconds - self.last
                 self.last = seconds
@@ -238,7 +238,7 @@ class Intake:
         """Encode a clip and store its blocks; those that the store has no room for wait."""
         embedded: Tensor | None = None
         if isinstance(self.retriever, External) and self.retriever.frames_to is not None:
-            embedded = self.retriever.frames_to(clip.frames[:: self.eyes.frames])
+            embedded = self.retriever.frames_to(clip.frames[:: self.vision.frames])
         for n, (block, payload) in enumerate(self.encoder.encode(clip)):
             if self.store.disk is not None:
                 self.store.disk.head["stream"] = {"first": self.encoder.state.first, "span": self.encoder.span}

@@ -112,10 +112,10 @@ class StreamSession(Intake):
             self.notes.append("speculate: needs the same blocks in every layer (Internal(scope='shared')), left out")
         self.dense = self.plan.speculate is not None or self.plan.kv is not None
         self._check_dense(self.retriever)
-        self.eyes = VisionEncoder(self.model, processor)
-        check(self.eyes.text)
-        init, _ = self.eyes.prompt([self._turn("?", True)])
-        self.encoder = Encoder(self.eyes, init, window, redundancy, self.plan.prune)
+        self.vision = VisionEncoder(self.model, processor)
+        check(self.vision.text)
+        init, _ = self.vision.prompt([self._turn("?", True)])
+        self.encoder = Encoder(self.vision, init, window, redundancy, self.plan.prune)
         self.config = {
             "window": window, "ram": ram, "disk_limit": disk_limit, "redundancy": redundancy, "keep_as": keep_as,
             "positions": positions, "text_after": text_after, "queue": queue, "fps": fps,
@@ -155,8 +155,8 @@ class StreamSession(Intake):
         with self._lock:
             context = self.context(question, at, between, retrieve)
             built = time.perf_counter()
-            kv = None if self.plan.kv is None else WorkingSetCompression(self.eyes.text, self.plan.kv)
-            with reading(self.eyes, self.dense):
+            kv = None if self.plan.kv is None else WorkingSetCompression(self.vision.text, self.plan.kv)
+            with reading(self.vision, self.dense):
                 with nullcontext() if kv is None else kv.watching():
                     self.recall.prefill(context)
                 if kv is not None:
@@ -168,7 +168,7 @@ class StreamSession(Intake):
                 with nullcontext() if kv is None else kv.reading(), self._speculating() as spoken:
                     out = self.model.generate(**inputs, **options)  # type: ignore[operator]
             new = out[0, inputs["input_ids"].shape[1] :]
-            text = self.eyes.tokenizer.decode(new, skip_special_tokens=True).strip()
+            text = self.vision.tokenizer.decode(new, skip_special_tokens=True).strip()
             self.turns.append((question, text))
             self.counts["questions"] += 1
             done = time.perf_counter()
@@ -192,7 +192,7 @@ class StreamSession(Intake):
         self._open()
         if not question.strip():
             raise UserError("the question is empty")
-        refuse_placeholders(question, self.model, self.eyes.processor)
+        refuse_placeholders(question, self.model, self.vision.processor)
         with self._lock:
             with contextlib.suppress(StoreError):  # the next push, flush or close says so
                 self._settle()
@@ -209,7 +209,7 @@ class StreamSession(Intake):
             if not chosen:
                 held = f"{blocks[0].start:.1f} to {blocks[-1].end:.1f} s" if blocks else "nothing"
                 raise UserError(f"no stored frame lies at={at}, between={between}: the stream holds {held}")
-            before, ids = self.eyes.prompt(self._messages(question))
+            before, ids = self.vision.prompt(self._messages(question))
             if before != self.encoder.init:
                 raise UserError("the chat template puts the question before the video: it cannot be streamed")
             return self.recall.context(retriever, chosen, question, ids, self.dense)

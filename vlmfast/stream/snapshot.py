@@ -246,8 +246,8 @@ def _restore(session: StreamSession, tensors: dict[str, Tensor], meta: dict[str,
     encoder.size = tuple(meta["size"]) if meta["size"] else None  # type: ignore[assignment]
     encoder.span = meta["span"]
     if "last" in tensors:
-        encoder.last = tensors["last"].to(session.eyes.device)
-    encoder.standing.restore(tensors, session.eyes.device)
+        encoder.last = tensors["last"].to(session.vision.device)
+    encoder.standing.restore(tensors, session.vision.device)
     blocks = [Block.from_json(b) for b in meta["resident"]]
     _fill(session, blocks, tensors["raw"][:, :, encoder.base :], tensors["val"][:, :, encoder.base :])
     session.pending = [(tensors[f"pending.{i}"], t) for i, t in enumerate(meta["pending"])]
@@ -260,7 +260,7 @@ def _restore(session: StreamSession, tensors: dict[str, Tensor], meta: dict[str,
 def _rebuild(session: StreamSession) -> None:
     """After a crash: the window from the newest blocks of the archive; the next frame is taken whole."""
     encoder, store = session.encoder, session.store
-    dtype = session.eyes.text.embed_tokens.weight.dtype
+    dtype = session.vision.text.embed_tokens.weight.dtype
     while store.blocks:
         blocks = list(store.blocks.values())
         room = encoder.window - encoder._segment
@@ -302,7 +302,7 @@ def _fill(session: StreamSession, blocks: list[Block], raw: Tensor, val: Tensor)
         if not layer.is_initialized:
             shape = (raw.shape[1], cache.capacity, raw.shape[3])
             layer.raw, layer.rot, layer.val = (
-                torch.empty(shape, dtype=raw.dtype, device=session.eyes.device) for _ in range(3)
+                torch.empty(shape, dtype=raw.dtype, device=session.vision.device) for _ in range(3)
             )
             layer.is_initialized = True
         layer.raw[:, base : base + n] = raw[i].to(layer.raw)

@@ -50,7 +50,7 @@ class WorkingSet:
     def __init__(self, encoder: Encoder, store: Store, contiguous: bool, after: str) -> None:
         self.encoder, self.store, self.contiguous = encoder, store, contiguous
         self.after_max = encoder.layout.after_max or after == "max"
-        self.eyes = encoder.eyes
+        self.vision = encoder.vision
         self.lost: list[str] = []
         self._made: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}  # of the context being built
         self._turns: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}  # cos and sin by blocks, likewise
@@ -106,7 +106,7 @@ class WorkingSet:
 
     def _probe(self, question: str, choose: Callable[[int, Tensor], list[Block]]) -> None:
         """Run the bare question through the layers; each reads the blocks that `choose` gives it for its queries."""
-        embeds = self.eyes.embed(self.eyes.encode(question))[None]
+        embeds = self.vision.embed(self.vision.encode(question))[None]
         axes, n = self.encoder.layout.axes, embeds.shape[1]
 
         def fetch(layer: int, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,7 +115,7 @@ class WorkingSet:
             start = self.text_start(blocks)
             return keys, values, torch.arange(start, start + n).expand(axes, -1)
 
-        ProbeCache(self.eyes.text, fetch).forward(self.eyes.model, embeds, axes)
+        ProbeCache(self.vision.text, fetch).forward(self.vision.model, embeds, axes)
 
     @staticmethod
     def _best(retriever: Internal, view: View, scores: Tensor) -> list[Block]:
@@ -161,7 +161,7 @@ class WorkingSet:
         if ids not in self._turns:
             init = torch.arange(base).expand(self.encoder.layout.axes, -1)
             at = torch.cat([init, positions.place(there, self.encoder.origin, self.contiguous)], 1)
-            self._turns[ids] = cos_sin(self.eyes.text, at, raw_keys)
+            self._turns[ids] = cos_sin(self.vision.text, at, raw_keys)
         self._made[wanted] = rotate(raw_keys, *self._turns[ids]), torch.cat(values, 1)
         return self._made[wanted]
 
@@ -180,7 +180,7 @@ class WorkingSet:
             layers = [self.gather(i, blocks) for i, blocks in enumerate(per_layer)]
         start = max(self.text_start(blocks) for blocks in per_layer)
         self._made, self._turns = {}, {}
-        closing = self.eyes.closing().shape[0]
+        closing = self.vision.closing().shape[0]
         cache = work_cache(layers, dense, room=len(ids) + closing + 256)
         weights: dict[int, float] = {}
         for blocks_ in per_layer:
@@ -200,20 +200,20 @@ class WorkingSet:
     @torch.no_grad()
     def prefill(self, context: Context) -> None:
         """Feed all of the prompt but its last token, OneVision's newline first."""
-        embeds = torch.cat([self.eyes.closing(), self.eyes.embed(context.ids[:-1])])[None]
+        embeds = torch.cat([self.vision.closing(), self.vision.embed(context.ids[:-1])])[None]
         if not embeds.shape[1]:
             return
         n = embeds.shape[1]
         at = torch.arange(context.start, context.start + n, device=embeds.device)[None]
         ids = at.expand(self.encoder.layout.axes, 1, -1) if self.encoder.layout.axes > 1 else at
-        self.eyes.text(inputs_embeds=embeds, position_ids=ids, **{CACHE: context.cache}, use_cache=True)  # type: ignore[operator]
+        self.vision.text(inputs_embeds=embeds, position_ids=ids, **{CACHE: context.cache}, use_cache=True)  # type: ignore[operator]
         context.start += n
         context.past += n
 
     def inputs(self, context: Context) -> dict[str, Any]:
         """Keyword arguments for `model.generate` that continue with the last token of the prompt."""
-        device = self.eyes.device
-        pad = self.eyes.tokenizer.pad_token_id or 0
+        device = self.vision.device
+        pad = self.vision.tokenizer.pad_token_id or 0
         tail = context.ids[-min(len(context.ids), context.past + 1) :]
         ids = torch.tensor([[pad] * (context.past + 1 - len(tail)) + tail], device=device)
         at = torch.full(ids.shape, context.start, dtype=torch.long, device=device)
@@ -226,22 +226,22 @@ class WorkingSet:
     @torch.no_grad()
     def logits(self, context: Context, dense: bool) -> Tensor:
         """(V,) float32 logits after the prompt; spends the context."""
-        with reading(self.eyes, dense):
+        with reading(self.vision, dense):
             self.prefill(context)
             last = self.inputs(context)
             ids = last["input_ids"][:, -1:]
-            out = self.eyes.text(  # type: ignore[operator]
-                inputs_embeds=self.eyes.embed(ids[0].tolist())[None], position_ids=last["position_ids"][..., -1:],
+            out = self.vision.text(  # type: ignore[operator]
+                inputs_embeds=self.vision.embed(ids[0].tolist())[None], position_ids=last["position_ids"][..., -1:],
                 **{CACHE: context.cache}, use_cache=True,
             )  # fmt: skip
-        return self.eyes.model.get_output_embeddings()(out.last_hidden_state)[0, -1].float()  # type: ignore[operator]
+        return self.vision.model.get_output_embeddings()(out.last_hidden_state)[0, -1].float()  # type: ignore[operator]
 
 
-def reading(eyes: Any, dense: bool) -> Any:
+def reading(vision: Any, dense: bool) -> Any:
     """Our attention for our caches; a plain cache is read by the model's own."""
     from contextlib import nullcontext
 
-    return nullcontext() if dense else running(eyes.model, eyes.text, late=False)
+    return nullcontext() if dense else running(vision.model, vision.text, late=False)
 
 
 def cache_bytes(cache: Any) -> int:
