@@ -250,7 +250,8 @@ class Draft(Protocol):
 
 
 def to_json(obj: Any) -> Any:
-    """Plain-JSON form of a method object: {"method": name, field: value, ...}; nested objects likewise."""
+    """Plain-JSON form of a method object: {"method": name, field: value, ...}; nested objects likewise, options without
+    a name."""
     if obj is None or isinstance(obj, (bool, int, float, str)):
         return obj
     if isinstance(obj, (list, tuple)):
@@ -266,18 +267,13 @@ def to_json(obj: Any) -> Any:
             )
         return name
     if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
-        out: dict[str, Any] = {"method": getattr(type(obj), "name", type(obj).__name__.lower())}
+        name = getattr(type(obj), "name", type(obj).__name__.lower())
+        out: dict[str, Any] = {"method": name} if name else {}  # options have no name
         for f in dataclasses.fields(obj):
             if f.init:
                 out[f.name] = to_json(getattr(obj, f.name))
         return out
     raise UserError(f"{type(obj).__name__} cannot be written to JSON: use numbers, strings, lists or method objects")
-
-
-def check_fraction(name: str, value: float) -> None:
-    """Raise unless 0 < value <= 1."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= 1:
-        raise UserError(f"{name}={shown(value)} is outside (0, 1]: {name} is the fraction kept, e.g. {name}=0.25")
 
 
 AUTO_DEPTH = 0.25  # share of the tower's blocks that see every token when after_block="auto"

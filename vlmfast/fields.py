@@ -2,19 +2,21 @@
 
 A method is a frozen dataclass that derives from `Method`, directly or through the base of its stage. The annotation
 says what a field takes: `int`, `float`, `bool`, `str`, `Literal[...]`, `tuple[int, ...]`, another method, a union of
-those. Ranges are the method's own, in its `__post_init__`, after `super().__post_init__()`.
+those, or a number in a `Range`: `Fraction`, `PositiveInt` and the others below. What holds between several fields is
+the method's own, in its `__post_init__`, after `super().__post_init__()`.
 """
 
 from __future__ import annotations
 
 import collections.abc
 import dataclasses
+import difflib
 import functools
 import math
 import numbers
 import types
 import typing
-from typing import Any, Literal, Union
+from typing import Annotated, Any, Literal, Union
 
 from torch import nn
 
@@ -32,12 +34,57 @@ WORDS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """What a number may be: from `least` to `most`, without the ends that are `open`; None is no end. odd: not even."""
+
+    least: float | None = None
+    most: float | None = None
+    open: Literal["", "least", "most", "both"] = ""
+    odd: bool = False
+
+    def holds(self, value: Any) -> bool:
+        low = self.least is None or value > self.least or (value == self.least and self.open not in ("least", "both"))
+        high = self.most is None or value < self.most or (value == self.most and self.open not in ("most", "both"))
+        return low and high and not (self.odd and value % 2 == 0)
+
+    def __str__(self) -> str:
+        parts = []
+        if self.least is not None:
+            parts.append(f"{'above' if self.open in ('least', 'both') else 'at least'} {self.least:g}")
+        if self.most is not None:
+            parts.append(f"{'below' if self.open in ('most', 'both') else 'at most'} {self.most:g}")
+        return ", ".join([*parts, *(["odd"] if self.odd else [])])
+
+
+@dataclasses.dataclass(frozen=True)
+class Ascending:
+    """Numbers of layers: at least one, from 1 on, each above the one before."""
+
+    def holds(self, value: Any) -> bool:
+        return len(value) > 0 and value[0] >= 1 and list(value) == sorted(set(value))
+
+    def __str__(self) -> str:
+        return "ascending from 1 on"
+
+
+Fraction = Annotated[float, Range(0, 1, "least")]  # what is kept of something: never nothing
+Share = Annotated[float, Range(0, 1)]
+PositiveInt = Annotated[int, Range(1)]
+NonNegativeInt = Annotated[int, Range(0)]
+OddInt = Annotated[int, Range(1, odd=True)]  # a width with a middle
+PositiveFloat = Annotated[float, Range(0, None, "least")]
+NonNegativeFloat = Annotated[float, Range(0)]
+Layers = Annotated[tuple[int, ...], Ascending()]
+
+
 class Method:
     """Base of every method object. Raises UserError naming the field when a value is not what its annotation says."""
 
     def __post_init__(self) -> None:
-        where = getattr(type(self), "name", "") or type(self).__name__
-        hints = _hints(type(self))  # type: ignore[arg-type]
+        kind = type(self)
+        where = getattr(kind, "name", "") or getattr(kind, "title", "") or kind.__name__
+        hints = field_types(type(self))
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             if field.init:
                 value = getattr(self, field.name)
@@ -50,6 +97,16 @@ class Method:
 
         layers: decoder layers; heads: key heads of each; axes: of a position, 1, or 3 under M-RoPE.
         """
+
+
+class Options(Method):
+    """Base of a group of fields that has no name in texts: what a method calls `advanced`, a task's options.
+
+    title: what errors call it.
+    """
+
+    name: typing.ClassVar[str] = ""
+    title: typing.ClassVar[str] = ""
 
 
 def nested(holder: Any) -> collections.abc.Iterator[Method]:
@@ -80,6 +137,9 @@ def fit(value: Any, hint: Any) -> Any:
     if hint is Any:
         return value
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        fitted = fit(value, inner[0])
+        return fitted if fitted is not WRONG and inner[1].holds(fitted) else WRONG
     if origin in (Union, types.UnionType):
         fitted = [f for part in inner if (f := fit(value, part)) is not WRONG]
         exact = [f for f in fitted if type(f) is type(value)]  # 1 stays 1 where both int and float are allowed
@@ -118,6 +178,8 @@ def _fit_tuple(value: Any, inner: tuple[Any, ...]) -> Any:
 def words(hint: Any) -> str:
     """What an annotation takes, in plain words."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return f"{words(inner[0])} {inner[1]}"
     if origin in (Union, types.UnionType):
         return " or ".join(words(part) for part in inner)
     if origin is Literal:
@@ -130,6 +192,37 @@ def words(hint: Any) -> str:
     return WORDS.get(hint) or f"a {getattr(hint, '__name__', hint)}"
 
 
+def field_types(kind: type) -> dict[str, Any]:
+    """The annotation of every field of a class."""
+    return _types(kind)  # type: ignore[arg-type]
+
+
 @functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
+def _types(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind, include_extras=True)
+
+
+def options_of(hint: Any) -> Any:
+    """The class of options that a field of this annotation holds; None where it holds none."""
+    return hint if isinstance(hint, type) and issubclass(hint, Options) else None
+
+
+def takes_list(hint: Any) -> bool:
+    """Does a field of this annotation hold a list?"""
+    parts = () if typing.get_origin(hint) is tuple else typing.get_args(hint)
+    return typing.get_origin(hint) is tuple or any(takes_list(part) for part in parts)
+
+
+def unknown(what: str, name: Any, known: collections.abc.Iterable[str], text: str = "") -> UserError:
+    """The error for a name that is none of those known, with the closest of them. text: where it stands."""
+    names = list(known)
+    close = difflib.get_close_matches(name, names, 1) if isinstance(name, str) else []
+    hope = f", did you mean {close[0]}?" if close else ""
+    return UserError(
+        f"unknown {what} {shown(name)}{place(text) if text != name else ''}{hope}; known: {', '.join(names)}"
+    )
+
+
+def place(text: str) -> str:
+    """Where in what came in an error lies, for its message."""
+    return f" in {shown(text)}" if text else ""

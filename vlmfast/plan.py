@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from vlmfast import spec
 from vlmfast.core import UserError, shown, to_json
-from vlmfast.fields import WRONG, fit
-from vlmfast.files import write_text
+from vlmfast.fields import Options, unknown
+from vlmfast.files import loads, read_text, write_text
 
 PRESETS = ("safe", "balanced", "fast")
 STAGES = ("prune", "kv", "speculate")
@@ -31,13 +30,14 @@ class Plan:
     kv: Any = None
     speculate: Any = None
     tower: str | None = None
+    name: ClassVar[str] = "plan"
 
     def __post_init__(self) -> None:
         if self.tower is not None and self.tower not in TOWERS:
             raise UserError(f"tower={shown(self.tower)} is not known; use {' or '.join(map(repr, TOWERS))}")
         for stage in STAGES:
             value = getattr(self, stage)
-            methods = _methods(stage) if value is not None else {}
+            methods = methods_of(stage) if value is not None else {}
             if methods and not isinstance(value, tuple(methods.values())):
                 draft = stage == "speculate" and hasattr(value, "generate")
                 example = "Speculate(draft=ModelDraft(small_model))" if draft else _example(methods)
@@ -67,13 +67,10 @@ class Plan:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Plan:
         """Rebuild a plan from `json()`'s form. Raises UserError naming the unknown stage, method or field."""
-        known = (*STAGES, "tower")
         if not isinstance(data, dict):
-            raise UserError(f"a plan is a JSON object with the keys {', '.join(known)}, not {shown(data)}")
-        for stage in data:
-            if stage not in known:
-                raise UserError(f"unknown plan field {shown(stage)}; known: {', '.join(known)}")
-        return cls(**{stage: _build(stage, value) for stage, value in data.items()})
+            known = ", ".join((*STAGES, "tower"))
+            raise UserError(f"a plan is a JSON object with the keys {known}, not {shown(data)}")
+        return spec.build("plan", {"method": cls.name} | data, {cls.name: cls}, _nested)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, whole or not at all."""
@@ -82,8 +79,8 @@ class Plan:
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         """Read a plan file. Raises UserError when it is missing or not a plan."""
-        text = spec.read_text(path, "a plan file, as Plan.save or `vlmfast tune` writes it")
-        return cls.from_json(spec.loads(text, f"the plan file {shown(str(path))}"))
+        text = read_text(path, "a plan file, as Plan.save or `vlmfast tune` writes it")
+        return cls.from_json(loads(text, f"the plan file {shown(str(path))}"))
 
 
 def preset(name: str) -> Plan:
@@ -103,24 +100,36 @@ def preset(name: str) -> Plan:
         return Plan(prune=VidCom2(keep=0.4, after_block="auto", least=384), speculate=lookup)
     if name == "fast":
         return Plan(prune=VidCom2(keep=0.2, after_block="auto", least=384), speculate=lookup)
-    raise UserError(f"unknown preset {shown(name)}; presets: {', '.join(PRESETS)}")
+    raise unknown("preset", name, PRESETS)
 
 
 def parse(stage: str, text: str) -> Any:
     """A method from `name:field=value,field=value`, e.g. parse("prune", "vidcom2:keep=0.25"); see `spec`."""
-    return _build(stage, spec.parse(text))
+    return spec.read(f"{stage} method", text, methods_of(stage), _nested)
+
+
+def build(stage: str, data: dict[str, Any]) -> Any:
+    """A method from its JSON form, {"method": name, field: value, ...}."""
+    return spec.build(f"{stage} method", data, methods_of(stage), _nested)
+
+
+def parse_plan(text: str) -> Plan:
+    """A plan from `plan:prune=(vidcom2:keep=0.4),kv=snapkv`; `spec.write` gives a plan this form."""
+    plan: Plan = spec.read("plan", text, {Plan.name: Plan}, _nested)
+    return plan
 
 
 def resolve(plan: Plan | str | Path | dict | None, **stages: Any) -> Plan:
-    """One Plan from a Plan, preset name, plan file or JSON object, with single stages replaced where given.
+    """One Plan from a Plan, preset name, text, plan file or JSON object, with single stages replaced where given.
 
     stages: method objects, or their text or JSON form.
     """
     if isinstance(plan, (str, Path)):
         text, file = str(plan), isinstance(plan, Path) or plan.endswith(".json")
+        name = text.partition(":")[0].strip()
         if text not in PRESETS and not file:
-            _refuse_method(text.partition(":")[0].strip(), text)
-        plan = Plan.load(plan) if file else preset(text)
+            _refuse_method(name, text)
+        plan = Plan.load(plan) if file else parse_plan(text) if name == Plan.name else preset(text)
     elif isinstance(plan, dict):
         plan = Plan.from_json(plan)
     elif plan is None:
@@ -130,17 +139,19 @@ def resolve(plan: Plan | str | Path | dict | None, **stages: Any) -> Plan:
         raise UserError(
             f"plan={shown(plan)}: give a Plan, a preset's name ({', '.join(PRESETS)}), a plan file (.json) or a dict"
         )
-    given = {
-        k: parse(k, v) if isinstance(v, str) and k in STAGES else _build(k, v)
-        for k, v in stages.items()
-        if v is not None
-    }
+    given = {k: _stage(k, v) for k, v in stages.items() if v is not None}
     return dataclasses.replace(plan, **given) if given else plan
+
+
+def _stage(stage: str, value: Any) -> Any:
+    if stage in STAGES and isinstance(value, str):
+        return parse(stage, value)
+    return build(stage, value) if stage in STAGES and isinstance(value, dict) else value
 
 
 def _refuse_method(name: Any, spec: str | None) -> None:
     """Raise UserError where a method stands in the plan's place: it belongs to a stage. spec: its text, if any."""
-    stages = [stage for stage in STAGES if name in _methods(stage)]
+    stages = [stage for stage in STAGES if name in methods_of(stage)]
     if stages:
         said = " or ".join(f"{stage}={spec!r}" if spec is not None else f"{stage}=..." for stage in stages)
         raise UserError(f"{name} is a method of one stage, not a plan: pass it as {said}")
@@ -156,18 +167,20 @@ def _summary(method: Any) -> str:
             continue
         if isinstance(value, (bool, int, float, str)):
             words.append(f"{f.name}={value}")
+        elif isinstance(value, Options):
+            words.append(f"{f.name}=({spec.write(value)})")
         elif isinstance(name := getattr(value, "name", None), str):
             words.append(f"{f.name}={name}")
     return " ".join(words)
 
 
-def _methods(field: str) -> dict[str, type]:
-    """The methods a field of this name may hold (method objects nest: a draft has its own pruner)."""
+def methods_of(field: str) -> dict[str, type]:
+    """The methods that a stage, or a field of this name, may hold, by name."""
     if field in ("prune", "stills"):
         from vlmfast.encode import METHODS as pruners
 
         return dict(pruners)
-    if field in ("kv", "base", "scorer"):
+    if field in ("kv", "scorer"):
         from vlmfast.prefill import CONTROLS
         from vlmfast.prefill import METHODS as policies
 
@@ -182,35 +195,12 @@ def _methods(field: str) -> dict[str, type]:
     return nested.get(field, {})
 
 
-def _build(field: str, data: Any, depth: int = 0) -> Any:
-    """The method of a field from its JSON form; other values as they are."""
-    if not isinstance(data, dict) or not (methods := _methods(field)):
-        return data
-    if field == "prune":  # a draft's pruner may follow the target
-        from vlmfast.decode import TargetAttention
+def _nested(field: str) -> dict[str, type]:
+    """The same inside another method: a draft's pruner may follow the target."""
+    from vlmfast.decode import TargetAttention
 
-        methods |= {TargetAttention.name: TargetAttention}
-    name = data.get("method")
-    if not isinstance(name, str) or name not in methods:
-        raise UserError(f"unknown {field} method {shown(name)}; known: {', '.join(sorted(methods))}")
-    if depth > spec.DEPTH:
-        raise UserError(f"{field}: more than {spec.DEPTH} methods inside each other")
-    kind = methods[name]
-    fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
-    for key in data:
-        if key != "method" and key not in fields:
-            raise UserError(f"{name} has no field {shown(key)}; its fields: {', '.join(sorted(fields))}")
-    for key, f in fields.items():
-        if key not in data and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise UserError(f"{name} needs {key}=: its fields are {', '.join(sorted(fields))}")
-    hints = typing.get_type_hints(kind)
-    given = {}
-    for key, value in data.items():
-        if isinstance(value, str) and value in _methods(key) and (hints[key] is Any or fit("", hints[key]) is WRONG):
-            value = {"method": value}  # a method without fields may be given by its name
-        if key != "method":
-            given[key] = _build(key, value, depth + 1)
-    return kind(**given)
+    methods = methods_of(field)
+    return methods | {TargetAttention.name: TargetAttention} if field == "prune" else methods
 
 
 def _example(methods: dict[str, type]) -> str:

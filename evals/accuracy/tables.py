@@ -19,7 +19,7 @@ from evals.accuracy import composition
 from vlmfast.bench import accuracy, methods, records, runner, tasks, timing
 from vlmfast.cli.errors import application
 from vlmfast.core import UserError
-from vlmfast.plan import Plan, preset
+from vlmfast.plan import Plan, build, preset
 
 KEEPS = (50, 25, 10)
 FIXED = ("dtd", "pixelprune")  # keep what their threshold says
@@ -59,13 +59,15 @@ OPEN_FIELDS: dict[str, tuple[Any, ...]] = {
 def ablations(draft: str | None = None) -> dict[str, Plan]:
     """HybridKV at a twentieth: as it is, with one field changed, and as far as the paper's rule is known, also at a
     tenth."""
-    from vlmfast.prefill import HybridKV
+
+    def hybrid(keep: float, **fields: Any) -> Any:
+        return build("kv", {"method": "hybridkv", "keep": keep, **fields})
 
     changes = {f"{f}={v}": {f: v} for f, vs in OPEN_FIELDS.items() for v in vs}
     published: dict[str, Any] = {"dynamic": "diffuse", "static": "attention"}
-    policies = {"hybridkv-5": HybridKV(keep=0.05)}
-    policies |= {f"hybridkv-5 {name}": HybridKV(keep=0.05, **fields) for name, fields in changes.items()}
-    policies |= {f"hybridkv-{k} as published": HybridKV(keep=k / 100, **published) for k in (5, 10)}
+    policies = {"hybridkv-5": hybrid(0.05)}
+    policies |= {f"hybridkv-5 {name}": hybrid(0.05, **fields) for name, fields in changes.items()}
+    policies |= {f"hybridkv-{k} as published": hybrid(k / 100, **published) for k in (5, 10)}
     return {name: Plan(kv=policy) for name, policy in policies.items()}
 
 

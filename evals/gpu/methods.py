@@ -181,7 +181,8 @@ def kv_cases() -> Iterator[Case]:
     """Every policy: gentle and harsh, other families, two rows, int8; HybridKV's ways of swapping."""
     import methods as rows
 
-    from vlmfast.prefill import HybridKV
+    from vlmfast import spec
+    from vlmfast.prefill import HybridAdvanced, HybridKV
 
     for p in rows.POLICIES:
         yield Case(f"{p!r}", "qwen2_5_vl", lambda place, p=p: {"kv": p})
@@ -192,10 +193,11 @@ def kv_cases() -> Iterator[Case]:
         with contextlib.suppress(Exception):
             p = dataclasses.replace(p, int8=True)
             yield Case(f"{p!r}", "qwen2_5_vl", lambda place, p=p: {"kv": p}, new=10)
-    for more in ({"split": 0.5}, {"split": 0.5, "int8": True}, {"split": 0.5, "refresh": 1}):
+    often = HybridAdvanced(refresh=1)
+    for more in ({"split": 0.5}, {"split": 0.5, "int8": True}, {"split": 0.5, "advanced": often}):
         p = HybridKV(keep=0.3, sinks=1, recent=2, **more)
         for batch in (1, 2):
-            name = f"hybridkv {more}, {batch} rows"
+            name = f"{spec.write(p)}, {batch} rows"
             yield Case(name, "qwen2_5_vl", lambda place, p=p: {"kv": p}, new=12, batch=batch)
 
 
@@ -222,10 +224,10 @@ def decode_cases() -> Iterator[Case]:
     import methods as rows
     import tiny
 
-    from vlmfast import decode
+    from vlmfast import decode, spec
     from vlmfast.decode import ModelDraft, PromptLookup, Speculate
     from vlmfast.encode import Uniform, VidCom2
-    from vlmfast.prefill import HybridKV, SnapKV
+    from vlmfast.prefill import HybridAdvanced, HybridKV, SnapKV
 
     def small(place: Place) -> Any:
         return ModelDraft(place(tiny.build("qwen2_5_vl", seed=1, num_hidden_layers=2)), prune=None)
@@ -243,13 +245,13 @@ def decode_cases() -> Iterator[Case]:
                 both = ("image", *media)
                 yield Case(f"{name} {family} {both}", family, lambda place, p=plan: p, media=both, new=4)
     opened = {"digits": False, "negation": False, "comparison": False}  # no tokenizer is at hand to look words up
-    fields = {"loose": [opened, opened | {"scope": "running"}], "fly": [{"window": 1}]}
+    fields = {"loose": [opened, opened | {"advanced": decode.LooseAdvanced(scope="running")}], "fly": [{"window": 1}]}
     for name, rule in decode.ACCEPT.items():
         for given in fields.get(name, [{}]):
             made = rule(**given)
             for sample in (False, True):
                 yield Case(
-                    f"{name} {given} sample={sample}", "qwen2_5_vl", new=16, generate={"do_sample": sample},
+                    f"{spec.write(made)} sample={sample}", "qwen2_5_vl", new=16, generate={"do_sample": sample},
                     plan=lambda p, r=made: {"speculate": Speculate(small(p), r, length=4)},
                 )  # fmt: skip
     for one in rows.RULES:
@@ -258,7 +260,8 @@ def decode_cases() -> Iterator[Case]:
     plans: dict[str, Callable[[Place], dict[str, Any]]] = {
         "16 drafted": lambda p: {"speculate": Speculate(small(p), length=16, most=16)},
         "hybridkv": lambda p: {"kv": HybridKV(**mixed), "speculate": Speculate(small(p), length=4)},
-        "hybridkv refresh": lambda p: {"kv": HybridKV(**mixed, refresh=1), "speculate": Speculate(small(p), length=4)},
+        "hybridkv refresh": lambda p: {"kv": HybridKV(**mixed, advanced=HybridAdvanced(refresh=1)),
+                                       "speculate": Speculate(small(p), length=4)},
         "snapkv int8": lambda p: {"kv": SnapKV(keep=0.4, int8=True), "speculate": Speculate(small(p), length=4)},
         "three stages": lambda p: {"prune": VidCom2(keep=0.5), "kv": SnapKV(keep=0.4, sinks=1, recent=2),
                                    "speculate": Speculate(small(p), length=4)},

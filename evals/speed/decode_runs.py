@@ -23,6 +23,7 @@ from vlmfast.decode import (
     Speculate,
 )
 from vlmfast.encode import Uniform
+from vlmfast.plan import build
 
 COUNTS = ("verify_rounds", "drafted", "accepted_exact", "accepted_loose", "accepted_shift", "accepted_length",
           "draft_ms", "verify_ms", "overhead_ms", "draft_prefill_ms")  # fmt: skip
@@ -91,7 +92,7 @@ def curve(draft: Any, length: int | str = "adaptive") -> list[Competitor]:
         out.append(ours(Loose(relax=relax), small, "loose", "modeldraft", length, relax=relax))
     bare = {"bigram": False, "within": 0, "ratio": 0.0, "digits": False, "negation": False, "comparison": False}
     for relax in (0.3, 0.5, 0.7):
-        out.append(ours(Loose(relax=relax, **bare), small, "loose-paper", "modeldraft", length, relax=relax))
+        out.append(ours(loose(relax=relax, **bare), small, "loose-paper", "modeldraft", length, relax=relax))
     for relax in (0.1, 0.25, 0.5, 0.75):
         out.append(ours(RandomRelax(relax=relax), small, "randomrelax", "modeldraft", length, relax=relax))
     return out
@@ -105,7 +106,12 @@ def ablations(draft: Any, length: int | str = "adaptive") -> list[Competitor]:
         {"digits": False, "negation": False, "comparison": False}, {"bigram": False}, {"within": 0},
         {"top": 1}, {"layer": -4}, {"offset": "self"}, {"scope": "running"}, {"ratio": 0.0}, {"ratio": 0.1},
     ]  # fmt: skip
-    return [ours(Loose(**c), small, "loose", "modeldraft", length, **c) for c in changes]
+    return [ours(loose(**c), small, "loose", "modeldraft", length, **c) for c in changes]
+
+
+def loose(**fields: Any) -> Any:
+    """`Loose` with these fields, those of its `advanced` among them."""
+    return build("accept", {"method": "loose", **fields})
 
 
 def ours(rule: Any, draft: Any, name: str, source: str, length: int | str, **params: Any) -> Competitor:

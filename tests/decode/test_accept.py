@@ -17,10 +17,16 @@ from vlmfast.decode import ACCEPT, BiLD, Ensemble, Exact, FLy, Loose, Lossless, 
 from vlmfast.decode.accept import EXACT, LOOSE, SHIFT, Round, Verdict
 from vlmfast.decode.relevance import VisualMemory, collect
 from vlmfast.decode.strict_tokens import strict_tokens
+from vlmfast.plan import build
 
 V = 12
 FREE: dict[str, Any] = dict.fromkeys(("digits", "negation", "comparison", "bigram"), False)  # no guard
 FREE |= dict.fromkeys(("within", "ratio", "shift"), 0)
+
+
+def loose(**fields: Any) -> Loose:
+    """`Loose` with these fields, those of its `advanced` among them."""
+    return build("accept", {"method": "loose", **fields})
 
 
 def round_of(draft: list[int], picks: list[int], **extra: object) -> Round:
@@ -29,7 +35,7 @@ def round_of(draft: list[int], picks: list[int], **extra: object) -> Round:
     return Round(torch.tensor(draft), lambda i: scores[i], lambda i: picks[i], **extra)  # type: ignore[arg-type]
 
 
-STRICT = [Exact(), Lossless(), Loose(relax=0, shift=0), FLy(theta=1.0), RandomRelax(relax=0)]
+STRICT = [Exact(), Lossless(), loose(relax=0, shift=0), FLy(theta=1.0), RandomRelax(relax=0)]
 
 
 @pytest.mark.parametrize("rule", [*STRICT, BiLD(rollback=0), Ensemble(weight=1)])
@@ -45,7 +51,7 @@ def test_strict_rules_take_the_common_prefix(rule: object, draft: list[int], pic
 def test_loose_lets_the_least_relevant_pass() -> None:
     draft, picks = [1, 2, 3, 4], [7, 2, 8, 9, 5]
     relevance = torch.tensor([0.1, 0.9, 0.2, 0.8])
-    judge = lambda relax: Loose(relax=relax, **FREE).judge(round_of(draft, picks, relevance=relevance))  # noqa: E731
+    judge = lambda relax: loose(relax=relax, **FREE).judge(round_of(draft, picks, relevance=relevance))  # noqa: E731
     assert judge(0.0) == Verdict([], 7)
     assert judge(0.25) == Verdict([LOOSE, EXACT], 8)  # floor(0.25 * 4) = 1 position
     assert judge(0.5) == Verdict([LOOSE, EXACT, LOOSE], 9)
@@ -56,14 +62,14 @@ def test_scopes_of_relaxation() -> None:
     relevance = torch.tensor([0.4, 0.6])
     past = torch.tensor([0.1, 0.2, 0.3, 0.35])
     r = lambda: round_of([1, 2], [8, 9, 5], relevance=relevance, past_relevance=past)  # noqa: E731
-    assert Loose(relax=0.5, scope="running", **FREE).judge(r()).kinds == []  # both above the running median
-    assert Loose(relax=0.8, scope="running", **FREE).judge(r()).kinds == [LOOSE]
-    assert Loose(scope="threshold", threshold=0.5, **FREE).judge(r()).kinds == [LOOSE]
-    assert Loose(scope="threshold", threshold=0.7, **FREE).judge(r()).kinds == [LOOSE, LOOSE]
+    assert loose(relax=0.5, scope="running", **FREE).judge(r()).kinds == []  # both above the running median
+    assert loose(relax=0.8, scope="running", **FREE).judge(r()).kinds == [LOOSE]
+    assert loose(scope="threshold", threshold=0.5, **FREE).judge(r()).kinds == [LOOSE]
+    assert loose(scope="threshold", threshold=0.7, **FREE).judge(r()).kinds == [LOOSE, LOOSE]
 
 
 def test_without_visual_tokens_loose_is_strict() -> None:
-    assert Loose(relax=1.0, **FREE).judge(round_of([1, 2], [1, 9, 5])) == Verdict([EXACT], 9)
+    assert loose(relax=1.0, **FREE).judge(round_of([1, 2], [1, 9, 5])) == Verdict([EXACT], 9)
 
 
 def test_position_shift() -> None:
@@ -73,24 +79,24 @@ def test_position_shift() -> None:
     assert criteria.shifted(torch.tensor([1, 1, 1, 1]), picks, [3, 1, 2], 2).tolist() == [True, False, False, False]
     assert not criteria.shifted(torch.tensor([5]), picks, [5], 0).any()
     r = round_of([5, 4], [4, 5, 6], relevance=torch.ones(2))
-    assert Loose(relax=0.0, **FREE | {"shift": 1}).judge(r) == Verdict([SHIFT, SHIFT], 6)
+    assert loose(relax=0.0, **FREE | {"shift": 1}).judge(r) == Verdict([SHIFT, SHIFT], 6)
 
 
 def test_guards_each_refuse_and_each_can_be_switched_off() -> None:
     strict = torch.zeros(V, dtype=torch.bool)
     strict[2] = True
-    loose = Loose(relax=1.0, **FREE)
+    rule = loose(relax=1.0, **FREE)
     for draft, picks in (([2], [8, 5]), ([8], [2, 5])):  # the drafted or the target's own token is strict
         r = round_of(draft, picks, relevance=torch.zeros(1), strict=strict)
-        assert loose.judge(r) == Verdict([], picks[0])
+        assert rule.judge(r) == Verdict([], picks[0])
     r = round_of([1, 3], [8, 9, 5], relevance=torch.zeros(2), committed=[1, 3, 7])
-    assert loose.judge(r).kinds == [LOOSE, LOOSE]
-    assert dataclasses.replace(loose, bigram=True).judge(r).kinds == [LOOSE]  # "1 3" was said before
+    assert rule.judge(r).kinds == [LOOSE, LOOSE]
+    assert loose(relax=1.0, **FREE | {"bigram": True}).judge(r).kinds == [LOOSE]  # "1 3" was said before
     r = round_of([4], [8, 5], relevance=torch.zeros(1))  # 8 first, then 7 and 9, 6 and 10, 5 and 11, 4
-    assert dataclasses.replace(loose, within=8).judge(r).kinds == [LOOSE]
-    assert dataclasses.replace(loose, within=7).judge(r).kinds == []
-    assert dataclasses.replace(loose, ratio=math.exp(-4.1)).judge(r).kinds == [LOOSE]
-    assert dataclasses.replace(loose, ratio=math.exp(-3.9)).judge(r).kinds == []
+    assert loose(relax=1.0, **FREE | {"within": 8}).judge(r).kinds == [LOOSE]
+    assert loose(relax=1.0, **FREE | {"within": 7}).judge(r).kinds == []
+    assert dataclasses.replace(rule, ratio=math.exp(-4.1)).judge(r).kinds == [LOOSE]
+    assert dataclasses.replace(rule, ratio=math.exp(-3.9)).judge(r).kinds == []
 
 
 def test_fly_needs_doubt_and_a_draft_that_finds_back() -> None:
@@ -170,7 +176,7 @@ def test_random_relaxation_hits_its_rate_and_repeats() -> None:
 def test_lossy_rules_never_loosen_the_end() -> None:
     strict = torch.zeros(V, dtype=torch.bool)
     strict[0] = True
-    for rule in (RandomRelax(relax=1.0), Loose(relax=1.0, **FREE | {"shift": 5})):
+    for rule in (RandomRelax(relax=1.0), loose(relax=1.0, **FREE | {"shift": 5})):
         r = round_of([0, 3], [3, 0, 5], relevance=torch.zeros(2), strict=strict, random=torch.Generator())
         assert rule.judge(r) == Verdict([], 3), rule
 
@@ -244,12 +250,12 @@ def test_guards_find_their_words_in_the_tokenizer() -> None:
 BAD = [
     (lambda: Loose(relax=1.5), "relax=1.5"),
     (lambda: Loose(relax=True), "relax=True"),
-    (lambda: Loose(top=0), "top=0"),
-    (lambda: Loose(scope="all"), "scope='all'"),
-    (lambda: Loose(offset="next"), "offset='next'"),
-    (lambda: Loose(layer=0.5), "layer=0.5"),  # type: ignore[arg-type]
-    (lambda: Loose(shift=-1), "shift=-1"),
-    (lambda: Loose(threshold="high"), "threshold='high'"),  # type: ignore[arg-type]
+    (lambda: loose(top=0), "top=0"),
+    (lambda: loose(scope="all"), "scope='all'"),
+    (lambda: loose(offset="next"), "offset='next'"),
+    (lambda: loose(layer=0.5), "layer=0.5"),  # type: ignore[arg-type]
+    (lambda: loose(shift=-1), "shift=-1"),
+    (lambda: loose(threshold="high"), "threshold='high'"),  # type: ignore[arg-type]
     (lambda: FLy(theta=-0.1), "theta=-0.1"),
     (lambda: FLy(window=1.5), "window=1.5"),  # type: ignore[arg-type]
     (lambda: RandomRelax(relax=2), "relax=2"),

@@ -23,6 +23,7 @@ from vlmfast.decode import (
     FLy,
     LookupThenModel,
     Loose,
+    LooseAdvanced,
     Lossless,
     ModelDraft,
     PromptLookup,
@@ -244,7 +245,7 @@ def test_a_padded_row_is_that_row() -> None:
 def test_zero_relaxation_is_exact() -> None:
     target, draft, batch = pair()
     expected = plain(target, batch, 24)
-    for rule in (Loose(relax=0, shift=0, **BLIND), RandomRelax(relax=0), FLy(theta=1.0)):
+    for rule in (Loose(relax=0, **BLIND, advanced=LooseAdvanced(shift=0)), RandomRelax(relax=0), FLy(theta=1.0)):
         got, numbers = speak(target, batch, Speculate(ModelDraft(draft, None), rule, length=6), 24)
         assert torch.equal(got, expected), rule
         assert numbers["accepted_loose"] == numbers["accepted_shift"] == 0
@@ -253,7 +254,7 @@ def test_zero_relaxation_is_exact() -> None:
 def test_lossy_rules_accept_more_and_say_so() -> None:
     target, draft, batch = pair(seed=1)
     strict = speak(target, batch, Speculate(ModelDraft(draft, None), length=6), 40)[1]
-    for rule in (Loose(relax=1.0, **BLIND, bigram=False, within=0), RandomRelax(relax=1.0)):
+    for rule in (Loose(relax=1.0, **BLIND, advanced=LooseAdvanced(bigram=False, within=0)), RandomRelax(relax=1.0)):
         got, numbers = speak(target, batch, Speculate(ModelDraft(draft, None), rule, length=6), 40)
         assert numbers["accepted_loose"] > 0 and numbers["accepted_length"] > strict["accepted_length"]
         assert got.shape[1] == batch["input_ids"].shape[1] + 40
@@ -511,7 +512,7 @@ def test_the_numbers_add_up() -> None:
 def test_a_prompt_without_visual_tokens_is_verified_strictly() -> None:
     target, draft, _ = pair()
     batch = tiny.inputs("qwen3_vl", media=(), text=12)
-    rule = Loose(relax=1.0, **BLIND, within=0)
+    rule = Loose(relax=1.0, **BLIND, advanced=LooseAdvanced(within=0))
     got, numbers = speak(target, batch, Speculate(ModelDraft(draft, None), rule, length=4))
     assert torch.equal(got, plain(target, batch))
     assert numbers["notes"] == ["speculate: no visual tokens, loose verified strictly"]
@@ -677,7 +678,9 @@ def test_bad_fields_are_named(make: Any, says: str) -> None:
 def test_a_layer_that_is_not_there() -> None:
     target, draft, _ = pair()
     with pytest.raises(UserError, match=r"layer=9, but this model has layers 0 to 3"):
-        vlmfast.accelerate(target, speculate=Speculate(ModelDraft(draft, None), Loose(layer=9, **BLIND)))
+        vlmfast.accelerate(
+            target, speculate=Speculate(ModelDraft(draft, None), Loose(advanced=LooseAdvanced(layer=9), **BLIND))
+        )
 
 
 def test_self_draft_needs_accelerate() -> None:

@@ -11,7 +11,17 @@ from test_decode import pair, speak
 from transformers import DynamicCache
 
 import vlmfast
-from vlmfast.decode import Exact, LookupThenModel, Loose, ModelDraft, PromptLookup, SelfDraft, Speculate, draft_length
+from vlmfast.decode import (
+    Exact,
+    LookupThenModel,
+    Loose,
+    LooseAdvanced,
+    ModelDraft,
+    PromptLookup,
+    SelfDraft,
+    Speculate,
+    draft_length,
+)
 from vlmfast.decode.draft_length import FEW, DraftLengthController, LinearCost
 from vlmfast.encode import Uniform
 from vlmfast.runtime.compat import cache_in
@@ -153,7 +163,8 @@ def test_the_draft_waits_where_answers_end_before_it_pays() -> None:
 def test_a_draft_that_waits_changes_no_token_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     target, draft, batch = pair()
     start = batch["input_ids"].shape[1]
-    for rule in (Exact(), Loose(relax=0.0, shift=0, digits=False, negation=False, comparison=False)):
+    strict = Loose(relax=0.0, advanced=LooseAdvanced(shift=0), digits=False, negation=False, comparison=False)
+    for rule in (Exact(), strict):
         plan = Speculate(ModelDraft(draft, None), rule)
         once, _ = speak(target, batch, plan, 24)
         monkeypatch.setattr(DraftLengthController, "wait", lambda self: 5)

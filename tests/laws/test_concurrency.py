@@ -19,7 +19,7 @@ import vlmfast
 from vlmfast import Unsupported
 from vlmfast.decode import ModelDraft, PromptLookup, Speculate
 from vlmfast.encode import FastV, Uniform, VidCom2
-from vlmfast.prefill import HybridKV, SnapKV
+from vlmfast.prefill import HybridAdvanced, HybridKV, SnapKV
 
 FAMILIES = ["qwen2_5_vl", "llava_onevision"]
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
@@ -30,7 +30,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "between": {"prune": FastV(keep=0.5)},
     "all": {
         "prune": VidCom2(keep=0.7),
-        "kv": HybridKV(keep=0.5, sinks=1, recent=2, chunk=2),
+        "kv": HybridKV(keep=0.5, sinks=1, recent=2, advanced=HybridAdvanced(chunk=2)),
         "speculate": Speculate(PromptLookup(), length=3),
     },
     "reuse": {"prune": VidCom2(keep=0.5), "reuse": "64MiB"},

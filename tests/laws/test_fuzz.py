@@ -25,9 +25,10 @@ import vlmfast
 from vlmfast import decode, encode, prefill, spec
 from vlmfast.bench import journal, questions
 from vlmfast.core import UserError, parse_bytes
-from vlmfast.plan import STAGES, Plan, parse
+from vlmfast.fields import Options
+from vlmfast.plan import STAGES, Plan, parse, parse_plan
 from vlmfast.stream import retrievers
-from vlmfast.video.read import parse_select
+from vlmfast.video.read import SELECTIONS, parse_select
 
 STAGE_METHODS: dict[str, dict[str, Any]] = {
     "prune": encode.METHODS, "kv": {**prefill.METHODS, **prefill.CONTROLS}, "speculate": decode.METHODS,
@@ -118,6 +119,10 @@ def value_of(name: str, hint: Any, depth: int = 1) -> Any:
         return st.one_of(st.none(), *kinds) if name in ("stills", "draft") or type(None) in inner else st.one_of(*kinds)
     if origin is Literal:
         return st.sampled_from(inner)
+    if isinstance(hint, type) and issubclass(hint, Options):
+        return method(hint, 0)
+    if origin is tuple and inner[-1] is not ...:
+        return st.tuples(*(value_of("", part) for part in inner))
     if origin is tuple:
         return st.lists(value_of("", inner[0]), max_size=3, unique=True).map(sorted).map(tuple)
     if name == "tokenizer":
@@ -187,11 +192,24 @@ def test_retrievers_selections_and_byte_limits(examples: int) -> None:
 @many(60, 2000)
 def test_text_and_json_give_back_the_method(stage: str, examples: int) -> None:
     def law(built: Any) -> None:
-        assert parse(stage, spec.write(built)) == built
+        text = spec.write(built)
+        assert parse(stage, text) == built and spec.write(parse(stage, text)) == text
         plan = Plan(**{stage: built})
+        assert parse_plan(spec.write(plan)) == plan
         assert Plan.from_json(json.loads(json.dumps(plan.json(), allow_nan=False))) == plan
 
     search(examples, law, any_method(stage))
+
+
+@many(150, 5000)
+def test_text_gives_back_retrievers_and_selections(examples: int) -> None:
+    def law(retriever: Any, selection: Any) -> None:
+        for built, read in ((retriever, retrievers.parse), (selection, parse_select)):
+            text = spec.write(built)
+            assert read(text) == built and spec.write(read(text)) == text
+
+    kinds = [kind for name, kind in sorted(retrievers.METHODS.items()) if name != "external"]  # which holds functions
+    search(examples, law, st.one_of(*map(method, kinds)), st.one_of(*map(method, SELECTIONS.values())))
 
 
 @many(200, 10_000)

@@ -25,7 +25,7 @@ from vlmfast import decode, kernels
 from vlmfast.core import LayerView, Rotation, VisualTokens
 from vlmfast.decode import Exact, ModelDraft, PromptLookup, Speculate
 from vlmfast.encode import Uniform, VidCom2
-from vlmfast.prefill import HybridKV, KVLayer, SnapKV
+from vlmfast.prefill import HybridAdvanced, HybridKV, KVLayer, SnapKV
 from vlmfast.stream.retrievers import METHODS as RETRIEVERS
 from vlmfast.stream.retrievers import Internal
 
@@ -33,7 +33,10 @@ Place = Callable[[Any], Any]  # moves a tensor, a model or a dict of tensors to 
 MORE = torch.tensor([[30, 31, 32, 33]])  # a second turn
 SMALL = {"sinks": 1, "recent": 2}
 OPEN = {"digits": False, "negation": False, "comparison": False}  # no tokenizer is at hand to look words up
-RULES = {"loose": [OPEN, OPEN | {"scope": "running"}], "fly": [{"window": 1}]}  # of others: the rule's own defaults
+RULES = {
+    "loose": [OPEN, OPEN | {"advanced": decode.LooseAdvanced(scope="running")}],
+    "fly": [{"window": 1}],
+}  # of others: the rule's own defaults
 DRAFTS: dict[str, Callable[[Any], Any]] = {  # of others: the draft's own defaults
     "modeldraft": lambda model: ModelDraft(model, prune=None),
     "selfdraft": lambda model: decode.SelfDraft(Uniform(keep=0.5)),
@@ -165,9 +168,10 @@ PLANS = {
     "inside": {"prune": VidCom2(keep=0.5, after_block=1)},
     "kv": {"kv": SnapKV(keep=0.4, **SMALL)},
     "int8": {"kv": SnapKV(keep=0.4, int8=True, **SMALL)},
-    "split": {"kv": HybridKV(keep=0.4, split=0.5, chunk=2, **SMALL)},
+    "split": {"kv": HybridKV(keep=0.4, split=0.5, advanced=HybridAdvanced(chunk=2), **SMALL)},
     "all": {
-        "prune": VidCom2(keep=0.6), "kv": HybridKV(keep=0.5, split=0.5, refresh=1, chunk=2, **SMALL),
+        "prune": VidCom2(keep=0.6),
+        "kv": HybridKV(keep=0.5, split=0.5, advanced=HybridAdvanced(refresh=1, chunk=2), **SMALL),
         "speculate": Speculate(PromptLookup(), Exact(), length=3),
     },
 }  # fmt: skip
@@ -299,8 +303,8 @@ def tied_choice(policy: Any, place: Place) -> list[list[int]]:
 
 
 POOLED = [
-    HybridKV(keep=0.4, static="attention", pool=3, chunk=2, **SMALL),
-    HybridKV(keep=0.4, static="both", pool=3, text_first=False, chunk=2, **SMALL),
+    HybridKV(keep=0.4, advanced=HybridAdvanced(static="attention", pool=3, chunk=2), **SMALL),
+    HybridKV(keep=0.4, advanced=HybridAdvanced(static="both", pool=3, text_first=False, chunk=2), **SMALL),
 ]
 
 

@@ -15,7 +15,7 @@ from test_laws import logits, run, state
 import vlmfast
 from vlmfast.decode import Exact, PromptLookup, SelfDraft, Speculate
 from vlmfast.encode import Uniform, VidCom2
-from vlmfast.prefill import HybridKV, SnapKV
+from vlmfast.prefill import HybridAdvanced, HybridKV, SnapKV
 
 DRAFTS = {
     "plain_loop": Speculate(),
@@ -27,7 +27,7 @@ PAIRS = [
     (VidCom2(keep=0.6), None),
     (None, SnapKV(keep=0.5, **SMALL)),
     (VidCom2(keep=0.6), SnapKV(keep=0.5, **SMALL)),
-    (VidCom2(keep=0.6), HybridKV(keep=0.5, chunk=2, **SMALL)),
+    (VidCom2(keep=0.6), HybridKV(keep=0.5, advanced=HybridAdvanced(chunk=2), **SMALL)),
 ]
 
 
@@ -57,7 +57,9 @@ def check_lossless(family: str, prune: Any, kv: Any, speculate: Any) -> None:
 @pytest.mark.parametrize("draft", DRAFTS)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_lossless_on_a_full_plan(family: str, draft: str) -> None:
-    check_lossless(family, VidCom2(keep=0.6), HybridKV(keep=0.5, chunk=2, **SMALL), DRAFTS[draft])
+    check_lossless(
+        family, VidCom2(keep=0.6), HybridKV(keep=0.5, advanced=HybridAdvanced(chunk=2), **SMALL), DRAFTS[draft]
+    )
 
 
 @pytest.mark.slow

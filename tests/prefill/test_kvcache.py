@@ -8,7 +8,7 @@ from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer, Qu
 
 from vlmfast import prefill
 from vlmfast.core import CompressedLayer, Kind, Retrieval, Unsupported, UserError
-from vlmfast.prefill import AdaKV, Full, HybridKV, KVLayer, Random, SnapKV, StreamingLLM, heads, persist
+from vlmfast.prefill import AdaKV, Full, HybridAdvanced, HybridKV, KVLayer, Random, SnapKV, StreamingLLM, heads, persist
 from vlmfast.prefill.budget import by_head, by_type
 
 # ---------------------------------------------------------------- the storage itself
@@ -128,7 +128,7 @@ def test_int8_heads_are_within_half_a_step():
 def test_saved_and_loaded_cache_continues_alike(tmp_path):
     model, inputs = tiny.build("qwen2_5_vl"), prompt("qwen2_5_vl", text=24)
     ids = torch.randint(tiny.FIRST_TEXT, tiny.VOCAB, (1, 5))
-    with Accelerated(model, HybridKV(**SMALL, chunk=4, split=0.5)), torch.no_grad():
+    with Accelerated(model, HybridKV(split=0.5, advanced=HybridAdvanced(chunk=4), **SMALL)), torch.no_grad():
         cache = model(**inputs, use_cache=True).past_key_values
         persist.save(cache, tmp_path / "kv.safetensors")
         want = steps(model, cache, ids)
@@ -183,7 +183,7 @@ def test_static_heads_keep_text_first():
     gen = torch.Generator().manual_seed(0)
     kinds = torch.tensor([Kind.SYSTEM] * 5 + [Kind.VISUAL] * 80 + [Kind.TEXT] * 15, dtype=torch.int8)
     row = prefill.base.Row(*torch.randn(2, 2, 100, 8, generator=gen), kinds, torch.rand(4, 6, 100, generator=gen), 0, 1)
-    choice = HybridKV(keep=0.3, sinks=2, recent=4, chunk=4, split=0.0).choose(row)
+    choice = HybridKV(keep=0.3, sinks=2, recent=4, split=0.0, advanced=HybridAdvanced(chunk=4)).choose(row)
     text = (kinds != Kind.VISUAL).nonzero()[:, 0]
     assert all(set(text.tolist()) <= set(k.tolist()) for k in choice.keep)
     assert sum(map(len, choice.keep)) == 60
@@ -224,14 +224,17 @@ def test_heads_are_classified_and_drawn(tmp_path):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: SnapKV(keep=0), r"keep=0.0 is outside \(0, 1\]"),
-        (lambda: SnapKV(pool=4), "pooling width is odd"),
+        (lambda: SnapKV(keep=0), "keep=0 in snapkv: keep must be a finite number above 0, at most 1"),
+        (lambda: SnapKV(pool=4), "pool=4 in snapkv: pool must be a whole number at least 1, odd"),
         (lambda: StreamingLLM(budget=30), "budget=30 cannot hold the 36 columns it must keep"),
         (lambda: HybridKV(budget=36), r"cannot hold the 37 columns it must keep \(sinks=4, recent=32\)"),
-        (lambda: HybridKV(bound="max"), "must be one of mean, minmax"),
-        (lambda: HybridKV(theta=2.0), "fractions in"),
+        (lambda: HybridKV(advanced=HybridAdvanced(bound="max")), "must be one of mean, minmax"),
+        (
+            lambda: HybridKV(advanced=HybridAdvanced(theta=2.0)),
+            "theta=2.0 in hybridkv:advanced: theta must be a finite number at least 0, at most 1",
+        ),
         (lambda: AdaKV(scorer=HybridKV), "scorer must be a KVPolicy"),
-        (lambda: Random(seed=-1), "whole number of at least 0"),
+        (lambda: Random(seed=-1), "whole number at least 0"),
     ],
 )
 def test_bad_fields_are_named(build, message):

@@ -9,15 +9,15 @@ import torch
 
 from vlmfast import families
 from vlmfast.core import UserError
-from vlmfast.prefill import AdaKV, Full, HybridKV, KeyDiff, KVLayer, Random, SnapKV, StreamingLLM
+from vlmfast.prefill import AdaKV, Full, HybridAdvanced, HybridKV, KeyDiff, KVLayer, Random, SnapKV, StreamingLLM
 from vlmfast.runtime.kv_hooks import KVHooks
 from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.prune_input import InputPruning
 
 SMALL = {"keep": 0.5, "sinks": 2, "recent": 4}  # small enough for prompts of tiny models
 POLICIES = [
-    HybridKV(**SMALL, chunk=4, split=0.5, queries=16),
-    HybridKV(**SMALL, chunk=4, split=1.0, bound="minmax", refresh=3),
+    HybridKV(split=0.5, advanced=HybridAdvanced(chunk=4, queries=16), **SMALL),
+    HybridKV(split=1.0, advanced=HybridAdvanced(chunk=4, bound="minmax", refresh=3), **SMALL),
     SnapKV(**SMALL, queries=8, pool=5),
     AdaKV(**SMALL, scorer=SnapKV(queries=8)),
     StreamingLLM(**SMALL),
@@ -120,7 +120,11 @@ def test_lengths_are_as_predicted_and_rows_equal_single_rows(policy, family):
                 stats = reports[0]["kv_layers"][j]["rows"][0]
                 for h, dynamic in enumerate(stats["dynamic"]):
                     held = int(lengths[h]) - 4
-                    assert held == stats["budget"][h] if not dynamic else 0 <= stats["budget"][h] - held < policy.chunk
+                    assert (
+                        held == stats["budget"][h]
+                        if not dynamic
+                        else 0 <= stats["budget"][h] - held < policy.advanced.chunk
+                    )
                 assert sum(stats["budget"]) <= total * len(lengths)
             elif isinstance(policy, AdaKV):
                 assert int(lengths.sum()) == (total + 4) * len(lengths)
@@ -231,7 +235,7 @@ def test_crop_after_compression_is_exact(policy, family):
 def test_several_tokens_at_once_read_what_one_by_one_would(refresh):
     model, inputs = tiny.build("qwen3_vl"), prompt("qwen3_vl", text=24)
     ids = torch.randint(tiny.FIRST_TEXT, tiny.VOCAB, (1, 20), generator=torch.Generator().manual_seed(5))
-    policy = HybridKV(**SMALL, chunk=4, split=1.0, refresh=refresh)
+    policy = HybridKV(split=1.0, advanced=HybridAdvanced(chunk=4, refresh=refresh), **SMALL)
     with Accelerated(model, policy), torch.no_grad():
         cache = model(**inputs, use_cache=True).past_key_values
         want = steps(model, copy.deepcopy(cache), ids)
@@ -246,7 +250,10 @@ def test_a_new_turn_reads_every_column_of_dynamic_heads(refresh):
     """And its last token chooses what the answer starts from; taking the turn back takes that back too."""
     model, inputs = tiny.build("qwen3_vl"), prompt("qwen3_vl", text=24)
     ids = torch.randint(tiny.FIRST_TEXT, tiny.VOCAB, (1, 6), generator=torch.Generator().manual_seed(5))
-    with Accelerated(model, HybridKV(**SMALL, chunk=4, split=1.0, refresh=refresh)), torch.no_grad():
+    with (
+        Accelerated(model, HybridKV(split=1.0, advanced=HybridAdvanced(chunk=4, refresh=refresh), **SMALL)),
+        torch.no_grad(),
+    ):
         cache = model(**inputs, use_cache=True).past_key_values
         got = model(input_ids=ids, past_key_values=cache).logits
         group = cache.layers[-1].dynamic.groups[0]
@@ -292,7 +299,7 @@ def test_second_turn_on_the_compressed_cache(policy, family):
 
 def test_a_prompt_is_cropped_back_into_the_prefill():
     model, inputs = tiny.build("llava"), prompt("llava", text=24)
-    with Accelerated(model, HybridKV(**SMALL, chunk=4, split=0.5)), torch.no_grad():
+    with Accelerated(model, HybridKV(split=0.5, advanced=HybridAdvanced(chunk=4), **SMALL)), torch.no_grad():
         cache = model(**inputs, use_cache=True).past_key_values
         layer = cache.layers[0]
         kept = [s.positions[o : o + n] for s in [layer.exact] for o, n in zip(s.offsets, s.lengths)]

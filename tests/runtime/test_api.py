@@ -431,23 +431,24 @@ def test_spec_strings() -> None:
     assert parse("prune", "uniform") == Uniform()
     for spec, message in [
         ("nosuch", "unknown prune method 'nosuch'; known: .*vidcom2"),
-        ("vidcom2:kep=0.5", "vidcom2 has no field 'kep'; its fields: .*keep"),
-        ("vidcom2:keep", "is not field=value"),
-        ("vidcom2:keep=7", "outside"),
+        ("vidcom2:kep=0.5", "unknown field of vidcom2 'kep' in 'vidcom2:kep=0.5', did you mean keep.; known: .*keep"),
+        ("vidcom2:keep", "keep='keep' in vidcom2: keep must be a finite number above 0, at most 1, e.g. keep=0.25"),
+        ("vidcom2:keep=0.5,least", "is not field=value, at 'least' in 'vidcom2:keep=0.5,least'"),
+        ("vidcom2:keep=7", "keep=7 in vidcom2: keep must be a finite number above 0, at most 1"),
     ]:
         with pytest.raises(vlmfast.UserError, match=message):
             parse("prune", spec)
 
 
 def test_bad_plans(tmp_path: Path) -> None:
-    with pytest.raises(vlmfast.UserError, match="unknown preset 'quick'; presets: safe, balanced, fast"):
+    with pytest.raises(vlmfast.UserError, match="unknown preset 'quick'; known: safe, balanced, fast"):
         resolve("quick")
     with pytest.raises(vlmfast.UserError, match=r"no file at .*missing.json.*a plan file"):
         resolve(str(tmp_path / "missing.json"))
     (tmp_path / "torn.json").write_text('{"prune": ')
     with pytest.raises(vlmfast.UserError, match="not JSON"):
         resolve(str(tmp_path / "torn.json"))
-    with pytest.raises(vlmfast.UserError, match="unknown plan field 'encode'"):
+    with pytest.raises(vlmfast.UserError, match="unknown field of plan 'encode'; known: prune, kv, speculate, tower"):
         resolve({"encode": None})
     with pytest.raises(vlmfast.UserError, match="is not a prune method"):
         Plan(prune=0.25)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import collections.abc
 import dataclasses
+import functools
 import json
 import math
 import os
+import re
 import typing
 from pathlib import Path
 from typing import Any, Literal
@@ -18,11 +20,14 @@ import tiny
 import torch
 
 import vlmfast
-from vlmfast import decode, encode, prefill, spec
-from vlmfast.core import UserError, parse_bytes, shown
+from vlmfast import decode, encode, prefill, roofline, spec
+from vlmfast.bench import methods as rows
+from vlmfast.bench import tasks
+from vlmfast.core import UserError, parse_bytes, shown, to_json
 from vlmfast.fields import Method, checked, fit
-from vlmfast.plan import Plan, parse, resolve
+from vlmfast.plan import Plan, build, parse, parse_plan, resolve
 from vlmfast.stream import retrievers
+from vlmfast.video import read as source
 
 NEEDED: dict[str, dict[str, Any]] = {  # fields without a default
     "modeldraft": {"model": "some/model"},
@@ -33,7 +38,10 @@ NEEDED: dict[str, dict[str, Any]] = {  # fields without a default
 KINDS: list[type] = [
     *encode.METHODS.values(), *prefill.METHODS.values(), *prefill.CONTROLS.values(), *decode.METHODS.values(),
     *decode.DRAFTS.values(), *decode.ACCEPT.values(), decode.TargetAttention, *retrievers.METHODS.values(),
+    *source.SELECTIONS.values(), prefill.HybridAdvanced, decode.LooseAdvanced, roofline.Request, tasks.PocketOptions,
 ]  # fmt: skip
+PRUNE, KV, SPECULATE = (functools.partial(parse, stage) for stage in ("prune", "kv", "speculate"))
+RECORDS = Path(__file__).parents[2] / "evals" / "results"
 ANY = {("speculate", "draft"), ("speculate", "tokenizer")}  # recognised by what they can do
 FIELDS = [(kind, f.name) for kind in KINDS for f in dataclasses.fields(kind) if f.init]
 WRONG: list[Any] = [  # each is wrong for some kinds of field
@@ -112,8 +120,14 @@ def test_numbers_lists_and_choices_fit() -> None:
     assert prefill.RazorAttention(heads=[[0, 1]]).heads == ((0, 1),)  # type: ignore[arg-type]
     for text, message in (
         ("random:seed=x", "seed='x' in random: seed must be a whole number, e.g. seed=0"),
-        ("pyramiddrop:layers=--1", "layers='--1' in pyramiddrop: layers must be a list of whole numbers or none"),
-        ("evs:stills=vidcom", "stills='vidcom' in evs: stills must be a Pruner or none"),
+        (
+            "pyramiddrop:layers=--1",
+            "layers='--1' in pyramiddrop: layers must be a list of whole numbers ascending from 1 on or none",
+        ),
+        (
+            "evs:stills=vidcom3",
+            f"unknown stills method 'vidcom3', did you mean vidcom2?; known: {', '.join(encode.METHODS)}",
+        ),
     ):
         with pytest.raises(UserError) as e:
             parse("prune", text)
@@ -151,6 +165,159 @@ def test_lists_and_methods_nest_in_specs() -> None:
 
 
 @pytest.mark.parametrize(
+    ("read", "text"),
+    [
+        (PRUNE, "vidcom2:keep=0.5,after_block=auto,least=384"),
+        (PRUNE, "evs:keep=0.5,stills=vidcom2"),
+        (PRUNE, "pyramiddrop:layers=[8,16,24]"),
+        (KV, "hybridkv:keep=0.05,split=0.5,advanced=(theta=0.8,chunk=8)"),
+        (KV, "razorattention:heads=[[0,1],[3,0]]"),
+        (KV, "adakv:scorer=(snapkv:pool=3)"),
+        (SPECULATE,
+         "speculate:draft=promptlookup,accept=(loose:advanced=(shift=0)),length=4"),
+        (SPECULATE, 'speculate:draft=(modeldraft:model="a, (b)",prune=none)'),
+        (parse_plan, "plan:prune=(vidcom2:keep=0.4),kv=snapkv,tower=stock"),
+        (retrievers.parse, "internal:frames=none,tokens=2048,scope=shared,layers=[-2,-1]"),
+        (retrievers.parse, "oracle:spans=[[0.5,2.0],[4.0,9.0]]"),
+        (source.parse_select, "uniform:frames=8"),
+        (source.parse_select, "scene:threshold=0.1,max_gap=9.0"),
+    ],
+)  # fmt: skip
+def test_a_text_in_its_one_form_is_written_as_it_was_read(read: Any, text: str) -> None:
+    assert spec.write(read(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("read", "old", "new"),
+    [
+        (KV, "hybridkv:theta=0.8,keep=0.2,chunk=8",
+         "hybridkv:keep=0.2,advanced=(theta=0.8,chunk=8)"),
+        (KV, "hybridkv:theta=0.8,advanced=(chunk=8)",
+         "hybridkv:advanced=(theta=0.8,chunk=8)"),
+        (SPECULATE, "speculate:draft=promptlookup,accept=(loose:shift=0,relax=0.5)",
+         "speculate:draft=promptlookup,accept=(loose:relax=0.5,advanced=(shift=0))"),
+        (PRUNE, "pyramiddrop:layers=8", "pyramiddrop:layers=[8]"),
+        (PRUNE, "vidcom2:0.4,least=9", "vidcom2:keep=0.4,least=9"),
+        (retrievers.parse, "internal:scope=shared,layers=-2+-1", "internal:scope=shared,layers=[-2,-1]"),
+        (source.parse_select, "uniform:8", "uniform:frames=8"),
+        (source.parse_select, "fps:1", "fps:rate=1.0"),
+        (source.parse_select, "scene:0.1,max_gap=9", "scene:threshold=0.1,max_gap=9.0"),
+        (rows.plan, "vidcom2-25", "plan:prune=vidcom2"),
+        (rows.plan, "kv.random-50+lossless@lookup",
+         "plan:kv=(random:keep=0.5),speculate=(speculate:draft=promptlookup,accept=lossless)"),
+        (rows.plan, "loose-30@self",
+         "plan:speculate=(speculate:draft=(selfdraft:prune=(uniform:keep=0.1)),accept=(loose:relax=0.3))"),
+        (rows.plan, "vidcom2:keep=0.5,least=9", "plan:prune=(vidcom2:keep=0.5,least=9)"),
+    ],
+)  # fmt: skip
+def test_older_and_shorter_spellings_mean_the_same(read: Any, old: str, new: str) -> None:
+    assert spec.write(read(old)) == new
+
+
+def test_several_rows_are_listed_by_name_or_text() -> None:
+    listed = rows.listed("vidcom2-50, (vidcom2:keep=0.5,least=9),safe,(plan:kv=snapkv,tower=stock)")
+    assert list(listed) == ["vidcom2-50", "vidcom2:keep=0.5,least=9", "safe", "plan:kv=snapkv,tower=stock"]
+    assert listed["safe"] == resolve("safe") and listed["vidcom2:keep=0.5,least=9"].prune.least == 9
+    assert resolve("plan:kv=snapkv,tower=stock") == listed["plan:kv=snapkv,tower=stock"]
+
+
+def test_the_examples_in_the_documents_are_read() -> None:
+    text = (RECORDS.parents[1] / "docs" / "methods.md").read_text().partition("<!-- text form -->")[2]
+    readers: dict[str, Any] = {
+        "--prune": PRUNE, "--kv": KV, "--speculate": SPECULATE, "accelerate(model, ...)": resolve,
+        "--retrieve": retrievers.parse, "--select": source.parse_select,
+        "--tokens": roofline.parse, "--task": tasks.get,
+    }  # fmt: skip
+    examples = re.findall(r"^\| `(.+?)` \| `(.+?)` \|$", text.partition("\n\n")[0], re.M)
+    assert {where for where, _ in examples} == set(readers)
+    for where, example in examples:
+        assert readers[where](example) is not None
+
+
+def flat(data: Any) -> Any:
+    """A plan's JSON form with the fields of `advanced` beside the others, as it was before."""
+    if isinstance(data, list):
+        return [flat(value) for value in data]
+    if not isinstance(data, dict):
+        return data
+    return {key: flat(value) for key, value in data.items() if key != "advanced"} | data.get("advanced", {})
+
+
+def says(now: Any, then: Any) -> bool:
+    """Does `now` hold all that `then` does? It may have fields that were not there yet."""
+    if isinstance(then, dict):
+        return isinstance(now, dict) and all(key in now and says(now[key], value) for key, value in then.items())
+    return bool(now == then)
+
+
+def recorded(data: Any) -> list[dict[str, Any]]:
+    """Every plan in a record."""
+    if isinstance(data, list):
+        return [plan for value in data for plan in recorded(value)]
+    if not isinstance(data, dict):
+        return []
+    plan = data.get("plan")
+    own = [plan] if isinstance(plan, dict) and {"prune", "kv", "speculate"} <= set(plan) else []
+    return own + [plan for value in data.values() for plan in recorded(value)]
+
+
+def test_every_recorded_plan_loads_and_says_the_same() -> None:
+    plans = [plan for file in sorted(RECORDS.glob("*.json")) for plan in recorded(json.loads(file.read_text()))]
+    assert len(plans) > 200
+    for plan in plans:
+        loaded = Plan.from_json(plan)
+        assert says(flat(loaded.json()), flat(plan)), plan
+        assert parse_plan(spec.write(loaded)) == loaded
+
+
+def test_every_recorded_rule_loads_and_says_the_same() -> None:
+    """The decode suite records the rule of each row, not a whole plan."""
+    found = [row["plan"]["speculate"]["accept"] for row in json.loads((RECORDS / "cpu-decode.json").read_text())["rows"]
+             if (row.get("plan") or {}).get("speculate")]  # fmt: skip
+    assert {rule["method"] for rule in found} >= {"loose", "fly", "randomrelax", "exact"}
+    for rule in found:
+        assert says(flat(to_json(build("accept", rule))), rule)
+
+
+@pytest.mark.parametrize(
+    ("read", "text", "message"),
+    [
+        (PRUNE, "vidcom:keep=0.5",
+         "unknown prune method 'vidcom' in 'vidcom:keep=0.5', did you mean vidcom2?; known: uniform, "),
+        (KV, "hybridkv:advanced=(tehta=1)",
+         "unknown field of advanced 'tehta' in 'hybridkv:advanced=(tehta=1)', did you mean theta?; known: queries, "),
+        (SPECULATE, "speculate:draft=promptlokup",
+         "unknown draft method 'promptlokup', did you mean promptlookup?; known: modeldraft, "),
+        (retrievers.parse, "internl", "unknown retriever 'internl', did you mean internal?; known: internal, "),
+        (retrievers.parse, "internal:frame=3",
+         "unknown field of internal 'frame' in 'internal:frame=3', did you mean frames?; known: frames, tokens, "),
+        (source.parse_select, "unifrm:8",
+         "unknown frame selection 'unifrm' in 'unifrm:8', did you mean uniform?; known: uniform, fps, scene"),
+        (tasks.get, "pocket/colors", "unknown task 'pocket/colors', did you mean pocket/colour?; known: pocket/all, "),
+        (tasks.get, "pocket/colour:sise=9",
+         "unknown field of pocket/colour 'sise' in 'pocket/colour:sise=9', did you mean size?; known: size, seconds, "),
+        (tasks.get, "pocket/colour:size=big",
+         "size='big' in a pocket task: size must be a whole number at least 1 or none"),
+        (rows.plan, "vidcom-25",
+         "unknown method (any percentage, joined by +) 'vidcom-25', did you mean vidcom2-25?; known: "),
+        (rows.plan, "loose@lokup",
+         "unknown draft 'lokup' in 'loose@lokup', did you mean lookup?; known: model, both, self"),
+        (roofline.parse, "visuals=3",
+         "unknown field of --tokens 'visuals' in 'visuals=3', did you mean visual?; known: visual, text, new, batch, "),
+        (roofline.parse, "visual=-1",
+         "visual=-1 in --tokens: visual must be a whole number at least 0, e.g. visual=2000"),
+        (resolve, "saef", "unknown preset 'saef', did you mean safe?; known: safe, balanced, fast"),
+        (resolve, "plan:prun=uniform",
+         "unknown field of plan 'prun' in 'plan:prun=uniform', did you mean prune?; known: prune, kv, "),
+    ],
+)  # fmt: skip
+def test_errors_name_the_text_the_place_what_is_known_and_the_closest(read: Any, text: str, message: str) -> None:
+    with pytest.raises(UserError) as e:
+        read(text)
+    assert str(e.value).startswith(message)
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "", ":", "=", "uniform:keep", "uniform:=1", "uniform:keep=0.5,keep=0.5", "uniform:keep=[", "uniform:keep=]",
@@ -182,7 +349,9 @@ def test_a_wrong_spec_is_one_short_line(text: str) -> None:
         b'{"speculate": {"method": "speculate", "draft": {"method": "modeldraft"}}}',
         b'{"speculate": {"method": "speculate", "draft": {"method": "modeldraft", "model": 3}}}',
         b'{"speculate": {"method": "speculate", "draft": {"method": "modeldraft", "model": "m", "prune": "nosuch"}}}',
-        b'{"speculate": {"method": "speculate", "draft": {"method": "selfdraft", "prune": "uniform:keep=0.5"}}}',
+        b'{"speculate": {"method": "speculate", "draft": {"method": "selfdraft", "prune": "uniform:keep=5"}}}',
+        b'{"kv": {"method": "hybridkv", "theta": 0.5, "advanced": 3}}', b'{"plan": "x"}', b'{"method": "uniform"}',
+        b'{"kv": {"method": "hybridkv", "advanced": {"theta": 2}}}', b'{"kv": {"method": "snapkv", "theta": 0.5}}',
         b'{"speculate": {"method": "speculate", "tokenizer": "x"}}', b" " * 2**21,
         b'{"prune": ' + b'{"method": "evs", "stills": ' * 400 + b"null" + b"}" * 401,
     ],

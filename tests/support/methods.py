@@ -101,8 +101,8 @@ def _policies() -> list[Any]:
     from vlmfast import prefill as p
 
     return [
-        p.HybridKV(keep=0.5, sinks=2, recent=4, chunk=4),
-        p.HybridKV(keep=0.25, sinks=1, recent=2, chunk=2),
+        p.HybridKV(keep=0.5, sinks=2, recent=4, advanced=p.HybridAdvanced(chunk=4)),
+        p.HybridKV(keep=0.25, sinks=1, recent=2, advanced=p.HybridAdvanced(chunk=2)),
         p.SnapKV(keep=0.5, sinks=2, recent=4),
         p.SnapKV(keep=0.25, sinks=1, recent=2),
         p.AdaKV(keep=0.5, sinks=2, recent=4),

@@ -257,6 +257,12 @@ def test_selections_as_text(clips):
     assert parse_select("uniform:8") == Uniform(8) and parse_select("uniform") == Uniform()
     assert parse_select("fps:rate=0.5") == Fps(0.5) and parse_select("scene:0.1, max_gap=9") == SceneChange(0.1, 0.2, 9)
     assert len(read_video(clips["mp4"], "fps:1")) == 4
-    for text, word in (("every:2", "every"), ("uniform:x", "'x'"), ("fps:speed=2", "speed"), ("uniform:-1", "-1")):
+    for text, word in (
+        ("every:2", "every"),
+        ("uniform:x", "'x'"),
+        ("fps:speed=2", "speed"),
+        ("uniform:-1", "-1"),
+        ("scene:max_gap=0.1", "longer than min_gap"),
+    ):
         with refused(word):
             parse_select(text)

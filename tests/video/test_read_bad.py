@@ -226,10 +226,10 @@ def test_nothing_half_written(tmp_path):
 
 @pytest.mark.parametrize("bad", [0, -1, 2.5, None, "3", True, float("nan")])
 def test_bad_selections(bad):
-    with refused("Uniform(frames=)", repr(bad)):
+    with refused("frames=", "in uniform", repr(bad)):
         Uniform(bad)
     if bad != 2.5:
-        with refused("Fps(rate=)", repr(bad)):
+        with refused("rate=", "in fps", repr(bad)):
             Fps(bad)
-        with refused("SceneChange"):
+        with refused("threshold=", "in scene"):
             SceneChange(bad if bad is not True else 1)

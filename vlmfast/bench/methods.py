@@ -4,21 +4,28 @@
 `plan("loose@lookup")` speculates, `plan("loose-30")` at a relax ratio of 0.3, `plan("balanced")` is a preset,
 `plan("vidcom2-25+snapkv-10+lossless")` composes, `plan("plain")` is nothing. A pruner and a policy of one name are
 told apart by a prefix: `prune.random-10`, `kv.random-10` (without one: the pruner).
+
+These names are short for the text form (`vlmfast.spec`), which may stand in their place, of one stage's method or of a
+whole plan: `plan("vidcom2:keep=0.25,least=384")`, `plan("plan:prune=(vidcom2:keep=0.25),kv=snapkv")`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from vlmfast import spec
 from vlmfast.core import UserError
-from vlmfast.plan import PRESETS, STAGES, Plan, parse, preset
+from vlmfast.fields import unknown
+from vlmfast.plan import PRESETS, STAGES, Plan, build, methods_of, parse, preset
 
-DRAFTS = ("model", "self", "lookup", "both")
 DIALS = ("relax", "theta", "weight")  # what a percentage behind an acceptance rule's name sets
 
 
 def plan(name: str, draft: str | None = None) -> Plan:
-    """The plan behind a method's name. draft: folder or id of a draft model, for names that speculate with one."""
+    """The plan behind a method's name, or its text. draft: folder or id of a draft model, for names that speculate
+    with one."""
+    if ":" in name:
+        return _written(spec.parse(name))
     result, given = Plan(), set()
     for part in name.split("+"):
         for stage, method in _part(part.strip(), draft).items():
@@ -28,6 +35,18 @@ def plan(name: str, draft: str | None = None) -> Plan:
                 given.add(stage)
             result = Plan(**{s: method if s == stage else getattr(result, s) for s in STAGES})
     return result
+
+
+def listed(names: str | None, draft: str | None = None) -> dict[str, Plan]:
+    """The plans of `a,b,(c:field=value,field=value)`, by name or text; what has several fields stands in brackets."""
+    plans: dict[str, Plan] = {}
+    for item in spec.items(names or ""):
+        if isinstance(item, dict):
+            made = _written(item)
+            plans[_text(made)] = made
+        else:
+            plans[str(item)] = plan(str(item), draft)
+    return plans
 
 
 def named(
@@ -40,8 +59,7 @@ def named(
 ) -> dict[str, Plan]:
     """The methods of one run, plain first: `a,b,c`, and one more from SPECs (`name:field=value`) where given."""
     plans = {"plain": Plan()}
-    for name in filter(None, (n.strip() for n in (names or "").split(","))):
-        plans[name] = plan(name, draft)
+    plans |= listed(names, draft)
     specs = {"prune": prune, "kv": kv, "speculate": speculate}
     given = {stage: parse(stage, spec) for stage, spec in specs.items() if spec}
     if given:
@@ -69,6 +87,23 @@ def keep(plan: Plan) -> dict[str, Any]:
     return params
 
 
+def _written(data: dict[str, Any]) -> Plan:
+    """The plan of a text: a whole one, or one method, which belongs to the first stage that knows it."""
+    name = data["method"]
+    if name == Plan.name:
+        return Plan.from_json(data)
+    stage = next((s for s in STAGES if name in methods_of(s)), None)
+    if stage is None:
+        raise unknown("method", name, [Plan.name, *(n for s in STAGES for n in methods_of(s))])
+    return Plan(**{stage: build(stage, data)})
+
+
+def _text(plan: Plan) -> str:
+    """The text of a plan; of its one stage where it has no more."""
+    stages = [method for s in STAGES if (method := getattr(plan, s)) is not None]
+    return spec.write(stages[0] if len(stages) == 1 and plan.tower is None else plan)
+
+
 def _part(text: str, draft: str | None) -> dict[str, Any]:
     if text == "plain":
         return {}
@@ -78,65 +113,41 @@ def _part(text: str, draft: str | None) -> dict[str, Any]:
     stage, dot, rest = text.partition(".")
     if not dot or stage not in STAGES:
         stage, rest = "", text
-    name, dash, percent = rest.rpartition("-")
-    tables = _tables()
-    if dash and _number(percent):
-        for s in (stage,) if stage else ("prune", "kv"):
-            if name in tables.get(s, {}):
-                return {s: _kept(tables[s][name], float(percent) / 100, text)}
-    for s in ("kv", "prune"):  # without a percentage: as the method's own defaults have it
-        if stage in ("", s) and rest in tables[s]:
-            return {s: tables[s][rest]()}
-    if stage in ("", "speculate"):
-        rule, _, source = rest.partition("@")
-        head, dash, percent = rule.rpartition("-")
-        share = float(percent) / 100 if dash and _number(percent) else None
-        rule = rule if share is None else head
-        if (rule == "plain_loop" and share is None) or rule in tables["speculate"]:
-            return {"speculate": _speculate(rule, share, source, draft, text)}
-    known = [f"{n}-25" for n in tables["prune"]] + [f"{n}-10" for n in tables["kv"]] + [*tables["speculate"], *PRESETS]
-    raise UserError(f"unknown method {text!r}; known (any percentage, joined by +): {', '.join(known)}")
+    rest, at, source = rest.partition("@")
+    head, _, percent = rest.rpartition("-")
+    name, share = (head, float(percent) / 100) if head and _number(percent) else (rest, None)
+    first = ("prune", "kv") if share is not None else ("kv", "prune")  # without a percentage: by its own defaults
+    for s in (stage,) if stage else first:
+        if not at and s != "speculate" and name in methods_of(s):
+            return {s: build(s, {"method": name} | ({} if share is None else {"keep": share}))}
+    if stage in ("", "speculate") and (data := _speculation(name, share, source, draft, text)):
+        return {"speculate": build("speculate", {"method": "speculate"} | data)}
+    known = [f"{n}-25" for n in methods_of("prune")] + [f"{n}-10" for n in methods_of("kv")]
+    raise unknown("method (any percentage, joined by +)", text, [*known, *methods_of("accept"), *PRESETS])
 
 
-def _tables() -> dict[str, dict[str, Any]]:
-    from vlmfast.decode import ACCEPT
-    from vlmfast.encode import METHODS as pruners
-    from vlmfast.prefill import METHODS as policies
-
-    return {"prune": dict(pruners), "kv": dict(policies), "speculate": dict(ACCEPT)}
-
-
-def _kept(method: Any, fraction: float, text: str) -> Any:
-    try:
-        return method(keep=fraction)
-    except TypeError:
-        raise UserError(f"{text!r}: {method.name} has no field 'keep'; name it without a percentage") from None
-
-
-def _speculate(rule: str, share: float | None, source: str, draft: Any, text: str) -> Any:
-    from vlmfast import decode
-    from vlmfast.encode import Uniform
-
-    if rule == "plain_loop":
-        return decode.Speculate(draft=None)
+def _speculation(name: str, share: float | None, source: str, draft: str | None, text: str) -> dict[str, Any]:
+    """The fields of `speculate` that a rule's name and a draft's ask for; {} where the name is no rule's."""
+    rules = methods_of("accept")
+    if name == "plain_loop" and share is None:
+        return {"draft": None}
+    if name not in rules:
+        return {}
     source = source or ("model" if draft else "lookup")
-    if source not in DRAFTS:
-        raise UserError(f"{text!r}: unknown draft {source!r}; after @ stands one of {', '.join(DRAFTS)}")
-    if source in ("model", "both") and not draft:
-        raise UserError(f"{text!r} drafts with a model: name it with --draft FOLDER_OR_ID, or use @lookup or @self")
-    made: dict[str, Any] = {
-        "model": lambda: decode.ModelDraft(draft),
-        "both": lambda: decode.LookupThenModel(draft),
-        "self": lambda: decode.SelfDraft(prune=Uniform(keep=0.1)),
-        "lookup": decode.PromptLookup,
+    drafts: dict[str, dict[str, Any]] = {
+        "model": {"method": "modeldraft", "model": draft},
+        "both": {"method": "lookupthenmodel", "model": draft},
+        "self": {"method": "selfdraft", "prune": {"method": "uniform", "keep": 0.1}},
+        "lookup": {"method": "promptlookup"},
     }
-    accept = decode.ACCEPT[rule]
-    dial = next((d for d in DIALS if d in accept.__dataclass_fields__), None)
+    if source not in drafts:
+        raise unknown("draft", source, drafts, text)
+    if "model" in drafts[source] and not draft:
+        raise UserError(f"{text!r} drafts with a model: name it with --draft FOLDER_OR_ID, or use @lookup or @self")
+    dial = next((d for d in DIALS if d in rules[name].__dataclass_fields__), None)  # type: ignore[attr-defined]
     if share is not None and dial is None:
-        raise UserError(f"{text!r}: {rule} has no ratio to set; name it without a percentage")
-    return decode.Speculate(
-        draft=made[source](), accept=accept() if share is None or dial is None else accept(**{dial: share})
-    )
+        raise UserError(f"{text!r}: {name} has no ratio to set; name it without a percentage")
+    return {"draft": drafts[source], "accept": {"method": name} | ({} if share is None else {str(dial): share})}
 
 
 def _number(text: str) -> bool:

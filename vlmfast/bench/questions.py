@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vlmfast import spec
+from vlmfast import files
 from vlmfast.bench import scoring
 from vlmfast.bench.tasks import Clip, Sample, Task
 from vlmfast.core import UserError, shown
@@ -108,7 +108,7 @@ def _raw(path: Path) -> Iterator[tuple[str, Any]]:
         except UnicodeDecodeError as e:
             raise UserError(f"{where} is not UTF-8 text (byte {e.start + 1}): save the file as UTF-8") from None
         if text.strip():
-            yield where, spec.loads(text, where)
+            yield where, files.loads(text, where)
 
 
 def _checked(row: Any, where: str, folder: Path, metric: str | None) -> dict[str, Any]:

@@ -11,10 +11,12 @@ import functools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
+from vlmfast import spec
 from vlmfast.bench import scoring
 from vlmfast.core import UserError
+from vlmfast.fields import NonNegativeInt, Options, PositiveInt, unknown
 
 POCKET_KINDS = (
     "presence", "colour", "shape", "count", "relation", "location", "digits", "motion", "order", "when", "what-when",
@@ -103,30 +105,37 @@ def get(name: str, metric: str | None = None, frames: str = "uniform:16") -> Tas
         from vlmfast.bench import questions
 
         return questions.load(path, metric, frames)
-    raise UserError(
-        f"unknown task {name!r}; known: easy-vqa, {', '.join(AGAIN)}, pocket/all, pocket/long, pocket/mid, "
-        f"{', '.join(f'pocket/{k}' for k in POCKET_KINDS)}, or a path to questions.jsonl, .parquet or a folder with one"
+    raise unknown(
+        "task", name, ["easy-vqa", *AGAIN, *KINDS, "a path to questions.jsonl, .parquet or a folder with one"]
     )
 
 
 # ---------------------------------------------------------------- the pocket world
 
 
+@dataclass(frozen=True)
+class PocketOptions(Options):
+    """size: pixels a side; seconds: of a clip; split: of the world; seed: number of the first question.
+    None = as the kind of question has it."""
+
+    size: PositiveInt | None = None
+    seconds: PositiveInt | None = None
+    split: Literal["train", "test"] | None = None
+    seed: NonNegativeInt = 0
+    title: ClassVar[str] = "a pocket task"
+
+
+KINDS = {f"pocket/{kind}": PocketOptions for kind in ("all", *MIXES, *POCKET_KINDS)}
+
+
 def pocket(name: str) -> Task:
-    """Held-out questions of the pocket world, fixed seeds; options after a colon: size, seconds, split, seed."""
-    kind, _, rest = name.removeprefix("pocket/").partition(":")
-    if kind not in (*POCKET_KINDS, "all", *MIXES):
-        raise UserError(f"unknown pocket kind {kind!r}; known: all, {', '.join((*MIXES, *POCKET_KINDS))}")
-    options: dict[str, Any] = {}
-    for part in filter(None, rest.split(",")):
-        key, _, value = part.partition("=")
-        if key not in ("size", "seconds", "split", "seed") or not (value.isdigit() or key == "split"):
-            raise UserError(f"{part!r} in task {name!r}: options are size=PIXELS, seconds=N, seed=N, split=train|test")
-        options[key] = value if key == "split" else int(value)
-    first = options.pop("seed", 0)
+    """Held-out questions of the pocket world, fixed seeds; `pocket/KIND:field=value` with fields of `PocketOptions`."""
+    kind = spec.parse(name)["method"].removeprefix("pocket/")
+    given: PocketOptions = spec.read("task", name, KINDS)
+    options = {f: v for f in ("size", "seconds", "split") if (v := getattr(given, f)) is not None}
     kinds = list(POCKET_KINDS[:-1]) if kind == "all" else list(MIXES.get(kind, [kind]))
     # an even mix: question i is of kind i mod n
-    order = [(k, first + i) for i in range(POCKET_SIZE) for k in kinds]
+    order = [(k, given.seed + i) for i in range(POCKET_SIZE) for k in kinds]
     extra = MIXES.get(kind, {})
 
     def make(i: int) -> Sample:

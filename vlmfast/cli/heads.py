@@ -19,7 +19,9 @@ def heads(
     model: options.Model = "pocket",
     image: options.Images = None,
     video: options.VideoPath = None,
-    kv: Annotated[str, typer.Option("--kv", help="how heads are judged, e.g. hybridkv:theta=0.8,top=0.2")] = "hybridkv",
+    kv: Annotated[
+        str, typer.Option("--kv", help="how heads are judged, e.g. hybridkv:advanced=(theta=0.8,top=0.2)")
+    ] = "hybridkv",
     out: Annotated[Path | None, typer.Option("--out", help="also draw them, as .png, .svg or .pdf")] = None,
     force: Annotated[bool, typer.Option("--force", help="replace an existing picture")] = False,
     frames: options.Frames = None,
@@ -73,7 +75,7 @@ def check_picture(path: Path, force: bool) -> None:
 def show(rows: list[dict[str, Any]], policy: Any) -> None:
     """One line per layer, one column per key head, in percent; dynamic heads carry a star."""
     page = console.out()
-    page.print(f"attention on the top {policy.top:.0%} of columns, in % of all (* dynamic)")
+    page.print(f"attention on the top {policy.advanced.top:.0%} of columns, in % of all (* dynamic)")
     heads = [f"head\n{head}" if head == 0 else f"\n{head}" for head in range(1 + max(row["head"] for row in rows))]
     lines = []
     for layer in sorted({row["layer"] for row in rows}):
@@ -82,9 +84,9 @@ def show(rows: list[dict[str, Any]], policy: Any) -> None:
         lines.append([f"[cyan]{layer}[/cyan]", *(_cell(row) for row in here), f"{count} of {len(here)}"])
     console.table(["layer", *heads, "dynamic"], lines)
     dynamic = sum(row["type"] == "dynamic" for row in rows)
-    rule = (
-        f"under {policy.theta:.0%}" if policy.split is None else f"the least concentrated {policy.split:.0%} of a layer"
-    )
+    theta, split = policy.advanced.theta, policy.split
+    above, most = ("at least", "most") if policy.dynamic == "concentrated" else ("under", "least")
+    rule = f"{above} {theta:.0%}" if split is None else f"the {most} concentrated {split:.0%} of a layer"
     page.print(f"{dynamic} of {len(rows)} heads are dynamic ({rule})")
 
 

@@ -38,10 +38,15 @@ def methods(as_json: options.Json = False) -> None:
         table.add_column("what it does, what it needs, paper, fields and their defaults")
         for row in rows:
             needs = "needs " + (", ".join(row["needs"]) or "nothing") if row["needs"] is not None else ""
-            fields = ", ".join(f"{k}={v}" for k, v in row["fields"].items())
+            fields = listed_fields(row["fields"])
             facts = "  ·  ".join(filter(None, (needs, row["paper"], fields)))
             table.add_row(row["name"], f"{row['summary']}\n[dim]{facts}[/dim]")
         page.print(table)
+
+
+def listed_fields(fields: dict[str, Any]) -> str:
+    """Fields and their defaults; those that are options in round brackets."""
+    return ", ".join(f"{k}=({listed_fields(v)})" if isinstance(v, dict) else f"{k}={v}" for k, v in fields.items())
 
 
 def listing(package: str, table: str) -> list[dict[str, Any]]:
@@ -64,10 +69,13 @@ def describe(name: str, cls: type, own: bool) -> dict[str, Any]:
         "summary": summary(module.partition(": ")[2] or doc if own else doc),
         "needs": list(cls.needs) if hasattr(cls, "needs") else None,
         "paper": f"arXiv {found.group(1)}" if found else "",
-        "fields": {f.name: default(f) for f in dataclasses.fields(cls) if f.init}
-        if dataclasses.is_dataclass(cls)
-        else {},
+        "fields": defaults(cls) if dataclasses.is_dataclass(cls) else {},
     }
+
+
+def defaults(cls: Any) -> dict[str, Any]:
+    """Every field's default."""
+    return {f.name: default(f) for f in dataclasses.fields(cls) if f.init}
 
 
 def summary(text: str) -> str:
@@ -80,10 +88,14 @@ def summary(text: str) -> str:
 
 def default(field: dataclasses.Field[Any]) -> Any:
     """A field's default as one would type it; "required" without one."""
+    from vlmfast.fields import Options
+
     if field.default is not dataclasses.MISSING:
         value = field.default
     elif field.default_factory is not dataclasses.MISSING:
         value = field.default_factory()
     else:
         return "required"
+    if isinstance(value, Options):
+        return defaults(value)
     return value if isinstance(value, (int, float, str, bool)) or value is None else type(value).__name__.lower()

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vlmfast.decode.accept import Exact, FLy, Loose, Lossless, RandomRelax
+from vlmfast.decode.accept import Exact, FLy, Loose, LooseAdvanced, Lossless, RandomRelax
 from vlmfast.decode.bild import BiLD
 from vlmfast.decode.drafts import DRAFTS, LookupThenModel, ModelDraft, PromptLookup, SelfDraft
 from vlmfast.decode.ensemble import Ensemble
@@ -22,6 +22,7 @@ __all__ = [
     "FLy",
     "LookupThenModel",
     "Loose",
+    "LooseAdvanced",
     "Lossless",
     "ModelDraft",
     "PromptLookup",

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vlmfast.core import Unsupported, UserError
+from vlmfast.core import Unsupported
 from vlmfast.decode.criteria import (
     below_quantile,
     least_relevant,
@@ -25,7 +25,7 @@ from vlmfast.decode.criteria import (
     within_ratio,
     within_top,
 )
-from vlmfast.fields import Method
+from vlmfast.fields import Method, NonNegativeInt, Options, PositiveInt, Share
 
 REFUSED, EXACT, LOOSE, SHIFT = 0, 1, 2, 3
 
@@ -86,6 +86,28 @@ def guarded(r: Round, picks: Tensor) -> Tensor:
 # ---------------------------------------------------------------- rules
 
 
+@dataclass(frozen=True)
+class LooseAdvanced(Options):
+    """What changes nothing measurable in `Loose` on pocket captions (`evals/results/cpu-decode.json`).
+
+    top: cosines that are averaged. layer: whose hidden states; offset: "predict" = the position that predicts the
+    token, "self" = the token's own. scope: "window" ranks inside the round, "running" against all positions of this
+    request, "threshold" loosens below `threshold`. shift: position-shift tolerance, rows to either side (0 = off).
+    Guards beyond the paper: bigram (nothing that makes a bigram repeat), within (the draft token is among the target's
+    `within` best; 0 = off).
+    """
+
+    title: ClassVar[str] = "loose:advanced"
+    top: PositiveInt = 10
+    layer: int = -1
+    offset: Literal["predict", "self"] = "predict"
+    scope: Literal["window", "running", "threshold"] = "window"
+    threshold: float = 0.3
+    shift: NonNegativeInt = 3
+    bigram: bool = True
+    within: NonNegativeInt = 5
+
+
 class Rule(Method):
     """What the loop asks of an acceptance rule; fields of a rule are its configuration."""
 
@@ -106,15 +128,9 @@ class Rule(Method):
         """Classes of words (`decode.strict_tokens`) that are never loosened; non-empty means a tokenizer is needed."""
         return ()
 
-    def _check(self, **fractions: float) -> None:
-        for key, value in fractions.items():
-            if not 0 <= value <= 1:
-                raise UserError(f"{self.name}: {key}={value!r} is outside [0, 1]; 0 is strict, e.g. {key}=0.7")
-
-    def _count(self, least: int = 0, **counts: int) -> None:
-        for key, value in counts.items():
-            if value < least:
-                raise UserError(f"{self.name}: {key}={value!r} must be a whole number, at least {least}")
+    def seeing(self) -> LooseAdvanced:
+        """How relevance to what is seen is measured, for rules that are `visual`."""
+        return LooseAdvanced()
 
 
 @dataclass(frozen=True)
@@ -171,46 +187,33 @@ class Lossless(Rule):
 class Loose(Rule):
     """LVSpec (Ji et al., arXiv 2604.05650): strict only where a token is about what is seen. Changes the output.
 
-    Relevance of a position = mean of the `top` highest cosines between its hidden state in the target and the prompt's
-    visual hidden states. The `relax` share of positions with the lowest relevance passes whatever the draft says.
-    scope: "window" ranks inside the round, "running" against all positions of this request, "threshold" loosens below
-    `threshold`. layer: whose hidden states; offset: "predict" = the position that predicts the token, "self" = the
-    token's own. shift: position-shift tolerance, rows to either side (0 = off).
-    Guards beyond the paper, each a field: eos, digits, negation, comparison (words never loosened, found through the
-    tokenizer), bigram (nothing that makes a bigram repeat), within (the draft token is among the target's `within`
-    best; 0 = off), ratio (its probability is at least this share of the best one's; 0 = off; the guard that keeps most
-    facts on pocket captions, see `evals/README.md`). relax=0 with shift=0 is `Exact`. A prompt without visual tokens is
-    verified strictly, and the report says so.
+    Relevance of a position = mean of the highest cosines between its hidden state in the target and the prompt's visual
+    hidden states. The `relax` share of positions with the lowest relevance passes whatever the draft says.
+    Guards beyond the paper: ratio (the drafted token's probability is at least this share of the best one's; 0 = off;
+    the guard that keeps most facts on pocket captions, see `evals/README.md`), eos, digits, negation, comparison (words
+    never loosened, found through the tokenizer). advanced: everything else, see `LooseAdvanced`; relax=0 and there
+    shift=0 is `Exact`. A prompt without visual tokens is verified strictly, and the report says so.
     """
 
-    relax: float = 0.7
-    top: int = 10
-    layer: int = -1
-    offset: Literal["predict", "self"] = "predict"
-    scope: Literal["window", "running", "threshold"] = "window"
-    threshold: float = 0.3
-    shift: int = 3
+    relax: Share = 0.7
+    ratio: Share = 0.3
     eos: bool = True
     digits: bool = True
     negation: bool = True
     comparison: bool = True
-    bigram: bool = True
-    within: int = 5
-    ratio: float = 0.3
+    advanced: LooseAdvanced = LooseAdvanced()
     name: ClassVar[str] = "loose"
     visual: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check(relax=self.relax, ratio=self.ratio)
-        self._count(shift=self.shift, within=self.within)
-        self._count(1, top=self.top)
-
     def check_model(self, layers: int, heads: int, axes: int) -> None:
-        if not -layers <= self.layer < layers:
+        layer = self.advanced.layer
+        if not -layers <= layer < layers:
             raise Unsupported(
-                f"loose: layer={self.layer}, but this model has layers 0 to {layers - 1} (-1 is the last, and so on)"
+                f"loose: layer={layer}, but this model has layers 0 to {layers - 1} (-1 is the last, and so on)"
             )
+
+    def seeing(self) -> LooseAdvanced:
+        return self.advanced
 
     def words(self) -> tuple[str, ...]:
         return tuple(w for w in ("digits", "negation", "comparison") if getattr(self, w))
@@ -231,25 +234,26 @@ class Loose(Rule):
         draft = r.draft[i : i + 1]
         if r.strict is not None and bool(r.strict[draft] | r.strict[r.pick(i)]):
             return REFUSED
-        if self.bigram and bool(repeats_bigram(r.draft[: i + 1], r.committed)[i]):
+        if self.advanced.bigram and bool(repeats_bigram(r.draft[: i + 1], r.committed)[i]):
             return REFUSED
         if self._likely(r.score(i)[None], draft) and bool(self._free(r)[i]):
             return LOOSE
-        return SHIFT if self.shift and bool(shifted(r.draft, r.picks(), r.committed, self.shift)[i]) else REFUSED
+        shift = self.advanced.shift
+        return SHIFT if shift and bool(shifted(r.draft, r.picks(), r.committed, shift)[i]) else REFUSED
 
     def _likely(self, scores: Tensor, draft: Tensor) -> bool:
         """scores (1, V), draft (1,): do `within` and `ratio` let it pass?"""
-        if self.within and not bool(within_top(scores, draft, self.within)):
+        if self.advanced.within and not bool(within_top(scores, draft, self.advanced.within)):
             return False
         return not self.ratio or bool(within_ratio(scores, draft, self.ratio))
 
     def _free(self, r: Round) -> Tensor:
         """(k,) bool: positions that are not about what is seen."""
-        if self.scope == "window":
+        if self.advanced.scope == "window":
             return least_relevant(r.seen(), self.relax)
-        if self.scope == "running":
+        if self.advanced.scope == "running":
             return below_quantile(r.seen(), r.past_relevance, self.relax)
-        return r.seen() < self.threshold
+        return r.seen() < self.advanced.threshold
 
 
 @dataclass(frozen=True)
@@ -260,15 +264,10 @@ class FLy(Rule):
     tokens all match, and lie within the draft. eos: never loosen the end of the answer.
     """
 
-    theta: float = 0.3
-    window: int = 6
+    theta: Share = 0.3
+    window: NonNegativeInt = 6
     eos: bool = True
     name: ClassVar[str] = "fly"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check(theta=self.theta)
-        self._count(window=self.window)
 
     def judge(self, r: Round) -> Verdict:
         k = r.draft.shape[0]
@@ -292,15 +291,10 @@ class RandomRelax(Rule):
     """Every mismatch passes with probability `relax`, drawn from `seed`: the baseline of every loose rule
     (survey arXiv 2604.05546, App. D.2). Changes the output. eos: never loosen the end of the answer."""
 
-    relax: float = 0.5
-    seed: int = 0
+    relax: Share = 0.5
+    seed: NonNegativeInt = 0
     eos: bool = True
     name: ClassVar[str] = "randomrelax"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check(relax=self.relax)
-        self._count(seed=self.seed)
 
     def judge(self, r: Round) -> Verdict:
         k = r.draft.shape[0]

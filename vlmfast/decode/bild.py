@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from vlmfast.core import UserError
 from vlmfast.decode.accept import EXACT, LOOSE, REFUSED, Exact, Round, Rule, Verdict, guarded, leading
+from vlmfast.fields import NonNegativeFloat, Share
 
 
 @dataclass(frozen=True)
@@ -21,19 +21,11 @@ class BiLD(Rule):
     the end of the answer. The draft must know its own probabilities unless fallback=0.
     """
 
-    fallback: float = 0.6
-    rollback: float = 5.0
+    fallback: Share = 0.6
+    rollback: NonNegativeFloat = 5.0
     eos: bool = True
     name: ClassVar[str] = "bild"
     draws: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check(fallback=self.fallback)
-        if self.rollback < 0:
-            raise UserError(
-                f"bild: rollback={self.rollback!r} is a distance in nats, 0 (strict) or more, e.g. rollback=2"
-            )
 
     def graded(self) -> bool:
         return self.fallback > 0

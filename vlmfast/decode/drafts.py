@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,12 @@ from vlmfast.core import Draft, StageDidNotFire, TokenPruner, Unsupported, UserE
 from vlmfast.decode.proposers import LookupOrModel, ModelProposer, NgramProposer
 from vlmfast.decode.target_attention import TargetAttention
 from vlmfast.engine import open_static
-from vlmfast.fields import Method
+from vlmfast.fields import Method, PositiveInt, Range
 from vlmfast.runtime import dtypes, weights
 from vlmfast.runtime.compat import CACHE, OLD
 from vlmfast.runtime.stepper import Stepper
 
+Confidence = Annotated[float, Range(0, 1, "most")]
 PADDING_ROWS = 512  # vocabularies of one tokenizer may differ by this many unused rows (Qwen: 151936 and 152064)
 
 
@@ -44,16 +45,8 @@ class Request:
 
 
 def _lengths(name: str, longest: int, shortest: int) -> None:
-    for key, value in (("longest", longest), ("shortest", shortest)):
-        if value < 1:
-            raise UserError(f"{name}: {key}={value!r} must be a whole number of tokens, at least 1")
     if shortest > longest:
         raise UserError(f"{name}: shortest={shortest} is more than longest={longest}")
-
-
-def _confidence(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise UserError(f"{name}: confidence={value!r} is outside [0, 1): 0 never stops early, e.g. confidence=0.4")
 
 
 def _vocabulary(model: Any) -> int:
@@ -73,7 +66,7 @@ class ModelDraft(Method):
 
     model: str | nn.Module
     prune: TokenPruner | str | None = "uniform:keep=0.1"
-    confidence: float = 0.0
+    confidence: Confidence = 0.0
     name: ClassVar[str] = "modeldraft"
     graded: ClassVar[bool] = True  # gives the probabilities of every token it proposes
     _loaded: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
@@ -82,7 +75,6 @@ class ModelDraft(Method):
         if self.prune == TargetAttention.name:
             object.__setattr__(self, "prune", TargetAttention())
         super().__post_init__()
-        _confidence(self.name, self.confidence)
 
     def load(self) -> Any:
         """The draft model; loaded once."""
@@ -179,7 +171,7 @@ class SelfDraft(Method):
     """
 
     prune: TokenPruner
-    confidence: float = 0.0
+    confidence: Confidence = 0.0
     name: ClassVar[str] = "selfdraft"
     graded: ClassVar[bool] = True  # gives the probabilities of every token it proposes
 
@@ -194,7 +186,6 @@ class SelfDraft(Method):
             raise UserError(
                 f"{self.name}: a pruner inside the tower would encode the media again; use after_block=None"
             )
-        _confidence(self.name, self.confidence)
 
     def check(self, model: Any, inputs: dict[str, Any]) -> None:
         """Nothing to compare: it is the target."""
@@ -223,8 +214,8 @@ class PromptLookup(Method):
     longest, shortest: n-grams tried, longest first.
     """
 
-    longest: int = 3
-    shortest: int = 1
+    longest: PositiveInt = 3
+    shortest: PositiveInt = 1
     name: ClassVar[str] = "promptlookup"
     blind: ClassVar[bool] = True  # reads tokens only: may start on any cache
 
@@ -245,8 +236,8 @@ class PromptLookup(Method):
 class LookupThenModel(ModelDraft):
     """Lookup where the last `shortest` tokens or more stood before, the draft model otherwise."""
 
-    longest: int = 4
-    shortest: int = 2
+    longest: PositiveInt = 4
+    shortest: PositiveInt = 2
     name: ClassVar[str] = "lookupthenmodel"
     graded: ClassVar[bool] = False
 

@@ -10,6 +10,7 @@ import torch
 from vlmfast.core import UserError
 from vlmfast.decode.accept import EXACT, LOOSE, Exact, Lossless, Round, Rule, Verdict
 from vlmfast.decode.criteria import residual
+from vlmfast.fields import Fraction
 
 
 @dataclass(frozen=True)
@@ -23,15 +24,9 @@ class Ensemble(Rule):
     the target speaks. weight in (0, 1]. The draft must know its own probabilities: not prompt lookup.
     """
 
-    weight: float = 0.5
+    weight: Fraction = 0.5
     name: ClassVar[str] = "ensemble"
     draws: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check(weight=self.weight)
-        if self.weight == 0:
-            raise UserError("ensemble: weight=0 would leave the target out; use a weight in (0, 1], e.g. weight=0.5")
 
     def graded(self) -> bool:
         return self.weight < 1

@@ -185,16 +185,14 @@ class _Run:
     def _layer(self) -> int | None:
         if self.speculate.draft is None or not self.rule.visual:
             return None
-        return getattr(self.rule, "layer", -1) % len(families.get(self.model).layers(self.model))
+        return self.rule.seeing().layer % len(families.get(self.model).layers(self.model))
 
     def _prepare(self, tokenizer: Any, target: Stepper) -> None:
         """What the rule needs."""
         rule, ids, stop = self.rule, self.out.prompt, self.out.eos
         if rule.visual:
             visual = list(families.get(self.model).visual_ids(self.model).values())
-            self.memory = collect(
-                target.hidden, target.cache, ids, visual, getattr(rule, "top", 10), self._layer() or 0
-            )
+            self.memory = collect(target.hidden, target.cache, ids, visual, rule.seeing().top, self._layer() or 0)
             if self.memory is None:
                 self.counters.notes.append(f"speculate: no visual tokens, {rule.name} verified strictly")
         if rule.lossless:
@@ -304,9 +302,9 @@ class _Run:
         past = None
         k, size = draft.shape[0], rows.logits.shape[-1]
         if self.memory is not None and target.hidden is not None:
-            first = 1 if getattr(self.rule, "offset", "predict") == "self" else 0
+            first = 1 if self.rule.seeing().offset == "self" else 0
             relevance = partial(self.memory.score, target.hidden[0, first : first + k])
-            if getattr(self.rule, "scope", "window") == "running":
+            if self.rule.seeing().scope == "running":
                 relevance, past = relevance(), torch.cat(self.past) if self.past else None
                 self.past.append(relevance)
         if q is not None and q.shape[-1] < size:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from vlmfast.core import UserError, shown
 from vlmfast.decode.accept import Exact, Rule
-from vlmfast.fields import Method
+from vlmfast.fields import Method, PositiveInt
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Speculate(Method):
 
     draft: Any = None
     accept: Rule = field(default_factory=Exact)
-    length: int | Literal["adaptive"] = "adaptive"
-    most: int = 15  # and the token after them: what the CUDA kernel verifies at once
+    length: PositiveInt | Literal["adaptive"] = "adaptive"
+    most: PositiveInt = 15  # and the token after them: what the CUDA kernel verifies at once
     tokenizer: Any = field(default=None, repr=False, compare=False)
     otherwise: Literal["refuse", "plain"] = "refuse"
     name: ClassVar[str] = "speculate"
@@ -46,10 +46,6 @@ class Speculate(Method):
             )
         if self.tokenizer is not None and not hasattr(self.tokenizer, "convert_ids_to_tokens"):
             raise UserError(f"tokenizer={shown(self.tokenizer)} is no tokenizer; leave it away, or give the model's")
-        if self.length != "adaptive" and self.length < 1:
-            raise UserError(f"length={self.length} must be a whole number of tokens, at least 1, or 'adaptive'")
-        if self.most < 1:
-            raise UserError(f"most={self.most} must be a whole number of tokens, at least 1")
 
 
 def predicted_speedup(accepted: float, drafted: float, verify: float, draft: float) -> float:

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmfast.core import StageDidNotFire, Unsupported, UserError, VisualTokens, check_fraction
-from vlmfast.fields import Method
+from vlmfast.core import StageDidNotFire, Unsupported, VisualTokens
+from vlmfast.fields import Fraction, Method, PositiveInt, Share
 from vlmfast.kernels import ranking
 
 
@@ -24,23 +24,13 @@ class TargetAttention(Method):
     pruned scores 0. The output stays the acceptance rule's: lossless with a lossless rule. Separators survive.
     """
 
-    keep: float = 0.1
-    share: float = 0.4
-    queries: int = 64
+    keep: Fraction = 0.1
+    share: Share = 0.4
+    queries: PositiveInt = 64
     name: ClassVar[str] = "targetattention"
     guided: ClassVar[bool] = True
     after_block: ClassVar[None] = None
     needs: ClassVar[tuple[str, ...]] = ()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_fraction("keep", self.keep)
-        if not 0 <= self.share <= 1:
-            raise UserError(
-                f"{self.name}: share={self.share!r} is outside [0, 1]: the part of the attention kept first"
-            )
-        if self.queries < 1:
-            raise UserError(f"{self.name}: queries={self.queries!r} must be a whole number of text columns, at least 1")
 
     def select(self, tokens: VisualTokens) -> Tensor:
         """It knows nothing by itself: `guided_by` a target it does."""

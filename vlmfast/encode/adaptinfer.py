@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vlmfast.core import Kind, UserError
-from vlmfast.encode.between import LayerPruner, check_layers, stage_layers, staged
+from vlmfast.core import Kind
+from vlmfast.encode.between import LayerPruner, stage_layers, staged
+from vlmfast.fields import Layers, PositiveInt
 from vlmfast.runtime.layer_cuts import CutInputs
 
 
@@ -20,15 +21,9 @@ class AdaptInfer(LayerPruner):
     raters: how many of the last columns are looked at.
     """
 
-    layers: tuple[int, ...] | None = None
-    raters: int = 64
+    layers: Layers | None = None
+    raters: PositiveInt = 64
     name: ClassVar[str] = "adaptinfer"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_layers(self.name, self.layers)
-        if self.raters < 1:
-            raise UserError(f"raters={self.raters}: at least one text token must rate the visual ones, e.g. raters=64")
 
     def cuts(self, layers: int) -> tuple[tuple[int, float], ...]:
         return staged(self.keep, stage_layers(self.layers, (0.25, 0.5, 0.75), layers))

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from vlmfast.core import Unsupported, UserError, VisualTokens, check_fraction
-from vlmfast.fields import Method
+from vlmfast.core import Unsupported, UserError, VisualTokens
+from vlmfast.fields import Fraction, Method, NonNegativeInt, Range
 from vlmfast.kernels import ranking
+
+# a tower block's index, or a share of the tower's depth
+Block = NonNegativeInt | Annotated[float, Range(0, 1, "both")] | Literal["auto"] | None
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,10 @@ class Pruner(Method):
     Subclasses answer one question: `score`, or `select_body` for set methods.
     """
 
-    keep: float = 0.25
-    floor: int = 1
-    after_block: int | float | Literal["auto"] | None = None
-    least: int = 0
+    keep: Fraction = 0.25
+    floor: NonNegativeInt = 1
+    after_block: Block = None
+    least: NonNegativeInt = 0
 
     name: ClassVar[str] = ""
     needs: ClassVar[tuple[str, ...]] = ("features",)
@@ -40,16 +43,6 @@ class Pruner(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_fraction("keep", self.keep)
-        if self.floor < 0:
-            raise UserError(f"floor={self.floor} is negative: give the number of tokens every frame keeps, 0 or more")
-        if self.least < 0:
-            raise UserError(f"least={self.least!r} in {self.name}: give a number of tokens, 0 or more, e.g. least=256")
-        block = self.after_block
-        if isinstance(block, int) and block < 0:
-            raise UserError(f"after_block={block} is negative: give a tower block index, e.g. after_block=8")
-        if isinstance(block, float) and not 0 < block < 1:
-            raise UserError(f"after_block={block} is no share of the tower's depth: give one in (0, 1), or an index")
         missing = sorted({"tower_attention", "question", "rope"} & set(self.needs))
         if self.after_block is not None and missing:
             raise UserError(

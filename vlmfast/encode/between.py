@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vlmfast.core import Unsupported, UserError, VisualTokens, check_fraction, shown
+from vlmfast.core import Unsupported, VisualTokens
 from vlmfast.encode.base import Pruner
-from vlmfast.fields import Method
+from vlmfast.fields import Fraction, Layers, Method
 from vlmfast.runtime.layer_cuts import CutInputs
 
 
@@ -21,17 +21,13 @@ class LayerPruner(Method):
     acts first, at the tower's output (or None). Subclasses say where they cut (`cuts`) and `rate` the tokens there.
     """
 
-    keep: float = 0.25
+    keep: Fraction = 0.25
     prune: Pruner | None = None
 
     name: ClassVar[str] = ""
     needs: ClassVar[tuple[str, ...]] = ("text_attention",)
     after_block: ClassVar[None] = None
     video_only: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_fraction("keep", self.keep)
 
     def cuts(self, layers: int) -> tuple[tuple[int, float], ...]:
         """((layer, fraction of the entered tokens that stay from it on), ...), ascending; `layers` in the model."""
@@ -58,16 +54,8 @@ def staged(keep: float, at: tuple[int, ...]) -> tuple[tuple[int, float], ...]:
     return tuple((layer, keep ** ((i + 1) / len(at))) for i, layer in enumerate(at))
 
 
-def stage_layers(layers: tuple[int, ...] | None, shares: tuple[float, ...], depth: int) -> tuple[int, ...]:
+def stage_layers(layers: Layers | None, shares: tuple[float, ...], depth: int) -> tuple[int, ...]:
     """The given layers, or those at `shares` of the depth: distinct, ascending, from 1 on."""
     if layers is not None:
         return tuple(layers)
     return tuple(sorted({min(depth - 1, max(1, round(share * depth))) for share in shares}))
-
-
-def check_layers(name: str, layers: tuple[int, ...] | None) -> None:
-    """Raise unless layers is None, or layer numbers that ascend."""
-    if layers is not None and (not layers or layers[0] < 1 or list(layers) != sorted(set(layers))):
-        raise UserError(
-            f"{name}: layers={shown(layers)} must be ascending layer numbers from 1 on, e.g. layers=[8, 16, 24]"
-        )

@@ -8,9 +8,10 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vlmfast.core import UserError, VisualTokens
+from vlmfast.core import VisualTokens
 from vlmfast.encode.base import Pruner
 from vlmfast.encode.greedy import cosines, kept_set, unit_rows
+from vlmfast.fields import NonNegativeFloat
 from vlmfast.kernels import greedy
 
 
@@ -26,14 +27,9 @@ class CDPruner(Pruner):
     goes by relevance, then evenly over time (`encode/greedy.py`).
     """
 
-    theta: float = 1.0
+    theta: NonNegativeFloat = 1.0
     name: ClassVar[str] = "cdpruner"
     needs: ClassVar[tuple[str, ...]] = ("features", "question")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.theta < 0:
-            raise UserError(f"theta={self.theta} is negative: 0 ignores the question, 1 is the paper's weight")
 
     def relevance(self, tokens: VisualTokens) -> Tensor:
         """(N,) in [0.01, 1]."""

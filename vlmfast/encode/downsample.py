@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vlmfast.core import Unsupported, VisualTokens, check_fraction
-from vlmfast.fields import Method
+from vlmfast.core import Unsupported, VisualTokens
+from vlmfast.fields import Fraction, Method
 
 
 @dataclass(frozen=True)
@@ -23,16 +23,12 @@ class Downsample(Method):
     later turn over the same cache goes through the same handle. Qwen's patches only.
     """
 
-    keep: float = 0.25
+    keep: Fraction = 0.25
     name: ClassVar[str] = "downsample"
     needs: ClassVar[tuple[str, ...]] = ()
     after_block: ClassVar[None] = None
     video_only: ClassVar[bool] = False
     resizes: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_fraction("keep", self.keep)
 
     def check_model(self, layers: int, heads: int, axes: int) -> None:
         if axes != 3:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, pad
 
-from vlmfast.core import UserError, VisualTokens
+from vlmfast.core import VisualTokens
 from vlmfast.encode.base import Pruner
+from vlmfast.fields import Fraction, Range
 
 
 @dataclass(frozen=True)
@@ -22,15 +23,10 @@ class DTD(Pruner):
     threshold the rule is `EVS`.) One host sync per video, to learn the count.
     """
 
-    keep: float = 0.5
-    threshold: float = 0.5
+    keep: Fraction = 0.5
+    threshold: Annotated[float, Range(-1, 1)] = 0.5
     name: ClassVar[str] = "dtd"
     video_only: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not -1 <= self.threshold <= 1:
-            raise UserError(f"threshold={self.threshold} is no cosine: give a value in [-1, 1], e.g. threshold=0.5")
 
     def repeated(self, tokens: VisualTokens) -> Tensor:
         """(N,) cosine to the same place in the previous frame; -2 in the first frame."""

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vlmfast.core import UserError
 from vlmfast.encode.between import LayerPruner
+from vlmfast.fields import Fraction, PositiveInt
 from vlmfast.runtime.layer_cuts import CutInputs
 
 
@@ -17,14 +17,9 @@ class FastV(LayerPruner):
     """FastV (arXiv 2403.06764): `after_layer` layers run whole; then the visual tokens that the last token of the
     prompt attends to least in the last of them (mean over heads) leave all later layers and their caches."""
 
-    keep: float = 0.5
-    after_layer: int = 2
+    keep: Fraction = 0.5
+    after_layer: PositiveInt = 2
     name: ClassVar[str] = "fastv"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.after_layer < 1:
-            raise UserError(f"after_layer={self.after_layer}: at least one layer runs whole; the paper's is 2")
 
     def cuts(self, layers: int) -> tuple[tuple[int, float], ...]:
         return ((self.after_layer, self.keep),)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vlmfast.core import VisualTokens, check_fraction
+from vlmfast.core import VisualTokens
 from vlmfast.encode.base import Pruner, frame_means
 from vlmfast.encode.greedy import LATTICE, in_order, unit_rows
+from vlmfast.fields import Fraction
 from vlmfast.kernels import greedy, highest, ranking
 
 
@@ -27,17 +28,13 @@ class FlashVID(Pruner):
     segments: a new one begins where neighbouring frame means are less alike than `cut`; at least `segments` of them.
     """
 
-    alpha: float = 0.7
+    alpha: Fraction = 0.7
     threshold: float = 0.8
     cut: float = 0.9
     segments: int = 8
     name: ClassVar[str] = "flashvid"
     needs: ClassVar[tuple[str, ...]] = ("features", "tower_attention")
     video_only: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_fraction("alpha", self.alpha)
 
     def select_body(self, tokens: VisualTokens, budget: int) -> Tensor:
         t, n = tokens.frames, tokens.n // tokens.frames

@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmfast.core import VisualTokens, check_fraction
+from vlmfast.core import VisualTokens
 from vlmfast.encode.base import Pruner, largest_remainder, ranked
+from vlmfast.fields import Fraction
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,10 @@ class HiRED(Pruner):
     padding has been cropped when we see it. Media without tiles (one view, video) have one ranking by the last layer.
     """
 
-    alpha: float = 0.5
+    alpha: Fraction = 0.5
     name: ClassVar[str] = "hired"
     needs: ClassVar[tuple[str, ...]] = ("tower_attention",)
     attention_layers: ClassVar[tuple[int, ...]] = (0, -1)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_fraction("alpha", self.alpha)
 
     def select_body(self, tokens: VisualTokens, budget: int) -> Tensor:
         early, late = self.need(tokens, "attention").float()

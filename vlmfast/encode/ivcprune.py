@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmfast.core import UserError, VisualTokens, check_fraction, shown
+from vlmfast.core import UserError, VisualTokens, shown
 from vlmfast.encode.base import Pruner
 from vlmfast.encode.vidcom2 import VidCom2
+from vlmfast.fields import Fraction
 from vlmfast.kernels import highest
 
 
@@ -24,8 +25,8 @@ class IVCPrune(Pruner):
     whose own keep is ignored.
     """
 
-    keep: float = 0.5
-    coordinates: float = 0.2
+    keep: Fraction = 0.5
+    coordinates: Fraction = 0.2
     prune: Pruner = field(default_factory=VidCom2)
     name: ClassVar[str] = "ivcprune"
     needs: ClassVar[tuple[str, ...]] = ("rope",)
@@ -38,7 +39,6 @@ class IVCPrune(Pruner):
         object.__setattr__(self, "video_only", self.prune.video_only)
         object.__setattr__(self, "attention_layers", getattr(self.prune, "attention_layers", (-1,)))
         super().__post_init__()
-        check_fraction("coordinates", self.coordinates)
 
     def select_body(self, tokens: VisualTokens, budget: int) -> Tensor:
         axes = max(1, min(round(self.coordinates * tokens.n), budget // 2)) // 2 * 2 or 1

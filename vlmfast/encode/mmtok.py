@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vlmfast.core import UserError, VisualTokens
+from vlmfast.core import VisualTokens
 from vlmfast.encode.base import Pruner
 from vlmfast.encode.greedy import cosines, kept_set, unit_rows
+from vlmfast.fields import NonNegativeFloat, PositiveFloat
 from vlmfast.kernels import greedy
 
 
@@ -27,16 +28,11 @@ class MMTok(Pruner):
     (`encode/greedy.py`).
     """
 
-    alpha: float = 0.5
-    text_temperature: float = 0.02
-    vision_temperature: float = 0.2
+    alpha: NonNegativeFloat = 0.5
+    text_temperature: PositiveFloat = 0.02
+    vision_temperature: PositiveFloat = 0.2
     name: ClassVar[str] = "mmtok"
     needs: ClassVar[tuple[str, ...]] = ("features", "question")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.alpha < 0 or self.text_temperature <= 0 or self.vision_temperature <= 0:
-            raise UserError("mmtok: alpha must be 0 or more and both temperatures above 0")
 
     def matches(self, tokens: VisualTokens) -> Tensor:
         """(Q + N, N): how well each visual token (column) stands for each question or visual token (row), weighted."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from vlmfast.core import UserError, VisualTokens
-from vlmfast.encode.base import Pruner, ranked
+from vlmfast.encode.base import Block, Pruner, ranked
+from vlmfast.fields import Fraction, NonNegativeFloat
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,9 @@ class PixelPrune(Pruner):
     block 0; the patch embedding, one product, still runs over all. One host sync per item, to learn the count.
     """
 
-    keep: float = 0.9999
-    after_block: int | float | Literal["auto"] | None = 0
-    threshold: float = 0.0
+    keep: Fraction = 0.9999
+    after_block: Block = 0
+    threshold: NonNegativeFloat = 0.0
     name: ClassVar[str] = "pixelprune"
     needs: ClassVar[tuple[str, ...]] = ("pixels",)
 
@@ -36,8 +37,6 @@ class PixelPrune(Pruner):
         super().__post_init__()
         if self.after_block != 0:
             raise UserError(f"pixelprune looks at pixels, before the tower: after_block={self.after_block} must be 0")
-        if self.threshold < 0:
-            raise UserError(f"threshold={self.threshold!r} is a distance between pixel values: 0 (exact) or more")
 
     def select_body(self, tokens: VisualTokens, budget: int) -> Tensor:
         error = self.error(tokens)

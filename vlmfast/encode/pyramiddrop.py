@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vlmfast.encode.between import LayerPruner, check_layers, stage_layers, staged
+from vlmfast.encode.between import LayerPruner, stage_layers, staged
+from vlmfast.fields import Fraction, Layers
 from vlmfast.runtime.layer_cuts import CutInputs
 
 
@@ -17,13 +18,9 @@ class PyramidDrop(LayerPruner):
     same share of what is left (a half in the paper: keep=0.125 after the last), ranked by the attention of the last
     token of the instruction in the layer before the cut. layers: other places to cut."""
 
-    keep: float = 0.125
-    layers: tuple[int, ...] | None = None
+    keep: Fraction = 0.125
+    layers: Layers | None = None
     name: ClassVar[str] = "pyramiddrop"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_layers(self.name, self.layers)
 
     def cuts(self, layers: int) -> tuple[tuple[int, float], ...]:
         return staged(self.keep, stage_layers(self.layers, (0.25, 0.5, 0.75), layers))

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vlmfast.encode.between import LayerPruner, check_layers, stage_layers, staged
+from vlmfast.encode.between import LayerPruner, stage_layers, staged
+from vlmfast.fields import Layers
 from vlmfast.runtime.layer_cuts import CutInputs
 
 
@@ -20,13 +21,9 @@ class V2Drop(LayerPruner):
     The paper fixes token counts per stage and model; the fractions here are ours, chosen to end at `keep`.
     """
 
-    layers: tuple[int, ...] | None = None
+    layers: Layers | None = None
     name: ClassVar[str] = "v2drop"
     needs: ClassVar[tuple[str, ...]] = ("hidden_states",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_layers(self.name, self.layers)
 
     def cuts(self, layers: int) -> tuple[tuple[int, float], ...]:
         return staged(self.keep, stage_layers(self.layers, (0.1, 0.5, 0.7), layers))

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from vlmfast.core import UserError, VisualTokens
+from vlmfast.core import VisualTokens
 from vlmfast.encode.base import Pruner, frame_means, largest_remainder
+from vlmfast.fields import PositiveFloat
 
 
 @dataclass(frozen=True)
@@ -20,13 +21,8 @@ class VCast(Pruner):
     In a frame, tokens far from its mean (1 - cosine) and of large norm (scaled to [0, 1]) stay.
     """
 
-    temperature: float = 0.7
+    temperature: PositiveFloat = 0.7
     name: ClassVar[str] = "vcast"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.temperature <= 0:
-            raise UserError(f"temperature={self.temperature} must be above 0; the paper's is 0.7")
 
     def score(self, tokens: VisualTokens) -> Tensor:
         x, frame, t = tokens.features.float(), tokens.frame, tokens.frames

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vlmfast.core import Unsupported, VisualTokens, check_fraction
+from vlmfast.core import Unsupported, VisualTokens
 from vlmfast.encode.base import Pruner, ranked, without_separators
+from vlmfast.fields import Share
 from vlmfast.kernels import ranking
 
 
@@ -25,14 +26,9 @@ class VisionZip(Pruner):
     the even steps reach the end of the rest, where the authors' code takes every (rest // count)-th from the start.
     """
 
-    contextual: float = 0.0
+    contextual: Share = 0.0
     name: ClassVar[str] = "visionzip"
     needs: ClassVar[tuple[str, ...]] = ("features", "tower_attention")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.contextual != 0:
-            check_fraction("contextual", self.contextual)
 
     def check_model(self, layers: int, heads: int, axes: int) -> None:
         if self.merges and axes > 1:

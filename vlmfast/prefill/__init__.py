@@ -6,7 +6,7 @@ from vlmfast.prefill.cake import CAKE
 from vlmfast.prefill.elasticcache import ElasticCache
 from vlmfast.prefill.full import Full
 from vlmfast.prefill.h2o import H2O
-from vlmfast.prefill.hybrid import HybridKV
+from vlmfast.prefill.hybrid import HybridAdvanced, HybridKV
 from vlmfast.prefill.keydiff import KeyDiff
 from vlmfast.prefill.kvmerger import KVMerger
 from vlmfast.prefill.lazyeviction import LazyEviction
@@ -30,7 +30,7 @@ METHODS: dict[str, type[KVPolicy]] = {m.name: m for m in _POLICIES}
 CONTROLS: dict[str, type[KVPolicy]] = {Full.name: Full}  # a plan may ask for them too; they drop nothing
 
 __all__ = [
-    "CONTROLS", "METHODS", "AdaKV", "CAKE", "ElasticCache", "Full", "H2O", "HybridKV", "KVLayer", "KVMerger",
-    "KVPolicy", "KeyDiff", "LazyEviction", "LookM", "MixKV", "PrefixKV", "PyramidKV", "Quantised", "Random",
-    "RazorAttention", "ShadowKV", "SnapKV", "StreamingLLM",
+    "CONTROLS", "METHODS", "AdaKV", "CAKE", "ElasticCache", "Full", "H2O", "HybridAdvanced", "HybridKV", "KVLayer",
+    "KVMerger", "KVPolicy", "KeyDiff", "LazyEviction", "LookM", "MixKV", "PrefixKV", "PyramidKV", "Quantised",
+    "Random", "RazorAttention", "ShadowKV", "SnapKV", "StreamingLLM",
 ]  # fmt: skip

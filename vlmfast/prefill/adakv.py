@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vlmfast.core import UserError, check_fraction
+from vlmfast.fields import Fraction
 from vlmfast.kernels import highest
-from vlmfast.prefill.base import KVPolicy, Row, under
+from vlmfast.prefill.base import KVPolicy, Row, check_scorer, under
 from vlmfast.prefill.snapkv import SnapKV
 
 
@@ -27,15 +27,11 @@ class AdaKV(KVPolicy):
 
     name: ClassVar[str] = "adakv"
     scorer: KVPolicy = field(default_factory=SnapKV)
-    floor: float = 0.2
+    floor: Fraction = 0.2
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_fraction("floor", self.floor)
-        if not isinstance(self.scorer, KVPolicy) or type(self.scorer).score is KVPolicy.score:
-            raise UserError(f"scorer={self.scorer!r} cannot score columns: use e.g. AdaKV(scorer=SnapKV())")
-        if self.scorer.spans or self.scorer.per_query:
-            raise UserError(f"scorer={self.scorer.name} decides over layers or single queries: use e.g. SnapKV()")
+        check_scorer(self, self.scorer)
 
     def window(self) -> int:
         return self.scorer.window()

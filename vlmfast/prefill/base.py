@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vlmfast.core import CompressedLayer, Kind, LayerView, LowRank, Retrieval, Rotation, UserError, check_fraction
-from vlmfast.fields import Method
+from vlmfast.core import CompressedLayer, Kind, LayerView, LowRank, Retrieval, Rotation, UserError
+from vlmfast.fields import Fraction, Method, NonNegativeInt
 from vlmfast.kernels import highest, ranking
 from vlmfast.prefill.ragged_layer import KVLayer
 
@@ -74,25 +74,16 @@ class KVPolicy(Method):
     name: ClassVar[str]
     per_query: ClassVar[bool] = False  # the mean over the window's queries is enough
     spans: ClassVar[bool] = False  # each layer is decided by itself, see `across.AcrossLayers`
-    keep: float = 0.10
+    keep: Fraction = 0.10
     budget: int | None = None
-    sinks: int = 4
-    recent: int = 32
+    sinks: NonNegativeInt = 4
+    recent: NonNegativeInt = 32
     int8: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_fraction("keep", self.keep)
-        self.check_counts(sinks=0, recent=0)
         if self.budget is not None and self.budget < max(1, self.least()):
             raise UserError(self._too_small(self.budget))
-
-    def check_counts(self, **least: int) -> None:
-        """Raise unless each named field is at least the given value."""
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value < low:
-                raise UserError(f"{name}={value} in {self.name}: {name} is a whole number of at least {low}")
 
     # -- what the runtime asks -------------------------------------------------------------------------------------
 
@@ -232,6 +223,15 @@ def best_of_heads(scores: Tensor, counts: Sequence[int], tiebreak: Tensor | None
 def under(policy: KVPolicy, scorer: KVPolicy) -> KVPolicy:
     """The scorer that `policy` wraps, with the columns that stay anyway under that policy."""
     return dataclasses.replace(scorer, keep=1.0, budget=None, sinks=policy.sinks, recent=policy.recent)
+
+
+def check_scorer(policy: KVPolicy, scorer: KVPolicy) -> None:
+    """Raise UserError unless `policy` can wrap the scorer: it scores one layer's columns, by mean attention if any."""
+    if type(scorer).score is KVPolicy.score or scorer.spans or scorer.per_query:
+        raise UserError(
+            f"scorer={scorer.name} in {policy.name}: it does not score columns, or over layers or single queries: "
+            "use e.g. scorer=snapkv"
+        )
 
 
 def max_pool(scores: Tensor, width: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Budgets handed down: a layer's columns to head types (level 1), a type's columns to its heads (level 2).
 
-HybridKV (arXiv 2604.05887) states the two levels; the formulas are ours and every choice is a field of `HybridKV`.
+HybridKV (arXiv 2604.05887) states the two levels; the formulas are ours and every choice is a field of
+`HybridAdvanced`.
 """
 
 from __future__ import annotations

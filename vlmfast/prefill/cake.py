@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vlmfast.core import UserError
+from vlmfast.fields import NonNegativeFloat, OddInt, PositiveFloat, PositiveInt
 from vlmfast.prefill.across import AcrossLayers
 from vlmfast.prefill.base import Row, max_pool
 from vlmfast.prefill.budget import by_head
@@ -33,22 +33,11 @@ class CAKE(AcrossLayers):
 
     name: ClassVar[str] = "cake"
     per_query: ClassVar[bool] = True
-    queries: int = 32
-    tau1: float = 1.0
-    tau2: float = 1.0
-    gamma: float = 200.0
-    pool: int = 5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_counts(queries=1, pool=1)
-        if self.pool % 2 == 0:
-            raise UserError(f"pool={self.pool} in {self.name}: the pooling width is odd, e.g. pool={self.pool + 1}")
-        if not (self.tau1 > 0 and self.tau2 > 0 and self.gamma >= 0):
-            raise UserError(
-                f"tau1={self.tau1}, tau2={self.tau2}, gamma={self.gamma} in {self.name}: "
-                "temperatures are positive and gamma is not negative"
-            )
+    queries: PositiveInt = 32
+    tau1: PositiveFloat = 1.0
+    tau2: PositiveFloat = 1.0
+    gamma: NonNegativeFloat = 200.0
+    pool: OddInt = 5
 
     def score(self, row: Row) -> Tensor:
         return max_pool(self._indicator(row), self.pool)

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from vlmfast.fields import PositiveInt
 from vlmfast.prefill.base import Choice, KVPolicy, Row
 from vlmfast.prefill.evict import EvictingLayer
 from vlmfast.prefill.merge import folded, nearest_place, others
@@ -45,14 +46,8 @@ class ElasticCache(KVPolicy):
     """
 
     name: ClassVar[str] = "elasticcache"
-    queries: int = 64
-    distance: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_counts(queries=1)
-        if self.distance is not None:
-            self.check_counts(distance=1)
+    queries: PositiveInt = 64
+    distance: PositiveInt | None = None
 
     def least(self) -> int:
         """Sinks and recent columns, and no less than the distance."""

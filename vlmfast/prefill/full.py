@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vlmfast.core import CompressedLayer, LayerView, UserError
+from vlmfast.fields import Fraction
 from vlmfast.prefill.base import KVPolicy
 
 
@@ -14,7 +15,7 @@ class Full(KVPolicy):
     """Keeps every column (padding excepted), in the same storage and read by the same kernels; int8 as elsewhere."""
 
     name: ClassVar[str] = "full"
-    keep: float = 1.0
+    keep: Fraction = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

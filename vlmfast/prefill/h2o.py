@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vlmfast.core import UserError
+from vlmfast.fields import NonNegativeInt, PositiveInt, Share
 from vlmfast.prefill.base import Choice, KVPolicy, Row, best_of_heads, protect
 
 
@@ -26,15 +26,9 @@ class H2O(KVPolicy):
     """
 
     name: ClassVar[str] = "h2o"
-    sinks: int = 0
-    queries: int = 64
-    heavy: float = 0.5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_counts(queries=1)
-        if not 0 <= self.heavy <= 1:
-            raise UserError(f"heavy={self.heavy!r} in {self.name}: the heavy hitters' share is a fraction in [0, 1]")
+    sinks: NonNegativeInt = 0
+    queries: PositiveInt = 64
+    heavy: Share = 0.5
 
     def score(self, row: Row) -> Tensor:
         return row.relevance()  # the mean over queries ranks as the sum does

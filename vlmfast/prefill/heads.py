@@ -54,8 +54,8 @@ class HeadTable:
         axes.set_yticks(range(len(self.layers)), [str(i) for i in self.layers])
         axes.set_xticks(range(grid.shape[1]))
         share = float(self.dynamic[row].float().mean())
-        axes.set_title(f"{share:.0%} dynamic (squares), theta {self.policy.theta:g}")
-        figure.colorbar(image, label=f"attention on the top {self.policy.top:.0%} of columns")
+        axes.set_title(f"{share:.0%} dynamic (squares), theta {self.policy.advanced.theta:g}")
+        figure.colorbar(image, label=f"attention on the top {self.policy.advanced.top:.0%} of columns")
         figure.savefig(path, dpi=120, bbox_inches="tight")
         return Path(path)
 
@@ -84,7 +84,7 @@ def classify(model: nn.Module, inputs: dict[str, Any], policy: HybridKV | None =
     policy = policy or HybridKV()
     if not isinstance(policy, HybridKV):
         name = getattr(policy, "name", type(policy).__name__)
-        raise UserError(f"{name} has no head types: judge heads by a HybridKV, e.g. hybridkv:theta=0.8")
+        raise UserError(f"{name} has no head types: judge heads by a HybridKV, e.g. hybridkv:split=0.5")
     fields = {f.name: getattr(policy, f.name) for f in dataclasses.fields(HybridKV)}
     observe = _Observe(**fields)
     family = families.get(model)

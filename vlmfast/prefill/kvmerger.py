@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from vlmfast.core import UserError
+from vlmfast.fields import PositiveInt, Range
 from vlmfast.kernels import highest, ranking
 from vlmfast.prefill.base import Choice, KVPolicy, Row, best, protect
 from vlmfast.prefill.merge import others
@@ -29,14 +29,8 @@ class KVMerger(KVPolicy):
     """
 
     name: ClassVar[str] = "kvmerger"
-    queries: int = 64
-    heavy: float = 0.5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_counts(queries=1)
-        if not 0 <= self.heavy < 1:
-            raise UserError(f"heavy={self.heavy!r} in {self.name}: heavy hitters get a fraction in [0, 1)")
+    queries: PositiveInt = 64
+    heavy: Annotated[float, Range(0, 1, "most")] = 0.5
 
     def least(self) -> int:
         """Sinks, recent columns, and one run."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from vlmfast import kernels
-from vlmfast.core import CompressedLayer, UserError
+from vlmfast.core import CompressedLayer
+from vlmfast.fields import PositiveInt, Range
 from vlmfast.prefill.base import best, protect
 from vlmfast.prefill.evict import EvictingLayer
 from vlmfast.prefill.snapkv import SnapKV
@@ -101,14 +102,8 @@ class LazyEviction(SnapKV):
     """
 
     name: ClassVar[str] = "lazyeviction"
-    lag: int = 32
-    alpha: float = 0.001
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_counts(lag=1)
-        if not 0 < self.alpha < 1:
-            raise UserError(f"alpha={self.alpha!r} in {self.name}: the attention that counts as use lies in (0, 1)")
+    lag: PositiveInt = 32
+    alpha: Annotated[float, Range(0, 1, "both")] = 0.001
 
     def least(self) -> int:
         """Sinks, and the larger of the recent columns and the lag."""

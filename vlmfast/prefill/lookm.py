@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from vlmfast.core import Kind
+from vlmfast.fields import PositiveInt
 from vlmfast.prefill.base import Choice, KVPolicy, Row
 from vlmfast.prefill.merge import folded, nearest_key, others
 
@@ -26,12 +27,8 @@ class LookM(KVPolicy):
     """
 
     name: ClassVar[str] = "lookm"
-    queries: int = 64
+    queries: PositiveInt = 64
     merge: Literal["averaged", "pivotal", "weighted"] = "pivotal"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_counts(queries=1)
 
     def score(self, row: Row) -> Tensor:
         scores = row.relevance()

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from vlmfast.fields import PositiveInt
 from vlmfast.prefill.base import KVPolicy, Row
 
 
@@ -24,11 +25,7 @@ class MixKV(KVPolicy):
     """
 
     name: ClassVar[str] = "mixkv"
-    queries: int = 32
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_counts(queries=1)
+    queries: PositiveInt = 32
 
     def redundancy(self, keys: Tensor) -> Tensor:
         """(Hk,) float32 in [0, 1] of unit keys (Hk, n, Dh)."""

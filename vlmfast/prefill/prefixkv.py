@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from vlmfast.fields import PositiveInt
 from vlmfast.prefill.across import AcrossLayers
 from vlmfast.prefill.base import Row
 
@@ -26,11 +27,7 @@ class PrefixKV(AcrossLayers):
     """
 
     name: ClassVar[str] = "prefixkv"
-    queries: int = 32
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_counts(queries=1)
+    queries: PositiveInt = 32
 
     def score(self, row: Row) -> Tensor:
         return row.relevance()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from vlmfast.core import UserError
+from vlmfast.fields import Range
 from vlmfast.prefill.base import Row
 from vlmfast.prefill.snapkv import SnapKV
 
@@ -22,12 +22,7 @@ class PyramidKV(SnapKV):
     """
 
     name: ClassVar[str] = "pyramidkv"
-    beta: float = 20.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.beta >= 1:
-            raise UserError(f"beta={self.beta!r} in {self.name}: the mean budget over the smallest is at least 1")
+    beta: Annotated[float, Range(1)] = 20.0
 
     def allowance(self, row: Row) -> int:
         mean, least = self.total(row.n) - self.least(), self.least()

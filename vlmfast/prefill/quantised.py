@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from vlmfast.core import UserError
-from vlmfast.prefill.base import Choice, KVPolicy, Row, under
+from vlmfast.prefill.base import Choice, KVPolicy, Row, check_scorer, under
 from vlmfast.prefill.merge import others
 from vlmfast.prefill.snapkv import SnapKV
 
@@ -34,10 +34,7 @@ class Quantised(KVPolicy):
             raise UserError(
                 f"int8=True in {self.name}: its low tier is int8 already, what is kept is meant to be exact"
             )
-        if not isinstance(self.scorer, KVPolicy) or type(self.scorer).score is KVPolicy.score:
-            raise UserError(f"scorer={self.scorer!r} cannot score columns: use e.g. Quantised(scorer=SnapKV())")
-        if self.scorer.spans or self.scorer.per_query:
-            raise UserError(f"scorer={self.scorer.name} decides over layers or single queries: use e.g. SnapKV()")
+        check_scorer(self, self.scorer)
 
     def window(self) -> int:
         return self.scorer.window()

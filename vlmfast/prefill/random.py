@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from vlmfast.fields import NonNegativeInt
 from vlmfast.prefill.base import KVPolicy, Row
 
 
@@ -19,11 +20,7 @@ class Random(KVPolicy):
     """
 
     name: ClassVar[str] = "random"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_counts(seed=0)
+    seed: NonNegativeInt = 0
 
     def score(self, row: Row) -> Tensor:
         gen = torch.Generator().manual_seed(self.seed * 10_007 + row.layer)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.core import Unsupported, UserError, shown
+from vlmfast.fields import Fraction, PositiveInt, Share
 from vlmfast.kernels import ranking
 from vlmfast.prefill.across import AcrossLayers, Rated
 from vlmfast.prefill.base import Choice, Row
@@ -30,16 +31,13 @@ class RazorAttention(AcrossLayers):
     """
 
     name: ClassVar[str] = "razorattention"
-    keep: float = 0.32
-    share: float = 0.15
+    keep: Fraction = 0.32
+    share: Share = 0.15
     heads: tuple[tuple[int, int], ...] | None = None
-    queries: int = 64
+    queries: PositiveInt = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_counts(queries=1)
-        if not 0 <= self.share <= 1:
-            raise UserError(f"share={self.share!r} in {self.name}: the fraction of retrieval heads lies in [0, 1]")
         if any(min(pair) < 0 for pair in self.heads or ()):
             raise UserError(
                 f"heads={shown(self.heads)} in {self.name}: give (layer, key head) pairs, e.g. ((0, 1), (3, 0))"

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from vlmfast.core import LowRank, Retrieval, Unsupported, UserError
+from vlmfast.fields import PositiveInt
 from vlmfast.prefill.base import Choice, KVPolicy, Row
 from vlmfast.runtime.late_rope import rotate
 
@@ -26,12 +27,11 @@ class ShadowKV(KVPolicy):
     """
 
     name: ClassVar[str] = "shadowkv"
-    rank: int = 160
-    chunk: int = 8
+    rank: PositiveInt = 160
+    chunk: PositiveInt = 8
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_counts(rank=1, chunk=1)
         if self.int8:
             raise UserError(f"int8=True in {self.name}: its keys are factors and its values in host memory, lower rank")
 

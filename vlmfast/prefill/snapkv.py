@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmfast.core import UserError
+from vlmfast.fields import OddInt, PositiveInt
 from vlmfast.prefill.base import KVPolicy, Row, max_pool
 
 
@@ -25,14 +25,8 @@ class SnapKV(KVPolicy):
     """
 
     name: ClassVar[str] = "snapkv"
-    queries: int = 32
-    pool: int = 7
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_counts(queries=1, pool=1)
-        if self.pool % 2 == 0:
-            raise UserError(f"pool={self.pool} in {self.name}: the pooling width is odd, e.g. pool={self.pool + 1}")
+    queries: PositiveInt = 32
+    pool: OddInt = 7
 
     def score(self, row: Row) -> Tensor:
         relevance = row.relevance()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vlmfast import spec
+from vlmfast import files
 from vlmfast.core import UserError
 from vlmfast.roofline.cost import Asked, Device, Request, stages
 from vlmfast.roofline.names import shape_of
@@ -60,7 +60,7 @@ def _between(row: dict[str, Any]) -> bool:
 def read_record(path: str | Path) -> dict[str, Any]:
     """A speed record for `check`."""
     what = "the result file that evals.speed --suite encode writes"
-    record = spec.loads(spec.read_text(path, what, 2**26), str(path))
+    record = files.loads(files.read_text(path, what, 2**26), str(path))
     if not isinstance(record, dict):
         raise UserError(f"{path} is no result file: --check takes {what}")
     for key in ("config", "rows", "hardware"):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
+
+from vlmfast.fields import NonNegativeInt, Options, PositiveInt
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,15 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Request:
+class Request(Options):
     """One input: visual tokens over `frames` frames, text tokens, new tokens, rows in the batch."""
 
-    visual: int = 2000
-    text: int = 100
-    new: int = 64
-    batch: int = 1
-    frames: int = 8
+    visual: NonNegativeInt = 2000
+    text: NonNegativeInt = 100
+    new: NonNegativeInt = 64
+    batch: PositiveInt = 1
+    frames: PositiveInt = 8
+    title: ClassVar[str] = "--tokens"
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from vlmfast import spec
 from vlmfast.core import UserError
 from vlmfast.roofline.cost import Device, Request, Shape
 
@@ -157,13 +157,5 @@ def measured(
 
 def parse(tokens: str) -> Request:
     """`2000` (visual tokens) or `visual=2000,text=100,new=64,batch=1,frames=8`."""
-    request = Request()
-    if tokens.isdecimal():
-        tokens = f"visual={tokens}"
-    for part in tokens.split(","):
-        key, _, value = (x.strip() for x in part.partition("="))
-        if key not in Request.__dataclass_fields__ or len(value) > 12 or not value.isdecimal():
-            fields = ", ".join(Request.__dataclass_fields__)
-            raise UserError(f"{part!r} in --tokens is not field=number; fields: {fields}")
-        request = replace(request, **{key: int(value)})
+    request: Request = spec.fill("--tokens", Request, spec.fields(tokens), text=tokens)
     return request

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vlmfast import spec
 from vlmfast.core import UserError, shown
-from vlmfast.fields import Method
+from vlmfast.fields import Method, NonNegativeInt, PositiveInt
 from vlmfast.kernels import ranking
 from vlmfast.stream.archive.representatives import RepresentativeTable
 from vlmfast.stream.blocks import Block
@@ -109,8 +109,8 @@ def intervals(weights: dict[int, float], blocks: dict[int, Block]) -> list[tuple
 class Retriever(Method):
     """frames: most blocks brought back, None for no limit. tokens: most tokens brought back, None for no limit."""
 
-    frames: int | None = 16
-    tokens: int | None = None
+    frames: PositiveInt | None = 16
+    tokens: PositiveInt | None = None
 
     name: ClassVar[str] = ""
     per_layer: ClassVar[bool] = False  # does it look at queries?
@@ -119,10 +119,6 @@ class Retriever(Method):
         super().__post_init__()
         if self.frames is None and self.tokens is None:
             raise UserError(f"{type(self).__name__} needs a budget: frames=16, or tokens=2048")
-        for field in ("frames", "tokens"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise UserError(f"{field}={value} must be a positive number of {field}")
 
     def fits(self, view: View) -> bool:
         """Do all candidates fit the budget? Then there is nothing to choose."""
@@ -153,17 +149,12 @@ class Internal(Retriever):
 
     similarity: Literal["cosine", "inner", "centred"] = "cosine"
     query: Literal["mean", "each"] = "mean"
-    smooth: int = 0
+    smooth: NonNegativeInt = 0
     scope: Literal["layer", "shared"] = "layer"
     layers: tuple[int, ...] | None = None
 
     name: ClassVar[str] = "internal"
     per_layer: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.smooth < 0:
-            raise UserError(f"smooth={self.smooth} must be a number of neighbours, 0 or more")
 
     def check_model(self, layers: int, heads: int, axes: int) -> None:
         self.asked(layers)
@@ -291,21 +282,9 @@ METHODS: dict[str, type[Retriever]] = {
 
 
 def parse(text: Any) -> Retriever | None:
-    """A retriever from itself, None or "none" (the window alone), a name, or `name:field=value,...`, as in
-    `internal:similarity=centred,scope=shared,layers=2+3`: layers are joined with a plus, or a list."""
+    """A retriever from itself, None or "none" (the window alone), or its text, as in
+    `internal:similarity=centred,scope=shared,layers=[2,3]`; see `spec`."""
     if text is None or isinstance(text, Retriever):
         return text
-    fields = spec.parse(text)
-    name = fields.pop("method")
-    if name == "none" and not fields:
-        return None
-    if name not in METHODS:
-        raise UserError(f"unknown retriever {shown(name)}; known: none, {', '.join(METHODS)}")
-    known = list(METHODS[name].__dataclass_fields__)
-    for key in fields:
-        if key not in known:
-            raise UserError(f"{shown(key)} in {shown(text)} is not field=value with a field of {', '.join(known)}")
-    layers = fields.get("layers")
-    if isinstance(layers, (int, str)):
-        fields["layers"] = [spec.literal(part) for part in str(layers).split("+")]
-    return METHODS[name](**fields)
+    retriever: Retriever | None = None if text == "none" else spec.read("retriever", text, METHODS)
+    return retriever

@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ from torch import nn
 from vlmfast import families
 from vlmfast.api import Accelerated
 from vlmfast.core import Unsupported, UserError
-from vlmfast.fields import checked
+from vlmfast.fields import PositiveFloat, PositiveInt, Range, checked
 from vlmfast.plan import Plan, resolve
 from vlmfast.preconditions import MARK, check_model, unwrap
 from vlmfast.runtime.late_rope import check
@@ -90,20 +90,13 @@ class StreamSession(Intake):
                 "this model is accelerated already: .remove() that first and give StreamSession(plan=...)"
             )
         for name, value, hint in (
-            ("window", window, int), ("queue", queue, int), ("fps", fps, float),
-            ("flush_seconds", flush_seconds, float), ("redundancy", redundancy, float | None),
+            ("window", window, PositiveInt), ("queue", queue, int), ("fps", fps, PositiveFloat),
+            ("flush_seconds", flush_seconds, float),
+            ("redundancy", redundancy, Annotated[float, Range(0, 2, "most")] | None),
             ("keep_as", keep_as, str), ("positions", positions, Literal["contiguous", "own"]),
             ("text_after", text_after, Literal["model", "max"]),
         ):  # fmt: skip
             checked(name, value, hint, "a stream session")
-        if redundancy is not None and not 0 <= redundancy < 2:
-            raise UserError(
-                f"redundancy={redundancy!r} is a cosine distance from 0 to 2, e.g. 0.2, or None to keep all"
-            )
-        if window < 1:
-            raise UserError(f"window={window} must be a positive number of tokens")
-        if not fps > 0:
-            raise UserError(f"fps={fps!r} must be positive")
         Intake.__init__(self, fps, queue)
         self.plan = resolve(plan)
         draft = getattr(self.plan.speculate, "draft", None)

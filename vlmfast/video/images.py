@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterator
@@ -19,13 +18,6 @@ from vlmfast.video.limits import MOST_PICTURE_BYTES, check_pixels, regular
 Size = tuple[int, int] | int | None
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "PPM")  # others reach for programs, or are seldom meant
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"}
-
-
-def positive(name: str, value: Any, kind: str = "number") -> None:
-    """Raises UserError unless `value` is finite and above zero (kind="integer": and whole)."""
-    types: Any = (int, np.integer) if kind == "integer" else (int, float, np.number)
-    if not isinstance(value, types) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise UserError(f"{name} must be a positive {kind}, got {value!r}")
 
 
 def check_size(size: Size) -> None:

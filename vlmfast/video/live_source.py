@@ -22,9 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmfast.core import UserError
+from vlmfast.fields import NonNegativeInt, PositiveFloat, checked
 from vlmfast.video import decoders, images
 from vlmfast.video.frame_index import LIMITS, Tally, frames_of, opened, ready, reason, stamp_of
-from vlmfast.video.images import Size, positive
+from vlmfast.video.images import Size
 from vlmfast.video.orientation import Orientation, of_frame
 
 # What libav may open for a URL of each scheme: the stream itself and its parts, never a local file.
@@ -117,9 +118,8 @@ def open_source(
     images.check_size(size)
     for name, value in (("fps", fps), ("sample_fps", sample_fps), ("backoff", backoff), ("timeout", timeout)):
         if value is not None:
-            positive(name, value)
-    if isinstance(reconnect, bool) or not isinstance(reconnect, int) or reconnect < 0:
-        raise UserError(f"reconnect must be a whole number of tries, 0 or more, got {reconnect!r}")
+            checked(name, value, PositiveFloat, "open_source")
+    checked("reconnect", reconnect, NonNegativeInt, "open_source", 5)
     step = 1.0 if fps is None else 1 / fps
     if realtime and (isinstance(source, int) or (isinstance(source, str) and "://" in source)):
         raise UserError("realtime= is for files, folders and iterables; cameras and URLs set their own pace")

@@ -13,15 +13,17 @@ import math
 import os
 import uuid
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmfast.core import UserError, shown
+from vlmfast import spec
+from vlmfast.core import UserError
+from vlmfast.fields import Method, NonNegativeFloat, PositiveFloat, PositiveInt, Range, checked
 from vlmfast.video import decoders
 from vlmfast.video.frame_index import read_index, reason
 from vlmfast.video.images import (
@@ -30,7 +32,6 @@ from vlmfast.video.images import (
     check_size,
     folder_images,
     image_size,
-    positive,
     read_image,
     resize,
     target,
@@ -52,13 +53,11 @@ class Select(Protocol):
 
 
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(Method):
     """`frames` frames evenly spaced in time, first and last included (one: the middle one); all, if there are fewer."""
 
-    frames: int = 16
-
-    def __post_init__(self) -> None:
-        positive("Uniform(frames=)", self.frames, "integer")
+    frames: PositiveInt = 16
+    name: ClassVar[str] = "uniform"
 
     def pick(self, times: NDArray[np.float64], thumbs: Iterator[NDArray[np.uint8]]) -> NDArray[np.int64]:
         n, k = len(times), self.frames
@@ -75,13 +74,11 @@ class Uniform:
 
 
 @dataclass(frozen=True)
-class Fps:
+class Fps(Method):
     """The frame on show at every 1/`rate` seconds from the first one on; each frame at most once."""
 
-    rate: float = 2.0
-
-    def __post_init__(self) -> None:
-        positive("Fps(rate=)", self.rate)
+    rate: PositiveFloat = 2.0
+    name: ClassVar[str] = "fps"
 
     def pick(self, times: NDArray[np.float64], thumbs: Iterator[NDArray[np.uint8]]) -> NDArray[np.int64]:
         span = times[-1] - times[0]
@@ -92,65 +89,47 @@ class Fps:
 
 
 @dataclass(frozen=True)
-class SceneChange:
+class SceneChange(Method):
     """The first frame, then every frame that differs from the last one kept by more than `threshold`.
 
     threshold: mean absolute difference of the thumbnails, 0 to 1 (about 0.02: something moved; 0.1: another shot)
-    min_gap: seconds that two kept frames are apart at least; max_gap: a frame is kept after that long anyway
+    min_gap: seconds that two kept frames are apart at least
+    max_gap: seconds after which a frame is kept anyway; None = never
+
     Decodes every frame once, small.
     """
 
-    threshold: float = 0.08
-    min_gap: float = 0.2
-    max_gap: float = math.inf
+    threshold: Annotated[float, Range(0, 1, "both")] = 0.08
+    min_gap: NonNegativeFloat = 0.2
+    max_gap: PositiveFloat | None = None
+    name: ClassVar[str] = "scene"
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.threshold, (int, float)) and 0 < self.threshold < 1):
-            raise UserError(f"SceneChange(threshold=) must lie between 0 and 1, got {self.threshold!r}")
-        if not 0 <= self.min_gap < math.inf or not self.max_gap > self.min_gap:
-            raise UserError(
-                f"SceneChange needs 0 <= min_gap < max_gap, got min_gap={self.min_gap!r}, max_gap={self.max_gap!r}"
-            )
+        super().__post_init__()
+        if self.max_gap is not None and self.max_gap <= self.min_gap:
+            raise UserError(f"max_gap={self.max_gap} in scene must be longer than min_gap={self.min_gap}")
 
     def pick(self, times: NDArray[np.float64], thumbs: Iterator[NDArray[np.uint8]]) -> NDArray[np.int64]:
         kept, last = [0], next(thumbs).astype(np.int16)
+        longest = math.inf if self.max_gap is None else self.max_gap
         for k, thumb in enumerate(thumbs, start=1):
             gap = times[k] - times[kept[-1]]
             if gap < self.min_gap - 1e-6:
                 continue
             now = thumb.astype(np.int16)
-            if gap >= self.max_gap or np.abs(now - last).mean() / 255 > self.threshold:
+            if gap >= longest or np.abs(now - last).mean() / 255 > self.threshold:
                 kept.append(k)
                 last = now
         return np.asarray(kept, np.int64)
 
 
-SELECTIONS: dict[str, type[Uniform] | type[Fps] | type[SceneChange]] = {
-    "uniform": Uniform,
-    "fps": Fps,
-    "scene": SceneChange,
-}
+SELECTIONS: dict[str, type[Method]] = {kind.name: kind for kind in (Uniform, Fps, SceneChange)}
 
 
 def parse_select(text: str) -> Select:
-    """`uniform:16`, `fps:rate=2`, `scene:0.1,max_gap=10` as a selection; UserError names what is wrong."""
-    name, _, rest = text.partition(":")
-    if name not in SELECTIONS:
-        raise UserError(
-            f"unknown frame selection {shown(name)}; choose one of {', '.join(SELECTIONS)}, e.g. 'uniform:16'"
-        )
-    names = [f.name for f in fields(SELECTIONS[name])]
-    given: dict[str, Any] = {}
-    for k, part in enumerate(p for p in rest.split(",") if p.strip()):
-        key, _, value = part.rpartition("=")
-        key = key.strip() or names[min(k, len(names) - 1)]
-        try:
-            given[key] = float(value) if name != "uniform" else int(value)
-        except ValueError:
-            raise UserError(f"{shown(value.strip())} in the frame selection {shown(text)} is not a number") from None
-        if key not in names:
-            raise UserError(f"the frame selection {name!r} has no {shown(key)}; it has {', '.join(names)}")
-    return SELECTIONS[name](**given)
+    """`uniform:16`, `fps:rate=2`, `scene:0.1,max_gap=10` as a selection; see `spec`."""
+    select: Select = spec.read("frame selection", text, SELECTIONS)
+    return select
 
 
 # ------------------------------------------------------------------------------------- videos
@@ -214,9 +193,9 @@ def read_video(
     decoders.require(backend)
     check_size(size)
     if max_frames is not None:
-        positive("max_frames", max_frames, "integer")
+        checked("max_frames", max_frames, PositiveInt, "read_video")
     if fps is not None:
-        positive("fps", fps)
+        checked("fps", fps, PositiveFloat, "read_video")
     if os.path.isdir(path):
         return _read_folder(path, select, max_frames, size, 1.0 if fps is None else fps)
     if fps is not None:
@@ -272,7 +251,7 @@ def write_video(path: str | os.PathLike[str], frames: Any, fps: float, crf: int 
     import av
 
     path = Path(path)
-    positive("fps", fps)
+    checked("fps", fps, PositiveFloat, "write_video")
     if not path.parent.is_dir():
         raise UserError(f"no such folder: {path.parent}; create it first")
     if os.path.isdir(path):
