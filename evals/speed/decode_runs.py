@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import vlmfast
+from vlmfast.bench.question_sets import POCKET
 from vlmfast.decode import (
     Exact,
     FLy,
@@ -153,12 +154,20 @@ def timed(model: Any, tokenizer: Any, inputs: dict[str, Any], who: Competitor) -
 
 
 def captions(
-    processor: Any, n: int, kind: str = "caption", dtype: torch.dtype = torch.float32, first: int = 0
+    processor: Any,
+    n: int,
+    kind: str = "caption",
+    dtype: torch.dtype = torch.float32,
+    first: int = POCKET["reporting"].start,
 ) -> list[tuple[dict[str, Any], Any]]:
-    """n test pictures from `first` on, with the request to describe them: (inputs of generate, world sample)."""
+    """n test pictures from `first` on, with the request to describe them: (inputs of generate, world sample).
+
+    first: a picture's number; None = the first that is reported.
+    """
     from vlmfast.pocket import world
 
     out = []
+    first = POCKET["reporting"].start if first is None else first
     for seed in range(first, first + n):
         item = world.sample(kind, seed, "test")
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": item.question}]}

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from vlmfast.bench.question_sets import STREAMS
 from vlmfast.bench.scoring import exact_fact
 from vlmfast.stream import External, Internal, Oracle, RandomRetriever, Recency, StreamSession, UniformRetriever
 from vlmfast.stream.recall_by_layer import layer_recall
@@ -21,8 +22,7 @@ from vlmfast.stream.retrievers import Retriever, in_time
 
 TOKENS = 12  # longest answer
 BATCH = 64  # frames per push
-# Seeds of held-out clips: retrievers, redundancy and the number of blocks were chosen on the former
-CHOSEN_ON, REPORTED = range(1, 100), range(1000, 1040)
+CHOSEN_ON, REPORTED = STREAMS["choosing"], STREAMS["reporting"]  # numbers of held-out clips
 
 
 @dataclass(frozen=True)

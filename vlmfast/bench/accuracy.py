@@ -160,7 +160,8 @@ def identity_of(run: runner.Runner, task: tasks.Task, weights: str, batch: int, 
     import vlmfast
 
     return {
-        "task": task.name, "questions": task.config.get("sha256", ""), "model": run.name, "weights": weights,
+        "task": task.name, "questions": task.config.get("sha256") or task.config.get("set", ""),
+        "model": run.name, "weights": weights,
         "dtype": str(run.model.dtype).removeprefix("torch."), "tokens": tokens or task.tokens, "batch": batch,
         "vlmfast": vlmfast.__version__, "transformers": transformers.__version__, "torch": torch.__version__,
     }  # fmt: skip

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vlmfast.bench.question_sets import CHATS, PICTURES, QuestionSet
 from vlmfast.bench.scoring import exact_fact
 from vlmfast.bench.tasks import AGAIN, Clip, Sample, Task
 from vlmfast.core import UserError
@@ -26,8 +27,9 @@ from vlmfast.plan import Plan
 if TYPE_CHECKING:
     from vlmfast.bench.runner import Runner
 
-OFFSET = 100  # clips of `evals.stream` have smaller seeds
-CLIPS, EACH, SIZE = 400, 5, 192  # clips, questions about each, pixels a side: 8 seconds are 8 * 144 tokens
+OFFSET = 2000  # clips of `evals.stream` have smaller numbers
+EACH, SIZE = 5, 192  # questions about a clip, pixels a side: 8 seconds are 8 * 144 tokens
+NEXT = 10_000  # from one try of a clip to the next, so that no two clips share one
 SCENES = ("order", "what-when")  # kinds whose clips give rise to many questions
 KINDS = (*SCENES, "motion", "when", "how-often", "during")
 MINUTE, SCENE_QUESTIONS = 64, 9  # seconds of a clip of `pocket/turns`, and questions about it, one of them the opening
@@ -42,7 +44,7 @@ def chat(seed: int, size: int = SIZE) -> Chat:
     from vlmfast.pocket.scenes import Rng
 
     for attempt in range(100):  # until a scene offers so many
-        item = world.sample(SCENES[seed % len(SCENES)], seed + attempt * CLIPS, "test", size=size, objects=(3, 3))
+        item = world.sample(SCENES[seed % len(SCENES)], seed + attempt * NEXT, "test", size=size, objects=(3, 3))
         rng, scene = Rng(2, 2001, seed, attempt), item.meta["scene"]
         asked = {item.question: item.answer}
         for number in range(60):
@@ -66,15 +68,15 @@ def minute(seed: int) -> Chat:
 
 
 @functools.lru_cache(maxsize=1)
-def _pictures() -> list[tuple[str, list[tuple[str, str]]]]:
-    """Path and questions of the easy-VQA test pictures that have enough of them."""
+def _pictures() -> dict[int, tuple[str, list[tuple[str, str]]]]:
+    """Path and questions of the easy-VQA test pictures that have enough of them, by number."""
     import easy_vqa as data
 
     asked, answered, images = data.get_test_questions()
     paths, by_image = data.get_test_image_paths(), dict[int, dict[str, str]]()
     for question, answer, image in zip(asked, answered, images, strict=True):
         by_image.setdefault(image, {}).setdefault(question, answer)
-    return [(paths[i], list(qa.items())[: EACH + 1]) for i, qa in sorted(by_image.items()) if len(qa) > EACH]
+    return {i: (paths[i], list(qa.items())[: EACH + 1]) for i, qa in sorted(by_image.items()) if len(qa) > EACH}
 
 
 @functools.lru_cache(maxsize=4)
@@ -92,24 +94,25 @@ TASKS = dict(zip(AGAIN, [
 ], strict=True))  # fmt: skip
 
 
-def task(name: str) -> Task:
-    """Question i of a task of `TASKS` is one of those that follow the opening of clip (or picture) i // each."""
+def task(name: str, questions: QuestionSet = "reporting") -> Task:
+    """Question i of a task of `TASKS` is one of those that follow the opening of a set's clip (or picture) i // each."""
     draw, config = TASKS[name]
+    numbers = list((PICTURES if draw is picture else CHATS)[questions])
     each, short = config["each"], name.removeprefix("pocket/")
     try:
-        many = min(CLIPS, len(_pictures())) if draw is picture else CLIPS
+        numbers = [n for n in numbers if draw is not picture or n in _pictures()]
     except ImportError:
         raise UserError(f"task {name} needs its data: pip install easy-vqa") from None
 
     def make(i: int) -> Sample:
-        seed, j = divmod(i, each)
+        seed, j = numbers[i // each], i % each
         media, asked = draw(seed)
         (opening, _), (question, answer) = asked[0], asked[1 + j]
         return Sample(f"{short}/{seed}/{j}", question, [answer], [media], lambda said: exact_fact(said, answer),
                       cluster=f"{short}/{seed}", kind=short, opening=opening)  # fmt: skip
 
-    ids = [f"{short}/{seed}/{j}" for seed in range(many) for j in range(each)]
-    return Task(name, ids, make, 10, "accuracy", bucket=lambda i: i // each, config=config)
+    ids = [f"{short}/{seed}/{j}" for seed in numbers for j in range(each)]
+    return Task(name, ids, make, 10, "accuracy", bucket=lambda i: i // each, config={**config, "set": questions})
 
 
 def ask(runner: Runner, samples: Sequence[Sample], plan: Plan, tokens: int) -> tuple[list[str], dict[str, Any]]:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 
 from vlmfast import spec
 from vlmfast.bench import scoring
+from vlmfast.bench.question_sets import PICTURES, POCKET, QuestionSet
 from vlmfast.core import UserError
 from vlmfast.fields import NonNegativeInt, Options, PositiveInt, unknown
 
@@ -34,7 +35,7 @@ MID = {k: {"size": 128} for k in ("presence", "colour", "shape", "count", "relat
 }  # fmt: skip
 MIXES: dict[str, dict[str, dict[str, int]]] = {"long": LONG, "mid": MID}
 AGAIN = ("pocket/again", "pocket/turns", "easy-vqa/again")  # second questions, see `vlmfast.bench.followup`
-POCKET_SIZE = 1000  # questions per kind
+POCKET_SIZE = 1000  # questions per kind, of a task that names its first
 
 
 @dataclass
@@ -90,21 +91,22 @@ class Task:
         return list(range(len(self.ids) if limit is None else min(limit, len(self.ids))))
 
 
-def get(name: str, metric: str | None = None, frames: str = "uniform:16") -> Task:
-    """The task of a name. metric, frames (how videos are sampled): for tasks of one's own questions."""
+def get(name: str, metric: str | None = None, frames: str = "uniform:16", questions: QuestionSet = "reporting") -> Task:
+    """The task of a name. metric, frames (how videos are sampled): for tasks of one's own questions; questions: the set
+    of all others, unless the name says another."""
     if name == "easy-vqa":
-        return easy_vqa()
+        return easy_vqa(questions)
     if name in AGAIN:
         from vlmfast.bench import followup
 
-        return followup.task(name)
+        return followup.task(name, questions)
     if name.startswith("pocket/"):
-        return pocket(name)
+        return pocket(name, questions)
     path = Path(name)
     if path.exists() or path.suffix in (".jsonl", ".parquet"):
-        from vlmfast.bench import questions
+        from vlmfast.bench.questions import load
 
-        return questions.load(path, metric, frames)
+        return load(path, metric, frames)
     raise unknown(
         "task", name, ["easy-vqa", *AGAIN, *KINDS, "a path to questions.jsonl, .parquet or a folder with one"]
     )
@@ -115,34 +117,37 @@ def get(name: str, metric: str | None = None, frames: str = "uniform:16") -> Tas
 
 @dataclass(frozen=True)
 class PocketOptions(Options):
-    """size: pixels a side; seconds: of a clip; split: of the world; seed: number of the first question.
-    None = as the kind of question has it."""
+    """size: pixels a side; seconds: of a clip; split: of the world; set: of questions (`vlmfast.bench.question_sets`);
+    seed: number of the first question, instead of a set's. None = as the kind of question, or who asks, has it."""
 
     size: PositiveInt | None = None
     seconds: PositiveInt | None = None
     split: Literal["train", "test"] | None = None
-    seed: NonNegativeInt = 0
+    set: QuestionSet | None = None
+    seed: NonNegativeInt | None = None
     title: ClassVar[str] = "a pocket task"
 
 
 KINDS = {f"pocket/{kind}": PocketOptions for kind in ("all", *MIXES, *POCKET_KINDS)}
 
 
-def pocket(name: str) -> Task:
-    """Held-out questions of the pocket world, fixed seeds; `pocket/KIND:field=value` with fields of `PocketOptions`."""
+def pocket(name: str, questions: QuestionSet = "reporting") -> Task:
+    """Held-out questions of the pocket world by number; `pocket/KIND:field=value` with fields of `PocketOptions`."""
     kind = spec.parse(name)["method"].removeprefix("pocket/")
     given: PocketOptions = spec.read("task", name, KINDS)
+    chosen = given.set or ("" if given.seed is not None or given.split == "train" else questions)
+    numbers = POCKET[chosen] if chosen else range(given.seed or 0, (given.seed or 0) + POCKET_SIZE)
     options = {f: v for f in ("size", "seconds", "split") if (v := getattr(given, f)) is not None}
     kinds = list(POCKET_KINDS[:-1]) if kind == "all" else list(MIXES.get(kind, [kind]))
     # an even mix: question i is of kind i mod n
-    order = [(k, given.seed + i) for i in range(POCKET_SIZE) for k in kinds]
+    order = [(k, number) for number in numbers for k in kinds]
     extra = MIXES.get(kind, {})
 
     def make(i: int) -> Sample:
         from vlmfast.pocket import world
 
         k, seed = order[i]
-        item = world.sample(k, seed, **{"split": "test", **extra.get(k, {}), **options})
+        item = world.sample(k, seed, balanced=bool(chosen), **{"split": "test", **extra.get(k, {}), **options})
         media = Clip(item.frames.numpy(), item.fps) if item.is_video else item.frames[0].numpy()
         return Sample(f"{k}/{seed}", item.question, [item.answer], [media], functools.partial(world.score, item),
                       cluster=f"{k}/{seed}", kind=k, choices=item.choices, before=item.before)  # fmt: skip
@@ -150,28 +155,30 @@ def pocket(name: str) -> Task:
     caption = kind == "caption"
     return Task(
         name, [f"{k}/{seed}" for k, seed in order], make, 112 if caption else 10, "f1" if caption else "accuracy",
-        bucket=lambda i: order[i][0], config=options,
+        bucket=lambda i: order[i][0], config=options | ({"set": chosen} if chosen else {"seed": given.seed or 0}),
     )  # fmt: skip
 
 
 # ---------------------------------------------------------------- easy-VQA
 
 
-def easy_vqa() -> Task:
-    """The test split of easy-VQA (Zhou 2019, PyPI `easy-vqa`): 9,673 questions about 1,000 pictures."""
+def easy_vqa(questions: QuestionSet = "reporting") -> Task:
+    """The test split of easy-VQA (Zhou 2019, PyPI `easy-vqa`), 9,673 questions about 1,000 pictures: a set of them."""
     try:
         import easy_vqa as data
     except ImportError:
         raise UserError("task easy-vqa needs its data: pip install easy-vqa") from None
     asked, answered, images = data.get_test_questions()
     paths = data.get_test_image_paths()
+    chosen = [i for i, image in enumerate(images) if image in PICTURES[questions]]
 
-    def make(i: int) -> Sample:
+    def make(number: int) -> Sample:
         from PIL import Image
 
+        i = chosen[number]
         picture = Image.open(paths[images[i]]).convert("RGB")
         return Sample(f"easy-vqa/{i}", asked[i], [answered[i]], [picture],
                       lambda text: scoring.exact(text, [answered[i]]), cluster=f"image/{images[i]}",
                       kind="easy-vqa")  # fmt: skip
 
-    return Task("easy-vqa", [f"easy-vqa/{i}" for i in range(len(asked))], make, 6, "accuracy")
+    return Task("easy-vqa", [f"easy-vqa/{i}" for i in chosen], make, 6, "accuracy", config={"set": questions})

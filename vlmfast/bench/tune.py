@@ -194,7 +194,7 @@ def tune(
     start = clock()
     files.claim(out, force, (".json",))
     page.check_drawing()
-    task = tasks.get(task_name)
+    task = tasks.get(task_name, questions="choosing")
     runner.check_draft(draft)
     draft = draft or runner.own_draft(model)
     plans = candidates(names, draft)

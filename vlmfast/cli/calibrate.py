@@ -80,7 +80,7 @@ def of_task(loaded: Any, name: str, limit: int) -> Iterator[dict[str, Any]]:
     from vlmfast.bench.runner import Runner
     from vlmfast.core import UserError
 
-    task = tasks.get(name)
+    task = tasks.get(name, questions="tuning")
     run = Runner(loaded.model, loaded.processor, loaded.name)
     for i in task.first(limit):
         sample = task.sample(i)

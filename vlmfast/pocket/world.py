@@ -16,7 +16,7 @@ from vlmfast.pocket.captions import Fact, caption, facts, normalise, read_facts,
 from vlmfast.pocket.clips import LongClip, clip
 from vlmfast.pocket.questions import CLIP_KINDS, KINDS, STILL_KINDS, answers, subjects, turns
 from vlmfast.pocket.render import render
-from vlmfast.pocket.scenes import HELD_OUT, Rng, Scene, moving, still, written
+from vlmfast.pocket.scenes import COLOUR_NAMES, HELD_OUT, SHAPES, Rng, Scene, moving, still, written
 
 __all__ = [
     "HELD_OUT",
@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 SPLITS = {"train": 1, "test": 2}
+SUBJECTS = {"colour": SHAPES, "shape": COLOUR_NAMES}  # what a question of the kind names
 
 
 @dataclass
@@ -99,6 +100,7 @@ def sample(
     seconds: int | None = None,
     objects: tuple[int, int] | None = None,
     device: torch.device | str = "cpu",
+    balanced: bool = False,
 ) -> Sample:
     """Draw sample `seed` of question kind `kind`.
 
@@ -108,6 +110,8 @@ def sample(
     size : pixels, one number or (height, width); multiples of 16, so that one visual token covers 16 x 16.
     seconds : length of a clip at 2 frames per second (default 8, needles 32; captions are of pictures unless given).
     objects : (fewest, most) objects.
+    balanced : what a question of colour or shape is about is drawn as evenly as its answer, so that no answer is common
+        for the words of a question. Otherwise the test split asks mostly about pairs that training never saw.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown question kind {kind!r}; known: {', '.join(KINDS)}")
@@ -117,6 +121,7 @@ def sample(
     shape = _size(size)
     length = (seconds or (32 if kind == "needle" else 8)) if kind in CLIP_KINDS else (seconds or 0)
     choices = answers(kind, length)
+    about = Rng(SPLITS[split], KINDS.index(kind), seed, 1).pick(SUBJECTS[kind]) if balanced and kind in SUBJECTS else ""
     want = rng.pick(choices) if choices else rng.pick(("a", "b")) if kind == "order" else None
     for _ in range(2000):
         scene = scene_for(kind, rng, split, shape, length, objects)
@@ -126,7 +131,7 @@ def sample(
             ]
         else:
             chat = turns(kind, scene, rng, want)
-        if chat is not None:
+        if chat is not None and (not about or about in chat[-1][0].split()):
             break
     else:
         raise RuntimeError(f"no {kind} question with answer {want!r} in 2000 scenes (seed {seed}, objects {objects})")
