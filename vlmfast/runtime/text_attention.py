@@ -22,9 +22,11 @@ from vlmfast.runtime.prune_input import InputPruning
 class TextAttentionRecorder:
     """Attention averaged over heads and the last `queries` text columns, of the prefill that last brought media.
 
-    It is noted in `RequestState.text_attention`. Recomputed from queries and keys of those few rows: the attention that
-    the model has stays. Layers after a cut between layers hold fewer columns and are left out.
+    Recomputed from queries and keys of those few rows: the attention that the model has stays. Layers after a cut
+    between layers hold fewer columns and are left out.
     """
+
+    per_call = ("on", "kinds", "index", "rows")
 
     def __init__(self, model: nn.Module, family: Family, columns: InputPruning, queries: int) -> None:
         self.model, self.family, self.columns, self.queries = model, family, columns, queries
