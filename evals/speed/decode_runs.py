@@ -158,7 +158,7 @@ def captions(
     n: int,
     kind: str = "caption",
     dtype: torch.dtype = torch.float32,
-    first: int = POCKET["reporting"].start,
+    first: int | None = None,
 ) -> list[tuple[dict[str, Any], Any]]:
     """n test pictures from `first` on, with the request to describe them: (inputs of generate, world sample).
 
