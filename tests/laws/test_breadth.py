@@ -18,6 +18,7 @@ from vlmfast import families
 from vlmfast.core import Kind
 from vlmfast.encode import CDPruner, HiRED, IVCPrune, MMTok, PyramidDrop, VCast, VidCom2, VisionZip
 from vlmfast.plan import Plan, parse
+from vlmfast.runtime.cache_state import cache_state
 from vlmfast.runtime.tower_attention import TowerAttention
 
 MIXED = {f: ("image", "video") if f in tiny.VIDEO_FAMILIES else ("image", "image") for f in tiny.FAMILIES}
@@ -31,7 +32,7 @@ def pruned_equals_short(family: str, media: tuple, method: Any) -> None:
     model, inputs = tiny.build(family), tiny.inputs(family, media=media, batch=2)
     with vlmfast.accelerate(model, prune=method) as fast:
         out = run(model, inputs)
-    columns = out.past_key_values.vlmfast_columns
+    columns = cache_state(out.past_key_values).columns
     kept = [i[i >= 0] for i in columns.index]
     torch.testing.assert_close(logits(out), short_reference(model, inputs, kept, NEW), rtol=2e-4, atol=2e-4)
     width = max(len(k) for k in kept) + NEW - 1

@@ -10,6 +10,7 @@ import torch
 from vlmfast import families
 from vlmfast.core import UserError
 from vlmfast.prefill import AdaKV, Full, HybridKV, KeyDiff, KVLayer, Random, SnapKV, StreamingLLM
+from vlmfast.runtime.cache_state import cache_state
 from vlmfast.runtime.kv_hooks import KVHooks
 from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.prune_input import InputPruning
@@ -322,7 +323,7 @@ def test_with_a_pruner(policy, family):
         out = generate(model, inputs, 3)
     cache = out.past_key_values
     visual = inputs["input_ids"].eq(tiny.IMAGE).sum().item()
-    entered = cache.vlmfast_columns.kinds.shape[1]
+    entered = cache_state(cache).columns.kinds.shape[1]
     assert visual // 2 <= inputs["input_ids"].shape[1] - entered <= visual // 2 + 1
     assert cache.get_seq_length() == out.sequences.shape[1] - 1
     for layer in cache.layers:

@@ -29,10 +29,11 @@ from vlmfast.decode.drafts import Request
 from vlmfast.decode.output import Output, split
 from vlmfast.decode.preconditions import check, tokenizer_for
 from vlmfast.decode.proposers import ModelProposer
-from vlmfast.decode.relevance import VisualMemory, collect
+from vlmfast.decode.relevance import collect
 from vlmfast.decode.speculate import Speculate
 from vlmfast.decode.strict_tokens import strict_tokens
 from vlmfast.decode.verification import TokenChooser, VerifiedLogits
+from vlmfast.runtime.cache_state import VisualMemory
 from vlmfast.runtime.clock import clock
 from vlmfast.runtime.compat import CACHE, cache_in
 from vlmfast.runtime.stepper import Stepper

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
-from vlmfast.runtime.cache_state import PrunedLayer
+from vlmfast.runtime.pruned_layer import AnnouncedColumns, PrunedLayer
 from vlmfast.runtime.rewind import fixed_rotation
 
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -221,7 +221,7 @@ def layer_weights(block: Any) -> tuple[Any, ...]:
 def append(cache: Any, columns: list[tuple[Tensor, Tensor]]) -> None:
     """Append stepped keys and values, (B, Hk, n, Dh) per layer, to the layers of a cache."""
     for layer, (keys, values) in zip(cache.layers, columns, strict=False):
-        if getattr(layer, "announced", None) is not None:  # only our own hooks may add to it
+        if isinstance(layer, AnnouncedColumns) and layer.announced is not None:  # only our own hooks may add to it
             layer.announce()
         layer.update(keys, values)
 

@@ -22,12 +22,12 @@ from transformers.cache_utils import DynamicLayer
 from vlmfast import kernels
 from vlmfast.core import UserError
 from vlmfast.families import Family
-from vlmfast.runtime.cache_state import PrunedLayer
 from vlmfast.runtime.compat import cache_in
 from vlmfast.runtime.fused_modules import FusedModules
 from vlmfast.runtime.grids import Grid, Grids
 from vlmfast.runtime.packed_pieces import KeptPieces, Pieces
 from vlmfast.runtime.patch import Patch
+from vlmfast.runtime.pruned_layer import PrunedLayer
 from vlmfast.runtime.tower_graphs import TowerGraphs
 
 FRESH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

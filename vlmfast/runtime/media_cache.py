@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from vlmfast.families import Family
+from vlmfast.runtime.cache_state import cache_state
 from vlmfast.runtime.compat import cache_in, put_cache
 from vlmfast.runtime.digest import model_digest, tensor_digest, value_digest
+from vlmfast.runtime.pruned_layer import RaggedLayer
 from vlmfast.runtime.rewind import fixed_rotation
 
 PIXELS = ("pixel_values", "pixel_values_videos")
@@ -162,7 +164,7 @@ class MediaCache:
         for layer in kept.layers:
             if length > self._visual_end:
                 layer.crop(self._visual_end - length)
-        columns = getattr(kept, "vlmfast_columns", None)
+        columns = cache_state(kept).columns
         if columns is not None:
             columns.grow(self._visual_end)
         size = sum(layer_bytes(layer) for layer in kept.layers)
@@ -215,6 +217,6 @@ def sum_bytes(value: Any) -> int:
 
 def layer_bytes(layer: Any) -> int:
     """Bytes a cache layer holds, all tiers."""
-    if hasattr(layer, "nbytes"):
+    if isinstance(layer, RaggedLayer):
         return int(layer.nbytes()["resident"])
     return sum_bytes([layer.keys, layer.values])

@@ -16,20 +16,20 @@ from torch import Tensor, nn
 from vlmfast import kernels
 from vlmfast.core import Kind, StageDidNotFire, Unsupported
 from vlmfast.families import Family
+from vlmfast.runtime.cache_state import CutColumns, cache_state, put_cache_state
 from vlmfast.runtime.clock import Stopwatch
 from vlmfast.runtime.compat import cache_in
 from vlmfast.runtime.kv_hooks import window_queries
 from vlmfast.runtime.layer_cuts import (
-    CutColumns,
     CutInputs,
     LayerMethod,
     PrunedPrefill,
     all_keys,
-    prunable,
     take_tables,
 )
 from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.prune_input import InputPruning
+from vlmfast.runtime.pruned_layer import prunable
 
 
 def deep_layers(model: nn.Module) -> int:
@@ -93,7 +93,7 @@ class BetweenLayerPruning:
         entered, cache = self.columns.entered, cache_in(kwargs)
         mask = kwargs.get("attention_mask")
         plain = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
-        if not plain and (self.columns.has_media or hasattr(cache, "vlmfast_cuts")):
+        if not plain and (self.columns.has_media or cache_state(cache).cuts):
             raise Unsupported(
                 f"a prebuilt attention mask cannot follow columns that {self.method.name} drops between layers: "
                 "use the default dynamic cache and a 2-D mask"
@@ -185,7 +185,7 @@ class BetweenLayerPruning:
                 layer.announce()
             uncut = cache.layers[0].keys.shape[2]
             held = CutColumns(run.valid, torch.cat([index, run.index], 1), uncut, not bool(run.valid.all()))
-            cache.vlmfast_cuts = {**getattr(cache, "vlmfast_cuts", {}), i: held}
+            put_cache_state(cache, cuts={**cache_state(cache).cuts, i: held})
         return hidden.gather(1, source[..., None].expand(-1, -1, hidden.shape[-1]))
 
     def _stays(self, scores: Tensor, run: PrunedPrefill, fraction: float) -> Tensor:
@@ -200,8 +200,9 @@ class BetweenLayerPruning:
         past = run.prior.shape[1]
         if past == 0:
             return run.prior, run.index[:, :0]
-        index = cache.vlmfast_columns.index[:, :past]
-        held: CutColumns | None = getattr(cache, "vlmfast_cuts", {}).get(i)
+        state = cache_state(cache)
+        assert state.columns is not None
+        index, held = state.columns.index[:, :past], state.cuts.get(i)
         if held is None:
             return run.prior, index
         new = past - held.uncut  # columns that came after that cut's prefill entered every layer alike
@@ -212,7 +213,7 @@ class BetweenLayerPruning:
     def _continue(self, i: int, hidden: Tensor, kwargs: dict) -> None:
         """Decode, verification or a turn without new media, over layers that were cut before."""
         cache = cache_in(kwargs)
-        cuts: dict[int, CutColumns] = getattr(cache, "vlmfast_cuts", {})
+        cuts = cache_state(cache).cuts
         at = max((c for c in cuts if c <= i), default=None)
         if at is None or cache is None:
             return

@@ -22,10 +22,11 @@ from vlmfast.families import Family, Item
 from vlmfast.families.base import feature_list
 from vlmfast.runtime.cache_state import (
     Columns,
+    cache_state,
     column_kinds,
     contiguous_positions,
-    count_skipped,
     entry_mask,
+    put_cache_state,
     rows_width,
 )
 from vlmfast.runtime.clock import Stopwatch
@@ -34,6 +35,7 @@ from vlmfast.runtime.compiled import is_compiled, refuse_compiled
 from vlmfast.runtime.media_cache import MediaCache
 from vlmfast.runtime.model_lock import model_lock
 from vlmfast.runtime.patch import Patch
+from vlmfast.runtime.pruned_layer import count_skipped
 from vlmfast.runtime.selection import drop, left_padded, select_kind
 from vlmfast.runtime.tower_attention import TowerAttention
 
@@ -211,7 +213,7 @@ class InputPruning:
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         embeds = kwargs["inputs_embeds"]
         cache = cache_in(kwargs)
-        columns: Columns | None = getattr(cache, "vlmfast_columns", None)
+        columns: Columns | None = cache_state(cache).columns
         past = cache.get_seq_length() if cache is not None else 0
         seen, self.seen = self.seen, {}
         has_media = any(bool(m.any()) for m in seen.values())
@@ -278,7 +280,7 @@ class InputPruning:
         if cache is not None:
             if rows is not None:
                 count_skipped(cache, q - rows_width(rows), len(self.family.layers(self.model)))
-            cache.vlmfast_columns = state
+            put_cache_state(cache, columns=state)
             state.announce(cache)
             self._note_cache(cache)
         if rows is not None or (columns is not None and columns.padded):

@@ -11,6 +11,7 @@ from transformers import LogitsProcessorList
 from vlmfast.families import Family
 from vlmfast.runtime.clock import clock
 from vlmfast.runtime.patch import Patch
+from vlmfast.runtime.pruned_layer import RaggedLayer
 
 
 class StageTimer:
@@ -81,7 +82,7 @@ def cache_counts(cache: Any) -> dict[str, float]:
     """`cached_tokens` (mean columns held per layer and head), `kv_fast_bytes`, `kv_host_bytes` of a cache."""
     columns, fast, host, layers = 0.0, 0, 0, 0
     for layer in getattr(cache, "layers", None) or []:
-        if hasattr(layer, "nbytes"):  # our ragged layer knows its tiers
+        if isinstance(layer, RaggedLayer):  # it knows its tiers
             tiers = layer.nbytes()
             fast += tiers["fast"]
             host += tiers["host"]

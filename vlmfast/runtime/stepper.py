@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from vlmfast import families
 from vlmfast.core import Kind, PlainRows, Unsupported, brief
+from vlmfast.runtime.cache_state import cache_state
 from vlmfast.runtime.compat import CACHE, cache_of
 from vlmfast.runtime.fast_decoder import FastDecoder, why_not
+from vlmfast.runtime.pruned_layer import RaggedLayer
 
 Maker = Callable[..., Any]  # see `engine.open_static`
 _CHECKED: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
@@ -122,7 +124,7 @@ class Stepper:
 
     def _go_functional(self, room: int, static: Maker | None, forced: bool) -> None:
         valid = None
-        columns = getattr(self.cache, "vlmfast_columns", None)
+        columns = cache_state(self.cache).columns
         if columns is not None and columns.padded:
             valid = columns.kinds != Kind.PAD
         elif columns is None and self.mask is not None:
@@ -278,7 +280,7 @@ class Stepper:
         handle = None
         if self.hidden_layer is not None:
             handle = self.text.layers[self.hidden_layer].register_forward_hook(self._keep_hidden)
-        ours = [layer for layer in self.cache.layers if hasattr(layer, "verifying")]
+        ours = [layer for layer in self.cache.layers if isinstance(layer, RaggedLayer)]
         for layer in ours:
             layer.verifying = True
         try:
