@@ -114,6 +114,18 @@ class TokenPruner(Protocol):
         ...
 
 
+@runtime_checkable
+class MergingPruner(TokenPruner, Protocol):
+    """A pruner that may add what it drops to what it keeps."""
+
+    @property
+    def merges(self) -> bool: ...
+
+    def merged(self, tokens: VisualTokens, kept: Tensor) -> Tensor:
+        """Features (K, D) of the kept indices (K,), after the dropped tokens were merged into them."""
+        ...
+
+
 @dataclass
 class Rotation:
     """RoPE of the columns of one prefill: one object, shared by all its layers."""

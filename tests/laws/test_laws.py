@@ -192,7 +192,7 @@ def test_text_and_separators_survive_and_frames_keep_their_floor(family: str, me
     model, inputs = tiny.build(family), tiny.inputs(family, media=media, batch=2)
     with vlmfast.accelerate(model, prune=Random(keep=0.05)) as fast:
         out, columns = capture_columns(fast, lambda: run(model, inputs))
-        items = {kind: list(laid) for kind, laid in fast.columns.media.items()}
+        items = {kind: list(laid) for kind, laid in fast.request.media.items()}
     ids = inputs["input_ids"]
     visual = torch.zeros_like(ids, dtype=torch.bool)
     for token in families.get(model).visual_ids(model).values():

@@ -14,6 +14,7 @@ from vlmfast.runtime.cache_state import cache_state
 from vlmfast.runtime.kv_hooks import KVHooks
 from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.prune_input import InputPruning
+from vlmfast.runtime.request_state import Requests
 
 SMALL = {"keep": 0.5, "sinks": 2, "recent": 4}  # small enough for prompts of tiny models
 POLICIES = [
@@ -38,7 +39,7 @@ class Accelerated:
         family = families.get(model)
         text = family.text(model)
         KVHooks(text, text.config, policy, self.reports.append).install(self.patch)
-        InputPruning(model, family, pruner).install(self.patch)
+        InputPruning(model, family, Requests(model, pruner)).install(self.patch)
 
     def __enter__(self):
         return self

@@ -22,6 +22,7 @@ from vlmfast.engine import open_static
 from vlmfast.fields import Method
 from vlmfast.runtime import dtypes, weights
 from vlmfast.runtime.compat import CACHE, OLD
+from vlmfast.runtime.request_state import Requests
 from vlmfast.runtime.stepper import Stepper
 
 PADDING_ROWS = 512  # vocabularies of one tokenizer may differ by this many unused rows (Qwen: 151936 and 152064)
@@ -36,9 +37,9 @@ class Request:
     generation_config: Any
     model_kwargs: dict[str, Any]  # prepared for the target, before its prefill
     inputs: dict[str, Any]  # media tensors as the user gave them
-    columns: Any = None  # the target's column hooks, when it is accelerated
+    requests: Requests | None = None  # the target's calls, when it is accelerated
     fresh_cache: Callable[[Any], Any] = lambda model: None  # model -> an empty cache for it
-    handle: Any = None  # of the accelerated draft model
+    of_draft: Requests | None = None  # those of the accelerated draft model
     stop: frozenset[int] = frozenset()  # ids that end the answer
     steps: str = "auto"  # the engine, see `Stepper.prefill`
 
@@ -128,8 +129,8 @@ class ModelDraft(Method):
     def open(self, request: Request) -> Draft:
         """Prefill the draft with the same prompt and media, over a cache of its own."""
         draft = self.load()
-        hooks: Any = getattr(request.handle, "columns", None)
-        if self.prune is not None and hooks is None:
+        requests = request.of_draft
+        if self.prune is not None and requests is None:
             raise Unsupported(
                 f"{self.name}(prune=...) prunes through vlmfast.accelerate(model, speculate=...): use that call"
             )
@@ -138,14 +139,13 @@ class ModelDraft(Method):
         skip = ("input_ids", "inputs", "inputs_embeds", OLD, CACHE, "position_ids", "mm_encoder_outputs")
         kwargs = {k: v for k, v in request.inputs.items() if k not in skip}
         kwargs |= {"use_cache": True, "logits_to_keep": 1, CACHE: request.fresh_cache(draft)}
-        if hooks is not None:
-            hooks.reset()
-        guide = hooks.using(_pruner(self.prune, request)) if _guided(self.prune) else nullcontext()
-        with guide, torch.inference_mode():  # nothing of it leaves the draft
+        guided = _pruner(self.prune, request) if _guided(self.prune) else None  # else the one it was accelerated with
+        call = nullcontext() if requests is None else requests.call(guided)
+        with call as own, torch.inference_mode():  # nothing of it leaves the draft
             stepper = Stepper.prefill(
                 draft, ids, request.generation_config, kwargs, engine=request.steps, static=open_static
             )
-        if hooks is not None and hooks.stats["visual_tokens"] == 0 and _sees(draft, ids):
+        if own is not None and own.visual_tokens == 0 and _sees(draft, ids):
             raise StageDidNotFire("visual tokens were in the prompt but the draft's pruner never saw them")
         vocab = min(_vocabulary(draft), _vocabulary(request.model))
         return ModelProposer(stepper, ids.shape[1], request.stop, vocab, self.confidence)
@@ -159,8 +159,8 @@ def _pruner(prune: Any, request: Request) -> Any:
     """The draft's pruner for this prompt: one that follows the target is told what the target looked at."""
     if not _guided(prune):
         return prune
-    ids, text_attention = request.input_ids[0], getattr(request.columns, "text_attention", None)
-    scores = None if text_attention is None else text_attention.scores(ids.shape[0])
+    ids, requests = request.input_ids[0], request.requests
+    scores = None if requests is None else requests.current.text_attention.scores(ids.shape[0])
     if scores is None:
         return prune.guided_by(None)
     tokens = families.get(request.model).visual_ids(request.model).values()
@@ -201,17 +201,14 @@ class SelfDraft(Method):
 
     def open(self, request: Request) -> Draft:
         """A second prefill of the target over a cache of its own."""
-        if request.columns is None:
+        if request.requests is None:
             raise Unsupported("SelfDraft prunes through vlmfast.accelerate(model, speculate=...): use that call")
-        hooks = request.columns
-        stats, cache, notes = dict(hooks.stats), hooks.cache, list(hooks.notes)
         kwargs = {**request.model_kwargs, CACHE: request.fresh_cache(request.model)}
-        with hooks.using(_pruner(self.prune, request)) if hasattr(hooks, "using") else nullcontext():
+        with request.requests.second_prefill(_pruner(self.prune, request)):
             stepper = Stepper.prefill(
                 request.model, request.input_ids, request.generation_config, kwargs, engine=request.steps,
                 static=open_static,
             )  # fmt: skip
-        hooks.stats, hooks.cache, hooks.notes = stats, cache, notes
         vocab = _vocabulary(request.model)
         return ModelProposer(stepper, request.input_ids.shape[1], request.stop, vocab, self.confidence)
 

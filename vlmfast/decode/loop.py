@@ -36,6 +36,7 @@ from vlmfast.decode.verification import TokenChooser, VerifiedLogits
 from vlmfast.runtime.cache_state import VisualMemory
 from vlmfast.runtime.clock import clock
 from vlmfast.runtime.compat import CACHE, cache_in
+from vlmfast.runtime.request_state import Requests
 from vlmfast.runtime.stepper import Stepper
 
 __all__ = ["build", "check"]
@@ -52,8 +53,8 @@ def build(
     speculate: Speculate,
     *,
     streamer: Any = None,
-    columns: Any = None,
-    draft: Any = None,
+    requests: Requests | None = None,
+    draft: Requests | None = None,
     inputs: dict[str, Any] | None = None,
     sink: Callable[[dict[str, Any]], Any] | None = None,
     steps: str = "auto",
@@ -61,11 +62,11 @@ def build(
 ) -> Callable[..., Any]:
     """The `custom_generate` callable of one `generate` call.
 
-    streamer: the one given to `generate` (transformers hands none to a callable); columns: the target's column hooks,
-    needed by SelfDraft; draft: the handle of an accelerated draft model (its hooks do the work); inputs: the keyword
-    arguments of the call, for the draft's own encoder; sink: receives the numbers of the report; steps: the engine of
-    target and draft, see `Stepper.prefill`; many: take several rows too, without a draft. Also moves `stop_strings` out
-    of `inputs` into `stopping_criteria`: transformers loses the tokenizer on the way to a callable.
+    streamer: the one given to `generate` (transformers hands none to a callable); requests: the calls of the
+    accelerated target, needed by SelfDraft; draft: those of an accelerated draft model (its hooks do the work); inputs:
+    the keyword arguments of the call, for the draft's own encoder; sink: receives the numbers of the report; steps: the
+    engine of target and draft, see `Stepper.prefill`; many: take several rows too, without a draft. Also moves
+    `stop_strings` out of `inputs` into `stopping_criteria`: transformers loses the tokenizer on the way to a callable.
     """
     inputs = {} if inputs is None else inputs
     if inputs.get("stop_strings") is not None and inputs.get("tokenizer") is not None:
@@ -93,7 +94,7 @@ def build(
         cache = run.go(
             TokenChooser(logits_processor, run.sampling, run.drawn, run.rule.graded()),
             tokenizer,
-            (columns, draft),
+            (requests, draft),
             media,
             kwargs,
         )
@@ -130,7 +131,7 @@ class _Run:
         self,
         choice: TokenChooser,
         tokenizer: Any,
-        hooks: tuple[Any, Any],
+        hooks: tuple[Requests | None, Requests | None],
         media: dict[str, Any],
         kwargs: dict[str, Any],
     ) -> Any:
@@ -210,8 +211,9 @@ class _Run:
         self.random = torch.Generator().manual_seed(getattr(rule, "seed", 0))
 
     def _open(
-        self, columns: Any, handle: Any, media: dict[str, Any], cache: Any, kwargs: dict[str, Any], continued: bool
-    ) -> None:
+        self, requests: Requests | None, of_draft: Requests | None, media: dict[str, Any], cache: Any,
+        kwargs: dict[str, Any], continued: bool,
+    ) -> None:  # fmt: skip
         """Make the draft live; on a cache that is continued, the one of the turns before goes on."""
         config, start = self.speculate.draft, time.perf_counter()
         kept = _KEPT.get(cache)
@@ -228,9 +230,9 @@ class _Run:
                 self.config,
                 kwargs,
                 media,
-                columns,
+                requests,
                 _fresh_cache,
-                handle,
+                of_draft,
                 self.out.eos,
                 self.steps,
             )

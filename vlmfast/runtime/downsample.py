@@ -20,6 +20,7 @@ from vlmfast.runtime.cache_state import ShortenedPrompt, cache_state, put_cache_
 from vlmfast.runtime.clock import Stopwatch
 from vlmfast.runtime.compat import cache_in, option
 from vlmfast.runtime.full_prompt import FullPromptView, put
+from vlmfast.runtime.request_state import RequestState
 from vlmfast.runtime.selection import left_padded
 from vlmfast.runtime.shorten_prompt import arguments, implied_mask
 
@@ -44,17 +45,19 @@ class Downsampled:
             raise Unsupported(f"{method.name} resizes what generate() gets, and a draft gets no such call: use uniform")
         return cls(model, family, method) if method.keep < 1 else None
 
-    def around(self, handle: Any) -> Callable[[Callable[..., Any], tuple, dict[str, Any]], Any]:
+    def around(self, handle: Any) -> Callable[..., Any]:
         """The `_generate` of an `Accelerated` handle, on resized media."""
         return functools.partial(self._run, handle)
 
-    def _run(self, handle: Any, inner: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _run(
+        self, handle: Any, request: RequestState, inner: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
+    ) -> Any:
         call = arguments(inner, args, kwargs)
         cache = cache_in(call)
         before = cache_state(cache).shortened
         grids = {kind: call.get(grid) for kind, (_, grid) in PIXELS.items() if call.get(PIXELS[kind][0]) is not None}
         if before is None and not grids:
-            return handle._generate(inner, (), call)
+            return handle._generate(request, inner, (), call)
         self._refuse(call, cache, before, grids)
         watch = Stopwatch(self.model)
         start = watch.now()
@@ -72,9 +75,9 @@ class Downsampled:
         for name in ("logits_processor", "stopping_criteria"):
             if call.get(name) is not None:
                 call[name] = type(call[name])(shown.shown_to(call[name], call[name]))
-        out = handle._generate(inner, (), call)
-        if handle.columns.cache is not None:
-            put_cache_state(handle.columns.cache, shortened=made)
+        out = handle._generate(request, inner, (), call)
+        if request.cache is not None:
+            put_cache_state(request.cache, shortened=made)
         if before is None:
             counts = {"visual_tokens": made.counts[0], "kept_tokens": made.counts[1]}
             handle.report.encode |= counts | {"select_ms": watch.seconds() * 1e3}

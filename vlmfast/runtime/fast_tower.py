@@ -80,8 +80,6 @@ class FastTower:
     inside the tower has chosen.
     """
 
-    per_call = ("grid", "cut", "_kept")
-
     def __init__(self, model: nn.Module, family: Family) -> None:
         tower: Any = family.tower(model)
         self.tower = tower

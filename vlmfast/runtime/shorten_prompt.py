@@ -71,7 +71,7 @@ class PromptShortening:
         self, model: nn.Module, family: Family, columns: InputPruning, patch: Patch, meter: StageTimer
     ) -> None:
         self.model, self.family, self.columns = model, family, columns
-        self.patch, self.meter = patch, meter
+        self.requests, self.patch, self.meter = columns.requests, patch, meter
         self.longest = -1  # the longest static cache so far: transformers never makes a shorter one again
 
     def run(self, inner: Callable[..., Any], args: tuple, kwargs: dict, option: Callable[[str], Any], why: str) -> Any:
@@ -86,11 +86,11 @@ class PromptShortening:
             with torch.no_grad():
                 short = self._shorten(call, option)
             call = short.call
-            self.columns.notes.append(f"prune: inputs rewritten for {why}")
+            self.requests.current.notes.append(f"prune: inputs rewritten for {why}")
         wants_dict = option("return_dict_in_generate")
         put(call, "return_dict_in_generate", True)
         out = self._generate(inner, call, short)
-        self.columns.cache = cache = cache_of(out)
+        self.requests.current.cache = cache = cache_of(out)
         if short is not None:
             out.sequences = torch.cat([short.ids, out.sequences[:, short.width :]], 1)
             self._settle(cache, short)
@@ -217,8 +217,8 @@ class PromptShortening:
         call["mm_encoder_outputs"] = self._outputs(kw, encoded, short_ids.to(device), n)
         if n > 1:
             put(call, "num_return_sequences", 1)
-            self.columns.stats["visual_tokens"] *= n
-            self.columns.stats["kept_tokens"] *= n
+            self.requests.current.visual_tokens *= n
+            self.requests.current.kept_tokens *= n
         length, width = ids.shape[1], source.shape[1]
         for name in ("max_length", "min_length"):  # they count the prompt
             limit = option(name)
