@@ -13,7 +13,11 @@ from torch import Tensor, nn
 
 from vlmfast import engine, families
 from vlmfast.core import StageDidNotFire, Unsupported, parse_bytes
+from vlmfast.decode.drafts import DraftMethod, ModelDraft
+from vlmfast.decode.target_attention import TargetAttention
 from vlmfast.decode_loop import put_loop
+from vlmfast.encode.between import LayerPruner
+from vlmfast.encode.downsample import Downsample
 from vlmfast.plan import Plan, resolve
 from vlmfast.preconditions import MARK, check_model, refuse_call, refuse_copy, unwrap
 from vlmfast.report import Report, why_all_kept
@@ -101,9 +105,10 @@ class Accelerated:
         if self.hooked:
             patch.call(lock_functions(model))
         self.tower: FastTower | None = fast_modules(model, self.family, patch) if plan.fast_tower else None
-        between = hasattr(plan.prune, "cuts")  # acts between layers of the language model; may hold a first pruner
-        self.smaller = Downsampled.of(model, self.family, plan.prune, self.always)
-        outer = plan.prune.prune if between else None if self.smaller is not None else plan.prune
+        between = plan.prune if isinstance(plan.prune, LayerPruner) else None  # may hold a first pruner
+        resizes = isinstance(plan.prune, Downsample)
+        self.smaller = Downsampled.of(model, self.family, plan.prune, self.always) if resizes else None
+        outer = between.prune if between is not None else None if self.smaller is not None else plan.prune
         self.requests = requests = Requests(model, outer)
         self.columns = InputPruning(model, self.family, requests)
         self.columns.reuse = self._reuse
@@ -111,9 +116,9 @@ class Accelerated:
         self.meter = StageTimer(model, self.family, requests)
         self.rewrite = PromptShortening(model, self.family, self.columns, patch, self.meter)
         recorder: TextAttentionRecorder | None = None
-        draft = getattr(plan.speculate, "draft", None)
-        guide: Any = getattr(draft, "prune", None)
-        if getattr(guide, "guided", False):
+        draft: DraftMethod | None = None if plan.speculate is None else plan.speculate.draft
+        guide = None if draft is None else draft.pruner
+        if isinstance(guide, TargetAttention):
             if self._reuse is not None:
                 raise Unsupported(
                     f"{guide.name} reads the prefill that reuse= may skip: leave reuse= away, or use another pruner"
@@ -130,21 +135,20 @@ class Accelerated:
             self.columns.install(patch)
         if recorder is not None:
             recorder.install(patch)
-        if between:
+        if between is not None:
             if plan.kv is not None or self._reuse is not None:
                 raise Unsupported(
-                    f"{plan.prune.name} leaves every layer with columns of its own, "
+                    f"{between.name} leaves every layer with columns of its own, "
                     "which kv= and reuse= cannot follow: use one or the other"
                 )
-            BetweenLayerPruning(model, self.family, requests, plan.prune).install(patch)
-        second = None if hasattr(draft, "load") else getattr(draft, "prune", None)  # a second prefill of this model
+            BetweenLayerPruning(model, self.family, requests, between).install(patch)
+        second = None if isinstance(draft, ModelDraft) else guide  # the pruner of a second prefill of this model
         layers = tuple(sorted({*wanted_layers(outer), *wanted_layers(second)}))
         if layers:
             self.columns.attention = TowerAttention(model, self.family, requests, layers)
             self.columns.attention.install(patch)
-        pruners = (outer, getattr(draft, "prune", None))
-        blocks = [b for p in pruners if (b := getattr(p, "after_block", None)) is not None]
-        if any(b != "auto" or self.family.tower_pruning for b in blocks):
+        block = None if outer is None else outer.after_block
+        if block is not None and (block != "auto" or self.family.tower_pruning):
             tower = InTowerPruning(model, self.family, requests, self.tower)
             tower.install(patch)
             tower.check()
@@ -168,14 +172,14 @@ class Accelerated:
         self.meter.time_bare(patch)
         self.request.notes.append("a part of the model is compiled: visual tokens and the cache were not counted")
 
-    def _accelerate_draft(self, draft: Any) -> Accelerated | None:
+    def _accelerate_draft(self, draft: DraftMethod | None) -> Accelerated | None:
         """A draft that is a model of its own gets its own pruner."""
-        model = draft.load() if hasattr(draft, "load") else None
-        if model is None:
+        if not isinstance(draft, ModelDraft):
             return None
+        model = draft.load()
         if unwrap(model) is self.model:
             raise Unsupported("the draft is the target itself: use SelfDraft(prune=...) instead of ModelDraft")
-        guided = getattr(draft.prune, "guided", False)  # told what to keep by the target, prompt by prompt
+        guided = isinstance(draft.pruner, TargetAttention)  # told what to keep by the target, prompt by prompt
         handle = Accelerated(model, resolve(None, prune=None if guided else draft.prune), always=True)
         self._patch.call(handle.remove)
         return handle

@@ -87,8 +87,18 @@ def guarded(r: Round, picks: Tensor) -> Tensor:
 
 
 class Rule(Method):
-    """What the loop asks of an acceptance rule; fields of a rule are its configuration."""
+    """What the loop asks of an acceptance rule; fields of a rule are its configuration.
 
+    The settings below are read by the loop, of every rule; a rule that can be told otherwise has them as fields.
+    """
+
+    layer: int = -1  # decoder layer whose hidden states say what a position is about
+    top: int = 10  # visual states that a position is compared with, the nearest ones
+    offset: Literal["predict", "self"] = "predict"  # whose relevance: the predicting position's, or the token's own
+    scope: Literal["window", "running", "threshold"] = "window"  # "running": with all earlier positions of the request
+    eos: bool = True  # never loosen the end of the answer
+    seed: int = 0  # of the random numbers that a rule draws
+    fallback: float = 0.0  # the draft hands over where its highest probability is below this
     name: ClassVar[str]
     lossless: ClassVar[bool] = False
     visual: ClassVar[bool] = False  # does it need relevance to what is seen?

@@ -18,6 +18,8 @@ from vlmfast import families
 from vlmfast.core import Draft, StageDidNotFire, TokenPruner, Unsupported, UserError, shown
 from vlmfast.decode.proposers import LookupOrModel, ModelProposer, NgramProposer
 from vlmfast.decode.target_attention import TargetAttention
+from vlmfast.encode.between import LayerPruner
+from vlmfast.encode.downsample import Downsample
 from vlmfast.engine import open_static
 from vlmfast.fields import Method
 from vlmfast.runtime import dtypes, weights
@@ -57,12 +59,32 @@ def _confidence(name: str, value: float) -> None:
         raise UserError(f"{name}: confidence={value!r} is outside [0, 1): 0 never stops early, e.g. confidence=0.4")
 
 
+class DraftMethod(Method):
+    """What the runtime and the loop ask of a draft's configuration; `open` makes it live for one prompt."""
+
+    name: ClassVar[str]
+    graded: ClassVar[bool] = False  # does it give the probabilities of every token it proposes?
+    blind: ClassVar[bool] = False  # does it read tokens only, so that it may start on any cache?
+
+    @property
+    def pruner(self) -> Any:
+        """The pruner of its own prefill, a spec's text where it was not built yet; None = none."""
+        return None
+
+    def check(self, model: Any, inputs: dict[str, Any]) -> None:
+        """Raise Unsupported where it cannot draft for this target, or for this call."""
+
+    def open(self, request: Request) -> Draft:
+        """A live draft for one prompt."""
+        raise NotImplementedError
+
+
 def _vocabulary(model: Any) -> int:
     return int(model.get_output_embeddings().weight.shape[0])
 
 
 @dataclass(frozen=True)
-class ModelDraft(Method):
+class ModelDraft(DraftMethod):
     """A smaller VLM of the same vocabulary, fed with its own pruned visual tokens (LVSpec, arXiv 2604.05650; SpecVLM,
     arXiv 2508.16201); survivors keep their original positions.
 
@@ -76,7 +98,7 @@ class ModelDraft(Method):
     prune: TokenPruner | str | None = "uniform:keep=0.1"
     confidence: float = 0.0
     name: ClassVar[str] = "modeldraft"
-    graded: ClassVar[bool] = True  # gives the probabilities of every token it proposes
+    graded: ClassVar[bool] = True
     _loaded: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -84,6 +106,10 @@ class ModelDraft(Method):
             object.__setattr__(self, "prune", TargetAttention())
         super().__post_init__()
         _confidence(self.name, self.confidence)
+
+    @property
+    def pruner(self) -> Any:
+        return self.prune
 
     def load(self) -> Any:
         """The draft model; loaded once."""
@@ -139,7 +165,9 @@ class ModelDraft(Method):
         skip = ("input_ids", "inputs", "inputs_embeds", OLD, CACHE, "position_ids", "mm_encoder_outputs")
         kwargs = {k: v for k, v in request.inputs.items() if k not in skip}
         kwargs |= {"use_cache": True, "logits_to_keep": 1, CACHE: request.fresh_cache(draft)}
-        guided = _pruner(self.prune, request) if _guided(self.prune) else None  # else the one it was accelerated with
+        guided = (
+            _pruner(self.prune, request) if isinstance(self.prune, TargetAttention) else None
+        )  # else the one it was accelerated with
         call = nullcontext() if requests is None else requests.call(guided)
         with call as own, torch.inference_mode():  # nothing of it leaves the draft
             stepper = Stepper.prefill(
@@ -151,13 +179,9 @@ class ModelDraft(Method):
         return ModelProposer(stepper, ids.shape[1], request.stop, vocab, self.confidence)
 
 
-def _guided(prune: Any) -> bool:
-    return bool(getattr(prune, "guided", False))
-
-
 def _pruner(prune: Any, request: Request) -> Any:
     """The draft's pruner for this prompt: one that follows the target is told what the target looked at."""
-    if not _guided(prune):
+    if not isinstance(prune, TargetAttention):
         return prune
     ids, requests = request.input_ids[0], request.requests
     scores = None if requests is None else requests.current.text_attention.scores(ids.shape[0])
@@ -172,7 +196,7 @@ def _sees(model: Any, ids: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class SelfDraft(Method):
+class SelfDraft(DraftMethod):
     """The target itself on pruned visual tokens (self-speculation, LVSpec): pays where visual tokens cost most.
 
     prune: the pruner of its second, pruned prefill, which reuses the encoded media; confidence: as in ModelDraft.
@@ -181,23 +205,24 @@ class SelfDraft(Method):
     prune: TokenPruner
     confidence: float = 0.0
     name: ClassVar[str] = "selfdraft"
-    graded: ClassVar[bool] = True  # gives the probabilities of every token it proposes
+    graded: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if hasattr(self.prune, "cuts") or getattr(self.prune, "resizes", False):
+        if isinstance(self.prune, (LayerPruner, Downsample)):
             raise UserError(
                 f"prune={shown(self.prune)} in {self.name}: it does not act at the tower's output, as "
                 "a draft needs it, e.g. prune=Uniform(keep=0.1)"
             )
-        if getattr(self.prune, "after_block", None) is not None:
+        if self.prune.after_block is not None:
             raise UserError(
                 f"{self.name}: a pruner inside the tower would encode the media again; use after_block=None"
             )
         _confidence(self.name, self.confidence)
 
-    def check(self, model: Any, inputs: dict[str, Any]) -> None:
-        """Nothing to compare: it is the target."""
+    @property
+    def pruner(self) -> TokenPruner:
+        return self.prune
 
     def open(self, request: Request) -> Draft:
         """A second prefill of the target over a cache of its own."""
@@ -214,7 +239,7 @@ class SelfDraft(Method):
 
 
 @dataclass(frozen=True)
-class PromptLookup(Method):
+class PromptLookup(DraftMethod):
     """N-gram lookup over prompt and output (Saxena, prompt lookup decoding; LLMA, arXiv 2304.04487). Costs no model.
 
     longest, shortest: n-grams tried, longest first.
@@ -223,14 +248,11 @@ class PromptLookup(Method):
     longest: int = 3
     shortest: int = 1
     name: ClassVar[str] = "promptlookup"
-    blind: ClassVar[bool] = True  # reads tokens only: may start on any cache
+    blind: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _lengths(self.name, self.longest, self.shortest)
-
-    def check(self, model: Any, inputs: dict[str, Any]) -> None:
-        """Any supported model will do."""
 
     def open(self, request: Request) -> NgramProposer:
         """Index the prompt; visual placeholders are never proposed."""

@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteria
 
 from vlmfast import engine, families
-from vlmfast.core import Draft, Unsupported
+from vlmfast.core import Draft, DraftStop, Unsupported
 from vlmfast.decode import accept as rules
 from vlmfast.decode import batch
 from vlmfast.decode.counters import Counters
@@ -28,7 +28,6 @@ from vlmfast.decode.draft_length import DraftLengthController
 from vlmfast.decode.drafts import Request
 from vlmfast.decode.output import Output, split
 from vlmfast.decode.preconditions import check, tokenizer_for
-from vlmfast.decode.proposers import ModelProposer
 from vlmfast.decode.relevance import collect
 from vlmfast.decode.speculate import Speculate
 from vlmfast.decode.strict_tokens import strict_tokens
@@ -166,10 +165,7 @@ class _Run:
             times["overhead_ms"] = total - times["draft_ms"] - times["verify_ms"] - times["draft_prefill_ms"]
             if self.controller is not None:
                 self.controller.answered(len(out.emitted) - 1, times["draft_prefill_ms"])
-            proposer = getattr(self.draft, "proposer", self.draft)
-            self.counters.captured(
-                target.decoder, proposer.stepper.decoder if isinstance(proposer, ModelProposer) else None
-            )
+            self.counters.captured(target.decoder, None if self.draft is None else self.draft.decoder)
             if wait:
                 self.counters.notes.append(
                     f"speculate: drafts did not pay in recent answers, none for {wait + 1} tokens"
@@ -191,24 +187,22 @@ class _Run:
     def _layer(self) -> int | None:
         if self.speculate.draft is None or not self.rule.visual:
             return None
-        return getattr(self.rule, "layer", -1) % len(families.get(self.model).layers(self.model))
+        return self.rule.layer % len(families.get(self.model).layers(self.model))
 
     def _prepare(self, tokenizer: Any, target: Stepper) -> None:
         """What the rule needs."""
         rule, ids, stop = self.rule, self.out.prompt, self.out.eos
         if rule.visual:
             visual = list(families.get(self.model).visual_ids(self.model).values())
-            self.memory = collect(
-                target.hidden, target.cache, ids, visual, getattr(rule, "top", 10), self._layer() or 0
-            )
+            self.memory = collect(target.hidden, target.cache, ids, visual, rule.top, self._layer() or 0)
             if self.memory is None:
                 self.counters.notes.append(f"speculate: no visual tokens, {rule.name} verified strictly")
         if rule.lossless:
             return
-        eos = stop if getattr(rule, "eos", True) else frozenset()
+        eos = stop if rule.eos else frozenset()
         if rule.words() or eos:
             self.strict = strict_tokens(tokenizer, rule.words(), eos, target.logits.shape[-1]).to(ids.device)
-        self.random = torch.Generator().manual_seed(getattr(rule, "seed", 0))
+        self.random = torch.Generator().manual_seed(rule.seed)
 
     def _open(
         self, requests: Requests | None, of_draft: Requests | None, media: dict[str, Any], cache: Any,
@@ -221,21 +215,13 @@ class _Run:
             self.draft = kept[1]
             if any(v.is_floating_point() for v in media.values() if isinstance(v, Tensor)):
                 self.counters.notes.append("speculate: the draft does not see the new media of this turn")
-        elif continued and not getattr(config, "blind", False):
+        elif continued and not config.blind:
             self.counters.notes.append("speculate: the draft did not see the turns before, decoded without it")
         else:
             request = Request(
-                self.model,
-                self.out.prompt,
-                self.config,
-                kwargs,
-                media,
-                requests,
-                _fresh_cache,
-                of_draft,
-                self.out.eos,
-                self.steps,
-            )
+                self.model, self.out.prompt, self.config, kwargs, media, requests, _fresh_cache, of_draft,
+                self.out.eos, self.steps,
+            )  # fmt: skip
             self.draft = config.open(request)
         _KEPT[cache] = (config, self.draft)
         self.counters.times["draft_prefill_ms"] = (time.perf_counter() - start) * 1e3
@@ -263,11 +249,8 @@ class _Run:
             k = min(k, left - 1)
         if k <= 0:
             return None, None
-        proposer = getattr(self.draft, "proposer", self.draft)
-        if isinstance(proposer, ModelProposer):
-            proposer.floor, proposer.refusal, proposer.certainty = self.controller.floor(), self.controller.refusal, []
-            proposer.fallback = getattr(self.rule, "fallback", 0.0)
-        tokens, q = self.draft.propose(self.out.ids, k, None if self.choice.plain else self.choice.for_draft)
+        stop = DraftStop(self.controller.floor(), self.controller.refusal, self.rule.fallback)
+        tokens, q = self.draft.propose(self.out.ids, k, None if self.choice.plain else self.choice.for_draft, stop)
         return (tokens if tokens.shape[0] else None), q
 
     def _chosen_by_step(self, target: Stepper) -> bool:
@@ -312,9 +295,8 @@ class _Run:
             if out.emit(token, partial(rows.kept, i)):
                 break
         self.counters.round(k, verdict.kinds, draft_ms, verify_ms)
-        proposer = getattr(self.draft, "proposer", self.draft)
         assert self.draft is not None and self.controller is not None
-        self.controller.record_round(k, accepted, draft_ms, verify_ms, getattr(proposer, "certainty", None))
+        self.controller.record_round(k, accepted, draft_ms, verify_ms, self.draft.certainty)
         self.draft.rewind(k - accepted)
         target.rewind(k - accepted)
 
@@ -323,9 +305,9 @@ class _Run:
         past = None
         k, size = draft.shape[0], rows.logits.shape[-1]
         if self.memory is not None and target.hidden is not None:
-            first = 1 if getattr(self.rule, "offset", "predict") == "self" else 0
+            first = 1 if self.rule.offset == "self" else 0
             relevance = partial(self.memory.score, target.hidden[0, first : first + k])
-            if getattr(self.rule, "scope", "window") == "running":
+            if self.rule.scope == "running":
                 relevance, past = relevance(), torch.cat(self.past) if self.past else None
                 self.past.append(relevance)
         if q is not None and q.shape[-1] < size:

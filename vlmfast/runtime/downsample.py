@@ -38,9 +38,7 @@ class Downsampled:
 
     @classmethod
     def of(cls, model: nn.Module, family: Family, method: Any, draft: bool) -> Downsampled | None:
-        """For a method that resizes pixels; None for any other. draft: is this a draft model?"""
-        if not getattr(method, "resizes", False):
-            return None
+        """For a `Downsample`; None where it keeps everything. draft: is this a draft model?"""
         if draft:
             raise Unsupported(f"{method.name} resizes what generate() gets, and a draft gets no such call: use uniform")
         return cls(model, family, method) if method.keep < 1 else None

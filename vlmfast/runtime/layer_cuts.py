@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -22,8 +22,10 @@ class CutInputs:
 class LayerMethod(Protocol):
     """What the runtime asks of a method that acts between layers."""
 
-    keep: float
-    name: str
+    name: ClassVar[str]
+
+    @property
+    def keep(self) -> float: ...
 
     def cuts(self, layers: int) -> tuple[tuple[int, float], ...]:
         """(layer, fraction of the entered visual columns that stay from this layer on), ascending; layer >= 1."""

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from vlmfast.core import MergingPruner, Unsupported, UserError, VisualTokens
+from vlmfast.core import TokenPruner, Unsupported, UserError, VisualTokens
 from vlmfast.families import Family, Item
 from vlmfast.runtime.request_state import RequestState
 from vlmfast.runtime.tower_attention import TowerAttention, attention_of, rotation_means
+
+
+@runtime_checkable
+class MergingPruner(TokenPruner, Protocol):
+    """A pruner that may add what it drops to what it keeps."""
+
+    @property
+    def merges(self) -> bool: ...
+
+    def merged(self, tokens: VisualTokens, kept: Tensor) -> Tensor:
+        """Features (K, D) of the kept indices (K,), after the dropped tokens were merged into them."""
+        ...
 
 
 @dataclass

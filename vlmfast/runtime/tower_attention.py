@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vlmfast.core import StageDidNotFire, Unsupported
+from vlmfast.core import StageDidNotFire, TokenPruner, Unsupported
 from vlmfast.families import Family, Item
 from vlmfast.families.base import feature_list
 from vlmfast.families.llava import Llava
@@ -128,9 +128,18 @@ def attention_of(source: TowerAttention | None, request: RequestState, kind: str
     return rows if len(layers) > 1 else rows[0]
 
 
-def wanted_layers(pruner: Any) -> tuple[int, ...]:
-    """The tower layers a pruner asks for; () when none."""
-    return getattr(pruner, "attention_layers", (-1,)) if "tower_attention" in getattr(pruner, "needs", ()) else ()
+@runtime_checkable
+class ReadsTower(Protocol):
+    """A pruner of the tower's attention, where `needs` asks for it."""
+
+    attention_layers: tuple[int, ...]  # indices into the layers that the language model reads
+
+
+def wanted_layers(pruner: TokenPruner | None) -> tuple[int, ...]:
+    """The tower layers whose attention a pruner asks for; () when none."""
+    if pruner is None or "tower_attention" not in pruner.needs:
+        return ()
+    return pruner.attention_layers if isinstance(pruner, ReadsTower) else (-1,)
 
 
 def received(module: Any, hidden: Tensor, cls: bool) -> Tensor:
