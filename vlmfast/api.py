@@ -16,6 +16,7 @@ from vlmfast.core import StageDidNotFire, Unsupported, parse_bytes
 from vlmfast.decode.drafts import DraftMethod, ModelDraft
 from vlmfast.decode.target_attention import TargetAttention
 from vlmfast.decode_loop import put_loop
+from vlmfast.encode.base import Pruner
 from vlmfast.encode.between import LayerPruner
 from vlmfast.encode.downsample import Downsample
 from vlmfast.plan import Plan, resolve
@@ -254,7 +255,8 @@ class Accelerated:
             elif not visual:
                 raise StageDidNotFire("visual tokens were in the prompt but the pruner never saw them")
             elif kept == visual and self.smaller is None:
-                notes.append(why_all_kept(self.plan.prune, request.media, visual))
+                least = self.plan.prune.least if isinstance(self.plan.prune, Pruner) else 0
+                notes.append(why_all_kept(self.plan.prune.name, least, request.media, visual))
         new = getattr(out, "sequences", out).shape[1] - (0 if ids is None else ids.shape[1])
         prefill, decode = self.meter.timings(max(0, new))
         prefill |= cache_counts(request.cache) | request.prefill

@@ -246,14 +246,10 @@ class Draft(Protocol):
     """A live source of guesses for the draft-verify loop (decode), opened for one prompt."""
 
     @property
-    def certainty(self) -> list[float]:
-        """The draft's own probability of each token of the last proposal; empty where it has none."""
-        ...
+    def certainty(self) -> list[float]: ...  # its own probability of each token of the last proposal, [] without any
 
     @property
-    def decoder(self) -> Any:
-        """The engine's step that the draft runs, see `runtime.stepper`; None without one."""
-        ...
+    def decoder(self) -> Any: ...  # a `SteppingDecoder` that it runs, None without one
 
     def propose(self, ids: Tensor, k: int, pick: Any = None, stop: DraftStop = NO_STOP) -> tuple[Tensor, Tensor | None]:
         """Guess up to k tokens after `ids` (1, L) int64, which holds everything emitted so far.

@@ -83,7 +83,21 @@ def _foreign(module: nn.Module) -> bool:
     return not all(str(getattr(c, "__module__", "")).startswith("vlmfast.runtime.") for c in changes)
 
 
-class FastDecoder:
+class SteppingDecoder:
+    """What a `Stepper` asks of a decoder that steps without the model's modules: `FastDecoder`, `engine.Static`."""
+
+    name: str
+    n: int  # tokens stepped after the prefill
+    hidden: Tensor | None  # (n, D) of the layer asked for, in the last step
+
+    def rewind(self, n: int) -> None:
+        """Forget the last n tokens stepped."""
+        if n > self.n:
+            raise ValueError(f"rewind({n}) after {self.n} tokens would reach into the prompt")
+        self.n -= n
+
+
+class FastDecoder(SteppingDecoder):
     """One decoder with its keys and values in preallocated buffers (Hk, capacity, Dh) per layer.
 
     text: the text decoder; head: its output layer; cache: filled by a prefill of one row, its storage is taken over

@@ -68,9 +68,8 @@ class MediaCache:
 
     def keep_features(self, lookup: MediaLookup, key: str, output: Any, kept: list[Tensor] | None) -> None:
         """output: what the encoder returned; kept: the rows that survived inside the tower, per item, or None."""
-        self._put(
-            lookup, key, sum_bytes(dict(output) if hasattr(output, "keys") else output), (_own_lists(output), kept)
-        )
+        size = sum_bytes(dict(output) if hasattr(output, "keys") else output)
+        self._put(lookup, key, size, (_own_lists(output), kept))
 
     # -- the visual prefix's KV ----------------------------------------------------------------------------------------
 
@@ -114,7 +113,7 @@ class MediaCache:
 
     def _why_not(self, kwargs: dict[str, Any], option: Callable[[str], Any], pruner: Any, kv: Any) -> str | None:
         """Why the KV of this call can neither be taken from an entry nor become one; None when it can."""
-        if "question" in getattr(pruner, "needs", ()):
+        if pruner is not None and "question" in pruner.needs:
             return f"{pruner.name} reads the question"
         if kv is not None:
             return "a KV policy keeps other columns for every question"

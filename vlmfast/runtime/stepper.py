@@ -107,9 +107,7 @@ class Stepper:
         if seen:
             self.hidden = torch.cat(seen, 1)
         if engine == "auto":
-            self._opens = functools.partial(
-                self._go_functional, room, static, False
-            )  # an answer of one token needs none
+            self._opens = functools.partial(self._go_functional, room, static, False)  # one token needs none
         elif engine != "module":
             self._go_functional(room, None if engine == "functional" else static, engine == "static")
             if engine != self.engine:
@@ -193,7 +191,7 @@ class Stepper:
                 raise
             except Exception as e:  # a compiler or driver that does not take the kernels or their capture
                 return f"the static step failed, {type(e).__name__}: {brief(str(e))}"
-        static.n = 0
+        static.rewind(static.n)
         error = float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
         if error <= TOLERANCE.get(self.text.dtype, 1e-1):
             return None
@@ -234,7 +232,7 @@ class Stepper:
             )
         except BaseException:
             if self.decoder is not None:
-                self.decoder.n = fed
+                self.decoder.rewind(self.decoder.n - fed)
             for layer in () if self.decoder is not None else self.cache.layers:  # those that the step reached grew
                 grown = layer.get_seq_length() - self.length
                 with suppress(Exception):  # one that has no way back: what stopped us matters more
@@ -306,9 +304,7 @@ class Stepper:
         if n == 0:
             return
         if self.decoder is not None:
-            if n > self.decoder.n:
-                raise ValueError(f"rewind({n}) after {self.decoder.n} tokens would reach into the prompt")
-            self.decoder.n -= n
+            self.decoder.rewind(n)
         else:
             self.cache.crop(-n)
         self.position = self.position - n
