@@ -55,6 +55,17 @@ def test_no_import_circles() -> None:
     assert circular <= STREAM_CIRCLES, sorted(circular - STREAM_CIRCLES)
 
 
+def test_state_is_explicit() -> None:
+    """A cache gets one attribute from us, and the loop, drafts and selection ask for nothing by an attribute's name."""
+    for path in SOURCES:
+        for name in re.findall(r"\bvlmfast_[a-z]+\b", path.read_text()):
+            assert name in ("vlmfast_state", "vlmfast_stream", "vlmfast_cache"), f"{path}: {name}"
+    rooms = ["decode/loop.py", "decode/drafts.py", "decode/proposers.py", "decode/counters.py", "runtime/selection.py",
+             "runtime/request_state.py", "runtime/text_attention.py", "runtime/prune_in_tower.py"]  # fmt: skip
+    for room in rooms:
+        assert not re.search(r"\b(getattr|hasattr)\(", (ROOT / "vlmfast" / room).read_text()), room
+
+
 @pytest.mark.parametrize("stage", ["encode", "prefill", "decode"])
 def test_a_method_stands_in_four_places(stage: str) -> None:
     """Its own file, its stage's METHODS, a row in tests/support/methods.py, a row in docs/methods.md."""
