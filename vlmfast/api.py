@@ -13,7 +13,12 @@ from torch import Tensor, nn
 
 from vlmfast import engine, families
 from vlmfast.core import StageDidNotFire, Unsupported, parse_bytes
+from vlmfast.decode.drafts import DraftMethod, ModelDraft
+from vlmfast.decode.target_attention import TargetAttention
 from vlmfast.decode_loop import put_loop
+from vlmfast.encode.base import Pruner
+from vlmfast.encode.between import LayerPruner
+from vlmfast.encode.downsample import Downsample
 from vlmfast.plan import Plan, resolve
 from vlmfast.preconditions import MARK, check_model, refuse_call, refuse_copy, unwrap
 from vlmfast.report import Report, why_all_kept
@@ -27,6 +32,7 @@ from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.prune_between_layers import BetweenLayerPruning
 from vlmfast.runtime.prune_in_tower import InTowerPruning
 from vlmfast.runtime.prune_input import InputPruning
+from vlmfast.runtime.request_state import Requests, RequestState
 from vlmfast.runtime.shorten_prompt import PromptShortening, needs
 from vlmfast.runtime.stage_timer import StageTimer, cache_counts
 from vlmfast.runtime.text_attention import TextAttentionRecorder
@@ -88,8 +94,6 @@ class Accelerated:
             vars(self.model)[MARK].remove()
         self._reuse = MediaCache(self.model, self.family, limit) if limit is not None else None
         self._patch = Patch()
-        self._stage: dict[str, dict[str, Any]] = {"prefill": {}, "decode": {}}
-        self._calls = 0  # `generate` calls now running: one, or more inside it
         self.kv: Any = None
         try:
             self._install()
@@ -105,49 +109,51 @@ class Accelerated:
         if self.hooked:
             patch.call(lock_functions(model))
         self.tower: FastTower | None = fast_modules(model, self.family, patch) if plan.fast_tower else None
-        between = hasattr(plan.prune, "cuts")  # acts between layers of the language model; may hold a first pruner
-        self.smaller = Downsampled.of(model, self.family, plan.prune, self.always)
-        outer = plan.prune.prune if between else None if self.smaller is not None else plan.prune
-        self.columns = InputPruning(model, self.family, outer)
-        self.columns.reuse, self.columns.drafts = self._reuse, self.always
+        between = plan.prune if isinstance(plan.prune, LayerPruner) else None  # may hold a first pruner
+        resizes = isinstance(plan.prune, Downsample)
+        self.smaller = Downsampled.of(model, self.family, plan.prune, self.always) if resizes else None
+        outer = between.prune if between is not None else None if self.smaller is not None else plan.prune
+        self.requests = requests = Requests(model, outer)
+        self.columns = InputPruning(model, self.family, requests)
+        self.columns.reuse = self._reuse
         self.columns.host_grids = self.tower is not None
-        self.meter = StageTimer(model, self.family)
+        self.meter = StageTimer(model, self.family, requests)
         self.rewrite = PromptShortening(model, self.family, self.columns, patch, self.meter)
-        draft = getattr(plan.speculate, "draft", None)
-        guide: Any = getattr(draft, "prune", None)
-        if getattr(guide, "guided", False):
+        recorder: TextAttentionRecorder | None = None
+        draft: DraftMethod | None = None if plan.speculate is None else plan.speculate.draft
+        guide = None if draft is None else draft.pruner
+        if isinstance(guide, TargetAttention):
             if self._reuse is not None:
                 raise Unsupported(
                     f"{guide.name} reads the prefill that reuse= may skip: leave reuse= away, or use another pruner"
                 )
-            self.columns.text_attention = TextAttentionRecorder(model, self.family, self.columns, guide.queries)
-            self.columns.text_attention.watch(patch)
+            recorder = TextAttentionRecorder(model, self.family, requests, guide.queries)
+            recorder.watch(patch)
         if plan.kv is not None:
             from vlmfast.runtime.kv_hooks import KVHooks
 
             text = self.family.text(model)
-            self.kv = KVHooks(text, text.config, plan.kv, self._stage["prefill"].update)
+            self.kv = KVHooks(text, text.config, plan.kv, lambda numbers: requests.current.prefill.update(numbers))
             self.kv.install(patch)
         if self.hooked:
             self.columns.install(patch)
-        if self.columns.text_attention is not None:
-            self.columns.text_attention.install(patch)
-        if between:
+        if recorder is not None:
+            recorder.install(patch)
+        if between is not None:
             if plan.kv is not None or self._reuse is not None:
                 raise Unsupported(
-                    f"{plan.prune.name} leaves every layer with columns of its own, "
+                    f"{between.name} leaves every layer with columns of its own, "
                     "which kv= and reuse= cannot follow: use one or the other"
                 )
-            BetweenLayerPruning(model, self.family, self.columns, plan.prune).install(patch)
-        second = None if hasattr(draft, "load") else getattr(draft, "prune", None)  # a second prefill of this model
+            BetweenLayerPruning(model, self.family, requests, between).install(patch)
+        second = None if isinstance(draft, ModelDraft) else guide  # the pruner of a second prefill of this model
         layers = tuple(sorted({*wanted_layers(outer), *wanted_layers(second)}))
         if layers:
-            self.columns.attention = TowerAttention(model, self.family, layers)
+            self.columns.attention = TowerAttention(model, self.family, requests, layers)
             self.columns.attention.install(patch)
-        pruners = (outer, getattr(draft, "prune", None))
-        blocks = [b for p in pruners if (b := getattr(p, "after_block", None)) is not None]
-        if any(b != "auto" or self.family.tower_pruning for b in blocks):
-            tower = InTowerPruning(model, self.family, self.columns, self.tower)
+        block = None if outer is None else outer.after_block
+        if block is not None and (block != "auto" or self.family.tower_pruning):
+            tower = InTowerPruning(model, self.family, requests, self.tower)
             tower.install(patch)
             tower.check()
         if self.hooked:
@@ -168,16 +174,16 @@ class Accelerated:
     def _bare(self, patch: Patch) -> None:
         """What can be told without hooks, which a compiled part could not be traced with."""
         self.meter.time_bare(patch)
-        self.columns.notes.append("a part of the model is compiled: visual tokens and the cache were not counted")
+        self.request.notes.append("a part of the model is compiled: visual tokens and the cache were not counted")
 
-    def _accelerate_draft(self, draft: Any) -> Accelerated | None:
+    def _accelerate_draft(self, draft: DraftMethod | None) -> Accelerated | None:
         """A draft that is a model of its own gets its own pruner."""
-        model = draft.load() if hasattr(draft, "load") else None
-        if model is None:
+        if not isinstance(draft, ModelDraft):
             return None
+        model = draft.load()
         if unwrap(model) is self.model:
             raise Unsupported("the draft is the target itself: use SelfDraft(prune=...) instead of ModelDraft")
-        guided = getattr(draft.prune, "guided", False)  # told what to keep by the target, prompt by prompt
+        guided = isinstance(draft.pruner, TargetAttention)  # told what to keep by the target, prompt by prompt
         handle = Accelerated(model, resolve(None, prune=None if guided else draft.prune), always=True)
         self._patch.call(handle.remove)
         return handle
@@ -193,109 +199,87 @@ class Accelerated:
                     return self.model.generate(*args, **kwargs)  # type: ignore[operator]
                 if self.draft is not None:
                     held.enter_context(model_lock(self.draft.model))
-                held.enter_context(self._call())
+                request = held.enter_context(self._call())
                 if self.plan.fast_tower:
                     held.enter_context(fresh_lengths(next(self.model.parameters()).device))
-                return (self._generate if self.smaller is None else self.smaller.around(self))(inner, args, kwargs)
+                run = self._generate if self.smaller is None else self.smaller.around(self)
+                return run(request, inner, args, kwargs)
 
         return generate
 
     @contextmanager
-    def _call(self) -> Iterator[None]:
+    def _call(self) -> Iterator[RequestState]:
         """Around one call: its own state, also for a call made by a streamer or processor of another one."""
-        held: list[Any] = [
-            self.columns,
-            self.meter,
-            self.columns.text_attention,
-            self.columns.attention,
-            self._reuse,
-            self.tower,
-        ]
-        before = [
-            (owner, {name: _held(getattr(owner, name)) for name in owner.per_call})
-            for owner in held
-            if owner is not None and self._calls
-        ]
-        stages = {name: dict(stage) for name, stage in self._stage.items()}
-        self._calls += 1
-        try:
-            yield
-        except BaseException:
-            if self.kv is not None:  # torch calls no hook after a KeyboardInterrupt
-                self.kv.abandon()
-            raise
-        finally:
-            self._calls -= 1
-            self.columns.cache, self.columns.in_call = None, False
-            for owner, state in before:
-                vars(owner).update(state)
-            if before:
-                for name, stage in self._stage.items():
-                    stage.clear()
-                    stage.update(stages[name])
+        with self.requests.call() as request:
+            try:
+                yield request
+            except BaseException:
+                if self.kv is not None:  # torch calls no hook after a KeyboardInterrupt
+                    self.kv.abandon()
+                raise
 
-    def _generate(self, inner: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _generate(self, request: RequestState, inner: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         asked = functools.partial(option, self.model, kwargs)
         why = needs(asked, cache_in(kwargs))
         refuse_call(self.model, self.plan, self.columns, asked, why, args, kwargs)
-        rewritten = why is not None and self.columns.active
+        rewritten = why is not None and request.active
         if self._reuse is not None:
-            self._reuse.find(kwargs, asked, self.columns.pruner, self.plan.kv)
+            self._reuse.find(request, kwargs, asked, self.plan.kv)
         cache = cache_in(kwargs)
         past = int(cache.get_seq_length()) if cache is not None else 0
-        self.columns.reset()
         self.columns.lay_out(kwargs)
-        self.columns.in_call = True
-        for stage in self._stage.values():
-            stage.clear()
-        self.meter.reset()
+        self.meter.begin()
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         put_loop(
-            self.model, self.plan, self._stage["decode"], args, kwargs, why if rewritten else None,
-            columns=self.columns, draft=self.draft, reuse=self._reuse is not None, nested=self._calls > 1,
+            self.model, self.plan, self.requests, args, kwargs, why if rewritten else None,
+            draft=None if self.draft is None else self.draft.requests, reuse=self._reuse is not None,
         )  # fmt: skip
         if rewritten:
             out = self.rewrite.run(inner, args, kwargs, asked, str(why))
         else:
             out = inner(*args, **kwargs)
         if self._reuse is not None:
-            self._reuse.store(self.columns.cache)
-            self.columns.notes += self._reuse.hits
-        self._fill(ids, out, past)
+            self._reuse.store(request)
+            request.notes += request.lookup.notes
+        self._fill(request, ids, out, past)
         return out
 
-    def _fill(self, ids: Tensor | None, out: Any, past: int) -> None:
+    def _fill(self, request: RequestState, ids: Tensor | None, out: Any, past: int) -> None:
         """Write the report; raise when a stage had work and did not run."""
-        stats = self.columns.timed()
-        notes = list(self.columns.notes)
+        encode, notes = request.encode_report(), list(request.notes)
+        visual, kept = request.visual_tokens, request.kept_tokens
         new_ids = ids[:, past:] if ids is not None and past and ids.shape[1] > past else ids
         has_media = new_ids is not None and any(bool((new_ids == t).any()) for t in self.columns.ids.values())
         if self.plan.prune is not None:
-            if not has_media and not stats["visual_tokens"]:
+            if not has_media and not visual:
                 notes.append("prune: no new visual tokens in this call, bypassed")
             elif self.plan.prune.keep >= 1:
-                notes += [] if stats["visual_tokens"] else ["prune: keep=1 keeps every visual token, bypassed"]
-            elif not stats["visual_tokens"]:
+                notes += [] if visual else ["prune: keep=1 keeps every visual token, bypassed"]
+            elif not visual:
                 raise StageDidNotFire("visual tokens were in the prompt but the pruner never saw them")
-            elif stats["kept_tokens"] == stats["visual_tokens"] and self.smaller is None:
-                notes.append(why_all_kept(self.plan.prune, self.columns.media, stats["visual_tokens"]))
+            elif kept == visual and self.smaller is None:
+                least = self.plan.prune.least if isinstance(self.plan.prune, Pruner) else 0
+                notes.append(why_all_kept(self.plan.prune.name, least, request.media, visual))
         new = getattr(out, "sequences", out).shape[1] - (0 if ids is None else ids.shape[1])
         prefill, decode = self.meter.timings(max(0, new))
-        prefill |= cache_counts(self.columns.cache) | self._stage["prefill"]
+        prefill |= cache_counts(request.cache) | request.prefill
         notes += prefill.pop("notes", [])  # type: ignore[arg-type]
-        notes += self._stage["decode"].pop("notes", [])
-        if stats["prefills"] > 1:
+        notes += request.decode.pop("notes", [])
+        if request.prefills > 1:
             notes.append("use_cache=False: every step is a prefill; times are of the first")
         if self.plan.fast_tower and next(self.model.parameters()).is_cuda:
             prefill["attention"] = "without cuDNN, which plans every new length"
-        shown = ("visual_tokens", "kept_tokens", "encode_ms", "select_ms", "tower_block")
-        encode = {k: stats[k] for k in shown if k in stats}
-        if self.tower is not None and stats["encode_ms"]:
+        if self.tower is not None and encode["encode_ms"]:
             encode |= self.tower.report()
             notes += self.tower.notes()
         elif self.plan.tower == "fast" and not self.family.tower_loops:
             notes.append("tower: one call a layer already, left as it is")
-        self.report = Report(encode, prefill, decode | self._stage["decode"], notes)
+        self.report = Report(encode, prefill, decode | request.decode, notes)
+
+    @property
+    def request(self) -> RequestState:
+        """The call that runs, else the last one: which media came, what was kept of it."""
+        return self.requests.current
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -313,8 +297,3 @@ class Accelerated:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.remove()
-
-
-def _held(value: Any) -> Any:
-    """A value to put back later: containers that are changed in place are copied, anything else is itself."""
-    return type(value)(value) if type(value) in (dict, list) else value

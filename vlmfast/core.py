@@ -74,9 +74,7 @@ class VisualTokens:
     protected: Tensor | None = None  # (N,) bool, separator rows (newlines) that must survive; None = none
     positions: Tensor | None = None  # (A, N) int64, A = 1, or 3 axes (t, h, w) under M-RoPE; None inside the tower
     question: Tensor | None = None  # (Q, D), embeddings of the text after the last visual column, or None
-    attention: Tensor | None = (
-        None  # (N,) tower attention received, or (A, N) of several layers, if `needs` asks for it
-    )
+    attention: Tensor | None = None  # (N,) tower attention received, (A, N) of several layers, if `needs` asks for it
     rope: Tensor | None = None  # (2, N) mean cos and mean sin of each token's rotation, if `needs` asks for it
     pixels: Tensor | None = None  # (N, P) pixel values of each token's patches, before the tower, if `needs` asks
 
@@ -232,10 +230,28 @@ class Policy(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class DraftStop:
+    """Where a draft that knows its own probabilities ends a proposal before it has k tokens."""
+
+    floor: float = 0.0  # once everything so far passes with a probability below this
+    refusal: float = 1.0  # by which a token passes with 1 - refusal * (1 - the draft's own probability of it)
+    fallback: float = 0.0  # before a token, even the first, where its highest probability is below this
+
+
+NO_STOP = DraftStop()
+
+
 class Draft(Protocol):
     """A live source of guesses for the draft-verify loop (decode), opened for one prompt."""
 
-    def propose(self, ids: Tensor, k: int, pick: Any = None) -> tuple[Tensor, Tensor | None]:
+    @property
+    def certainty(self) -> list[float]: ...  # its own probability of each token of the last proposal, [] without any
+
+    @property
+    def decoder(self) -> Any: ...  # a `SteppingDecoder` that it runs, None without one
+
+    def propose(self, ids: Tensor, k: int, pick: Any = None, stop: DraftStop = NO_STOP) -> tuple[Tensor, Tensor | None]:
         """Guess up to k tokens after `ids` (1, L) int64, which holds everything emitted so far.
 
         Returns tokens (k',) int64, k' = 0 when it has no guess, and what they were chosen from, (k', V) float32
@@ -291,17 +307,7 @@ def tower_block(after_block: int | float | str | None, depth: int) -> int | None
     return max(1, round(float(share) * depth))
 
 
-_UNITS = {
-    "": 1,
-    "k": 10**3,
-    "m": 10**6,
-    "g": 10**9,
-    "t": 10**12,
-    "ki": 2**10,
-    "mi": 2**20,
-    "gi": 2**30,
-    "ti": 2**40,
-}
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 def parse_bytes(name: str, value: int | float | str | None) -> int | None:

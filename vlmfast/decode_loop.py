@@ -9,28 +9,30 @@ from typing import Any
 from vlmfast import engine
 from vlmfast.core import Unsupported
 from vlmfast.plan import Plan
+from vlmfast.runtime.request_state import Requests
 
 
 def put_loop(
-    model: Any, plan: Plan, stage: dict[str, Any], args: tuple, kwargs: dict[str, Any], why: str | None,
-    columns: Any, draft: Any, reuse: bool, nested: bool,
+    model: Any, plan: Plan, requests: Requests, args: tuple, kwargs: dict[str, Any], why: str | None,
+    draft: Requests | None, reuse: bool,
 ) -> None:  # fmt: skip
     """Put our loop into the arguments of `generate`, unless the call cannot be drafted and the plan allows it.
 
     Without speculate= that is so where the engine steps statically, see `engine`, and anything was asked for.
-    stage: the decode part of the report; why: what makes this call one of rewritten inputs, which transformers' own
-    loop decodes; columns, draft: see `decode.loop.build`; reuse: is reuse= on? nested: is this a
-    call that another one of the same model makes, an assistant's?
+    requests: of the model, whose current one is this call; why: what makes this call one of rewritten inputs, which
+    transformers' own loop decodes; draft: the calls of an accelerated draft model; reuse: is reuse= on?
     """
     from vlmfast.decode import Speculate, loop
+
+    stage = requests.current.decode
 
     def put(speculate: Speculate, sink: Any, many: bool) -> None:
         loop.check(model, speculate, args, kwargs, plan.kv, many)
         if why is not None:
             raise Unsupported(f"{why} with prune= is decoded by transformers' own loop: drop {why} or speculate=")
         kwargs["custom_generate"] = loop.build(
-            model, speculate, streamer=kwargs.get("streamer"), columns=columns, draft=draft, inputs=kwargs, sink=sink,
-            many=many,
+            model, speculate, streamer=kwargs.get("streamer"), requests=requests, draft=draft, inputs=kwargs,
+            sink=sink, many=many,
         )  # fmt: skip
 
     refused = None
@@ -41,7 +43,7 @@ def put_loop(
             if plan.speculate.otherwise == "refuse":
                 raise
             refused = f"speculate: not for this call ({e}), decoded "
-    reason = _no_engine(model, plan, reuse, nested)
+    reason = _no_engine(model, plan, reuse, requests.current.nested)
     if reason is None:
         try:
             put(Speculate(), functools.partial(_engine_alone, stage), True)

@@ -45,7 +45,8 @@ class Plan:
                     f"{stage}={shown(value)} is not a {stage} method; use one of {', '.join(sorted(methods))}, "
                     f"e.g. {stage}={example}"
                 )
-        drafted = getattr(getattr(self.speculate, "draft", None), "prune", None)
+        drafts = None if self.speculate is None else self.speculate.draft
+        drafted = None if drafts is None else drafts.pruner
         if isinstance(drafted, str):
             parse("prune", drafted)  # a draft's own pruner may be a spec: wrong ones are refused here, not later
 

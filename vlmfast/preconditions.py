@@ -9,6 +9,7 @@ from torch import nn
 
 from vlmfast import families
 from vlmfast.core import Unsupported, UserError
+from vlmfast.encode.between import LayerPruner
 from vlmfast.fields import nested
 from vlmfast.plan import Plan
 from vlmfast.runtime.compat import cache_in
@@ -63,7 +64,7 @@ def refuse_call(
                 "assistant_model is the model itself: transformers hands an assistant no pixels, and there would "
                 "be nothing to prune; use speculate=Speculate(SelfDraft(...))"
             )
-    between = hasattr(plan.prune, "cuts")
+    between = isinstance(plan.prune, LayerPruner)
     kv, prompt = plan.kv, prompt_of(args, kwargs)
     if why is not None and (between or not (kv is None or prompt is None or kv.fits(int(prompt.shape[1])))):
         raise Unsupported(

@@ -55,9 +55,12 @@ class Report:
         return "\n".join(lines + [f"note     {n}" for n in self.notes])
 
 
-def why_all_kept(pruner: Any, media: dict[str, list[Any]], tokens: int) -> str:
-    """The note of a call whose pruner kept everything. media: per kind, items with `.n` visual tokens each."""
-    least = getattr(pruner, "least", 0)
+def why_all_kept(name: str, least: int, media: dict[str, list[Any]], tokens: int) -> str:
+    """The note of a call whose pruner kept everything.
+
+    name: of the pruner; least: tokens that it leaves of every image or video; media: per kind, items with `.n` visual
+    tokens each; tokens: in all.
+    """
     if all(item.n <= least for items in media.values() for item in items):
         return f"prune: {tokens:,} visual tokens, no image or video has more than least={least}, all kept"
-    return f"prune: {pruner.name} kept every token of this media"
+    return f"prune: {name} kept every token of this media"

@@ -60,8 +60,8 @@ class TracedDraft(ModelDraft):
         chain, start = super().open(request), request.input_ids.shape[1]
         propose = chain.propose
 
-        def paced(ids: Tensor, k: int, pick: Any = None) -> Any:
-            return propose(ids, min(k, entry(self.trace, ids.shape[1] - start)[0]), pick)
+        def paced(ids: Tensor, k: int, *how: Any) -> Any:
+            return propose(ids, min(k, entry(self.trace, ids.shape[1] - start)[0]), *how)
 
         chain.propose = paced  # type: ignore[method-assign]
         return chain

@@ -18,6 +18,7 @@ from evals.speed.shapes import QWEN_3B, TOY, build, clip, encode_cost, prefill_c
 from vlmfast.bench import records, timing
 from vlmfast.core import UserError, tower_block
 from vlmfast.decode.accept import EXACT, Round, Rule, Verdict
+from vlmfast.decode.drafts import DraftMethod
 from vlmfast.plan import PRESETS, Plan, preset
 
 SIXTH = replace(
@@ -36,7 +37,7 @@ SHOWN = (*STAGES, *COUNTS, "accepted_length", "verify_rounds")
 
 
 @dataclass(frozen=True)
-class ReplayedDraft:
+class ReplayedDraft(DraftMethod):
     """A draft that proposes the known continuation, right for as many tokens as a random draw says; costs no model."""
 
     tokens: tuple[int, ...]  # what plain says
@@ -45,18 +46,17 @@ class ReplayedDraft:
     vocab: int
     seed: int = SEED
     name: ClassVar[str] = "replay"
+    certainty: ClassVar[list[float]] = []
+    decoder: ClassVar[None] = None  # it runs no model
     good: list[int] = field(default_factory=lambda: [0], init=False, repr=False, compare=False)  # of the last proposal
     _random: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
-
-    def check(self, *request: Any) -> None:
-        """Nothing to compare."""
 
     def open(self, request: Any) -> ReplayedDraft:
         """A fresh random stream per request: every round of the benchmark sees the same."""
         self._random[:] = [random.Random(self.seed)]
         return self
 
-    def propose(self, ids: Any, k: int, pick: Any = None) -> tuple[Any, None]:
+    def propose(self, ids: Any, k: int, *how: Any) -> tuple[Any, None]:
         """The next tokens that plain said, spoilt by chance."""
         import torch
 

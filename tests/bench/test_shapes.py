@@ -12,6 +12,7 @@ from torch import Tensor
 import vlmfast
 from evals.speed import shapes
 from vlmfast.encode import METHODS
+from vlmfast.runtime.cache_state import cache_state
 
 SHAPES = [s for s in vars(shapes).values() if isinstance(s, shapes.Shape)]
 NARROW = {"hidden": 256, "heads": 2, "kv_heads": 1, "intermediate": 1376, "vision_hidden": 160, "vision_heads": 2}
@@ -83,7 +84,7 @@ def test_pruners_have_something_to_choose_by() -> None:
         model = shapes.build(shape, dtype="float32")
         with torch.no_grad(), vlmfast.accelerate(model, prune=METHODS[name](keep=0.25)):
             out = model.generate(**inputs, max_new_tokens=1, return_dict_in_generate=True)
-        columns = out.past_key_values.vlmfast_columns.index[0]
+        columns = cache_state(out.past_key_values).columns.index[0]
         kept[name] = columns[inputs["input_ids"][0, columns] == 2].tolist()
         first = int((inputs["input_ids"][0] == 2).nonzero()[0])
         assert kept[name] != list(range(first, first + len(kept[name]))), name

@@ -15,9 +15,10 @@ from torch import Tensor
 from vlmfast.core import UserError
 from vlmfast.decode import ACCEPT, BiLD, Ensemble, Exact, FLy, Loose, Lossless, RandomRelax, criteria
 from vlmfast.decode.accept import EXACT, LOOSE, SHIFT, Round, Verdict
-from vlmfast.decode.relevance import VisualMemory, collect
+from vlmfast.decode.relevance import collect
 from vlmfast.decode.strict_tokens import strict_tokens
 from vlmfast.plan import build
+from vlmfast.runtime.cache_state import VisualMemory, put_cache_state
 
 V = 12
 FREE: dict[str, Any] = dict.fromkeys(("digits", "negation", "comparison", "bigram"), False)  # no guard
@@ -219,17 +220,19 @@ def test_relevance_reads_visual_columns_only() -> None:
     assert memory is not None and memory.states.shape[0] == 2
     assert memory.score(hidden[0, 1:2]) > memory.score(-hidden[0, 1:2])
     assert collect(hidden, types.SimpleNamespace(get_seq_length=lambda: 4), ids, [7], 10) is None
-    again = collect(hidden[:, :1], types.SimpleNamespace(get_seq_length=lambda: 5, vlmfast_visual=memory), ids, [5], 10)
-    assert again is memory  # a turn without media
+    later = types.SimpleNamespace(get_seq_length=lambda: 5)
+    put_cache_state(later, visual=memory)
+    assert collect(hidden[:, :1], later, ids, [5], 10) is memory  # a turn without media
 
 
 def test_relevance_follows_dropped_columns() -> None:
     """Column 1 of [text, visual, visual, text] never entered, or was dropped before layer 2."""
     hidden, ids = torch.randn(1, 3, 8), torch.tensor([[9, 5, 5, 9]])
     held = types.SimpleNamespace(index=torch.tensor([[0, 2, 3]]))
-    for extra, layer in (({"vlmfast_columns": held}, 3), ({"vlmfast_cuts": {2: held}}, 3)):
-        cache = types.SimpleNamespace(get_seq_length=lambda: 4, **extra)
-        memory = collect(hidden, cache, ids, [5], 10, layer)
+    for known in ({"columns": held}, {"cuts": {2: held}}):
+        cache = types.SimpleNamespace(get_seq_length=lambda: 4)
+        put_cache_state(cache, **known)
+        memory = collect(hidden, cache, ids, [5], 10, 3)
         assert memory is not None
         assert torch.allclose(memory.states, torch.nn.functional.normalize(hidden[0, 1:2], dim=-1))
 

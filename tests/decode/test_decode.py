@@ -115,8 +115,8 @@ def test_a_draft_prunes_nine_tenths_unless_told_otherwise() -> None:
     with vlmfast.accelerate(target, speculate=Speculate(ModelDraft(draft), length=3)) as fast:
         assert torch.equal(plain(target, batch), expected)
         assert fast.draft is not None
-        assert fast.draft.columns.stats["visual_tokens"] == 40
-        assert fast.draft.columns.stats["kept_tokens"] == 4
+        assert fast.draft.request.visual_tokens == 40
+        assert fast.draft.request.kept_tokens == 4
         assert fast.report.encode["kept_tokens"] == 40
     with pytest.raises(Unsupported, match=r"vlmfast\.accelerate"):
         speak(target, batch, Speculate(ModelDraft(draft)))
@@ -189,11 +189,11 @@ def test_the_draft_keeps_what_the_target_looked_at(family: str) -> None:
         for source in (ModelDraft(draft, prune=prune), SelfDraft(prune)):
             with vlmfast.accelerate(target, speculate=Speculate(source, length=3)) as fast:
                 assert torch.equal(plain(target, batch), expected)
-                assert torch.allclose(fast.columns.text_attention.scores(len(ids))[visual], scores, atol=1e-5)
+                assert torch.allclose(fast.request.text_attention.scores(len(ids))[visual], scores, atol=1e-5)
                 if fast.draft is None:
                     continue
-                kept = fast.draft.columns.kept["image"][0].tolist()
-                separators = fast.draft.columns.media["image"][0].protected
+                kept = fast.draft.request.kept["image"][0].tolist()
+                separators = fast.draft.request.media["image"][0].protected
             assert (separators is not None) == (family == "llava_onevision")
             lines = [] if separators is None else separators.nonzero()[:, 0].tolist()
             body = [j for j in range(len(visual)) if j not in lines]
@@ -210,10 +210,10 @@ def test_guidance_follows_what_the_target_itself_kept() -> None:
             expected = plain(target, batch)
         with vlmfast.accelerate(target, speculate=speculate, **stages) as fast:
             assert torch.equal(plain(target, batch), expected)
-            scores = fast.columns.text_attention.scores(batch["input_ids"].shape[1])[visual]
-            kept = fast.draft.columns.kept["image"][0]
+            scores = fast.request.text_attention.scores(batch["input_ids"].shape[1])[visual]
+            kept = fast.draft.request.kept["image"][0]
         if "prune" in stages:
-            assert (scores > 0).nonzero()[:, 0].tolist() == fast.columns.kept["image"][0].tolist()
+            assert (scores > 0).nonzero()[:, 0].tolist() == fast.request.kept["image"][0].tolist()
         else:
             assert torch.allclose(scores, looks(target, batch, int(visual[-1]) + 1)[visual], atol=1e-5)
         assert kept.tolist() == by_hand(scores, 0.1, 0.4)

@@ -119,7 +119,7 @@ def test_the_tower_runs_on_what_is_kept(family: str, media: tuple, method: Any) 
         batch = run(model, together)
         handle.remove()
         encode = fast.report.encode
-        chosen = {kind: [k.tolist() for k in items] for kind, items in fast.columns.kept.items()}
+        chosen = {kind: [k.tolist() for k in items] for kind, items in fast.request.kept.items()}
         assert 0 < encode["kept_tokens"] < encode["visual_tokens"]
         assert sum(widths) == 4 * encode["kept_tokens"]
         at = dict.fromkeys(("pixel_values", "pixel_values_videos"), 0)

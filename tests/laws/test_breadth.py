@@ -18,6 +18,7 @@ from vlmfast import families
 from vlmfast.core import Kind
 from vlmfast.encode import CDPruner, HiRED, IVCPrune, MMTok, PyramidDrop, VCast, VidCom2, VisionZip
 from vlmfast.plan import Plan, parse
+from vlmfast.runtime.cache_state import cache_state
 from vlmfast.runtime.tower_attention import TowerAttention
 
 MIXED = {f: ("image", "video") if f in tiny.VIDEO_FAMILIES else ("image", "image") for f in tiny.FAMILIES}
@@ -31,7 +32,7 @@ def pruned_equals_short(family: str, media: tuple, method: Any) -> None:
     model, inputs = tiny.build(family), tiny.inputs(family, media=media, batch=2)
     with vlmfast.accelerate(model, prune=method) as fast:
         out = run(model, inputs)
-    columns = out.past_key_values.vlmfast_columns
+    columns = cache_state(out.past_key_values).columns
     kept = [i[i >= 0] for i in columns.index]
     torch.testing.assert_close(logits(out), short_reference(model, inputs, kept, NEW), rtol=2e-4, atol=2e-4)
     width = max(len(k) for k in kept) + NEW - 1
@@ -95,8 +96,8 @@ def test_qwen_attention_equals_eager(family: str, monkeypatch: pytest.MonkeyPatc
     weights = eager_attention(model, inputs, monkeypatch)[-1]
     with vlmfast.accelerate(model, prune=VisionZip(keep=0.5)) as fast:
         run(model, inputs)
-        got = fast.columns.attention.maps["image"][0][0]
-        items = fast.columns.media["image"]
+        got = fast.request.tower_maps["image"][0][0]
+        items = fast.request.media["image"]
     patches = weights.mean((0, 1, 2))
     order = families.get(model).tower_order(model, inputs["image_grid_thw"])
     groups = patches.view(-1, 4).mean(1)
@@ -110,7 +111,7 @@ def test_llava_attention_is_the_cls_row(monkeypatch: pytest.MonkeyPatch) -> None
     layers = eager_attention(model, inputs, monkeypatch)
     with vlmfast.accelerate(model, prune=HiRED(keep=0.5)) as fast:
         run(model, inputs)
-        wanted, maps = fast.columns.attention.wanted, fast.columns.attention.maps["image"][0]
+        wanted, maps = fast.columns.attention.wanted, fast.request.tower_maps["image"][0]
         early, late = (maps[wanted.index(layer)] for layer in (0, -1))
     # three layers, the second-last hidden state is read: the last layer that matters is the second
     torch.testing.assert_close(early, layers[0][0, :, 0, 1:].mean(0))
@@ -142,8 +143,8 @@ def test_llava_maps_travel_with_their_features(family: str, kind: str, monkeypat
     handle = base.multi_modal_projector.register_forward_hook(lambda m, a, o: features.setdefault("projected", o))
     with vlmfast.accelerate(model, prune=VisionZip(keep=0.5)) as fast:
         run(model, inputs)
-        got = fast.columns.attention.maps[kind][0][0]
-        item = fast.columns.media[kind][0]
+        got = fast.request.tower_maps[kind][0][0]
+        item = fast.request.media[kind][0]
     handle.remove()
     assert got.shape == (item.n,)
     if family == "llava_next_video" and kind == "video":
@@ -175,7 +176,7 @@ def test_merging_changes_the_kept_rows_on_llava_and_is_refused_on_qwen() -> None
     with vlmfast.accelerate(model, prune=merging) as fast:
         handle = text.layers[0].register_forward_pre_hook(lambda m, a, k: entered.append(a[0]), with_kwargs=True)
         run(model, inputs)
-        kept = fast.columns.kept["image"][0]
+        kept = fast.request.kept["image"][0]
         handle.remove()
     with vlmfast.accelerate(model, prune=VisionZip(keep=0.5)):
         handle = text.layers[0].register_forward_pre_hook(lambda m, a, k: entered.append(a[0]), with_kwargs=True)
@@ -236,8 +237,8 @@ def test_tiled_families_keep_identity_rows_and_tiles(family: str) -> None:
         batch = run(model, inputs)
         assert fast.report.encode["visual_tokens"] == 36
         assert fast.report.encode["kept_tokens"] == 18
-        assert [item.n for item in fast.columns.media["image"]] == [4] * 9
-        assert [len(kept) for kept in fast.columns.kept["image"]] == [2] * 9
+        assert [item.n for item in fast.request.media["image"]] == [4] * 9
+        assert [len(kept) for kept in fast.request.kept["image"]] == [2] * 9
         for row, single in enumerate(tiny.rows(family, media=media)):
             torch.testing.assert_close(logits(batch)[row], logits(run(model, single))[0], rtol=2e-4, atol=2e-4)
     assert torch.equal(logits(run(model, inputs)), plain)

@@ -297,7 +297,6 @@ def test_features_encoded_elsewhere_are_pruned_where_the_grids_say_how_they_lie(
     with vlmfast.accelerate(model, prune=VidCom2(keep=0.5)) as fast:
         expected, report = answer(model, batch), fast.report.encode
         call["mm_encoder_outputs"]["image"] = features(model, batch)
-        fast.columns.reset()
         assert torch.equal(answer(model, call), expected)
         assert fast.report.encode["kept_tokens"] == report["kept_tokens"] < report["visual_tokens"]
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import grimp
 import methods
 import pytest
 
@@ -23,6 +24,11 @@ DOCUMENTS = [
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 INTERNALS = ("runtime/", "families/", "prefill/ragged_layer.py", "decode/loop.py")
+STREAM_CIRCLES = {  # still there
+    ("vlmfast", "vlmfast.stream.session"), ("vlmfast.stream.session", "vlmfast.stream.snapshot"),
+    ("vlmfast.stream.snapshot", "vlmfast.stream.session"), ("vlmfast.stream.snapshot", "vlmfast"),
+    ("vlmfast.stream.watch", "vlmfast.stream.intake"), ("vlmfast.stream.intake", "vlmfast.stream.watch"),
+}  # fmt: skip
 TRAINS = ("pocket/",)  # the one place that builds models of its own
 
 
@@ -34,6 +40,30 @@ def test_floors() -> None:
         text=True,
     )
     assert out.returncode == 0, out.stdout[-2000:]
+
+
+def test_no_import_circles() -> None:
+    """No module needs itself through others: not inside a function either, nor for the names of types alone."""
+    graph = grimp.build_graph("vlmfast")
+    circular = {
+        (module, needed)
+        for module in graph.modules
+        for needed in graph.find_modules_directly_imported_by(module)
+        if graph.chain_exists(importer=needed, imported=module)
+    }
+    assert len(graph.modules) > 200 and graph.count_imports() > 800  # it has seen the package
+    assert circular <= STREAM_CIRCLES, sorted(circular - STREAM_CIRCLES)
+
+
+def test_state_is_explicit() -> None:
+    """A cache gets one attribute from us, and the loop, drafts and selection ask for nothing by an attribute's name."""
+    for path in SOURCES:
+        for name in re.findall(r"\bvlmfast_[a-z]+\b", path.read_text()):
+            assert name in ("vlmfast_state", "vlmfast_stream", "vlmfast_cache"), f"{path}: {name}"
+    rooms = ["decode/loop.py", "decode/drafts.py", "decode/proposers.py", "decode/counters.py", "runtime/selection.py",
+             "runtime/request_state.py", "runtime/text_attention.py", "runtime/prune_in_tower.py"]  # fmt: skip
+    for room in rooms:
+        assert not re.search(r"\b(getattr|hasattr)\(", (ROOT / "vlmfast" / room).read_text()), room
 
 
 @pytest.mark.parametrize("stage", ["encode", "prefill", "decode"])

@@ -18,6 +18,7 @@ import vlmfast
 from vlmfast import families
 from vlmfast.core import Kind
 from vlmfast.encode import Random, Uniform, VidCom2
+from vlmfast.runtime.cache_state import cache_state
 
 NEW = 5
 MEDIA = {
@@ -156,7 +157,7 @@ def short_reference(model: Any, inputs: dict, kept: list[Tensor], steps: int) ->
 def capture_columns(fast: vlmfast.Accelerated, call: Any) -> tuple[Any, Any]:
     """Run `call` and return (its output, the column map left on the cache)."""
     out = call()
-    return out, out.past_key_values.vlmfast_columns
+    return out, cache_state(out.past_key_values).columns
 
 
 @pytest.mark.parametrize(("family", "media"), CASES)
@@ -191,7 +192,7 @@ def test_text_and_separators_survive_and_frames_keep_their_floor(family: str, me
     model, inputs = tiny.build(family), tiny.inputs(family, media=media, batch=2)
     with vlmfast.accelerate(model, prune=Random(keep=0.05)) as fast:
         out, columns = capture_columns(fast, lambda: run(model, inputs))
-        items = {kind: list(laid) for kind, laid in fast.columns.media.items()}
+        items = {kind: list(laid) for kind, laid in fast.request.media.items()}
     ids = inputs["input_ids"]
     visual = torch.zeros_like(ids, dtype=torch.bool)
     for token in families.get(model).visual_ids(model).values():

@@ -26,6 +26,7 @@ from vlmfast.core import LayerView, Rotation, VisualTokens
 from vlmfast.decode import Exact, ModelDraft, PromptLookup, Speculate
 from vlmfast.encode import Uniform, VidCom2
 from vlmfast.prefill import HybridAdvanced, HybridKV, KVLayer, SnapKV
+from vlmfast.runtime.cache_state import cache_state
 from vlmfast.stream.retrievers import METHODS as RETRIEVERS
 from vlmfast.stream.retrievers import Internal
 
@@ -62,10 +63,10 @@ def inputs_of(family: str, **more: Any) -> dict[str, Any]:
 
 def held(cache: Any) -> list[Any]:
     """What the cache holds: logical columns of the model's layers, of every cut, and of every head of every layer."""
-    columns, found = getattr(cache, "vlmfast_columns", None), []
+    columns, found = cache_state(cache).columns, []
     if columns is not None:
         found.append(to_host(columns.index).tolist())
-    for at, cut in getattr(cache, "vlmfast_cuts", {}).items():
+    for at, cut in cache_state(cache).cuts.items():
         found.append((at, to_host(cut.index).tolist()))
     for layer in cache.layers:
         if not isinstance(layer, KVLayer):

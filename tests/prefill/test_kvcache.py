@@ -1,15 +1,21 @@
 """The ragged storage itself, the scores and budgets policies use, and what is refused."""
 
+from typing import Any
+
 import pytest
 import tiny
 import torch
 from test_prefill import SMALL, Accelerated, every_family, generate, prompt, steps, under
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer, QuantizedLayer, StaticCache
 
+import vlmfast
 from vlmfast import prefill
 from vlmfast.core import CompressedLayer, Kind, Retrieval, Unsupported, UserError
+from vlmfast.decode import Loose, PromptLookup, Speculate
+from vlmfast.encode import Downsample, FastV, VidCom2
 from vlmfast.prefill import AdaKV, Full, HybridAdvanced, HybridKV, KVLayer, Random, SnapKV, StreamingLLM, heads, persist
 from vlmfast.prefill.budget import by_head, by_type
+from vlmfast.runtime.cache_state import cache_state
 
 # ---------------------------------------------------------------- the storage itself
 
@@ -138,6 +144,44 @@ def test_saved_and_loaded_cache_continues_alike(tmp_path):
         persist.save(generate(model, inputs, 1).past_key_values, tmp_path / "x")
     with pytest.raises(UserError, match="no saved cache"):
         persist.load(tmp_path / "nothing")
+
+
+def alike(a: Any, b: Any) -> bool:
+    """Are two trees of objects, containers and tensors equal, type by type and bit by bit?"""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(alike(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(alike, a, b))
+    if hasattr(a, "__dict__"):
+        return type(a) is type(b) and alike(vars(a), vars(b))
+    return bool(a == b)
+
+
+@pytest.mark.parametrize("stages", [
+    {"kv": SnapKV(**SMALL), "prune": VidCom2(keep=0.5)}, {"prune": FastV(keep=0.5)}, {"prune": Downsample(keep=0.5)},
+], ids=["compressed", "cut between layers", "resized"])  # fmt: skip
+def test_everything_remembered_of_a_cache_survives_the_disk(tmp_path, stages):
+    """Columns, cuts, visual states and the shortened prompt: a later turn over the loaded cache is the same one."""
+    model = tiny.build("qwen2_5_vl")
+    inputs = prompt("qwen2_5_vl", text=24)
+    loose = Speculate(PromptLookup(), Loose(digits=False, negation=False, comparison=False), length=3)
+    with vlmfast.accelerate(model, **stages, speculate=loose):
+        turn = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+        first = model.generate(**inputs, **turn)
+        cache = first.past_key_values
+        persist.save(cache, tmp_path / "kv.safetensors")
+        loaded = persist.load(tmp_path / "kv.safetensors")
+        state = cache_state(cache)
+        assert state.columns is not None and state.visual is not None
+        assert bool(state.cuts) == isinstance(stages["prune"], FastV)
+        assert (state.shortened is not None) == isinstance(stages["prune"], Downsample)
+        assert alike(cache_state(loaded), state)
+        ids = torch.cat([first.sequences, torch.full((1, 6), tiny.FIRST_TEXT + 1)], 1)
+        want, got = (model.generate(input_ids=ids, past_key_values=c, **turn) for c in (cache, loaded))
+    assert torch.equal(got.sequences, want.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(got.logits, want.logits, strict=True))
 
 
 # ---------------------------------------------------------------- scores, budgets, head types

@@ -10,9 +10,11 @@ import torch
 from vlmfast import families
 from vlmfast.core import UserError
 from vlmfast.prefill import AdaKV, Full, HybridAdvanced, HybridKV, KeyDiff, KVLayer, Random, SnapKV, StreamingLLM
+from vlmfast.runtime.cache_state import cache_state
 from vlmfast.runtime.kv_hooks import KVHooks
 from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.prune_input import InputPruning
+from vlmfast.runtime.request_state import Requests
 
 SMALL = {"keep": 0.5, "sinks": 2, "recent": 4}  # small enough for prompts of tiny models
 POLICIES = [
@@ -37,7 +39,7 @@ class Accelerated:
         family = families.get(model)
         text = family.text(model)
         KVHooks(text, text.config, policy, self.reports.append).install(self.patch)
-        InputPruning(model, family, pruner).install(self.patch)
+        InputPruning(model, family, Requests(model, pruner)).install(self.patch)
 
     def __enter__(self):
         return self
@@ -329,7 +331,7 @@ def test_with_a_pruner(policy, family):
         out = generate(model, inputs, 3)
     cache = out.past_key_values
     visual = inputs["input_ids"].eq(tiny.IMAGE).sum().item()
-    entered = cache.vlmfast_columns.kinds.shape[1]
+    entered = cache_state(cache).columns.kinds.shape[1]
     assert visual // 2 <= inputs["input_ids"].shape[1] - entered <= visual // 2 + 1
     assert cache.get_seq_length() == out.sequences.shape[1] - 1
     for layer in cache.layers:

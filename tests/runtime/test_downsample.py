@@ -86,7 +86,7 @@ def test_it_is_the_processors_own_smaller_picture(family: str, kind: str) -> Non
     model = tiny.build(family)
     with vlmfast.accelerate(model, prune=Downsample(keep=0.25)) as fast:
         inner = fast._generate
-        fast._generate = lambda f, args, call: (seen.append(dict(call)), inner(f, args, call))[1]  # type: ignore
+        fast._generate = lambda request, f, args, call: (seen.append(dict(call)), inner(request, f, args, call))[1]  # type: ignore
         got = model.generate(**large, **NEW)
         report = fast.report.encode
     (call,) = seen

@@ -19,6 +19,7 @@ from vlmfast.core import Kind, UserError
 from vlmfast.encode import AdaptInfer, FastV, FlashVID, PyramidDrop, Random, V2Drop, VidCom2
 from vlmfast.encode.between import stage_layers, staged
 from vlmfast.plan import Plan, parse
+from vlmfast.runtime.cache_state import cache_state
 
 MIXED = {f: ("image", "video") if f in tiny.VIDEO_FAMILIES else ("image", "image") for f in tiny.FAMILIES}
 HARSH = methods.BETWEEN[1::2]
@@ -81,7 +82,7 @@ def masked_reference(model: Any, inputs: dict, cuts: dict[int, Tensor], steps: i
 
 def kept_columns(cache: Any, row: int, pads: int = 0) -> dict[int, Tensor]:
     """Logical columns of one row that the layers from each cut on hold, without the row's padding."""
-    return {i: held.index[row][held.index[row] >= 0] - pads for i, held in cache.vlmfast_cuts.items()}
+    return {i: held.index[row][held.index[row] >= 0] - pads for i, held in cache_state(cache).cuts.items()}
 
 
 # -- equal to the masked run -------------------------------------------------------------------------------------------
@@ -98,7 +99,7 @@ def equals_masked(family: str, media: tuple, method: Any) -> None:
         reference = masked_reference(model, single, kept_columns(cache, row, pads), NEW)
         torch.testing.assert_close(logits(out)[row], reference, rtol=2e-4, atol=2e-4)
     # what stays is what the rule says: text whole, a fraction of the visual columns per row, per layer
-    base, columns = families.get(model).base(model), cache.vlmfast_columns
+    base, columns = families.get(model).base(model), cache_state(cache).columns
     visual = (columns.kinds == Kind.VISUAL).sum(1)
     separators = fast.report.encode["visual_tokens"] - int(visual.sum())
     assert separators == 0
@@ -157,7 +158,7 @@ def test_equal_prompts_with_ragged_counts_are_padded_after_the_cut() -> None:
     assert inputs["attention_mask"].all()
     with vlmfast.accelerate(model, prune=FastV(keep=0.25)):
         batch = run(model, inputs)
-        held = batch.past_key_values.vlmfast_cuts[2]
+        held = cache_state(batch.past_key_values).cuts[2]
         assert held.padded
         for row, single in enumerate(tiny.rows("llava", media=media, text=[6, 23])):
             torch.testing.assert_close(logits(batch)[row], logits(run(model, single))[0], rtol=2e-4, atol=2e-4)
@@ -387,7 +388,7 @@ def test_a_first_pruner_that_reads_the_tower_works_too() -> None:
     model, inputs = tiny.build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl", media=("video",))
     with vlmfast.accelerate(model, prune=FastV(keep=0.5, prune=FlashVID(keep=0.75))) as fast:
         out = run(model, inputs)
-    columns = out.past_key_values.vlmfast_columns
+    columns = cache_state(out.past_key_values).columns
     entered = int((columns.kinds == Kind.VISUAL).sum())
     assert entered < fast.report.encode["visual_tokens"]
     assert fast.report.encode["kept_tokens"] == round(entered * 0.5)

@@ -24,6 +24,7 @@ from vlmfast import families
 from vlmfast.decode import PromptLookup, Speculate
 from vlmfast.encode import CDPruner, FastV, FlashVID, IVCPrune, PixelPrune, Random, Uniform, VidCom2, VisionZip
 from vlmfast.prefill import SnapKV
+from vlmfast.runtime.cache_state import cache_state
 from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.shorten_prompt import can_chunk, implied_mask
 
@@ -89,7 +90,7 @@ def test_equals_the_hooks_in_a_padded_batch(family: str, way: dict) -> None:
     prompt = inputs["input_ids"].shape[1]
     assert torch.equal(rewritten.sequences[:, :prompt], inputs["input_ids"])
     # the cache is as short as the plan says, and the report says what it holds
-    columns, cache = hooked.past_key_values.vlmfast_columns, rewritten.past_key_values
+    columns, cache = cache_state(hooked.past_key_values).columns, rewritten.past_key_values
     width = int((columns.index[:, : columns.kinds.shape[1]] < prompt).sum(1).max())
     assert width < prompt
     if "cache_implementation" in way:

@@ -12,7 +12,7 @@ from typing import Any
 
 from vlmfast import files
 from vlmfast.bench import floors, journal, methods, records, runner, tasks
-from vlmfast.bench.summary import summarise
+from vlmfast.bench.summary import public, summarise
 from vlmfast.bench.validity import laws
 from vlmfast.core import UserError
 from vlmfast.plan import Plan
@@ -171,17 +171,6 @@ def open_journal(out: Path, identity: dict[str, Any], plans: dict[str, Plan], fo
     """The file of answers, with what it already holds."""
     hashes = {m: journal.plan_hash({"floor": m} if m in floors.ASKED else public(p)) for m, p in plans.items()}
     return journal.Journal(out, journal.run_name(identity), hashes, force)
-
-
-def public(plan: Plan) -> dict[str, Any]:
-    """A plan's JSON with model folders of this checkout written relative to it."""
-
-    def short(x: Any) -> Any:
-        if isinstance(x, dict):
-            return {k: short(v) for k, v in x.items()}
-        return x.removeprefix(f"{records.ROOT}/") if isinstance(x, str) else x
-
-    return short(plan.json())
 
 
 def _same_run(summary: Path, name: str) -> None:

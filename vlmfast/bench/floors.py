@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from vlmfast.bench import scoring
-from vlmfast.bench.tasks import Clip, Sample, Task
+from vlmfast.bench.task import Clip, Sample, Task
 
 ASKED = ("text-only", "grey", "wrong-media")  # of the plain model
 MAJORITY = "majority"

@@ -10,22 +10,15 @@ that follow, each on a copy of the compressed cache: `pocket/again`, eight secon
 
 from __future__ import annotations
 
-import copy
 import functools
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from vlmfast.bench.question_sets import CHATS, PICTURES, QuestionSet
 from vlmfast.bench.scoring import exact_fact
-from vlmfast.bench.tasks import AGAIN, Clip, Sample, Task
+from vlmfast.bench.task import Clip, Sample, Task
 from vlmfast.core import UserError
-from vlmfast.plan import Plan
-
-if TYPE_CHECKING:
-    from vlmfast.bench.runner import Runner
 
 OFFSET = 2000  # clips of `evals.stream` have smaller numbers
 EACH, SIZE = 5, 192  # questions about a clip, pixels a side: 8 seconds are 8 * 144 tokens
@@ -88,14 +81,15 @@ def picture(seed: int) -> Chat:
     return Image.open(path).convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC), asked
 
 
-TASKS = dict(zip(AGAIN, [
-    (chat, {"size": SIZE, "each": EACH}), (minute, {"seconds": MINUTE, "each": SCENE_QUESTIONS - 1}),
-    (picture, {"size": SIDE, "each": EACH}),
-], strict=True))  # fmt: skip
+TASKS = {
+    "pocket/again": (chat, {"size": SIZE, "each": EACH}),
+    "pocket/turns": (minute, {"seconds": MINUTE, "each": SCENE_QUESTIONS - 1}),
+    "easy-vqa/again": (picture, {"size": SIDE, "each": EACH}),
+}
 
 
 def task(name: str, questions: QuestionSet = "reporting") -> Task:
-    """Question i of a task of `TASKS` is one of those that follow the opening of a set's clip (or picture) i // each."""
+    """Question i of a task of `TASKS` is one that follows the opening of a set's clip (or picture) i // each."""
     draw, config = TASKS[name]
     numbers = list((PICTURES if draw is picture else CHATS)[questions])
     each, short = config["each"], name.removeprefix("pocket/")
@@ -113,40 +107,3 @@ def task(name: str, questions: QuestionSet = "reporting") -> Task:
 
     ids = [f"{short}/{seed}/{j}" for seed in numbers for j in range(each)]
     return Task(name, ids, make, 10, "accuracy", bucket=lambda i: i // each, config={**config, "set": questions})
-
-
-def ask(runner: Runner, samples: Sequence[Sample], plan: Plan, tokens: int) -> tuple[list[str], dict[str, Any]]:
-    """The answers to questions of one clip, and the report of the opening, which prefills and compresses.
-
-    Every question goes on from a copy of the opening's cache, taken back to where the two prompts part, so that none
-    hears the others.
-    """
-    import torch
-
-    import vlmfast
-    from vlmfast.runtime.compat import CACHE, cache_of
-
-    model = runner.model
-    opening, *prompts = (
-        runner.inputs([replace(s, question=q)])
-        for s, q in [(samples[0], str(samples[0].opening)), *((s, s.question) for s in samples)]
-    )
-    decode, answers = runner.processor.tokenizer.decode, []
-    extra = {"tokenizer": runner.processor.tokenizer} if plan.speculate is not None else {}
-    with vlmfast.accelerate(model, plan) as fast:
-        out = model.generate(**opening, **extra, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
-        report, kept = fast.report.json(), cache_of(out)
-        for prompt in prompts:
-            ids, before = prompt["input_ids"], opening["input_ids"]
-            short = min(ids.shape[1], before.shape[1])
-            common = int((ids[0, :short] == before[0, :short]).long().cumprod(0).sum())
-            # on a kept cache transformers puts text behind the end of a long clip, in a whole prompt behind its start
-            positions = model._prepare_position_ids_for_generation(ids, dict(prompt))[..., common:]
-            cache = copy.deepcopy(kept)
-            cache.crop(common - cache.get_seq_length())
-            said = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, max_new_tokens=tokens,
-                do_sample=False, **{CACHE: cache}, **extra,
-            )  # fmt: skip
-            answers.append(decode(said[0, ids.shape[1] :], skip_special_tokens=True))
-    return answers, report

@@ -17,7 +17,7 @@ from typing import Any
 
 from vlmfast import files
 from vlmfast.bench import scoring
-from vlmfast.bench.tasks import Clip, Sample, Task
+from vlmfast.bench.task import Clip, Sample, Task
 from vlmfast.core import UserError, shown
 from vlmfast.video.limits import regular
 

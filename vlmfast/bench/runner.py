@@ -6,12 +6,14 @@ that fails is a record with `error` and score 0.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vlmfast.bench.tasks import Clip, Sample
+from vlmfast.bench.task import Clip, Sample
 from vlmfast.core import Unsupported, UserError
 from vlmfast.loading import as_clip, as_picture
 from vlmfast.plan import Plan
@@ -144,9 +146,7 @@ class Runner:
 
     def _again(self, samples: Sequence[Sample], plan: Plan, method: str, tokens: int) -> list[dict[str, Any]]:
         """Questions of one clip, each on a copy of the cache that their opening left."""
-        from vlmfast.bench import followup
-
-        texts, report = followup.ask(self, samples, plan, tokens)
+        texts, report = self._on_copies(samples, plan, tokens)
         flat = {**report["encode"], **report["prefill"]}
         names = ("visual_tokens", "kept_tokens", "cached_tokens", "kv_fast_bytes", "kv_host_bytes")
         fields = {k: round(flat[k], 4) for k in names if flat.get(k) is not None}
@@ -155,6 +155,42 @@ class Runner:
             {**_identity(s, method), "answer": text.strip(), "score": float(s.score(text)), "batch": 1, **fields}
             for s, text in zip(samples, texts, strict=True)
         ]
+
+    def _on_copies(self, samples: Sequence[Sample], plan: Plan, tokens: int) -> tuple[list[str], dict[str, Any]]:
+        """The answers to questions of one clip, and the report of the opening, which prefills and compresses.
+
+        Every question goes on from a copy of the opening's cache, taken back to where the two prompts part, so that
+        none hears the others.
+        """
+        import torch
+
+        import vlmfast
+        from vlmfast.runtime.compat import CACHE, cache_of
+
+        model = self.model
+        opening, *prompts = (
+            self.inputs([replace(s, question=q)])
+            for s, q in [(samples[0], str(samples[0].opening)), *((s, s.question) for s in samples)]
+        )
+        decode, answers = self.processor.tokenizer.decode, []
+        extra = {"tokenizer": self.processor.tokenizer} if plan.speculate is not None else {}
+        with vlmfast.accelerate(model, plan) as fast:
+            out = model.generate(**opening, **extra, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
+            report, kept = fast.report.json(), cache_of(out)
+            for prompt in prompts:
+                ids, before = prompt["input_ids"], opening["input_ids"]
+                short = min(ids.shape[1], before.shape[1])
+                common = int((ids[0, :short] == before[0, :short]).long().cumprod(0).sum())
+                # on a kept cache transformers puts text behind the end of a long clip, else behind its start
+                positions = model._prepare_position_ids_for_generation(ids, dict(prompt))[..., common:]
+                cache = copy.deepcopy(kept)
+                cache.crop(common - cache.get_seq_length())
+                said = model.generate(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, max_new_tokens=tokens,
+                    do_sample=False, **{CACHE: cache}, **extra,
+                )  # fmt: skip
+                answers.append(decode(said[0, ids.shape[1] :], skip_special_tokens=True))
+        return answers, report
 
     def _visual(self, ids: Any) -> list[int]:
         config = self.model.config

@@ -6,7 +6,7 @@ import statistics
 from typing import Any
 
 from vlmfast.bench import floors, methods, stats
-from vlmfast.bench.records import row
+from vlmfast.bench.records import ROOT, row
 from vlmfast.bench.runner import STAGE
 from vlmfast.plan import Plan
 
@@ -38,8 +38,6 @@ def summarise(
 def _row(
     method: str, plan: Plan, mine: list[dict], plain: list[dict], metric: str, broken: str | None
 ) -> dict[str, Any]:
-    from vlmfast.bench.accuracy import public
-
     metrics, notes = quality(mine, plain, metric, method != "plain"), []
     metrics["failed"] = sum("error" in r for r in mine)
     if metrics["failed"]:
@@ -101,3 +99,14 @@ def _means(keys: tuple[str, ...], records: list[dict]) -> dict[str, float]:
 
 def _short(x: float) -> float:
     return round(x, 5)
+
+
+def public(plan: Plan) -> dict[str, Any]:
+    """A plan's JSON with model folders of this checkout written relative to it."""
+
+    def short(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {k: short(v) for k, v in x.items()}
+        return x.removeprefix(f"{ROOT}/") if isinstance(x, str) else x
+
+    return short(plan.json())

@@ -8,14 +8,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from vlmfast import spec
-from vlmfast.bench import scoring
+from vlmfast.bench import followup, scoring
 from vlmfast.bench.question_sets import PICTURES, POCKET, QuestionSet
+from vlmfast.bench.questions import load
+from vlmfast.bench.task import Clip, Sample, Task
 from vlmfast.core import UserError
 from vlmfast.fields import NonNegativeInt, Options, PositiveInt, unknown
 
@@ -34,61 +35,7 @@ MID = {k: {"size": 128} for k in ("presence", "colour", "shape", "count", "relat
     k: {} for k in ("motion", "order", "when", "what-when", "how-often")
 }  # fmt: skip
 MIXES: dict[str, dict[str, dict[str, int]]] = {"long": LONG, "mid": MID}
-AGAIN = ("pocket/again", "pocket/turns", "easy-vqa/again")  # second questions, see `vlmfast.bench.followup`
 POCKET_SIZE = 1000  # questions per kind, of a task that names its first
-
-
-@dataclass
-class Sample:
-    """One question with its media, ready to ask."""
-
-    id: str
-    question: str
-    expected: list[str]
-    media: list[Any]  # PIL images, uint8 arrays (H, W, 3), or `Clip`s
-    score: Callable[[str], float]
-    cluster: str = ""  # questions about one clip or image share it: they are not independent
-    kind: str = ""
-    choices: list[str] | None = None
-    before: list[tuple[str, str]] = field(default_factory=list)  # turns (question, answer) about the media so far
-    error: str | None = None  # why its media could not be read
-    opening: str | None = (
-        None  # a question that is asked first; this one reads the cache it left (`vlmfast.bench.followup`)
-    )
-
-
-@dataclass
-class Clip:
-    """Frames of a video, uint8 (T, H, W, 3), `fps` of them a second; metadata as HF processors take it, when known."""
-
-    frames: Any
-    fps: float  # of these frames, not of the file they were sampled from
-    metadata: dict[str, Any] | None = None
-
-
-@dataclass
-class Task:
-    """Questions 0 ... size - 1, of which question i is made by `make(i)`. ids and buckets cost nothing."""
-
-    name: str
-    ids: list[str]
-    make: Callable[[int], Sample]
-    tokens: int  # most new tokens an answer may take
-    metric: str  # "accuracy" or "f1"
-    bucket: Callable[[int], Hashable] = field(default=lambda i: 0)  # only questions of one bucket share a batch
-    config: dict[str, Any] = field(default_factory=dict)
-
-    def sample(self, i: int) -> Sample:
-        """Question i; one whose media cannot be read says why in `error`."""
-        try:
-            return self.make(i)
-        except Exception as e:
-            why = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
-            return Sample(self.ids[i], "", [""], [], lambda text: 0.0, cluster=self.ids[i], error=why)
-
-    def first(self, limit: int | None) -> list[int]:
-        """The numbers of the first `limit` questions."""
-        return list(range(len(self.ids) if limit is None else min(limit, len(self.ids))))
 
 
 def get(name: str, metric: str | None = None, frames: str = "uniform:16", questions: QuestionSet = "reporting") -> Task:
@@ -96,19 +43,15 @@ def get(name: str, metric: str | None = None, frames: str = "uniform:16", questi
     of all others, unless the name says another."""
     if name == "easy-vqa":
         return easy_vqa(questions)
-    if name in AGAIN:
-        from vlmfast.bench import followup
-
+    if name in followup.TASKS:
         return followup.task(name, questions)
     if name.startswith("pocket/"):
         return pocket(name, questions)
     path = Path(name)
     if path.exists() or path.suffix in (".jsonl", ".parquet"):
-        from vlmfast.bench.questions import load
-
         return load(path, metric, frames)
     raise unknown(
-        "task", name, ["easy-vqa", *AGAIN, *KINDS, "a path to questions.jsonl, .parquet or a folder with one"]
+        "task", name, ["easy-vqa", *followup.TASKS, *KINDS, "a path to questions.jsonl, .parquet or a folder with one"]
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vlmfast.bench.runner import Runner
-from vlmfast.bench.tasks import Sample
+from vlmfast.bench.task import Sample
 from vlmfast.plan import Plan
 
 

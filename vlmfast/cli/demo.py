@@ -100,8 +100,8 @@ def trial(loaded: Any, medium: Any, name: str, plan: Any, step: Any) -> dict[str
             answers.append(loaded.decode(out, inputs))
             reports.append({**fast.report.encode, **fast.report.prefill, **fast.report.decode})
             kind = "video" if medium.video else "image"
-            grid = fast.columns.media[kind][0].grid
-            kept = fast.columns.kept[kind][0].tolist() if kind in fast.columns.kept else None
+            grid = fast.request.media[kind][0].grid
+            kept = fast.request.kept[kind][0].tolist() if kind in fast.request.kept else None
     metrics = {key: statistics.median(r[key] for r in reports) for key in METRICS}
     right = [_right(answer, expected) for answer, (_, expected) in zip(answers, medium.turns, strict=True)]
     return {"name": name, "plan": plan.json(), "answers": answers, "right": right, "metrics": metrics,

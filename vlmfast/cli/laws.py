@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmfast.cli.ask import GREEDY
 from vlmfast.core import Unsupported, UserError
+from vlmfast.runtime.cache_state import cache_state
 from vlmfast.runtime.compat import cache_of
 
 if TYPE_CHECKING:
@@ -96,7 +97,9 @@ def length(case: Case) -> Verdict:
     held = [layer.keys.shape[-2] for layer in layers]
     tensors = [t for layer in layers for t in (layer.keys, layer.values)]
     size = sum(t.numel() * t.element_size() for t in tensors)
-    text = cache.vlmfast_columns.kinds
+    columns = cache_state(cache).columns
+    assert columns is not None  # every prefill of a pruned call leaves them
+    text = columns.kinds
     wrong = [f"layer {i} holds {n} columns, not {expected}" for i, n in enumerate(held) if n != expected]
     if not visual or kept >= visual:
         wrong.append(f"{kept} of {visual} visual tokens were kept: nothing was pruned")

@@ -109,8 +109,14 @@ class LooseAdvanced(Options):
 
 
 class Rule(Method):
-    """What the loop asks of an acceptance rule; fields of a rule are its configuration."""
+    """What the loop asks of an acceptance rule; fields of a rule are its configuration.
 
+    The settings below are read by the loop, of every rule; a rule that can be told otherwise has them as fields.
+    """
+
+    eos: bool = True  # never loosen the end of the answer
+    seed: int = 0  # of the random numbers that a rule draws
+    fallback: float = 0.0  # the draft hands over where its highest probability is below this
     name: ClassVar[str]
     lossless: ClassVar[bool] = False
     visual: ClassVar[bool] = False  # does it need relevance to what is seen?

@@ -6,6 +6,7 @@ from typing import Any
 
 from vlmfast.decode.accept import EXACT, LOOSE, SHIFT
 from vlmfast.decode.speculate import predicted_speedup
+from vlmfast.engine import Static
 
 NAMES = {EXACT: "accepted_exact", LOOSE: "accepted_loose", SHIFT: "accepted_shift"}
 
@@ -37,7 +38,7 @@ class Counters:
 
     def captured(self, *steps: Any) -> None:
         """Count the graphs that these steps captured in this call, and their milliseconds."""
-        found = [s for s in steps if getattr(s, "captures", None) is not None]
+        found = [s for s in steps if isinstance(s, Static)]
         if found:
             self.graphs = {
                 "graph_captures": sum(s.captures for s in found), "capture_ms": sum(s.seconds for s in found) * 1e3,

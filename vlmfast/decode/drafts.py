@@ -18,10 +18,13 @@ from vlmfast import families
 from vlmfast.core import Draft, StageDidNotFire, TokenPruner, Unsupported, UserError, shown
 from vlmfast.decode.proposers import LookupOrModel, ModelProposer, NgramProposer
 from vlmfast.decode.target_attention import TargetAttention
+from vlmfast.encode.between import LayerPruner
+from vlmfast.encode.downsample import Downsample
 from vlmfast.engine import open_static
 from vlmfast.fields import Method, PositiveInt, Range
 from vlmfast.runtime import dtypes, weights
 from vlmfast.runtime.compat import CACHE, OLD
+from vlmfast.runtime.request_state import Requests
 from vlmfast.runtime.stepper import Stepper
 
 Confidence = Annotated[float, Range(0, 1, "most")]
@@ -37,9 +40,9 @@ class Request:
     generation_config: Any
     model_kwargs: dict[str, Any]  # prepared for the target, before its prefill
     inputs: dict[str, Any]  # media tensors as the user gave them
-    columns: Any = None  # the target's column hooks, when it is accelerated
+    requests: Requests | None = None  # the target's calls, when it is accelerated
     fresh_cache: Callable[[Any], Any] = lambda model: None  # model -> an empty cache for it
-    handle: Any = None  # of the accelerated draft model
+    of_draft: Requests | None = None  # those of the accelerated draft model
     stop: frozenset[int] = frozenset()  # ids that end the answer
     steps: str = "auto"  # the engine, see `Stepper.prefill`
 
@@ -49,12 +52,32 @@ def _lengths(name: str, longest: int, shortest: int) -> None:
         raise UserError(f"{name}: shortest={shortest} is more than longest={longest}")
 
 
+class DraftMethod(Method):
+    """What the runtime and the loop ask of a draft's configuration; `open` makes it live for one prompt."""
+
+    name: ClassVar[str]
+    graded: ClassVar[bool] = False  # does it give the probabilities of every token it proposes?
+    blind: ClassVar[bool] = False  # does it read tokens only, so that it may start on any cache?
+
+    @property
+    def pruner(self) -> Any:
+        """The pruner of its own prefill, a spec's text where it was not built yet; None = none."""
+        return None
+
+    def check(self, model: Any, inputs: dict[str, Any]) -> None:
+        """Raise Unsupported where it cannot draft for this target, or for this call."""
+
+    def open(self, request: Request) -> Draft:
+        """A live draft for one prompt."""
+        raise NotImplementedError
+
+
 def _vocabulary(model: Any) -> int:
     return int(model.get_output_embeddings().weight.shape[0])
 
 
 @dataclass(frozen=True)
-class ModelDraft(Method):
+class ModelDraft(DraftMethod):
     """A smaller VLM of the same vocabulary, fed with its own pruned visual tokens (LVSpec, arXiv 2604.05650; SpecVLM,
     arXiv 2508.16201); survivors keep their original positions.
 
@@ -68,13 +91,17 @@ class ModelDraft(Method):
     prune: TokenPruner | str | None = "uniform:keep=0.1"
     confidence: Confidence = 0.0
     name: ClassVar[str] = "modeldraft"
-    graded: ClassVar[bool] = True  # gives the probabilities of every token it proposes
+    graded: ClassVar[bool] = True
     _loaded: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.prune == TargetAttention.name:
             object.__setattr__(self, "prune", TargetAttention())
         super().__post_init__()
+
+    @property
+    def pruner(self) -> Any:
+        return self.prune
 
     def load(self) -> Any:
         """The draft model; loaded once."""
@@ -120,8 +147,8 @@ class ModelDraft(Method):
     def open(self, request: Request) -> Draft:
         """Prefill the draft with the same prompt and media, over a cache of its own."""
         draft = self.load()
-        hooks: Any = getattr(request.handle, "columns", None)
-        if self.prune is not None and hooks is None:
+        requests = request.of_draft
+        if self.prune is not None and requests is None:
             raise Unsupported(
                 f"{self.name}(prune=...) prunes through vlmfast.accelerate(model, speculate=...): use that call"
             )
@@ -130,29 +157,26 @@ class ModelDraft(Method):
         skip = ("input_ids", "inputs", "inputs_embeds", OLD, CACHE, "position_ids", "mm_encoder_outputs")
         kwargs = {k: v for k, v in request.inputs.items() if k not in skip}
         kwargs |= {"use_cache": True, "logits_to_keep": 1, CACHE: request.fresh_cache(draft)}
-        if hooks is not None:
-            hooks.reset()
-        guide = hooks.using(_pruner(self.prune, request)) if _guided(self.prune) else nullcontext()
-        with guide, torch.inference_mode():  # nothing of it leaves the draft
+        guided = (
+            _pruner(self.prune, request) if isinstance(self.prune, TargetAttention) else None
+        )  # else the one it was accelerated with
+        call = nullcontext() if requests is None else requests.call(guided)
+        with call as own, torch.inference_mode():  # nothing of it leaves the draft
             stepper = Stepper.prefill(
                 draft, ids, request.generation_config, kwargs, engine=request.steps, static=open_static
             )
-        if hooks is not None and hooks.stats["visual_tokens"] == 0 and _sees(draft, ids):
+        if own is not None and own.visual_tokens == 0 and _sees(draft, ids):
             raise StageDidNotFire("visual tokens were in the prompt but the draft's pruner never saw them")
         vocab = min(_vocabulary(draft), _vocabulary(request.model))
         return ModelProposer(stepper, ids.shape[1], request.stop, vocab, self.confidence)
 
 
-def _guided(prune: Any) -> bool:
-    return bool(getattr(prune, "guided", False))
-
-
 def _pruner(prune: Any, request: Request) -> Any:
     """The draft's pruner for this prompt: one that follows the target is told what the target looked at."""
-    if not _guided(prune):
+    if not isinstance(prune, TargetAttention):
         return prune
-    ids, text_attention = request.input_ids[0], getattr(request.columns, "text_attention", None)
-    scores = None if text_attention is None else text_attention.scores(ids.shape[0])
+    ids, requests = request.input_ids[0], request.requests
+    scores = None if requests is None else requests.current.text_attention.scores(ids.shape[0])
     if scores is None:
         return prune.guided_by(None)
     tokens = families.get(request.model).visual_ids(request.model).values()
@@ -164,7 +188,7 @@ def _sees(model: Any, ids: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class SelfDraft(Method):
+class SelfDraft(DraftMethod):
     """The target itself on pruned visual tokens (self-speculation, LVSpec): pays where visual tokens cost most.
 
     prune: the pruner of its second, pruned prefill, which reuses the encoded media; confidence: as in ModelDraft.
@@ -173,42 +197,40 @@ class SelfDraft(Method):
     prune: TokenPruner
     confidence: Confidence = 0.0
     name: ClassVar[str] = "selfdraft"
-    graded: ClassVar[bool] = True  # gives the probabilities of every token it proposes
+    graded: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if hasattr(self.prune, "cuts") or getattr(self.prune, "resizes", False):
+        if isinstance(self.prune, (LayerPruner, Downsample)):
             raise UserError(
                 f"prune={shown(self.prune)} in {self.name}: it does not act at the tower's output, as "
                 "a draft needs it, e.g. prune=Uniform(keep=0.1)"
             )
-        if getattr(self.prune, "after_block", None) is not None:
+        if self.prune.after_block is not None:
             raise UserError(
                 f"{self.name}: a pruner inside the tower would encode the media again; use after_block=None"
             )
 
-    def check(self, model: Any, inputs: dict[str, Any]) -> None:
-        """Nothing to compare: it is the target."""
+    @property
+    def pruner(self) -> TokenPruner:
+        return self.prune
 
     def open(self, request: Request) -> Draft:
         """A second prefill of the target over a cache of its own."""
-        if request.columns is None:
+        if request.requests is None:
             raise Unsupported("SelfDraft prunes through vlmfast.accelerate(model, speculate=...): use that call")
-        hooks = request.columns
-        stats, cache, notes = dict(hooks.stats), hooks.cache, list(hooks.notes)
         kwargs = {**request.model_kwargs, CACHE: request.fresh_cache(request.model)}
-        with hooks.using(_pruner(self.prune, request)) if hasattr(hooks, "using") else nullcontext():
+        with request.requests.second_prefill(_pruner(self.prune, request)):
             stepper = Stepper.prefill(
                 request.model, request.input_ids, request.generation_config, kwargs, engine=request.steps,
                 static=open_static,
             )  # fmt: skip
-        hooks.stats, hooks.cache, hooks.notes = stats, cache, notes
         vocab = _vocabulary(request.model)
         return ModelProposer(stepper, request.input_ids.shape[1], request.stop, vocab, self.confidence)
 
 
 @dataclass(frozen=True)
-class PromptLookup(Method):
+class PromptLookup(DraftMethod):
     """N-gram lookup over prompt and output (Saxena, prompt lookup decoding; LLMA, arXiv 2304.04487). Costs no model.
 
     longest, shortest: n-grams tried, longest first.
@@ -217,14 +239,11 @@ class PromptLookup(Method):
     longest: PositiveInt = 3
     shortest: PositiveInt = 1
     name: ClassVar[str] = "promptlookup"
-    blind: ClassVar[bool] = True  # reads tokens only: may start on any cache
+    blind: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _lengths(self.name, self.longest, self.shortest)
-
-    def check(self, model: Any, inputs: dict[str, Any]) -> None:
-        """Any supported model will do."""
 
     def open(self, request: Request) -> NgramProposer:
         """Index the prompt; visual placeholders are never proposed."""

@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteria
 
 from vlmfast import engine, families
-from vlmfast.core import Draft, Unsupported
+from vlmfast.core import Draft, DraftStop, Unsupported
 from vlmfast.decode import accept as rules
 from vlmfast.decode import batch
 from vlmfast.decode.counters import Counters
@@ -28,13 +28,14 @@ from vlmfast.decode.draft_length import controller_of
 from vlmfast.decode.drafts import Request
 from vlmfast.decode.output import Output, split
 from vlmfast.decode.preconditions import check, tokenizer_for
-from vlmfast.decode.proposers import ModelProposer
-from vlmfast.decode.relevance import VisualMemory, collect
+from vlmfast.decode.relevance import collect
 from vlmfast.decode.speculate import Speculate
 from vlmfast.decode.strict_tokens import strict_tokens
 from vlmfast.decode.verification import TokenChooser, VerifiedLogits
+from vlmfast.runtime.cache_state import VisualMemory
 from vlmfast.runtime.clock import clock
 from vlmfast.runtime.compat import CACHE, cache_in
+from vlmfast.runtime.request_state import Requests
 from vlmfast.runtime.stepper import Stepper
 
 __all__ = ["build", "check"]
@@ -47,8 +48,8 @@ def build(
     speculate: Speculate,
     *,
     streamer: Any = None,
-    columns: Any = None,
-    draft: Any = None,
+    requests: Requests | None = None,
+    draft: Requests | None = None,
     inputs: dict[str, Any] | None = None,
     sink: Callable[[dict[str, Any]], Any] | None = None,
     steps: str = "auto",
@@ -56,11 +57,11 @@ def build(
 ) -> Callable[..., Any]:
     """The `custom_generate` callable of one `generate` call.
 
-    streamer: the one given to `generate` (transformers hands none to a callable); columns: the target's column hooks,
-    needed by SelfDraft; draft: the handle of an accelerated draft model (its hooks do the work); inputs: the keyword
-    arguments of the call, for the draft's own encoder; sink: receives the numbers of the report; steps: the engine of
-    target and draft, see `Stepper.prefill`; many: take several rows too, without a draft. Also moves `stop_strings` out
-    of `inputs` into `stopping_criteria`: transformers loses the tokenizer on the way to a callable.
+    streamer: the one given to `generate` (transformers hands none to a callable); requests: the calls of the
+    accelerated target, needed by SelfDraft; draft: those of an accelerated draft model (its hooks do the work); inputs:
+    the keyword arguments of the call, for the draft's own encoder; sink: receives the numbers of the report; steps: the
+    engine of target and draft, see `Stepper.prefill`; many: take several rows too, without a draft. Also moves
+    `stop_strings` out of `inputs` into `stopping_criteria`: transformers loses the tokenizer on the way to a callable.
     """
     inputs = {} if inputs is None else inputs
     if inputs.get("stop_strings") is not None and inputs.get("tokenizer") is not None:
@@ -88,7 +89,7 @@ def build(
         cache = run.go(
             TokenChooser(logits_processor, run.sampling, run.drawn, run.rule.graded()),
             tokenizer,
-            (columns, draft),
+            (requests, draft),
             media,
             kwargs,
         )
@@ -125,7 +126,7 @@ class _Run:
         self,
         choice: TokenChooser,
         tokenizer: Any,
-        hooks: tuple[Any, Any],
+        hooks: tuple[Requests | None, Requests | None],
         media: dict[str, Any],
         kwargs: dict[str, Any],
     ) -> Any:
@@ -160,10 +161,7 @@ class _Run:
             times["overhead_ms"] = total - times["draft_ms"] - times["verify_ms"] - times["draft_prefill_ms"]
             if self.controller is not None:
                 self.controller.answered(len(out.emitted) - 1, times["draft_prefill_ms"])
-            proposer = getattr(self.draft, "proposer", self.draft)
-            self.counters.captured(
-                target.decoder, proposer.stepper.decoder if isinstance(proposer, ModelProposer) else None
-            )
+            self.counters.captured(target.decoder, None if self.draft is None else self.draft.decoder)
             if wait:
                 self.counters.notes.append(
                     f"speculate: drafts did not pay in recent answers, none for {wait + 1} tokens"
@@ -197,14 +195,15 @@ class _Run:
                 self.counters.notes.append(f"speculate: no visual tokens, {rule.name} verified strictly")
         if rule.lossless:
             return
-        eos = stop if getattr(rule, "eos", True) else frozenset()
+        eos = stop if rule.eos else frozenset()
         if rule.words() or eos:
             self.strict = strict_tokens(tokenizer, rule.words(), eos, target.logits.shape[-1]).to(ids.device)
-        self.random = torch.Generator().manual_seed(getattr(rule, "seed", 0))
+        self.random = torch.Generator().manual_seed(rule.seed)
 
     def _open(
-        self, columns: Any, handle: Any, media: dict[str, Any], cache: Any, kwargs: dict[str, Any], continued: bool
-    ) -> None:
+        self, requests: Requests | None, of_draft: Requests | None, media: dict[str, Any], cache: Any,
+        kwargs: dict[str, Any], continued: bool,
+    ) -> None:  # fmt: skip
         """Make the draft live; on a cache that is continued, the one of the turns before goes on."""
         config, start = self.speculate.draft, time.perf_counter()
         kept = _KEPT.get(cache)
@@ -212,21 +211,13 @@ class _Run:
             self.draft = kept[1]
             if any(v.is_floating_point() for v in media.values() if isinstance(v, Tensor)):
                 self.counters.notes.append("speculate: the draft does not see the new media of this turn")
-        elif continued and not getattr(config, "blind", False):
+        elif continued and not config.blind:
             self.counters.notes.append("speculate: the draft did not see the turns before, decoded without it")
         else:
             request = Request(
-                self.model,
-                self.out.prompt,
-                self.config,
-                kwargs,
-                media,
-                columns,
-                _fresh_cache,
-                handle,
-                self.out.eos,
-                self.steps,
-            )
+                self.model, self.out.prompt, self.config, kwargs, media, requests, _fresh_cache, of_draft,
+                self.out.eos, self.steps,
+            )  # fmt: skip
             self.draft = config.open(request)
         _KEPT[cache] = (config, self.draft)
         self.counters.times["draft_prefill_ms"] = (time.perf_counter() - start) * 1e3
@@ -242,11 +233,8 @@ class _Run:
             k = min(k, left - 1)
         if k <= 0:
             return None, None
-        proposer = getattr(self.draft, "proposer", self.draft)
-        if isinstance(proposer, ModelProposer):
-            proposer.floor, proposer.refusal, proposer.certainty = self.controller.floor(), self.controller.refusal, []
-            proposer.fallback = getattr(self.rule, "fallback", 0.0)
-        tokens, q = self.draft.propose(self.out.ids, k, None if self.choice.plain else self.choice.for_draft)
+        stop = DraftStop(self.controller.floor(), self.controller.refusal, self.rule.fallback)
+        tokens, q = self.draft.propose(self.out.ids, k, None if self.choice.plain else self.choice.for_draft, stop)
         return (tokens if tokens.shape[0] else None), q
 
     def _chosen_by_step(self, target: Stepper) -> bool:
@@ -291,9 +279,8 @@ class _Run:
             if out.emit(token, partial(rows.kept, i)):
                 break
         self.counters.round(k, verdict.kinds, draft_ms, verify_ms)
-        proposer = getattr(self.draft, "proposer", self.draft)
         assert self.draft is not None and self.controller is not None
-        self.controller.record_round(k, accepted, draft_ms, verify_ms, getattr(proposer, "certainty", None))
+        self.controller.record_round(k, accepted, draft_ms, verify_ms, self.draft.certainty)
         self.draft.rewind(k - accepted)
         target.rewind(k - accepted)
 

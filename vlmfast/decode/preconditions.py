@@ -6,6 +6,7 @@ from typing import Any
 
 from vlmfast import families
 from vlmfast.core import Unsupported, UserError
+from vlmfast.decode.drafts import ModelDraft
 from vlmfast.decode.speculate import Speculate
 from vlmfast.runtime.compat import cache_in, option
 from vlmfast.runtime.rewind import cannot_rewind
@@ -74,9 +75,9 @@ def _check_rewind(model: Any, speculate: Speculate, kwargs: dict[str, Any], ids:
         columns += int(cache.get_seq_length())  # at most: the ids may or may not repeat what the cache holds
     new = option(model, kwargs, "max_new_tokens") or option(model, kwargs, "max_length") or 20
     longest = columns + int(new) + speculate.most
-    draft: Any = speculate.draft
-    pruned = getattr(draft, "prune", None) is not None
-    other = draft.load() if hasattr(draft, "load") else None
+    draft = speculate.draft
+    pruned = draft.pruner is not None
+    other = draft.load() if isinstance(draft, ModelDraft) else None
     why = cannot_rewind(model, cache, columns, longest, kv, pruned and other is None)
     if why is None and other is not None:
         why = cannot_rewind(other, None, columns, longest, pruned=pruned)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vlmfast.core import NO_STOP, DraftStop
 from vlmfast.runtime.stepper import Stepper
 
 Pick = Callable[[Tensor, Tensor], tuple[int, Tensor | None]]
@@ -18,12 +20,12 @@ class ModelProposer:
     def __init__(self, stepper: Stepper, fed: int, stop: frozenset[int], vocab: int, confidence: float) -> None:
         self.stepper, self.fed, self.stop, self.vocab, self.confidence = stepper, fed, stop, vocab, confidence
         self.rows = stepper.embed.weight.shape[0]  # a target may have a few more, unused by the tokenizer
-        self.floor, self.refusal = 0.0, 1.0  # stop once everything so far passes with less than `floor`
-        self.fallback = 0.0  # hand over, even at once, where the highest probability is below this
         self.certainty: list[float] = []  # the model's own probability of each token of the last proposal
         self.last = self.fed_tokens = 0  # tokens of the last proposal, and how many of them the model was fed
 
-    def propose(self, ids: Tensor, k: int, pick: Pick | None = None) -> tuple[Tensor, Tensor | None]:
+    def propose(
+        self, ids: Tensor, k: int, pick: Pick | None = None, stop: DraftStop = NO_STOP
+    ) -> tuple[Tensor, Tensor | None]:
         """See `core.Draft`. Stops early at an end-of-answer token, or where it is not certain enough."""
         self._back(self.fed - (ids.shape[1] - 1))  # an answer may end inside an accepted draft
         new = ids[:, self.fed :].clamp(max=self.rows - 1)
@@ -33,22 +35,22 @@ class ModelProposer:
         probs: list[Tensor] = []
         grown, passes = ids, 1.0
         self.certainty = []
-        graded = bool(self.confidence or self.floor or self.fallback)
+        graded = bool(self.confidence or stop.floor or stop.fallback)
         while True:
             token, q = (int(logits.argmax()), None) if pick is None else pick(grown, logits)
             if graded:
                 own = logits[0].softmax(-1)
                 sure = float(own[token])
-                if self.fallback and float(own.max()) < self.fallback:
+                if stop.fallback and float(own.max()) < stop.fallback:
                     break
                 if tokens and sure < self.confidence:
                     break
                 self.certainty.append(sure)
-                passes *= max(0.0, 1 - self.refusal * (1 - sure))
+                passes *= max(0.0, 1 - stop.refusal * (1 - sure))
             tokens.append(token)
             if q is not None:
                 probs.append(q)
-            if len(tokens) == k or token in self.stop or passes < self.floor:
+            if len(tokens) == k or token in self.stop or passes < stop.floor:
                 break
             step = ids.new_full((1, 1), token)  # no copy that a GPU would wait for
             logits = self.stepper.step(step)[:, -1, : self.vocab]
@@ -58,6 +60,10 @@ class ModelProposer:
         self.last = len(tokens)
         self.fed_tokens = self.fed - ids.shape[1]
         return torch.tensor(tokens, dtype=torch.long, device=ids.device), torch.stack(probs) if probs else None
+
+    @property
+    def decoder(self) -> Any:
+        return self.stepper.decoder
 
     def rewind(self, n: int) -> None:
         """Forget the last n proposed tokens; the very last was never fed to the model."""
@@ -71,8 +77,11 @@ class ModelProposer:
 class NgramProposer:
     """A live prompt lookup: remembers where every n-gram of prompt and output last stood. Host only."""
 
+    decoder = None  # it runs no model
+
     def __init__(self, ids: list[int], longest: int, shortest: int, banned: frozenset[int]) -> None:
         self.ids: list[int] = []
+        self.certainty: list[float] = []
         self.longest, self.shortest, self.banned = longest, shortest, banned
         self.where: dict[tuple[int, ...], int] = {}
         self._extend(ids)
@@ -86,16 +95,18 @@ class NgramProposer:
                     self.where[gram] = end
             self.ids.append(token)
 
-    def propose(self, ids: Tensor, k: int, pick: Pick | None = None) -> tuple[Tensor, Tensor | None]:
+    def propose(
+        self, ids: Tensor, k: int, pick: Pick | None = None, stop: DraftStop = NO_STOP
+    ) -> tuple[Tensor, Tensor | None]:
         """What followed the latest earlier occurrence of the longest n-gram at the end; empty when there is none."""
         self._extend(ids[0, len(self.ids) :].tolist())
         for n in range(min(self.longest, len(self.ids)), self.shortest - 1, -1):
             at = self.where.get(tuple(self.ids[-n:]))
             if at is not None:
                 found = self.ids[at : at + k]
-                stop = next((i for i, t in enumerate(found) if t in self.banned), len(found))
-                if stop:
-                    return torch.tensor(found[:stop], device=ids.device), None
+                n_allowed = next((i for i, t in enumerate(found) if t in self.banned), len(found))
+                if n_allowed:
+                    return torch.tensor(found[:n_allowed], device=ids.device), None
         return ids.new_empty(0), None
 
     def rewind(self, n: int) -> None:
@@ -109,15 +120,20 @@ class LookupOrModel:
         self.first, self.second, self.used = first, second, True
 
     @property
-    def proposer(self) -> ModelProposer:
-        """The model."""
-        return self.second
+    def certainty(self) -> list[float]:
+        return self.second.certainty if self.used else []
 
-    def propose(self, ids: Tensor, k: int, pick: Pick | None = None) -> tuple[Tensor, Tensor | None]:
+    @property
+    def decoder(self) -> Any:
+        return self.second.decoder
+
+    def propose(
+        self, ids: Tensor, k: int, pick: Pick | None = None, stop: DraftStop = NO_STOP
+    ) -> tuple[Tensor, Tensor | None]:
         """The lookup's tokens; the model's when it has none."""
         tokens, probs = self.first.propose(ids, k, pick)
         self.used = tokens.shape[0] == 0
-        return self.second.propose(ids, k, pick) if self.used else (tokens, probs)
+        return self.second.propose(ids, k, pick, stop) if self.used else (tokens, probs)
 
     def rewind(self, n: int) -> None:
         """Rewind the model when it made the last proposal."""

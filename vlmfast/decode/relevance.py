@@ -5,21 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-
-class VisualMemory:
-    """The target's hidden states of the visual columns, normalised once: (n_v, D) in the model's dtype."""
-
-    def __init__(self, states: Tensor, top: int) -> None:
-        self.states = F.normalize(states.float(), dim=-1).to(states.dtype)
-        self.top = min(top, states.shape[0])
-
-    def score(self, hidden: Tensor) -> Tensor:
-        """hidden (n, D) of text positions -> (n,) float32: mean of the `top` highest cosines."""
-        cosine = F.normalize(hidden.float(), dim=-1).to(self.states.dtype) @ self.states.T
-        return cosine.float().topk(self.top, -1).values.mean(-1)
+from vlmfast.runtime.cache_state import VisualMemory, cache_state, put_cache_state
 
 
 def collect(
@@ -30,7 +18,7 @@ def collect(
     hidden (1, P, D): output of decoder layer `layer` for the columns that reached it in this prefill. A turn without
     new media keeps the memory of the turns before it, which travels on the cache.
     """
-    before: VisualMemory | None = getattr(cache, "vlmfast_visual", None)
+    before = cache_state(cache).visual
     if hidden is None:
         return before
     logical = _logical(cache, hidden.shape[1], layer).to(input_ids.device)
@@ -43,17 +31,17 @@ def collect(
     memory = VisualMemory(states, top)
     if before is not None and before.states.shape[-1] == states.shape[-1]:
         memory = VisualMemory(torch.cat([before.states, memory.states]), top)
-    cache.vlmfast_visual = memory
+    put_cache_state(cache, visual=memory)
     return memory
 
 
 def _logical(cache: Any, n: int, layer: int) -> Tensor:
     """(n,) int64, the logical columns of the last n physical ones at a layer; -1 on padding."""
-    cuts = getattr(cache, "vlmfast_cuts", {})  # columns dropped between layers
+    cuts = cache_state(cache).cuts  # columns dropped between layers
     at = max((c for c in cuts if layer < 0 or c <= layer), default=None)
     if at is not None:
         return cuts[at].index[0, -n:]
-    columns = getattr(cache, "vlmfast_columns", None)  # columns dropped before the language model
+    columns = cache_state(cache).columns  # columns dropped before the language model
     if columns is not None and columns.index.shape[1] >= n:
         return columns.index[0, -n:]
     length = cache.get_seq_length()

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from vlmfast.core import UserError, shown
 from vlmfast.decode.accept import Exact, Rule
+from vlmfast.decode.drafts import DraftMethod
 from vlmfast.fields import Method, PositiveInt
 
 
@@ -33,16 +34,15 @@ class Speculate(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.draft is not None and not hasattr(self.draft, "open"):
+        if self.draft is not None and not isinstance(self.draft, DraftMethod):
             raise UserError(
                 f"draft={shown(self.draft)} is not a draft; use ModelDraft(model), SelfDraft(), PromptLookup() "
                 "or LookupThenModel(model)"
             )
-        if self.draft is not None and self.accept.graded() and not getattr(self.draft, "graded", False):
-            name = getattr(self.draft, "name", "this draft")
+        if self.draft is not None and self.accept.graded() and not self.draft.graded:
             raise UserError(
-                f"{self.accept.name} reads the draft's own probabilities and {name} has none for looked-up text: "
-                "use ModelDraft or SelfDraft"
+                f"{self.accept.name} reads the draft's own probabilities and {self.draft.name} has none for looked-up "
+                "text: use ModelDraft or SelfDraft"
             )
         if self.tokenizer is not None and not hasattr(self.tokenizer, "convert_ids_to_tokens"):
             raise UserError(f"tokenizer={shown(self.tokenizer)} is no tokenizer; leave it away, or give the model's")

@@ -28,7 +28,6 @@ class TargetAttention(Method):
     share: Share = 0.4
     queries: PositiveInt = 64
     name: ClassVar[str] = "targetattention"
-    guided: ClassVar[bool] = True
     after_block: ClassVar[None] = None
     needs: ClassVar[tuple[str, ...]] = ()
 
@@ -59,7 +58,6 @@ class TargetAttention(Method):
 class GuidedPruner:
     """`TargetAttention` with one prompt's scores: items come in the order of their placeholders, kind by kind."""
 
-    guided = True
     after_block = None
     needs: tuple[str, ...] = ()
 

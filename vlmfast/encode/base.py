@@ -40,6 +40,7 @@ class Pruner(Method):
     name: ClassVar[str] = ""
     needs: ClassVar[tuple[str, ...]] = ("features",)
     video_only: ClassVar[bool] = False
+    attention_layers: ClassVar[tuple[int, ...]] = (-1,)  # of the tower, where `needs` has "tower_attention"
 
     def __post_init__(self) -> None:
         super().__post_init__()

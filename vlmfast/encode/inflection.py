@@ -19,6 +19,7 @@ from vlmfast.core import Kind, Unsupported, UserError
 from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.prune_between_layers import deep_layers
 from vlmfast.runtime.prune_input import InputPruning
+from vlmfast.runtime.request_state import Requests
 from vlmfast.runtime.text_attention import TextAttentionRecorder
 
 NOISE = 0.1  # ripples where attention stands still are no inflections
@@ -52,15 +53,16 @@ def calibrate(model: nn.Module, prompts: Iterable[dict[str, Any]], stages: int =
 def attention(model: nn.Module, inputs: dict[str, Any], queries: int) -> Tensor | None:
     """(layers, n) float32: what the text pays each of the n visual tokens, per layer; None where there are none."""
     family, patch = families.get(model), Patch()
-    columns = InputPruning(model, family, None)
-    text_attention = TextAttentionRecorder(model, family, columns, queries)
+    requests = Requests(model)
+    recorder = TextAttentionRecorder(model, family, requests, queries)
     try:
-        columns.install(patch)
-        text_attention.watch(patch)
-        text_attention.install(patch)
+        InputPruning(model, family, requests).install(patch)
+        recorder.watch(patch)
+        recorder.install(patch)
         model(**inputs, use_cache=True)
     finally:
         patch.remove()
+    text_attention = requests.current.text_attention
     if text_attention.kinds is None or not text_attention.rows:
         return None
     return torch.stack(text_attention.rows)[:, text_attention.kinds[0] == Kind.VISUAL].cpu()

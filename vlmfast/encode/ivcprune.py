@@ -37,7 +37,7 @@ class IVCPrune(Pruner):
         # what the wrapped pruner asks for is asked for here too
         object.__setattr__(self, "needs", tuple(dict.fromkeys((*self.prune.needs, "rope"))))
         object.__setattr__(self, "video_only", self.prune.video_only)
-        object.__setattr__(self, "attention_layers", getattr(self.prune, "attention_layers", (-1,)))
+        object.__setattr__(self, "attention_layers", self.prune.attention_layers)
         super().__post_init__()
 
     def select_body(self, tokens: VisualTokens, budget: int) -> Tensor:

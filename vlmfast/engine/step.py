@@ -22,7 +22,7 @@ from vlmfast.engine.graphs import Readback
 from vlmfast.engine.pool import Pool
 from vlmfast.engine.slots import BEFORE, TABLE, Slots
 from vlmfast.engine.weights import Weights
-from vlmfast.runtime.fast_decoder import append
+from vlmfast.runtime.fast_decoder import SteppingDecoder, append
 
 SIZES = (1, 2, 4, 6, 8, 12, 17)  # tokens of a step that graphs are captured for; other numbers are rounded up
 
@@ -50,7 +50,7 @@ def _plain(layer: Any) -> list[tuple[Tensor, Tensor]]:
     return rows
 
 
-class Static:
+class Static(SteppingDecoder):
     """Rows after their prefill, in slots of their own until `flush`. For one row, the protocol of `FastDecoder`.
 
     cache: filled by a prefill of B rows; valid: (B, P) bool, physical columns that are not padding, or None; position:

@@ -16,11 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SPENT = 1e-5
-UNIT = (
-    2.0**58
-)  # coverage is summed as int64 in units of 2**-58: exact, so no order of summing, hence no device, differs
-SHARE = 100_000  # 1 / SPENT, for gains in whole units
+from vlmfast.kernels.gains import SHARE, SPENT, UNIT
 
 
 def farthest_plain(distance: Tensor, start: Tensor, weight: Tensor, k: int) -> Tensor:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmfast.kernels.greedy import SHARE, SPENT, UNIT
+from vlmfast.kernels.gains import SHARE, SPENT, UNIT
 
 BLOCK = 512  # picks of `most_probable` between two products over the whole kernel
 SERIAL = False  # one step a launch, whose end is the barrier: for an interpreter, which runs programs one by one

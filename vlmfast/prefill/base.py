@@ -74,6 +74,7 @@ class KVPolicy(Method):
     name: ClassVar[str]
     per_query: ClassVar[bool] = False  # the mean over the window's queries is enough
     spans: ClassVar[bool] = False  # each layer is decided by itself, see `across.AcrossLayers`
+    queries = 0  # text queries whose attention is needed; a field of the policies that read any
     keep: Fraction = 0.10
     budget: int | None = None
     sinks: NonNegativeInt = 4
@@ -89,7 +90,7 @@ class KVPolicy(Method):
 
     def window(self) -> int:
         """Text queries whose attention is needed: the field `queries` where a policy has it, else none."""
-        return int(getattr(self, "queries", 0))
+        return self.queries
 
     def cache_layer(self) -> KVLayer:
         """An empty layer that can hold what `compress` keeps."""

@@ -17,6 +17,7 @@ from vlmfast.prefill.hybrid import HybridKV
 from vlmfast.runtime.kv_hooks import KVHooks
 from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.prune_input import InputPruning
+from vlmfast.runtime.request_state import Requests
 
 
 @dataclass
@@ -92,7 +93,7 @@ def classify(model: nn.Module, inputs: dict[str, Any], policy: HybridKV | None =
     text = family.text(model)
     try:
         KVHooks(text, text.config, observe, lambda _: None).install(patch)
-        InputPruning(model, family, None).install(patch)
+        InputPruning(model, family, Requests(model)).install(patch)
         model(**inputs, use_cache=True)
     finally:
         patch.remove()

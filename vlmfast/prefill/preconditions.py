@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vlmfast.core import Policy, Unsupported
+from vlmfast.prefill.ragged_layer import KVLayer
 from vlmfast.runtime.kv_hooks import NO_WEIGHTS
 
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
@@ -18,7 +19,7 @@ def check(policy: Policy, option: Callable[[str], Any], prompt: Any, cache: Any)
     option: a generation option by name, as `generate` would resolve it; prompt: ids or embeddings (B, L, ...), or None.
     """
     columns = 0 if prompt is None else int(prompt.shape[1])
-    ragged = any(getattr(layer, "ragged", False) for layer in getattr(cache, "layers", None) or ())
+    ragged = any(isinstance(layer, KVLayer) and layer.ragged for layer in getattr(cache, "layers", None) or ())
     fits = policy.fits(columns) and not ragged
     if (option("num_beams") or 1) > 1 and not fits:
         raise Unsupported(f"num_beams={option('num_beams')} with kv=: beams share no ragged cache; use num_beams=1")

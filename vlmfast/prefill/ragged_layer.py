@@ -19,10 +19,10 @@ from vlmfast.core import CompressedLayer, Unsupported
 from vlmfast.prefill.host_heads import HostHeads
 from vlmfast.prefill.ragged_store import Store
 from vlmfast.runtime.attention import tag
-from vlmfast.runtime.cache_state import AnnouncedColumns
+from vlmfast.runtime.pruned_layer import RaggedLayer
 
 
-class KVLayer(AnnouncedColumns, CacheLayerMixin):
+class KVLayer(RaggedLayer, CacheLayerMixin):
     """One layer's keys and values: ragged, tiered, croppable. Uncompressed it is the full cache under our attention.
 
     Once a model's hooks have filled it, only their attention can read it: what was not announced is refused.
@@ -146,10 +146,6 @@ class KVLayer(AnnouncedColumns, CacheLayerMixin):
     def ragged(self) -> bool:
         """True once attention has to go through `attend`."""
         return self.is_initialized
-
-    def skip(self, n: int) -> None:
-        """Count n more logical columns that never enter this layer (pruned before it)."""
-        self.skipped += n
 
     def stores(self) -> list[Store]:
         """The fast-memory stores that exist and grow."""

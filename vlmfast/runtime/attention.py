@@ -18,9 +18,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlmfast.core import Unsupported
-from vlmfast.runtime.cache_state import AnnouncedColumns
 from vlmfast.runtime.compat import cache_in
 from vlmfast.runtime.patch import Patch
+from vlmfast.runtime.pruned_layer import AnnouncedColumns, RaggedLayer
 
 NAME = "vlmfast"
 _TAG = "_vlmfast_layer"
@@ -87,7 +87,7 @@ class AttentionSwitch:
         self._before.append(current)
         layers = getattr(cache_in(kwargs), "layers", None) or []
         attended = [layer for layer in layers if isinstance(layer, CacheLayerMixin)]  # not those with a state alone
-        ours = [bool(getattr(layer, "ragged", False)) for layer in attended]
+        ours = [isinstance(layer, RaggedLayer) and layer.ragged for layer in attended]
         if any(ours):
             for layer in attended:
                 if isinstance(layer, AnnouncedColumns):

@@ -1,82 +1,22 @@
-"""What a cache remembers of the columns that entered it: physical against logical, kinds, padding."""
+"""What a cache remembers of the prompt that filled it, in one typed attribute: `cache_state(cache)`.
+
+Which columns entered (physical against logical, kinds, padding), which of them were cut between layers, the hidden
+states of what was seen, and the prompt as it came where its pixels were resized.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
-from vlmfast.core import Kind, Unsupported
+from vlmfast.core import Kind
+from vlmfast.runtime.pruned_layer import PrunedLayer
 
-
-class AnnouncedColumns:
-    """A cache layer that only an accelerated model can read: our hooks announce every forward, others are refused.
-
-    announced: the logical length at which the forward now running began; None = a plain model reads it rightly too.
-    """
-
-    announced: int | None = None
-    get_seq_length: Any  # the cache layer's own
-
-    def announce(self, begun: bool = True) -> None:
-        """A forward has begun whose masks and attention our hooks provide; begun=False: every later one must be."""
-        self.announced = self.get_seq_length() if begun else -1
-
-    def check_announced(self) -> None:
-        """Raise Unsupported when the columns that now come were not announced."""
-        if self.announced is not None and self.announced != self.get_seq_length():
-            raise Unsupported(
-                f"a cache of {type(self).__name__}s, compressed or pruned by vlmfast, came to a model whose hooks are "
-                "gone: accelerate the model with the same plan again, or start a new cache"
-            )
-
-
-class PrunedLayer(AnnouncedColumns, DynamicLayer):
-    """A `DynamicLayer` that some columns never entered: reports the logical length, holds the physical one.
-
-    A plain model reads it rightly where all rows dropped equally many columns, all layers the same; it is
-    `AnnouncedColumns` where they did not.
-    """
-
-    keys: Any
-    values: Any
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.skipped = 0
-
-    def skip(self, n: int) -> None:
-        """Count n logical columns that do not enter this layer."""
-        self.skipped += n
-
-    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.check_announced()
-        return super().update(*args, **kwargs)
-
-    @property
-    def physical(self) -> int:
-        return super().get_seq_length()
-
-    def get_seq_length(self, *args: Any) -> int:
-        return self.physical + self.skipped
-
-    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        q = query_length if isinstance(query_length, int) else query_length.shape[0]
-        return self.physical + q, self.skipped
-
-    def crop(self, n: int) -> None:
-        """Remove -n columns (n <= 0), or, as before transformers 5.20, crop to n logical columns (n > 0)."""
-        remove = -n if n <= 0 else self.get_seq_length() - n
-        if remove > 0:
-            keys, values = self.keys, self.values
-            self.keys, self.values = keys[..., :-remove, :], values[..., :-remove, :]
-
-    def reset(self) -> None:
-        super().reset()
-        self.skipped, self.announced = 0, None
+ATTRIBUTE = "vlmfast_state"  # the one attribute that a cache gets from us
 
 
 @dataclass
@@ -124,6 +64,74 @@ class Columns:
         return torch.cat([left, (self.kinds != Kind.PAD).long(), new], 1)
 
 
+@dataclass
+class CutColumns:
+    """The columns of one cache that the layers from a cut on hold, up to the last prefill."""
+
+    valid: Tensor  # (B, W) bool, not padding
+    index: Tensor  # (B, W) int64 logical columns, -1 on padding
+    uncut: int  # columns that the layers before any cut held at that time
+    padded: bool
+
+    def grown(self, width: int, tail: Tensor | None) -> Tensor:
+        """(B, width) bool: what followed is valid unless the 2-D mask `tail` says otherwise; cut if cropped."""
+        new = width - self.valid.shape[1]
+        if new <= 0:
+            return self.valid[:, :width]
+        ones = self.valid.new_ones(self.valid.shape[0], new)
+        if tail is not None and tail.shape[1] >= new:
+            ones = tail[:, tail.shape[1] - new :].bool()
+        return torch.cat([self.valid, ones], 1)
+
+
+class VisualMemory:
+    """The target's hidden states of the visual columns, normalised once: (n_v, D) in the model's dtype."""
+
+    def __init__(self, states: Tensor, top: int) -> None:
+        self.states = F.normalize(states.float(), dim=-1).to(states.dtype)
+        self.top = min(top, states.shape[0])
+
+    def score(self, hidden: Tensor) -> Tensor:
+        """hidden (n, D) of text positions -> (n,) float32: mean of the `top` highest cosines."""
+        cosine = F.normalize(hidden.float(), dim=-1).to(self.states.dtype) @ self.states.T
+        return cosine.float().topk(self.top, -1).values.mean(-1)
+
+
+@dataclass
+class ShortenedPrompt:
+    """A prompt without the placeholders that lost their token, where the pixels of a call were resized."""
+
+    ids: Tensor  # (B, P) as it came
+    short: Tensor  # (B, S)
+    mask: Tensor  # (B, S) int64
+    types: Tensor | None  # (B, S) token types
+    counts: tuple[int, int]  # visual tokens as it came, and now
+
+
+@dataclass(frozen=True)
+class CacheState:
+    """Everything that vlmfast remembers of one cache. Empty for a cache that no hook of ours has seen.
+
+    Deep copies of the cache copy it, shallow ones share it until `put_cache_state` gives one of them another.
+    """
+
+    columns: Columns | None = None  # of the layers before any cut; None = nobody saw the prefill
+    cuts: dict[int, CutColumns] = field(default_factory=dict)  # by layer: what the layers from it on hold
+    visual: VisualMemory | None = None  # for acceptance rules that ask what a text position is about
+    shortened: ShortenedPrompt | None = None  # the first turn's, whose later turns are shortened alike
+
+
+def cache_state(cache: Any) -> CacheState:
+    """What is remembered of a cache; an empty state for None and for a cache without any."""
+    state: CacheState | None = getattr(cache, ATTRIBUTE, None)
+    return CacheState() if state is None else state
+
+
+def put_cache_state(cache: Any, **fields: Any) -> None:
+    """Remember these fields of `CacheState` on a cache, the others stay as they are."""
+    setattr(cache, ATTRIBUTE, replace(cache_state(cache), **fields))
+
+
 def rows_width(rows: list[Tensor]) -> int:
     """Physical columns that enter: the longest row."""
     return max(len(r) for r in rows)
@@ -155,26 +163,3 @@ def contiguous_positions(module: nn.Module, args: tuple, kwargs: dict) -> tuple[
     start = positions[..., :1]
     kwargs["position_ids"] = start + torch.arange(positions.shape[-1], device=positions.device)
     return args, kwargs
-
-
-def count_skipped(cache: Any, n: int, text_layers: int) -> None:
-    """Make every cache layer report the logical length."""
-    layers = getattr(cache, "layers", None)
-    if layers is None or (getattr(cache, "is_compileable", False) and type(cache) is not DynamicCache):
-        raise Unsupported(
-            f"{type(cache).__name__} has a fixed layout and cannot hold pruned columns: use the default dynamic cache"
-        )
-    if not layers:
-        cache.layers.extend(PrunedLayer() for _ in range(text_layers))
-    for i, layer in enumerate(cache.layers):
-        if not isinstance(layer, CacheLayerMixin):  # a recurrent state alone: it counts no columns
-            continue
-        if type(layer) is DynamicLayer:
-            new = PrunedLayer()
-            new.__dict__.update(layer.__dict__)
-            cache.layers[i] = layer = new
-        if not hasattr(layer, "skip"):
-            raise Unsupported(
-                f"{type(layer).__name__} cannot hold pruned columns: use the default dynamic cache and full attention"
-            )
-        layer.skip(n)

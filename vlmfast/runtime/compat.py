@@ -10,7 +10,10 @@ from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from transformers import cache_utils
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
+
+__all__ = ["CACHE", "OLD", "DynamicLayer", "QuantizedLayerBase", "cache_in", "cache_of", "option", "put_cache"]
 
 OLD = "past_key_values"
 QuantizedLayerBase: type = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)  # not in 5.18

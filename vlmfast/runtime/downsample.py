@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,26 +16,16 @@ from torch import Tensor, nn
 from vlmfast.core import Unsupported, UserError
 from vlmfast.families import Family
 from vlmfast.families.patches import PatchLayout
+from vlmfast.runtime.cache_state import ShortenedPrompt, cache_state, put_cache_state
 from vlmfast.runtime.clock import Stopwatch
 from vlmfast.runtime.compat import cache_in, option
 from vlmfast.runtime.full_prompt import FullPromptView, put
+from vlmfast.runtime.request_state import RequestState
 from vlmfast.runtime.selection import left_padded
 from vlmfast.runtime.shorten_prompt import arguments, implied_mask
 
-MARK = "vlmfast_downsampled"  # what an earlier turn left on its cache
 PIXELS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
 FIXED = ("inputs_embeds", "position_ids", "mm_encoder_outputs")  # made for the grid as it came
-
-
-@dataclass
-class Shortened:
-    """A prompt without the placeholders that lost their token."""
-
-    ids: Tensor  # (B, P) as it came
-    short: Tensor  # (B, S)
-    mask: Tensor  # (B, S) int64
-    types: Tensor | None  # (B, S) token types
-    counts: tuple[int, int]  # visual tokens as it came, and now
 
 
 class Downsampled:
@@ -49,24 +38,24 @@ class Downsampled:
 
     @classmethod
     def of(cls, model: nn.Module, family: Family, method: Any, draft: bool) -> Downsampled | None:
-        """For a method that resizes pixels; None for any other. draft: is this a draft model?"""
-        if not getattr(method, "resizes", False):
-            return None
+        """For a `Downsample`; None where it keeps everything. draft: is this a draft model?"""
         if draft:
             raise Unsupported(f"{method.name} resizes what generate() gets, and a draft gets no such call: use uniform")
         return cls(model, family, method) if method.keep < 1 else None
 
-    def around(self, handle: Any) -> Callable[[Callable[..., Any], tuple, dict[str, Any]], Any]:
+    def around(self, handle: Any) -> Callable[..., Any]:
         """The `_generate` of an `Accelerated` handle, on resized media."""
         return functools.partial(self._run, handle)
 
-    def _run(self, handle: Any, inner: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _run(
+        self, handle: Any, request: RequestState, inner: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
+    ) -> Any:
         call = arguments(inner, args, kwargs)
         cache = cache_in(call)
-        before: Shortened | None = getattr(cache, MARK, None)
+        before = cache_state(cache).shortened
         grids = {kind: call.get(grid) for kind, (_, grid) in PIXELS.items() if call.get(PIXELS[kind][0]) is not None}
         if before is None and not grids:
-            return handle._generate(inner, (), call)
+            return handle._generate(request, inner, (), call)
         self._refuse(call, cache, before, grids)
         watch = Stopwatch(self.model)
         start = watch.now()
@@ -84,9 +73,9 @@ class Downsampled:
         for name in ("logits_processor", "stopping_criteria"):
             if call.get(name) is not None:
                 call[name] = type(call[name])(shown.shown_to(call[name], call[name]))
-        out = handle._generate(inner, (), call)
-        if handle.columns.cache is not None:
-            setattr(handle.columns.cache, MARK, made)
+        out = handle._generate(request, inner, (), call)
+        if request.cache is not None:
+            put_cache_state(request.cache, shortened=made)
         if before is None:
             counts = {"visual_tokens": made.counts[0], "kept_tokens": made.counts[1]}
             handle.report.encode |= counts | {"select_ms": watch.seconds() * 1e3}
@@ -108,7 +97,7 @@ class Downsampled:
         out.sequences = whole
         return out
 
-    def _refuse(self, call: dict[str, Any], cache: Any, before: Shortened | None, grids: dict[str, Any]) -> None:
+    def _refuse(self, call: dict[str, Any], cache: Any, before: ShortenedPrompt | None, grids: dict[str, Any]) -> None:
         for name in FIXED:
             if call.get(name) is not None:
                 raise Unsupported(
@@ -132,7 +121,7 @@ class Downsampled:
             if grid is None:
                 raise UserError(f"{PIXELS[kind][0]} came in without {PIXELS[kind][1]}: pass what the processor made")
 
-    def _shorten(self, call: dict[str, Any], grids: dict[str, Any]) -> Shortened:
+    def _shorten(self, call: dict[str, Any], grids: dict[str, Any]) -> ShortenedPrompt:
         """Resize the media in `call`, and cut the prompt to what is left of it."""
         ids = call["input_ids"]
         keep = torch.ones_like(ids, dtype=torch.bool)
@@ -161,7 +150,7 @@ class Downsampled:
         per_frame = torch.arange(was[1] * was[2] // unit) < now[1] * now[2] // unit
         return per_frame.repeat(was[0])
 
-    def _cut(self, call: dict[str, Any], ids: Tensor, keep: Tensor, counts: tuple[int, int]) -> Shortened:
+    def _cut(self, call: dict[str, Any], ids: Tensor, keep: Tensor, counts: tuple[int, int]) -> ShortenedPrompt:
         """Rows without the dropped columns and without padding, padded anew on the left."""
         mask = self._mask(call, ids)
         source, filled = left_padded([row.nonzero()[:, 0] for row in keep & mask.bool()], ids.device)
@@ -171,7 +160,7 @@ class Downsampled:
         short = ids.gather(1, source).masked_fill(~filled, filler)
         types = call.get("mm_token_type_ids")
         types = None if types is None else types.gather(1, source).masked_fill(~filled, 0)
-        return Shortened(ids, short, filled.to(mask.dtype), types, counts)
+        return ShortenedPrompt(ids, short, filled.to(mask.dtype), types, counts)
 
     def _lengths(self, call: dict[str, Any], dropped: int) -> None:
         """Limits that count the prompt, for the shorter one."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
-from vlmfast.runtime.cache_state import PrunedLayer
+from vlmfast.runtime.pruned_layer import AnnouncedColumns, PrunedLayer
 from vlmfast.runtime.rewind import fixed_rotation
 
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -83,7 +83,21 @@ def _foreign(module: nn.Module) -> bool:
     return not all(str(getattr(c, "__module__", "")).startswith("vlmfast.runtime.") for c in changes)
 
 
-class FastDecoder:
+class SteppingDecoder:
+    """What a `Stepper` asks of a decoder that steps without the model's modules: `FastDecoder`, `engine.Static`."""
+
+    name: str
+    n: int  # tokens stepped after the prefill
+    hidden: Tensor | None  # (n, D) of the layer asked for, in the last step
+
+    def rewind(self, n: int) -> None:
+        """Forget the last n tokens stepped."""
+        if n > self.n:
+            raise ValueError(f"rewind({n}) after {self.n} tokens would reach into the prompt")
+        self.n -= n
+
+
+class FastDecoder(SteppingDecoder):
     """One decoder with its keys and values in preallocated buffers (Hk, capacity, Dh) per layer.
 
     text: the text decoder; head: its output layer; cache: filled by a prefill of one row, its storage is taken over
@@ -221,7 +235,7 @@ def layer_weights(block: Any) -> tuple[Any, ...]:
 def append(cache: Any, columns: list[tuple[Tensor, Tensor]]) -> None:
     """Append stepped keys and values, (B, Hk, n, Dh) per layer, to the layers of a cache."""
     for layer, (keys, values) in zip(cache.layers, columns, strict=False):
-        if getattr(layer, "announced", None) is not None:  # only our own hooks may add to it
+        if isinstance(layer, AnnouncedColumns) and layer.announced is not None:  # only our own hooks may add to it
             layer.announce()
         layer.update(keys, values)
 

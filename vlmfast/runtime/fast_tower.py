@@ -22,12 +22,12 @@ from transformers.cache_utils import DynamicLayer
 from vlmfast import kernels
 from vlmfast.core import UserError
 from vlmfast.families import Family
-from vlmfast.runtime.cache_state import PrunedLayer
 from vlmfast.runtime.compat import cache_in
 from vlmfast.runtime.fused_modules import FusedModules
 from vlmfast.runtime.grids import Grid, Grids
 from vlmfast.runtime.packed_pieces import KeptPieces, Pieces
 from vlmfast.runtime.patch import Patch
+from vlmfast.runtime.pruned_layer import PrunedLayer
 from vlmfast.runtime.tower_graphs import TowerGraphs
 
 FRESH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -79,8 +79,6 @@ class FastTower:
     grid: of the call that runs. cut: the merge groups (K,) that are left, ascending in the tower's order, once a pruner
     inside the tower has chosen.
     """
-
-    per_call = ("grid", "cut", "_kept")
 
     def __init__(self, model: nn.Module, family: Family) -> None:
         tower: Any = family.tower(model)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import (
     Cache,
-    CacheLayerMixin,
     DynamicCache,
     DynamicLayer,
     StaticLayer,
@@ -25,11 +24,12 @@ from vlmfast import kernels
 from vlmfast.core import CompressedLayer, LayerView, Policy, Rotation, StageDidNotFire, Unsupported
 from vlmfast.families.base import attentions, queries
 from vlmfast.runtime.attention import AttentionSwitch
+from vlmfast.runtime.cache_state import cache_state
 from vlmfast.runtime.clock import Stopwatch
 from vlmfast.runtime.compat import QuantizedLayerBase, cache_in, put_cache
-from vlmfast.runtime.layer_cuts import prunable
 from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.prompt_facts import PromptFacts
+from vlmfast.runtime.pruned_layer import AnnouncedColumns, RaggedLayer, counting
 
 FITS = "kv: the context fits the budget, bypassed"
 NO_WEIGHTS = (
@@ -95,7 +95,7 @@ class KVHooks:
             self._report()
             return args, kwargs
         layers = self._layers(cache)
-        ragged = any(getattr(layer, "ragged", False) for layer in layers)
+        ragged = any(isinstance(layer, RaggedLayer) and layer.ragged for layer in layers)
         if (empty or ragged) and torch.is_autocast_enabled(kwargs["inputs_embeds"].device.type):
             raise Unsupported(
                 "torch.autocast with kv=: it leaves keys and values in two dtypes, which one storage cannot hold; load "
@@ -135,7 +135,7 @@ class KVHooks:
                     f"a {type(layer).__name__} has a fixed layout that a kv policy cannot shrink: "
                     "use the default dynamic cache (cache_implementation unset)"
                 )
-            plain = type(layer) is DynamicLayer or (isinstance(layer, CacheLayerMixin) and hasattr(layer, "skip"))
+            plain = type(layer) is DynamicLayer or isinstance(layer, AnnouncedColumns)
             if plain and not getattr(layer, "is_sliding", False):
                 self.originals[i] = layer
             else:
@@ -175,8 +175,7 @@ class KVHooks:
                     ours = self.cache.layers[i]
                     self.cache.layers[i] = original
                     if ours.skipped:  # a pruner dropped columns on the way in: the layer must count them
-                        if not hasattr(original, "skip"):
-                            original = prunable(self.cache, i, len(self.cache.layers))
+                        original = counting(self.cache, i)
                         original.skip(ours.skipped)
                     if ours.keys is not None:
                         original.update(ours.keys, ours.values)
@@ -193,7 +192,7 @@ class KVHooks:
         if self.cache is None or module.layer_idx not in self.originals:
             return
         layer = self.cache.layers[module.layer_idx]
-        columns = getattr(self.cache, "vlmfast_columns", None)
+        columns = cache_state(self.cache).columns
         held = layer.keys.shape[2]
         if columns is None or columns.kinds.shape[1] != held:
             known = "no column kinds" if columns is None else f"kinds of {columns.kinds.shape[1]} columns"

@@ -1,17 +1,12 @@
-"""What the runtime and the methods between layers exchange, and what a cut leaves behind on the cache."""
+"""What the runtime and the methods that drop columns between layers exchange."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
-import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
-
-from vlmfast.core import Unsupported
-from vlmfast.runtime.cache_state import PrunedLayer
 
 
 @dataclass
@@ -27,8 +22,10 @@ class CutInputs:
 class LayerMethod(Protocol):
     """What the runtime asks of a method that acts between layers."""
 
-    keep: float
-    name: str
+    name: ClassVar[str]
+
+    @property
+    def keep(self) -> float: ...
 
     def cuts(self, layers: int) -> tuple[tuple[int, float], ...]:
         """(layer, fraction of the entered visual columns that stay from this layer on), ascending; layer >= 1."""
@@ -41,26 +38,6 @@ class LayerMethod(Protocol):
     def rate(self, sight: CutInputs) -> Tensor:
         """(B, P) scores of the visual columns, higher is kept."""
         ...
-
-
-@dataclass
-class CutColumns:
-    """The columns of one cache that the layers from a cut on hold, up to the last prefill."""
-
-    valid: Tensor  # (B, W) bool, not padding
-    index: Tensor  # (B, W) int64 logical columns, -1 on padding
-    uncut: int  # columns that the layers before any cut held at that time
-    padded: bool
-
-    def grown(self, width: int, tail: Tensor | None) -> Tensor:
-        """(B, width) bool: what followed is valid unless the 2-D mask `tail` says otherwise; cut if cropped."""
-        new = width - self.valid.shape[1]
-        if new <= 0:
-            return self.valid[:, :width]
-        ones = self.valid.new_ones(self.valid.shape[0], new)
-        if tail is not None and tail.shape[1] >= new:
-            ones = tail[:, tail.shape[1] - new :].bool()
-        return torch.cat([self.valid, ones], 1)
 
 
 @dataclass
@@ -98,20 +75,3 @@ def take_tables(tables: tuple[Tensor, Tensor], source: Tensor) -> tuple[Tensor, 
         for t in tables
     )  # fmt: skip
     return cos, sin
-
-
-def prunable(cache: Any, i: int, layers: int) -> Any:
-    """Cache layer i, made one that counts skipped columns."""
-    while len(cache.layers) < layers:
-        cache.layers.append(PrunedLayer())
-    layer = cache.layers[i]
-    if type(layer) is DynamicLayer:
-        new = PrunedLayer()
-        new.__dict__.update(layer.__dict__)
-        cache.layers[i] = layer = new
-    if not isinstance(layer, PrunedLayer):
-        raise Unsupported(
-            f"a {type(layer).__name__} cannot hold fewer columns than the layers before it: "
-            "use the default dynamic cache and full attention"
-        )
-    return layer

@@ -16,8 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from vlmfast.families import Family
+from vlmfast.runtime.cache_state import cache_state
 from vlmfast.runtime.compat import cache_in, put_cache
 from vlmfast.runtime.digest import model_digest, tensor_digest, value_digest
+from vlmfast.runtime.pruned_layer import RaggedLayer
+from vlmfast.runtime.request_state import MediaLookup, RequestState
 from vlmfast.runtime.rewind import fixed_rotation
 
 PIXELS = ("pixel_values", "pixel_values_videos")
@@ -39,84 +42,64 @@ OUTSIDE = (
 class MediaCache:
     """A byte-limited store of encoded media for one accelerated model."""
 
-    per_call = ("hits", "_key", "_visual_end", "_model", "_digests")
-
     def __init__(self, model: nn.Module, family: Family, limit: int) -> None:
         self.model, self.family, self.limit = model, family, limit
         self.entries: OrderedDict[str, Any] = OrderedDict()  # digest -> (nbytes, value)
         self.held = 0
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget the last call; entries stay."""
-        self.hits: list[str] = []
-        self._key: str | None = None
-        self._visual_end = 0
-        self._model = ""  # digest of the model, made when first needed
-        self._digests: list[tuple[Tensor, str]] = []  # of the tensors of this call: hashed once
 
     # -- keys ----------------------------------------------------------------------------------------------------------
 
-    def _key_of(self, kind: str, arguments: dict[str, Any]) -> str:
+    def _key_of(self, lookup: MediaLookup, kind: str, arguments: dict[str, Any]) -> str:
         """The key of what these arguments give on the model as it is."""
-        self._model = self._model or model_digest(self.model)
-        parts = [f"{name}={self._digest(arguments[name])}" for name in sorted(arguments)]
-        return f"{kind}-{self._model}-{';'.join(parts)}"
-
-    def _digest(self, value: Any) -> str:
-        if not isinstance(value, Tensor):
-            return value_digest(value)
-        for known, digest in self._digests:
-            if known is value:
-                return digest
-        digest = tensor_digest(value)
-        self._digests.append((value, digest))
-        return digest
+        lookup.model = lookup.model or model_digest(self.model)
+        parts = [f"{name}={_digest(lookup, arguments[name])}" for name in sorted(arguments)]
+        return f"{kind}-{lookup.model}-{';'.join(parts)}"
 
     # -- features ------------------------------------------------------------------------------------------------------
 
-    def features(self, kind: str, call: dict[str, Any]) -> tuple[str, tuple[Any, Any] | None]:
+    def features(self, lookup: MediaLookup, kind: str, call: dict[str, Any]) -> tuple[str, tuple[Any, Any] | None]:
         """(key, what `keep_features` was given for the same content, or None)."""
-        key = self._key_of(kind, call)
+        key = self._key_of(lookup, kind, call)
         found = self._get(key)
         if found is None:
             return key, None
-        self.hits.append(f"reuse: {kind} features found, tower skipped")
+        lookup.notes.append(f"reuse: {kind} features found, tower skipped")
         return key, (_own_lists(found[0]), found[1])
 
-    def keep_features(self, key: str, output: Any, kept: list[Tensor] | None) -> None:
+    def keep_features(self, lookup: MediaLookup, key: str, output: Any, kept: list[Tensor] | None) -> None:
         """output: what the encoder returned; kept: the rows that survived inside the tower, per item, or None."""
-        self._put(key, sum_bytes(dict(output) if hasattr(output, "keys") else output), (_own_lists(output), kept))
+        size = sum_bytes(dict(output) if hasattr(output, "keys") else output)
+        self._put(lookup, key, size, (_own_lists(output), kept))
 
     # -- the visual prefix's KV ----------------------------------------------------------------------------------------
 
-    def find(self, kwargs: dict[str, Any], option: Callable[[str], Any], pruner: Any = None, kv: Any = None) -> bool:
+    def find(self, request: RequestState, kwargs: dict[str, Any], option: Callable[[str], Any], kv: Any = None) -> bool:
         """Look the request up; on a hit, rewrite kwargs to continue behind the stored prefix. One row only.
 
         option: a generation option as `generate` would resolve it. A pruner that reads the question keeps other tokens
         for every question, so does a KV policy, and a recurrent state knows no prefix of its past: then only features
         are reused.
         """
-        self.reset()
+        lookup, pruner = request.lookup, request.pruner
         ids = kwargs.get("input_ids")
         pixels = [name for name in PIXELS if isinstance(kwargs.get(name), Tensor)]
         if ids is None or ids.shape[0] != 1 or not pixels:
             return False
         why = self._why_not(kwargs, option, pruner, kv)
         if why is not None:
-            self.hits.append(f"reuse: {why}, so only features are kept, not their KV")
+            lookup.notes.append(f"reuse: {why}, so only features are kept, not their KV")
             return False
         visual = torch.zeros_like(ids[0], dtype=torch.bool)
         for token in self.family.visual_ids(self.model).values():
             visual |= ids[0] == token
         if not bool(visual.any()):
             return False
-        self._visual_end = end = int(visual.nonzero()[-1]) + 1
+        lookup.visual_end = end = int(visual.nonzero()[-1]) + 1
         read = {k: v for k, v in kwargs.items() if v is not None and k not in OUTSIDE}
         width = ids.shape[1]
         of_prefix = {k: v[..., :end] for k, v in read.items() if isinstance(v, Tensor) and _columns(k, v, width)}
-        self._key = self._key_of("kv", read | of_prefix)
-        cache = self._get(self._key)
+        lookup.key = self._key_of(lookup, "kv", read | of_prefix)
+        cache = self._get(lookup.key)
         if cache is None or end >= width:
             return False
         if kwargs.get("position_ids") is None:
@@ -125,12 +108,12 @@ class MediaCache:
         for name in PIXELS:
             kwargs.pop(name, None)
         put_cache(kwargs, copy.deepcopy(cache))
-        self.hits.append(f"reuse: KV of {end} prompt columns found, media neither encoded nor prefilled")
+        lookup.notes.append(f"reuse: KV of {end} prompt columns found, media neither encoded nor prefilled")
         return True
 
     def _why_not(self, kwargs: dict[str, Any], option: Callable[[str], Any], pruner: Any, kv: Any) -> str | None:
         """Why the KV of this call can neither be taken from an entry nor become one; None when it can."""
-        if "question" in getattr(pruner, "needs", ()):
+        if pruner is not None and "question" in pruner.needs:
             return f"{pruner.name} reads the question"
         if kv is not None:
             return "a KV policy keeps other columns for every question"
@@ -151,22 +134,23 @@ class MediaCache:
                 return f"{name}={option(name)}"
         return None
 
-    def store(self, cache: Any) -> None:
+    def store(self, request: RequestState) -> None:
         """After a call: keep its cache, cut behind the last visual column."""
-        if self._key is None or self._key in self.entries or cache is None:
+        cache, key, end = request.cache, request.lookup.key, request.lookup.visual_end
+        if key is None or key in self.entries or cache is None:
             return
         length = cache.get_seq_length()
-        if length < self._visual_end:
+        if length < end:
             return
         kept = copy.deepcopy(cache)
         for layer in kept.layers:
-            if length > self._visual_end:
-                layer.crop(self._visual_end - length)
-        columns = getattr(kept, "vlmfast_columns", None)
+            if length > end:
+                layer.crop(end - length)
+        columns = cache_state(kept).columns
         if columns is not None:
-            columns.grow(self._visual_end)
+            columns.grow(end)
         size = sum(layer_bytes(layer) for layer in kept.layers)
-        self._put(self._key, size, kept)
+        self._put(request.lookup, key, size, kept)
 
     # -- the store -----------------------------------------------------------------------------------------------------
 
@@ -176,15 +160,26 @@ class MediaCache:
         self.entries.move_to_end(key)
         return self.entries[key][1]
 
-    def _put(self, key: str, nbytes: int, value: Any) -> None:
+    def _put(self, lookup: MediaLookup, key: str, nbytes: int, value: Any) -> None:
         if nbytes > self.limit:
-            self.hits.append(f"reuse: {nbytes:,} bytes do not fit the limit of {self.limit:,}, nothing kept")
+            lookup.notes.append(f"reuse: {nbytes:,} bytes do not fit the limit of {self.limit:,}, nothing kept")
             return
         while self.held + nbytes > self.limit:
             _, (size, _) = self.entries.popitem(last=False)
             self.held -= size
         self.entries[key] = (nbytes, value)
         self.held += nbytes
+
+
+def _digest(lookup: MediaLookup, value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return value_digest(value)
+    for known, digest in lookup.digests:
+        if known is value:
+            return digest
+    digest = tensor_digest(value)
+    lookup.digests.append((value, digest))
+    return digest
 
 
 def _own_lists(output: Any) -> Any:
@@ -215,6 +210,6 @@ def sum_bytes(value: Any) -> int:
 
 def layer_bytes(layer: Any) -> int:
     """Bytes a cache layer holds, all tiers."""
-    if hasattr(layer, "nbytes"):
+    if isinstance(layer, RaggedLayer):
         return int(layer.nbytes()["resident"])
     return sum_bytes([layer.keys, layer.values])

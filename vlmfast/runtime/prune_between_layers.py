@@ -16,20 +16,20 @@ from torch import Tensor, nn
 from vlmfast import kernels
 from vlmfast.core import Kind, StageDidNotFire, Unsupported
 from vlmfast.families import Family
+from vlmfast.runtime.cache_state import CutColumns, cache_state, put_cache_state
 from vlmfast.runtime.clock import Stopwatch
 from vlmfast.runtime.compat import cache_in
 from vlmfast.runtime.kv_hooks import window_queries
 from vlmfast.runtime.layer_cuts import (
-    CutColumns,
     CutInputs,
     LayerMethod,
     PrunedPrefill,
     all_keys,
-    prunable,
     take_tables,
 )
 from vlmfast.runtime.patch import Patch
-from vlmfast.runtime.prune_input import InputPruning
+from vlmfast.runtime.pruned_layer import prunable
+from vlmfast.runtime.request_state import Requests
 
 
 def deep_layers(model: nn.Module) -> int:
@@ -39,10 +39,10 @@ def deep_layers(model: nn.Module) -> int:
 
 
 class BetweenLayerPruning:
-    """Installs one method on one text model; `columns` says which columns are visual."""
+    """Installs one method on one text model; the running request says which columns are visual."""
 
-    def __init__(self, model: nn.Module, family: Family, columns: InputPruning, method: LayerMethod) -> None:
-        self.model, self.family, self.columns, self.method = model, family, columns, method
+    def __init__(self, model: nn.Module, family: Family, requests: Requests, method: LayerMethod) -> None:
+        self.model, self.family, self.requests, self.method = model, family, requests, method
         self.layers = family.layers(model)
         self.cuts = dict(method.cuts(len(self.layers)))
         self.run: PrunedPrefill | None = None
@@ -90,17 +90,18 @@ class BetweenLayerPruning:
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.run, self.masks, self.watch = None, {}, Stopwatch(self.model)
-        entered, cache = self.columns.entered, cache_in(kwargs)
+        request, cache = self.requests.current, cache_in(kwargs)
+        entered = request.entered
         mask = kwargs.get("attention_mask")
         plain = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
-        if not plain and (self.columns.has_media or hasattr(cache, "vlmfast_cuts")):
+        if not plain and (request.has_media or cache_state(cache).cuts):
             raise Unsupported(
                 f"a prebuilt attention mask cannot follow columns that {self.method.name} drops between layers: "
                 "use the default dynamic cache and a 2-D mask"
             )
         self.tail = mask if plain else None
         if entered is not None and self.method.keep >= 1:
-            self.columns.notes.append("prune: keep=1 keeps every visual token, bypassed")
+            request.notes.append("prune: keep=1 keeps every visual token, bypassed")
         elif entered is not None:
             embeds = kwargs["inputs_embeds"]
             q, newline = embeds.shape[1], getattr(self.family.base(self.model), "image_newline", None)
@@ -115,8 +116,9 @@ class BetweenLayerPruning:
         if run is not None and output is not None:
             if run.done < len(self.cuts):
                 raise StageDidNotFire(f"{self.method.name} made {run.done} of its {len(self.cuts)} cuts")
-            self.columns.stats["select_ms"] += self.watch.seconds() * 1e3
-            self.columns.stats["kept_tokens"] += int((run.kinds == Kind.VISUAL).sum()) - int(run.entered.sum())
+            request = self.requests.current
+            request.cut_ms += self.watch.seconds() * 1e3
+            request.kept_tokens += int((run.kinds == Kind.VISUAL).sum()) - int(run.entered.sum())
 
     # -- the layer before a cut: what the method looks at ------------------------------------------------------------
 
@@ -185,7 +187,7 @@ class BetweenLayerPruning:
                 layer.announce()
             uncut = cache.layers[0].keys.shape[2]
             held = CutColumns(run.valid, torch.cat([index, run.index], 1), uncut, not bool(run.valid.all()))
-            cache.vlmfast_cuts = {**getattr(cache, "vlmfast_cuts", {}), i: held}
+            put_cache_state(cache, cuts={**cache_state(cache).cuts, i: held})
         return hidden.gather(1, source[..., None].expand(-1, -1, hidden.shape[-1]))
 
     def _stays(self, scores: Tensor, run: PrunedPrefill, fraction: float) -> Tensor:
@@ -200,8 +202,9 @@ class BetweenLayerPruning:
         past = run.prior.shape[1]
         if past == 0:
             return run.prior, run.index[:, :0]
-        index = cache.vlmfast_columns.index[:, :past]
-        held: CutColumns | None = getattr(cache, "vlmfast_cuts", {}).get(i)
+        state = cache_state(cache)
+        assert state.columns is not None
+        index, held = state.columns.index[:, :past], state.cuts.get(i)
         if held is None:
             return run.prior, index
         new = past - held.uncut  # columns that came after that cut's prefill entered every layer alike
@@ -212,7 +215,7 @@ class BetweenLayerPruning:
     def _continue(self, i: int, hidden: Tensor, kwargs: dict) -> None:
         """Decode, verification or a turn without new media, over layers that were cut before."""
         cache = cache_in(kwargs)
-        cuts: dict[int, CutColumns] = getattr(cache, "vlmfast_cuts", {})
+        cuts = cache_state(cache).cuts
         at = max((c for c in cuts if c <= i), default=None)
         if at is None or cache is None:
             return

@@ -18,7 +18,7 @@ from vlmfast.families.qwen import Qwen, grid_items, group_mean, kept_seqlens
 from vlmfast.runtime.fast_tower import FastTower
 from vlmfast.runtime.packed_pieces import to_device
 from vlmfast.runtime.patch import Patch
-from vlmfast.runtime.prune_input import InputPruning
+from vlmfast.runtime.request_state import Requests
 
 
 class InTowerPruning:
@@ -27,13 +27,13 @@ class InTowerPruning:
     fast: the fast tower, told which groups are left; None over the stock one.
     """
 
-    def __init__(self, model: nn.Module, family: Family, columns: InputPruning, fast: FastTower | None) -> None:
+    def __init__(self, model: nn.Module, family: Family, requests: Requests, fast: FastTower | None) -> None:
         if not isinstance(family, Qwen):
             raise Unsupported(
                 f"pruning inside the tower (after_block) needs a Qwen vision tower, not {type(family).__name__}'s: "
                 "leave after_block=None, or use a pruner of the tower's output (vidcom2, maxmin)"
             )
-        self.model, self.family, self.columns, self.fast = model, family, columns, fast
+        self.model, self.family, self.requests, self.fast = model, family, requests, fast
         self.tower = family.tower(model)
         self.unit = int(self.tower.spatial_merge_size) ** 2  # type: ignore[arg-type]
         self.total = 0  # merge groups of this call
@@ -52,7 +52,7 @@ class InTowerPruning:
     @property
     def at(self) -> int | None:
         """The block to prune before; None when the running pruner does not act in the tower."""
-        pruner = self.columns.pruner
+        pruner = self.requests.current.pruner
         if pruner is None or pruner.keep >= 1:
             return None
         return tower_block(pruner.after_block, len(self.tower.blocks))  # type: ignore[arg-type]
@@ -66,7 +66,8 @@ class InTowerPruning:
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.kept, self.pixels, self._short = None, None, []
         self.grid = kwargs.get("grid_thw", args[1] if len(args) > 1 else None)
-        if self.at is not None and "pixels" in getattr(self.columns.pruner, "needs", ()):
+        pruner = self.requests.current.pruner
+        if self.at is not None and pruner is not None and "pixels" in pruner.needs:
             self.pixels = args[0] if args else kwargs["hidden_states"]
 
     def _block(self, i: int) -> Any:
@@ -113,9 +114,10 @@ class InTowerPruning:
 
     def _select(self, hidden: Tensor) -> Tensor:
         """Score the merge groups as the tower has them at this block, keep whole groups."""
-        pruner, kind = self.columns.pruner, self.columns.kind
+        request = self.requests.current
+        pruner, kind = request.pruner, request.kind
         assert pruner is not None and self.grid is not None
-        start = self.columns.selecting.now()
+        start = request.selecting.now()
         grid = None if self.fast is None else self.fast.grid
         features = group_mean(hidden, self.unit)
         self.total = len(features)
@@ -140,7 +142,7 @@ class InTowerPruning:
             )
             kept.append(pruner.select(tokens))
             at += item.n
-        stored = self.columns.tower_kept = self.columns.tower_kept or {}
+        stored = request.tower_kept = request.tower_kept or {}
         stored[kind or "image"] = kept
         begins = [0]
         for t, h, w in sizes:
@@ -153,8 +155,8 @@ class InTowerPruning:
         self.kept = flags.argsort(descending=True, stable=True)[: len(chosen)]
         if self.fast is not None:
             self.fast.cut = self.kept
-        self.columns.selecting.add(start)
-        self.columns.stats["tower_block"] = self.at
+        request.selecting.add(start)
+        request.tower_block = self.at
         return self._rows(hidden)
 
     def _merged(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:

@@ -9,90 +9,48 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from vlmfast.core import Kind, TokenPruner, Unsupported
-from vlmfast.families import Family, Item
+from vlmfast.core import Kind, Unsupported
+from vlmfast.families import Family
 from vlmfast.families.base import feature_list
 from vlmfast.runtime.cache_state import (
     Columns,
+    cache_state,
     column_kinds,
     contiguous_positions,
-    count_skipped,
     entry_mask,
+    put_cache_state,
     rows_width,
 )
-from vlmfast.runtime.clock import Stopwatch
 from vlmfast.runtime.compat import cache_in, put_cache
 from vlmfast.runtime.compiled import is_compiled, refuse_compiled
 from vlmfast.runtime.media_cache import MediaCache
 from vlmfast.runtime.model_lock import model_lock
 from vlmfast.runtime.patch import Patch
-from vlmfast.runtime.selection import drop, left_padded, select_kind
+from vlmfast.runtime.pruned_layer import count_skipped
+from vlmfast.runtime.request_state import Requests, RequestState
+from vlmfast.runtime.selection import Selection, drop, left_padded
 from vlmfast.runtime.tower_attention import TowerAttention
 
 
 class InputPruning:
-    """Installs the three taps. `pruner` None = observe only (column kinds for KV policies and speculation)."""
+    """Installs the three taps, which act for the running call of `requests`, under its pruner.
 
-    per_call = ("media", "given", "kind", "stats", "notes", "seen", "tower_kept", "kept", "cache", "in_call", "entered",
-                "has_media", "encoding", "selecting")  # fmt: skip
+    Without a pruner they observe only (column kinds for KV policies and speculation).
+    """
 
-    def __init__(self, model: nn.Module, family: Family, pruner: TokenPruner | None) -> None:
-        self.model, self.family, self.pruner = model, family, pruner
+    def __init__(self, model: nn.Module, family: Family, requests: Requests) -> None:
+        self.model, self.family, self.requests = model, family, requests
         self.host_grids = False  # may grids come to the tower on the host?
         self.ids = family.visual_ids(model)
-        self.tower_kept: dict[str, list[Tensor]] | None = None  # filled by InTowerPruning: kept rows per item
         self.attention: TowerAttention | None = None  # where tower attention comes from, when a pruner needs it
-        self.text_attention: Any = None  # a `TextAttentionRecorder`, when a draft prunes by the target's attention
         self.reuse: MediaCache | None = None  # encoded media kept between calls, when asked for
-        self.media: dict[str, list[Item]] = {}  # layout of the media encoded for the running request
-        self.kind: str | None = None  # the media being encoded right now
-        self.drafts = False  # is this a draft model, whose forwards belong to a call of its target?
-        self.stats: dict[str, Any] = {}
-        self.notes: list[str] = []
-        self.seen: dict[str, Tensor] = {}
-        self.given: set[str] = set()  # kinds of media that came already encoded
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget the last request."""
-        self.media, self.seen, self.given, self.tower_kept, self.kind = {}, {}, set(), None, None
-        if self.text_attention is not None:
-            self.text_attention.reset()
-        self.kept: dict[str, list[Tensor]] = {}  # kept indices of every item, in the order of `media`; {} = all
-        self.stats = {"visual_tokens": 0, "kept_tokens": 0, "encode_ms": 0.0, "select_ms": 0.0, "prefills": 0}
-        self.encoding, self.selecting = Stopwatch(self.model), Stopwatch(self.model)
-        self.notes = []
-        self.cache: Any = None  # of the running `generate` call
-        self.in_call = False  # is one running?
-        self.entered: Columns | None = None  # the columns of the forward now running, when it brings new media
-        self.has_media = False
-
-    def timed(self) -> dict[str, Any]:
-        """The counts and milliseconds of the last request; waits for what is still running."""
-        spans = {"encode_ms": self.encoding.seconds() * 1e3, "select_ms": self.selecting.seconds() * 1e3}
-        return self.stats | {name: self.stats[name] + span for name, span in spans.items()}
-
-    @property
-    def active(self) -> bool:
-        """Does the running pruner drop anything?"""
-        return self.pruner is not None and self.pruner.keep < 1
-
-    @contextmanager
-    def using(self, pruner: TokenPruner | None) -> Iterator[None]:
-        """Prune with another pruner inside the block (a draft that is the target itself)."""
-        before, self.pruner = self.pruner, pruner
-        try:
-            yield
-        finally:
-            self.pruner = before
 
     def install(self, patch: Patch) -> None:
         base, text = self.family.base(self.model), self.family.text(self.model)
@@ -118,7 +76,8 @@ class InputPruning:
                 return tap(*args, **kwargs)
 
         def tap(*args: Any, **kwargs: Any) -> Any:
-            if self.kind is not None:  # Qwen3-VL encodes video by calling the image function
+            request = self.requests.current
+            if request.kind is not None:  # Qwen3-VL encodes video by calling the image function
                 return inner(*args, **kwargs)
             given = signature.bind(*args, **kwargs)
             bound, grid = given.arguments, f"{kind}_grid_thw"
@@ -126,39 +85,39 @@ class InputPruning:
                 bound[grid] = bound[grid].cpu()
                 args, kwargs = given.args, given.kwargs
             call = {**bound, **bound.get("kwargs", {})}
-            start = self.encoding.now()
-            out = self._encode(kind, call, functools.partial(inner, *args, **kwargs))
-            self.encoding.add(start)
-            self.media[kind] = self.family.items(self.model, kind, call, feature_list(out))
+            start = request.encoding.now()
+            out = self._encode(request, kind, call, functools.partial(inner, *args, **kwargs))
+            request.encoding.add(start)
+            request.media[kind] = self.family.items(self.model, kind, call, feature_list(out))
             if self.attention is not None:
-                self.attention.collect(kind, functools.partial(inner, *args, **kwargs), call, self.media[kind])
+                self.attention.collect(kind, functools.partial(inner, *args, **kwargs), call, request.media[kind])
             return out
 
         patch.set(base, name, tapped)
 
-    def _encode(self, kind: str, call: dict[str, Any], encode: Callable[[], Any]) -> Any:
+    def _encode(self, request: RequestState, kind: str, call: dict[str, Any], encode: Callable[[], Any]) -> Any:
         """Run the tower on one kind of media, or find what it said of the same pixels before."""
         key, found = "", None
         reuse = self.reuse if self.attention is None else None  # tower attention exists only while the tower runs
         if reuse is not None:
-            key, found = reuse.features(kind, call | {"pruner": repr(self.pruner)})
+            key, found = reuse.features(request.lookup, kind, call | {"pruner": repr(request.pruner)})
         if found is not None:
             if found[1] is not None:
-                self.tower_kept = (self.tower_kept or {}) | {kind: found[1]}
+                request.tower_kept = (request.tower_kept or {}) | {kind: found[1]}
             return found[0]
-        self.kind = kind
+        request.kind = kind
         try:
             out = encode()
         finally:
-            self.kind = None
+            request.kind = None
         if reuse is not None:
-            reuse.keep_features(key, out, (self.tower_kept or {}).get(kind))
+            reuse.keep_features(request.lookup, key, out, (request.tower_kept or {}).get(kind))
         return out
 
     def _refuse(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if is_compiled(self.family.text(self.model)):
             refuse_compiled(self.model)
-        if kwargs.get("labels") is not None and self.active:
+        if kwargs.get("labels") is not None and self.requests.current.active:
             raise Unsupported("labels were given to a model with a pruner: remove() the acceleration to train")
 
     def refuse_merged(self, ids: Tensor | None, embeds: Tensor | None) -> None:
@@ -176,15 +135,15 @@ class InputPruning:
     # -- tap 2: where the placeholders are -------------------------------------------------------------------------
 
     def _see(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        self.seen = {}
+        request, ids = self.requests.current, kwargs.get("input_ids", args[0] if args else None)
+        request.seen = {}
         if ids is None:
             embeds = kwargs.get("inputs_embeds")
             if embeds is None or embeds.shape[1] == 1:
                 return
-            self.seen = self._placeholders(embeds)
+            request.seen = self._placeholders(embeds)
         elif ids.shape[1] > 1:
-            self.seen = {kind: ids == token for kind, token in self.ids.items()}
+            request.seen = {kind: ids == token for kind, token in self.ids.items()}
         self.lay_out(kwargs)
 
     def _placeholders(self, embeds: Tensor) -> dict[str, Tensor]:
@@ -195,43 +154,45 @@ class InputPruning:
 
     def lay_out(self, call: dict[str, Any]) -> None:
         """Note the layout of media that came already encoded (mm_encoder_outputs), where `call` gives it."""
-        outputs = call.get("mm_encoder_outputs") or {}
-        self.given |= {kind for kind in self.ids if outputs.get(kind) is not None}
-        for kind in self.given & outputs.keys() - self.media.keys():
+        request, outputs = self.requests.current, call.get("mm_encoder_outputs") or {}
+        request.given |= {kind for kind in self.ids if outputs.get(kind) is not None}
+        for kind in request.given & outputs.keys() - request.media.keys():
             features = feature_list(outputs[kind])
             try:
                 items = self.family.items(self.model, kind, call, features)
             except (KeyError, TypeError, AttributeError):  # no grids came with them
                 continue
             if sum(item.n for item in items) == sum(map(len, features)):
-                self.media[kind] = items
+                request.media[kind] = items
 
     # -- tap 3: columns enter the text model -----------------------------------------------------------------------
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        embeds = kwargs["inputs_embeds"]
-        cache = cache_in(kwargs)
-        columns: Columns | None = getattr(cache, "vlmfast_columns", None)
+        request, embeds, cache = self.requests.current, kwargs["inputs_embeds"], cache_in(kwargs)
+        columns = cache_state(cache).columns
         past = cache.get_seq_length() if cache is not None else 0
-        seen, self.seen = self.seen, {}
+        seen, request.seen = request.seen, {}
         has_media = any(bool(m.any()) for m in seen.values())
-        self._note_cache(cache)
-        self.entered, self.has_media = None, has_media
+        _note_cache(request, cache)
+        request.entered, request.has_media = None, has_media
         if past and not has_media:  # decode, verification, or a turn without new media
             if columns is not None and columns.padded:
                 columns.announce(cache)
                 kwargs["attention_mask"] = columns.mask(kwargs.get("attention_mask"), past + embeds.shape[1])
             return args, kwargs
-        self.stats["prefills"] += 1
-        self._prefill(kwargs, seen, has_media, past, columns)
+        request.prefills += 1
+        self._prefill(request, kwargs, seen, has_media, past, columns)
         return args, kwargs
 
-    def _prefill(self, kw: dict, seen: dict[str, Tensor], has_media: bool, past: int, columns: Columns | None) -> None:
+    def _prefill(
+        self, request: RequestState, kw: dict, seen: dict[str, Tensor], has_media: bool, past: int,
+        columns: Columns | None,
+    ) -> None:  # fmt: skip
         embeds, mask = kw["inputs_embeds"], kw.get("attention_mask")
         b, q, _ = embeds.shape
         if mask is not None and (isinstance(mask, dict) or mask.ndim != 2):
-            if not self.active:
-                self._bypass(seen)
+            if not request.active:
+                _bypass(request, seen)
                 return
             raise Unsupported(
                 "a prebuilt attention mask cannot follow pruned columns: pass a 2-D mask and a dynamic cache, "
@@ -256,10 +217,8 @@ class InputPruning:
         index = torch.arange(past, past + q, device=embeds.device).expand(b, q)
         index = index.masked_fill(~valid, -1)
         rows = self.rows(kw, seen, visual, valid) if has_media else None
-        if (
-            not self.in_call and not self.drafts
-        ):  # a forward by itself: what it encoded says nothing about the next one's media
-            self.media, self.tower_kept = {}, None
+        if not request.running:  # a forward by itself: what it encoded says nothing about the next one's media
+            request.media, request.tower_kept = {}, None
         if rows is not None:
             source, filled = left_padded(rows, embeds.device)
             padded = len({len(r) for r in rows}) > 1
@@ -271,16 +230,16 @@ class InputPruning:
             index = torch.cat([columns.index, index], 1)
             padded = padded or columns.padded
         state = Columns(kinds, index, past + q, padded)
-        self.entered = state if has_media else None
+        request.entered = state if has_media else None
         cache = cache_in(kw)
         if cache is None and kw.get("use_cache") and rows is not None:
             cache = put_cache(kw, DynamicCache(config=self.family.text(self.model).config))
         if cache is not None:
             if rows is not None:
                 count_skipped(cache, q - rows_width(rows), len(self.family.layers(self.model)))
-            cache.vlmfast_columns = state
+            put_cache_state(cache, columns=state)
             state.announce(cache)
-            self._note_cache(cache)
+            _note_cache(request, cache)
         if rows is not None or (columns is not None and columns.padded):
             mask = entry_mask(state)
             if mask is None and cache_in(kw) is None:  # gaps in positions would read as packing
@@ -291,29 +250,30 @@ class InputPruning:
 
     def rows(self, kw: dict, seen: dict[str, Tensor], visual: Tensor, valid: Tensor) -> list[Tensor] | None:
         """Kept column indices of every row, ascending; None when nothing is dropped."""
-        if not self.active:
-            self._bypass(seen)
+        request = self.requests.current
+        if not request.active:
+            _bypass(request, seen)
             return None
         total = sum(int(m.sum()) for m in seen.values())
-        self.stats["visual_tokens"] += total
-        start = self.selecting.now()
-        keep = valid.clone()
-        kept_total = 0
-        for kind, where in seen.items():
-            kept_total += select_kind(self, kw, kind, where, visual, valid, keep)
-        self.stats["kept_tokens"] += kept_total
-        rows = [k.nonzero()[:, 0] for k in keep]
-        self.selecting.add(start)
+        request.visual_tokens += total
+        start = request.selecting.now()
+        selection = Selection(self.model, self.family, request, self.attention, kw, visual, valid)
+        kept_total = sum(selection.select(kind, where) for kind, where in seen.items())
+        request.kept_tokens += kept_total
+        rows = [k.nonzero()[:, 0] for k in selection.keep]
+        request.selecting.add(start)
         return None if kept_total == total else rows
 
-    def _note_cache(self, cache: Any) -> None:
-        """Remember the cache of the call: the first one, since streamers and processors may bring others meanwhile."""
-        if self.in_call and self.cache is None:
-            self.cache = cache
 
-    def _bypass(self, seen: dict[str, Tensor]) -> None:
-        total = sum(int(m.sum()) for m in seen.values())
-        self.stats["visual_tokens"] += total
-        self.stats["kept_tokens"] += total
-        if self.pruner is not None and total:
-            self.notes.append("prune: keep=1 keeps every visual token, bypassed")
+def _note_cache(request: RequestState, cache: Any) -> None:
+    """Remember the cache of the call: the first one, since streamers and processors may bring others meanwhile."""
+    if request.running and request.cache is None:
+        request.cache = cache
+
+
+def _bypass(request: RequestState, seen: dict[str, Tensor]) -> None:
+    total = sum(int(m.sum()) for m in seen.values())
+    request.visual_tokens += total
+    request.kept_tokens += total
+    if request.pruner is not None and total:
+        request.notes.append("prune: keep=1 keeps every visual token, bypassed")

@@ -2,117 +2,134 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vlmfast.core import Unsupported, UserError, VisualTokens
-from vlmfast.families import Item
-from vlmfast.runtime.tower_attention import attention_of, rotation_means
-
-if TYPE_CHECKING:
-    from vlmfast.runtime.prune_input import InputPruning
+from vlmfast.core import TokenPruner, Unsupported, UserError, VisualTokens
+from vlmfast.families import Family, Item
+from vlmfast.runtime.request_state import RequestState
+from vlmfast.runtime.tower_attention import TowerAttention, attention_of, rotation_means
 
 
-def select_kind(
-    hooks: InputPruning, kw: dict, kind: str, where: Tensor, visual: Tensor, valid: Tensor, keep: Tensor
-) -> int:
-    """Clear from keep (B, q) the columns of one kind of media that the pruner drops; returns how many stay."""
-    counts = where.sum(1).tolist()
-    if not any(counts):
-        return 0
-    items = hooks.media.get(kind)
-    if not items:
-        if kind in hooks.given:
-            raise Unsupported(
-                f"{kind} features came in already encoded, and nothing in the call says their layout: pass their grids "
-                "with mm_encoder_outputs, or the pixels to generate()"
-            )
-        raise UserError(
-            f"{sum(counts)} {kind} placeholder tokens came in without pixels: pass what the processor made of the "
-            f"{kind}, or a prompt without it"
-        )
-    per_call, rest = divmod(sum(counts), sum(i.n for i in items))
-    if rest or per_call == 0:
-        raise UserError(
-            f"{sum(counts)} {kind} placeholder tokens came in for {sum(i.n for i in items)} features: "
-            "the prompt and the media do not match"
-        )
-    kept = 0
-    todo: list[tuple[int, Item]] = []
-    for row in range(len(counts)):  # num_return_sequences and beams repeat each row `per_call` times
-        if row % per_call == 0:
-            left = counts[row]
-            mine: list[tuple[int, Item]] = []
-            while left > 0:
-                number = len(todo) + len(mine)
-                mine.append((number, items[number]))
-                left -= items[number].n
-            if left < 0:
-                raise UserError(f"row {row} has {counts[row]} {kind} tokens: not a whole number of items")
-            todo += mine
-        columns = where[row].nonzero()[:, 0]
-        at = 0
-        for number, item in mine:
-            mine_columns = columns[at : at + item.n]
-            at += item.n
-            chosen = choose(hooks, kw, kind, number, item, row, mine_columns, visual, valid)
-            gone = torch.ones(item.n, dtype=torch.bool, device=keep.device)
+@runtime_checkable
+class MergingPruner(TokenPruner, Protocol):
+    """A pruner that may add what it drops to what it keeps."""
+
+    @property
+    def merges(self) -> bool: ...
+
+    def merged(self, tokens: VisualTokens, kept: Tensor) -> Tensor:
+        """Features (K, D) of the kept indices (K,), after the dropped tokens were merged into them."""
+        ...
+
+
+@dataclass
+class Selection:
+    """One prefill (B, q) whose visual columns the pruner of a call chooses from, kind by kind of media."""
+
+    model: nn.Module
+    family: Family
+    request: RequestState  # says what was encoded, and receives what was kept of it
+    attention: TowerAttention | None  # where tower attention comes from
+    kw: dict  # arguments of the text model; a pruner that merges changes the embeddings
+    visual: Tensor  # (B, q) bool, of any kind
+    valid: Tensor  # (B, q) bool, not padding
+    keep: Tensor = field(init=False)  # (B, q) bool, what is left so far
+
+    def __post_init__(self) -> None:
+        self.keep = self.valid.clone()
+
+    def select(self, kind: str, where: Tensor) -> int:
+        """Clear from `keep` the columns of one kind, at `where` (B, q), that are dropped; returns how many stay."""
+        counts = where.sum(1).tolist()
+        if not any(counts):
+            return 0
+        kept = 0
+        for row, number, item, columns in self._items(kind, where, counts):
+            chosen = self._choose(kind, number, item, row, columns)
+            gone = torch.ones(item.n, dtype=torch.bool, device=self.keep.device)
             gone[chosen] = False
-            keep[row, mine_columns[gone]] = False
-            hooks.kept.setdefault(kind, []).append(chosen)
+            self.keep[row, columns[gone]] = False
+            self.request.kept.setdefault(kind, []).append(chosen)
             kept += chosen.shape[0]
-    return kept
+        return kept
 
-
-def choose(
-    hooks: InputPruning,
-    kw: dict,
-    kind: str,
-    number: int,
-    item: Item,
-    row: int,
-    columns: Tensor,
-    visual: Tensor,
-    valid: Tensor,
-) -> Tensor:
-    """Kept indices of one item, from the tower's own selection or from the pruner at the tower's output."""
-    assert hooks.pruner is not None
-    if hooks.tower_kept is not None:
-        return hooks.tower_kept[kind][number].to(columns.device)
-    embeds, positions = kw["inputs_embeds"], kw.get("position_ids")
-    question = None
-    if "question" in hooks.pruner.needs:
-        last = int(visual[row].nonzero()[-1])
-        question = embeds[row, last + 1 :][valid[row, last + 1 :]]
-        if question.shape[0] == 0:
+    def _items(self, kind: str, where: Tensor, counts: list[int]) -> Iterator[tuple[int, int, Item, Tensor]]:
+        """(row, number of the item, the item, its columns in the row) of everything in the batch."""
+        items = self.request.media.get(kind)
+        if not items:
+            if kind in self.request.given:
+                raise Unsupported(
+                    f"{kind} features came in already encoded, and nothing in the call says their layout: pass their "
+                    "grids with mm_encoder_outputs, or the pixels to generate()"
+                )
             raise UserError(
-                f"{type(hooks.pruner).__name__} needs a question after the media and there is none: "
-                "put the text after the image, or use a pruner that needs none (vidcom2, maxmin)"
+                f"{sum(counts)} {kind} placeholder tokens came in without pixels: pass what the processor made of the "
+                f"{kind}, or a prompt without it"
             )
-    if positions is not None:
-        axes = positions if positions.ndim == 3 else positions[None]
-        positions = axes[-hooks.family.rope_axes :, row if axes.shape[1] > 1 else 0, columns]
-    rope = None
-    if "rope" in hooks.pruner.needs:
-        rope = rotation_means(hooks.family.text(hooks.model), embeds, positions)
-    tokens = VisualTokens(
-        features=embeds[row, columns],
-        frame=item.frame.to(columns.device),
-        grid=item.grid,
-        video=item.video,
-        protected=item.protected,
-        positions=positions,
-        question=question,
-        attention=attention_of(hooks.attention, hooks.pruner, kind, number),
-        rope=rope,
-    )
-    chosen = hooks.pruner.select(tokens)
-    if getattr(hooks.pruner, "merges", False):
-        kw["inputs_embeds"] = embeds = embeds.clone()
-        embeds[row, columns[chosen]] = hooks.pruner.merged(tokens, chosen)  # type: ignore[attr-defined]
-    return chosen
+        repeats, rest = divmod(sum(counts), sum(i.n for i in items))
+        if rest or repeats == 0:
+            raise UserError(
+                f"{sum(counts)} {kind} placeholder tokens came in for {sum(i.n for i in items)} features: "
+                "the prompt and the media do not match"
+            )
+        first, after = 0, 0  # the items of a row: numbers from `first` to before `after`
+        for row, left in enumerate(counts):
+            if row % repeats == 0:  # num_return_sequences and beams repeat each row
+                first = after
+                while left > 0:
+                    left -= items[after].n
+                    after += 1
+                if left < 0:
+                    raise UserError(f"row {row} has {counts[row]} {kind} tokens: not a whole number of items")
+            columns = where[row].nonzero()[:, 0]
+            at = 0
+            for number in range(first, after):
+                yield row, number, items[number], columns[at : at + items[number].n]
+                at += items[number].n
+
+    def _choose(self, kind: str, number: int, item: Item, row: int, columns: Tensor) -> Tensor:
+        """Kept indices of one item, from the tower's own selection or from the pruner at the tower's output."""
+        request, kw, pruner = self.request, self.kw, self.request.pruner
+        assert pruner is not None
+        if request.tower_kept is not None:
+            return request.tower_kept[kind][number].to(columns.device)
+        embeds, positions = kw["inputs_embeds"], kw.get("position_ids")
+        question = None
+        if "question" in pruner.needs:
+            last = int(self.visual[row].nonzero()[-1])
+            question = embeds[row, last + 1 :][self.valid[row, last + 1 :]]
+            if question.shape[0] == 0:
+                raise UserError(
+                    f"{type(pruner).__name__} needs a question after the media and there is none: "
+                    "put the text after the image, or use a pruner that needs none (vidcom2, maxmin)"
+                )
+        if positions is not None:
+            axes = positions if positions.ndim == 3 else positions[None]
+            positions = axes[-self.family.rope_axes :, row if axes.shape[1] > 1 else 0, columns]
+        rope = None
+        if "rope" in pruner.needs:
+            rope = rotation_means(self.family.text(self.model), embeds, positions)
+        tokens = VisualTokens(
+            features=embeds[row, columns],
+            frame=item.frame.to(columns.device),
+            grid=item.grid,
+            video=item.video,
+            protected=item.protected,
+            positions=positions,
+            question=question,
+            attention=attention_of(self.attention, request, kind, number),
+            rope=rope,
+        )
+        chosen = pruner.select(tokens)
+        if isinstance(pruner, MergingPruner) and pruner.merges:
+            kw["inputs_embeds"] = embeds = embeds.clone()
+            embeds[row, columns[chosen]] = pruner.merged(tokens, chosen)
+        return chosen
 
 
 def left_padded(rows: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -23,13 +23,14 @@ from transformers.generation import utils as generation
 from vlmfast.core import Unsupported, UserError
 from vlmfast.families import Family
 from vlmfast.families.base import feature_list
-from vlmfast.runtime.cache_state import Columns, column_kinds, count_skipped
+from vlmfast.runtime.cache_state import Columns, cache_state, column_kinds, put_cache_state
 from vlmfast.runtime.clock import clock
 from vlmfast.runtime.compat import cache_in, cache_of
 from vlmfast.runtime.full_prompt import FullPromptView, put
 from vlmfast.runtime.model_lock import without_lock
 from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.prune_input import InputPruning
+from vlmfast.runtime.pruned_layer import count_skipped
 from vlmfast.runtime.selection import drop, left_padded, repack
 from vlmfast.runtime.stage_timer import StageTimer
 
@@ -70,7 +71,7 @@ class PromptShortening:
         self, model: nn.Module, family: Family, columns: InputPruning, patch: Patch, meter: StageTimer
     ) -> None:
         self.model, self.family, self.columns = model, family, columns
-        self.patch, self.meter = patch, meter
+        self.requests, self.patch, self.meter = columns.requests, patch, meter
         self.longest = -1  # the longest static cache so far: transformers never makes a shorter one again
 
     def run(self, inner: Callable[..., Any], args: tuple, kwargs: dict, option: Callable[[str], Any], why: str) -> Any:
@@ -85,11 +86,11 @@ class PromptShortening:
             with torch.no_grad():
                 short = self._shorten(call, option)
             call = short.call
-            self.columns.notes.append(f"prune: inputs rewritten for {why}")
+            self.requests.current.notes.append(f"prune: inputs rewritten for {why}")
         wants_dict = option("return_dict_in_generate")
         put(call, "return_dict_in_generate", True)
         out = self._generate(inner, call, short)
-        self.columns.cache = cache = cache_of(out)
+        self.requests.current.cache = cache = cache_of(out)
         if short is not None:
             out.sequences = torch.cat([short.ids, out.sequences[:, short.width :]], 1)
             self._settle(cache, short)
@@ -130,7 +131,7 @@ class PromptShortening:
         """Leave on the cache what a later turn must know: a dynamic one goes on as if hooks had dropped the columns."""
         if cache is None:
             return
-        cache.vlmfast_columns = short.columns
+        put_cache_state(cache, columns=short.columns)
         dropped = short.columns.logical - short.width
         if not _static(cache):
             count_skipped(cache, dropped, len(self.family.layers(self.model)))
@@ -150,7 +151,7 @@ class PromptShortening:
         name, says = option("cache_implementation"), f"{why} with prune="
         if cache is None and name not in (None, "dynamic", "static"):
             raise Unsupported(f"{says}: the caches that go with it are the dynamic and the static one; use one of them")
-        if past and (media or getattr(cache, "vlmfast_columns", None) is not None):
+        if past and (media or cache_state(cache).columns is not None):
             raise Unsupported(
                 f"{says} came for a cache that already holds {past} columns: it serves the first turn only; "
                 "start a new cache, or use the default dynamic cache in one prefill"
@@ -216,8 +217,8 @@ class PromptShortening:
         call["mm_encoder_outputs"] = self._outputs(kw, encoded, short_ids.to(device), n)
         if n > 1:
             put(call, "num_return_sequences", 1)
-            self.columns.stats["visual_tokens"] *= n
-            self.columns.stats["kept_tokens"] *= n
+            self.requests.current.visual_tokens *= n
+            self.requests.current.kept_tokens *= n
         length, width = ids.shape[1], source.shape[1]
         for name in ("max_length", "min_length"):  # they count the prompt
             limit = option(name)

@@ -11,23 +11,19 @@ from transformers import LogitsProcessorList
 from vlmfast.families import Family
 from vlmfast.runtime.clock import clock
 from vlmfast.runtime.patch import Patch
+from vlmfast.runtime.pruned_layer import RaggedLayer
+from vlmfast.runtime.request_state import Requests, StageTimes
 
 
 class StageTimer:
     """Hooks on the text model: the first forward is the prefill, everything after it is decode."""
 
-    per_call = ("prefill_ms", "first", "start", "_entered")
+    def __init__(self, model: nn.Module, family: Family, requests: Requests) -> None:
+        self.model, self.family, self.requests = model, family, requests
 
-    def __init__(self, model: nn.Module, family: Family) -> None:
-        self.model, self.family = model, family
-        self.start = 0.0
-        self.reset()
-
-    def reset(self) -> None:
-        self.prefill_ms: float | None = None
-        self.first = 0.0
-        self.start = clock(self.model)
-        self._entered = 0.0
+    def begin(self) -> None:
+        """The running call begins now."""
+        self.requests.current.times = StageTimes(start=clock(self.model))
 
     def install(self, patch: Patch) -> None:
         text = self.family.text(self.model)
@@ -35,21 +31,24 @@ class StageTimer:
         patch.hook(text.register_forward_hook(self._leave))
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        if self.prefill_ms is None:
-            self._entered = clock(self.model)
+        times = self.requests.current.times
+        if times.prefill_ms is None:
+            times.entered = clock(self.model)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.prefill_ms is None:
-            self.first = clock(self.model)
-            self.prefill_ms = (self.first - self._entered) * 1e3
+        times = self.requests.current.times
+        if times.prefill_ms is None:
+            times.first = clock(self.model)
+            times.prefill_ms = (times.first - times.entered) * 1e3
 
     def first_token(self, entered: float) -> Callable[[Tensor, Tensor], Tensor]:
         """A logits processor that ends the prefill begun at `entered`, for calls whose model bears no hooks."""
+        times = self.requests.current.times
 
         def mark(input_ids: Tensor, scores: Tensor) -> Tensor:
-            if self.prefill_ms is None:
-                self.first = clock(self.model)
-                self.prefill_ms = (self.first - entered) * 1e3
+            if times.prefill_ms is None:
+                times.first = clock(self.model)
+                times.prefill_ms = (times.first - entered) * 1e3
             return scores
 
         return mark
@@ -66,13 +65,13 @@ class StageTimer:
 
     def timings(self, new_tokens: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """Prefill and decode times; call at the end of generate. new_tokens: tokens per row, the first included."""
-        end = clock(self.model)
-        prefill: dict[str, Any] = {"prefill_ms": self.prefill_ms or 0.0, "ttft_ms": (self.first - self.start) * 1e3}
+        end, times = clock(self.model), self.requests.current.times
+        prefill: dict[str, Any] = {"prefill_ms": times.prefill_ms or 0.0, "ttft_ms": (times.first - times.start) * 1e3}
         steps = max(1, new_tokens - 1)
         decode: dict[str, Any] = {
             "tokens": new_tokens,
-            "decode_ms_per_token": (end - self.first) * 1e3 / steps,
-            "total_ms": (end - self.start) * 1e3,
+            "decode_ms_per_token": (end - times.first) * 1e3 / steps,
+            "total_ms": (end - times.start) * 1e3,
         }
         return prefill, decode
 
@@ -81,7 +80,7 @@ def cache_counts(cache: Any) -> dict[str, float]:
     """`cached_tokens` (mean columns held per layer and head), `kv_fast_bytes`, `kv_host_bytes` of a cache."""
     columns, fast, host, layers = 0.0, 0, 0, 0
     for layer in getattr(cache, "layers", None) or []:
-        if hasattr(layer, "nbytes"):  # our ragged layer knows its tiers
+        if isinstance(layer, RaggedLayer):  # it knows its tiers
             tiers = layer.nbytes()
             fast += tiers["fast"]
             host += tiers["host"]

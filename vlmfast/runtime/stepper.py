@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from vlmfast import families
 from vlmfast.core import Kind, PlainRows, Unsupported, brief
+from vlmfast.runtime.cache_state import cache_state
 from vlmfast.runtime.compat import CACHE, cache_of
 from vlmfast.runtime.fast_decoder import FastDecoder, why_not
+from vlmfast.runtime.pruned_layer import RaggedLayer
 
 Maker = Callable[..., Any]  # see `engine.open_static`
 _CHECKED: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
@@ -105,9 +107,7 @@ class Stepper:
         if seen:
             self.hidden = torch.cat(seen, 1)
         if engine == "auto":
-            self._opens = functools.partial(
-                self._go_functional, room, static, False
-            )  # an answer of one token needs none
+            self._opens = functools.partial(self._go_functional, room, static, False)  # one token needs none
         elif engine != "module":
             self._go_functional(room, None if engine == "functional" else static, engine == "static")
             if engine != self.engine:
@@ -122,7 +122,7 @@ class Stepper:
 
     def _go_functional(self, room: int, static: Maker | None, forced: bool) -> None:
         valid = None
-        columns = getattr(self.cache, "vlmfast_columns", None)
+        columns = cache_state(self.cache).columns
         if columns is not None and columns.padded:
             valid = columns.kinds != Kind.PAD
         elif columns is None and self.mask is not None:
@@ -191,7 +191,7 @@ class Stepper:
                 raise
             except Exception as e:  # a compiler or driver that does not take the kernels or their capture
                 return f"the static step failed, {type(e).__name__}: {brief(str(e))}"
-        static.n = 0
+        static.rewind(static.n)
         error = float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
         if error <= TOLERANCE.get(self.text.dtype, 1e-1):
             return None
@@ -232,7 +232,7 @@ class Stepper:
             )
         except BaseException:
             if self.decoder is not None:
-                self.decoder.n = fed
+                self.decoder.rewind(self.decoder.n - fed)
             for layer in () if self.decoder is not None else self.cache.layers:  # those that the step reached grew
                 grown = layer.get_seq_length() - self.length
                 with suppress(Exception):  # one that has no way back: what stopped us matters more
@@ -278,7 +278,7 @@ class Stepper:
         handle = None
         if self.hidden_layer is not None:
             handle = self.text.layers[self.hidden_layer].register_forward_hook(self._keep_hidden)
-        ours = [layer for layer in self.cache.layers if hasattr(layer, "verifying")]
+        ours = [layer for layer in self.cache.layers if isinstance(layer, RaggedLayer)]
         for layer in ours:
             layer.verifying = True
         try:
@@ -304,9 +304,7 @@ class Stepper:
         if n == 0:
             return
         if self.decoder is not None:
-            if n > self.decoder.n:
-                raise ValueError(f"rewind({n}) after {self.decoder.n} tokens would reach into the prompt")
-            self.decoder.n -= n
+            self.decoder.rewind(n)
         else:
             self.cache.crop(-n)
         self.position = self.position - n

@@ -10,39 +10,39 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vlmfast.core import StageDidNotFire, Unsupported
+from vlmfast.core import StageDidNotFire, TokenPruner, Unsupported
 from vlmfast.families import Family, Item
 from vlmfast.families.base import feature_list
 from vlmfast.families.llava import Llava
 from vlmfast.families.qwen import Qwen, group_mean
 from vlmfast.runtime.patch import Patch
+from vlmfast.runtime.request_state import Requests, RequestState
 
 CHUNK = 512  # queries per product, so that no full map is ever held
 
 
 class TowerAttention:
-    """Maps of the tower layers `wanted` (indices into the layers that the language model reads; -1 = the last)."""
+    """Maps of the tower layers `wanted` (indices into the layers that the language model reads; -1 = the last).
 
-    per_call = ("maps", "_seen")
+    They go to `RequestState.tower_maps` of the running call.
+    """
 
-    def __init__(self, model: nn.Module, family: Family, wanted: tuple[int, ...] = (-1,)) -> None:
+    def __init__(self, model: nn.Module, family: Family, requests: Requests, wanted: tuple[int, ...] = (-1,)) -> None:
         if not isinstance(family, (Qwen, Llava)):
             raise Unsupported(
                 f"tower attention is not read in {type(family).__name__} models (their pixel shuffle mixes patches): "
                 "use a pruner of features (vidcom2, maxmin)"
             )
-        self.model, self.family, self.wanted = model, family, wanted
+        self.model, self.family, self.requests, self.wanted = model, family, requests, wanted
         self.tower = family.tower(model)
         self.cls = any(name.endswith("class_embedding") for name, _ in self.tower.named_parameters())
-        self.maps: dict[str, list[Tensor]] = {}  # per kind of media, per item: (len(wanted), n)
-        self._seen: dict[int, Tensor] = {}
 
     def install(self, patch: Patch) -> None:
         layers = self._layers()
@@ -70,27 +70,29 @@ class TowerAttention:
     def _record(self, slot: int) -> Callable[..., None]:
         def pre(module: nn.Module, args: tuple, kwargs: dict) -> None:
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            seen = self.requests.current.tower_seen
             if isinstance(self.family, Qwen):
                 cu = kwargs["cu_seqlens"] if "cu_seqlens" in kwargs else args[1]
-                self._seen[slot] = packed_received(module, hidden, cu, kwargs["position_embeddings"])
+                seen[slot] = packed_received(module, hidden, cu, kwargs["position_embeddings"])
             else:
-                self._seen[slot] = received(module, hidden, self.cls)
+                seen[slot] = received(module, hidden, self.cls)
 
         return pre
 
     def collect(self, kind: str, again: Callable[[], Any], call: dict[str, Any], items: list[Item]) -> None:
         """After the tower ran: what each item's columns received. `again` runs the feature function once more."""
-        if len(self._seen) < len(set(self.wanted)):
+        request = self.requests.current
+        if len(request.tower_seen) < len(set(self.wanted)):
             raise StageDidNotFire("the tower ran without passing the layers whose attention was asked for")
-        seen, self._seen = torch.stack([self._seen[slot] for slot in self.wanted]), {}
+        seen, request.tower_seen = torch.stack([request.tower_seen[slot] for slot in self.wanted]), {}
         if isinstance(self.family, Qwen):
             unit = int(self.tower.spatial_merge_size) ** 2  # type: ignore[arg-type]
             order = self.family.tower_order(self.model, call[f"{kind}_grid_thw"])
             columns = group_mean(seen.T, unit)
             columns = columns if order is None else columns[order.argsort()]
-            self.maps[kind] = [m.T for m in columns.split([item.n for item in items])]
+            request.tower_maps[kind] = [m.T for m in columns.split([item.n for item in items])]
         else:
-            self.maps[kind] = self._carried(again, seen)
+            request.tower_maps[kind] = self._carried(again, seen)
 
     def _carried(self, again: Callable[[], Any], seen: Tensor) -> list[Tensor]:
         """seen (A, tiles, T) through the model's own pooling, packing and newlines: (A, n) per item."""
@@ -111,8 +113,9 @@ class TowerAttention:
         return [f[:, :a].T.float() for f in feature_list(out)]
 
 
-def attention_of(source: TowerAttention | None, pruner: Any, kind: str, number: int) -> Tensor | None:
-    """What the running pruner asks for of one item: (n,), (A, n) for several layers, None for none."""
+def attention_of(source: TowerAttention | None, request: RequestState, kind: str, number: int) -> Tensor | None:
+    """What the pruner of a call asks for of one item: (n,), (A, n) for several layers, None for none."""
+    pruner: Any = request.pruner
     if "tower_attention" not in pruner.needs:
         return None
     if source is None:
@@ -121,13 +124,22 @@ def attention_of(source: TowerAttention | None, pruner: Any, kind: str, number: 
             "give the draft a pruner of features (uniform, vidcom2)"
         )
     layers = wanted_layers(pruner)
-    rows = source.maps[kind][number][[source.wanted.index(slot) for slot in layers]]
+    rows = request.tower_maps[kind][number][[source.wanted.index(slot) for slot in layers]]
     return rows if len(layers) > 1 else rows[0]
 
 
-def wanted_layers(pruner: Any) -> tuple[int, ...]:
-    """The tower layers a pruner asks for; () when none."""
-    return getattr(pruner, "attention_layers", (-1,)) if "tower_attention" in getattr(pruner, "needs", ()) else ()
+@runtime_checkable
+class ReadsTower(Protocol):
+    """A pruner of the tower's attention, where `needs` asks for it."""
+
+    attention_layers: tuple[int, ...]  # indices into the layers that the language model reads
+
+
+def wanted_layers(pruner: TokenPruner | None) -> tuple[int, ...]:
+    """The tower layers whose attention a pruner asks for; () when none."""
+    if pruner is None or "tower_attention" not in pruner.needs:
+        return ()
+    return pruner.attention_layers if isinstance(pruner, ReadsTower) else (-1,)
 
 
 def received(module: Any, hidden: Tensor, cls: bool) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vlmfast.core import Kind
 from vlmfast.runtime.attention import AttentionSwitch
-from vlmfast.runtime.cache_state import Columns
+from vlmfast.runtime.cache_state import Columns, put_cache_state
 from vlmfast.runtime.kv_hooks import KVHooks
 from vlmfast.runtime.patch import Patch
 
@@ -60,7 +60,7 @@ class WorkingSetCompression:
         hooks = KVHooks(self.text, self.text.config, self.policy, self.stats.update)
         hooks.originals = dict(enumerate(cache.layers))
         hooks.cache = cache
-        cache.vlmfast_columns = Columns(kinds, index, length, False)
+        put_cache_state(cache, columns=Columns(kinds, index, length, False))
         for i, plain in hooks.originals.items():
             cache.layers[i] = self.policy.cache_layer()
             cache.layers[i].update(plain.keys, plain.values)

@@ -1,0 +1,158 @@
+"""`RequestState`: the facts of one `generate` call. `Requests`: where the hooks of a model find the call that runs.
+
+A call gets a state of its own when it begins, also one that a streamer or logits processor makes inside another, and
+the second prefill of a draft. Hooks read and write `requests.current` and keep nothing of a call themselves. A model
+serves one call at a time (see `runtime.model_lock`), so there is one current state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmfast.core import TokenPruner
+from vlmfast.families import Item
+from vlmfast.runtime.cache_state import Columns
+from vlmfast.runtime.clock import Stopwatch
+
+
+@dataclass
+class StageTimes:
+    """When the stages of a call began and ended: seconds of `clock`."""
+
+    start: float = 0.0  # the call began
+    entered: float = 0.0  # the prefill began
+    first: float = 0.0  # the first token was known
+    prefill_ms: float | None = None  # None = no prefill yet
+
+
+@dataclass
+class TextAttention:
+    """What the text after the media looked at, in the prefill that last brought media (`runtime.text_attention`)."""
+
+    on: bool = False  # is it recorded in the forward now running?
+    kinds: Tensor | None = None  # (1, P) of the columns that entered
+    index: Tensor | None = None  # (1, P) logical column of each
+    rows: list[Tensor] = field(default_factory=list)  # per layer (P,) float32, mean over heads and text columns
+
+    def scores(self, length: int) -> Tensor | None:
+        """(length,) float32 per logical column, 0 where the target dropped it; None before any media was seen."""
+        if not self.rows or self.index is None:
+            return None
+        mean, index = torch.stack(self.rows).mean(0), self.index[0]
+        out = mean.new_zeros(length)
+        out[index[index >= 0]] = mean[index >= 0]
+        return out
+
+
+@dataclass
+class MediaLookup:
+    """What a call asked of the store of encoded media (`runtime.media_cache`)."""
+
+    notes: list[str] = field(default_factory=list)  # what was found, or why nothing was
+    key: str | None = None  # of the visual prefix's KV; None = it is neither taken nor stored
+    visual_end: int = 0  # columns up to the last visual one
+    model: str = ""  # digest of the model, made when first needed
+    digests: list[tuple[Tensor, str]] = field(default_factory=list)  # of the tensors of this call: hashed once
+
+
+@dataclass
+class RequestState:
+    """One `generate` call, or the forwards outside of any. `kind` of media: "image" or "video"."""
+
+    pruner: TokenPruner | None  # that acts in this call; None = columns are observed only
+    encoding: Stopwatch  # the vision tower's work
+    selecting: Stopwatch  # the pruner's work before the language model
+    running: bool = False  # has the call begun and not ended?
+    nested: bool = False  # is it made inside another call of the same model?
+    draft: bool = False  # is it the second prefill of a draft that is the target itself?
+    cache: Any = None  # the cache of this call: the first that came, since streamers may bring others
+
+    # media
+    media: dict[str, list[Item]] = field(default_factory=dict)  # by kind: layout of what was encoded
+    given: set[str] = field(default_factory=set)  # kinds that came already encoded
+    kind: str | None = None  # being encoded right now
+    tower_kept: dict[str, list[Tensor]] | None = None  # by kind, per item: rows kept inside the tower; None = all
+    tower_maps: dict[str, list[Tensor]] = field(default_factory=dict)  # by kind, per item: (layers asked for, n)
+    tower_seen: dict[int, Tensor] = field(default_factory=dict)  # by layer: attention received, until it is collected
+
+    # columns
+    seen: dict[str, Tensor] = field(default_factory=dict)  # by kind (B, q) bool: placeholders of the coming forward
+    kept: dict[str, list[Tensor]] = field(default_factory=dict)  # by kind, per item: kept indices; {} = all
+    entered: Columns | None = None  # the columns of the forward now running, when it brings new media
+    has_media: bool = False  # does the forward now running bring new media?
+    text_attention: TextAttention = field(default_factory=TextAttention)
+
+    # counts, times and words of the report
+    visual_tokens: int = 0
+    kept_tokens: int = 0
+    prefills: int = 0
+    tower_block: int | None = None  # that tokens were dropped before
+    cut_ms: float = 0.0  # selection between layers of the language model
+    times: StageTimes = field(default_factory=StageTimes)
+    lookup: MediaLookup = field(default_factory=MediaLookup)
+    prefill: dict[str, Any] = field(default_factory=dict)  # what a KV policy says
+    decode: dict[str, Any] = field(default_factory=dict)  # what the decoding loop says
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def active(self) -> bool:
+        """Does the pruner of this call drop anything?"""
+        return self.pruner is not None and self.pruner.keep < 1
+
+    def encode_report(self) -> dict[str, Any]:
+        """Counts and milliseconds of the encode stage; waits for what is still running."""
+        block = {} if self.tower_block is None else {"tower_block": self.tower_block}
+        return {
+            "visual_tokens": self.visual_tokens, "kept_tokens": self.kept_tokens,
+            "encode_ms": self.encoding.seconds() * 1e3, "select_ms": self.cut_ms + self.selecting.seconds() * 1e3,
+        } | block  # fmt: skip
+
+
+class Requests:
+    """The calls of one model. current: the state of the call that runs, of the last one when none does."""
+
+    def __init__(self, model: nn.Module, pruner: TokenPruner | None = None) -> None:
+        """pruner: that acts in every call which brings none of its own; None = columns are observed only."""
+        self.model, self.pruner = model, pruner
+        self.depth = 0  # calls that have begun and not ended, each inside the one before
+        self.current = self._made(pruner)
+
+    def _made(self, pruner: TokenPruner | None, **fields: Any) -> RequestState:
+        return RequestState(pruner, Stopwatch(self.model), Stopwatch(self.model), **fields)
+
+    @contextmanager
+    def call(self, pruner: TokenPruner | None = None) -> Iterator[RequestState]:
+        """Around one call: its state, which stays the current one afterwards unless it was made inside another call.
+
+        pruner: in place of the one that every call has.
+        """
+        before = self.current
+        self.current = state = self._made(pruner or self.pruner, running=True, nested=self.depth > 0)
+        self.depth += 1
+        try:
+            yield state
+        finally:
+            self.depth -= 1
+            state.running, state.cache = False, None
+            if self.depth:
+                self.current = before
+
+    @contextmanager
+    def second_prefill(self, pruner: TokenPruner) -> Iterator[RequestState]:
+        """Around the prefill of a draft that is this model itself: the media that the running call has encoded, under a
+        pruner of the draft's own."""
+        before = self.current
+        self.current = self._made(
+            pruner, running=True, nested=before.nested, draft=True, media=before.media, given=before.given,
+            tower_kept=before.tower_kept, tower_maps=before.tower_maps,
+        )  # fmt: skip
+        try:
+            yield self.current
+        finally:
+            self.current = before
