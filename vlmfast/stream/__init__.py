@@ -1,4 +1,4 @@
-"""Video in: files, folders, cameras and URLs as frames with timestamps. Nothing heavy is imported until asked."""
+"""Endless video encoded once and asked about at any time; with it the readers of `vlmfast.video`. Imported when used."""
 
 from __future__ import annotations
 
@@ -6,35 +6,37 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
-    "Fps": "source",
-    "SceneChange": "source",
-    "Uniform": "source",
-    "Video": "source",
-    "parse_select": "source",
-    "read_image": "images",
-    "read_video": "source",
-    "write_video": "source",
-    "Frame": "live",
-    "open_source": "live",
-    "Answer": "session",
-    "StreamSession": "session",
-    "RandomRetriever": "retrieve",
-    "UniformRetriever": "retrieve",
-    "External": "retrieve",
-    "Internal": "retrieve",
-    "Oracle": "retrieve",
-    "Recency": "retrieve",
-    "layer_recall": "layers",
-    "Store": "store",
+    "Fps": "vlmfast.video.read",
+    "SceneChange": "vlmfast.video.read",
+    "Uniform": "vlmfast.video.read",
+    "Video": "vlmfast.video.read",
+    "parse_select": "vlmfast.video.read",
+    "read_image": "vlmfast.video.images",
+    "read_video": "vlmfast.video.read",
+    "write_video": "vlmfast.video.read",
+    "Frame": "vlmfast.video.live_source",
+    "open_source": "vlmfast.video.live_source",
+    "Answer": "vlmfast.stream.session",
+    "StreamSession": "vlmfast.stream.session",
+    "External": "vlmfast.stream.retrievers",
+    "Internal": "vlmfast.stream.retrievers",
+    "Oracle": "vlmfast.stream.retrievers",
+    "RandomRetriever": "vlmfast.stream.retrievers",
+    "Recency": "vlmfast.stream.retrievers",
+    "UniformRetriever": "vlmfast.stream.retrievers",
+    "layer_recall": "vlmfast.stream.layer_recall",
+    "Store": "vlmfast.stream.archive.store",
 }
+_ALIASES = {"Anywhere": "RandomRetriever", "Evenly": "UniformRetriever"}  # names of earlier versions
 
-__all__ = sorted(_HOME)
+__all__ = sorted([*_HOME, *_ALIASES])
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    real = _ALIASES.get(name, name)
+    if real not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(import_module(_HOME[real]), real)
 
 
 def __dir__() -> list[str]:
