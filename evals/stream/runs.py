@@ -16,7 +16,7 @@ import torch
 from vlmfast.bench.scoring import exact_fact
 from vlmfast.core import UserError
 from vlmfast.stream import External, Internal, Oracle, RandomRetriever, Recency, StreamSession, UniformRetriever
-from vlmfast.stream.layer_recall import layer_recall
+from vlmfast.stream.recall_by_layer import layer_recall
 from vlmfast.stream.retrievers import Retriever, in_time
 
 TOKENS = 12  # longest answer

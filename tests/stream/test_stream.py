@@ -24,7 +24,7 @@ from vlmfast.plan import Plan
 from vlmfast.prefill import METHODS as POLICIES
 from vlmfast.stream.archive import manifest
 from vlmfast.stream.archive.segments import StoreError
-from vlmfast.stream.layer_recall import layer_recall
+from vlmfast.stream.recall_by_layer import layer_recall
 from vlmfast.stream.retrievers import External, Internal, Oracle, Recency, UniformRetriever, in_time, standardised
 from vlmfast.stream.session import StreamSession
 
@@ -746,7 +746,7 @@ def test_a_window_that_does_not_fit_the_limit_is_rebuilt(tmp_path):
 # ---------------------------------------------------------------- kill -9
 
 CHILD = """
-    import sys; sys.path[:0] = {tests!r}
+    import sys; sys.path[:0] = [{tests!r}, {support!r}]
     import test_stream as t
     s = t.session("qwen2_5_vl", window=64, disk={disk!r}, flush_seconds=3, redundancy=0.2)
     for i in range(10_000):
@@ -756,8 +756,11 @@ CHILD = """
 
 
 def test_kill_minus_nine_loses_the_tail_and_says_how_much(tmp_path):
-    here = Path(__file__).parent
-    code = textwrap.dedent(CHILD.format(tests=[str(here), str(here.parent / "support")], disk=str(tmp_path / "s")))
+    code = textwrap.dedent(
+        CHILD.format(
+            tests=str(Path(__file__).parent), support=str(Path(tiny.__file__).parent), disk=str(tmp_path / "s")
+        )
+    )
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     seen = [float(child.stdout.readline()) for _ in range(12)][-1]

@@ -1,0 +1,19 @@
+"""How many files a reader opens to follow one frame to an answer's evidence, and `keep` to the gather: no more than now."""
+
+from __future__ import annotations
+
+import walks
+
+FRAME, KEEP = 21, 14
+
+
+def test_a_frame_passes_through_few_files():
+    walk = walks.frame_walk()
+    assert {"stream/encoder.py", "stream/archive/store.py", "stream/session.py"} <= walk.files.keys()
+    assert len(walk.files) <= FRAME, walk.files
+
+
+def test_keep_passes_through_few_files():
+    walk = walks.keep_walk()
+    assert {"cli/ask.py", "encode/vidcom2.py"} <= walk.files.keys()
+    assert len(walk.files) <= KEEP, walk.files
