@@ -128,14 +128,14 @@ def ask(session: StreamSession, asked: Asked, retriever: Retriever | None, into:
     A window that no longer holds anything from before that second has no answer: scored 0, and not timed.
     """
     weights: dict[int, float] = {}
-    build = session.recall.context
+    build = session.builder.build
 
     def spied(*args: Any, **kwargs: Any) -> Any:
         context = build(*args, **kwargs)
         weights.update(context.weights)
         return context
 
-    session.recall.context = spied  # type: ignore[method-assign]
+    session.builder.build = spied  # type: ignore[method-assign]
     answer = None
     try:
         answer = session.ask(asked.question, at=asked.time, max_new_tokens=TOKENS, retrieve=retriever)
@@ -143,7 +143,7 @@ def ask(session: StreamSession, asked: Asked, retriever: Retriever | None, into:
         if retriever is not None:
             raise
     finally:
-        session.recall.context = build  # type: ignore[method-assign]
+        session.builder.build = build  # type: ignore[method-assign]
         session.new_conversation()
     into.scores.append(0.0 if answer is None else exact_fact(answer.text, asked.answer))
     into.recalls.append(recall(session, asked, weights))
@@ -211,7 +211,7 @@ def reencode(model: Any, processor: Any, clip: Any, asked: Asked) -> tuple[float
 
 def rekv_bytes_per_hour(session: StreamSession) -> float:
     """What plain ReKV would keep of this stream: every token's keys and values in two bytes, nothing dropped."""
-    stats, layers = session.stats(), session.encoder.cache.layers
+    stats, layers = session.stats(), session.encoder.window.cache.layers
     hk, _, dh = layers[0].raw.shape  # type: ignore[union-attr]
     return 2 * len(layers) * hk * dh * 2 * stats["visual_tokens"] / stats["seconds"] * 3600
 

@@ -425,8 +425,8 @@ def test_a_bit_that_flips_while_the_session_is_open_is_found(tmp_path):
     store = Store(15_000, tmp_path / "s", None, "model", flush_seconds=4).create()
     fill(store, 30)
     store.flush()
-    cold = next(i for i in store.blocks if i not in store.held)
-    file = tmp_path / "s" / store.disk.where[cold]
+    cold = next(i for i in store.blocks if i not in store.in_ram)
+    file = tmp_path / "s" / store.disk.file_of[cold]
     assert same(store, cold)  # open and read before
     before, data = file.stat(), bytearray(file.read_bytes())
     _, payload = made(cold)
@@ -610,7 +610,7 @@ def test_an_endless_stream_goes_on_within_its_ram(tmp_path, monkeypatch, limit):
         assert store.ram_bytes <= ram
     assert store.peak_ram <= ram and store.evicted > 500
     assert len(store.blocks) > 40 and max(store.blocks) == 699
-    assert set(store.blocks) == set(store.reps.slot)
+    assert set(store.blocks) == set(store.representatives.slot)
     store.flush()
     store.close()
     assert reopened(tmp_path / "s", ram) == sorted(store.blocks)
@@ -685,7 +685,7 @@ def test_an_error_in_the_store_takes_nothing_of_a_push(monkeypatch):
     for at in (0, 20):
         straight.push(frames[at : at + 20])
     s.push(frames[:20])
-    add, calls = type(s.store.reps).add, [0]
+    add, calls = type(s.store.representatives).add, [0]
 
     def fail(self, *args):
         calls[0] += 1
@@ -693,11 +693,13 @@ def test_an_error_in_the_store_takes_nothing_of_a_push(monkeypatch):
             raise MemoryError
         add(self, *args)
 
-    monkeypatch.setattr(type(s.store.reps), "add", fail)
+    monkeypatch.setattr(type(s.store.representatives), "add", fail)
     with pytest.raises(MemoryError):
         s.push(frames[20:])
-    assert s.encoder.cache.layers[0].n == s.encoder.base + sum(b.n for b in s.encoder.resident)
-    assert list(s.store.blocks) == list(range(10)) == sorted(s.store.reps.slot)
+    assert s.encoder.window.cache.layers[0].n == s.encoder.window.num_init + sum(
+        b.num_tokens for b in s.encoder.window.blocks
+    )
+    assert list(s.store.blocks) == list(range(10)) == sorted(s.store.representatives.slot)
     s.push(frames[20:])
     assert list(s.store.blocks) == list(range(20))
     assert torch.equal(stream.logits(s, retrieve=EVERY), stream.logits(straight, retrieve=EVERY))

@@ -7,10 +7,10 @@ keep   `vlmfast ask --prune vidcom2:keep=0.25` to the gather of the kept columns
 
 A file *handles* the value when one of its functions is given it, holds it in a local variable, or gives it out. What
 carries the value is not guessed but measured: the journey runs three times, the third time with another value (other
-pixels in the one frame that is watched, another `keep`) and nothing else changed. A variable or result carries the value
-when its content is another one in the third run, while it was the same in the first two (so clocks and identities do
-not count). Content is looked at in tensors, arrays, decoded frames, numbers and text, in containers and dataclasses of
-those; a large object (a session, a store, a model) is no carrier by itself, so its methods count by what else they hold.
+pixels in the one frame that is watched, another `keep`) and nothing else changed. A variable or result carries it when
+its content is another one in the third run, while it was the same in the first two (so clocks and identities do not
+count). Content is looked at in tensors, arrays, decoded frames, numbers and text, in containers and dataclasses of
+those; a large object (a session, a store, a model) is no carrier by itself: its methods count by what else they hold.
 
 Left out, and listed: `GENERIC` files, whose functions pass on whatever they are given, and what runs only inside the
 model's own forward (the fast layers and kernels that compute what the model's layers compute).
@@ -119,8 +119,8 @@ def _in_model(frame: FrameType | None) -> bool:
 
 @dataclasses.dataclass
 class Walk:
-    """files: those that handle the value, with a function and a variable of each. model: those that do so in the model's
-    own forward alone."""
+    """files: those that handle the value, with a function and a variable of each. model: those that do so in the
+    model's own forward alone."""
 
     files: dict[str, str]
     model: list[str]

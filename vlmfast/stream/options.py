@@ -1,10 +1,14 @@
-"""Which arguments of `generate` a stream's answer takes: everything that leaves one row over one dynamic cache."""
+"""Checks of the arguments of a session, and of those of `generate` that an answer takes.
+
+An answer takes everything that leaves one row over one dynamic cache.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from vlmfast.core import Unsupported, UserError
+from vlmfast.fields import checked
 from vlmfast.runtime.compat import option
 
 INPUTS = ("input_ids", "inputs", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "cache")
@@ -26,7 +30,23 @@ REFUSED = {
 }
 
 
-def check_options(model: Any, options: dict[str, Any]) -> dict[str, Any]:
+def check_session(config: dict[str, Any]) -> None:
+    """Raise UserError, in one line, for an argument of a session of the wrong type or out of range."""
+    for name, hint in (
+        ("window", int), ("queue", int), ("fps", float), ("flush_seconds", float), ("redundancy", float | None),
+        ("keep_as", str), ("positions", Literal["contiguous", "own"]), ("text_after", Literal["model", "max"]),
+    ):  # fmt: skip
+        checked(name, config[name], hint, "a stream session")
+    redundancy, window, fps = config["redundancy"], config["window"], config["fps"]
+    if redundancy is not None and not 0 <= redundancy < 2:
+        raise UserError(f"redundancy={redundancy!r} is a cosine distance from 0 to 2, e.g. 0.2, or None to keep all")
+    if window < 1:
+        raise UserError(f"window={window} must be a positive number of tokens")
+    if not fps > 0:
+        raise UserError(f"fps={fps!r} must be positive")
+
+
+def check_generate(model: Any, options: dict[str, Any]) -> dict[str, Any]:
     """The arguments for `generate`. Raises Unsupported, in one line, for what a stream cannot honour."""
     for name in options:
         if name in INPUTS or name.startswith("pixel_values"):
