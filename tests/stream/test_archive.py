@@ -847,3 +847,16 @@ def test_adapters_count_as_they_are_switched(tmp_path):
     with pytest.raises(UserError, match="another model"):
         load(tmp_path / "a", model, proc)
     assert fingerprint(unwrap(model)) != one
+
+
+def test_a_block_larger_than_a_segment_finds_room_after_a_rebuild(tmp_path):
+    """The window that is rebuilt from the archive is full but for one segment; the next block may need more."""
+    model = tiny.build("qwen3_vl")
+    with stream.session("qwen3_vl", model, window=60, redundancy=0.1, disk=tmp_path / "s") as s:
+        s.push(stream.video(20, still=0.4))
+    next((tmp_path / "s").glob("state-*")).unlink()
+    again = StreamSession.load(tmp_path / "s", model, stream.processor("qwen3_vl"))
+    last = again.encoder.progress.blocks
+    again.push(stream.video(4, seed=9))
+    assert again.store.blocks[last].num_tokens > again.encoder.window.segment_size
+    assert sum(b.num_tokens for b in again.encoder.window.blocks) <= 60

@@ -777,3 +777,24 @@ def test_kill_minus_nine_loses_the_tail_and_says_how_much(tmp_path):
     again.ask(Q, max_new_tokens=2)
     again.push(video(4, seed=77), [seen + 10 + i / 2 for i in range(4)])
     assert again.store.blocks[max(again.store.blocks)].start == seen + 11
+
+
+# ---------------------------------------------------------------- the page about streams
+
+
+def test_the_example_of_the_readme_runs(tmp_path, monkeypatch):
+    """The code of vlmfast/stream/README.md, and the table of its files against the folder."""
+    import vlmfast.stream
+    from vlmfast.video.read import write_video
+
+    folder = Path(vlmfast.stream.__file__).parent
+    text = (folder / "README.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    write_video("clip.mp4", video(8), 2)
+    code = text.partition("```python\n")[2].partition("```")[0]
+    names = {"model": tiny.build("qwen2_5_vl"), "processor": processor("qwen2_5_vl")}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["answer"].evidence and names["stream"].stats()["blocks"] == 4
+    names["stream"].close()
+    files = [f.name for f in [*folder.glob("*.py"), *folder.glob("archive/*.py")] if f.name != "__init__.py"]
+    assert [f for f in files if f"`{f}`" not in text] == []

@@ -84,6 +84,12 @@ class PackedBlock:
         tensors = (self.keys, self.values, self.key_scale, self.value_scale)
         return sum(x.numel() * x.element_size() for x in tensors if x is not None)
 
+    def layer(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """One layer's keys and values (Hk, n, Dh) in `dtype`."""
+        key_scale = None if self.key_scale is None else self.key_scale[layer]
+        value_scale = None if self.value_scale is None else self.value_scale[layer]
+        return unpack(self.keys[layer], self.values[layer], key_scale, value_scale, self.representative[layer], dtype)
+
     def tensors(self) -> dict[str, Tensor]:
         """By their names in a segment file."""
         named = {

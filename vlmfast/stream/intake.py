@@ -14,7 +14,7 @@ from vlmfast.core import UserError
 from vlmfast.runtime.model_lock import model_lock
 from vlmfast.stream.archive.folder import StoreError
 from vlmfast.stream.archive.store import Store
-from vlmfast.stream.blocks import Block, PackedBlock
+from vlmfast.stream.blocks import Block, PackedBlock, pack
 from vlmfast.stream.encoder import Checkpoint, Encoder, GridFrames
 from vlmfast.stream.frame_queue import FrameQueue, TimedFrame, Watcher, as_frames, as_times, is_live, open_frames
 from vlmfast.stream.retrievers import External, Retriever
@@ -259,9 +259,10 @@ class Intake:
         if isinstance(self.retriever, External) and self.retriever.frames_to is not None:
             embeddings = self.retriever.frames_to(grids.frames[:: self.vision.frames_per_grid])
         for g, (block, tensors) in enumerate(self.encoder.encode(grids)):
-            self.store.began(self.encoder.progress.first, self.encoder.first_extent)
+            if self.store.disk is not None:
+                self.store.disk.began(self.encoder.progress.first, self.encoder.first_extent)
             tensors.embedding = None if embeddings is None else embeddings[g]
-            packed = self.store.pack(tensors)
+            packed = pack(tensors, self.store.keep_as)
             if not self.unstored:
                 try:
                     self.store.insert(block, packed)

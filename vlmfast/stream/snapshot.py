@@ -128,7 +128,7 @@ class SavedIntake(Intake):
         if disk is not None and (path is None or Path(path).resolve() == disk.path.resolve()):
             self.settle()
             self.store.flush()
-            self.store.save_state(*self.snapshot())
+            disk.write_state(*self.snapshot())
             return
         assert path is not None
         self._copy(path)
@@ -139,7 +139,7 @@ class SavedIntake(Intake):
         """Write everything to a new folder. It is a stream's when all of it is written: after an error or a crash it is
         none."""
         copy = Segments(path, None, head(self.model, self.config, self.plan.prune))
-        copy.head["stream"] = {"first": self.encoder.progress.first, "span": self.encoder.first_extent}
+        copy.began(self.encoder.progress.first, self.encoder.first_extent)
         copy.create()
         try:
             batch: list[Any] = []

@@ -1,4 +1,4 @@
-"""One segment file: blocks to bytes, and back again, every byte checked against its sum when it is read.
+"""One segment file: writes blocks to bytes, and reads them back with every byte checked against its checksum.
 
 A safetensors file. Its metadata holds the blocks' records and, per block, a CRC-32 of every layer's tensors and one of
 its representative; the manifest holds the sums of the header and of the whole file.

@@ -177,7 +177,7 @@ class Segments:
         return file, {"bytes": len(data), "crc": crc, "head": head, "blocks": [b.id for b, _ in blocks]}
 
     def write_state(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        """Replace the saved session state. Raises NoRoom where it does not fit the limit, StoreError."""
+        """Replace the saved session state; no block is given up for it. Raises NoRoom beyond the limit, StoreError."""
         data = to_bytes(tensors, {"state": json.dumps(meta)})
         if self.limit is not None and self.used + len(data) + 600 > self.limit:
             raise NoRoom(
@@ -188,6 +188,10 @@ class Segments:
         self.folder.put(file, data)
         state = {"file": file, "bytes": len(data), "crc": zlib.crc32(data)}
         self._name(self.entries, state, [] if self.state is None else [self.state], file, True)
+
+    def began(self, first: float | None, extent: int) -> None:
+        """Note, for the manifests to come: seconds of the stream's first frame, spatial extent of its first grid."""
+        self.head["stream"] = {"first": first, "span": extent}
 
     def drop_state(self) -> None:
         """Delete the saved state."""

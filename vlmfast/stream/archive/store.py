@@ -1,4 +1,4 @@
-"""The archive of a stream: blocks in RAM, spilled to disk, within byte limits that hold at all times.
+"""The archive of a stream: blocks in RAM and on disk, within byte limits that hold at all times.
 
 With a disk, every block goes into a segment soon after it arrives and RAM is a cache of the newest; without one, RAM is
 all there is. When a tier is full the blocks worth least are given up (see `eviction`). The representatives of all
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.core import UserError, parse_bytes
-from vlmfast.stream.archive.eviction import from_segments, least
+from vlmfast.stream.archive.eviction import half_a_segment, order_to_give_up
 from vlmfast.stream.archive.folder import NoRoom, StoreError
 from vlmfast.stream.archive.representatives import RepresentativeTable
 from vlmfast.stream.archive.segment_file import bytes_in_file
@@ -28,8 +28,8 @@ SEGMENT_BYTES = 8 << 20
 
 
 class Store:
-    """ram, disk_limit: bytes or text ("2GiB"). path: folder of the disk tier, None for none. keep_as: "int8" (default),
-    "bf16", "model". flush_seconds: a segment is written at the latest after so much stream."""
+    """Stores blocks. ram, disk_limit: bytes or text ("2GiB"). path: folder on disk, None for none. keep_as: "int8"
+    (default), "bf16", "model". flush_seconds: a segment is written at the latest after so much stream."""
 
     def __init__(
         self,
@@ -56,9 +56,8 @@ class Store:
         self.lost: list[str] = []  # what could not be read any more
         self.disk_limit = parse_bytes("disk_limit", disk_limit)
         self.disk = None if path is None else Segments(path, self.disk_limit, head or {})
-        self.segment_size = (
-            SEGMENT_BYTES if self.disk_limit is None else min(SEGMENT_BYTES, max(1, self.disk_limit // 8))
-        )
+        most = SEGMENT_BYTES if self.disk_limit is None else max(1, self.disk_limit // 8)
+        self.segment_size = min(SEGMENT_BYTES, most)
 
     def create(self) -> Store:
         """Make the disk folder, if there is to be one."""
@@ -105,23 +104,17 @@ class Store:
         """Bytes of keys, values, scales and representatives of all stored blocks, each counted once."""
         if self.disk is None:
             return self.packed_bytes + self.representatives.nbytes()
-        waiting = [
-            self.in_ram.get(i) for i in list(self.unwritten)
-        ]  # a status line may ask while another thread encodes
-        return self.disk.segment_bytes + sum(p.nbytes() for p in waiting if p is not None)
+        unwritten = [self.in_ram.get(i) for i in list(self.unwritten)]  # another thread may be encoding
+        return self.disk.segment_bytes + sum(packed.nbytes() for packed in unwritten if packed is not None)
 
     # -- in ------------------------------------------------------------------------------------------------------------
 
-    def pack(self, tensors: BlockTensors) -> PackedBlock:
-        """A block's tensors in this store's format."""
-        return pack(tensors, self.keep_as)
-
     def add(self, block: Block, tensors: BlockTensors) -> None:
         """Store a block. Raises StoreError (nothing stored is lost, this block is not taken) when there is no room."""
-        self.insert(block, self.pack(tensors))
+        self.insert(block, pack(tensors, self.keep_as))
 
     def insert(self, block: Block, packed: PackedBlock) -> None:
-        """`add` of a packed block."""
+        """`add` a packed block."""
         size = packed.nbytes() + RECORD_BYTES
         self._free_slot(size, packed)
         self._reserve(size + self.representatives.cost(packed.representative, packed.embedding))
@@ -134,17 +127,16 @@ class Store:
             self.unwritten.append(block.id)
 
     def _free_slot(self, size: int, packed: PackedBlock) -> None:
-        """Where the table of representatives must grow and may not, give up blocks for a free place in it."""
+        """Where the table of representatives must grow and may not, give up blocks for a free slot in it."""
         slab = self.representatives.cost(packed.representative, packed.embedding)
         if not slab or not self.blocks:
             return
-        fixed, most = (
-            self.representatives.nbytes() + slab + RECORD_BYTES * self.representatives.grown,
-            self.ram * 3 // 4,
-        )
+        grown = self.representatives.nbytes() + slab + RECORD_BYTES * self.representatives.grown
         if self.disk is None:
-            fixed, most = self.ram_bytes + slab + size, self.ram
-        if fixed > most:
+            full = self.ram_bytes + slab + size > self.ram
+        else:
+            full = grown > self.ram * 3 // 4
+        if full:
             self._evict(0, 1 + len(self.blocks) // 16)
 
     def due(self) -> bool:
@@ -181,13 +173,13 @@ class Store:
         over = self.ram_bytes + need - self.ram
         if over <= 0:
             return
-        dirty = set(self.unwritten)
         if self.disk is not None:
-            clean = [i for i in self.in_ram if i not in dirty]
-            if sum(self.in_ram[i].nbytes() for i in clean) < over and self.unwritten:
+            unwritten = set(self.unwritten)
+            copies = [i for i in self.in_ram if i not in unwritten]
+            if sum(self.in_ram[i].nbytes() for i in copies) < over and self.unwritten:
                 self.flush()
-                clean = list(self.in_ram)
-            for i in clean:
+                copies = list(self.in_ram)
+            for i in copies:
                 if over <= 0:
                     return
                 over -= self._release(i)
@@ -199,9 +191,9 @@ class Store:
                 "(representatives of all blocks stay in RAM): raise ram="
             )
 
-    def _release(self, i: int) -> int:
+    def _release(self, block_id: int) -> int:
         """Forget the RAM copy of a block that is on disk; bytes freed."""
-        freed = self.in_ram.pop(i).nbytes()
+        freed = self.in_ram.pop(block_id).nbytes()
         self.packed_bytes -= freed
         return freed
 
@@ -211,7 +203,7 @@ class Store:
         Gives up nothing, and returns 0, when there is not so much to give up."""
         gone: list[int] = []
         target, freed = max(need, self.ram // 16) if need else 0, 0
-        for i in least(self.blocks, {} if self.disk is None else self.disk.entries):
+        for i in order_to_give_up(self.blocks, {} if self.disk is None else self.disk.entries):
             if freed >= target and len(gone) >= slots:
                 break
             freed += RECORD_BYTES + (self.in_ram[i].nbytes() if i in self.in_ram else 0)
@@ -273,7 +265,7 @@ class Store:
                 f"disk_limit={self.disk_limit:,} bytes cannot hold {need:,} more and room to rewrite a segment"
             )
         while self.disk.used + need + spare > self.disk_limit:
-            gone = from_segments(self.blocks, self.disk.entries)
+            gone = half_a_segment(self.blocks, self.disk.entries)
             if not gone:
                 raise NoRoom(
                     f"disk_limit={self.disk_limit:,} bytes is too small: it must hold a few segments of {spare:,} bytes"
@@ -282,59 +274,46 @@ class Store:
 
     # -- out -----------------------------------------------------------------------------------------------------------
 
-    def layer(self, i: int, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def layer(self, block_id: int, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Un-rotated keys and values (Hk, n, Dh) of one layer of a block, in `dtype` on the CPU.
 
         Raises BlockLost when the disk no longer has it: its segment is then forgotten and named in `lost`.
         """
-        representative = self.representatives.of_layer(i, layer)
-        packed = self.in_ram.get(i)
-        if packed is not None:
-            key_scale = None if packed.key_scale is None else packed.key_scale[layer]
-            value_scale = None if packed.value_scale is None else packed.value_scale[layer]
-            return unpack(packed.keys[layer], packed.values[layer], key_scale, value_scale, representative, dtype)
+        if block_id in self.in_ram:
+            return self.in_ram[block_id].layer(layer, dtype)
+        representative = self.representatives.of_layer(block_id, layer)
         assert self.disk is not None
-        file = self.disk.file_of[i]
+        file = self.disk.file_of[block_id]
         try:
-            stored = self.disk.layer(i, layer)
+            stored = self.disk.layer(block_id, layer)
         except BlockLost as e:
             self._forget(file, e)
             raise
         return unpack(stored["k"], stored["v"], stored.get("ks"), stored.get("vs"), representative, dtype)
 
     def _forget(self, file: str, error: Exception) -> None:
+        """Drop a damaged segment; its blocks that are in RAM too are written again."""
         assert self.disk is not None
         present = [i for i in self.disk.forget(file) if i in self.blocks]
-        self.unwritten = sorted(
-            {*self.unwritten, *(i for i in present if i in self.in_ram)}
-        )  # still in RAM: written again
+        again = [i for i in present if i in self.in_ram]
+        self.unwritten = sorted({*self.unwritten, *again})
         gone = [i for i in present if i not in self.in_ram]
         for i in gone:
             self.representatives.remove(i)
             del self.blocks[i]
         self.lost.append(f"{file} ({len(gone)} blocks): {error}")
 
-    def whole(self, i: int) -> PackedBlock:
+    def whole(self, block_id: int) -> PackedBlock:
         """A block with all its layers, as it is kept. Raises BlockLost, as `layer`."""
-        if i in self.in_ram:
-            return self.in_ram[i]
+        if block_id in self.in_ram:
+            return self.in_ram[block_id]
         assert self.disk is not None
-        file = self.disk.file_of[i]
+        file = self.disk.file_of[block_id]
         try:
-            return self.disk.whole(i, *self.representatives.of_block(i))
+            return self.disk.whole(block_id, *self.representatives.of_block(block_id))
         except BlockLost as e:
             self._forget(file, e)
             raise
-
-    def began(self, first: float | None, extent: int) -> None:
-        """Note for the disk: seconds of the stream's first frame, and the spatial extent of its first grid."""
-        if self.disk is not None:
-            self.disk.head["stream"] = {"first": first, "span": extent}
-
-    def save_state(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        """Write the session's state beside the segments. Gives up no block for it. Raises NoRoom, StoreError."""
-        assert self.disk is not None
-        self.disk.write_state(tensors, meta)
 
     def read_state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The session's state as it was saved; None when there is none or it is damaged (then `lost` says so)."""
