@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import shutil
@@ -860,3 +861,30 @@ def test_a_block_larger_than_a_segment_finds_room_after_a_rebuild(tmp_path):
     again.push(stream.video(4, seed=9))
     assert again.store.blocks[last].num_tokens > again.encoder.window.segment_size
     assert sum(b.num_tokens for b in again.encoder.window.blocks) <= 60
+
+
+def header(path):
+    """The header of a safetensors file."""
+    data = path.read_bytes()
+    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+
+
+def test_the_saved_format_is_the_one_of_earlier_versions(tmp_path):
+    """The names in a folder's files: with others, archives of earlier versions would not load."""
+    with stream.session(FAMILY, disk=tmp_path / "s", keep_as="int8") as s:
+        s.push(stream.video(5))
+    saved = header(next((tmp_path / "s").glob("state-*")))
+    meta = json.loads(saved.pop("__metadata__")["state"])
+    assert set(saved) == {"raw", "val", "last", "standing", "standing.known", "pending.0"}
+    assert set(meta) == {
+        "state", "size", "span", "resident", "pending", "last", "gap", "accepted", "turns", "counts", "dropped",
+        "evicted", "lost_seconds", "beat",
+    }  # fmt: skip
+    assert set(meta["state"]) == {"blocks", "first", "cursor", "shift", "segment", "visual", "kept"}
+    segment = header(next((tmp_path / "s").glob("segment-*")))
+    records = json.loads(segment.pop("__metadata__")["blocks"])
+    assert {name.partition(".")[2] for name in segment} == {"k", "v", "ks", "vs", "rep"}
+    assert set(records[0]) == {
+        "id", "start", "end", "origin", "advance", "rel", "frames", "novelty", "norm", "sums",
+    }  # fmt: skip
+    assert manifest.read(tmp_path / "s")[0]["head"]["stream"].keys() == {"first", "span"}

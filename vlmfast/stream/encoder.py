@@ -1,4 +1,4 @@
-"""Frames to blocks: tower, redundancy dropped before the language model, prefill under a sliding window.
+"""Turns frames into blocks: vision tower, redundant tokens dropped, prefill under a sliding window.
 
 Everything a block becomes depends on the stream alone, never on how it was cut into pushes: the tower sees one temporal
 grid at a time, redundancy compares with the last kept feature of the same position, and the window slides only where a

@@ -1,4 +1,4 @@
-"""Frames into a session: pushed or watched, queued while the model is busy, encoded in chunks, archived."""
+"""Takes frames into a session: pushed or watched, queued while the model is busy, encoded in chunks, stored."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""Which layers of a model find what a question names: measured on a few questions whose evidence is known.
+"""Measures which layers of a model find the evidence of a question, on a few questions whose evidence is known.
 
-ReKV lets every layer choose for itself, and layers differ widely in how well they do: those that look things up know
-where it is, those before and after them do not. With a handful of labelled questions the good ones can be told apart
-and asked alone: `Internal(scope="shared", layers=...)`.
+ReKV lets every layer choose blocks for itself, and layers differ widely in how well they do. The layers with the best
+recall can then choose for all: `Internal(scope="shared", layers=...)`.
 """
 
 from __future__ import annotations

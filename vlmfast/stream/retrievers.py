@@ -1,4 +1,4 @@
-"""Which blocks a question brings back. Pure functions on scores, and one small class per way of choosing.
+"""Retrievers: which stored blocks a question brings back. Pure functions on scores, one small class per rule.
 
 A retriever's budget is a number of blocks (`frames`, temporal grids) or of tokens (`tokens`), or both. Candidates are
 the blocks left by the question's time filter, in stream order; every choice is returned ascending.
@@ -63,10 +63,10 @@ def best(scores: Tensor, sizes: Tensor, frames: int | None, tokens: int | None) 
 
 
 def smoothed(scores: Tensor, sizes: Tensor, neighbours: int) -> Tensor:
-    """Scores (N,) averaged over `neighbours` on either side, weighted by their tokens (N,).
+    """Scores (N,), each averaged with those of `neighbours` blocks on either side, weighted by their tokens (N,).
 
-    A block whose frame brought little new holds few tokens, and what they say of the scene is little: its neighbours
-    speak for it. 0 changes nothing.
+    A block whose frame brought little new has few tokens, and a score of little meaning: its neighbours' counts for it
+    too. neighbours=0 changes nothing.
     """
     if neighbours == 0 or len(scores) < 2:
         return scores
@@ -85,7 +85,7 @@ def in_time(
         raise UserError(f"between={between} runs backwards: give (start, end) in seconds")
     kept = [b for b in blocks if at is None or b.start <= at]
     if between is not None:
-        first, last = between  # an instant is a span too
+        first, last = between  # where they are equal: the block of that second
         kept = [b for b in kept if b.end > first and (b.start < last or b.start <= first)]
     return kept
 
@@ -101,8 +101,8 @@ def intervals(weights: dict[int, float], blocks: dict[int, Block]) -> list[tuple
         else:
             runs.append([block.start, block.end, weights[i]])
         last = i
-    found = [(float(a), float(b), round(float(s), 4)) for a, b, s in runs]
-    return sorted(found, key=lambda r: (-r[2], r[0]))
+    found = [(float(start), float(end), round(float(score), 4)) for start, end, score in runs]
+    return sorted(found, key=lambda run: (-run[2], run[0]))
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Retriever(Method):
     tokens: int | None = None
 
     name: ClassVar[str] = ""
-    per_layer: ClassVar[bool] = False  # does it look at queries?
+    per_layer: ClassVar[bool] = False  # does it choose by the queries of the layers?
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -141,8 +141,9 @@ class Retriever(Method):
 
 @dataclass(frozen=True)
 class Internal(Retriever):
-    """ReKV's internal retrieval (arXiv 2503.00540): at every layer, un-rotated queries of the bare question against
-    each block's mean un-rotated key, query heads of a group summed on their key/value head.
+    """ReKV's internal retrieval (arXiv 2503.00540): every layer scores a block by the inner product of the bare
+    question's queries and the block's representative (mean key), both un-rotated. Query heads of a group are summed on
+    their key/value head.
 
     similarity: "cosine" (the paper), "inner" (its code) or "centred": cosine to the key less the mean key of all
     candidates, so that what all blocks share counts for none. query: "mean" of the question's tokens (ReKV), or "each"
@@ -232,7 +233,7 @@ class External(Retriever):
 
 @dataclass(frozen=True)
 class Recency(Retriever):
-    """The newest blocks."""
+    """The newest blocks ("recency"): a control."""
 
     name: ClassVar[str] = "recency"
 
@@ -242,7 +243,7 @@ class Recency(Retriever):
 
 @dataclass(frozen=True)
 class UniformRetriever(Retriever):
-    """Blocks spread evenly over the candidates ("uniform")."""
+    """Blocks spread evenly over the candidates ("uniform"): a control."""
 
     name: ClassVar[str] = "uniform"
 
@@ -262,7 +263,7 @@ class UniformRetriever(Retriever):
 
 @dataclass(frozen=True)
 class RandomRetriever(Retriever):
-    """Blocks at random ("random"), the same ones for the same seed and number of candidates."""
+    """Blocks at random ("random"), the same ones for the same seed and number of candidates: a control."""
 
     seed: int = 0
 
@@ -274,8 +275,8 @@ class RandomRetriever(Retriever):
 
 @dataclass(frozen=True)
 class Oracle(Retriever):
-    """The blocks in the given (start, end) seconds, the control that knows; what is left of the budget goes to the
-    blocks nearest to them."""
+    """The blocks in the given (start, end) seconds, where the evidence is known to be: the upper control. What is left
+    of the budget goes to the blocks nearest to them."""
 
     spans: tuple[tuple[float, float], ...] = ()
 

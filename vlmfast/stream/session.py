@@ -1,4 +1,4 @@
-"""`StreamSession`: endless video encoded once, its KV kept in RAM (then on disk), and asked about at any time.
+"""`StreamSession`: encodes endless video once, keeps its KV in RAM (then on disk), and answers questions about it.
 
 with StreamSession(model, processor, ram="2GiB", disk="kitchen") as stream:
     stream.push(frames, timestamps)              # or stream.watch("clip.mp4"), stream.watch(0) for a camera

@@ -1,8 +1,8 @@
-"""The sliding window that grids are prefilled under: the init tokens, which never leave, and the newest whole blocks.
+"""The sliding window that blocks are prefilled under: the init tokens, which never leave, and the newest blocks.
 
-The window slides only where a *segment* begins, a quarter of it measured in tokens of the stream, so that what a block
-becomes does not depend on how the stream was cut into pushes. After every slide it is re-based: its first block stands
-where the first block of a video stands, and positions stay in the trained range however long the stream.
+The stream is counted in segments of a quarter of the window. The window slides only where a segment begins, so that
+what a block becomes does not depend on how the stream was cut into pushes. After every slide it is re-based: its first
+block gets the position of the first block of a video, and positions stay in the trained range however long the stream.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class SlidingWindow:
 
     @property
     def origin(self) -> tuple[int, ...]:
-        """(A,) where the first block of a video stands."""
+        """(A,) position of the first block of a video."""
         return (self.num_init,) * self.axes
 
     @property

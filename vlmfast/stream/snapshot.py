@@ -1,4 +1,4 @@
-"""Saving a session and taking it up again, also after a crash."""
+"""Saves a session, and restores it or rebuilds it after a crash."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The vision side of a model for a stream: features of temporal grids, the model's own positions, the prompt around.
+"""What a stream needs of a model: features of temporal grids, the model's own position rules, the prompt.
 
-A temporal grid is what the tower makes one step in time of: one frame, or the pair of frames that Qwen reads as one.
+A temporal grid is one frame, or the pair of frames that Qwen reads as one.
 Nothing about positions is re-implemented: `Layout` asks the model's `get_rope_index` on small templates and reads off
 where a grid's tokens lie, how time advances and where the text after a video begins.
 """

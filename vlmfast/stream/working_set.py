@@ -1,7 +1,8 @@
-"""The working set of a question: which blocks are brought back, at which positions, as the cache that is answered over.
+"""The working set of a question: the blocks brought back, at new positions, as the cache that is answered over.
 
-ReKV's two passes (arXiv 2503.00540): the bare question runs through the layers and chooses blocks layer by layer (its
-own keys and values are thrown away); then the whole prompt reads [init tokens, chosen blocks] at fresh positions.
+ReKV's two passes (arXiv 2503.00540): first the bare question runs through the layers, and each layer chooses blocks;
+its keys and values are thrown away. Then the whole prompt is prefilled over [init tokens, chosen blocks] at new
+positions.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class WorkingSet:
 
 
 class _Enough(Exception):
-    """All layers that choose have been asked; those above need not run."""
+    """All layers that choose have scored; those above need not run."""
 
 
 class WorkingSetBuilder:
