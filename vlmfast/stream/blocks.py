@@ -174,7 +174,9 @@ def block_positions(blocks: Sequence[Block], base: Sequence[int], contiguous: bo
     if not blocks:
         return torch.zeros(len(base), 0, dtype=torch.long)
     starts = origins(blocks, base, contiguous)
-    placed = [b.relative_positions.long() + torch.tensor(o)[:, None] for b, o in zip(blocks, starts, strict=True)]
+    placed = [
+        block.relative_positions.long() + torch.tensor(o)[:, None] for block, o in zip(blocks, starts, strict=True)
+    ]
     return torch.cat(placed, 1)
 
 

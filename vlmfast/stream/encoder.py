@@ -123,7 +123,7 @@ class Encoder:
                 yield from self._forward(group)
                 group = []
                 self.window.slide(n)
-            elif sum(x.block.num_tokens for x in group) + n > MOST_TOKENS:
+            elif sum(made.block.num_tokens for made in group) + n > MOST_TOKENS:
                 yield from self._forward(group)
                 group = []
             self.window.segment += n
@@ -194,10 +194,12 @@ class Encoder:
             return
         deepstack: dict[str, Any] = {}
         if group[0].deepstack:
-            levels = zip(*(x.deepstack for x in group), strict=True)
-            deepstack["visual_pos_masks"] = torch.cat([x.visual for x in group])[None]
+            levels = zip(*(made.deepstack for made in group), strict=True)
+            deepstack["visual_pos_masks"] = torch.cat([made.visual for made in group])[None]
             deepstack["deepstack_visual_embeds"] = [torch.cat(level) for level in levels]
-        done = self.window.forward([x.block for x in group], torch.cat([x.embeddings for x in group]), **deepstack)
+        done = self.window.forward(
+            [made.block for made in group], torch.cat([made.embeddings for made in group]), **deepstack
+        )
         out = []
         for made, (block, keys, values) in zip(group, done, strict=True):
             if made.new_size:
@@ -232,7 +234,7 @@ class Encoder:
         state = dataclasses.asdict(self.progress) | {"shift": self.window.shift, "segment": self.window.segment}
         return tensors, {
             "state": state, "size": self.grid_size, "span": self.first_extent,
-            "resident": [b.json() for b in self.window.blocks],
+            "resident": [block.json() for block in self.window.blocks],
         }  # fmt: skip
 
     def restore(self, tensors: dict[str, Tensor], saved: dict[str, Any]) -> None:
@@ -245,7 +247,7 @@ class Encoder:
         if "last" in tensors:
             self.last_features = tensors["last"].to(self.vision.device)
         self.last_keys.restore(tensors, self.vision.device)
-        blocks = [Block.from_json(b) for b in saved["resident"]]
+        blocks = [Block.from_json(block) for block in saved["resident"]]
         window.fill(blocks, tensors["raw"][:, :, window.num_init :], tensors["val"][:, :, window.num_init :])
 
     def rebuild(
@@ -258,7 +260,7 @@ class Encoder:
         and values (Hk, n, Dh); what it raises is raised, and nothing is changed then.
         """
         newest = self.window.newest(blocks)
-        layers = [[stored(b.id, i) for b in newest] for i in range(self.num_layers)]
+        layers = [[stored(block.id, i) for block in newest] for i in range(self.num_layers)]
         last, progress = blocks[-1], self.progress
         progress.blocks, progress.first, self.first_extent = last.id + 1, first, extent
         if not self.layout.timed:

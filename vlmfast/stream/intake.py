@@ -114,8 +114,8 @@ class Intake:
         """
         reached = self._reached()
         with self._accepting:
-            self.queue.give_back([x for x in earlier if x[1] > reached])
-            left = [x for x in new if x[1] > reached]
+            self.queue.give_back([frame for frame in earlier if frame[1] > reached])
+            left = [frame for frame in new if frame[1] > reached]
             if left and self.accepted is not None and self.accepted > new[-1][1]:
                 self.queue.give_back(left)  # others came after them meanwhile
                 left = []
@@ -186,7 +186,7 @@ class Intake:
                 self._take(frames)
             finally:
                 reached = self._reached()
-                left = [x for x in frames if x[1] > reached]
+                left = [frame for frame in frames if frame[1] > reached]
                 self.queue.give_back(left)
             done += len(frames) - len(left)
         return done
@@ -208,7 +208,7 @@ class Intake:
             if self._disk_error is None:
                 self._encode()
         except BaseException:
-            self.pending = [x for x in self.pending if x[1] in before]
+            self.pending = [frame for frame in self.pending if frame[1] in before]
             raise
         finally:
             reached = self._reached()
@@ -274,7 +274,7 @@ class Intake:
     def _roll_back(self, checkpoint: Checkpoint) -> None:
         """Take back the blocks of a chunk that failed."""
         first = checkpoint.progress.blocks
-        self.unstored = [x for x in self.unstored if x[0].id < first]
+        self.unstored = [stored for stored in self.unstored if stored[0].id < first]
         if not self.unstored:
             self._disk_error = None
         self.encoder.roll_back(checkpoint)

@@ -30,7 +30,7 @@ def layer_recall(session: StreamSession, asked: Sequence[Labelled], retriever: I
     found: list[list[float]] = []
     for question, at, evidence in asked:
         blocks = in_time(list(session.store.blocks.values()), at)
-        wanted = {b.id for b in in_time(blocks, None, evidence)}
+        wanted = {block.id for block in in_time(blocks, None, evidence)}
         if not wanted:
             continue
         candidates = Candidates(blocks, session.store.representatives)

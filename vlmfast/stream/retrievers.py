@@ -30,11 +30,11 @@ class Candidates:
     representatives: RepresentativeTable | None = None
 
     def __post_init__(self) -> None:
-        self.start = torch.tensor([b.start for b in self.blocks], dtype=torch.float64)
-        self.end = torch.tensor([b.end for b in self.blocks], dtype=torch.float64)
-        self.tokens = torch.tensor([b.num_tokens for b in self.blocks], dtype=torch.long)
+        self.start = torch.tensor([block.start for block in self.blocks], dtype=torch.float64)
+        self.end = torch.tensor([block.end for block in self.blocks], dtype=torch.float64)
+        self.tokens = torch.tensor([block.num_tokens for block in self.blocks], dtype=torch.long)
         table = self.representatives
-        self.slots = torch.zeros(0) if table is None else table.slots([b.id for b in self.blocks])
+        self.slots = torch.zeros(0) if table is None else table.slots([block.id for block in self.blocks])
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -83,10 +83,10 @@ def in_time(
     """Blocks that had begun by second `at` and that overlap `between` (start, end)."""
     if between is not None and not between[0] <= between[1]:
         raise UserError(f"between={between} runs backwards: give (start, end) in seconds")
-    kept = [b for b in blocks if at is None or b.start <= at]
+    kept = [block for block in blocks if at is None or block.start <= at]
     if between is not None:
         first, last = between  # where they are equal: the block of that second
-        kept = [b for b in kept if b.end > first and (b.start < last or b.start <= first)]
+        kept = [block for block in kept if block.end > first and (block.start < last or block.start <= first)]
     return kept
 
 

@@ -171,7 +171,7 @@ class StreamSession(SavedIntake):
                 "kv_fast_bytes": self.fast_bytes, "kv_host_bytes": self.store.ram_bytes,
                 "kv_disk_bytes": self.store.disk_bytes, "notes": working_set.notes,
             }  # fmt: skip
-            blocks: dict[int, Block] = {b.id: b for b in self.encoder.window.blocks} | self.store.blocks
+            blocks: dict[int, Block] = {block.id: block for block in self.encoder.window.blocks} | self.store.blocks
             weights = {i: weight for i, weight in working_set.weights.items() if i in blocks}
             found = intervals(weights, blocks) if evidence else []
         return Answer(text, found, report)

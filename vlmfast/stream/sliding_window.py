@@ -80,7 +80,7 @@ class SlidingWindow:
         """A segment begins with a block of n tokens: make room for all of it, re-base what stays."""
         self.segment = 0
         room = self.size - max(self.segment_size, n)
-        before, gone = sum(b.num_tokens for b in self.blocks), 0
+        before, gone = sum(block.num_tokens for block in self.blocks), 0
         while self.blocks and before - gone > room:
             gone += self.blocks.pop(0).num_tokens
         if not gone:
@@ -91,7 +91,7 @@ class SlidingWindow:
         # the first block sets the shift; where none is left, the one that comes next
         self.shift = self._shift_of(self.blocks[0]) if self.blocks else []
         init = self.cache.positions[:, : self.num_init]
-        stays = torch.cat([init, *(self.positions(b) for b in self.blocks)], 1)
+        stays = torch.cat([init, *(self.positions(block) for block in self.blocks)], 1)
         self.cache.slide(self.num_init, self.num_init + gone, stays)
         self._count_columns()
 
@@ -117,7 +117,7 @@ class SlidingWindow:
         Returns every block, its `norm` set, with its un-rotated keys and values (L, Hk, n, Dh).
         """
         begin = self.num_columns
-        positions = torch.cat([self.positions(b) for b in blocks], 1)
+        positions = torch.cat([self.positions(block) for block in blocks], 1)
         self.cache.forward(self.vision.model, embeddings[None], positions, **deepstack)
         end = self.num_columns
         keys = torch.stack([layer.raw[:, begin:end] for layer in self.cache.layers])
@@ -205,5 +205,5 @@ class SlidingWindow:
             layer.raw[:, begin:end] = keys[i].to(layer.raw)
             layer.val[:, begin:end] = values[i].to(layer.val)
             layer.n = end
-        self.cache.slide(end, end, torch.cat([self._init_positions(), *(self.positions(b) for b in blocks)], 1))
+        self.cache.slide(end, end, torch.cat([self._init_positions(), *(self.positions(block) for block in blocks)], 1))
         self._count_columns()

@@ -89,7 +89,7 @@ class SavedIntake(Intake):
         last = blocks[-1]
         self.interval = (last.end - last.start) / (last.frames or 1)
         self.newest = self.accepted = last.end - self.interval
-        self.counts["frames"] = sum(b.frames for b in blocks)
+        self.counts["frames"] = sum(block.frames for block in blocks)
 
     def take_up(self) -> None:
         """Be as the store's folder says: the window as it was saved, or from the blocks; and what a crash lost."""

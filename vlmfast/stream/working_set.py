@@ -148,7 +148,7 @@ class WorkingSetBuilder:
 
     def gather(self, layer: int, blocks: list[Block]) -> tuple[Tensor, Tensor]:
         """Rotated keys and values (Hk, n, Dh) of [init tokens, blocks] at one layer; made once per question."""
-        wanted = (layer, *(b.id for b in blocks))
+        wanted = (layer, *(block.id for block in blocks))
         if wanted in self._gathered:
             return self._gathered[wanted]
         window = self.encoder.window
@@ -161,7 +161,7 @@ class WorkingSetBuilder:
                 all_values.append(stored[1])
                 there.append(block)
         keys = torch.cat(all_keys, 1)
-        ids = tuple(b.id for b in there)
+        ids = tuple(block.id for block in there)
         if ids not in self._rotations:
             init = torch.arange(window.num_init).expand(window.axes, -1)
             positions = torch.cat([init, block_positions(there, window.origin, self.contiguous)], 1)
@@ -181,7 +181,7 @@ class WorkingSetBuilder:
         layers = [self.gather(i, blocks) for i, blocks in enumerate(per_layer)]
         if self.lost:  # what one layer lost is gone for all of them
             there = self.store.blocks.keys() | self.encoder.window.first_column.keys()
-            per_layer = [[b for b in blocks if b.id in there] for blocks in per_layer]
+            per_layer = [[block for block in blocks if block.id in there] for blocks in per_layer]
             layers = [self.gather(i, blocks) for i, blocks in enumerate(per_layer)]
         start = max(self.text_start(blocks) for blocks in per_layer)
         self._gathered, self._rotations = {}, {}
@@ -193,7 +193,7 @@ class WorkingSetBuilder:
                 weights[block.id] = weights.get(block.id, 0.0) + 1 / len(per_layer)
         lengths = [keys.shape[1] for keys, _ in layers]
         stats = {
-            "retrieve": how, "retrieved_blocks": sum(len(b) for b in per_layer) / len(per_layer),
+            "retrieve": how, "retrieved_blocks": sum(len(block) for block in per_layer) / len(per_layer),
             "context_tokens": sum(lengths) / len(lengths), "select_ms": (chosen - clock) * 1e3,
             "fetch_ms": (time.perf_counter() - chosen) * 1e3,
         }  # fmt: skip

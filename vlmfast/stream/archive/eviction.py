@@ -19,9 +19,9 @@ def by_worth(blocks: Sequence[Block]) -> list[int]:
     """The ids of blocks, of least worth first."""
     if not blocks:
         return []
-    norm = sum(b.norm for b in blocks) / len(blocks) or 1.0
-    novelty = sum(b.novelty for b in blocks) / len(blocks) or 1.0
-    worth = {b.id: b.novelty / novelty + b.norm / norm for b in blocks}
+    norm = sum(block.norm for block in blocks) / len(blocks) or 1.0
+    novelty = sum(block.novelty for block in blocks) / len(blocks) or 1.0
+    worth = {block.id: block.novelty / novelty + block.norm / norm for block in blocks}
     return sorted(worth, key=lambda i: (worth[i], i))
 
 

@@ -96,7 +96,7 @@ class Segments:
                 self._broken[file] = self.folder.size(file)
                 continue
             self.entries[file] = entry
-            self.file_of |= {b.id: file for b in found}
+            self.file_of |= {block.id: file for block in found}
             blocks += found
             representatives |= summaries
         text = self._text(self.entries | {f: body["segments"][f] for f in self._broken}, self.state)
@@ -117,9 +117,9 @@ class Segments:
         try:
             segment.verify(entry["crc"])
             self._shape = self._shape or segment.shape
-            if segment.shape != self._shape or [b.id for b in segment.blocks] != entry["blocks"]:
+            if segment.shape != self._shape or [block.id for block in segment.blocks] != entry["blocks"]:
                 raise Damaged("it holds other blocks than the manifest says")
-            return segment.blocks, {b.id: segment.representative(b.id) for b in segment.blocks}
+            return segment.blocks, {block.id: segment.representative(block.id) for block in segment.blocks}
         finally:
             segment.close()
 
