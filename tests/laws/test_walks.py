@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import walks
+
+pytestmark = pytest.mark.slow  # every call of the package is looked at
 
 FRAME, KEEP = 17, 14
 

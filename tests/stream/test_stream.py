@@ -798,3 +798,11 @@ def test_the_example_of_the_readme_runs(tmp_path, monkeypatch):
     names["stream"].close()
     files = [f.name for f in [*folder.glob("*.py"), *folder.glob("archive/*.py")] if f.name != "__init__.py"]
     assert [f for f in files if f"`{f}`" not in text] == []
+
+
+def test_names_of_earlier_versions_are_found():
+    from vlmfast.stream import Anywhere, Evenly, RandomRetriever
+    from vlmfast.stream.retrievers import parse
+
+    assert (Evenly, Anywhere) == (UniformRetriever, RandomRetriever)
+    assert parse("uniform:frames=3") == Evenly(frames=3) and parse("random") == Anywhere()

@@ -87,10 +87,10 @@ class Recorder:
 
     def __call__(self, frame: FrameType, event: str, result: Any) -> None:
         code = frame.f_code
-        if not self.on or event not in ("call", "return") or not code.co_filename.startswith(str(PACKAGE)):
+        if not self.on or event not in ("call", "return"):
             return
-        file = str(Path(code.co_filename).relative_to(PACKAGE))
-        if code.co_name.startswith("<") or file in GENERIC:
+        file = _file(code.co_filename)
+        if file is None or code.co_name.startswith("<"):
             return
         inside, held = _in_model(frame), dict(frame.f_locals)
         for name, value in (held if event == "call" else held | {"return": result}).items():
@@ -107,6 +107,13 @@ class Recorder:
         finally:
             sys.setprofile(None)
             threading.setprofile(None)  # type: ignore[arg-type]
+
+
+@functools.cache
+def _file(path: str) -> str | None:
+    """A file of the package by its path in it; None for others, and for those in `GENERIC`."""
+    file = path.removeprefix(f"{PACKAGE}/")
+    return None if file == path or file in GENERIC else file
 
 
 def _in_model(frame: FrameType | None) -> bool:
