@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.2.0"
+from vlmfast.version import __version__
+
 __all__ = ["Accelerated", "Plan", "StreamSession", "Unsupported", "UserError", "__version__", "accelerate"]
 
 _HOMES = {

@@ -92,20 +92,20 @@ def filled(model: Any, processor: Any, blocks: int) -> Any:
     import torch
 
     from vlmfast.stream import Internal, StreamSession
-    from vlmfast.stream.blocks import Block, Payload
+    from vlmfast.stream.blocks import Block, BlockTensors
 
     session = StreamSession(model, processor, window=64, ram="4GiB", retrieve=Internal(frames=FRAMES))
     encoder = session.encoder
-    layers, (hk, _, dh) = len(encoder.cache.layers), encoder.cache.layers[0].raw.shape
-    base, rel = encoder.base, session.vision.layout.grid(4, 4).to(torch.int16)
-    encoder.span = 4
+    layers, (hk, _, dh) = encoder.num_layers, encoder.window.cache.layers[0].raw.shape
+    base, rel = encoder.window.num_init, session.vision.layout.grid(4, 4).to(torch.int16)
+    encoder.first_extent = 4
     made = torch.randn(2, layers, hk, KEPT, dh, dtype=torch.bfloat16)
     for i in range(blocks):
         shift = torch.randn(layers, hk, 1, dh, dtype=torch.bfloat16)
         keys = made[0] + shift
         block = Block(i, float(i), i + 1.0, (base + 2 * i, base, base), (2, 0, 0), rel, 2)
-        session.store.add(block, Payload(keys, made[1], keys.float().mean(2)))
-    encoder.state.blocks = blocks
+        session.store.add(block, BlockTensors(keys, made[1], keys.float().mean(2)))
+    encoder.progress.blocks = blocks
     return session
 
 

@@ -186,5 +186,5 @@ def contest(world: World, path: Path, owners: int = 3) -> str:
     again.close(discard=True)
     if any(codes) or lost:
         return f"exit codes {codes}, lost {lost}"
-    whole = blocks == list(range((owners + 1) * STEP // again.vision.frames)) and starts == sorted(set(starts))
+    whole = blocks == list(range((owners + 1) * STEP // again.vision.frames_per_grid)) and starts == sorted(set(starts))
     return "" if whole else f"blocks {blocks}"

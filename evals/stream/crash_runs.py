@@ -61,7 +61,7 @@ class World:
             mine, want = session.store.blocks[i], self.blocks[i]
             if mine.json() | {"norm": 0} != want.json() | {"norm": 0} or abs(mine.norm - want.norm) > 2e-4:
                 return f"the record of block {i}"
-            for layer in range(len(session.encoder.cache.layers)):
+            for layer in range(len(session.encoder.window.cache.layers)):
                 try:
                     held = session.store.layer(i, layer, torch.float32)
                 except BlockLost:
@@ -85,14 +85,18 @@ class World:
         if lost:
             return f"lost after going on: {lost}"
         new = [i for i in after if i not in before]
-        return "" if len(new) == STEP // session.vision.frames and new == sorted(new) else f"{before} became {after}"
+        return (
+            ""
+            if len(new) == STEP // session.vision.frames_per_grid and new == sorted(new)
+            else f"{before} became {after}"
+        )
 
 
 def logits(session: StreamSession, blocks: list[Block] | None = None) -> torch.Tensor:
     """(V,) after the question over all stored blocks, or over these."""
-    ids = session.vision.prompt(session._messages(QUESTION))[1]
+    ids = session.vision.prompt(session.vision.messages(session.turns, QUESTION))[1]
     held = list(session.store.blocks.values()) if blocks is None else blocks
-    return session.recall.logits(session.recall.context(EVERY, held, QUESTION, ids, False), False)
+    return session.builder.logits(session.builder.build(EVERY, held, QUESTION, ids, False), False)
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -200,7 +204,7 @@ def _copy(world: World, copy: Path) -> str:
             return "" if "holds no stream" in str(e) else str(e)
         return f"{copy.name} has no manifest and opens"
     session = world.load(copy)
-    whole = int(copy.name.partition("-")[2]) // session.vision.frames + STEP // session.vision.frames
+    whole = int(copy.name.partition("-")[2]) // session.vision.frames_per_grid + STEP // session.vision.frames_per_grid
     wrong = world.wrong(session)
     if len(session.store.blocks) != whole or session.lost_seconds or session.stats()["lost"]:
         wrong = f"{copy.name} holds {len(session.store.blocks)} of {whole} blocks"
@@ -257,7 +261,7 @@ def damaged(world: World, kept: Path, path: Path, name: str, kind: str, seed: in
         if while_open:
             damage(file, kind, rnd)
         answer = logits(session) if session.store.blocks else None
-        same = answer is not None and len(session.store.blocks) == KEPT // session.vision.frames
+        same = answer is not None and len(session.store.blocks) == KEPT // session.vision.frames_per_grid
         wrong = world.wrong(session, gaps=bool(session.stats()["lost"]))
         lost = session.stats()["lost"]
         try:

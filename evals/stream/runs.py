@@ -167,18 +167,18 @@ def recall(session: StreamSession, asked: Asked, weights: dict[int, float]) -> f
 def ask(session: StreamSession, asked: Asked, retriever: Retriever | None, into: Result) -> None:
     """One question about what was seen so far, in a conversation of its own."""
     weights: dict[int, float] = {}
-    build = session.recall.context
+    build = session.builder.build
 
     def spied(*args: Any, **kwargs: Any) -> Any:
         context = build(*args, **kwargs)
         weights.update(context.weights)
         return context
 
-    session.recall.context = spied  # type: ignore[method-assign]
+    session.builder.build = spied  # type: ignore[method-assign]
     try:
         answer = session.ask(asked.question, max_new_tokens=TOKENS, retrieve=retriever)
     finally:
-        session.recall.context = build  # type: ignore[method-assign]
+        session.builder.build = build  # type: ignore[method-assign]
         session.new_conversation()
     into.add(asked, exact_fact(answer.text, asked.answer), answer.report, recall(session, asked, weights))
 
@@ -258,7 +258,7 @@ def reencode(model: Any, processor: Any, clip: Any, asked: Asked) -> tuple[float
 
 def rekv_bytes_per_hour(session: StreamSession) -> float:
     """What plain ReKV would keep of this stream: every token's keys and values in two bytes, nothing dropped."""
-    stats, layers = session.stats(), session.encoder.cache.layers
+    stats, layers = session.stats(), session.encoder.window.cache.layers
     hk, _, dh = layers[0].raw.shape  # type: ignore[union-attr]
     return 2 * len(layers) * hk * dh * 2 * stats["visual_tokens"] / stats["seconds"] * 3600
 

@@ -24,11 +24,6 @@ DOCUMENTS = [
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 INTERNALS = ("runtime/", "families/", "prefill/ragged_layer.py", "decode/loop.py")
-STREAM_CIRCLES = {  # still there
-    ("vlmfast", "vlmfast.stream.session"), ("vlmfast.stream.session", "vlmfast.stream.snapshot"),
-    ("vlmfast.stream.snapshot", "vlmfast.stream.session"), ("vlmfast.stream.snapshot", "vlmfast"),
-    ("vlmfast.stream.watch", "vlmfast.stream.intake"), ("vlmfast.stream.intake", "vlmfast.stream.watch"),
-}  # fmt: skip
 TRAINS = ("pocket/",)  # the one place that builds models of its own
 
 
@@ -52,7 +47,7 @@ def test_no_import_circles() -> None:
         if graph.chain_exists(importer=needed, imported=module)
     }
     assert len(graph.modules) > 200 and graph.count_imports() > 800  # it has seen the package
-    assert circular <= STREAM_CIRCLES, sorted(circular - STREAM_CIRCLES)
+    assert not circular, sorted(circular)
 
 
 def test_state_is_explicit() -> None:

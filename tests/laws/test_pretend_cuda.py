@@ -237,7 +237,7 @@ def test_stream_of_every_family(family: str) -> None:
     def run(place: Place) -> Any:
         s = session(family, place(tiny.build(family)), window=24, retrieve=tool, plan=plan)
         s.push(video(12))
-        return [s.ask(Q, max_new_tokens=3).text, s.encoder.cache.layers[0].n]
+        return [s.ask(Q, max_new_tokens=3).text, s.encoder.window.cache.layers[0].n]
 
     want = run(stay)
     with PretendCuda():

@@ -8,23 +8,21 @@ import pytest
 import torch
 
 from vlmfast.core import UserError
-from vlmfast.stream.archive.last_keys import LastKeys
-from vlmfast.stream.archive.representatives import SLOTS, RepresentativeTable
-from vlmfast.stream.blocks import Block
-from vlmfast.stream.positions import end, origins, place
+from vlmfast.stream.archive.representatives import FIRST_SLAB, LastKeys, RepresentativeTable
+from vlmfast.stream.blocks import Block, block_positions, origins, text_position
 from vlmfast.stream.retrievers import (
+    Candidates,
     External,
     Internal,
     Oracle,
     RandomRetriever,
     Recency,
     UniformRetriever,
-    View,
+    best,
     in_time,
     intervals,
     parse,
     smoothed,
-    top,
 )
 
 
@@ -45,30 +43,30 @@ def table(n, layers=3, heads=2, width=8, seed=0):
 def test_top_is_the_best_prefix_of_the_ranking(seed):
     gen = torch.Generator().manual_seed(seed)
     scores, sizes = torch.rand(40, generator=gen), torch.randint(1, 9, (40,), generator=gen)
-    assert top(scores, sizes, 7, None).tolist() == sorted(scores.argsort(descending=True)[:7].tolist())
-    chosen = top(scores, sizes, None, 20)
+    assert best(scores, sizes, 7, None).tolist() == sorted(scores.argsort(descending=True)[:7].tolist())
+    chosen = best(scores, sizes, None, 20)
     assert int(sizes[chosen].sum()) <= 20
     assert int(scores.argmax()) in chosen.tolist(), "the best one fits an empty budget"
     left = 20 - int(sizes[chosen].sum())
     others = [i for i in range(40) if i not in chosen.tolist()]
     assert all(int(sizes[i]) > left for i in others), "nothing that still fits is left out"
-    both = top(scores, sizes, 3, 20)
+    both = best(scores, sizes, 3, 20)
     assert len(both) <= 3 and int(sizes[both].sum()) <= 20
 
 
 def test_a_block_larger_than_the_budget_is_still_one():
-    assert top(torch.tensor([1.0, 2.0]), torch.tensor([50, 60]), None, 10).tolist() == [1]
+    assert best(torch.tensor([1.0, 2.0]), torch.tensor([50, 60]), None, 10).tolist() == [1]
 
 
 def test_ties_go_to_the_earlier_block():
-    assert top(torch.zeros(5), torch.ones(5).long(), 2, None).tolist() == [0, 1]
+    assert best(torch.zeros(5), torch.ones(5).long(), 2, None).tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("count", [1, SLOTS, SLOTS + 1, 3 * SLOTS + 5])
+@pytest.mark.parametrize("count", [1, FIRST_SLAB, FIRST_SLAB + 1, 3 * FIRST_SLAB + 5])
 def test_scores_equal_the_naive_ones(count):
     """Products over slabs against a loop over blocks, heads and query heads of the group."""
     reps, raw = table(count)
-    view = View(blocks(count), reps)
+    view = Candidates(blocks(count), reps)
     queries = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(9))  # (Hk, G, q, Dh)
     query = queries.mean(2)
     for layer in range(3):
@@ -100,21 +98,21 @@ def test_smoothing_lets_neighbours_speak_by_their_tokens():
 
 
 def test_freed_slots_are_used_again_and_scores_stay_right():
-    reps, raw = table(SLOTS)
+    reps, raw = table(FIRST_SLAB)
     size = reps.nbytes()
-    for i in range(0, SLOTS, 2):
+    for i in range(0, FIRST_SLAB, 2):
         reps.remove(i)
-    new = torch.randn(SLOTS // 2, 3, 2, 8).half()
-    for k in range(SLOTS // 2):
+    new = torch.randn(FIRST_SLAB // 2, 3, 2, 8).half()
+    for k in range(FIRST_SLAB // 2):
         assert reps.cost(new[k], None) == 0
         reps.add(1000 + k, new[k], None)
     assert reps.nbytes() == size
-    ids = [1, 1000, 3, 1000 + SLOTS // 2 - 1]
+    ids = [1, 1000, 3, 1000 + FIRST_SLAB // 2 - 1]
     query = torch.randn(2, 8)
     got = reps.products(1, query[None], reps.slots(ids))[0]
     want = torch.stack([(x[1] * query).sum() for x in (raw[1], new[0].float(), raw[3], new[-1].float())])
     assert torch.allclose(got, want, atol=1e-2)
-    assert torch.equal(reps.rep(1000, 2), new[0][2])
+    assert torch.equal(reps.of_layer(1000, 2), new[0][2])
 
 
 def test_shared_scores_weigh_layers_alike():
@@ -123,11 +121,11 @@ def test_shared_scores_weigh_layers_alike():
     agree = torch.tensor([0.0, 0.0, 1.0, 0.0])
     mixed = Internal(scope="shared").combine([loud, agree, agree])
     assert int(mixed.argmax()) == 2
-    assert Internal(scope="shared", layers=(0, -1)).asked(3) == [0, 2]
+    assert Internal(scope="shared", layers=(0, -1)).layers_of(3) == [0, 2]
     with pytest.raises(UserError, match="layers are 0 to 2"):
-        Internal(scope="shared", layers=(3,)).asked(3)
+        Internal(scope="shared", layers=(3,)).layers_of(3)
     with pytest.raises(UserError, match="layers are 0 to 2"):
-        Internal(scope="shared", layers=()).asked(3)
+        Internal(scope="shared", layers=()).layers_of(3)
 
 
 def test_layers_can_be_spelled() -> None:
@@ -138,22 +136,24 @@ def test_layers_can_be_spelled() -> None:
 def test_a_dropped_token_is_stood_in_for() -> None:
     """The representative is the mean over all places, each with the key it kept last."""
     keys = torch.randn(2, 3, 4, 5)
-    standing = LastKeys()
+    last_keys = LastKeys()
     everywhere = torch.ones(4, dtype=torch.bool)
-    torch.testing.assert_close(standing.see(keys, everywhere), keys.mean(2))
+    torch.testing.assert_close(last_keys.representative(keys, everywhere), keys.mean(2))
     new = torch.randn(2, 3, 1, 5)
     one = torch.tensor([False, False, True, False])
     shown = torch.cat([keys[:, :, :2], new, keys[:, :, 3:]], 2)
-    torch.testing.assert_close(standing.see(new, one), shown.mean(2))
+    torch.testing.assert_close(last_keys.representative(new, one), shown.mean(2))
     again = LastKeys()
-    again.restore(standing.state(), torch.device("cpu"))
-    torch.testing.assert_close(again.see(new, one), shown.mean(2))
-    standing.forget()
-    torch.testing.assert_close(standing.see(new, one), new.mean(2))  # what was never seen counts for nothing
+    again.restore(last_keys.snapshot(), torch.device("cpu"))
+    torch.testing.assert_close(again.representative(new, one), shown.mean(2))
+    last_keys.forget()
+    torch.testing.assert_close(
+        last_keys.representative(new, one), new.mean(2)
+    )  # what was never seen counts for nothing
 
 
 def test_recency_uniform_random():
-    view = View(blocks(20))
+    view = Candidates(blocks(20))
     assert Recency(frames=3).select(view, "?").tolist() == [17, 18, 19]
     even = UniformRetriever(frames=5).select(view, "?").tolist()
     assert even[0] == 0 and even[-1] == 19 and len(even) == 5
@@ -165,7 +165,7 @@ def test_recency_uniform_random():
 
 
 def test_oracle_takes_the_evidence_first():
-    view = View(blocks(30))
+    view = Candidates(blocks(30))
     chosen = Oracle(frames=4, spans=((10.0, 12.0), (25.2, 25.4))).select(view, "?").tolist()
     assert {10, 11, 25} <= set(chosen) and len(chosen) == 4
     with pytest.raises(UserError, match="spans"):
@@ -178,7 +178,7 @@ def test_external_ranks_by_cosine():
     for i in range(6):
         reps.add(i, torch.zeros(1, 1, 2).half(), vectors[i].half())
     tool = External(frames=1, frames_to=lambda f: f, text_to=lambda q: 7 * vectors[int(q)])
-    assert tool.select(View(blocks(6), reps), "4").tolist() == [4]
+    assert tool.select(Candidates(blocks(6), reps), "4").tolist() == [4]
     with pytest.raises(UserError, match="frames_to"):
         External()
 
@@ -207,15 +207,15 @@ def test_contiguous_positions_close_gaps_and_keep_grids():
     chosen = [stream[i] for i in (3, 4, 90)]
     assert origins(chosen, (5, 5, 5), True) == [(5, 5, 5), (7, 5, 5), (9, 5, 5)]
     assert origins(chosen, (5, 5, 5), False) == [(5, 5, 5), (7, 5, 5), (179, 5, 5)]
-    at = place(chosen, (5, 5, 5), True)
+    at = block_positions(chosen, (5, 5, 5), True)
     assert at.tolist() == [[5, 5, 7, 7, 9, 9], [5, 6, 5, 6, 5, 6], [6, 5, 6, 5, 6, 5]]
-    assert end(chosen, (5, 5, 5), True, timed=True, after_max=True, span=2) == 10
-    assert end(chosen, (5, 5, 5), True, timed=True, after_max=False, span=2) == 7
-    assert end([], (5, 5, 5), True, timed=True, after_max=True, span=2) == 5
+    assert text_position(chosen, (5, 5, 5), True, timed=True, after_max=True, extent=2) == 10
+    assert text_position(chosen, (5, 5, 5), True, timed=True, after_max=False, extent=2) == 7
+    assert text_position([], (5, 5, 5), True, timed=True, after_max=True, extent=2) == 5
     chained = [Block(i, i, i + 1, (5 + 4 * i,), (4,), torch.arange(4)[None].short()) for i in range(9)]
     picked = [chained[i] for i in (0, 7)]
-    assert place(picked, (5,), True).tolist() == [list(range(5, 13))]
-    assert end(picked, (5,), True, timed=False, after_max=True, span=4) == 13
+    assert block_positions(picked, (5,), True).tolist() == [list(range(5, 13))]
+    assert text_position(picked, (5,), True, timed=False, after_max=True, extent=4) == 13
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from vlmfast.core import UserError, parse_bytes
-from vlmfast.stream.archive.packing import pack, unpack
 from vlmfast.stream.archive.segments import BlockLost, Segments, StoreError
 from vlmfast.stream.archive.store import Store
-from vlmfast.stream.blocks import Block, Payload
+from vlmfast.stream.blocks import Block, BlockTensors, pack, unpack
 
 L, HK, DH = 3, 2, 8
 
@@ -25,7 +24,7 @@ def made(i, n=6, novelty=1.0, norm=1.0, embedding=None):
     keys, values = torch.randn(2, L, HK, n, DH, generator=gen)
     rel = torch.arange(n, dtype=torch.int16)[None]
     block = Block(i, float(i), i + 1.0, (4 + n * i,), (n,), rel, 1, novelty, norm)
-    return block, Payload(keys, values, keys.mean(2), embedding)
+    return block, BlockTensors(keys, values, keys.mean(2), embedding)
 
 
 def fill(store, count, **kw):
@@ -81,11 +80,11 @@ def test_formats_keep_what_they_promise(fmt, n):
     """Exact, within bf16's rounding, within half a quantisation step of each scale."""
     keys, values = torch.randn(2, L, HK, n, DH, generator=torch.Generator().manual_seed(n))
     keys[..., 0] += 300  # a constant channel, as key biases make them
-    packed = pack(keys, values, keys.mean(2), fmt)
+    packed = pack(BlockTensors(keys, values, keys.mean(2)), fmt)
     scales = packed.key_scale, packed.value_scale
     for layer in range(L):
         ks, vs = (None if s is None else s[layer] for s in scales)
-        k, v = unpack(packed.keys[layer], packed.values[layer], ks, vs, packed.rep[layer], torch.float32)
+        k, v = unpack(packed.keys[layer], packed.values[layer], ks, vs, packed.representative[layer], torch.float32)
         if fmt == "model":
             assert torch.equal(k, keys[layer]) and torch.equal(v, values[layer])
         elif fmt == "bf16":
@@ -95,14 +94,19 @@ def test_formats_keep_what_they_promise(fmt, n):
             assert bool(((v - values[layer]).abs() <= 0.51 * vs.float() + 1e-3).all())
             assert (k - keys[layer]).abs().max() < 0.05, "the constant channel must not cost the others' precision"
     if fmt == "int8" and n >= 40:
-        assert packed.nbytes() < 0.6 * pack(keys, values, keys.mean(2), "bf16").nbytes()
+        assert packed.nbytes() < 0.6 * pack(BlockTensors(keys, values, keys.mean(2)), "bf16").nbytes()
 
 
 def test_int8_of_zeros_is_zero():
     zeros = torch.zeros(L, HK, 4, DH)
-    packed = pack(zeros, zeros, zeros.mean(2), "int8")
+    packed = pack(BlockTensors(zeros, zeros, zeros.mean(2)), "int8")
     k, v = unpack(
-        packed.keys[0], packed.values[0], packed.key_scale[0], packed.value_scale[0], packed.rep[0], torch.float32
+        packed.keys[0],
+        packed.values[0],
+        packed.key_scale[0],
+        packed.value_scale[0],
+        packed.representative[0],
+        torch.float32,
     )
     assert not k.any() and not v.any()
 
@@ -113,14 +117,14 @@ def test_what_goes_in_comes_out_of_ram_and_disk(tmp_path, fmt):
     fill(store, 30)
     store.flush()
     assert len(store.blocks) == 30 and store.evicted == 0
-    assert len(store.held) < 30, "the limit should have pushed some out of RAM"
+    assert len(store.in_ram) < 30, "the limit should have pushed some out of RAM"
     assert all(same(store, i, fmt == "model") for i in range(30))
     store.close()
     again = Store(30_000, tmp_path / "s", None, fmt).open()
     assert list(again.blocks) == list(range(30)) and again.lost == []
     assert again.blocks == {} or all(again.blocks[i].json() == store.blocks[i].json() for i in range(30))
     assert all(same(again, i, fmt == "model") for i in range(30))
-    assert torch.equal(again.reps.rep(7, 1), store.reps.rep(7, 1))
+    assert torch.equal(again.representatives.of_layer(7, 1), store.representatives.of_layer(7, 1))
 
 
 def test_embeddings_survive_the_disk(tmp_path):
@@ -130,11 +134,13 @@ def test_embeddings_survive_the_disk(tmp_path):
     store.flush()
     store.close()
     again = Store("1MB", tmp_path / "s").open()
-    assert torch.equal(again.reps.embedding(again.reps.slots([2, 0])), torch.tensor([[2.0] * 4, [0.0] * 4]))
+    assert torch.equal(
+        again.representatives.embedding(again.representatives.slots([2, 0])), torch.tensor([[2.0] * 4, [0.0] * 4])
+    )
 
 
 def test_ram_alone_gives_up_what_is_worth_least():
-    store = Store(60_000, fmt="model").create()
+    store = Store(60_000, keep_as="model").create()
     for i in range(200):
         rich = i % 40 == 0
         store.add(*made(i, novelty=1.0 if rich else 0.1, norm=1.0 if rich else 0.5))
@@ -164,9 +170,9 @@ def test_limits_hold_at_every_step(tmp_path, monkeypatch, seed):
             store.layer(rnd.choice(list(store.blocks)), 1, torch.float32)
     assert store.peak_ram <= ram and store.disk.peak <= disk
     assert store.evicted > 0 and len(store.blocks) > 10
-    assert set(store.blocks) == set(store.reps.slot)
+    assert set(store.blocks) == set(store.representatives.slot)
     store.close()
-    again = Store(1 << 24, tmp_path / "s", disk, store.fmt).open()
+    again = Store(1 << 24, tmp_path / "s", disk, store.keep_as).open()
     assert set(again.blocks) <= set(store.blocks) and again.lost == []
 
 
@@ -196,8 +202,8 @@ def test_a_segment_torn_while_running_is_reported_and_skipped(tmp_path):
     store = Store(15_000, tmp_path / "s", None, "model", flush_seconds=4).create()
     fill(store, 30)
     store.flush()
-    cold = next(i for i in store.blocks if i not in store.held)
-    file = store.disk.where[cold]
+    cold = next(i for i in store.blocks if i not in store.in_ram)
+    file = store.disk.file_of[cold]
     (tmp_path / "s" / file).write_bytes(b"torn")
     with pytest.raises(BlockLost):
         store.layer(cold, 0, torch.float32)
@@ -270,7 +276,7 @@ def test_folders_that_are_not_streams(tmp_path):
 
 def test_limits_too_small_say_so(tmp_path):
     with pytest.raises(StoreError, match="raise ram="):
-        fill(Store(3_000, fmt="model").create(), 5)
+        fill(Store(3_000, keep_as="model").create(), 5)
     store = Store("1MB", tmp_path / "s", 4_000, "model", flush_seconds=1).create()
     with pytest.raises(StoreError, match=r"cannot hold|too small"):
         fill(store, 50)

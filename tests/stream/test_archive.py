@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import shutil
@@ -425,8 +426,8 @@ def test_a_bit_that_flips_while_the_session_is_open_is_found(tmp_path):
     store = Store(15_000, tmp_path / "s", None, "model", flush_seconds=4).create()
     fill(store, 30)
     store.flush()
-    cold = next(i for i in store.blocks if i not in store.held)
-    file = tmp_path / "s" / store.disk.where[cold]
+    cold = next(i for i in store.blocks if i not in store.in_ram)
+    file = tmp_path / "s" / store.disk.file_of[cold]
     assert same(store, cold)  # open and read before
     before, data = file.stat(), bytearray(file.read_bytes())
     _, payload = made(cold)
@@ -610,7 +611,7 @@ def test_an_endless_stream_goes_on_within_its_ram(tmp_path, monkeypatch, limit):
         assert store.ram_bytes <= ram
     assert store.peak_ram <= ram and store.evicted > 500
     assert len(store.blocks) > 40 and max(store.blocks) == 699
-    assert set(store.blocks) == set(store.reps.slot)
+    assert set(store.blocks) == set(store.representatives.slot)
     store.flush()
     store.close()
     assert reopened(tmp_path / "s", ram) == sorted(store.blocks)
@@ -685,7 +686,7 @@ def test_an_error_in_the_store_takes_nothing_of_a_push(monkeypatch):
     for at in (0, 20):
         straight.push(frames[at : at + 20])
     s.push(frames[:20])
-    add, calls = type(s.store.reps).add, [0]
+    add, calls = type(s.store.representatives).add, [0]
 
     def fail(self, *args):
         calls[0] += 1
@@ -693,11 +694,13 @@ def test_an_error_in_the_store_takes_nothing_of_a_push(monkeypatch):
             raise MemoryError
         add(self, *args)
 
-    monkeypatch.setattr(type(s.store.reps), "add", fail)
+    monkeypatch.setattr(type(s.store.representatives), "add", fail)
     with pytest.raises(MemoryError):
         s.push(frames[20:])
-    assert s.encoder.cache.layers[0].n == s.encoder.base + sum(b.n for b in s.encoder.resident)
-    assert list(s.store.blocks) == list(range(10)) == sorted(s.store.reps.slot)
+    assert s.encoder.window.cache.layers[0].n == s.encoder.window.num_init + sum(
+        b.num_tokens for b in s.encoder.window.blocks
+    )
+    assert list(s.store.blocks) == list(range(10)) == sorted(s.store.representatives.slot)
     s.push(frames[20:])
     assert list(s.store.blocks) == list(range(20))
     assert torch.equal(stream.logits(s, retrieve=EVERY), stream.logits(straight, retrieve=EVERY))
@@ -845,3 +848,43 @@ def test_adapters_count_as_they_are_switched(tmp_path):
     with pytest.raises(UserError, match="another model"):
         load(tmp_path / "a", model, proc)
     assert fingerprint(unwrap(model)) != one
+
+
+def test_a_block_larger_than_a_segment_finds_room_after_a_rebuild(tmp_path):
+    """The window that is rebuilt from the archive is full but for one segment; the next block may need more."""
+    model = tiny.build("qwen3_vl")
+    with stream.session("qwen3_vl", model, window=60, redundancy=0.1, disk=tmp_path / "s") as s:
+        s.push(stream.video(20, still=0.4))
+    next((tmp_path / "s").glob("state-*")).unlink()
+    again = StreamSession.load(tmp_path / "s", model, stream.processor("qwen3_vl"))
+    last = again.encoder.progress.blocks
+    again.push(stream.video(4, seed=9))
+    assert again.store.blocks[last].num_tokens > again.encoder.window.segment_size
+    assert sum(b.num_tokens for b in again.encoder.window.blocks) <= 60
+
+
+def header(path):
+    """The header of a safetensors file."""
+    data = path.read_bytes()
+    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+
+
+def test_the_saved_format_is_the_one_of_earlier_versions(tmp_path):
+    """The names in a folder's files: with others, archives of earlier versions would not load."""
+    with stream.session(FAMILY, disk=tmp_path / "s", keep_as="int8") as s:
+        s.push(stream.video(5))
+    saved = header(next((tmp_path / "s").glob("state-*")))
+    meta = json.loads(saved.pop("__metadata__")["state"])
+    assert set(saved) == {"raw", "val", "last", "standing", "standing.known", "pending.0"}
+    assert set(meta) == {
+        "state", "size", "span", "resident", "pending", "last", "gap", "accepted", "turns", "counts", "dropped",
+        "evicted", "lost_seconds", "beat",
+    }  # fmt: skip
+    assert set(meta["state"]) == {"blocks", "first", "cursor", "shift", "segment", "visual", "kept"}
+    segment = header(next((tmp_path / "s").glob("segment-*")))
+    records = json.loads(segment.pop("__metadata__")["blocks"])
+    assert {name.partition(".")[2] for name in segment} == {"k", "v", "ks", "vs", "rep"}
+    assert set(records[0]) == {
+        "id", "start", "end", "origin", "advance", "rel", "frames", "novelty", "norm", "sums",
+    }  # fmt: skip
+    assert manifest.read(tmp_path / "s")[0]["head"]["stream"].keys() == {"first", "span"}

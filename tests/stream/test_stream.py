@@ -58,7 +58,7 @@ def session(family, model=None, **kw):
 
 def logits(s, question=Q, **kw):
     """(V,) after the prompt of a question; the stream is not touched."""
-    return s.recall.logits(s.context(question, **kw), s.dense)
+    return s.builder.logits(s.context(question, **kw), s.plain_cache)
 
 
 def close(a, b):
@@ -128,7 +128,7 @@ def test_everything_retrieved_equals_no_retrieval(family, positions):
     """From the archive, block by block, at renumbered or own positions; from the window; with any retriever."""
     s = session(family, window=40, redundancy=0.05, positions=positions)
     s.push(video(24, still=0.2))
-    assert len(s.encoder.resident) < len(s.store.blocks), "part of it should have left the window"
+    assert len(s.encoder.window.blocks) < len(s.store.blocks), "part of it should have left the window"
     n = len(s.store.blocks)
     every = [Internal(frames=n), UniformRetriever(frames=n), Internal(frames=None, tokens=10**6)]
     every.append(Internal(frames=n, scope="shared"))
@@ -139,8 +139,8 @@ def test_everything_retrieved_equals_no_retrieval(family, positions):
     # against one forward over the stored keys and values in stream order, rotated by hand
     ids = s.vision.prompt([turn(Q)])[1]
     stored = list(s.store.blocks.values())
-    chosen = s.recall.context(Oracle(frames=n, spans=((0.0, 1e6),)), stored, Q, ids, True)
-    assert close(s.recall.logits(chosen, True), results[0]), "our attention and sdpa over a plain cache agree"
+    chosen = s.builder.build(Oracle(frames=n, spans=((0.0, 1e6),)), stored, Q, ids, True)
+    assert close(s.builder.logits(chosen, True), results[0]), "our attention and sdpa over a plain cache agree"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -165,7 +165,7 @@ def test_pass_one_queries_are_the_models_own(family):
         h.remove()
     assert sorted(mine) == [0, 1, 2, 3]
     for i, queries in mine.items():
-        n = len(s.vision.encode(Q))
+        n = len(s.vision.text_ids(Q))
         want = seen[i].reshape(-1, n, 4, 16)[0].permute(1, 0, 2).reshape(2, 2, n, 16)
         assert torch.allclose(queries, want, atol=1e-5)
 
@@ -250,9 +250,9 @@ def test_the_window_never_outgrows_itself(family):
     fast = None
     for part in np.split(video(80, still=0.3), 10):
         s.push(part)
-        held = sum(b.n for b in s.encoder.resident)
-        assert held <= 45 and s.encoder.cache.layers[0].n == held + s.encoder.base
-        assert int(s.encoder.cache.positions.max()) < 45 * 8, "positions are re-based, not those of the stream"
+        held = sum(b.num_tokens for b in s.encoder.window.blocks)
+        assert held <= 45 and s.encoder.window.cache.layers[0].n == held + s.encoder.window.num_init
+        assert int(s.encoder.window.cache.positions.max()) < 45 * 8, "positions are re-based, not those of the stream"
         assert fast in (None, s.fast_bytes)
         fast = s.fast_bytes
 
@@ -263,15 +263,15 @@ def test_windowed_keys_equal_a_hand_made_prefill(family):
     model, frames = tiny.build(family), video(24)
     s = session(family, model, window=60)
     s.push(frames)
-    assert s.encoder.resident[0].id > 0
-    size, first = s.vision.frames, s.encoder.resident[0].id
+    assert s.encoder.window.blocks[0].id > 0
+    size, first = s.vision.frames_per_grid, s.encoder.window.blocks[0].id
     inputs = plain(family, model, frames[first * size :], [turn(Q)])
     # deeper layers saw what has left the window meanwhile; layer 0's keys and values depend on nothing else
     positions = model._prepare_position_ids_for_generation(inputs["input_ids"], dict(inputs))
     out = model(**inputs, position_ids=positions, use_cache=True)
-    layer, n = out.past_key_values.layers[0], s.encoder.cache.layers[0].n
-    assert torch.allclose(s.encoder.cache.layers[0].rot[:, :n], layer.keys[0, :, :n], atol=TOLERANCE)
-    assert torch.allclose(s.encoder.cache.layers[0].val[:, :n], layer.values[0, :, :n], atol=TOLERANCE)
+    layer, n = out.past_key_values.layers[0], s.encoder.window.cache.layers[0].n
+    assert torch.allclose(s.encoder.window.cache.layers[0].rot[:, :n], layer.keys[0, :, :n], atol=TOLERANCE)
+    assert torch.allclose(s.encoder.window.cache.layers[0].val[:, :n], layer.values[0, :, :n], atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -291,18 +291,18 @@ def test_limits_hold_whatever_happens(tmp_path, monkeypatch, seed):
             assert s.store.ram_bytes <= ram and s.store.peak_ram <= ram
             assert sum(f.stat().st_size for f in (tmp_path / "s").iterdir()) <= disk
         assert s.store.disk.peak <= disk
-        assert s.stats()["evicted"] + len(s.store.blocks) == s.encoder.state.blocks
-        assert len(s.store.held) < len(s.store.blocks) or s.store.evicted, "a limit should have been reached"
+        assert s.stats()["evicted"] + len(s.store.blocks) == s.encoder.progress.blocks
+        assert len(s.store.in_ram) < len(s.store.blocks) or s.store.evicted, "a limit should have been reached"
 
 
 def test_bytes_are_what_lies_there():
     s = session("qwen2_5_vl")
     s.push(video(12))
-    held = sum(x.numel() * x.element_size() for p in s.store.held.values() for x in (p.keys, p.values))
-    assert s.store.held_bytes == held
-    assert s.encoder.cache.nbytes() == 3 * 4 * 2 * (400 + s.encoder.base) * 16 * 4
+    held = sum(x.numel() * x.element_size() for p in s.store.in_ram.values() for x in (p.keys, p.values))
+    assert s.store.packed_bytes == held
+    assert s.encoder.window.cache.nbytes() == 3 * 4 * 2 * (400 + s.encoder.window.num_init) * 16 * 4
     stats = s.stats()
-    assert stats["kv_host_bytes"] >= held and stats["kv_fast_bytes"] >= s.encoder.cache.nbytes()
+    assert stats["kv_host_bytes"] >= held and stats["kv_fast_bytes"] >= s.encoder.window.cache.nbytes()
     assert stats["frames"] == 12 and stats["seconds"] == 6.0
 
 
@@ -313,21 +313,21 @@ def test_a_still_scene_costs_next_to_nothing():
     s = session("qwen2_5_vl", redundancy=0.2)
     s.push(np.repeat(video(1), 20, 0))
     blocks = list(s.store.blocks.values())
-    assert blocks[0].n == 6 and all(b.n == 1 for b in blocks[1:])
+    assert blocks[0].num_tokens == 6 and all(b.num_tokens == 1 for b in blocks[1:])
     stats = s.stats()
     assert (stats["visual_tokens"], stats["kept_tokens"]) == (60, 15)
 
 
 def test_redundancy_compares_with_the_last_kept_feature():
     """A slow drift: each step is below tau, the sum is not; comparing with the previous frame would keep nothing."""
-    from vlmfast.stream.encoder import redundant
+    from vlmfast.stream.encoder import not_redundant
 
     angle = torch.arange(0, 1.6, 0.1)
     steps = torch.stack([angle.cos(), angle.sin()], 1)
     last, kept = torch.stack([steps[0], torch.tensor([1.0, 0.0])]), []
     for i, step in enumerate(steps[1:], 1):
         new = torch.stack([step, torch.tensor([-1.0, 0.0]) if i == 1 else last[1]])
-        keep, _ = redundant(new, last, 0.1)
+        keep, _ = not_redundant(new, last, 0.1)
         last = torch.where(keep[:, None], new, last)
         if i > 1 and bool(keep[0]) and 1 - torch.cosine_similarity(step, steps[max(kept, default=0)], dim=0) > 0.1:
             kept.append(i)
@@ -338,7 +338,7 @@ def test_pruners_act_on_every_grid():
     pruner = PRUNERS["vidcom2"](keep=0.5)
     s = session("qwen2_5_vl", plan=Plan(prune=pruner))
     s.push(video(8))
-    assert [b.n for b in s.store.blocks.values()] == [3, 3, 3, 3]
+    assert [b.num_tokens for b in s.store.blocks.values()] == [3, 3, 3, 3]
     pieces = session("qwen2_5_vl", plan=Plan(prune=pruner))
     for part in np.split(video(8), 4):
         pieces.push(part)
@@ -356,7 +356,7 @@ def test_layers_above_the_last_one_asked_do_not_run(family, monkeypatch):
     monkeypatch.setattr(Internal, "layer_scores", lambda r, v, i, q: (ran.append(i), scores(r, v, i, q))[1])
     early = logits(s)
     assert ran == [0, 1]
-    monkeypatch.setattr(Internal, "asked", lambda r, count: list(range(count)))
+    monkeypatch.setattr(Internal, "layers_of", lambda r, count: list(range(count)))
     monkeypatch.setattr(Internal, "combine", lambda r, found: standardised(torch.stack(found[:2])).mean(0))
     assert torch.equal(early, logits(s)) and ran == [0, 1, 0, 1, 2, 3]
 
@@ -371,7 +371,7 @@ def test_recall_by_layer_is_what_each_layer_brings_back():
     wanted = {b.id for b in in_time(blocks, None, evidence)}
     for i, share in enumerate(got):
         alone = Internal(frames=5, scope="shared", layers=(i,))
-        chosen = s.recall.choose(alone, blocks, Q)[0][0]
+        chosen = s.builder.choose(alone, blocks, Q)[0][0]
         assert share == pytest.approx(len(wanted & {b.id for b in chosen}) / len(wanted))
     assert len(got) == 4
     with pytest.raises(UserError, match="evidence"):
@@ -483,7 +483,7 @@ def test_an_error_in_a_forward_leaves_the_window_as_it_was(monkeypatch):
         s.push(video(2))
     monkeypatch.setattr(text, "forward", forward)
     assert torch.equal(logits(s), want)
-    assert len({layer.n for layer in s.encoder.cache.layers}) == 1
+    assert len({layer.n for layer in s.encoder.window.cache.layers}) == 1
 
 
 # ---------------------------------------------------------------- conversation, time, evidence
@@ -575,7 +575,7 @@ def test_frames_that_arrive_during_an_answer_wait_and_the_oldest_are_dropped():
     assert stats["dropped_frames"] == 6 and stats["frames"] == 8
     s.ask(Q, max_new_tokens=1)
     assert s.stats()["frames"] == 12 and s.stats()["queue"] == 0
-    assert s.last == 8.5, "the newest of the ten are the ones kept"
+    assert s.newest == 8.5, "the newest of the ten are the ones kept"
 
 
 def test_watching_reads_to_the_end_and_loses_nothing():
@@ -640,11 +640,11 @@ def test_frames_may_change_size(family):
     s.push(np.full((4, 32, 32, 3), 90, np.uint8))
     s.push(video(3, seed=2))
     s.flush()
-    size = s.vision.frames
+    size = s.vision.frames_per_grid
     assert s.stats()["blocks"] == {1: 12, 2: 3 + 2 + 2}[size]
     if family in tiny.QWEN:
-        extra = 0 if not family.startswith("qwen3_vl") else s.store.blocks[3].n - 16
-        assert s.store.blocks[3].n == 16 + extra and s.store.blocks[4].n == 1 + extra
+        extra = 0 if not family.startswith("qwen3_vl") else s.store.blocks[3].num_tokens - 16
+        assert s.store.blocks[3].num_tokens == 16 + extra and s.store.blocks[4].num_tokens == 1 + extra
     s.ask(Q, max_new_tokens=1)
 
 
@@ -674,8 +674,8 @@ def test_a_segment_torn_under_way_is_skipped_and_said(tmp_path, scope):
     s = session("qwen2_5_vl", disk=tmp_path / "s", flush_seconds=3, window=30, ram=70_000, plan=plan)
     s.push(video(60))
     tool = Internal(frames=1000, scope=scope)
-    file = s.store.disk.where[0]
-    assert 0 not in s.store.held, "it should be on disk only"
+    file = s.store.disk.file_of[0]
+    assert 0 not in s.store.in_ram, "it should be on disk only"
     (tmp_path / "s" / file).write_bytes(b"torn")
     answer = s.ask(Q, retrieve=tool, max_new_tokens=2)
     assert any(file in note for note in answer.report["notes"]) and 0 not in s.store.blocks
@@ -738,7 +738,7 @@ def test_a_window_that_does_not_fit_the_limit_is_rebuilt(tmp_path):
     s.close()
     assert any("window was not saved" in n for n in s.notes) and not list((tmp_path / "s").glob("state-*"))
     again = StreamSession.load(tmp_path / "s", model, processor("qwen2_5_vl"))
-    assert list(again.store.blocks) == held and len(again.encoder.resident) > 10
+    assert list(again.store.blocks) == held and len(again.encoder.window.blocks) > 10
     again.push(video(4, seed=5), [100.0, 100.5, 101.0, 101.5])
     again.ask(Q, max_new_tokens=1)
 
@@ -751,7 +751,7 @@ CHILD = """
     s = t.session("qwen2_5_vl", window=64, disk={disk!r}, flush_seconds=3, redundancy=0.2)
     for i in range(10_000):
         s.push(t.video(4, seed=i))
-        print(s.last, flush=True)
+        print(s.newest, flush=True)
 """
 
 
@@ -777,3 +777,32 @@ def test_kill_minus_nine_loses_the_tail_and_says_how_much(tmp_path):
     again.ask(Q, max_new_tokens=2)
     again.push(video(4, seed=77), [seen + 10 + i / 2 for i in range(4)])
     assert again.store.blocks[max(again.store.blocks)].start == seen + 11
+
+
+# ---------------------------------------------------------------- the page about streams
+
+
+def test_the_example_of_the_readme_runs(tmp_path, monkeypatch):
+    """The code of vlmfast/stream/README.md, and the table of its files against the folder."""
+    import vlmfast.stream
+    from vlmfast.video.read import write_video
+
+    folder = Path(vlmfast.stream.__file__).parent
+    text = (folder / "README.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    write_video("clip.mp4", video(8), 2)
+    code = text.partition("```python\n")[2].partition("```")[0]
+    names = {"model": tiny.build("qwen2_5_vl"), "processor": processor("qwen2_5_vl")}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["answer"].evidence and names["stream"].stats()["blocks"] == 4
+    names["stream"].close()
+    files = [f.name for f in [*folder.glob("*.py"), *folder.glob("archive/*.py")] if f.name != "__init__.py"]
+    assert [f for f in files if f"`{f}`" not in text] == []
+
+
+def test_names_of_earlier_versions_are_found():
+    from vlmfast.stream import Anywhere, Evenly, RandomRetriever
+    from vlmfast.stream.retrievers import parse
+
+    assert (Evenly, Anywhere) == (UniformRetriever, RandomRetriever)
+    assert parse("uniform:frames=3") == Evenly(frames=3) and parse("random") == Anywhere()

@@ -64,10 +64,10 @@ def test_what_is_wrong_is_found(world, monkeypatch, tmp_path):
     s.close()
     session = world.load(tmp_path / "s")
     assert world.wrong(session) == ""
-    session.store.held[2] = session.store.whole(2)
-    session.store.held[2].keys.view(torch.int32)[0, 0, 0, 0] ^= 1
+    session.store.in_ram[2] = session.store.whole(2)
+    session.store.in_ram[2].keys.view(torch.int32)[0, 0, 0, 0] ^= 1
     assert world.wrong(session) == "layer 0 of block 2"
-    del session.store.held[2], session.store.blocks[3]
+    del session.store.in_ram[2], session.store.blocks[3]
     assert world.wrong(session).startswith("blocks") and world.wrong(session, gaps=True) == ""
     session.close(discard=True)
 

@@ -59,7 +59,7 @@ def test_index(clips, name):
         truth = np.arange(n) / 30
     assert np.abs(index.timestamps - truth).max() < (0.011 if name == "gif" else 0.0011)  # mkv rounds to 1 ms
     assert index.timestamps[0] == 0 and np.all(np.diff(index.timestamps) > 0)
-    assert index.shown == (48, 64)
+    assert index.upright_size == (48, 64)
     assert index.fps == pytest.approx((n - 1) / truth[-1], rel=0.02)
     assert truth[-1] < index.duration < truth[-1] + 0.11
 
@@ -102,8 +102,8 @@ def test_a_seek_that_lands_too_late_is_noticed(clips, monkeypatch):
         with real(path) as (container, stream):
             yield Late(container), stream
 
-    real = backends_module.opened
-    monkeypatch.setattr(backends_module, "opened", opened)
+    real = backends_module.open_video
+    monkeypatch.setattr(backends_module, "open_video", opened)
     got = list(fetch(lying, np.array([3, 52, 70])))
     assert all(np.array_equal(g, whole[k]) for g, k in zip(got, (3, 52, 70), strict=True))
 

@@ -1,20 +1,28 @@
-"""A block: what the stream remembers of one temporal grid (one frame, or the pair of frames that Qwen reads as one)."""
+"""Blocks: what the stream remembers of one temporal grid; how it is packed for storage, and where it is positioned.
+
+A temporal grid is one frame, or the pair of frames that Qwen reads as one. Its path: frames -> `GridFeatures`
+(vision.py) -> a `Block` and its `BlockTensors` (encoder.py) -> a `PackedBlock` (archive/) -> a `WorkingSet`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+FORMATS = ("int8", "bf16", "model")
+
 
 @dataclass
 class Block:
-    """id: place in the stream. start, end: seconds (end is where the next one starts, as far as known).
+    """The record of a block of n tokens, without its keys and values. A position axes.
 
+    id: its number in the stream. start, end: seconds (end is where the next one starts, as far as known).
     origin (A,): position of the block in the stream. advance (A,): step to a block that follows without a gap.
-    rel (A, n) int16: positions of its n tokens relative to `origin`. frames: camera frames in it.
+    relative_positions (A, n) int16: positions of its tokens less `origin`. frames: camera frames in it.
     novelty: share of its tokens that redundancy kept; norm: mean L2 norm of its values; eviction ranks by both.
     """
 
@@ -23,34 +31,167 @@ class Block:
     end: float
     origin: tuple[int, ...]
     advance: tuple[int, ...]
-    rel: Tensor
+    relative_positions: Tensor
     frames: int = 1
     novelty: float = 1.0
     norm: float = 1.0
 
     @property
-    def n(self) -> int:
-        return int(self.rel.shape[1])
+    def num_tokens(self) -> int:
+        return int(self.relative_positions.shape[1])
 
     def json(self) -> dict[str, Any]:
+        """The record as it is stored."""
         return {
             "id": self.id, "start": self.start, "end": self.end, "origin": list(self.origin),
-            "advance": list(self.advance), "rel": self.rel.tolist(), "frames": self.frames,
+            "advance": list(self.advance), "rel": self.relative_positions.tolist(), "frames": self.frames,
             "novelty": round(self.novelty, 4), "norm": round(self.norm, 4),
         }  # fmt: skip
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Block:
         data = dict(data)
-        data["rel"] = torch.tensor(data["rel"], dtype=torch.int16)
-        return cls(**data | {"origin": tuple(data["origin"]), "advance": tuple(data["advance"])})
+        positions = torch.tensor(data.pop("rel"), dtype=torch.int16)
+        sides = {"origin": tuple(data["origin"]), "advance": tuple(data["advance"])}
+        return cls(**data | sides, relative_positions=positions)
 
 
 @dataclass
-class Payload:
-    """One block's tensors: keys (un-rotated) and values (L, Hk, n, Dh); rep (L, Hk, Dh); embedding (E,) or None."""
+class BlockTensors:
+    """A block's tensors as the model made them: keys (un-rotated) and values (L, Hk, n, Dh); representative
+    (L, Hk, Dh), the mean key that retrieval compares with; embedding (E,) of an external encoder, or None."""
 
     keys: Tensor
     values: Tensor
-    rep: Tensor
+    representative: Tensor
     embedding: Tensor | None = None
+
+
+@dataclass
+class PackedBlock:
+    """A block's tensors as they are stored: keys, values (L, Hk, n, Dh); scales float16, broadcastable, or None;
+    representative (L, Hk, Dh) float16; embedding (E,) float16 or None."""
+
+    keys: Tensor
+    values: Tensor
+    key_scale: Tensor | None
+    value_scale: Tensor | None
+    representative: Tensor
+    embedding: Tensor | None = None
+
+    def nbytes(self) -> int:
+        """Bytes of keys, values and scales (the representative is counted where it is kept)."""
+        tensors = (self.keys, self.values, self.key_scale, self.value_scale)
+        return sum(x.numel() * x.element_size() for x in tensors if x is not None)
+
+    def layer(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """One layer's keys and values (Hk, n, Dh) in `dtype`."""
+        key_scale = None if self.key_scale is None else self.key_scale[layer]
+        value_scale = None if self.value_scale is None else self.value_scale[layer]
+        return unpack(self.keys[layer], self.values[layer], key_scale, value_scale, self.representative[layer], dtype)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By their names in a segment file."""
+        named = {
+            "k": self.keys, "v": self.values, "ks": self.key_scale, "vs": self.value_scale,
+            "rep": self.representative, "emb": self.embedding,
+        }  # fmt: skip
+        return {name: x.contiguous() for name, x in named.items() if x is not None}
+
+
+# -- storage formats ---------------------------------------------------------------------------------------------------
+
+
+def pack(block: BlockTensors, keep_as: str) -> PackedBlock:
+    """A block's tensors on the CPU (pinned, if they come from a GPU) in a format of `FORMATS`.
+
+    "model": the model's dtype. "bf16". "int8": symmetric, one scale per channel or per token of every (layer, head),
+    whichever needs fewer of them; a quarter of float32, half of bf16. Keys are quantised as their difference to the
+    block's representative, so that large constant channels (key biases, KIVI arXiv 2402.02750) cost no precision.
+    """
+    pinned = block.keys.is_cuda
+    representative = block.representative.half().cpu()
+    embedding = None if block.embedding is None else block.embedding.half().cpu()
+    if keep_as == "int8":
+        keys, key_scale = _int8(block.keys.float().cpu() - representative[:, :, None].float())
+        values, value_scale = _int8(block.values.float().cpu())
+        if pinned:
+            keys, values, key_scale, value_scale = (x.pin_memory() for x in (keys, values, key_scale, value_scale))
+        return PackedBlock(keys, values, key_scale, value_scale, representative, embedding)
+    dtype = torch.bfloat16 if keep_as == "bf16" else block.keys.dtype
+    keys, values = (x.to("cpu", dtype, copy=True).contiguous() for x in (block.keys, block.values))
+    if pinned:
+        keys, values = keys.pin_memory(), values.pin_memory()
+    return PackedBlock(keys, values, None, None, representative, embedding)
+
+
+def _int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    axis = 2 if x.shape[2] > x.shape[3] else 3
+    scale = (x.abs().amax(axis, keepdim=True) / 127).clamp(min=1e-8, max=6e4).half().clamp(min=6e-8)
+    return (x / scale.float()).round_().clamp_(-127, 127).to(torch.int8), scale
+
+
+def unpack(
+    keys: Tensor,
+    values: Tensor,
+    key_scale: Tensor | None,
+    value_scale: Tensor | None,
+    representative: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """One layer's keys and values (Hk, n, Dh) in `dtype`; scales and representative (Hk, Dh) of that layer."""
+    if key_scale is None or value_scale is None:
+        return keys.to(dtype), values.to(dtype)
+    full_keys = torch.addcmul(representative[:, None].float(), keys.float(), key_scale.float())
+    return full_keys.to(dtype), (values.float() * value_scale.float()).to(dtype)
+
+
+# -- positions of chosen blocks ----------------------------------------------------------------------------------------
+
+
+def origins(blocks: Sequence[Block], base: Sequence[int], contiguous: bool) -> list[tuple[int, ...]]:
+    """The new origin of every block (ascending ids), the first one at `base` (A,).
+
+    contiguous (ReKV, arXiv 2503.00540): blocks that follow one another in the stream keep their distance, any gap
+    closes to the natural step of the block before it; otherwise distances are those of the stream. Under M-RoPE a block
+    keeps its own (h, w) grid; only its origin moves.
+    """
+    out: list[tuple[int, ...]] = []
+    for i, block in enumerate(blocks):
+        if i == 0:
+            out.append(tuple(base))
+            continue
+        before = blocks[i - 1]
+        step: Sequence[int] = [a - b for a, b in zip(block.origin, before.origin, strict=True)]
+        if contiguous and block.id != before.id + 1:
+            step = before.advance
+        out.append(tuple(a + s for a, s in zip(out[-1], step, strict=True)))
+    return out
+
+
+def block_positions(blocks: Sequence[Block], base: Sequence[int], contiguous: bool) -> Tensor:
+    """Positions (A, n) int64 of all tokens of `blocks`, in order."""
+    if not blocks:
+        return torch.zeros(len(base), 0, dtype=torch.long)
+    starts = origins(blocks, base, contiguous)
+    placed = [
+        block.relative_positions.long() + torch.tensor(o)[:, None] for block, o in zip(blocks, starts, strict=True)
+    ]
+    return torch.cat(placed, 1)
+
+
+def text_position(
+    blocks: Sequence[Block], base: Sequence[int], contiguous: bool, timed: bool, after_max: bool, extent: int
+) -> int:
+    """Where text after the blocks begins (the same on every axis).
+
+    Chained layouts (1-D RoPE, Qwen3-VL): after the last block. Timed ones (Qwen2/2.5-VL): after the maximum of all
+    axes, or, where the model's own rule is not `after_max`, after the spatial `extent` of the first grid.
+    """
+    if not blocks:
+        return max(base)
+    last = origins(blocks, base, contiguous)[-1]
+    if not timed:
+        return max(o + a for o, a in zip(last, blocks[-1].advance, strict=True))
+    spatial = max(base) + extent
+    return max(last[0] + 1, spatial) if after_max else spatial

@@ -1,35 +1,34 @@
-"""Frames to blocks: tower, redundancy dropped before the language model, prefill under a sliding window.
+"""Turns frames into blocks: vision tower, redundant tokens dropped, prefill under a sliding window.
 
 Everything a block becomes depends on the stream alone, never on how it was cut into pushes: the tower sees one temporal
-grid at a time, redundancy compares with the last kept feature, and the window slides only where a *segment* begins, a
-quarter of the window measured in tokens of the stream. The init tokens (the prompt before the video) never leave, and
-after every slide the window is re-based: its first block stands where the first block of a video stands.
+grid at a time, redundancy compares with the last kept feature of the same position, and the window slides only where a
+segment begins.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmfast.core import Unsupported, UserError, VisualTokens
-from vlmfast.runtime.stream_cache import WindowCache
-from vlmfast.stream.archive.last_keys import LastKeys
-from vlmfast.stream.blocks import Block, Payload
-from vlmfast.stream.vision import Grids, VisionEncoder
+from vlmfast.core import Unsupported, VisualTokens
+from vlmfast.stream.archive.representatives import LastKeys
+from vlmfast.stream.blocks import Block, BlockTensors
+from vlmfast.stream.sliding_window import SlidingWindow, WindowCheckpoint
+from vlmfast.stream.vision import GridFeatures, VisionEncoder
 
-FORWARD = 2048  # most tokens of one forward
+MOST_TOKENS = 2048  # of one forward of the language model
 
 
 @dataclass
-class Clip:
-    """Temporal grids ready to encode: frames (G * p, H, W, 3) uint8, times[g] = seconds of its first and last frame,
-    interval[g] = seconds between its last frame and the next one to expect."""
+class GridFrames:
+    """The frames of G temporal grids, ready to encode: frames (G * p, H, W, 3) uint8, times[g] = seconds of the first
+    and last frame of a grid, interval[g] = seconds between its last frame and the next one to expect."""
 
     frames: Tensor
     times: list[tuple[float, float]]
@@ -40,290 +39,253 @@ class Clip:
 
 
 @dataclass
-class State:
-    """What the next block depends on, besides the window's tensors."""
+class Progress:
+    """How far an encoder has come; saved by its field names."""
 
     blocks: int = 0  # blocks encoded so far
     first: float | None = None  # seconds of the first frame
     cursor: int = 0  # where the next block starts (chained layouts)
-    shift: list[int] = field(default_factory=list)  # (A,) re-basing of the window
-    segment: int = 0  # tokens in the running segment
     visual: int = 0  # visual tokens seen, and kept
     kept: int = 0
 
 
 @dataclass
-class Mark:
-    """What an encoder was before a chunk: `Encoder.reset` goes back to it."""
+class Checkpoint:
+    """What an encoder was before some frames: `Encoder.roll_back` goes back to it."""
 
-    state: State
-    last: Tensor | None
-    size: tuple[int, int] | None
-    span: int
-    resident: list[Block]
-    offsets: dict[int, int]
-    standing: LastKeys
-    columns: int
-    window: tuple[list[tuple[Tensor, Tensor]], Tensor] | None = None  # raw and values by layer, and the positions
+    progress: Progress
+    last_features: Tensor | None
+    grid_size: tuple[int, int] | None
+    first_extent: int
+    last_keys: LastKeys
+    window: WindowCheckpoint
 
 
 @dataclass
-class _Piece:
+class BlockInput:
     """One block on its way through the language model."""
 
     block: Block
-    embeds: Tensor  # (n, D)
+    embeddings: Tensor  # (n, D)
     visual: Tensor  # (n,) bool
-    deep: list[Tensor]  # DeepStack rows of the visual tokens
-    keep: Tensor  # (P,) bool, the places of the picture that it kept
-    fresh: bool  # the first picture of its size
+    deepstack: list[Tensor]  # DeepStack features of its visual tokens, one tensor a level
+    kept: Tensor  # (P,) bool, the positions of the grid whose tokens it kept
+    new_size: bool  # the first grid of its size
 
 
-def redundant(feature: Tensor, last: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-    """EfficientReKV's rule: keep a token iff its cosine distance to the last *kept* feature at its place exceeds tau.
+def not_redundant(features: Tensor, last: Tensor, redundancy: float) -> tuple[Tensor, Tensor]:
+    """EfficientReKV's rule: keep a token iff its cosine distance to the last *kept* feature at its position exceeds
+    `redundancy`.
 
-    feature, last (n, D) -> keep (n,) bool, at least one; distance (n,) float32.
+    features, last (P, D) -> kept (P,) bool, at least one; distance (P,) float32.
     """
-    distance = 1 - F.cosine_similarity(feature.float(), last.float(), dim=-1)
-    keep = distance > tau
-    if not bool(keep.any()):
-        keep[distance.argmax()] = True
-    return keep, distance
+    distance = 1 - F.cosine_similarity(features.float(), last.float(), dim=-1)
+    kept = distance > redundancy
+    if not bool(kept.any()):
+        kept[distance.argmax()] = True
+    return kept, distance
 
 
 class Encoder:
-    """window: tokens that a frame sees besides the init tokens. tau: cosine distance, None keeps every token.
-    prune: a pruner of the plan, applied to every grid by itself."""
+    """Turns grids of frames into blocks.
 
-    def __init__(self, vision: VisionEncoder, init: list[int], window: int, tau: float | None, prune: Any) -> None:
-        if prune is not None:
-            _check_pruner(prune)
-        self.vision, self.window, self.tau, self.prune = vision, window, tau, prune
-        self.layout = vision.layout
-        self.init, self.base = init, len(init)
-        self.cache = WindowCache(vision.text, self.base + window)
-        self.resident: list[Block] = []  # blocks in the window, oldest first
-        self.offsets: dict[int, int] = {}  # block id -> its first column in the cache
-        self.state = State(cursor=self.base, shift=[0] * self.layout.axes)
-        self.last: Tensor | None = None  # (n, D) last kept features
-        self.standing = LastKeys()
-        self.size: tuple[int, int] | None = None
-        self.span = 0  # spatial extent of the first grid: where text begins under the timed rule
-        self._mark: Mark | None = None
-        if init:
-            positions = torch.arange(self.base).expand(self.layout.axes, -1)
-            with torch.inference_mode(False), torch.no_grad():
-                self.cache.forward(vision.model, vision.embed(init)[None], positions)
+    init_ids: the prompt before the video. window: tokens that a grid sees besides them. redundancy: cosine distance
+    below which a token is dropped, None keeps every token. pruner: of the plan, applied to every grid by itself.
+    """
+
+    def __init__(
+        self, vision: VisionEncoder, init_ids: list[int], window: int, redundancy: float | None, pruner: Any
+    ) -> None:
+        if pruner is not None:
+            _check_pruner(pruner)
+        self.vision, self.layout = vision, vision.layout
+        self.redundancy, self.pruner = redundancy, pruner
+        self.window = SlidingWindow(vision, init_ids, window)
+        self.progress = Progress(cursor=len(init_ids))
+        self.last_features: Tensor | None = None  # (P, D) last kept feature of every position of a grid
+        self.last_keys = LastKeys()
+        self.grid_size: tuple[int, int] | None = None  # of `last_features`
+        self.first_extent = 0  # spatial extent of the first grid: where text begins under the timed rule
 
     @property
-    def origin(self) -> tuple[int, ...]:
-        """(A,) where the first block of a video stands."""
-        return (self.base,) * self.layout.axes
+    def num_layers(self) -> int:
+        return len(self.window.cache.layers)
 
     @torch.no_grad()
-    def encode(self, clip: Clip) -> Iterator[tuple[Block, Payload]]:
-        """The blocks of a clip, in order, each as soon as it went through the language model."""
-        grids = self.vision.see(clip.frames)
-        group: list[_Piece] = []
-        for g in range(len(clip)):
-            piece = self._piece(grids, g, clip)
-            if self._starts_segment(piece.block.n):
-                yield from self._run(group)
+    def encode(self, grids: GridFrames) -> Iterator[tuple[Block, BlockTensors]]:
+        """The blocks of some grids, in order, each as soon as it went through the language model."""
+        features = self.vision.features(grids.frames)
+        group: list[BlockInput] = []
+        for g in range(len(grids)):
+            made = self._block_input(features, g, grids)
+            n = made.block.num_tokens
+            if self.window.starts_segment(n):
+                yield from self._forward(group)
                 group = []
-                self._slide(piece.block.n)
-            elif sum(p.block.n for p in group) + piece.block.n > FORWARD:
-                yield from self._run(group)
+                self.window.slide(n)
+            elif sum(made.block.num_tokens for made in group) + n > MOST_TOKENS:
+                yield from self._forward(group)
                 group = []
-            self.state.segment += piece.block.n
-            group.append(piece)
-        yield from self._run(group)
+            self.window.segment += n
+            group.append(made)
+        yield from self._forward(group)
 
-    def mark(self) -> Mark:
-        """Remember everything, until `forget_mark`; the window's tensors only once it slides."""
-        state = dataclasses.replace(self.state, shift=list(self.state.shift))
-        self._mark = Mark(
-            state, self.last, self.size, self.span, list(self.resident), dict(self.offsets), self.standing.copy(),
-            self.cache.layers[0].n,
-        )  # fmt: skip
-        return self._mark
-
-    def forget_mark(self) -> None:
-        self._mark = None
-
-    def reset(self, mark: Mark) -> None:
-        """Be as at the mark again."""
-        self.state, self.last, self.size, self.span = mark.state, mark.last, mark.size, mark.span
-        self.resident, self.offsets, self.standing = mark.resident, mark.offsets, mark.standing
-        layers = self.cache.layers
-        if mark.window is not None:
-            tensors, positions = mark.window
-            for layer, (raw, val) in zip(layers, tensors, strict=True):
-                layer.n = raw.shape[1]
-                layer.raw[:, : layer.n], layer.val[:, : layer.n] = raw, val
-            self.cache.slide(mark.columns, layers[0].n, positions[:, : mark.columns])
-        else:
-            self.cache.crop(mark.columns - layers[0].n)
-
-    # -- one grid ------------------------------------------------------------------------------------------------------
-
-    def _piece(self, grids: Grids, g: int, clip: Clip) -> _Piece:
-        state, (h, w), rows = self.state, grids.size, grids.rows[g]
-        start, last = clip.times[g]
-        state.first = start if state.first is None else state.first
-        self.span = self.span or self.layout.span(h, w)
-        fresh = self.last is None or (h, w) != self.size
-        keep = self._keep(rows, (h, w))
-        state.visual += rows.shape[0]
-        state.kept += int(keep.sum())
-        stamp = self.vision.stamp(start - state.first, last - state.first)
-        k, spatial = len(stamp), self.layout.grid(h, w)
-        rel = [torch.arange(k).expand(self.layout.axes, -1), spatial[:, keep.cpu()] + k]
-        parts = [self.vision.embed(stamp), rows[keep]]
-        extent = self.layout.span(h, w) + k
+    def _block_input(self, features: GridFeatures, g: int, grids: GridFrames) -> BlockInput:
+        """What grid g gives to the language model: redundancy dropped, its time stamp (Qwen3-VL) around it."""
+        progress, layout, (h, w), grid = self.progress, self.layout, features.size, features.features[g]
+        start, last = grids.times[g]
+        progress.first = start if progress.first is None else progress.first
+        self.first_extent = self.first_extent or layout.extent(h, w)
+        new_size = self.last_features is None or (h, w) != self.grid_size
+        kept = self._kept(grid, (h, w))
+        num_kept = int(kept.sum())
+        progress.visual += grid.shape[0]
+        progress.kept += num_kept
+        stamp = self.vision.timestamp_ids(start - progress.first, last - progress.first)
+        positions = [torch.arange(len(stamp)).expand(layout.axes, -1), layout.grid(h, w)[:, kept.cpu()] + len(stamp)]
+        parts = [self.vision.embed(stamp), grid[kept]]
+        extent = layout.extent(h, w) + len(stamp)
         if stamp:
-            rel.append(torch.full((self.layout.axes, 1), extent))
+            positions.append(torch.full((layout.axes, 1), extent))
             parts.append(self.vision.embed([self.vision.end]))
             extent += 1
-        end = last + clip.interval[g]
-        if self.layout.timed:
-            tick = self.layout.ticks(start - state.first, state.blocks)
-            origin = (self.base + tick, *self.origin[1:])
-            natural = self.layout.ticks(end - start, 1) or 1
-            advance: tuple[int, ...] = (natural,) + (0,) * (self.layout.axes - 1)
+        end = last + grids.interval[g]
+        if layout.timed:
+            tick = layout.ticks(start - progress.first, progress.blocks)
+            origin = (self.window.num_init + tick, *self.window.origin[1:])
+            natural = layout.ticks(end - start, 1) or 1
+            advance: tuple[int, ...] = (natural,) + (0,) * (layout.axes - 1)
         else:
-            origin = (state.cursor,) * self.layout.axes
-            state.cursor += extent
-            advance = (extent,) * self.layout.axes
-        positions = torch.cat(rel, 1).to(torch.int16)
-        novelty = float(keep.float().mean())
-        block = Block(state.blocks, start, end, origin, advance, positions, self.vision.frames, novelty)
-        if block.n > self.window:
-            raise UserError(f"window={self.window} tokens cannot hold one frame of {block.n}: give a larger window")
-        state.blocks += 1
-        visual = torch.zeros(block.n, dtype=torch.bool, device=rows.device)
-        visual[k : k + int(keep.sum())] = True
-        embeds = torch.cat([p.to(parts[0]) for p in parts])
-        return _Piece(block, embeds, visual, [level[g][keep] for level in grids.deep], keep, fresh)
+            origin = (progress.cursor,) * layout.axes
+            progress.cursor += extent
+            advance = (extent,) * layout.axes
+        relative = torch.cat(positions, 1).to(torch.int16)
+        novelty = float(kept.float().mean())
+        block = Block(progress.blocks, start, end, origin, advance, relative, self.vision.frames_per_grid, novelty)
+        self.window.check(block.num_tokens)
+        progress.blocks += 1
+        visual = torch.zeros(block.num_tokens, dtype=torch.bool, device=grid.device)
+        visual[len(stamp) : len(stamp) + num_kept] = True
+        embeddings = torch.cat([part.to(parts[0]) for part in parts])
+        return BlockInput(block, embeddings, visual, [level[g][kept] for level in features.deepstack], kept, new_size)
 
-    def _keep(self, rows: Tensor, size: tuple[int, int]) -> Tensor:
-        """(n,) bool: redundancy, then the plan's pruner; at least one token of every grid."""
-        keep = torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device)
-        distance = torch.ones(rows.shape[0], device=rows.device)
-        if self.last is None or size != self.size:  # the first picture, or a change of size: all of it is new
-            self.last, self.size = rows.clone(), size
-        elif self.tau is not None:
-            keep, distance = redundant(rows, self.last, self.tau)
-            self.last = torch.where(keep[:, None], rows, self.last)
-        if self.prune is not None and self.prune.keep < 1:
-            frame = torch.zeros(rows.shape[0], dtype=torch.long, device=rows.device)
-            chosen = torch.zeros_like(keep)
-            chosen[self.prune.select(VisualTokens(rows, frame, (1, *size), video=True))] = True
-            both = keep & chosen
+    def _kept(self, grid: Tensor, size: tuple[int, int]) -> Tensor:
+        """Which of a grid's features (P, D) go on, (P,) bool: redundancy, then the plan's pruner; at least one does."""
+        kept = torch.ones(grid.shape[0], dtype=torch.bool, device=grid.device)
+        distance = torch.ones(grid.shape[0], device=grid.device)
+        if self.last_features is None or size != self.grid_size:  # the first grid, or a new size: all of it is new
+            self.last_features, self.grid_size = grid.clone(), size
+        elif self.redundancy is not None:
+            kept, distance = not_redundant(grid, self.last_features, self.redundancy)
+            self.last_features = torch.where(kept[:, None], grid, self.last_features)
+        if self.pruner is not None and self.pruner.keep < 1:
+            frame = torch.zeros(grid.shape[0], dtype=torch.long, device=grid.device)
+            chosen = torch.zeros_like(kept)
+            chosen[self.pruner.select(VisualTokens(grid, frame, (1, *size), video=True))] = True
+            both = kept & chosen
             if not bool(both.any()):
-                both[(distance * keep).argmax()] = True
-            keep = both
-        return keep
+                both[(distance * kept).argmax()] = True
+            kept = both
+        return kept
 
-    # -- the window ----------------------------------------------------------------------------------------------------
-
-    @property
-    def _segment(self) -> int:
-        return max(1, self.window // 4)
-
-    def _starts_segment(self, n: int) -> bool:
-        return self.state.segment > 0 and self.state.segment + n > self._segment
-
-    def _slide(self, n: int) -> None:
-        """A segment begins with a block of n tokens: make room for all of it, re-base what stays."""
-        self.state.segment = 0
-        room = self.window - max(self._segment, n)
-        held, gone = sum(b.n for b in self.resident), 0
-        while self.resident and held - gone > room:
-            gone += self.resident.pop(0).n
-        if not gone:
-            return
-        if self._mark is not None and self._mark.window is None:
-            tensors = [(x.raw[:, : x.n].clone(), x.val[:, : x.n].clone()) for x in self.cache.layers]
-            self._mark.window = tensors, self.cache.positions
-        head = self.resident[0].origin if self.resident else None
-        if head is not None:
-            self.state.shift = [a - b for a, b in zip(head, self.origin, strict=True)]
-        else:  # the block that comes next becomes the head
-            self.state.shift = []
-        init = self.cache.positions[:, : self.base]
-        self.cache.slide(self.base, self.base + gone, torch.cat([init, *(self._at(b) for b in self.resident)], 1))
-        self._index()
-
-    def _at(self, block: Block) -> Tensor:
-        """Positions (A, n) of a block in the window as it is based now."""
-        if not self.state.shift:
-            self.state.shift = [a - b for a, b in zip(block.origin, self.origin, strict=True)]
-        at = torch.tensor([o - s for o, s in zip(block.origin, self.state.shift, strict=True)])
-        return block.rel.long() + at[:, None]
-
-    def _index(self) -> None:
-        self.offsets, column = {}, self.base
-        for block in self.resident:
-            self.offsets[block.id] = column
-            column += block.n
-
-    def _run(self, group: list[_Piece]) -> Iterator[tuple[Block, Payload]]:
-        """One forward over the blocks of a group; yields them with their tensors."""
+    def _forward(self, group: list[BlockInput]) -> Iterator[tuple[Block, BlockTensors]]:
+        """The language model on a group of blocks, at most `MOST_TOKENS` tokens."""
         if not group:
             return
-        embeds = torch.cat([p.embeds for p in group])[None]
-        positions = torch.cat([self._at(p.block) for p in group], 1)
-        deep: dict[str, Any] = {}
-        if group[0].deep:
-            deep["visual_pos_masks"] = torch.cat([p.visual for p in group])[None]
-            levels = zip(*(p.deep for p in group), strict=True)
-            deep["deepstack_visual_embeds"] = [torch.cat(level) for level in levels]
-        a = self.cache.layers[0].n
-        self.cache.forward(self.vision.model, embeds, positions, **deep)
-        b = self.cache.layers[0].n
-        keys = torch.stack([layer.raw[:, a:b] for layer in self.cache.layers])
-        values = torch.stack([layer.val[:, a:b] for layer in self.cache.layers])
-        norms = values.float().norm(dim=-1).mean((0, 1)).cpu()
-        column, made = 0, []
-        for piece in group:
-            to = column + piece.block.n
-            block = dataclasses.replace(piece.block, norm=float(norms[column:to].mean()))
-            self.offsets[block.id] = a + column
-            self.resident.append(block)
-            k, v = keys[:, :, column:to], values[:, :, column:to]
-            if piece.fresh:
-                self.standing.forget()
-            made.append((block, Payload(k, v, self.standing.see(k[:, :, piece.visual], piece.keep))))
-            column = to
-        yield from made
+        deepstack: dict[str, Any] = {}
+        if group[0].deepstack:
+            levels = zip(*(made.deepstack for made in group), strict=True)
+            deepstack["visual_pos_masks"] = torch.cat([made.visual for made in group])[None]
+            deepstack["deepstack_visual_embeds"] = [torch.cat(level) for level in levels]
+        done = self.window.forward(
+            [made.block for made in group], torch.cat([made.embeddings for made in group]), **deepstack
+        )
+        out = []
+        for made, (block, keys, values) in zip(group, done, strict=True):
+            if made.new_size:
+                self.last_keys.forget()
+            representative = self.last_keys.representative(keys[:, :, made.visual], made.kept)
+            out.append((block, BlockTensors(keys, values, representative)))
+        yield from out
 
-    def window_layer(self, block: Block, layer: int) -> tuple[Tensor, Tensor] | None:
-        """Un-rotated keys and values (Hk, n, Dh) of a block that is still in the window, else None."""
-        at = self.offsets.get(block.id)
-        if at is None:
-            return None
-        held = self.cache.layers[layer]
-        return held.raw[:, at : at + block.n], held.val[:, at : at + block.n]
+    # -- going back, saving --------------------------------------------------------------------------------------------
+
+    def checkpoint(self) -> Checkpoint:
+        """Remember everything, until `forget_checkpoint`."""
+        return Checkpoint(
+            dataclasses.replace(self.progress), self.last_features, self.grid_size, self.first_extent,
+            self.last_keys.copy(), self.window.checkpoint(),
+        )  # fmt: skip
+
+    def forget_checkpoint(self) -> None:
+        self.window.forget_checkpoint()
+
+    def roll_back(self, to: Checkpoint) -> None:
+        """Be as at the checkpoint again."""
+        self.progress, self.last_features, self.last_keys = to.progress, to.last_features, to.last_keys
+        self.grid_size, self.first_extent = to.grid_size, to.first_extent
+        self.window.roll_back(to.window)
+
+    def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that `restore` needs: tensors, the window at full precision, and what JSON can hold."""
+        tensors = self.window.snapshot() | self.last_keys.snapshot()
+        if self.last_features is not None:
+            tensors["last"] = self.last_features.cpu().contiguous()
+        state = dataclasses.asdict(self.progress) | {"shift": self.window.shift, "segment": self.window.segment}
+        return tensors, {
+            "state": state, "size": self.grid_size, "span": self.first_extent,
+            "resident": [block.json() for block in self.window.blocks],
+        }  # fmt: skip
+
+    def restore(self, tensors: dict[str, Tensor], saved: dict[str, Any]) -> None:
+        """Be as when `snapshot` was taken, bit for bit. Raises KeyError, TypeError, ... for what no snapshot holds."""
+        state, window = dict(saved["state"]), self.window
+        window.shift, window.segment = state.pop("shift"), state.pop("segment")
+        self.progress = Progress(**state)
+        self.grid_size = tuple(saved["size"]) if saved["size"] else None  # type: ignore[assignment]
+        self.first_extent = saved["span"]
+        if "last" in tensors:
+            self.last_features = tensors["last"].to(self.vision.device)
+        self.last_keys.restore(tensors, self.vision.device)
+        blocks = [Block.from_json(block) for block in saved["resident"]]
+        window.fill(blocks, tensors["raw"][:, :, window.num_init :], tensors["val"][:, :, window.num_init :])
+
+    def rebuild(
+        self, blocks: Sequence[Block], first: float, extent: int, stored: Callable[[int, int], tuple[Tensor, Tensor]]
+    ) -> None:
+        """Go on after `blocks` (in order, at least one) with a window of the newest of them; the next grid is taken
+        whole.
+
+        first: seconds of the stream's first frame. extent: that of its first grid. stored(id, layer): un-rotated keys
+        and values (Hk, n, Dh); what it raises is raised, and nothing is changed then.
+        """
+        newest = self.window.newest(blocks)
+        layers = [[stored(block.id, i) for block in newest] for i in range(self.num_layers)]
+        last, progress = blocks[-1], self.progress
+        progress.blocks, progress.first, self.first_extent = last.id + 1, first, extent
+        if not self.layout.timed:
+            progress.cursor = last.origin[0] + last.advance[0]
+        self.window.segment = self.window.segment_size  # the next block begins a segment, which makes room for it
+        self.window.shift = []
+        if newest:
+            keys = torch.stack([torch.cat([k for k, _ in layer], 1) for layer in layers])
+            values = torch.stack([torch.cat([v for _, v in layer], 1) for layer in layers])
+            self.window.fill(newest, keys, values)
 
 
-def _check_pruner(prune: Any) -> None:
-    name = type(prune).__name__
-    if getattr(prune, "resizes", False):
+def _check_pruner(pruner: Any) -> None:
+    name = type(pruner).__name__
+    if getattr(pruner, "resizes", False):
         raise Unsupported(f"{name} resizes the media of generate() calls: give a stream smaller frames instead")
-    if getattr(prune, "after_block", None) not in (None, "auto"):
+    if getattr(pruner, "after_block", None) not in (None, "auto"):
         raise Unsupported(
             f"{name}(after_block=...) prunes inside the tower, a stream at its output: leave after_block=None"
         )
-    if {"question", "tower_attention"} & set(prune.needs):
+    if {"question", "tower_attention"} & set(pruner.needs):
         raise Unsupported(
-            f"{name} needs {'/'.join(prune.needs)}, and a stream is encoded before any question: use vidcom2"
+            f"{name} needs {'/'.join(pruner.needs)}, and a stream is encoded before any question: use vidcom2"
         )
-    if getattr(prune, "video_only", False):
+    if getattr(pruner, "video_only", False):
         raise Unsupported(
-            f"{name} compares frames, which a stream does with tau=: use tau=, or a pruner of single frames"
+            f"{name} compares frames, which a stream does with redundancy=: use that, or a pruner of single frames"
         )
-
-
-def pairs(times: Sequence[float], size: int) -> list[tuple[float, float]]:
-    """Seconds of the first and last frame of every full group of `size` frames."""
-    return [(times[i], times[i + size - 1]) for i in range(0, len(times) - size + 1, size)]

@@ -1,4 +1,4 @@
-"""Frames into a session: pushed or watched, queued while the model is busy, encoded in chunks, archived."""
+"""Takes frames into a session: pushed or watched, queued while the model is busy, encoded in chunks, stored."""
 
 from __future__ import annotations
 
@@ -13,14 +13,12 @@ from torch import Tensor
 from vlmfast.core import UserError
 from vlmfast.runtime.model_lock import model_lock
 from vlmfast.stream.archive.folder import StoreError
-from vlmfast.stream.archive.packing import Packed, pack
 from vlmfast.stream.archive.store import Store
-from vlmfast.stream.blocks import Block
-from vlmfast.stream.encoder import Clip, Encoder
-from vlmfast.stream.frame_queue import FrameQueue, Timed, as_frames, as_times
+from vlmfast.stream.blocks import Block, PackedBlock, pack
+from vlmfast.stream.encoder import Checkpoint, Encoder, GridFrames
+from vlmfast.stream.frame_queue import FrameQueue, TimedFrame, Watcher, as_frames, as_times, is_live, open_frames
 from vlmfast.stream.retrievers import External, Retriever
 from vlmfast.stream.vision import VisionEncoder
-from vlmfast.stream.watch import Watcher
 
 CHUNK = 32  # temporal grids through the tower at once
 
@@ -36,22 +34,22 @@ class Intake:
 
     def __init__(self, fps: float, queue: int) -> None:
         self.fps, self.queue = fps, FrameQueue(queue)
-        self.pending: list[Timed] = []  # frames that wait for their partner (Qwen reads two as one)
-        self.last: float | None = None  # seconds of the newest frame encoded
-        self.gap: float | None = None  # seconds between the last two frames
+        self.pending: list[TimedFrame] = []  # frames that wait for the other frame of their grid
+        self.newest: float | None = None  # seconds of the newest frame encoded
+        self.interval: float | None = None  # seconds between the last two frames encoded
+        self.accepted: float | None = None  # seconds of the newest frame accepted, encoded or not
         self.counts: dict[str, Any] = {"frames": 0, "questions": 0, "encode_s": 0.0}
-        self._accepted: float | None = None  # seconds of the newest frame accepted, encoded or not
+        self.unstored: list[tuple[Block, PackedBlock]] = []  # encoded, and the store had no room: at most one chunk
         self._disk_error: StoreError | None = None
-        self._waiting: list[tuple[Block, Packed]] = []  # encoded, and the store had no room: at most one chunk
         self._failed: tuple[list[Tensor], Any, int] | None = (
-            None  # frames and timestamps of the last push, if it failed
+            None  # of a push that failed: frames, times, how many taken
         )
         self._lock = model_lock(self.model)  # one for all: a model serves one call at a time
-        self._order = threading.RLock()  # held from a frame's acceptance until it is queued or being encoded
+        self._accepting = threading.RLock()  # held from a frame's acceptance until it is queued or being encoded
         self._watchers: list[Watcher] = []
         self._closed = False
 
-    def _open(self) -> None:
+    def _check_open(self) -> None:
         if self._closed:
             raise UserError(
                 "this session is closed: StreamSession.load(path, ...) continues one that has a disk folder"
@@ -65,75 +63,79 @@ class Intake:
         Raises UserError for bad frames or times, StoreError when the archive cannot take more: nothing stored is lost,
         and the same push may be repeated when there is room again; frames of it that were taken are not taken twice.
         """
-        self._open()
-        pictures = as_frames(frames)
-        with self._order:
+        self._check_open()
+        checked = as_frames(frames)
+        with self._accepting:
             encoding = self._lock.acquire(blocking=False)
             try:
                 if encoding:
-                    self._settle()
-                before, known = self._accepted, self._known(pictures, timestamps)
+                    self.settle()
+                before, known = self.accepted, self._known(checked, timestamps)
                 rest = np.ravel(timestamps)[known:] if known and timestamps is not None else timestamps
-                items = self._accept(pictures[known:], rest)
+                new = self._accept(checked[known:], rest)
                 earlier = self.queue.take(len(self.queue)) if encoding else []
                 if not encoding:
-                    for item in items:
-                        self.queue.put(item)
+                    for frame in new:
+                        self.queue.put(frame)
             except BaseException:
                 if encoding:
                     self._lock.release()
                 raise
         if encoding:
             try:
-                self._take([*earlier, *items])
+                self._take([*earlier, *new])
                 self._report_disk()
             finally:
-                self._give_back(earlier, items, before, (pictures, timestamps, known))
+                self._give_back(earlier, new, before, checked, timestamps)
                 self._lock.release()
         self._beat()
-        return len(pictures)
+        return len(checked)
 
-    def _known(self, pictures: list[Tensor], timestamps: Any) -> int:
+    def _known(self, frames: list[Tensor], timestamps: Any) -> int:
         """How many of these frames the stream has: those that the last push took, if it failed and this repeats it."""
         failed, self._failed = self._failed, None
-        if failed is None or len(failed[0]) != len(pictures) or (failed[1] is None) != (timestamps is None):
+        if failed is None or len(failed[0]) != len(frames) or (failed[1] is None) != (timestamps is None):
             return 0
         if timestamps is not None and not np.array_equal(np.ravel(failed[1]), np.ravel(timestamps)):
             return 0
-        return failed[2] if all(map(torch.equal, failed[0], pictures)) else 0
+        return failed[2] if all(map(torch.equal, failed[0], frames)) else 0
 
-    def _reach(self) -> float:
-        """Seconds of the newest frame that is encoded or waits for its partner."""
-        return max([float("-inf") if self.last is None else self.last, *(t for _, t in self.pending)])
+    def _reached(self) -> float:
+        """Seconds of the newest frame that is encoded or pending."""
+        return max([float("-inf") if self.newest is None else self.newest, *(t for _, t in self.pending)])
 
-    def _give_back(self, earlier: list[Timed], items: list[Timed], before: float | None, pushed: Any) -> None:
-        """After a push: frames that an error kept out wait in the queue again, or were never accepted."""
-        reach = self._reach()
-        with self._order:
-            self.queue.give_back([x for x in earlier if x[1] > reach])
-            left = [x for x in items if x[1] > reach]
-            if left and self._accepted is not None and self._accepted > items[-1][1]:
+    def _give_back(
+        self, earlier: list[TimedFrame], new: list[TimedFrame], before: float | None, frames: list[Tensor], times: Any
+    ) -> None:
+        """After a push: frames that an error kept out wait in the queue again, or were never accepted.
+
+        earlier: frames that had waited. new: those of the push, before: `accepted` before them. frames, times: the push
+        as it came in.
+        """
+        reached = self._reached()
+        with self._accepting:
+            self.queue.give_back([frame for frame in earlier if frame[1] > reached])
+            left = [frame for frame in new if frame[1] > reached]
+            if left and self.accepted is not None and self.accepted > new[-1][1]:
                 self.queue.give_back(left)  # others came after them meanwhile
                 left = []
             elif left:
-                self._accepted = before if len(left) == len(items) else items[-len(left) - 1][1]
+                self.accepted = before if len(left) == len(new) else new[-len(left) - 1][1]
             if left or self._disk_error is not None:
-                pictures, timestamps, _ = pushed
-                self._failed = pictures, timestamps, len(pictures) - len(left)
+                self._failed = frames, times, len(frames) - len(left)
 
-    def _accept(self, frames: Any, timestamps: Any) -> list[Timed]:
-        """Checked frames with their seconds."""
-        pictures = as_frames(frames)
-        for picture in pictures:
-            self.vision.check_size(*picture.shape[:2])
-        times = as_times(timestamps, len(pictures), self._accepted, 1 / self.fps)
+    def _accept(self, frames: list[Tensor], timestamps: Any) -> list[TimedFrame]:
+        """Frames of a size that the model takes, with their seconds."""
+        for frame in frames:
+            self.vision.check_size(*frame.shape[:2])
+        times = as_times(timestamps, len(frames), self.accepted, 1 / self.fps)
         if times:
-            self._accepted = times[-1]
-        return list(zip(pictures, times, strict=True))
+            self.accepted = times[-1]
+        return list(zip(frames, times, strict=True))
 
     def _beat(self) -> None:
-        if self.store.disk is not None and self._accepted is not None:
-            self.store.disk.beat(self._accepted)
+        if self.store.disk is not None and self.accepted is not None:
+            self.store.disk.beat(self.accepted)
 
     def watch(self, source: Any, background: bool = False, drop: bool | None = None, **options: Any) -> Watcher:
         """Read a source to its end: a file, folder, URL, camera number, or an iterable of (frame, seconds).
@@ -143,8 +145,26 @@ class Intake:
         the source wait.
         options: those of `open_source` (sample_fps, size, realtime, ...).
         """
-        self._open()
-        watcher = Watcher(self, source, drop, options)
+        self._check_open()
+        dropping = drop if drop is not None else is_live(source) or bool(options.get("realtime"))
+        offset: float | None = None
+
+        def offer(frames: list[Tensor], seconds: float) -> bool:
+            nonlocal offset
+            with self._accepting:  # accepted and queued at once: no other frame comes in between
+                if not (dropping or self.queue.room()):
+                    return False
+                if offset is None:  # a second source goes on where the first one ended
+                    offset = 0.0 if self.accepted is None else self.accepted + 1 / self.fps - seconds
+                for frame in self._accept(frames, [seconds + offset]):
+                    self.queue.put(frame)
+                return True
+
+        def encode() -> None:
+            self.drain(2 * CHUNK)
+            self._beat()
+
+        watcher = Watcher(open_frames(source, options), self.queue, offer, encode)
         self._watchers = [w for w in self._watchers if w.running] + [watcher]
         watcher.start()
         if not background:
@@ -154,115 +174,112 @@ class Intake:
     def drain(self, most: int | None = None) -> int:
         """Encode frames that wait in the queue; returns how many."""
         with self._lock:
-            self._settle()
+            self.settle()
             return self._drain(most)
 
     def _drain(self, most: int | None = None) -> int:
         """`drain` of the frames that wait when it is called; none while the disk refuses."""
         done, most = 0, len(self.queue) if most is None else most
         while done < most and len(self.queue) and self._disk_error is None and not self._closed:
-            items = self.queue.take(CHUNK * self.vision.frames)
+            frames = self.queue.take(CHUNK * self.vision.frames_per_grid)
             try:
-                self._take(items)
+                self._take(frames)
             finally:
-                reach = self._reach()
-                left = [x for x in items if x[1] > reach]
+                reached = self._reached()
+                left = [frame for frame in frames if frame[1] > reached]
                 self.queue.give_back(left)
-            done += len(items) - len(left)
+            done += len(frames) - len(left)
         return done
 
-    def _take(self, items: list[Timed]) -> None:
+    def _take(self, frames: list[TimedFrame]) -> None:
         """Encode frames, in runs of one size, up to the first chunk that the disk does not take.
 
         Those that did not come so far, or that an error kept out, are neither encoded nor pending afterwards."""
         clock, before = time.perf_counter(), [t for _, t in self.pending]
         try:
-            for frame, seconds in items:
+            for frame, seconds in frames:
                 if self.pending and self.pending[-1][0].shape != frame.shape:
                     self._encode(pad=True)  # a change of size: the frame without a partner is shown twice
                 if self._disk_error is not None:
                     break
                 self.pending.append((frame, seconds))
-                if len(self.pending) >= CHUNK * self.vision.frames:
+                if len(self.pending) >= CHUNK * self.vision.frames_per_grid:
                     self._encode()
             if self._disk_error is None:
                 self._encode()
         except BaseException:
-            self.pending = [x for x in self.pending if x[1] in before]
+            self.pending = [frame for frame in self.pending if frame[1] in before]
             raise
         finally:
-            reach = self._reach()
-            self.counts["frames"] += sum(t <= reach for _, t in items)
+            reached = self._reached()
+            self.counts["frames"] += sum(t <= reached for _, t in frames)
             self.counts["encode_s"] += time.perf_counter() - clock
 
     def _encode(self, pad: bool = False) -> None:
-        """Encode the frames that have their partners. After an error encoder and store are as before, and the frames
-        still pending."""
-        size = self.vision.frames
-        items = list(self.pending)
-        while pad and len(items) % size:
-            items.append(items[-1])
-        whole = len(items) // size * size
+        """Encode the pending frames whose grids are whole. pad: the others too, the last frame shown twice. After an
+        error encoder and store are as before, and the frames still pending."""
+        size = self.vision.frames_per_grid
+        frames = list(self.pending)
+        while pad and len(frames) % size:
+            frames.append(frames[-1])
+        whole = len(frames) // size * size
         if not whole:
             return
-        mark, last, gap = self.encoder.mark(), self.last, self.gap
+        checkpoint, newest, interval = self.encoder.checkpoint(), self.newest, self.interval
         try:
             with torch.inference_mode(False), torch.no_grad(), self._lock:
-                self._blocks(self._clip(items[:whole]))
+                self._store_blocks(self._grid_frames(frames[:whole]))
         except BaseException:
-            self.last, self.gap = last, gap
-            self._undo(mark)
+            self.newest, self.interval = newest, interval
+            self._roll_back(checkpoint)
             raise
         finally:
-            self.encoder.forget_mark()
-        self.pending = items[whole:]
-        if self.store.due() and not self._waiting:
+            self.encoder.forget_checkpoint()
+        self.pending = frames[whole:]
+        if self.store.due() and not self.unstored:
             try:
                 self.store.flush()
             except StoreError as e:
                 self._disk_error = e
 
-    def _clip(self, items: list[Timed]) -> Clip:
-        times, spans = [], []
-        for i in range(0, len(items), self.vision.frames):
-            first, last = items[i][1], items[i + self.vision.frames - 1][1]
-            for _, seconds in items[i : i + self.vision.frames]:
-                if self.last is not None and seconds > self.last:
-                    self.gap = seconds - self.last
-                self.last = seconds
-            times.append((first, last))
-            spans.append(self.gap if self.gap is not None else 1 / self.fps)
-        return Clip(torch.stack([f for f, _ in items]), times, spans)
+    def _grid_frames(self, frames: list[TimedFrame]) -> GridFrames:
+        size, times, intervals = self.vision.frames_per_grid, [], []
+        for i in range(0, len(frames), size):
+            for _, seconds in frames[i : i + size]:
+                if self.newest is not None and seconds > self.newest:
+                    self.interval = seconds - self.newest
+                self.newest = seconds
+            times.append((frames[i][1], frames[i + size - 1][1]))
+            intervals.append(self.interval if self.interval is not None else 1 / self.fps)
+        return GridFrames(torch.stack([frame for frame, _ in frames]), times, intervals)
 
-    def _blocks(self, clip: Clip) -> None:
-        """Encode a clip and store its blocks; those that the store has no room for wait."""
-        embedded: Tensor | None = None
+    def _store_blocks(self, grids: GridFrames) -> None:
+        """Encode grids and store their blocks; those that the store has no room for wait."""
+        embeddings: Tensor | None = None
         if isinstance(self.retriever, External) and self.retriever.frames_to is not None:
-            embedded = self.retriever.frames_to(clip.frames[:: self.vision.frames])
-        for n, (block, payload) in enumerate(self.encoder.encode(clip)):
+            embeddings = self.retriever.frames_to(grids.frames[:: self.vision.frames_per_grid])
+        for g, (block, tensors) in enumerate(self.encoder.encode(grids)):
             if self.store.disk is not None:
-                self.store.disk.head["stream"] = {"first": self.encoder.state.first, "span": self.encoder.span}
-            embedding = None if embedded is None else embedded[n]
-            packed = pack(payload.keys, payload.values, payload.rep, self.store.fmt, embedding)
-            if not self._waiting:
+                self.store.disk.began(self.encoder.progress.first, self.encoder.first_extent)
+            tensors.embedding = None if embeddings is None else embeddings[g]
+            packed = pack(tensors, self.store.keep_as)
+            if not self.unstored:
                 try:
                     self.store.insert(block, packed)
                     continue
                 except StoreError as e:
                     self._disk_error = e
-            self._waiting.append((block, packed))
+            self.unstored.append((block, packed))
 
-    def _undo(self, mark: Any) -> None:
+    def _roll_back(self, checkpoint: Checkpoint) -> None:
         """Take back the blocks of a chunk that failed."""
-        first, evicted = mark.state.blocks, self.store.evicted
-        self._waiting = [x for x in self._waiting if x[0].id < first]
-        if not self._waiting:
+        first = checkpoint.progress.blocks
+        self.unstored = [stored for stored in self.unstored if stored[0].id < first]
+        if not self.unstored:
             self._disk_error = None
-        self.encoder.reset(mark)
-        made = [i for i in self.store.blocks if i >= first]
+        self.encoder.roll_back(checkpoint)
         try:
-            self.store.remove(made)
-            self.store.evicted = evicted
+            self.store.take_back(first)
         except StoreError as e:  # written already, and the disk refuses to take them back
             self._closed = True
             self.store.close()
@@ -271,21 +288,21 @@ class Intake:
     def flush(self) -> None:
         """Encode what waits, a frame without a partner included (shown twice), and write everything to disk."""
         with self._lock:
-            self._settle()
+            self.settle()
             self._drain()
             if self._disk_error is None:
                 self._encode(pad=True)
-            self._settle()
+            self.settle()
             self.store.flush()
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """After a failed write: store and write again before more is taken, so that a broken disk loses nothing."""
         with torch.inference_mode(False):
-            while self._waiting:
-                block, packed = self._waiting[0]
+            while self.unstored:
+                block, packed = self.unstored[0]
                 if block.id not in self.store.blocks:
                     self.store.insert(block, packed)
-                del self._waiting[0]
+                del self.unstored[0]
         if self._disk_error is not None:
             self.store.flush()
             self._disk_error = None

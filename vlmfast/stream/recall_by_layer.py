@@ -1,22 +1,19 @@
-"""Which layers of a model find what a question names: measured on a few questions whose evidence is known.
+"""Measures which layers of a model find the evidence of a question, on a few questions whose evidence is known.
 
-ReKV lets every layer choose for itself, and layers differ widely in how well they do: those that look things up know
-where it is, those before and after them do not. With a handful of labelled questions the good ones can be told apart
-and asked alone: `Internal(scope="shared", layers=...)`.
+ReKV lets every layer choose blocks for itself, and layers differ widely in how well they do. The layers with the best
+recall can then choose for all: `Internal(scope="shared", layers=...)`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from vlmfast.core import UserError
-from vlmfast.stream.retrievers import Internal, View, in_time, top
-
-if TYPE_CHECKING:
-    from vlmfast.stream.session import StreamSession
+from vlmfast.runtime.model_lock import model_lock
+from vlmfast.stream.retrievers import Candidates, Internal, best, in_time
+from vlmfast.stream.session import StreamSession
 
 Labelled = tuple[str, float | None, tuple[float, float]]
 
@@ -29,19 +26,19 @@ def layer_recall(session: StreamSession, asked: Sequence[Labelled], retriever: I
     by default `Internal()`. Raises UserError when the stream holds none of the evidence.
     """
     tool = retriever or Internal()
-    layers = list(range(len(session.encoder.cache.layers)))
+    layers = list(range(session.encoder.num_layers))
     found: list[list[float]] = []
     for question, at, evidence in asked:
         blocks = in_time(list(session.store.blocks.values()), at)
-        wanted = {b.id for b in in_time(blocks, None, evidence)}
+        wanted = {block.id for block in in_time(blocks, None, evidence)}
         if not wanted:
             continue
-        view = View(blocks, session.store.reps)
-        with session._lock:
-            session.recall.begin()
-            scores = session.recall.scores(tool, view, question, layers)
-        picked = [top(s, view.tokens, tool.frames, tool.tokens).tolist() for s in scores]
-        found.append([len(wanted & {blocks[i].id for i in best}) / len(wanted) for best in picked])
+        candidates = Candidates(blocks, session.store.representatives)
+        with model_lock(session.model):
+            session.builder.begin()
+            scores = session.builder.scores(tool, candidates, question, layers)
+        chosen = [best(s, candidates.tokens, tool.frames, tool.tokens).tolist() for s in scores]
+        found.append([len(wanted & {blocks[i].id for i in of_layer}) / len(wanted) for of_layer in chosen])
     if not found:
         raise UserError("none of the questions has its evidence in this stream: give (start, end) in its seconds")
     return torch.tensor(found, dtype=torch.float64).mean(0).tolist()

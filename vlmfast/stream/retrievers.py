@@ -1,4 +1,4 @@
-"""Which blocks a question brings back. Pure functions on scores, and one small class per way of choosing.
+"""Retrievers: which stored blocks a question brings back. Pure functions on scores, one small class per rule.
 
 A retriever's budget is a number of blocks (`frames`, temporal grids) or of tokens (`tokens`), or both. Candidates are
 the blocks left by the question's time filter, in stream order; every choice is returned ascending.
@@ -23,23 +23,24 @@ from vlmfast.stream.blocks import Block
 
 
 @dataclass
-class View:
-    """N candidates: blocks in stream order, their seconds start, end (N,) float64 and tokens (N,) int64."""
+class Candidates:
+    """N blocks to choose from, in stream order; their seconds start, end (N,) float64 and tokens (N,) int64."""
 
     blocks: list[Block]
-    reps: RepresentativeTable | None = None
+    representatives: RepresentativeTable | None = None
 
     def __post_init__(self) -> None:
-        self.start = torch.tensor([b.start for b in self.blocks], dtype=torch.float64)
-        self.end = torch.tensor([b.end for b in self.blocks], dtype=torch.float64)
-        self.tokens = torch.tensor([b.n for b in self.blocks], dtype=torch.long)
-        self.slots = self.reps.slots([b.id for b in self.blocks]) if self.reps is not None else torch.zeros(0)
+        self.start = torch.tensor([block.start for block in self.blocks], dtype=torch.float64)
+        self.end = torch.tensor([block.end for block in self.blocks], dtype=torch.float64)
+        self.tokens = torch.tensor([block.num_tokens for block in self.blocks], dtype=torch.long)
+        table = self.representatives
+        self.slots = torch.zeros(0) if table is None else table.slots([block.id for block in self.blocks])
 
     def __len__(self) -> int:
         return len(self.blocks)
 
 
-def top(scores: Tensor, sizes: Tensor, frames: int | None, tokens: int | None) -> Tensor:
+def best(scores: Tensor, sizes: Tensor, frames: int | None, tokens: int | None) -> Tensor:
     """Indices (K,) ascending of the best-scored candidates within the budgets; ties go to the earlier one.
 
     With a token budget the ranking is walked from the best on and a candidate that does not fit is passed over; at
@@ -50,30 +51,29 @@ def top(scores: Tensor, sizes: Tensor, frames: int | None, tokens: int | None) -
         return order[:frames].sort().values
     chosen: list[int] = []
     used = 0
-    total = sizes[order]
-    for rank, n in zip(order.tolist(), total.tolist(), strict=True):
+    for index, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
         if frames is not None and len(chosen) >= frames:
             break
-        if used + n <= tokens or not chosen:
-            chosen.append(rank)
-            used += n
+        if used + size <= tokens or not chosen:
+            chosen.append(index)
+            used += size
         if used >= tokens:
             break
     return torch.tensor(sorted(chosen), dtype=torch.long)
 
 
-def smoothed(scores: Tensor, sizes: Tensor, reach: int) -> Tensor:
-    """Scores (N,) averaged over `reach` neighbours on either side, weighted by their tokens (N,).
+def smoothed(scores: Tensor, sizes: Tensor, neighbours: int) -> Tensor:
+    """Scores (N,), each averaged with those of `neighbours` blocks on either side, weighted by their tokens (N,).
 
-    A block whose frame brought little new holds few tokens, and what they say of the scene is little: its neighbours
-    speak for it. reach 0 changes nothing.
+    A block whose frame brought little new has few tokens, and a score of little meaning: its neighbours' counts for it
+    too. neighbours=0 changes nothing.
     """
-    if reach == 0 or len(scores) < 2:
+    if neighbours == 0 or len(scores) < 2:
         return scores
     weight = sizes.to(scores)
-    kernel = torch.ones(1, 1, 2 * reach + 1, dtype=scores.dtype)
+    kernel = torch.ones(1, 1, 2 * neighbours + 1, dtype=scores.dtype)
     both = torch.stack([scores * weight, weight])[:, None]
-    total, mass = F.conv1d(both, kernel, padding=reach)[:, 0]
+    total, mass = F.conv1d(both, kernel, padding=neighbours)[:, 0]
     return total / mass
 
 
@@ -83,10 +83,10 @@ def in_time(
     """Blocks that had begun by second `at` and that overlap `between` (start, end)."""
     if between is not None and not between[0] <= between[1]:
         raise UserError(f"between={between} runs backwards: give (start, end) in seconds")
-    kept = [b for b in blocks if at is None or b.start <= at]
+    kept = [block for block in blocks if at is None or block.start <= at]
     if between is not None:
-        first, last = between  # an instant is a span too
-        kept = [b for b in kept if b.end > first and (b.start < last or b.start <= first)]
+        first, last = between  # where they are equal: the block of that second
+        kept = [block for block in kept if block.end > first and (block.start < last or block.start <= first)]
     return kept
 
 
@@ -101,8 +101,8 @@ def intervals(weights: dict[int, float], blocks: dict[int, Block]) -> list[tuple
         else:
             runs.append([block.start, block.end, weights[i]])
         last = i
-    found = [(float(a), float(b), round(float(s), 4)) for a, b, s in runs]
-    return sorted(found, key=lambda r: (-r[2], r[0]))
+    found = [(float(start), float(end), round(float(score), 4)) for start, end, score in runs]
+    return sorted(found, key=lambda run: (-run[2], run[0]))
 
 
 @dataclass(frozen=True)
@@ -113,32 +113,33 @@ class Retriever(Method):
     tokens: PositiveInt | None = None
 
     name: ClassVar[str] = ""
-    per_layer: ClassVar[bool] = False  # does it look at queries?
+    per_layer: ClassVar[bool] = False  # does it choose by the queries of the layers?
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.frames is None and self.tokens is None:
             raise UserError(f"{type(self).__name__} needs a budget: frames=16, or tokens=2048")
 
-    def fits(self, view: View) -> bool:
+    def fits(self, candidates: Candidates) -> bool:
         """Do all candidates fit the budget? Then there is nothing to choose."""
-        return (self.frames is None or len(view) <= self.frames) and (
-            self.tokens is None or int(view.tokens.sum()) <= self.tokens
+        return (self.frames is None or len(candidates) <= self.frames) and (
+            self.tokens is None or int(candidates.tokens.sum()) <= self.tokens
         )
 
-    def select(self, view: View, question: str) -> Tensor:
+    def select(self, candidates: Candidates, question: str) -> Tensor:
         """Indices (K,) of the chosen candidates, ascending."""
-        return top(self.scores(view, question), view.tokens, self.frames, self.tokens)
+        return best(self.scores(candidates, question), candidates.tokens, self.frames, self.tokens)
 
-    def scores(self, view: View, question: str) -> Tensor:
+    def scores(self, candidates: Candidates, question: str) -> Tensor:
         """(N,) higher is brought back."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Internal(Retriever):
-    """ReKV's internal retrieval (arXiv 2503.00540): at every layer, un-rotated queries of the bare question against
-    each block's mean un-rotated key, query heads of a group summed on their key/value head.
+    """ReKV's internal retrieval (arXiv 2503.00540): every layer scores a block by the inner product of the bare
+    question's queries and the block's representative (mean key), both un-rotated. Query heads of a group are summed on
+    their key/value head.
 
     similarity: "cosine" (the paper), "inner" (its code) or "centred": cosine to the key less the mean key of all
     candidates, so that what all blocks share counts for none. query: "mean" of the question's tokens (ReKV), or "each"
@@ -157,22 +158,26 @@ class Internal(Retriever):
     per_layer: ClassVar[bool] = True
 
     def check_model(self, layers: int, heads: int, axes: int) -> None:
-        self.asked(layers)
+        self.layers_of(layers)
 
-    def layer_scores(self, view: View, layer: int, queries: Tensor) -> Tensor:
+    def layer_scores(self, candidates: Candidates, layer: int, queries: Tensor) -> Tensor:
         """(N,) scores at one layer of a question's queries (Hk, G, q, Dh)."""
-        assert view.reps is not None
+        assert candidates.representatives is not None
         summed = queries.float().sum(1).transpose(0, 1)  # (q, Hk, Dh)
         if self.query == "mean":
             summed = summed.mean(0, keepdim=True)
-        scores = view.reps.products(layer, summed, view.slots, centred=self.similarity == "centred")
+        scores = candidates.representatives.products(
+            layer, summed, candidates.slots, centred=self.similarity == "centred"
+        )
         if self.similarity != "inner":
-            scores = scores / view.reps.norms_of(layer, view.slots, self.similarity == "centred").clamp(min=1e-6)
+            scores = scores / candidates.representatives.norms_of(
+                layer, candidates.slots, self.similarity == "centred"
+            ).clamp(min=1e-6)
         if self.query == "each":
             scores = standardised(scores)
-        return smoothed(scores.amax(0), view.tokens, self.smooth)
+        return smoothed(scores.amax(0), candidates.tokens, self.smooth)
 
-    def asked(self, count: int) -> list[int]:
+    def layers_of(self, count: int) -> list[int]:
         """The layers, of `count`, whose scores are combined, ascending. Raises UserError for one that is not there."""
         wanted = range(count) if self.layers is None else self.layers
         wrong = [i for i in wanted if not -count <= i < count]
@@ -186,7 +191,7 @@ class Internal(Retriever):
 
 
 def standardised(scores: Tensor) -> Tensor:
-    """Rows (R, N) with mean 0 and deviation 1 over the candidates."""
+    """Scores (R, N), each of the R lists with mean 0 and deviation 1 over its N candidates."""
     if scores.shape[1] < 2:
         return torch.zeros_like(scores)
     return (scores - scores.mean(1, keepdim=True)) / scores.std(1, keepdim=True).clamp(min=1e-9)
@@ -209,9 +214,9 @@ class External(Retriever):
         if self.frames_to is None or self.text_to is None:
             raise UserError("External needs frames_to= and text_to=: the two halves of a CLIP-like encoder")
 
-    def scores(self, view: View, question: str) -> Tensor:
-        assert view.reps is not None and self.text_to is not None
-        stored = view.reps.embedding(view.slots)
+    def scores(self, candidates: Candidates, question: str) -> Tensor:
+        assert candidates.representatives is not None and self.text_to is not None
+        stored = candidates.representatives.embedding(candidates.slots)
         if stored is None:
             raise UserError("nothing was embedded: give External to StreamSession(retrieve=...) before pushing frames")
         return F.cosine_similarity(stored, self.text_to(question).float().reshape(1, -1).cpu(), dim=-1)
@@ -219,59 +224,61 @@ class External(Retriever):
 
 @dataclass(frozen=True)
 class Recency(Retriever):
-    """The newest blocks."""
+    """The newest blocks ("recency"): a control."""
 
     name: ClassVar[str] = "recency"
 
-    def scores(self, view: View, question: str) -> Tensor:
-        return torch.arange(len(view), dtype=torch.float64)
+    def scores(self, candidates: Candidates, question: str) -> Tensor:
+        return torch.arange(len(candidates), dtype=torch.float64)
 
 
 @dataclass(frozen=True)
 class UniformRetriever(Retriever):
-    """Blocks spread evenly over the candidates ("uniform")."""
+    """Blocks spread evenly over the candidates ("uniform"): a control."""
 
     name: ClassVar[str] = "uniform"
 
-    def select(self, view: View, question: str) -> Tensor:
-        count = min(len(view), self.frames or len(view))
+    def select(self, candidates: Candidates, question: str) -> Tensor:
+        count = min(len(candidates), self.frames or len(candidates))
         while True:
             index = (
-                torch.linspace(0, len(view) - 1, count).round().long().unique() if count > 1 else torch.zeros(1).long()
+                torch.linspace(0, len(candidates) - 1, count).round().long().unique()
+                if count > 1
+                else torch.zeros(1).long()
             )
-            if count == 1 or self.tokens is None or int(view.tokens[index].sum()) <= self.tokens:
+            if count == 1 or self.tokens is None or int(candidates.tokens[index].sum()) <= self.tokens:
                 return index
-            over = int(view.tokens[index].sum()) / self.tokens
+            over = int(candidates.tokens[index].sum()) / self.tokens
             count = max(1, min(count - 1, int(count / over)))
 
 
 @dataclass(frozen=True)
 class RandomRetriever(Retriever):
-    """Blocks at random ("random"), the same ones for the same seed and number of candidates."""
+    """Blocks at random ("random"), the same ones for the same seed and number of candidates: a control."""
 
     seed: int = 0
 
     name: ClassVar[str] = "random"
 
-    def scores(self, view: View, question: str) -> Tensor:
-        return torch.rand(len(view), generator=torch.Generator().manual_seed(self.seed + len(view)))
+    def scores(self, candidates: Candidates, question: str) -> Tensor:
+        return torch.rand(len(candidates), generator=torch.Generator().manual_seed(self.seed + len(candidates)))
 
 
 @dataclass(frozen=True)
 class Oracle(Retriever):
-    """The blocks in the given (start, end) seconds, the control that knows; what is left of the budget goes to the
-    blocks nearest to them."""
+    """The blocks in the given (start, end) seconds, where the evidence is known to be: the upper control. What is left
+    of the budget goes to the blocks nearest to them."""
 
     spans: tuple[tuple[float, float], ...] = ()
 
     name: ClassVar[str] = "oracle"
 
-    def scores(self, view: View, question: str) -> Tensor:
+    def scores(self, candidates: Candidates, question: str) -> Tensor:
         if not self.spans:
             raise UserError("Oracle needs spans=((start, end), ...): the seconds where the evidence lies")
-        away = torch.full((len(view),), float("inf"), dtype=torch.float64)
+        away = torch.full((len(candidates),), float("inf"), dtype=torch.float64)
         for start, end in self.spans:
-            gap = torch.maximum(start - view.end + 1e-9, view.start - end + 1e-9).clamp(min=0)
+            gap = torch.maximum(start - candidates.end + 1e-9, candidates.start - end + 1e-9).clamp(min=0)
             away = torch.minimum(away, gap)
         return -away
 

@@ -1,4 +1,4 @@
-"""`StreamSession`: endless video encoded once, its KV kept in RAM (then on disk), and asked about at any time.
+"""`StreamSession`: encodes endless video once, keeps its KV in RAM (then on disk), and answers questions about it.
 
 with StreamSession(model, processor, ram="2GiB", disk="kitchen") as stream:
     stream.push(frames, timestamps)              # or stream.watch("clip.mp4"), stream.watch(0) for a camera
@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,22 +24,20 @@ from torch import nn
 from vlmfast import families
 from vlmfast.api import Accelerated
 from vlmfast.core import Unsupported, UserError
-from vlmfast.fields import PositiveFloat, PositiveInt, Range, checked
 from vlmfast.plan import Plan, resolve
 from vlmfast.preconditions import MARK, check_model, unwrap
 from vlmfast.runtime.late_rope import check
 from vlmfast.runtime.placeholders import refuse_placeholders
 from vlmfast.runtime.working_set_kv import WorkingSetCompression
-from vlmfast.stream import snapshot
 from vlmfast.stream.archive.folder import StoreError
 from vlmfast.stream.archive.store import Store
 from vlmfast.stream.blocks import Block
 from vlmfast.stream.encoder import Encoder
-from vlmfast.stream.generate_options import check_options
-from vlmfast.stream.intake import Intake
+from vlmfast.stream.options import check_generate, check_session
 from vlmfast.stream.retrievers import Internal, Retriever, in_time, intervals, parse
-from vlmfast.stream.vision import VisionEncoder, opened
-from vlmfast.stream.working_set import Context, WorkingSet, cache_bytes, reading
+from vlmfast.stream.snapshot import SavedIntake, head, open_archive
+from vlmfast.stream.vision import VisionEncoder, prepared
+from vlmfast.stream.working_set import WorkingSet, WorkingSetBuilder, cache_bytes, reading
 
 
 @dataclass
@@ -51,16 +49,16 @@ class Answer:
     report: dict[str, Any] = field(default_factory=dict)
 
 
-class StreamSession(Intake):
+class StreamSession(SavedIntake):
     """One stream over one model.
 
     window: tokens a new frame sees besides the prompt before the video. ram: most bytes of the archive in memory (keys,
     values, representatives). disk: folder that the archive is kept in too, owned by this session alone until it is
     closed; disk_limit: most bytes of the archive in it. retrieve: a retriever, its name, or None for the window alone.
-    redundancy: cosine distance to the last kept feature at its place below which a token is dropped before the language
-    model (EfficientReKV), None keeps all. keep_as: "int8", "bf16" or "model". positions: "contiguous" or "own";
-    text_after: "model" (its own rule) or "max". queue: frames that may wait while an answer is generated; the oldest is
-    dropped and counted when it is full. fps: of frames without timestamps.
+    redundancy: cosine distance to the last kept feature at its position below which a token is dropped before the
+    language model (EfficientReKV), None keeps all. keep_as: "int8", "bf16" or "model". positions: "contiguous" or
+    "own"; text_after: "model" (its own rule) or "max". queue: frames that may wait while an answer is generated; the
+    oldest is dropped and counted when it is full. fps: of frames without timestamps.
     plan: `prune` acts on every grid, `kv` on the working set of every answer, `speculate` on the answer.
     """
 
@@ -89,15 +87,14 @@ class StreamSession(Intake):
             raise Unsupported(
                 "this model is accelerated already: .remove() that first and give StreamSession(plan=...)"
             )
-        for name, value, hint in (
-            ("window", window, PositiveInt), ("queue", queue, int), ("fps", fps, PositiveFloat),
-            ("flush_seconds", flush_seconds, float),
-            ("redundancy", redundancy, Annotated[float, Range(0, 2, "most")] | None),
-            ("keep_as", keep_as, str), ("positions", positions, Literal["contiguous", "own"]),
-            ("text_after", text_after, Literal["model", "max"]),
-        ):  # fmt: skip
-            checked(name, value, hint, "a stream session")
-        Intake.__init__(self, fps, queue)
+        config = {
+            "window": window, "ram": ram, "disk_limit": disk_limit, "redundancy": redundancy, "keep_as": keep_as,
+            "positions": positions, "text_after": text_after, "queue": queue, "fps": fps,
+            "flush_seconds": flush_seconds,
+        }  # fmt: skip
+        check_session(config)
+        SavedIntake.__init__(self, fps, queue)
+        self.config = config
         self.plan = resolve(plan)
         draft = getattr(self.plan.speculate, "draft", None)
         if draft is not None and not getattr(draft, "blind", False):
@@ -106,30 +103,25 @@ class StreamSession(Intake):
             )
         self.retriever = parse(retrieve)
         check_model(self.model, families.get(self.model), self.plan, self.retriever)
-        self.notes: list[str] = []
+        self.notes = []
         if getattr(self.plan.speculate, "otherwise", "") == "plain" and self._by_layer(self.retriever):
             self.plan = replace(self.plan, speculate=None)
             self.notes.append("speculate: needs the same blocks in every layer (Internal(scope='shared')), left out")
-        self.dense = self.plan.speculate is not None or self.plan.kv is not None
-        self._check_dense(self.retriever)
+        self.plain_cache = self.plan.speculate is not None or self.plan.kv is not None
+        self._check_same_blocks(self.retriever)
         self.vision = VisionEncoder(self.model, processor)
         check(self.vision.text)
-        init, _ = self.vision.prompt([self._turn("?", True)])
-        self.encoder = Encoder(self.vision, init, window, redundancy, self.plan.prune)
-        self.config = {
-            "window": window, "ram": ram, "disk_limit": disk_limit, "redundancy": redundancy, "keep_as": keep_as,
-            "positions": positions, "text_after": text_after, "queue": queue, "fps": fps,
-            "flush_seconds": flush_seconds,
-        }  # fmt: skip
+        init_ids, _ = self.vision.prompt(self.vision.messages([], "?"))
+        self.encoder = Encoder(self.vision, init_ids, window, redundancy, self.plan.prune)
         if _store is None:
-            head = {} if disk is None else snapshot.head(self.model, self.config, self.plan.prune)
-            _store = Store(ram, disk, disk_limit, keep_as, flush_seconds, head).create()
+            made_by = {} if disk is None else head(self.model, config, self.plan.prune)
+            _store = Store(ram, disk, disk_limit, keep_as, flush_seconds, made_by).create()
         self.store = _store
-        self.recall = WorkingSet(self.encoder, self.store, positions == "contiguous", text_after)
-        self.turns: list[tuple[str, str]] = []
+        self.builder = WorkingSetBuilder(self.encoder, self.store, positions == "contiguous", text_after)
+        self.turns = []
         self.lost_seconds = 0.0
         self.working_peak = 0
-        self._unlock = opened(self.model, self.plan.tower != "stock")
+        self._unlock = prepared(self.model, self.plan.tower != "stock")
         weakref.finalize(self, self._unlock)
 
     # -- questions -----------------------------------------------------------------------------------------------------
@@ -150,82 +142,69 @@ class StreamSession(Intake):
 
         The conversation so far is part of the prompt (`new_conversation()` ends it). The stream is not touched.
         """
-        options = check_options(self.model, {"max_new_tokens": max_new_tokens, **generate})
+        options = check_generate(self.model, {"max_new_tokens": max_new_tokens, **generate})
         clock = time.perf_counter()
         with self._lock:
-            context = self.context(question, at, between, retrieve)
+            working_set = self.context(question, at, between, retrieve)
             built = time.perf_counter()
             kv = None if self.plan.kv is None else WorkingSetCompression(self.vision.text, self.plan.kv)
-            with reading(self.vision, self.dense):
+            with reading(self.vision, self.plain_cache):
                 with nullcontext() if kv is None else kv.watching():
-                    self.recall.prefill(context)
+                    self.builder.prefill(working_set)
                 if kv is not None:
-                    kv.compress(context.cache, self.encoder.base, len(context.ids) - 1)
-                    context.stats |= {k: v for k, v in kv.stats.items() if not isinstance(v, list)}
-                    context.notes += kv.notes
-                inputs = self.recall.inputs(context)
+                    kv.compress(working_set.cache, self.encoder.window.num_init, len(working_set.ids) - 1)
+                    working_set.stats |= {k: v for k, v in kv.stats.items() if not isinstance(v, list)}
+                    working_set.notes += kv.notes
+                inputs = self.builder.inputs(working_set)
                 prefilled = time.perf_counter()
-                with nullcontext() if kv is None else kv.reading(), self._speculating() as spoken:
+                with nullcontext() if kv is None else kv.reading(), self._speculating() as drafting:
                     out = self.model.generate(**inputs, **options)  # type: ignore[operator]
             new = out[0, inputs["input_ids"].shape[1] :]
             text = self.vision.tokenizer.decode(new, skip_special_tokens=True).strip()
             self.turns.append((question, text))
             self.counts["questions"] += 1
             done = time.perf_counter()
-            self.working_peak = max(self.working_peak, cache_bytes(context.cache))
+            self.working_peak = max(self.working_peak, cache_bytes(working_set.cache))
             report = {
-                **context.stats, **spoken, "tokens": len(new), "prefill_ms": (prefilled - built) * 1e3,
+                **working_set.stats, **drafting, "tokens": len(new), "prefill_ms": (prefilled - built) * 1e3,
                 "decode_ms_per_token": (done - prefilled) * 1e3 / max(1, len(new)), "total_ms": (done - clock) * 1e3,
                 "kv_fast_bytes": self.fast_bytes, "kv_host_bytes": self.store.ram_bytes,
-                "kv_disk_bytes": self.store.disk_bytes, "notes": context.notes,
+                "kv_disk_bytes": self.store.disk_bytes, "notes": working_set.notes,
             }  # fmt: skip
-            seen: dict[int, Block] = {b.id: b for b in self.encoder.resident} | self.store.blocks
-            known = {i: b for i, b in seen.items() if i in context.weights}
-            found = intervals({i: w for i, w in context.weights.items() if i in known}, known) if evidence else []
+            blocks: dict[int, Block] = {block.id: block for block in self.encoder.window.blocks} | self.store.blocks
+            weights = {i: weight for i, weight in working_set.weights.items() if i in blocks}
+            found = intervals(weights, blocks) if evidence else []
         return Answer(text, found, report)
 
     def context(
         self, question: str, at: float | None = None, between: tuple[float, float] | None = None,
         retrieve: Retriever | str | None = "session",
-    ) -> Context:  # fmt: skip
+    ) -> WorkingSet:  # fmt: skip
         """The working set that `ask` would answer over. Raises UserError when nothing was seen (in those seconds)."""
-        self._open()
+        self._check_open()
         if not question.strip():
             raise UserError("the question is empty")
         refuse_placeholders(question, self.model, self.vision.processor)
         with self._lock:
             with contextlib.suppress(StoreError):  # the next push, flush or close says so
-                self._settle()
+                self.settle()
             self._drain(len(self.queue))  # not what comes meanwhile: a fast source would never let an answer begin
-            if not self.encoder.state.blocks and self.pending:
+            if not self.encoder.progress.blocks and self.pending:
                 self._encode(pad=True)
             retriever = self.retriever if retrieve == "session" else parse(retrieve)
             check_model(self.model, families.get(self.model), retriever)
-            self._check_dense(retriever)
-            blocks = self.encoder.resident if retriever is None else list(self.store.blocks.values())
-            if not self.encoder.state.blocks:
+            self._check_same_blocks(retriever)
+            blocks = self.encoder.window.blocks if retriever is None else list(self.store.blocks.values())
+            if not self.encoder.progress.blocks:
                 raise UserError("nothing was seen yet: push frames or watch a source before asking")
             chosen = in_time(blocks, at, between)
             if not chosen:
-                held = f"{blocks[0].start:.1f} to {blocks[-1].end:.1f} s" if blocks else "nothing"
-                raise UserError(f"no stored frame lies at={at}, between={between}: the stream holds {held}")
-            before, ids = self.vision.prompt(self._messages(question))
-            if before != self.encoder.init:
+                stored = f"{blocks[0].start:.1f} to {blocks[-1].end:.1f} s" if blocks else "nothing"
+                raise UserError(f"no stored frame lies at={at}, between={between}: the stream holds {stored}")
+            before, ids = self.vision.prompt(self.vision.messages(self.turns, question))
+            if before != self.encoder.window.init_ids:
                 raise UserError("the chat template puts the question before the video: it cannot be streamed")
-            return self.recall.context(retriever, chosen, question, ids, self.dense)
-
-    def _messages(self, question: str) -> list[dict[str, Any]]:
-        out = []
-        for i, (asked, said) in enumerate([*self.turns, (question, "")]):
-            out.append(self._turn(asked, i == 0))
-            if i < len(self.turns):
-                out.append({"role": "assistant", "content": [{"type": "text", "text": said}]})
-        return out
-
-    @staticmethod
-    def _turn(question: str, video: bool) -> dict[str, Any]:
-        text = {"type": "text", "text": question}
-        return {"role": "user", "content": [{"type": "video"}, text] if video else [text]}
+            return self.builder.build(retriever, chosen, question, ids, self.plain_cache)
 
     def new_conversation(self) -> None:
         """Forget earlier questions and answers; the stream stays."""
@@ -234,20 +213,20 @@ class StreamSession(Intake):
     @contextlib.contextmanager
     def _speculating(self) -> Iterator[dict[str, Any]]:
         """The plan's speculation on the model's generate, for one answer."""
-        told: dict[str, Any] = {}
+        figures: dict[str, Any] = {}
         if self.plan.speculate is None:
-            yield told
+            yield figures
             return
         with Accelerated(self.model, Plan(speculate=self.plan.speculate, tower="stock")) as fast:
-            yield told
-            told |= {k: v for k, v in fast.report.decode.items() if k != "tokens"}
+            yield figures
+            figures |= {k: v for k, v in fast.report.decode.items() if k != "tokens"}
 
     @staticmethod
     def _by_layer(retriever: Retriever | None) -> bool:
         return isinstance(retriever, Internal) and retriever.scope == "layer"
 
-    def _check_dense(self, retriever: Retriever | None) -> None:
-        if self.dense and self._by_layer(retriever):
+    def _check_same_blocks(self, retriever: Retriever | None) -> None:
+        if self.plain_cache and self._by_layer(retriever):
             raise Unsupported(
                 "kv= and speculate= need the same blocks in every layer: use retrieve=Internal(scope='shared')"
             )
@@ -256,16 +235,17 @@ class StreamSession(Intake):
 
     @property
     def fast_bytes(self) -> int:
-        """Bytes of the window's buffers, of the standing keys and of the largest working set so far."""
-        return self.encoder.cache.nbytes() + self.encoder.standing.nbytes() + self.working_peak
+        """Bytes of the window's buffers, of the last keys and of the largest working set so far."""
+        return self.encoder.window.cache.nbytes() + self.encoder.last_keys.nbytes() + self.working_peak
 
     def stats(self) -> dict[str, Any]:
         """Counts, bytes per tier, and what was dropped, evicted or lost."""
-        state, store = self.encoder.state, self.store
-        seconds = 0.0 if self.last is None or state.first is None else self.last + (self.gap or 0.0) - state.first
+        progress, store, seconds = self.encoder.progress, self.store, 0.0
+        if self.newest is not None and progress.first is not None:
+            seconds = self.newest + (self.interval or 0.0) - progress.first
         return {
             "seconds": seconds, "frames": self.counts["frames"], "blocks": len(store.blocks), "evicted": store.evicted,
-            "visual_tokens": state.visual, "kept_tokens": state.kept, "queue": len(self.queue),
+            "visual_tokens": progress.visual, "kept_tokens": progress.kept, "queue": len(self.queue),
             "dropped_frames": self.queue.dropped, "pending_frames": len(self.pending),
             "fps": self.counts["frames"] / self.counts["encode_s"] if self.counts["encode_s"] else 0.0,
             "questions": self.counts["questions"], "kv_fast_bytes": self.fast_bytes, "kv_host_bytes": store.ram_bytes,
@@ -273,20 +253,22 @@ class StreamSession(Intake):
             "lost_seconds": self.lost_seconds, "lost": list(store.lost), "notes": list(self.notes),
         }  # fmt: skip
 
-    def save(self, path: str | os.PathLike[str] | None = None) -> None:
-        """Write everything, the window at full precision, to the session's disk folder or a new one."""
-        self._open()
-        with self._lock:
-            self._drain()
-            snapshot.save(self, path)
-
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module, processor: Any, **changed: Any) -> StreamSession:
         """Continue a saved, or killed, session. `.lost_seconds` says how much a crash lost, `.stats()["lost"]` what was
         damaged. changed: session arguments that should differ (ram, retrieve, queue, ...); those that shaped the
         stored blocks cannot. Raises UserError for another model, adapters as they are switched included, and while
         another session has the folder open: one session owns it at a time."""
-        return snapshot.load(cls, path, model, processor, changed)
+        with torch.inference_mode(False), torch.no_grad():
+            store, arguments, notes = open_archive(path, model, changed)
+            try:
+                session = cls(model, processor, **arguments, _store=store)
+                session.take_up()
+            except BaseException:
+                store.close()
+                raise
+        session.notes += notes
+        return session
 
     def close(self, discard: bool = False) -> None:
         """Stop watching, encode what waits, write it to disk and let go of the files.
@@ -303,7 +285,7 @@ class StreamSession(Intake):
             watcher.stop()
         with self._lock:
             if self.store.disk is not None and not discard:
-                snapshot.finish(self)
+                self._finish()
             self._closed = True
             self._unlock()
             self.store.close()

@@ -1,4 +1,4 @@
-"""The pixels of chosen frames of a file, through PyAV, decord or OpenCV.
+"""Decodes chosen frames of a video file, by PyAV, decord or OpenCV.
 
 A backend is only asked for frames by number (`fetch(index, wanted, backend)`), and the numbers come from the one index
 made by PyAV, so it cannot change which frames are seen. What a library cannot deliver exactly is refused.
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmfast.core import UserError
-from vlmfast.video.frame_index import Index, frames_of, opened
+from vlmfast.video.frame_index import Index, frames_of, open_video
 
 BACKENDS = {"pyav": "av", "decord": "decord", "opencv": "cv2"}
 _PIP = {"pyav": "av", "decord": "decord", "opencv": "opencv-python-headless"}
@@ -46,8 +46,8 @@ def fetch(index: Index, wanted: NDArray[np.int64], backend: str = "pyav") -> Ite
 
 
 def thumbnails(index: Index, side: int) -> Iterator[NDArray[np.uint8]]:
-    """Yields every frame scaled to (side, side, 3) uint8 RGB, as stored (not turned upright)."""
-    with opened(index.path) as (container, stream):
+    """Yields every frame scaled to (side, side, 3) uint8 RGB, as stored (not set upright)."""
+    with open_video(index.path) as (container, stream):
         known: set[int] | None = None if index.pts is None else set(index.pts.tolist())
         for frame in frames_of(container, stream, index.path):
             if known is None or frame.pts in known:
@@ -59,33 +59,30 @@ def _pyav(index: Index, wanted: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]
     if pts is None:
         rest = iter(wanted.tolist())
         target = next(rest, None)
-        with opened(index.path) as (container, stream):
-            for k, frame in enumerate(frames_of(container, stream, index.path)):
+        with open_video(index.path) as (container, stream):
+            for number, frame in enumerate(frames_of(container, stream, index.path)):
                 if target is None:
                     return
-                if k == target:
+                if number == target:
                     yield frame.to_ndarray(format="rgb24")
                     target = next(rest, None)
         return
     targets = pts[wanted]
     done = 0
     for exact in (False, True):  # a second time without seeking, should a seek ever land behind its target
-        with opened(index.path) as (container, stream):
-            frames, at = (
-                frames_of(container, stream, index.path),
-                -1,
-            )  # `at` = number of the last decoded frame
+        with open_video(index.path) as (container, stream):
+            frames, decoded = frames_of(container, stream, index.path), -1  # the number of the last decoded frame
             for target in targets[done:].tolist():
                 key = np.searchsorted(index.keys, target, side="right") - 1
                 start = int(np.searchsorted(pts, index.keys[key])) if key >= 0 else 0
-                if not exact and start - at > _SEEK_PAYS:
+                if not exact and start - decoded > _SEEK_PAYS:
                     frames.close()
                     container.seek(int(index.keys[key]), stream=stream, backward=True)
                     frames = frames_of(container, stream, index.path)
                 found = next((f for f in frames if f.pts is not None and f.pts >= target), None)
                 if found is None or found.pts != target:
                     break
-                at = int(wanted[done])
+                decoded = int(wanted[done])
                 done += 1
                 yield found.to_ndarray(format="rgb24")
         if done == len(targets):
@@ -108,11 +105,11 @@ def _decord(index: Index, wanted: NDArray[np.int64]) -> Iterator[NDArray[np.uint
         reader = decord.VideoReader(str(index.path.absolute()), num_threads=2)
         if len(reader) != len(index):
             raise UserError(f"decord sees {len(reader)} of {len(index)} frames in {index.path}; use backend='pyav'")
-        at = 0
-        for k in wanted.tolist():  # its random access is not exact in open groups of pictures, so it walks too
-            while at <= k:
+        decoded = 0
+        for number in wanted.tolist():  # its random access is not exact in open groups of pictures, so it walks too
+            while decoded <= number:
                 frame = reader.next()
-                at += 1
+                decoded += 1
             yield frame.asnumpy()
     except (decord.DECORDError, RuntimeError, StopIteration) as e:
         why = " ".join(str(e).split())[-80:]
@@ -124,15 +121,15 @@ def _opencv(index: Index, wanted: NDArray[np.int64]) -> Iterator[NDArray[np.uint
 
     capture = cv2.VideoCapture(str(index.path.absolute()), cv2.CAP_FFMPEG)
     try:
-        capture.set(cv2.CAP_PROP_ORIENTATION_AUTO, 0)  # we turn the picture ourselves, alike for every backend
-        at = 0
-        for k in wanted.tolist():  # its seeks are not frame-exact, so it walks
-            while at < k and capture.grab():
-                at += 1
-            ok, frame = capture.read() if at == k else (False, None)
+        capture.set(cv2.CAP_PROP_ORIENTATION_AUTO, 0)  # we set frames upright ourselves, alike for every backend
+        passed = 0
+        for number in wanted.tolist():  # its seeks are not frame-exact, so it walks
+            while passed < number and capture.grab():
+                passed += 1
+            ok, frame = capture.read() if passed == number else (False, None)
             if not ok or frame is None:
-                raise UserError(f"opencv stops at frame {at} of {index.path}; use backend='pyav'")
-            at += 1
+                raise UserError(f"opencv stops at frame {passed} of {index.path}; use backend='pyav'")
+            passed += 1
             yield np.ascontiguousarray(frame[..., ::-1])
     finally:
         capture.release()

@@ -1,7 +1,7 @@
-"""One local video file: opening it, and which frames it holds and when each is shown.
+"""Opens a local video file, and lists its frames and the second at which each is shown.
 
-`read_index(path)` reads packets, not pictures, where the container allows. It is made by PyAV whatever backend is to
-decode, and is the only authority on frame numbers and timestamps.
+`read_index(path)` reads packets and decodes nothing where the container allows. The index is made by PyAV, whatever
+backend decodes, and is the only authority on frame numbers and timestamps.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmfast.core import UserError
-from vlmfast.video import orientation
+from vlmfast.video.images import Orientation, frame_orientation
 from vlmfast.video.limits import MOST_PIXELS, check_pixels, regular
-from vlmfast.video.orientation import Orientation
 
 # What libav may take a file for: containers of video, and sound and pictures in order to say that it is one. Left out
 # are the formats that name further files or addresses (playlists, session descriptions, concatenations).
@@ -39,7 +38,7 @@ class Index:
     pts: (N,) int64 stamps as stored, or None when frames can only be counted
     keys: (K,) int64, the stamps a decoder can start from; empty when pts is None
     fps: average frames per second; duration in seconds, last frame included
-    size: (height, width) of the decoded pictures; orientation: what sets them upright
+    size: (height, width) of the decoded frames; orientation: what sets them upright
     container: libav's name of the file format, such as "mov,mp4,m4a,3gp,3g2,mj2"
     """
 
@@ -57,9 +56,9 @@ class Index:
         return len(self.timestamps)
 
     @property
-    def shown(self) -> tuple[int, int]:
-        """(height, width) of the upright picture."""
-        return self.orientation.shown(self.size)
+    def upright_size(self) -> tuple[int, int]:
+        """(height, width) of the upright frames."""
+        return self.orientation.upright_size(self.size)
 
 
 def reason(error: BaseException) -> str:
@@ -68,7 +67,7 @@ def reason(error: BaseException) -> str:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[tuple[Any, Any]]:
+def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
     """(container, video stream) of a local file, threads on. Raises UserError for whatever is not a video."""
     import av
 
@@ -94,12 +93,12 @@ def opened(path: Path) -> Iterator[tuple[Any, Any]]:
             raise UserError(f"{path} is a picture, not a video; give it as an image")
         if not streams or name == "tty":  # libav takes any .txt for terminal art
             raise UserError(f"{path} is not a video (it has no video track); give a file such as mp4, mkv or webm")
-        ready(streams[0], path)
+        limit_decoder(streams[0], path)
         streams[0].thread_type = "AUTO"
         yield container, streams[0]
 
 
-def ready(stream: Any, name: object) -> None:
+def limit_decoder(stream: Any, name: object) -> None:
     """Hold the decoder to MOST_PIXELS, also where a later frame is larger. UserError where the header says more."""
     if stream.codec_context is None:
         raise UserError(f"{name} is damaged, or coded in a way that is not known here; convert it to H.264")
@@ -107,16 +106,17 @@ def ready(stream: Any, name: object) -> None:
     stream.codec_context.options = LIMITS
 
 
-class Tally:
-    """What the packets of one video track amount to, against what the file's header announces."""
+class PacketCount:
+    """Counts the packets of one video track, and compares them with what the file's header announces."""
 
     def __init__(self) -> None:
-        self.packets, self.tail, self.gap = 0, 0, 0  # tail, gap: stamps of the last packet and of the longest one
+        self.packets = 0
+        self.last_duration, self.longest = 0, 0  # stamps that the last packet lasts, and between two packets at most
         self.first: int | None = None  # the smallest and the largest stamp
         self.last: int | None = None
         self._before: int | None = None
 
-    def saw(self, packet: Any) -> bool:
+    def add(self, packet: Any) -> bool:
         """Count one packet; False for the mark at the end."""
         if packet.size == 0 and packet.dts is None:
             return False
@@ -124,9 +124,9 @@ class Tally:
         if packet.pts is not None and not packet.is_discard:
             self.first = packet.pts if self.first is None else min(self.first, packet.pts)
             self.last = packet.pts if self.last is None else max(self.last, packet.pts)
-            self.tail = packet.duration or 0
+            self.last_duration = packet.duration or 0
         if packet.dts is not None:
-            self.gap = max(self.gap, packet.dts - self._before) if self._before is not None else 0
+            self.longest = max(self.longest, packet.dts - self._before) if self._before is not None else 0
             self._before = packet.dts
         return True
 
@@ -139,9 +139,9 @@ class Tally:
             found = f"{self.packets} of the {stream.frames} frames"
         elif "matroska" in formats and self.first is not None and (promised := _promised(container, stream)):
             unit = float(stream.time_base)
-            span = ((self.last or 0) - self.first + self.tail) * unit
+            span = ((self.last or 0) - self.first + self.last_duration) * unit
             exact = "DURATION" in stream.metadata  # the track's own length, but for how long its last frame is shown
-            if span > promised - (1.5 * self.gap * unit + 0.04 if exact else max(0.5, 0.02 * promised)):
+            if span > promised - (1.5 * self.longest * unit + 0.04 if exact else max(0.5, 0.02 * promised)):
                 return
             found = f"{span:.1f} of the {promised:.1f} seconds"
         else:
@@ -152,18 +152,18 @@ class Tally:
         )
 
 
-def frames_of(container: Any, stream: Any, path: Path, tally: Tally | None = None) -> Generator[Any, None, None]:
+def frames_of(container: Any, stream: Any, path: Path, count: PacketCount | None = None) -> Generator[Any, None, None]:
     """Decoded av.VideoFrame objects from where the container stands. UserError where decoding fails.
 
-    tally: counts the packets on the way, for a reader that goes from the beginning to the end.
+    count: of the packets on the way, for a reader that goes from the beginning to the end.
     """
     import av
 
     last: float | None = None
     try:
         for packet in container.demux(stream):
-            if tally is not None:
-                tally.saw(packet)
+            if count is not None:
+                count.add(packet)
             for frame in packet.decode():
                 last = frame.time
                 yield frame
@@ -175,7 +175,7 @@ def frames_of(container: Any, stream: Any, path: Path, tally: Tally | None = Non
         ) from None
 
 
-def stamp_of(container: Any, frame: Any) -> float | None:
+def timestamp_of(container: Any, frame: Any) -> float | None:
     """When the frame is shown, in seconds on the container's clock, or None where only the frame rate is known."""
     return None if container.format.name in _STAMPLESS else frame.time
 
@@ -187,20 +187,20 @@ def read_index(path: Path) -> Index:
     """
     import av
 
-    with opened(path) as (container, stream):
+    with open_video(path) as (container, stream):
         first = next(frames_of(container, stream, path), None)
         if first is None:
             raise UserError(f"{path} has no frames; check that it plays, or record it again")
-        size, turned = (first.height, first.width), orientation.of_frame(first, stream, path)
+        size, upright = (first.height, first.width), frame_orientation(first, stream, path)
         rate = float(stream.guessed_rate or stream.average_rate or 0)
         average, unit = float(stream.average_rate or 0), float(stream.time_base)
         name = container.format.name
         stamped = bool(_STAMPED & set(name.split(",")))
-    pts, keys, tally = [], [], Tally()
-    with opened(path) as (container, stream):
+    pts, keys, count = [], [], PacketCount()
+    with open_video(path) as (container, stream):
         try:
             for packet in container.demux(stream):
-                if not tally.saw(packet):
+                if not count.add(packet):
                     continue
                 stamped &= packet.pts is not None
                 if packet.pts is None or packet.is_discard:
@@ -209,24 +209,31 @@ def read_index(path: Path) -> Index:
                 if packet.is_keyframe:
                     keys.append(packet.pts)
         except av.error.FFmpegError as e:
-            raise UserError(f"{path} is damaged after {tally.packets} frames ({reason(e)}); copy it again") from None
-        tally.check(path, container, stream)
+            raise UserError(f"{path} is damaged after {count.packets} frames ({reason(e)}); copy it again") from None
+        count.check(path, container, stream)
     order = np.unique(np.asarray(pts, np.int64))
     if stamped and len(order) == len(pts) and first.pts == order[0]:
         times = (order - order[0]) * unit
         return Index(
-            path, times, order, np.sort(np.asarray(keys, np.int64)), *_pace(times, average), size, turned, name
+            path,
+            times,
+            order,
+            np.sort(np.asarray(keys, np.int64)),
+            *_rate_and_duration(times, average),
+            size,
+            upright,
+            name,
         )
-    with opened(path) as (container, stream):
-        seen = [stamp_of(container, frame) for frame in frames_of(container, stream, path)]
-    times = np.asarray([np.nan if t is None else t for t in seen], np.float64)
+    with open_video(path) as (container, stream):
+        stamps = [timestamp_of(container, frame) for frame in frames_of(container, stream, path)]
+    times = np.asarray([np.nan if t is None else t for t in stamps], np.float64)
     if not np.all(np.diff(times) > 0):  # stamps missing or not in order: the nominal rate is all there is
-        times = np.arange(len(seen)) / (rate or 25.0)
+        times = np.arange(len(stamps)) / (rate or 25.0)
     times = times - times[0]
-    return Index(path, times, None, np.empty(0, np.int64), *_pace(times, rate), size, turned, name)
+    return Index(path, times, None, np.empty(0, np.int64), *_rate_and_duration(times, rate), size, upright, name)
 
 
-def _pace(times: NDArray[np.float64], nominal: float) -> tuple[float, float]:
+def _rate_and_duration(times: NDArray[np.float64], nominal: float) -> tuple[float, float]:
     """(fps, duration). The container's nominal rate is kept where the stamps bear it out (they may be rounded)."""
     if len(times) == 1:
         fps = nominal or 25.0
@@ -240,8 +247,10 @@ def _promised(container: Any, stream: Any) -> float | None:
     """Seconds of video that a Matroska header announces: the track's own tag, or the file's when it is alone."""
     tag = stream.metadata.get("DURATION", "")
     try:
-        h, m, s = tag.split(":")
-        return int(h) * 3600 + int(m) * 60 + float(s) - (stream.start_time or 0) * float(stream.time_base)
+        hours, minutes, seconds = tag.split(":")
+        return (
+            int(hours) * 3600 + int(minutes) * 60 + float(seconds) - (stream.start_time or 0) * float(stream.time_base)
+        )
     except ValueError:
         alone = len(container.streams) == 1 and container.duration
         return container.duration / 1e6 if alone else None

@@ -1,11 +1,14 @@
-"""Pictures: reading one, listing a folder of them, checking and scaling frames. A frame is (H, W, 3) uint8 RGB."""
+"""Reads, lists, checks, scales and sets upright images and frames. A frame is (H, W, 3) uint8 RGB."""
 
 from __future__ import annotations
 
 import os
 import re
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +32,14 @@ def check_size(size: Size) -> None:
         raise UserError(f"size must be (height, width) or one integer for the longer side, got {size!r}")
 
 
-def target(shown: tuple[int, int], size: Size) -> tuple[int, int]:
-    """(height, width) that a picture of `shown` (height, width) is scaled to; an integer never scales up."""
+def target(upright: tuple[int, int], size: Size) -> tuple[int, int]:
+    """(height, width) that an image of `upright` (height, width) is scaled to; an integer never scales up."""
     if size is None:
-        return shown
+        return upright
     if not isinstance(size, int):
         return size[0], size[1]
-    scale = min(1.0, size / max(shown))
-    return max(1, round(shown[0] * scale)), max(1, round(shown[1] * scale))
+    scale = min(1.0, size / max(upright))
+    return max(1, round(upright[0] * scale)), max(1, round(upright[1] * scale))
 
 
 def resize(frame: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -49,7 +52,7 @@ def resize(frame: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]
 
 
 def as_frame(value: Any) -> NDArray[np.uint8]:
-    """A picture of the user's as (H, W, 3) uint8: a numpy array, a torch tensor, or a PIL image. UserError else."""
+    """A frame of the user's as (H, W, 3) uint8: a numpy array, a torch tensor, or a PIL image. UserError else."""
     if hasattr(value, "detach"):
         value = value.detach().cpu().numpy()
     elif hasattr(value, "convert"):
@@ -81,7 +84,7 @@ def _pixels(image: Any) -> NDArray[np.uint8]:
 
 @contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
-    """The PIL image of a picture file, its header read and found sensible. UserError for whatever is wrong with it."""
+    """The PIL image of an image file, its header read and found sensible. UserError for whatever is wrong with it."""
     from PIL import Image, UnidentifiedImageError
 
     path = regular(path, "picture")
@@ -112,9 +115,9 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
 
 
 def read_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
-    """The picture upright (EXIF honoured) as (H, W, 3) uint8 RGB; transparency is dropped, 16 bits become 8.
+    """The image upright (EXIF honoured) as (H, W, 3) uint8 RGB; transparency is dropped, 16 bits become 8.
 
-    Raises UserError for a missing, broken, truncated, zero-size, huge or animated picture, for a kind not in FORMATS
+    Raises UserError for a missing, broken, truncated, zero-size, huge or animated image, for a kind not in FORMATS
     and for what is no regular file.
     """
     with _opened(path) as file:
@@ -125,14 +128,14 @@ def image_size(path: Path) -> tuple[int, int]:
     """(height, width) upright, from the header alone. Raises UserError as `read_image`."""
     with _opened(path) as file:
         # EXIF orientations 5 to 8 lie on their side; of a TIFF, PIL gives the upright size itself.
-        turned = file.format != "TIFF" and file.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-        return (file.width, file.height) if turned else (file.height, file.width)
+        sideways = file.format != "TIFF" and file.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        return (file.width, file.height) if sideways else (file.height, file.width)
 
 
 def folder_images(path: Path, size: Size = None) -> list[Path]:
-    """The pictures in a folder in natural order (frame2 before frame10); hidden and other files are left out.
+    """The images in a folder in natural order (frame2 before frame10); hidden and other files are left out.
 
-    Raises UserError for a folder without pictures, and for mixed sizes unless `size` is (height, width).
+    Raises UserError for a folder without images, and for mixed sizes unless `size` is (height, width).
     """
     files = [f for f in path.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")]
     if not files:
@@ -147,3 +150,71 @@ def folder_images(path: Path, size: Size = None) -> list[Path]:
                     f"{f.name} is {other[0]}x{other[1]}; pass size=(height, width) to scale them all"
                 )
     return files
+
+
+# -- which way up ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Orientation:
+    """How a stored frame is set upright: stretch the width by `stretch`, exchange rows and columns (`transposed`), then
+    reverse the rows (`upside_down`) and the columns (`mirrored`)."""
+
+    transposed: bool = False
+    upside_down: bool = False
+    mirrored: bool = False
+    stretch: Fraction = Fraction(1)
+
+    def __bool__(self) -> bool:
+        """Is there anything to do?"""
+        return self != Orientation()
+
+    def apply(self, frame: NDArray[Any]) -> NDArray[Any]:
+        """The upright frame of a stored one (H, W, ...); the same array where there is nothing to do."""
+        if not self:
+            return frame
+        frame = resize(frame, self._square((frame.shape[0], frame.shape[1])))
+        if self.transposed:
+            frame = frame.swapaxes(0, 1)
+        return np.ascontiguousarray(frame[:: -1 if self.upside_down else 1, :: -1 if self.mirrored else 1])
+
+    def _square(self, size: tuple[int, int]) -> tuple[int, int]:
+        return size[0], max(1, round(size[1] * self.stretch))
+
+    def upright_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) of the upright frame of a stored one of `size` (height, width)."""
+        height, width = self._square(size)
+        return (width, height) if self.transposed else (height, width)
+
+
+def matrix_orientation(matrix: tuple[int, ...]) -> Orientation:
+    """The orientation of a display matrix, 9 integers (a, b, u, c, d, v, x, y, w) as libav gives them.
+
+    A stored point (x, y), y downwards, is shown at (a x + c y, b x + d y); scale and offset do not matter. Raises
+    UserError for anything but quarter turns and mirrors of those.
+    """
+    a, b, c, d = matrix[0], matrix[1], matrix[3], matrix[4]
+    straight, quarter = min(abs(a), abs(d)), min(abs(b), abs(c))
+    if 10 * max(abs(b), abs(c)) < straight:
+        return Orientation(False, d < 0, a < 0)
+    if 10 * max(abs(a), abs(d)) < quarter:
+        return Orientation(True, b < 0, c < 0)
+    raise UserError(
+        "it asks to be shown slanted or squeezed to a line (its display matrix is no quarter turn); "
+        "re-encode it upright"
+    )
+
+
+def frame_orientation(frame: Any, stream: Any, name: object) -> Orientation:
+    """The orientation that a decoded av.VideoFrame carries, with the pixel shape that its stream announces (between a
+    quarter and four; what lies beyond is no camera's). Raises UserError, naming the file, as `matrix_orientation`."""
+    shape = Fraction(stream.sample_aspect_ratio or 1)
+    stretch = shape if Fraction(1, 4) <= shape <= 4 else Fraction(1)
+    for data in frame.side_data:
+        if data.type.name == "DISPLAYMATRIX":
+            try:
+                found = matrix_orientation(struct.unpack("=9i", bytes(data)[:36]))
+                return replace(found, stretch=stretch)
+            except UserError as e:
+                raise UserError(f"{name} cannot be shown upright: {e}") from None
+    return Orientation(stretch=stretch)

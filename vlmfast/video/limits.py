@@ -1,4 +1,4 @@
-"""Which files are opened at all: regular ones of a sensible size. A pipe or a device would wait or go on for ever."""
+"""Checks files before they are opened: regular ones of a sensible size. A pipe or a device could block for ever."""
 
 from __future__ import annotations
 

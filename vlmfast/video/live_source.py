@@ -1,4 +1,4 @@
-"""Frames one after the other, with the time at which each was seen: from files, folders, cameras, URLs or the user.
+"""Yields frames with their seconds, one after the other: from files, folders, cameras, URLs or an iterable.
 
     for image, seconds in open_source("rtsp://camera/stream", sample_fps=2): ...
 
@@ -24,9 +24,8 @@ from numpy.typing import NDArray
 from vlmfast.core import UserError
 from vlmfast.fields import NonNegativeInt, PositiveFloat, checked
 from vlmfast.video import decoders, images
-from vlmfast.video.frame_index import LIMITS, Tally, frames_of, opened, ready, reason, stamp_of
-from vlmfast.video.images import Size
-from vlmfast.video.orientation import Orientation, of_frame
+from vlmfast.video.frame_index import LIMITS, PacketCount, frames_of, limit_decoder, open_video, reason, timestamp_of
+from vlmfast.video.images import Orientation, Size, frame_orientation
 
 # What libav may open for a URL of each scheme: the stream itself and its parts, never a local file.
 _HTTP = "http,https,httpproxy,tls,tcp,crypto,data"
@@ -43,9 +42,9 @@ _SCHEMES = {
 }
 _LONGEST_WAIT = 30.0
 _UNSTAMPED = {"mpjpeg", "mjpeg"}  # MJPEG cameras send no stamps: the time of arrival is all there is
-_Pixels = Callable[[], NDArray[np.uint8]]  # converts a decoded frame when it is wanted
-_Raw = tuple[_Pixels, float | None]  # and the stream's own stamp in seconds, if it has one
-_Timed = tuple[_Pixels, float]  # and seconds since the first frame
+_Decoded = Callable[[], NDArray[np.uint8]]  # converts a decoded frame to pixels when it is wanted
+_Stamped = tuple[_Decoded, float | None]  # and the stream's own stamp in seconds, if it has one
+_Timed = tuple[_Decoded, float]  # and seconds since the first frame
 
 
 class Frame(NamedTuple):
@@ -126,16 +125,18 @@ def open_source(
     if isinstance(source, int):
         if isinstance(source, bool) or source < 0:
             raise UserError(f"a camera has a number, 0 or more, got {source!r}")
-        raw = _live(f"camera {source}", lambda: _camera(source), reconnect, backoff)
-        return _deliver(raw, sample_fps, size, False)
+        frames = _reconnecting(f"camera {source}", lambda: _camera(source), reconnect, backoff)
+        return _deliver(frames, sample_fps, size, False)
     if isinstance(source, str) and "://" in source:
         scheme, _, rest = source.partition("://")
         url = f"{scheme.lower()}://{rest}"
-        if scheme.lower() not in _SCHEMES or not _whole(url):
-            raise UserError(f"cannot open {_shown(url)}; a URL must begin with {', '.join(_SCHEMES)} and name a host")
+        if scheme.lower() not in _SCHEMES or not _well_formed(url):
+            raise UserError(
+                f"cannot open {_without_secrets(url)}; a URL must begin with {', '.join(_SCHEMES)} and name a host"
+            )
         seen: dict[str, float] = {}
-        raw = _live(_shown(url), lambda: _url(url, timeout, seen), reconnect, backoff)
-        return _deliver(raw, sample_fps, size, False)
+        frames = _reconnecting(_without_secrets(url), lambda: _url(url, timeout, seen), reconnect, backoff)
+        return _deliver(frames, sample_fps, size, False)
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         if os.path.isdir(path):
@@ -144,68 +145,68 @@ def open_source(
             return _deliver(pairs, sample_fps, size, realtime)
         if fps is not None:
             raise UserError(f"fps= is for folders and bare frames; {path} has its own timestamps (sample_fps= thins)")
-        with opened(path):
+        with open_video(path):
             pass  # whatever is wrong with it is said now
         return _deliver(_file(path), sample_fps, size, realtime)
     if not isinstance(source, Iterable):
         raise UserError(f"a source is a path, a URL, a camera number or an iterable, got {type(source).__name__}")
-    return _deliver(_pushed(source, step), sample_fps, size, realtime)
+    return _deliver(_iterated(source, step), sample_fps, size, realtime)
 
 
-def _deliver(raw: Iterable[_Timed], rate: float | None, size: Size, realtime: bool) -> Iterator[Frame]:
+def _deliver(frames: Iterable[_Timed], rate: float | None, size: Size, realtime: bool) -> Iterator[Frame]:
     """Thins, paces, converts and scales."""
     start, tick = time.monotonic(), 0.0
     goal: tuple[int, int] | None = None
-    for pixels, now in raw:
+    for decoded, now in frames:
         if rate is not None and now < tick - 6e-4:  # stamps are rounded, in mkv to 1 ms
             continue
         if rate is not None:
             tick = (np.floor((now + 7e-4) * rate) + 1) / rate
         if realtime:
             time.sleep(max(0.0, start + now - time.monotonic()))
-        image = pixels()
+        image = decoded()
         goal = goal or images.target((image.shape[0], image.shape[1]), size)
         yield Frame(images.resize(image, goal), float(now))
 
 
 def _file(path: Path) -> Iterator[_Timed]:
-    with opened(path) as (container, stream):
-        clock, turned = Clock(1 / float(stream.guessed_rate or stream.average_rate or 25)), None
-        tally = Tally()
-        for frame in frames_of(container, stream, path, tally):
-            turned = of_frame(frame, stream, path) if turned is None else turned
-            yield partial(_pixels, frame, turned), clock(stamp_of(container, frame))
-        if turned is None:
+    with open_video(path) as (container, stream):
+        clock, upright = Clock(1 / float(stream.guessed_rate or stream.average_rate or 25)), None
+        count = PacketCount()
+        for frame in frames_of(container, stream, path, count):
+            upright = frame_orientation(frame, stream, path) if upright is None else upright
+            yield partial(_pixels, frame, upright), clock(timestamp_of(container, frame))
+        if upright is None:
             raise UserError(f"{path} has no frames; check that it plays, or record it again")
-        tally.check(path, container, stream)
+        count.check(path, container, stream)
 
 
-def _pixels(frame: Any, turned: Orientation) -> NDArray[np.uint8]:
-    return turned.apply(frame.to_ndarray(format="rgb24"))
+def _pixels(frame: Any, upright: Orientation) -> NDArray[np.uint8]:
+    return upright.apply(frame.to_ndarray(format="rgb24"))
 
 
-def _pushed(source: Iterable[Any], step: float) -> Iterator[_Timed]:
-    last, k = -np.inf, -1
-    for k, item in enumerate(source):
-        frame, now = item if isinstance(item, tuple) and len(item) == 2 else (item, k * step)
+def _iterated(source: Iterable[Any], step: float) -> Iterator[_Timed]:
+    last, number = -np.inf, -1
+    for number, given in enumerate(source):
+        frame, now = given if isinstance(given, tuple) and len(given) == 2 else (given, number * step)
         if not isinstance(now, (int, float, np.number)) or not last < now < np.inf:
-            raise UserError(f"frame {k} has the timestamp {now!r}; seconds must increase (the last was {last:g})")
+            raise UserError(f"frame {number} has the timestamp {now!r}; seconds must increase (the last was {last:g})")
         last = float(now)
         yield partial(images.as_frame, frame), last
-    if k < 0:
+    if number < 0:
         raise UserError("the source gave no frames")
 
 
-def _live(name: str, connect: Callable[[], Iterator[_Raw]], tries: int, backoff: float) -> Iterator[_Timed]:
+def _reconnecting(name: str, connect: Callable[[], Iterator[_Stamped]], tries: int, backoff: float) -> Iterator[_Timed]:
     """Frames of one connection after the other, on one clock. `connect` raises _Lost, or ends when the stream does."""
     clock, failed, received = Clock(1 / 25), 0, time.monotonic()
     while True:
         why = "it ended"
         try:
-            for pixels, stamp in connect():
+            for decoded, stamp in connect():
                 if failed:
                     clock.away, failed = time.monotonic() - received, 0
-                yield pixels, clock(stamp)
+                yield decoded, clock(stamp)
                 received = time.monotonic()
             if tries == 0 and clock.last is not None:
                 return
@@ -224,7 +225,7 @@ def _live(name: str, connect: Callable[[], Iterator[_Raw]], tries: int, backoff:
         failed += 1
 
 
-def _whole(url: str) -> bool:
+def _well_formed(url: str) -> bool:
     """Is it well-formed, with a host and no character that would end a line?"""
     try:
         parts = urlsplit(url)
@@ -233,7 +234,7 @@ def _whole(url: str) -> bool:
         return False
 
 
-def _shown(url: str) -> str:
+def _without_secrets(url: str) -> str:
     """The URL without user name, password and query, for messages."""
     try:
         parts = urlsplit(url)
@@ -243,7 +244,7 @@ def _shown(url: str) -> str:
     return f"{parts.scheme}://{host}{parts.path}"
 
 
-def _url(url: str, timeout: float, seen: dict[str, float]) -> Iterator[_Raw]:
+def _url(url: str, timeout: float, seen: dict[str, float]) -> Iterator[_Stamped]:
     """One connection to `url`. `seen["until"]` carries the last media time over connections, for streams of known
     length: they begin anew, and what was given out already is passed over."""
     import av
@@ -257,24 +258,24 @@ def _url(url: str, timeout: float, seen: dict[str, float]) -> Iterator[_Raw]:
     try:
         with av.open(url, options=options, timeout=(timeout, timeout)) as container:
             if not container.streams.video:
-                raise UserError(f"{_shown(url)} has no video track; give the address of a video stream")
+                raise UserError(f"{_without_secrets(url)} has no video track; give the address of a video stream")
             stream = container.streams.video[0]
-            ready(stream, _shown(url))
+            limit_decoder(stream, _without_secrets(url))
             stream.thread_type = "SLICE"  # frame threads would hold back one frame per thread
             if container.duration is not None:
                 end = ((container.start_time or 0) + container.duration) / 1e6
             arrival = bool(_UNSTAMPED & set(container.format.name.split(",")))
-            turned: Orientation | None = None
+            upright: Orientation | None = None
             for frame in _tolerant(container, stream):
                 begun = True
-                turned = of_frame(frame, stream, _shown(url)) if turned is None else turned
+                upright = frame_orientation(frame, stream, _without_secrets(url)) if upright is None else upright
                 stamp = None if frame.pts is None else float(frame.pts * stream.time_base)
                 stamp = time.monotonic() if arrival else stamp
                 if end is not None and stamp is not None:
                     if stamp <= seen.get("until", -np.inf):
                         continue
                     seen["until"] = stamp
-                yield partial(_pixels, frame, turned), stamp
+                yield partial(_pixels, frame, upright), stamp
     except av.error.ExitError:  # what PyAV's timeout looks like
         raise _Lost(f"no answer for {timeout:g} s") from None
     except av.error.FFmpegError as e:
@@ -308,7 +309,7 @@ def _tolerant(container: Any, stream: Any) -> Iterator[Any]:
         raise
 
 
-def _camera(number: int) -> Iterator[_Raw]:
+def _camera(number: int) -> Iterator[_Stamped]:
     """One connection to a camera, through OpenCV. Stamps are the driver's, or the time of arrival where it has none."""
     decoders.require("opencv")
     import cv2

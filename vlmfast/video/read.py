@@ -1,4 +1,4 @@
-"""Videos, folders of frames and pictures as numpy arrays, with real timestamps; frames are chosen before decoding.
+"""Reads chosen frames of a video or a folder of images, with their timestamps; writes videos.
 
     video = read_video("clip.mp4", select=Uniform(16), size=448)
     video.frames, video.timestamps            # (16, H, W, 3) uint8 RGB, (16,) seconds since the first frame
@@ -38,7 +38,7 @@ from vlmfast.video.images import (
 )  # fmt: skip
 
 _MOST_BYTES = 8 << 30
-_THUMB = 24
+_THUMBNAIL_SIDE = 24
 _SAME = 6e-4  # seconds; containers round stamps (mkv to 1 ms), so instants this close are one
 
 
@@ -60,16 +60,16 @@ class Uniform(Method):
     name: ClassVar[str] = "uniform"
 
     def pick(self, times: NDArray[np.float64], thumbs: Iterator[NDArray[np.uint8]]) -> NDArray[np.int64]:
-        n, k = len(times), self.frames
-        if k >= n:
-            return np.arange(n)
-        wanted = np.linspace(times[0], times[-1], k) if k > 1 else (times[:1] + times[-1:]) / 2
-        right = np.clip(np.searchsorted(times, wanted), 1, n - 1)
+        total, count = len(times), self.frames
+        if count >= total:
+            return np.arange(total)
+        wanted = np.linspace(times[0], times[-1], count) if count > 1 else (times[:1] + times[-1:]) / 2
+        right = np.clip(np.searchsorted(times, wanted), 1, total - 1)
         near = right - (wanted - times[right - 1] <= times[right] - wanted)
         # Where frames are sparse two instants share a frame: give each its own, pushing forward, then back.
-        step = np.arange(k)
+        step = np.arange(count)
         near = np.maximum.accumulate(near - step) + step
-        near = np.minimum(near, n - k + step)
+        near = np.minimum(near, total - count + step)
         return near.astype(np.int64)
 
 
@@ -112,13 +112,13 @@ class SceneChange(Method):
     def pick(self, times: NDArray[np.float64], thumbs: Iterator[NDArray[np.uint8]]) -> NDArray[np.int64]:
         kept, last = [0], next(thumbs).astype(np.int16)
         longest = math.inf if self.max_gap is None else self.max_gap
-        for k, thumb in enumerate(thumbs, start=1):
-            gap = times[k] - times[kept[-1]]
+        for number, thumb in enumerate(thumbs, start=1):
+            gap = times[number] - times[kept[-1]]
             if gap < self.min_gap - 1e-6:
                 continue
             now = thumb.astype(np.int16)
             if gap >= longest or np.abs(now - last).mean() / 255 > self.threshold:
-                kept.append(k)
+                kept.append(number)
                 last = now
         return np.asarray(kept, np.int64)
 
@@ -177,13 +177,13 @@ def read_video(
     size: Size = None,
     fps: float | None = None,
 ) -> Video:
-    """Reads the selected frames of a video file or of a folder of pictures.
+    """Reads the selected frames of a video file or of a folder of images.
 
     select: Uniform (default, 16 frames), Fps or SceneChange, or the same as text ("fps:2")
     backend: "pyav", "decord" or "opencv": who decodes; frames and timestamps are the same
     max_frames: thins the selection evenly to at most that many
     size: (height, width), or an integer: the longer side is scaled down to it; None = as stored
-    fps: of a folder only: pictures per second, default 1
+    fps: of a folder only: images per second, default 1
     Raises UserError for bad files and bad arguments. Only the selected frames are kept in memory.
     """
     path = Path(path)
@@ -201,19 +201,19 @@ def read_video(
     if fps is not None:
         raise UserError(f"fps= is for folders of pictures; {path} has its own timestamps (choose by select=Fps(...))")
     index = read_index(path)
-    indices = _thin(select.pick(index.timestamps, decoders.thumbnails(index, _THUMB)), max_frames)
-    frames = _collect(path, decoders.fetch(index, indices, backend), len(indices), index.shown, size)
-    return Video(frames, index.timestamps[indices], indices, index.fps, index.duration, len(index), index.shown)
+    indices = _thin(select.pick(index.timestamps, decoders.thumbnails(index, _THUMBNAIL_SIDE)), max_frames)
+    frames = _collect(path, decoders.fetch(index, indices, backend), len(indices), index.upright_size, size)
+    return Video(frames, index.timestamps[indices], indices, index.fps, index.duration, len(index), index.upright_size)
 
 
 def _read_folder(path: Path, select: Select, most: int | None, size: Size, fps: float) -> Video:
     files = folder_images(path, size)
     times = np.arange(len(files)) / fps
-    thumbs = (resize(read_image(f), (_THUMB, _THUMB)) for f in files)
-    indices = _thin(select.pick(times, thumbs), most)
-    shown = image_size(files[0])
-    frames = _collect(path, (read_image(files[k]) for k in indices), len(indices), shown, size)
-    return Video(frames, times[indices], indices, fps, len(files) / fps, len(files), shown)
+    thumbnails = (resize(read_image(f), (_THUMBNAIL_SIDE, _THUMBNAIL_SIDE)) for f in files)
+    indices = _thin(select.pick(times, thumbnails), most)
+    upright = image_size(files[0])
+    frames = _collect(path, (read_image(files[k]) for k in indices), len(indices), upright, size)
+    return Video(frames, times[indices], indices, fps, len(files) / fps, len(files), upright)
 
 
 def _thin(indices: NDArray[np.int64], most: int | None) -> NDArray[np.int64]:
@@ -223,22 +223,22 @@ def _thin(indices: NDArray[np.int64], most: int | None) -> NDArray[np.int64]:
 
 
 def _collect(
-    path: Path, frames: Iterable[NDArray[np.uint8]], n: int, shown: tuple[int, int], size: Size
+    path: Path, frames: Iterable[NDArray[np.uint8]], count: int, upright: tuple[int, int], size: Size
 ) -> NDArray[np.uint8]:
-    h, w = target(shown, size)
-    if n * h * w * 3 > _MOST_BYTES:
+    height, width = target(upright, size)
+    if count * height * width * 3 > _MOST_BYTES:
         raise UserError(
-            f"{n} frames of {h}x{w} from {path} would take {n * h * w * 3 / 2**30:.0f} GiB of memory; "
-            "select fewer, or pass max_frames= or a smaller size="
+            f"{count} frames of {height}x{width} from {path} would take {count * height * width * 3 / 2**30:.0f} GiB "
+            "of memory; select fewer, or pass max_frames= or a smaller size="
         )
-    out = np.empty((n, h, w, 3), np.uint8)
-    for k, frame in enumerate(frames):
-        if frame.shape != (*shown, 3) and not isinstance(size, tuple):
+    out = np.empty((count, height, width, 3), np.uint8)
+    for i, frame in enumerate(frames):
+        if frame.shape != (*upright, 3) and not isinstance(size, tuple):
             raise UserError(
-                f"frames of {path} change size from {shown[0]}x{shown[1]} to {frame.shape[0]}x{frame.shape[1]}; "
+                f"frames of {path} change size from {upright[0]}x{upright[1]} to {frame.shape[0]}x{frame.shape[1]}; "
                 "pass size=(height, width)"
             )
-        out[k] = resize(frame, (h, w))
+        out[i] = resize(frame, (height, width))
     return out
 
 

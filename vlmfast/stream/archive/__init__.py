@@ -1,1 +1,1 @@
-"""What a stream has seen, kept in RAM and then on disk: blocks, their summaries, and the folder they are saved in."""
+"""The archive of a stream: blocks in RAM and on disk, their representatives, and the folder they are saved in."""

@@ -1,4 +1,4 @@
-"""What tells one model from another: sizes, dtype, rotary settings, and a digest of every weight that acts.
+"""The fingerprint of a model, by which an archive knows it: sizes, dtype, rotary settings, a digest of its weights.
 
 Adapters count as they are switched: those that are active, with their scaling; the others do not. So an archive made by
 a plain model opens under PEFT with its adapters disabled, and not with one of them active.
@@ -25,10 +25,10 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     text = model.config.get_text_config()  # type: ignore[union-attr,operator]
     digest = hashlib.sha256()
     for name, x in acting(model):
-        held = content(x)
-        if held is None:
+        tensor_digest = content(x)
+        if tensor_digest is None:
             raise Unsupported(f"{name} is not in memory (offloaded), and an archive must know its model: load it whole")
-        digest.update(f"{name} {tuple(x.shape)} {x.dtype} {held} ".encode())
+        digest.update(f"{name} {tuple(x.shape)} {x.dtype} {tensor_digest} ".encode())
     for name, value in switches(model):
         digest.update(f"{name} {value!r} ".encode())
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}

@@ -1,4 +1,4 @@
-"""The folder of an archive: one owner, names of its own, files that are written whole or not at all.
+"""The folder of an archive: a lock for its one owner, and files that are written whole or not at all.
 
 Nothing that is not named here is ever read, replaced or deleted, and only by the owner: who holds the lock. Only
 regular files are opened (no links, devices, pipes), and their size is looked at before they are read.
@@ -117,10 +117,10 @@ class Folder:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                held = re.sub(r"[^\w .,-]", "", os.pread(file.fileno(), 200, 0).decode(errors="replace"))
+                owner = re.sub(r"[^\w .,-]", "", os.pread(file.fileno(), 200, 0).decode(errors="replace"))
                 file.close()
                 raise UserError(
-                    f"{self.path} is open in another session ({_who(held)}): close that one "
+                    f"{self.path} is open in another session ({_who(owner)}): close that one "
                     "first; it can be asked, or saved to another folder, meanwhile"
                 ) from None
             except OSError as e:

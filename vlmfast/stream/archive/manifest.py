@@ -75,9 +75,9 @@ def _first_format(path: Path) -> bool:
 
 def _whole(path: Path) -> dict[str, Any]:
     try:
-        held = json.loads(read_regular(path, MOST_MANIFEST))
-        text = json.dumps({"format": held["format"], "body": held["body"]})
-        right = held["sha256"] == _sum(text)
+        found = json.loads(read_regular(path, MOST_MANIFEST))
+        text = json.dumps({"format": found["format"], "body": found["body"]})
+        right = found["sha256"] == _sum(text)
     except FileNotFoundError:
         raise Damaged("it is missing") from None
     except OSError as e:
@@ -88,9 +88,9 @@ def _whole(path: Path) -> dict[str, Any]:
         raise Damaged("it is no manifest, or torn") from None
     if not right:
         raise Damaged("the checksum does not match")
-    if held["format"] != FORMAT:
-        raise UserError(f"{path.parent} is of format {held['format']!r}, this version reads format {FORMAT}")
-    return _checked(path, held["body"])
+    if found["format"] != FORMAT:
+        raise UserError(f"{path.parent} is of format {found['format']!r}, this version reads format {FORMAT}")
+    return _checked(path, found["body"])
 
 
 def _checked(path: Path, body: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One segment file: blocks to bytes, and back again, every byte checked against its sum when it is read.
+"""One segment file: writes blocks to bytes, and reads them back with every byte checked against its checksum.
 
 A safetensors file. Its metadata holds the blocks' records and, per block, a CRC-32 of every layer's tensors and one of
 its representative; the manifest holds the sums of the header and of the whole file.
@@ -19,8 +19,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from vlmfast.stream.archive.folder import Damaged, open_regular
-from vlmfast.stream.archive.packing import Packed
-from vlmfast.stream.blocks import Block
+from vlmfast.stream.blocks import Block, PackedBlock
 
 _TYPES = {
     "I8": torch.int8, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
@@ -29,7 +28,7 @@ _LAYERED = ("k", "v", "ks", "vs")
 _MOST_HEADER = 256 << 20  # bytes
 
 
-def encode(blocks: list[tuple[Block, Packed]]) -> tuple[bytes, int]:
+def encode(blocks: list[tuple[Block, PackedBlock]]) -> tuple[bytes, int]:
     """The bytes of a segment, and the CRC-32 of its header."""
     tensors: dict[str, Tensor] = {}
     sums: dict[int, list[int]] = {}
@@ -43,6 +42,13 @@ def encode(blocks: list[tuple[Block, Packed]]) -> tuple[bytes, int]:
     data = to_bytes(tensors, {"blocks": json.dumps(records)})
     (size,) = struct.unpack("<Q", data[:8])
     return data, zlib.crc32(data[: 8 + size])
+
+
+def bytes_in_file(block: Block, packed: PackedBlock) -> int:
+    """Bytes of a block in a segment, its share of the header included (an upper bound)."""
+    halves = packed.representative.numel() + (0 if packed.embedding is None else packed.embedding.numel())
+    record = 900 + 8 * block.relative_positions.numel() + 12 * (packed.representative.shape[0] + 1)
+    return packed.nbytes() + 2 * halves + record
 
 
 def _sum(tensors: list[Tensor]) -> int:
@@ -81,10 +87,10 @@ class SegmentFile:
         if size != self.bytes:
             raise Damaged(f"{size:,} bytes instead of {self.bytes:,}")
 
-    def _read(self, at: int, size: int) -> bytes:
-        data = os.pread(self.file.fileno(), size, at)
+    def _read(self, begin: int, size: int) -> bytes:
+        data = os.pread(self.file.fileno(), size, begin)
         while len(data) < size:
-            more = os.pread(self.file.fileno(), size - len(data), at + len(data))
+            more = os.pread(self.file.fileno(), size - len(data), begin + len(data))
             if not more:
                 raise Damaged("it is torn")
             data += more
@@ -93,51 +99,55 @@ class SegmentFile:
     def _parse(self, header: dict[str, Any]) -> None:
         self.blocks: list[Block] = []
         self.sums: dict[int, list[int]] = {}
-        self.where: dict[str, tuple[torch.dtype, list[int], int]] = {}  # name -> dtype, shape, first byte
+        self.places: dict[str, tuple[torch.dtype, list[int], int]] = {}  # name -> dtype, shape, first byte
         records = json.loads(header.pop("__metadata__")["blocks"])
-        for name, at in header.items():
-            dtype, shape, (first, last) = _TYPES[at["dtype"]], at["shape"], at["data_offsets"]
+        for name, entry in header.items():
+            dtype, shape, (first, last) = _TYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
             if not 0 <= first <= last <= self.bytes - self.start or min(shape) < 1:
                 raise ValueError(name)
             if last - first != math.prod(shape) * dtype.itemsize:
                 raise ValueError(name)
-            self.where[name] = dtype, shape, first
+            self.places[name] = dtype, shape, first
         for record in records:
             sums = record.pop("sums")
             block = Block.from_json(record)
-            keys, rep = (self.where[f"{block.id}.{n}"][1] for n in ("k", "rep"))
+            keys, representative = (self.places[f"{block.id}.{n}"][1] for n in ("k", "rep"))
             layers, heads, tokens, width = keys
-            if self.where[f"{block.id}.v"][1] != keys or rep != [layers, heads, width] or len(sums) != layers + 1:
+            if (
+                self.places[f"{block.id}.v"][1] != keys
+                or representative != [layers, heads, width]
+                or len(sums) != layers + 1
+            ):
                 raise ValueError(block.id)
-            if tokens != block.n or len(block.origin) != len(block.rel) or len(block.advance) != len(block.rel):
+            if tokens != block.num_tokens or {len(block.origin), len(block.advance)} != {len(block.relative_positions)}:
                 raise ValueError(block.id)
             self.blocks.append(block)
             self.sums[block.id] = sums
-        self.shape = rep
+        self.shape = representative
 
     def verify(self, crc: int) -> None:
         """Read all of it, in pieces. Raises Damaged."""
         total = 0
-        for at in range(0, self.bytes, 4 << 20):
-            total = zlib.crc32(self._read(at, min(4 << 20, self.bytes - at)), total)
+        for begin in range(0, self.bytes, 4 << 20):
+            total = zlib.crc32(self._read(begin, min(4 << 20, self.bytes - begin)), total)
         if total != crc:
             raise Damaged("the checksum does not match")
 
     def layer(self, block: int, layer: int) -> dict[str, Tensor]:
         """The stored tensors of one layer of a block, by name."""
         self._size()
-        return self._tensors(block, [n for n in _LAYERED if f"{block}.{n}" in self.where], layer)
+        return self._tensors(block, [n for n in _LAYERED if f"{block}.{n}" in self.places], layer)
 
-    def rep(self, block: int) -> tuple[Tensor, Tensor | None]:
-        """Its representative (L, Hk, Dh) and its embedding (E,)."""
-        got = self._tensors(block, [n for n in ("rep", "emb") if f"{block}.{n}" in self.where], None)
-        return got["rep"], got.get("emb")
+    def representative(self, block: int) -> tuple[Tensor, Tensor | None]:
+        """A block's representative (L, Hk, Dh) and its embedding (E,)."""
+        named = self._tensors(block, [n for n in ("rep", "emb") if f"{block}.{n}" in self.places], None)
+        return named["rep"], named.get("emb")
 
     def _tensors(self, block: int, names: list[str], layer: int | None) -> dict[str, Tensor]:
         out: dict[str, Tensor] = {}
         total = 0
         for name in names:
-            dtype, shape, first = self.where[f"{block}.{name}"]
+            dtype, shape, first = self.places[f"{block}.{name}"]
             size = math.prod(shape) * dtype.itemsize
             if layer is not None:
                 size //= shape[0]

@@ -1,4 +1,4 @@
-"""The disk tier: immutable segments and the saved window, named by one manifest.
+"""The archive on disk: immutable segments of blocks and the saved window, named by one manifest.
 
 A file is written under a number of its own and synced, then the manifest names it, then what it replaces is deleted: a
 crash at any moment leaves a folder that opens as it was before or after, no block twice or half. Whatever is read is
@@ -22,12 +22,11 @@ from torch import Tensor
 from vlmfast.core import UserError
 from vlmfast.stream.archive import manifest
 from vlmfast.stream.archive.folder import MANIFESTS, Damaged, Folder, NoRoom, StoreError, read_regular
-from vlmfast.stream.archive.packing import Packed
 from vlmfast.stream.archive.segment_file import SegmentFile, encode
-from vlmfast.stream.blocks import Block
+from vlmfast.stream.blocks import Block, PackedBlock
 
-OPEN = 64  # segment files kept open
-SMALL = 400  # bytes of lock file, heartbeat and what the file system may add
+MOST_OPEN = 64  # segment files kept open
+OTHER_BYTES = 400  # bytes of lock file, heartbeat and what the file system may add
 
 
 class BlockLost(RuntimeError):
@@ -41,7 +40,7 @@ class Segments:
         self.folder, self.limit, self.head = Folder(path), limit, head
         self.path = self.folder.path
         self.entries: dict[str, dict[str, Any]] = {}  # file -> {"bytes", "crc", "head", "blocks"}, in stream order
-        self.where: dict[int, str] = {}  # block id -> file
+        self.file_of: dict[int, str] = {}  # block id -> file
         self.state: dict[str, Any] | None = None  # {"file", "bytes", "crc"} of the saved session state
         self.skipped: list[str] = []
         self.number = self.generation = self.peak = 0
@@ -66,8 +65,8 @@ class Segments:
         self.number = self.folder.highest()
 
     def open(self) -> tuple[list[Block], dict[int, tuple[Tensor, Tensor | None]]]:
-        """Own the folder, read manifest and segments. Returns the blocks in order and {id: (rep, embedding)}; what was
-        damaged is in `skipped`."""
+        """Own the folder, read manifest and segments. Returns the blocks in order and {id: (representative,
+        embedding)}; what was damaged is in `skipped`."""
         manifest.read(self.path)  # before a lock file is made in a folder that holds no stream
         self.folder.acquire()
         try:
@@ -83,10 +82,10 @@ class Segments:
         self.number = max(body["number"], self.folder.highest())
         self.aside = self.folder.aside()
         blocks: list[Block] = []
-        reps: dict[int, tuple[Tensor, Tensor | None]] = {}
+        representatives: dict[int, tuple[Tensor, Tensor | None]] = {}
         for file, entry in body["segments"].items():
             try:
-                found, held = self._verified(file, entry)
+                found, summaries = self._verified(file, entry)
             except OSError as e:
                 raise UserError(
                     f"{self.path / file} cannot be read ({e.strerror}); nothing was changed: make it readable, or "
@@ -97,16 +96,16 @@ class Segments:
                 self._broken[file] = self.folder.size(file)
                 continue
             self.entries[file] = entry
-            self.where |= {b.id: file for b in found}
+            self.file_of |= {block.id: file for block in found}
             blocks += found
-            reps |= held
+            representatives |= summaries
         text = self._text(self.entries | {f: body["segments"][f] for f in self._broken}, self.state)
         self._manifest_bytes = len(text)
         if agree or self._repaired(text):
             named = {*body["segments"], (self.state or {}).get("file", "")}
             for stray in self.folder.strays(named):
                 self.folder.delete(stray)
-        return sorted(blocks, key=lambda b: b.id), reps
+        return sorted(blocks, key=lambda b: b.id), representatives
 
     def _verified(
         self, file: str, entry: dict[str, Any]
@@ -118,9 +117,9 @@ class Segments:
         try:
             segment.verify(entry["crc"])
             self._shape = self._shape or segment.shape
-            if segment.shape != self._shape or [b.id for b in segment.blocks] != entry["blocks"]:
+            if segment.shape != self._shape or [block.id for block in segment.blocks] != entry["blocks"]:
                 raise Damaged("it holds other blocks than the manifest says")
-            return segment.blocks, {b.id: segment.rep(b.id) for b in segment.blocks}
+            return segment.blocks, {block.id: segment.representative(block.id) for block in segment.blocks}
         finally:
             segment.close()
 
@@ -147,28 +146,28 @@ class Segments:
         """Bytes of ours in the folder, the manifest counted three times because replacing it needs a third."""
         kept = sum(sum(list(files.values())) for files in (self.aside, self._leaving, self._broken))
         state = self.state["bytes"] if self.state else 0
-        return self.segment_bytes + state + kept + 3 * self._manifest_bytes + SMALL
+        return self.segment_bytes + state + kept + 3 * self._manifest_bytes + OTHER_BYTES
 
     @property
     def segment_bytes(self) -> int:
         return sum(e["bytes"] for e in list(self.entries.values()))
 
-    def write(self, blocks: list[tuple[Block, Packed]], commit: bool = True) -> None:
+    def write(self, blocks: list[tuple[Block, PackedBlock]], commit: bool = True) -> None:
         """One new segment of newer blocks. Raises StoreError, leaving the folder as it was. A saved state is older now
         and of no use: it goes."""
         file, entry = self._segment(blocks)
         self._name(self.entries | {file: entry}, None, [] if self.state is None else [self.state], file, commit)
 
-    def rewrite(self, file: str, keep: list[tuple[Block, Packed]]) -> None:
-        """Replace a segment by one that holds only `keep` (nothing: delete it)."""
-        new = dict([self._segment(keep)] if keep else [])
+    def rewrite(self, file: str, stays: list[tuple[Block, PackedBlock]]) -> None:
+        """Replace a segment by one that holds only `stays` (nothing: delete it)."""
+        new = dict([self._segment(stays)] if stays else [])
         entries: dict[str, dict[str, Any]] = {}
         for name, entry in self.entries.items():
             entries |= new if name == file else {name: entry}
         gone = {"file": file, "bytes": self.entries[file]["bytes"]}
         self._name(entries, self.state, [gone], next(iter(new), None), True)
 
-    def _segment(self, blocks: list[tuple[Block, Packed]]) -> tuple[str, dict[str, Any]]:
+    def _segment(self, blocks: list[tuple[Block, PackedBlock]]) -> tuple[str, dict[str, Any]]:
         """Write a segment that no manifest names yet."""
         data, head = encode(blocks)
         self.number += 1
@@ -178,7 +177,7 @@ class Segments:
         return file, {"bytes": len(data), "crc": crc, "head": head, "blocks": [b.id for b, _ in blocks]}
 
     def write_state(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        """Replace the saved session state. Raises NoRoom where it does not fit the limit, StoreError."""
+        """Replace the saved session state; no block is given up for it. Raises NoRoom beyond the limit, StoreError."""
         data = to_bytes(tensors, {"state": json.dumps(meta)})
         if self.limit is not None and self.used + len(data) + 600 > self.limit:
             raise NoRoom(
@@ -189,6 +188,10 @@ class Segments:
         self.folder.put(file, data)
         state = {"file": file, "bytes": len(data), "crc": zlib.crc32(data)}
         self._name(self.entries, state, [] if self.state is None else [self.state], file, True)
+
+    def began(self, first: float | None, extent: int) -> None:
+        """Note, for the manifests to come: seconds of the stream's first frame, spatial extent of its first grid."""
+        self.head["stream"] = {"first": first, "span": extent}
 
     def drop_state(self) -> None:
         """Delete the saved state."""
@@ -224,7 +227,7 @@ class Segments:
             self.generation += 1
             self._manifest_bytes = len(text)
         self.entries, self.state = entries, state
-        self.where = {i: file for file, entry in entries.items() for i in entry["blocks"]}
+        self.file_of = {i: file for file, entry in entries.items() for i in entry["blocks"]}
         for old in gone:
             self._leaving[old["file"]] = old["bytes"]
             if old["file"] in self._opened:
@@ -282,14 +285,14 @@ class Segments:
     def _open_segment(self, file: str) -> SegmentFile:
         if file not in self._opened:
             segment = SegmentFile(self.path / file, self.entries[file])
-            if len(self._opened) >= OPEN:
+            if len(self._opened) >= MOST_OPEN:
                 self._opened.pop(next(iter(self._opened))).close()
             self._opened[file] = segment
         return self._opened[file]
 
     def layer(self, block: int, layer: int) -> dict[str, Tensor]:
         """The stored tensors of one layer of a block, checked. Raises BlockLost."""
-        file = self.where[block]
+        file = self.file_of[block]
         try:
             return self._open_segment(file).layer(block, layer)
         except Damaged as e:
@@ -299,11 +302,13 @@ class Segments:
         except OSError as e:  # such as too many open files: no damage
             raise UserError(f"{self.path / file} cannot be read now ({e.strerror}); nothing was changed") from None
 
-    def whole(self, block: int, rep: Tensor, embedding: Tensor | None) -> Packed:
-        """A block with all its layers; rep (L, Hk, Dh) and embedding (E,) as they are in memory. Raises BlockLost."""
-        layers = [self.layer(block, i) for i in range(rep.shape[0])]
-        got = {name: torch.stack([x[name] for x in layers]) for name in layers[0]}
-        return Packed(got["k"], got["v"], got.get("ks"), got.get("vs"), rep, embedding)
+    def whole(self, block: int, representative: Tensor, embedding: Tensor | None) -> PackedBlock:
+        """A block with all its layers; representative (L, Hk, Dh) and embedding (E,) as they are in memory. Raises
+        BlockLost."""
+        layers = [self.layer(block, i) for i in range(representative.shape[0])]
+        all_layers = {name: torch.stack([x[name] for x in layers]) for name in layers[0]}
+        scales = all_layers.get("ks"), all_layers.get("vs")
+        return PackedBlock(all_layers["k"], all_layers["v"], *scales, representative, embedding)
 
     def forget(self, file: str) -> list[int]:
         """Drop a damaged segment; returns the blocks it held. The next change of the manifest sets its file aside."""
@@ -312,7 +317,7 @@ class Segments:
             self._opened.pop(file).close()
         self._broken[file] = self.folder.size(file)
         for block in entry["blocks"]:
-            self.where.pop(block, None)
+            self.file_of.pop(block, None)
         return list(entry["blocks"])
 
     def beat(self, seconds: float) -> None:

@@ -1,10 +1,14 @@
-"""Which arguments of `generate` a stream's answer takes: everything that leaves one row over one dynamic cache."""
+"""Checks of the arguments of a session, and of those of `generate` that an answer takes.
+
+An answer takes everything that leaves one row over one dynamic cache.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from vlmfast.core import Unsupported, UserError
+from vlmfast.fields import PositiveFloat, PositiveInt, Range, checked
 from vlmfast.runtime.compat import option
 
 INPUTS = ("input_ids", "inputs", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "cache")
@@ -26,7 +30,17 @@ REFUSED = {
 }
 
 
-def check_options(model: Any, options: dict[str, Any]) -> dict[str, Any]:
+def check_session(config: dict[str, Any]) -> None:
+    """Raise UserError, in one line, for an argument of a session of the wrong type or out of range."""
+    for name, hint in (
+        ("window", PositiveInt), ("queue", int), ("fps", PositiveFloat), ("flush_seconds", float), ("keep_as", str),
+        ("redundancy", Annotated[float, Range(0, 2, "most")] | None), ("positions", Literal["contiguous", "own"]),
+        ("text_after", Literal["model", "max"]),
+    ):  # fmt: skip
+        checked(name, config[name], hint, "a stream session")
+
+
+def check_generate(model: Any, options: dict[str, Any]) -> dict[str, Any]:
     """The arguments for `generate`. Raises Unsupported, in one line, for what a stream cannot honour."""
     for name in options:
         if name in INPUTS or name.startswith("pixel_values"):
