@@ -801,8 +801,8 @@ def test_the_example_of_the_readme_runs(tmp_path, monkeypatch):
 
 
 def test_names_of_earlier_versions_are_found():
-    from vlmfast.stream import Anywhere, Evenly, RandomRetriever
+    from vlmfast.stream import Anywhere, Evenly, RandomRetriever  # earlier name
     from vlmfast.stream.retrievers import parse
 
-    assert (Evenly, Anywhere) == (UniformRetriever, RandomRetriever)
-    assert parse("uniform:frames=3") == Evenly(frames=3) and parse("random") == Anywhere()
+    assert (Evenly, Anywhere) == (UniformRetriever, RandomRetriever)  # earlier name
+    assert parse("uniform:frames=3") == Evenly(frames=3) and parse("random") == Anywhere()  # earlier name
