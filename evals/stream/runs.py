@@ -158,7 +158,7 @@ def recall(session: StreamSession, asked: Asked, weights: dict[int, float]) -> f
     Counted are the blocks that the evidence made, also those that have been evicted since.
     """
     held = [b.id for b in in_time(list(session.store.blocks.values()), None, asked.evidence)]
-    size = session.vision.frames / session.fps  # seconds of a block
+    size = session.vision.frames_per_grid / session.fps  # seconds of a block
     end = min(asked.evidence[1], asked.time)
     made = max(len(held), math.floor((end - asked.evidence[0]) / size))
     return sum(weights.get(i, 0.0) for i in held) / max(1, made)

@@ -110,7 +110,7 @@ def test_questions_are_asked_while_the_clip_runs(folder):
     done = runs.opened(loaded.model, loaded.processor, drawn, redundancy=None, window=512)
     seen = []
     asked = runs.questions(drawn, "x")
-    runs.watch([done], asked[::-1], lambda question: seen.append((question.time, done.session.last)))
+    runs.watch([done], asked[::-1], lambda question: seen.append((question.time, done.session.accepted)))
     assert [time for time, _ in seen] == sorted(question.time for question in asked)
     assert all(last < time <= last + 2 / drawn.fps for time, last in seen)
     assert done.session.stats()["frames"] == len(drawn)
