@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from vlmfast.bench.shapes import QWEN_3B, QWEN_3B_TWELFTH, Shape, build, clip, fill
+from vlmfast.roofline import cost as roofline
 
 __all__ = [
     "QWEN_3B", "QWEN_3B_QUARTER", "QWEN_3B_SIXTH", "QWEN_3B_TWELFTH", "TOY", "Shape", "build", "clip", "encode_cost",
@@ -34,30 +35,28 @@ TOY = Shape("toy", 3, 256, 512, 4, 2, 1000, 3, 128, 256, 4, (2,), (2, 8, 8), 16)
 
 def encode_cost(shape: Shape, kept: int, after_block: int | None) -> tuple[float, float]:
     """FLOPs and bytes (bf16 weights) of the tower when blocks from `after_block` on see `kept` of the tokens."""
-    d, m = shape.vision_hidden, shape.vision_intermediate
-    block = 4 * d * d + 3 * d * m
-    patches, short = 4 * shape.visual, 4 * kept
-    flops, frame = 2.0 * patches * 3 * 2 * shape.patch**2 * d, patches / shape.grid[0]
-    for i in range(shape.depth):
-        n = short if after_block is not None and i >= after_block else patches
-        span = (frame if i in shape.full_attention else 64) * n / patches
-        flops += 2.0 * n * block + 4.0 * n * span * d
-    merged = kept if after_block is not None else shape.visual
-    merger = (4 * d) ** 2 + 4 * d * shape.hidden
-    flops += 2.0 * merged * merger
-    return flops, 2.0 * (shape.depth * block + merger + 6 * shape.patch**2 * d)
+    cost = roofline.encode(_counted(shape), _request(shape), kept, after_block)
+    return cost.flops, cost.bytes
 
 
 def prefill_cost(shape: Shape, kept: int, cuts: tuple[tuple[int, float], ...] = ()) -> tuple[float, float]:
-    """FLOPs and bytes (bf16 weights) of the text decoder over the text and `kept` visual tokens.
+    """FLOPs and bytes (bf16 weights, written keys and values) of the decoder over the text and `kept` visual tokens.
 
     cuts: ((layer, fraction of all visual tokens that go on from it), ...) of a method between layers; then `kept` is
     what is left at the end.
     """
-    d, head, flops = shape.hidden, shape.hidden // shape.heads, 0.0
-    layer = 2 * d * d + 2 * d * head * shape.kv_heads + 3 * d * shape.intermediate
-    for i in range(shape.layers):
-        share = next((f for at, f in reversed(cuts) if i >= at), 1.0)
-        n = shape.text + 2 + (share * shape.visual if cuts else kept)
-        flops += 2.0 * n * layer + 4.0 * n * n / 2 * d
-    return flops, 2.0 * shape.layers * layer
+    cost = roofline.prefill(_counted(shape), _request(shape), shape.visual if cuts else kept, cuts=cuts)
+    return cost.flops, cost.bytes
+
+
+def _counted(shape: Shape) -> roofline.Shape:
+    full = len(shape.full_attention)
+    return roofline.Shape(
+        shape.name, shape.layers, shape.hidden, shape.intermediate, shape.heads, shape.kv_heads,
+        shape.hidden // shape.heads, shape.vocab, shape.depth, shape.vision_hidden, shape.vision_intermediate,
+        windowed=shape.depth - full, patch_values=6 * shape.patch**2,
+    )  # fmt: skip
+
+
+def _request(shape: Shape) -> roofline.Request:
+    return roofline.Request(shape.visual, shape.text + 2, frames=shape.grid[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -132,13 +133,19 @@ def encode(shape: Shape, request: Request, kept: int, block: int | None, width: 
     return Cost(request.batch * flops, float(width * shape.vision_weights))
 
 
-def prefill(shape: Shape, request: Request, kept: int, width: int = 2) -> Cost:
-    """The decoder over text and kept visual tokens, causal attention, one row of logits."""
-    n = request.text + kept
-    attention = 4.0 * n * n / 2 * shape.heads * shape.head * shape.layers
-    flops = 2.0 * n * shape.text_weights + attention + 2.0 * shape.hidden * shape.vocab
+def prefill(shape: Shape, request: Request, kept: int, width: int = 2, cuts: Sequence[tuple[int, float]] = ()) -> Cost:
+    """The decoder over text and kept visual tokens, causal attention, one row of logits.
+
+    cuts: (layer, fraction of the kept tokens that go on from it), ascending, of a method between layers.
+    """
+    flops, written = 2.0 * shape.hidden * shape.vocab, 0.0
+    for layer in range(shape.layers):
+        share = next((fraction for cut, fraction in reversed(cuts) if layer >= cut), 1.0)
+        tokens = request.text + share * kept
+        flops += 2.0 * tokens * shape.text_weights / shape.layers
+        flops += 4.0 * tokens * tokens / 2 * shape.heads * shape.head
+        written += 2 * tokens * shape.kv_heads * shape.head
     weights = shape.text_weights + shape.hidden * shape.vocab
-    written = 2 * n * shape.kv_heads * shape.head * shape.layers
     return Cost(request.batch * flops, width * (weights + request.batch * written))
 
 
