@@ -109,7 +109,8 @@ def task(name: str) -> Task:
                       cluster=f"{short}/{seed}", kind=short, opening=opening)  # fmt: skip
 
     ids = [f"{short}/{seed}/{j}" for seed in range(many) for j in range(each)]
-    return Task(name, ids, make, 10, "accuracy", bucket=lambda i: i // each, config=config)
+    return Task(name, ids, make, 10, "accuracy", bucket=lambda i: i // each, config=config,
+                clusters=lambda i: f"{short}/{i // each}")  # fmt: skip
 
 
 def ask(runner: Runner, samples: Sequence[Sample], plan: Plan, tokens: int) -> tuple[list[str], dict[str, Any]]:

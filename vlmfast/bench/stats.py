@@ -7,6 +7,7 @@ Intervals are percentile bootstraps over clusters (a clip, an image): questions 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,12 +78,39 @@ def mcnemar(scores: Sequence[float], baseline: Sequence[float]) -> float:
     return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
-def median_ratio(baseline: Sequence[float], this: Sequence[float]) -> list[float]:
+BETS = (0.1, 0.3, 0.6, 0.95)  # shares of the capital
+
+
+def evidence(gaps: Sequence[float], clusters: Sequence[str]) -> float:
+    """How much the gaps, each in [-1, 1], speak against a mean of zero or less: what a bettor's capital of 1 became.
+
+    Every cluster is one bet on its mean gap, in the order of their first questions; several bettors stake a fixed
+    share (`BETS`) each, and the mean of their capitals counts. Where the true mean is zero or less, the chance that it
+    ever reaches 1 / error is `error` at most, however often one looks (Ville's inequality; Waudby-Smith and Ramdas,
+    arXiv 2010.09686). Clusters are taken as independent, questions of one are not.
+    """
+    _, first, group = np.unique(np.asarray(clusters), return_index=True, return_inverse=True)
+    means = (np.bincount(group, np.asarray(gaps, float)) / np.bincount(group))[np.argsort(first)]
+    if np.abs(means).max(initial=0.0) > 1:
+        raise ValueError("gaps must lie in [-1, 1]")
+    return float(np.exp(np.log1p(np.multiply.outer(BETS, means)).sum(1)).mean())
+
+
+def median_ratio(
+    baseline: Sequence[float], this: Sequence[float], clusters: Sequence[Any] | None = None
+) -> list[float]:
     """[median, low, high] of the paired ratios baseline / this: how many times less time or bytes.
 
-    Rows of one batch share one measurement: equal pairs count once. The interval: `timing.median_interval`.
+    Rows of one batch share one measurement: equal pairs count once. clusters: pairs of one clip or picture are not
+    independent, and count as one, their geometric mean. The interval: `timing.median_interval`.
     """
-    pairs = {(b, t) for b, t in zip(baseline, this, strict=True) if b > 0 and t > 0}
-    if not pairs:
+    pairs: dict[tuple[float, float], Any] = {}
+    for i, (b, t) in enumerate(zip(baseline, this, strict=True)):
+        if b > 0 and t > 0:
+            pairs.setdefault((b, t), i if clusters is None else clusters[i])
+    logs: dict[Any, list[float]] = {}
+    for (b, t), name in pairs.items():
+        logs.setdefault(name, []).append(math.log(b / t))
+    if not logs:
         return []
-    return [float(f"{x:.4g}") for x in median_interval([b / t for b, t in pairs])]
+    return [float(f"{x:.4g}") for x in median_interval([math.exp(sum(v) / len(v)) for v in logs.values()])]

@@ -74,6 +74,11 @@ class Task:
     metric: str  # "accuracy" or "f1"
     bucket: Callable[[int], Hashable] = field(default=lambda i: 0)  # only questions of one bucket share a batch
     config: dict[str, Any] = field(default_factory=dict)
+    clusters: Callable[[int], str] | None = None  # of question i, where it is not alone in its own
+
+    def cluster(self, i: int) -> str:
+        """What question i shares with those about the same clip or image; costs nothing."""
+        return self.ids[i] if self.clusters is None else self.clusters(i)
 
     def sample(self, i: int) -> Sample:
         """Question i; one whose media cannot be read says why in `error`."""
@@ -165,4 +170,5 @@ def easy_vqa() -> Task:
                       lambda text: scoring.exact(text, [answered[i]]), cluster=f"image/{images[i]}",
                       kind="easy-vqa")  # fmt: skip
 
-    return Task("easy-vqa", [f"easy-vqa/{i}" for i in range(len(asked))], make, 6, "accuracy")
+    return Task("easy-vqa", [f"easy-vqa/{i}" for i in range(len(asked))], make, 6, "accuracy",
+                clusters=lambda i: f"image/{images[i]}")  # fmt: skip
