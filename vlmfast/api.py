@@ -191,6 +191,7 @@ class Accelerated:
                 if self.draft is not None:
                     held.enter_context(model_lock(self.draft.model))
                 held.enter_context(self._call())
+                self.meter.reset()  # the clock of the first token
                 if self.plan.fast_tower:
                     held.enter_context(fresh_lengths(next(self.model.parameters()).device))
                 return (self._generate if self.smaller is None else self.smaller.around(self))(inner, args, kwargs)
@@ -245,7 +246,6 @@ class Accelerated:
         self.columns.in_call = True
         for stage in self._stage.values():
             stage.clear()
-        self.meter.reset()
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         put_loop(
             self.model, self.plan, self._stage["decode"], args, kwargs, why if rewritten else None,

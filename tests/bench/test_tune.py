@@ -69,7 +69,7 @@ def at_the_floor(seed: int, plans: int, n: int, monkeypatch: pytest.MonkeyPatch)
     rng = np.random.default_rng(seed)
     plain = rng.random(n) < 0.8
     lost, won = rng.random((plans, n)) < 0.02, rng.random((plans, n)) < 0.04
-    assert 0.8 * (1 - 0.02) + 0.2 * 0.04 == pytest.approx(0.99 * 0.8)
+    assert pytest.approx(0.99 * 0.8) == 0.8 * (1 - 0.02) + 0.2 * 0.04
     right = np.where(plain, ~lost, won)
     names, task = [f"p{k}" for k in range(plans)], known_task(2 * n)
     book = types.SimpleNamespace(records={})

@@ -9,14 +9,17 @@ from torch import Tensor, nn
 from transformers import LogitsProcessorList
 
 from vlmfast.families import Family
-from vlmfast.runtime.clock import clock
+from vlmfast.runtime.clock import Stopwatch, clock
 from vlmfast.runtime.patch import Patch
 
 
 class StageTimer:
-    """Hooks on the text model: the first forward is the prefill, everything after it is decode."""
+    """Hooks on the text model: the first forward is the prefill, everything after it is decode.
 
-    per_call = ("prefill_ms", "first", "start", "_entered")
+    The time to the first token begins where `generate` is entered (`reset`) and ends behind the output head.
+    """
+
+    per_call = ("prefill_ms", "first", "start", "_prefill", "_entered", "_open")
 
     def __init__(self, model: nn.Module, family: Family) -> None:
         self.model, self.family = model, family
@@ -24,24 +27,30 @@ class StageTimer:
         self.reset()
 
     def reset(self) -> None:
-        self.prefill_ms: float | None = None
+        self.prefill_ms: float | None = None  # where it is not the time of `_prefill`
         self.first = 0.0
         self.start = clock(self.model)
-        self._entered = 0.0
+        self._prefill = Stopwatch(self.model)
+        self._entered: Any = None  # the first forward began
+        self._open = True  # its tokens are not known yet
 
     def install(self, patch: Patch) -> None:
         text = self.family.text(self.model)
         patch.hook(text.register_forward_pre_hook(self._enter))
         patch.hook(text.register_forward_hook(self._leave))
+        patch.hook(self.model.register_forward_hook(self._headed))
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        if self.prefill_ms is None:
-            self._entered = clock(self.model)
+        if self._entered is None:
+            self._entered = self._prefill.now()
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.prefill_ms is None:
-            self.first = clock(self.model)
-            self.prefill_ms = (self.first - self._entered) * 1e3
+        if self._open and not self._prefill.spans:
+            self._prefill.add(self._entered)
+
+    def _headed(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._open and self._prefill.spans:
+            self._open, self.first = False, clock(self.model)
 
     def first_token(self, entered: float) -> Callable[[Tensor, Tensor], Tensor]:
         """A logits processor that ends the prefill begun at `entered`, for calls whose model bears no hooks."""
@@ -67,7 +76,8 @@ class StageTimer:
     def timings(self, new_tokens: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """Prefill and decode times; call at the end of generate. new_tokens: tokens per row, the first included."""
         end = clock(self.model)
-        prefill: dict[str, Any] = {"prefill_ms": self.prefill_ms or 0.0, "ttft_ms": (self.first - self.start) * 1e3}
+        span = self._prefill.seconds() * 1e3 if self.prefill_ms is None else self.prefill_ms
+        prefill: dict[str, Any] = {"prefill_ms": span, "ttft_ms": (self.first - self.start) * 1e3}
         steps = max(1, new_tokens - 1)
         decode: dict[str, Any] = {
             "tokens": new_tokens,
@@ -78,20 +88,28 @@ class StageTimer:
 
 
 def cache_counts(cache: Any) -> dict[str, float]:
-    """`cached_tokens` (mean columns held per layer and head), `kv_fast_bytes`, `kv_host_bytes` of a cache."""
-    columns, fast, host, layers = 0.0, 0, 0, 0
+    """What a cache holds: `cached_tokens`, the mean of columns per layer and head, and bytes.
+
+    `kv_fast_bytes` and `kv_host_bytes` are held, `kv_fast_allocated_bytes` holds the free slots too.
+    """
+    columns, fast, allocated, host, layers = 0.0, 0, 0, 0, 0
     for layer in getattr(cache, "layers", None) or []:
         if hasattr(layer, "nbytes"):  # our ragged layer knows its tiers
             tiers = layer.nbytes()
             fast += tiers["fast"]
+            allocated += tiers["fast_allocated"]
             host += tiers["host"]
             columns += layer.cached_tokens()
         elif getattr(layer, "is_initialized", False) and getattr(layer, "keys", None) is not None:
-            fast += sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
+            whole = sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
+            fast, allocated = fast + whole, allocated + whole
             held = layer.keys.shape[-2] if layer.keys.numel() else 0
             # a static layer has its bytes from the start, and columns as they come
             columns += min(held, int(layer.get_seq_length())) if hasattr(layer, "max_cache_len") else held
         else:
             continue
         layers += 1
-    return {"cached_tokens": columns / max(1, layers), "kv_fast_bytes": fast, "kv_host_bytes": host}
+    return {
+        "cached_tokens": columns / max(1, layers), "kv_fast_bytes": fast, "kv_host_bytes": host,
+        "kv_fast_allocated_bytes": allocated,
+    }  # fmt: skip

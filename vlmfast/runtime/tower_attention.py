@@ -22,6 +22,7 @@ from vlmfast.families import Family, Item
 from vlmfast.families.base import feature_list
 from vlmfast.families.llava import Llava
 from vlmfast.families.qwen import Qwen, group_mean
+from vlmfast.runtime.clock import Stopwatch
 from vlmfast.runtime.patch import Patch
 
 CHUNK = 512  # queries per product, so that no full map is ever held
@@ -30,7 +31,7 @@ CHUNK = 512  # queries per product, so that no full map is ever held
 class TowerAttention:
     """Maps of the tower layers `wanted` (indices into the layers that the language model reads; -1 = the last)."""
 
-    per_call = ("maps", "_seen")
+    per_call = ("maps", "_seen", "watch")
 
     def __init__(self, model: nn.Module, family: Family, wanted: tuple[int, ...] = (-1,)) -> None:
         if not isinstance(family, (Qwen, Llava)):
@@ -43,6 +44,7 @@ class TowerAttention:
         self.cls = any(name.endswith("class_embedding") for name, _ in self.tower.named_parameters())
         self.maps: dict[str, list[Tensor]] = {}  # per kind of media, per item: (len(wanted), n)
         self._seen: dict[int, Tensor] = {}
+        self.watch = Stopwatch(model)  # what these maps cost inside the tower's own time
 
     def install(self, patch: Patch) -> None:
         layers = self._layers()
@@ -69,12 +71,14 @@ class TowerAttention:
 
     def _record(self, slot: int) -> Callable[..., None]:
         def pre(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            start = self.watch.now()
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             if isinstance(self.family, Qwen):
                 cu = kwargs["cu_seqlens"] if "cu_seqlens" in kwargs else args[1]
                 self._seen[slot] = packed_received(module, hidden, cu, kwargs["position_embeddings"])
             else:
                 self._seen[slot] = received(module, hidden, self.cls)
+            self.watch.add(start)
 
         return pre
 
