@@ -4,7 +4,7 @@ what the tower does again for it. Clocks are made to jump, so that nothing depen
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,10 +36,10 @@ class Jumping:
 
 
 @pytest.fixture
-def jumping(monkeypatch: pytest.MonkeyPatch) -> Iterator[Jumping]:
+def jumping(monkeypatch: pytest.MonkeyPatch) -> Jumping:
     clock = Jumping()
     monkeypatch.setattr(clocks.time, "perf_counter", clock)
-    yield clock
+    return clock
 
 
 def test_the_first_token_counts_from_the_entry_to_the_output_head(

@@ -1,6 +1,6 @@
 """What bytes and FLOPs allow: the bound of a ratio, and a mark on every ratio that lies above its own.
 
-    marked([3.48, 3.19, 5.16], 1.94)  ->  "3.48x (above its bound, 1.94x)"
+    marked([3.48, 3.19, 5.16], 1.94)  ->  "3.48x (bound 1.94x)"
 
 A ratio above what fewer bytes or FLOPs can give says something about its baseline, not about the method. Tables print
 ratios through `marked` or `ratio_of` alone.
@@ -36,7 +36,7 @@ def marked(ratio: Sequence[float] | None, bound: float | None, interval: bool = 
     digits = 1 if ratio[0] >= 9.95 else 2
     text = f"{ratio[0]:.{digits}f}x"
     text += f" [{ratio[1]:.{digits}f}, {ratio[2]:.{digits}f}]" if interval else ""
-    return f"{text} (above its bound, {bound:.2f}x)" if bound is not None and above(ratio, bound) else text
+    return f"{text} (bound {bound:.2f}x)" if bound is not None and above(ratio, bound) else text
 
 
 def bound_of(row: Row, key: str, rows: Iterable[Row], base: str = "plain") -> float | None:
@@ -63,9 +63,10 @@ def ratio_of(row: Row, key: str, rows: Iterable[Row], base: str = "plain", inter
 
 
 def floor(metrics: dict[str, Any], key: str) -> float | None:
-    """Milliseconds that FLOPs and bytes take at best, where the row says so."""
+    """Milliseconds that FLOPs and bytes take at best, where the row says so; a draft's accepted tokens share a step."""
+    shared = 1 + metrics.get("accepted_length", 0) if key == "decode_ms_per_token" else 1
     parts = [metrics.get(p) for p in FLOORS.get(key, ())]
-    return float(sum(parts)) if parts and all(isinstance(p, (int, float)) for p in parts) else None
+    return float(sum(parts)) / shared if parts and all(isinstance(p, (int, float)) for p in parts) else None
 
 
 def baseline(row: Row, rows: Iterable[Row], base: str) -> Row | None:
@@ -88,7 +89,7 @@ def step(weights: float, kv: float, base_kv: float) -> float:
 
 
 def shares(metrics: dict[str, Any], plain: dict[str, Any]) -> dict[str, float]:
-    """Bytes of keys and values over those of plain: `fast`, `host`, `total`, and `allocated` (total with free slots)."""
+    """Bytes of keys and values over those of plain: `fast`, `host`, `total`, `allocated` (total with free slots)."""
     whole = plain.get("kv_fast_bytes")
     if not whole or "kv_fast_bytes" not in metrics:
         return {}

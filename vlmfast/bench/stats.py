@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
+from scipy.stats import binomtest, permutation_test
 
 from vlmfast.bench.timing import median_interval
 
@@ -76,6 +76,28 @@ def mcnemar(scores: Sequence[float], baseline: Sequence[float]) -> float:
     difference = np.asarray(scores, float) - np.asarray(baseline, float)
     wins, losses = int((difference > 0).sum()), int((difference < 0).sum())
     return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+
+
+def clustered_p(scores: Sequence[float], baseline: Sequence[float], clusters: Sequence[str], seed: int = 0) -> float:
+    """Two-sided p-value that scores and baseline are alike: signs of the clusters' summed differences are flipped."""
+    _, group = np.unique(np.asarray(clusters), return_inverse=True)
+    sums = np.bincount(group, np.asarray(scores, float) - np.asarray(baseline, float))
+    sums = sums[sums != 0]
+    if len(sums) < 2:
+        return 1.0
+    found = permutation_test(
+        (sums,), np.mean, permutation_type="samples", vectorized=True, n_resamples=20_000, batch=2_000, rng=seed
+    )
+    return float(found.pvalue)
+
+
+def holm(values: dict[Any, float], level: float = 0.05) -> dict[Any, bool]:
+    """Name -> does it hold at `level` for all of them together? Holm's step-down correction of their p-values."""
+    out, holds = dict.fromkeys(values, False), True
+    for i, (name, p) in enumerate(sorted(values.items(), key=lambda x: x[1])):
+        holds = holds and p <= level / (len(values) - i)
+        out[name] = holds
+    return out
 
 
 BETS = (0.1, 0.3, 0.6, 0.95)  # shares of the capital
