@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import vlmfast
+from vlmfast.bench.timing import AGAIN
 from vlmfast.decode import (
     Exact,
     FLy,
@@ -62,6 +63,7 @@ def competitors(draft: Any, quick: bool, length: int | str = "adaptive") -> list
         Competitor("plain_loop", {}, Speculate()),
         Competitor("hf_assisted", {"draft": "model"}, extra={"assistant_model": draft}),
         Competitor("hf_lookup", {}, extra={"prompt_lookup_num_tokens": 5}),
+        Competitor(AGAIN, {}),
         ours(Exact(), small, "lossless", "modeldraft", length),
         ours(Loose(), small, "loose", "modeldraft", length),
         ours(RandomRelax(relax=0.5), small, "randomrelax", "modeldraft", length, relax=0.5),

@@ -21,7 +21,7 @@ FLOORS = {
     "ttft_ms": ("encode_floor_ms", "prefill_floor_ms"),
     "decode_ms_per_token": ("decode_floor_ms",),
 }
-METHOD = {"keep", "prune_keep", "kv_keep", "after_block", "equal"}  # parameters of a method, not of what is asked
+METHOD = {"keep", "prune_keep", "kv_keep", "after_block", "equal", "of"}  # parameters of a method, not of what is asked
 
 
 def above(ratio: Sequence[float], bound: float | None) -> bool:
