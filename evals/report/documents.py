@@ -144,6 +144,10 @@ def build(text: str) -> str:
         rows = rows_of(file)
         if rows:
             text = placed(text, name, table(rows))
+    file = RESULTS / "cpu-presets.json"
+    if file.exists():
+        record, asked = json.loads(file.read_text()), rows_of("accuracy-presets.json")
+        text = placed(text, "presets", readme_tables.presets(record["rows"], record["config"], asked))
     return placed(text, "accuracy-summary", readme_tables.summary(rows_of))
 
 

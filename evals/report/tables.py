@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from evals.speed.shapes import QWEN_3B
+from vlmfast.bench import validity
 from vlmfast.bench.bounds import Row, baseline, marked, ratio_of, shares
 
 
@@ -158,25 +160,15 @@ def sessions(rows: list[Row]) -> str:
     return markdown(heads, out)
 
 
-def presets(rows: list[Row]) -> str:
-    """Every preset end to end at 3B shapes, and a second question about the same clip."""
+def presets(rows: list[Row], config: Row, asked: list[Row]) -> str:
+    """Every preset end to end at 3B shapes, and a second question about the same clip; what such a plan does to answers
+    stands beside it only where the record of answers (`asked`) holds one that keeps the same share of the tokens."""
     out = []
     for r in rows:
         m = r["metrics"]
         if r["name"] == "reuse":
-            cells = [
-                "",
-                "",
-                "",
-                f"{m['ttft_ms']:,.0f} ({ratio_of(r, 'ttft_ms', rows, interval=True)})",
-                "",
-                "",
-                "",
-                "",
-                "",
-                "",
-            ]
-            out.append(["second question, reuse=", *cells])
+            first = f"{m['ttft_ms']:,.0f} ({ratio_of(r, 'ttft_ms', rows, interval=True)})"
+            out.append(["second question, reuse=", "", "", "", first, *[""] * 7])
             continue
         kept = f"{m['kept_tokens']:,.0f} ({percent(m['kept_tokens'] / m['visual_tokens'], 0)})"
         cells = [kept, *(f"{m[k]:,.0f}" for k in ("encode_ms", "prefill_ms", "ttft_ms"))]
@@ -184,9 +176,13 @@ def presets(rows: list[Row]) -> str:
         speed = [ratio_of(r, k, rows, interval=True) if r["vs"] else "" for k in ("total_ms", "decode_ms_per_token")]
         gains = r.get("gains", {})
         speed += [marked(gains.get(stage), None, True) if r["vs"] else "" for stage in ("prune", "speculate")]
-        out.append([r["name"], *cells, *speed])
-    heads = ["preset", "visual tokens kept", "encode ms", "prefill ms", "TTFT ms", "ms/token", "total ms",
-             "total faster", "decode faster", "of it pruning", "of it drafting"]  # fmt: skip
+        pruned = bool((r["plan"] or {}).get("prune"))
+        same = next((q for q in asked if pruned and not validity.other_share(r, q)), None)
+        out.append([r["name"], *cells, *speed, difference(same["metrics"]) if same else "-" if pruned else ""])
+    whole = config.get("whole_layers", QWEN_3B.layers)
+    said = f"{config['layers']} of {whole} layers, random weights; acceptance replayed: {config['accept_replayed']}"
+    heads = [f"preset ({said})", "visual tokens kept", "encode ms", "prefill ms", "TTFT ms", "ms/token", "total ms",
+             "total faster", "decode faster", "of it pruning", "of it drafting", "points at this share"]  # fmt: skip
     return markdown(heads, out)
 
 
@@ -221,8 +217,10 @@ def summary(rows_of: Callable[[str], list[Row]]) -> str:
         found = {r["name"]: r for r in rows_of(file)}
         if name in found:
             m, asked = found[name]["metrics"], f"{found[name]['params']['questions']:,}"
-            out.append([words, asked, method, percent(m["accuracy"] - m["diff_vs_plain"]), difference(m)])
-    return markdown(["questions", "asked", "method", "plain is right", "change"], out)
+            kept = [percent(m["kept_tokens"] / m["visual_tokens"], 0) if m.get("visual_tokens") else "-"]
+            kept.append(kv_bytes(found[name], list(found.values()))[2])
+            out.append([words, asked, method, *kept, percent(m["accuracy"] - m["diff_vs_plain"]), difference(m)])
+    return markdown(["questions", "asked", "method", "tokens kept", "KV bytes, total", "plain is right", "change"], out)
 
 
 def crash(rows: list[Row]) -> str:
@@ -244,7 +242,6 @@ TABLES = {
     "stream": ("cpu-stream.json", stream),
     "sessions": ("cpu-stream.json", sessions),
     "crash": ("stream-crash.json", crash),
-    "presets": ("cpu-presets.json", presets),
     "accuracy-easy-vqa": ("accuracy-easy-vqa.json", accuracy),
     "accuracy-long": ("accuracy-long.json", accuracy),
     "accuracy-turns": ("accuracy-turns.json", accuracy),

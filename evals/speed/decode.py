@@ -6,8 +6,8 @@ Groups of rows: every competitor in float32 (faster on a CPU for so small a mode
 loop at 3B widths. Loose rules against luck, on many captions: `evals.speed.random_baseline`.
 
 Every competitor describes every picture, in turns, so that a noisy machine disturbs all alike; ratios are paired per
-picture. They also differ from one process to the next, so the main ones are measured in `PROCESSES` of them; a picture's
-ratio is the geometric mean over processes, so that an interval is over pictures. `plain again` is plain once more.
+picture. They also differ from one process to the next, so the main ones are measured in `PROCESSES` of them; a
+picture's ratio is the geometric mean over processes, so that an interval is over pictures. `plain again` is a null.
 `f1` counts the facts of a caption against the scene. `decode_ms_per_token` runs from the first token to the last and
 holds everything that speculation adds, the draft's own encoding and prefill included.
 """

@@ -4,7 +4,8 @@ Random weights in real shapes (`evals.speed.shapes`), one clip, one new token: w
 Two groups, each with its own plain: a quarter of the model for pruning inside the tower and between layers, where depth
 matters, and a twelfth for every method at the tower's output. `plain` is the model with nothing asked of vlmfast, whose
 logits are bit-identical to stock transformers (law 1); its hooks only read the clock. `tower` is the tower without its
-loops and nothing pruned: pruning runs over it, so what pruning gains is the ratio to `tower`. Both run beside every method.
+loops and nothing pruned: pruning runs over it, so what pruning gains is the ratio to `tower`. Both run beside every
+method, and `plain again` is a null.
 """
 
 from __future__ import annotations
