@@ -14,7 +14,6 @@ import torch
 from evals.report import documents, gpu_tables, tables
 from vlmfast.bench import bounds, records, stats, timing, validity
 from vlmfast.core import UserError
-from vlmfast.plan import preset
 
 RESULTS = sorted(documents.RESULTS.glob("*.json"))
 RATIO = re.compile(r"\d\.\d+x")
@@ -40,8 +39,8 @@ def test_a_ratio_above_its_bound_names_the_bound() -> None:
     assert bounds.ratio_of(mine, "total_ms", rows) == "-"
     said = mine | {"bounds": {"plain": {"prefill_ms": 4.0}}}
     assert bounds.ratio_of(said, "prefill_ms", rows) == "3.00x", "a bound that the row says comes first"
-    drafted = [row(n, {"decode_ms_per_token": 1.0, "decode_floor_ms": 1.0, **m}, vs=v) for n, m, v in (
-        ("plain", {}, {}), ("lookup", {"accepted_length": 1.0}, {"plain": {"decode_ms_per_token": [1.9, 1.8, 2.0]}}))]  # fmt: skip
+    step, ratio = {"decode_ms_per_token": 1.0, "decode_floor_ms": 1.0}, {"decode_ms_per_token": [1.9, 1.8, 2.0]}
+    drafted = [row("plain", step), row("lookup", {**step, "accepted_length": 1.0}, vs={"plain": ratio})]
     assert bounds.ratio_of(drafted[1], "decode_ms_per_token", drafted) == "1.90x", "two tokens share a step"
 
 
@@ -125,22 +124,49 @@ def test_a_plan_that_claims_host_heads_has_some(monkeypatch: pytest.MonkeyPatch)
     from vlmfast.core import to_json
     from vlmfast.prefill import HybridKV, SnapKV
 
+    monkeypatch.setattr(timing.gc, "collect", lambda: 0)
     plan = {"kv": to_json(HybridKV(keep=0.1))}
     assert "no head was dynamic" in validity.without_host_heads(plan, {"kv_host_bytes": 0})
     assert not validity.without_host_heads(plan, {"kv_host_bytes": 9})
     assert not validity.without_host_heads({"kv": to_json(SnapKV(keep=0.1))}, {"kv_host_bytes": 0})
     assert not validity.without_host_heads({}, {})
     assert policies.policies(0.25, 2)["hybridkv"].split == 0.5 and policies.policies(0.25, 8)["hybridkv"].split == 0.25
+    held = {"snapkv": 10.0, "hybridkv": 12.0}
+
+    def one_run(name: str, *more: Any) -> Any:
+        times = dict.fromkeys(policies.METRICS, 5.0)
+        return lambda: times | {"kv_fast_bytes": held.get(name, 100.0), "kv_host_bytes": host}
+
     few = {"hybridkv": HybridKV(keep=0.1, split=0.1), "snapkv": SnapKV(keep=0.1)}
     monkeypatch.setattr(policies, "policies", lambda *a: few)
-    monkeypatch.setattr(policies, "BASELINES", ("plain", "packed", "full"))
+    monkeypatch.setattr(policies, "one_run", one_run)
+    host = 0.0
     with pytest.raises(UserError, match="no head was dynamic"):
         policies.rows(0.25, quick=True)
-    few["hybridkv"] = HybridKV(keep=0.1, split=0.5)
+    host = 40.0
     rows = {r["name"]: r for r in policies.rows(0.25, quick=True)}
-    assert rows["hybridkv"]["metrics"]["kv_host_bytes"] > 0 and set(rows["snapkv"]["vs"]) == set(policies.BASELINES)
-    assert set(rows) == {"plain", "packed", "full", "hybridkv", "snapkv", timing.AGAIN}
+    assert set(rows) == {*policies.BASELINES, "hybridkv", "snapkv", timing.AGAIN}
+    assert set(rows["snapkv"]["vs"]) == set(policies.BASELINES)
     assert rows["snapkv"]["bounds"]["full"]["decode_ms_per_token"] > 1
+
+
+@pytest.mark.slow
+def test_the_quick_prefill_suite_runs_through() -> None:
+    from evals.speed import prefill
+
+    record = prefill.run(quick=True)
+    step = [r for r in record["rows"] if not r.get("end_to_end")]
+    assert {"plain", "packed", "full", "hybridkv", "snapkv", "adakv-masked", timing.AGAIN} == {r["name"] for r in step}
+    for r in step:
+        assert set(r["vs"]) == {"plain", "packed", "full"} - {r["name"]} or r["name"] in prefill.BASELINES
+    for which in ("fast", "total"):  # as many bytes as HybridKV's tenth, on one context and batch
+        for control in (r for r in step if r["params"].get("equal") == which):
+            own = {k: control["params"][k] for k in ("context_tokens", "batch")}
+            mine = next(r for r in step if r["name"] == "hybridkv" and r["params"] == own | {"keep": 0.1})
+            wanted = mine["metrics"]["kv_fast_bytes"] + (which == "total") * mine["metrics"]["kv_host_bytes"]
+            assert control["metrics"]["kv_fast_bytes"] == pytest.approx(wanted, rel=0.05)
+    ends = {r["name"]: r for r in record["rows"] if r.get("end_to_end")}
+    assert ends["hybridkv"]["metrics"]["kv_host_bytes"] > 0 and ends["snapkv"]["vs"]["full"]
 
 
 def test_accuracy_and_speed_of_a_preset_are_one_operating_point() -> None:
@@ -156,6 +182,21 @@ def test_accuracy_and_speed_of_a_preset_are_one_operating_point() -> None:
     assert "6 of 36 layers, random weights; acceptance replayed" in table[0]
 
 
+def test_what_a_stage_gains_is_over_what_has_the_rest() -> None:
+    from evals.speed import presets
+
+    wanted = presets.plans()
+    rests = presets.rests(wanted)
+    assert set(rests) == {"safe", "balanced", "fast"} and set(presets.BASELINES) <= set(wanted)
+    for name in rests:
+        for stage, rest in rests[name].items():
+            different = [s for s in ("prune", "kv") if getattr(wanted[name], s) != getattr(wanted[rest], s)]
+            drafts = wanted[name].speculate != wanted[rest].speculate
+            assert different + ["speculate"] * drafts == [stage]
+    assert wanted[rests["fast"]["speculate"]].speculate.draft is None, "our loop is in the baseline"
+
+
+@pytest.mark.slow
 def test_a_replayed_draft_says_nothing_of_tokens() -> None:
     from evals.speed import presets
 
@@ -166,17 +207,14 @@ def test_a_replayed_draft_says_nothing_of_tokens() -> None:
         assert "same_tokens" not in rows[name]["metrics"] and set(presets.BASELINES) == set(rows[name]["vs"])
     assert rows["plain_loop"]["metrics"]["same_tokens"] in (True, False)
     assert set(rows["fast"]["gains"]) == {"prune", "speculate"} and set(rows["safe"]["gains"]) == {"speculate"}
-    wanted = presets.plans()
-    rests = presets.rests(wanted)
-    assert wanted[rests["fast"]["prune"]].speculate == preset("fast").speculate
-    assert wanted[rests["fast"]["speculate"]].prune == preset("fast").prune
-    assert wanted[rests["fast"]["speculate"]].speculate.draft is None
+    assert tables.presets(record["rows"], record["config"], [])
 
 
 # -- statistics --------------------------------------------------------------------------------------------------------
 
 
-def test_baselines_run_beside_every_competitor_and_a_null_is_one() -> None:
+def test_baselines_run_beside_every_competitor_and_a_null_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing.gc, "collect", lambda: 0)
     calls: list[str] = []
 
     def run(name: str, ms: float) -> Any:
