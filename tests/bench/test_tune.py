@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from evals.accuracy.command import show
-from vlmfast.bench import accuracy, journal, methods, runner, stats, tasks, tune
+from vlmfast.bench import accuracy, deadline, journal, methods, runner, stats, tasks, tune
 from vlmfast.core import UserError
 from vlmfast.plan import Plan
 
@@ -188,7 +188,7 @@ def test_the_minutes_are_kept_within_a_quarter(tmp_path: Path, minutes: float, s
     assert took <= 1.25 * minutes and took >= 0.9 * minutes
     assert sum(run.asked.values()) == len(book.records) == round((took * 60 - spent) / seconds)
     progress = [line for line in said if "min left" in line]
-    assert len(progress) >= minutes * 60 / max(2 * tune.SAY, 2 * seconds) - 2, "somebody who waits is told"
+    assert len(progress) >= minutes * 60 / max(2 * deadline.SAY, 2 * seconds) - 2, "somebody who waits is told"
     assert all(set(c.answered) <= {i for i, name in book.records if name == "plain"} for c in field)
 
 

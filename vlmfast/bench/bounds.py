@@ -66,7 +66,8 @@ def floor(metrics: dict[str, Any], key: str) -> float | None:
     """Milliseconds that FLOPs and bytes take at best, where the row says so; a draft's accepted tokens share a step."""
     shared = 1 + metrics.get("accepted_length", 0) if key == "decode_ms_per_token" else 1
     parts = [metrics.get(p) for p in FLOORS.get(key, ())]
-    return float(sum(parts)) / shared if parts and all(isinstance(p, (int, float)) for p in parts) else None
+    known = [float(p) for p in parts if isinstance(p, (int, float))]
+    return sum(known) / shared if known and len(known) == len(parts) else None
 
 
 def baseline(row: Row, rows: Iterable[Row], base: str) -> Row | None:

@@ -24,6 +24,7 @@ from typing import Any
 
 from vlmfast import files, page
 from vlmfast.bench import accuracy, methods, records, runner, stats, summary, tasks
+from vlmfast.bench.deadline import Watch
 from vlmfast.core import UserError
 from vlmfast.plan import Plan
 
@@ -31,7 +32,6 @@ FIRST = 16  # questions of the first round
 SEARCH = 1 / 3  # share of the clips and of the time that the search has; the others are for its finalists
 FINALISTS = 4  # plans that are asked fresh questions
 ERROR = 0.05  # chance that a plan which does not keep the floor is confirmed, over all plans and looks
-SAY = 15.0  # seconds between two lines about progress
 OPEN, PROMISING, REFUTED, CONFIRMED, FAILED = "open", "promising", "refuted", "confirmed", "failed"
 
 PRUNE = [f"{p}-{k}" for p in ("vidcom2", "maxmin", "uniform") for k in (50, 25, 10)]
@@ -186,29 +186,6 @@ def _ask(
     plans = {"plain": Plan()} | {c.name: c.plan for c in racing}
     watch.expect(len(chosen) * len(plans))
     return bool(accuracy.answer(run, task, plans, journal, chosen, 1, tokens, watch.over))
-
-
-class Watch:
-    """Looks at the clock before every answer, and says now and then how far the round has come."""
-
-    def __init__(self, deadline: float, clock: Callable[[], float], say: Callable[[str], None]) -> None:
-        self.deadline, self.clock, self.say = deadline, clock, say
-        self.said, self.asked, self.total = clock(), 0, 0
-
-    def expect(self, answers: int) -> None:
-        """A round of so many answers begins."""
-        self.asked, self.total = 0, answers
-
-    def over(self) -> bool:
-        """Is the time over? Called before every answer."""
-        now = self.clock()
-        if now >= self.deadline:
-            return True
-        if now - self.said >= SAY:
-            self.said = now
-            self.say(f"{self.asked} answers of {self.total} in this round, {(self.deadline - now) / 60:.1f} min left")
-        self.asked += 1
-        return False
 
 
 def _judge(c: Candidate, records: dict, ids: list[str], floor: float, error: float | None = None) -> None:
