@@ -200,6 +200,7 @@ class Accelerated:
                 if self.draft is not None:
                     held.enter_context(model_lock(self.draft.model))
                 request = held.enter_context(self._call())
+                self.meter.begin()  # the clock of the first token
                 if self.plan.fast_tower:
                     held.enter_context(fresh_lengths(next(self.model.parameters()).device))
                 run = self._generate if self.smaller is None else self.smaller.around(self)
@@ -228,7 +229,6 @@ class Accelerated:
         cache = cache_in(kwargs)
         past = int(cache.get_seq_length()) if cache is not None else 0
         self.columns.lay_out(kwargs)
-        self.meter.begin()
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         put_loop(
             self.model, self.plan, self.requests, args, kwargs, why if rewritten else None,

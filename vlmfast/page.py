@@ -28,7 +28,7 @@ STAGES = (
     ("prefill_ms", "prefill", "#2a6fdb"),
     ("rest", "decode and the rest", "#95a5a6"),
 )
-HIDDEN = {"questions", "mcnemar_p", "same_answer"}
+HIDDEN = {"questions", "mcnemar_p", "diff_p", "same_answer"}
 WORDS = {
     "accuracy": "accuracy, %", "f1": "facts F1, %", "diff_vs_plain": "against plain, points", "failed": "failed",
     "kept_tokens": "tokens kept", "kv_fast_bytes": "KV cache, MB", "total_ms": "whole answer, ms",

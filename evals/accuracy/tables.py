@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from evals.accuracy import composition
-from vlmfast.bench import accuracy, methods, records, runner, tasks, timing
+from vlmfast.bench import accuracy, bounds, methods, records, runner, tasks, timing
 from vlmfast.cli.errors import application
 from vlmfast.core import UserError
 from vlmfast.plan import Plan, build, preset
@@ -91,6 +91,17 @@ def inside(draft: str | None = None) -> dict[str, Plan]:
     return plans | {name: Plan(prune=preset(name).prune) for name in ("balanced", "fast")}
 
 
+CONTROL = "snapkv"  # what HybridKV is held against at equal bytes
+
+
+def at_equal_bytes(rows: list[dict[str, Any]]) -> dict[str, Plan]:
+    """`CONTROL` at the fast and at the total bytes of every HybridKV row, in whole per cent of plain's."""
+    plain = next(r["metrics"] for r in rows if r["name"] == "plain")
+    held = [bounds.shares(r["metrics"], plain) for r in rows if r["name"].rpartition("-")[0] == "hybridkv"]
+    sizes = {min(100, round(100 * s[tier])) for s in held if s for tier in ("fast", "total")}
+    return {f"{CONTROL}-{k}": methods.plan(f"{CONTROL}-{k}") for k in sorted(sizes, reverse=True)}
+
+
 UNDRAWN = ("hybridkv", "presets", "rules", "policies", "grounding", "lazy")  # tables that make no curves
 
 
@@ -103,6 +114,7 @@ class Table:
     batch: int = 1
     first: int = 100
     share: float = 1.0
+    equal: bool = False  # are there rows of `CONTROL` at the bytes of HybridKV's?
     dtype: str = "float32"  # long prompts in bfloat16 where the CPU multiplies it, which is four times as fast
 
 
@@ -116,10 +128,10 @@ def grid() -> str:
 TABLES = {
     "easy-vqa": Table("easy-vqa", PRUNERS, batch=64, first=1024),
     "pocket": Table("pocket/mid", every_pruner(), batch=12, first=120, share=2),
-    "long": Table("pocket/again", POLICIES, batch=5, first=100, share=3, dtype="bfloat16"),
-    "turns": Table("pocket/turns", POLICIES, batch=8, first=400, share=3, dtype="bfloat16"),
-    "easy-again": Table("easy-vqa/again", POLICIES, batch=5, first=100, share=2, dtype="bfloat16"),
-    "policies": Table("pocket/turns", every_policy(), batch=8, first=80, share=3, dtype="bfloat16"),
+    "long": Table("pocket/again", POLICIES, batch=5, first=100, share=3, equal=True, dtype="bfloat16"),
+    "turns": Table("pocket/turns", POLICIES, batch=8, first=400, share=3, equal=True, dtype="bfloat16"),
+    "easy-again": Table("easy-vqa/again", POLICIES, batch=5, first=100, share=2, equal=True, dtype="bfloat16"),
+    "policies": Table("pocket/turns", every_policy(), batch=8, first=80, share=3, equal=True, dtype="bfloat16"),
     "hybridkv": Table("pocket/turns", ablations, batch=8, first=160, share=2, dtype="bfloat16"),
     "presets": Table("pocket/long", inside, batch=4, first=440, share=2, dtype="bfloat16"),
     "grounding": Table("pocket/location:size=256", WHERE, batch=12, first=240),
@@ -152,6 +164,11 @@ def run(
             limit=min(limit, total), batch=table.batch, loaded=loaded, weights=weights, force=force, blind=True,
             stop=lambda: clock() >= deadline,
         )  # fmt: skip
+        if table.equal:
+            wanted = {n: p for n, p in at_equal_bytes(result["rows"]).items() if n not in plans}
+            if wanted and limit == table.first:  # asked from the next round on; the shares are of the first one
+                plans, force = plans | wanted, False
+                continue
         spent, force = clock() - start, False
         if limit >= total or clock() + 1.3 * spent > deadline:
             return result

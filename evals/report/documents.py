@@ -17,7 +17,9 @@ import typer
 from evals.accuracy.tables import KEEPS
 from evals.report import gpu_tables
 from evals.report import tables as readme_tables
-from vlmfast.bench import records
+from evals.report.tables import kv_bytes
+from vlmfast.bench import records, stats, validity
+from vlmfast.bench.bounds import ratio_of
 from vlmfast.cli.errors import application
 
 DOCUMENTS = (
@@ -30,7 +32,12 @@ UNKNOWN = ["not measured yet", "-", "-", "-"]
 WORDS = {"encode": 4, "prefill": 3}  # columns that are not measured
 HEADS = {
     "encode": ["prefill", "TTFT", "choosing", f"points at {' / '.join(map(str, KEEPS))} %"],
-    "prefill": ["KV bytes", "decode", "choosing", f"points at {' / '.join(map(str, KEEPS))} %"],
+    "prefill": [
+        "bytes: fast + host = total",
+        "decode over full",
+        "choosing",
+        f"points at {' / '.join(map(str, KEEPS))} %",
+    ],
 }
 
 
@@ -40,27 +47,36 @@ def rows_of(name: str, results: Path = RESULTS) -> list[dict[str, Any]]:
     return json.loads(file.read_text())["rows"] if file.exists() else []
 
 
-def ratio(row: dict[str, Any], key: str, base: str = "plain") -> str:
-    """A paired ratio as one reads it."""
-    found = row["vs"].get(base, {}).get(key)
-    return "-" if not found else f"{found[0]:.1f}x" if found[0] >= 1.95 else f"{found[0]:.2f}x"
-
-
 def share(value: float | None) -> str:
     """A share as a percentage."""
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
-def points(rows: list[dict[str, Any]], method: str) -> str:
-    """Paired differences to plain in points at every kept fraction; bold where the interval leaves out zero."""
-    by_name = {r["name"]: r["metrics"] for r in rows}
+def tested(rows: list[dict[str, Any]]) -> dict[str, bool]:
+    """Method -> does it differ from plain? Holm's correction over all methods of the rows, 5 % for all of them.
 
-    def one(m: dict[str, Any] | None) -> str:
-        if m is None:
+    The p-value is that of the record (`diff_p`, which counts clips); the older `mcnemar_p` counts questions, and is
+    taken only where every question has its own clip. Without one, nothing is said.
+    """
+    values = {}
+    for r in rows:
+        m, p = r["metrics"], r["params"]
+        alone = p.get("clusters") is not None and p["clusters"] == p.get("questions")
+        found = m.get("diff_p", m.get("mcnemar_p") if alone else None)
+        if found is not None:
+            values[r["name"]] = float(found)
+    return stats.holm(values)
+
+
+def points(rows: list[dict[str, Any]], method: str, differs: dict[str, bool]) -> str:
+    """Paired differences to plain in points at every kept fraction; bold where they hold among all of the table."""
+    by_name = {r["name"]: r for r in rows}
+
+    def one(r: dict[str, Any] | None) -> str:
+        if r is None:
             return "-"
-        text = f"{100 * m['diff_vs_plain']:+.1f}"
-        low, high = m["diff_ci95"]
-        return f"**{text}**" if low > 0 or high < 0 else text
+        text = f"{100 * r['metrics']['diff_vs_plain']:+.1f}"
+        return f"**{text}**" if differs.get(r["name"]) else text
 
     if method in by_name:
         return one(by_name[method])
@@ -69,23 +85,28 @@ def points(rows: list[dict[str, Any]], method: str) -> str:
 
 def encode_cells(results: Path = RESULTS) -> dict[str, list[str]]:
     """Method -> measured cells of the encode table."""
-    accuracy, out = rows_of("accuracy-pocket.json", results), {}
-    for row in rows_of("cpu-encode.json", results):
+    accuracy, rows, out = rows_of("accuracy-pocket.json", results), rows_of("cpu-encode.json", results), {}
+    differs = tested(accuracy)
+    for row in rows:
         if row["name"] != "plain" and (row["name"] == "pixelprune" or "after_block" not in row["params"]):
             chosen = share(row["metrics"].get("select_of_plain_prefill"))
-            cells = [ratio(row, "prefill_ms"), ratio(row, "ttft_ms"), chosen, points(accuracy, row["name"])]
-            out[row["name"]] = cells  # the group of all methods comes last
+            cells = [ratio_of(row, "prefill_ms", rows), ratio_of(row, "ttft_ms", rows), chosen]
+            out[row["name"]] = [*cells, points(accuracy, row["name"], differs)]  # the group of all methods comes last
     return out
 
 
 def prefill_cells(results: Path = RESULTS) -> dict[str, list[str]]:
-    """Method -> measured cells of the policies' table."""
+    """Method -> measured cells of the policies' table; no speed where a row has not what its plan claims."""
     accuracy = [*rows_of("accuracy-policies.json", results), *rows_of("accuracy-lazy.json", results)]
-    out = {}
-    for row in rows_of("cpu-prefill.json", results):
+    differs, rows, out = tested(accuracy), rows_of("cpu-prefill.json", results), {}
+    for row in rows:
         if row.get("end_to_end") and row["name"] != "plain":
-            cells = [ratio(row, "kv_fast_bytes"), ratio(row, "decode_ms_per_token")]
-            out[row["name"]] = [*cells, share(row["metrics"]["compress_share"]), points(accuracy, row["name"])]
+            tiers = [t.removesuffix(" %") for t in kv_bytes(row, rows)[:3]]
+            cells = ["{} + {} = {} %".format(*tiers), ratio_of(row, "decode_ms_per_token", rows, "full")]
+            cells.append(share(row["metrics"]["compress_share"]))
+            if validity.without_host_heads(row["plan"], row["metrics"]):
+                cells = UNKNOWN[:3]
+            out[row["name"]] = [*cells, points(accuracy, row["name"], differs)]
     return out
 
 
@@ -123,6 +144,10 @@ def build(text: str) -> str:
         rows = rows_of(file)
         if rows:
             text = placed(text, name, table(rows))
+    file = RESULTS / "cpu-presets.json"
+    if file.exists():
+        record, asked = json.loads(file.read_text()), rows_of("accuracy-presets.json")
+        text = placed(text, "presets", readme_tables.presets(record["rows"], record["config"], asked))
     return placed(text, "accuracy-summary", readme_tables.summary(rows_of))
 
 

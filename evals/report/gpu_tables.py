@@ -6,9 +6,11 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from evals.report.tables import Row, markdown, ratio
+from evals.report.tables import markdown
+from vlmfast.bench.bounds import Row, ratio_of
 
-Column = tuple[str, Callable[[Row], str]]
+Cell = Callable[[Row, list[Row]], str]  # of a row among its record's rows
+Column = tuple[str, Cell]
 
 
 def number(value: Any, digits: int = 3) -> str:
@@ -18,20 +20,20 @@ def number(value: Any, digits: int = 3) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.{digits}g}"
 
 
-def metric(key: str) -> Callable[[Row], str]:
+def metric(key: str) -> Cell:
     """A column of one metric."""
-    return lambda r: number(r["metrics"].get(key))
+    return lambda r, rows: number(r["metrics"].get(key))
 
 
-def param(key: str) -> Callable[[Row], str]:
+def param(key: str) -> Cell:
     """A column of one parameter."""
-    return lambda r: number(r["params"].get(key))
+    return lambda r, rows: number(r["params"].get(key))
 
 
-def within(stem: str, key: str) -> Callable[[Row], str]:
+def within(stem: str, key: str) -> Cell:
     """A median with its least and largest."""
 
-    def cell(r: Row) -> str:
+    def cell(r: Row, rows: list[Row]) -> str:
         m = r["metrics"]
         low, high = m.get(f"{stem}_low_ms"), m.get(f"{stem}_high_ms")
         return number(m.get(key)) + (f" [{number(low)}, {number(high)}]" if low is not None else "")
@@ -39,18 +41,18 @@ def within(stem: str, key: str) -> Callable[[Row], str]:
     return cell
 
 
-def over(key: str) -> Callable[[Row], str]:
+def over(key: str) -> Cell:
     """How much faster than stock."""
-    return lambda r: ratio(r, key)
+    return lambda r, rows: ratio_of(r, key, rows)
 
 
-def gigabytes(r: Row) -> str:
+def gigabytes(r: Row, rows: list[Row]) -> str:
     """Peak memory."""
     peak = r["metrics"].get("peak_bytes")
     return "-" if not peak else f"{peak / 1e9:.1f}"
 
 
-def engine(r: Row) -> str:
+def engine(r: Row, rows: list[Row]) -> str:
     """What decoded, as the report says it."""
     return str(r.get("report", {}).get("engine", "-"))[:12]
 
@@ -108,7 +110,7 @@ def together(rows: list[Row]) -> list[Row]:
 def cells(part: str, rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     """Heads and cells; columns that no row fills are left out."""
     heads = ["", *(head.strip() for head, _ in COLUMNS[part])]
-    lines = [[r["name"], *(cell(r) for _, cell in COLUMNS[part])] for r in of(part, rows)]
+    lines = [[r["name"], *(cell(r, rows) for _, cell in COLUMNS[part])] for r in of(part, rows)]
     used = [0, *(c for c in range(1, len(heads)) if any(line[c] != "-" for line in lines))]
     return [heads[c] for c in used], [[line[c] for c in used] for line in lines]
 
@@ -189,7 +191,8 @@ def summary(rows: list[Row]) -> str:
     for words, part, name, visual, batch, key in SUMMARY:
         plain, ours = (found.get((part, n, visual, batch)) for n in ("plain", name))
         if plain and ours:
-            lines.append([words, number(plain["metrics"].get(key)), number(ours["metrics"].get(key)), ratio(ours, key)])
+            lines.append([words, number(plain["metrics"].get(key)), number(ours["metrics"].get(key)),
+                          ratio_of(ours, key, rows)])  # fmt: skip
     return markdown(["milliseconds", "stock", "vlmfast", "faster"], lines)
 
 

@@ -1,26 +1,22 @@
-"""Whole tables of the documents, each made from one result file (see `evals.report.documents`)."""
+"""Whole tables of the documents, each made from one result file (see `evals.report.documents`).
+
+Every ratio goes through `vlmfast.bench.bounds`: one above what its bytes or FLOPs allow names that bound. What a record
+does not hold is "-".
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-Row = dict[str, Any]
+from evals.speed.shapes import QWEN_3B
+from vlmfast.bench import validity
+from vlmfast.bench.bounds import Row, baseline, marked, ratio_of, shares
 
 
 def markdown(heads: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     return "\n".join(f"| {' | '.join(r)} |" for r in [heads, ["---"] * len(heads), *rows])
-
-
-def ratio(row: Row, key: str, base: str = "plain", interval: bool = False) -> str:
-    """A paired ratio as one reads it, with its interval where asked."""
-    found = row["vs"].get(base, {}).get(key)
-    if not found:
-        return "-"
-    digits = 1 if found[0] >= 9.95 else 2
-    text = f"{found[0]:.{digits}f}x"
-    return f"{text} [{found[1]:.{digits}f}, {found[2]:.{digits}f}]" if interval else text
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -45,11 +41,13 @@ def encode(rows: list[Row]) -> str:
             continue
         name = r["name"] + (f", after tower block {p['after_block']} of {p['depth']}" if "after_block" in p else "")
         times = [f"{m[k]:,.0f}" for k in ("encode_ms", "select_ms")]
-        times += [f"{m[k]:,.0f}" + (f" ({ratio(r, k, 'plain', True)})" if r["vs"] else "") for k in
+        times += [f"{m[k]:,.0f}" + (f" ({ratio_of(r, k, rows, interval=True)})" if r["vs"] else "") for k in
                   ("prefill_ms", "ttft_ms")]  # fmt: skip
         floor = f"{m['encode_floor_ms']:,.0f} + {m['prefill_floor_ms']:,.0f}"
-        out.append([name, f"{m['visual_tokens']:,.0f} → {m['kept_tokens']:,.0f}", *times, floor])
-    heads = ["method", "visual tokens", "encode", "choose", "prefill", "TTFT", "floor: encode + prefill"]
+        over = ratio_of(r, "ttft_ms", rows, "tower", True)
+        out.append([name, f"{m['visual_tokens']:,.0f} → {m['kept_tokens']:,.0f}", *times, over, floor])
+    heads = ["method", "visual tokens", "encode", "choose", "prefill", "TTFT", "TTFT over the tower alone",
+             "floor: encode + prefill"]  # fmt: skip
     return markdown(heads, out)
 
 
@@ -73,8 +71,9 @@ def decode(rows: list[Row]) -> str:
         name += ", bfloat16" if "dtype" in p else ""
         accepted = f"{m['accepted_length']:.2f}" if m.get("drafted") else "-"
         out.append([
-            name, ratio(r, "decode_ms_per_token", "plain", True), ratio(r, "decode_ms_per_token", "plain_loop", True),
-            ratio(r, "total_ms"), accepted, percent(m.get("retention")), difference(m), percent(m["same_text"], 0),
+            name, *(ratio_of(r, "decode_ms_per_token", rows, base, True) for base in ("plain", "plain_loop")),
+            ratio_of(r, "total_ms", rows), accepted, percent(m.get("retention")), difference(m),
+            percent(m["same_text"], 0),
         ])  # fmt: skip
     heads = ["rule (draft)", "decode, against plain", "against plain_loop", "whole answer", "accepted per round",
              "caption F1 kept", "points", "same text"]  # fmt: skip
@@ -98,24 +97,37 @@ def luck(rows: list[Row]) -> str:
 
 
 def kv(rows: list[Row], contexts: tuple[int, ...] = (8192, 32768, 131072), keep: float = 0.10) -> str:
-    """The attention op, the whole step and the bytes at a tenth of the cache, against our own full cache."""
+    """The attention op, the whole step and the bytes at a tenth of the cache, and of rows with as many bytes."""
     out = []
     for r in rows:
         p, m = r["params"], r["metrics"]
-        if r.get("end_to_end") or p["context_tokens"] not in contexts or p.get("keep", keep) not in (keep, 1.0):
+        if (
+            r.get("end_to_end")
+            or p["context_tokens"] not in contexts
+            or p.get("of", p.get("keep", keep)) not in (keep, 1.0)
+        ):
             continue
-        if r["name"] == "full":
-            continue
+        name = r["name"] + (f" at hybridkv's {p['equal']} bytes" if "equal" in p else "")
+        step = [ratio_of(r, "decode_ms_per_token", rows, base) for base in ("plain", "packed", "full")]
         out.append([
-            f"{p['context_tokens'] // 1024}k x {p['batch']}", r["name"], f"{m['attention_ms']:.2f} ms",
-            ratio(r, "attention_ms", "full"), ratio(r, "decode_ms_per_token", "full"),
-            f"{m['bound_vs_full']:.2f}x" if r["name"] != "plain" else "-", percent(m.get("step_of_bound"), 0),
-            ratio(r, "kv_fast_bytes", "full"), f"{m['kv_host_bytes'] / 2**20:,.0f} MB",
+            f"{p['context_tokens'] // 1024}k x {p['batch']}", name, f"{m['attention_ms']:.2f} ms",
+            ratio_of(r, "attention_ms", rows, "full"), *step,
+            f"{m['bound_vs_full']:.2f}x" if r["name"] != "plain" else "-", *kv_bytes(r, rows),
             percent(m.get("compress_share")),
         ])  # fmt: skip
-    heads = ["context x batch", "method", "attention op", "against full", "step against full", "byte bound",
-             "of the bound", "fast bytes fewer", "host bytes", "choosing, of prefill"]  # fmt: skip
-    return markdown(heads, out)
+    heads = ["context x batch", "method", "attention op", "against full", "step against plain", "against packed",
+             "against full ", "byte bound", *BYTES, "choosing, of prefill"]  # fmt: skip
+    return markdown([h.strip() for h in heads], out)
+
+
+BYTES = ["fast bytes", "host", "total", "total allocated"]
+
+
+def kv_bytes(row: Row, rows: list[Row]) -> list[str]:
+    """Bytes of keys and values over plain's, in tiers: `BYTES`."""
+    plain = row if row["name"] == "plain" else baseline(row, rows, "plain")
+    found = {} if plain is None else shares(row["metrics"], plain["metrics"])
+    return [percent(found.get(k), 0) for k in ("fast", "host", "total", "allocated")]
 
 
 def stream(rows: list[Row]) -> str:
@@ -143,36 +155,47 @@ def sessions(rows: list[Row]) -> str:
         if r["name"] != "session":
             continue
         mb = [f"{m[k] / 2**20:,.1f} MB" for k in ("kv_fast_bytes", "kv_host_bytes", "kv_disk_bytes", "bytes_per_hour")]
-        out.append([f"{m['minutes']:g} min", f"{m['fps']:.0f}", *mb, ratio(r, "bytes_per_hour", "rekv")])
+        out.append([f"{m['minutes']:g} min", f"{m['fps']:.0f}", *mb, ratio_of(r, "bytes_per_hour", rows, "rekv")])
     heads = ["length", "frames/s", "fast memory", "RAM archive", "disk", "archive per hour", "less than plain ReKV"]
     return markdown(heads, out)
 
 
-def presets(rows: list[Row]) -> str:
-    """Every preset end to end at 3B shapes, and a second question about the same clip."""
+def presets(rows: list[Row], config: Row, asked: list[Row]) -> str:
+    """Every preset end to end at 3B shapes, and a second question about the same clip; what such a plan does to answers
+    stands beside it only where the record of answers (`asked`) holds one that keeps the same share of the tokens."""
     out = []
     for r in rows:
         m = r["metrics"]
         if r["name"] == "reuse":
-            cells = ["", "", "", f"{m['ttft_ms']:,.0f} ({ratio(r, 'ttft_ms', 'plain', True)})", "", "", "", ""]
-            out.append(["second question, reuse=", *cells])
+            first = f"{m['ttft_ms']:,.0f} ({ratio_of(r, 'ttft_ms', rows, interval=True)})"
+            out.append(["second question, reuse=", "", "", "", first, *[""] * 7])
             continue
-        cells = [f"{m['kept_tokens']:,.0f}", *(f"{m[k]:,.0f}" for k in ("encode_ms", "prefill_ms", "ttft_ms"))]
+        kept = f"{m['kept_tokens']:,.0f} ({percent(m['kept_tokens'] / m['visual_tokens'], 0)})"
+        cells = [kept, *(f"{m[k]:,.0f}" for k in ("encode_ms", "prefill_ms", "ttft_ms"))]
         cells += [f"{m['decode_ms_per_token']:.0f}", f"{m['total_ms']:,.0f}"]
-        speed = [ratio(r, k, "plain", True) if r["vs"] else "" for k in ("total_ms", "decode_ms_per_token")]
-        out.append([r["name"], *cells, *speed])
-    heads = ["preset", "visual tokens", "encode ms", "prefill ms", "TTFT ms", "ms/token", "total ms", "total faster",
-             "decode faster"]  # fmt: skip
+        speed = [ratio_of(r, k, rows, interval=True) if r["vs"] else "" for k in ("total_ms", "decode_ms_per_token")]
+        gains = r.get("gains", {})
+        speed += [marked(gains.get(stage), None, True) if r["vs"] else "" for stage in ("prune", "speculate")]
+        pruned = bool((r["plan"] or {}).get("prune"))
+        same = next((q for q in asked if pruned and not validity.other_share(r, q)), None)
+        out.append([r["name"], *cells, *speed, difference(same["metrics"]) if same else "-" if pruned else ""])
+    whole = config.get("whole_layers", QWEN_3B.layers)
+    said = f"{config['layers']} of {whole} layers, random weights; acceptance replayed: {config['accept_replayed']}"
+    heads = [f"preset ({said})", "visual tokens kept", "encode ms", "prefill ms", "TTFT ms", "ms/token", "total ms",
+             "total faster", "decode faster", "of it pruning", "of it drafting", "points at this share"]  # fmt: skip
     return markdown(heads, out)
 
 
 def accuracy(rows: list[Row]) -> str:
     """Score and paired difference of every method."""
     out = []
+    tiers = any((r.get("plan") or {}).get("kv") for r in rows)
     for r in rows:
         m = r["metrics"]
-        out.append([r["name"], str(r["params"]["questions"]), percent(m.get("accuracy", m.get("f1"))), difference(m)])
-    return markdown(["method", "questions", "right", "points against plain"], out)
+        score = percent(m.get("accuracy", m.get("f1")))
+        bytes_ = kv_bytes(r, rows) if tiers else []
+        out.append([r["name"], str(r["params"]["questions"]), score, difference(m), *bytes_])
+    return markdown(["method", "questions", "right", "points against plain", *(BYTES if tiers else [])], out)
 
 
 #: of the README: which questions, what is done, result file, row
@@ -194,8 +217,10 @@ def summary(rows_of: Callable[[str], list[Row]]) -> str:
         found = {r["name"]: r for r in rows_of(file)}
         if name in found:
             m, asked = found[name]["metrics"], f"{found[name]['params']['questions']:,}"
-            out.append([words, asked, method, percent(m["accuracy"] - m["diff_vs_plain"]), difference(m)])
-    return markdown(["questions", "asked", "method", "plain is right", "change"], out)
+            kept = [percent(m["kept_tokens"] / m["visual_tokens"], 0) if m.get("visual_tokens") else "-"]
+            kept.append(kv_bytes(found[name], list(found.values()))[2])
+            out.append([words, asked, method, *kept, percent(m["accuracy"] - m["diff_vs_plain"]), difference(m)])
+    return markdown(["questions", "asked", "method", "tokens kept", "KV bytes, total", "plain is right", "change"], out)
 
 
 def crash(rows: list[Row]) -> str:
@@ -217,7 +242,6 @@ TABLES = {
     "stream": ("cpu-stream.json", stream),
     "sessions": ("cpu-stream.json", sessions),
     "crash": ("stream-crash.json", crash),
-    "presets": ("cpu-presets.json", presets),
     "accuracy-easy-vqa": ("accuracy-easy-vqa.json", accuracy),
     "accuracy-long": ("accuracy-long.json", accuracy),
     "accuracy-turns": ("accuracy-turns.json", accuracy),

@@ -6,7 +6,8 @@ Groups of rows: every competitor in float32 (faster on a CPU for so small a mode
 loop at 3B widths. Loose rules against luck, on many captions: `evals.speed.random_baseline`.
 
 Every competitor describes every picture, in turns, so that a noisy machine disturbs all alike; ratios are paired per
-picture. They also differ from one process to the next, so the main ones are measured in `PROCESSES` of them.
+picture. They also differ from one process to the next, so the main ones are measured in `PROCESSES` of them; a
+picture's ratio is the geometric mean over processes, so that an interval is over pictures. `plain again` is a null.
 `f1` counts the facts of a caption against the scene. `decode_ms_per_token` runs from the first token to the last and
 holds everything that speculation adds, the draft's own encoding and prefill included.
 """
@@ -27,9 +28,8 @@ import typer
 from evals.speed import decode_runs as runs
 from evals.speed.decode_shapes import rows as shape_rows
 from vlmfast.bench.records import ROOT, claim, row
-from vlmfast.bench.stats import paired
+from vlmfast.bench.stats import median_ratio, paired
 from vlmfast.bench.timing import half as half_dtype
-from vlmfast.bench.timing import ratios
 from vlmfast.cli.errors import application
 from vlmfast.core import UserError, to_json
 from vlmfast.decode.speculate import predicted_speedup
@@ -120,7 +120,7 @@ def _row(
         metrics["retention"] = metrics["f1"] / base if base else 0.0
         for name, baseline in (("plain", plain), ("plain_loop", loop)):
             if c.name != name:
-                vs[name] = ratios(_times(baseline), _times(got), TIMES)
+                vs[name] = _ratios(baseline, got, n)
     if "drafted" in metrics:
         total = {
             k: sum(r[k] for r in got) for k in ("verify_rounds", "drafted", "draft_ms", "verify_ms", "overhead_ms")
@@ -147,8 +147,10 @@ def _facts(got: list[dict[str, Any]], n: int) -> list[float]:
     return [statistics.fmean(r["f1"] for r in got[i::n]) for i in range(n)]
 
 
-def _times(got: list[dict[str, Any]]) -> list[dict[str, float]]:
-    return [{k: float(r[k]) for k in TIMES} for r in got]
+def _ratios(baseline: list[dict[str, Any]], got: list[dict[str, Any]], n: int) -> dict[str, list[float]]:
+    """Paired ratios of the times: every picture counts once, however many processes described it."""
+    pictures = [i % n for i in range(len(got))]
+    return {k: median_ratio([r[k] for r in baseline], [r[k] for r in got], pictures) for k in TIMES}
 
 
 def _plan(speculate: Any) -> Any:

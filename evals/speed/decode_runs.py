@@ -11,6 +11,7 @@ import torch
 
 import vlmfast
 from vlmfast.bench.question_sets import POCKET
+from vlmfast.bench.timing import AGAIN
 from vlmfast.decode import (
     Exact,
     FLy,
@@ -64,6 +65,7 @@ def competitors(draft: Any, quick: bool, length: int | str = "adaptive") -> list
         Competitor("plain_loop", {}, Speculate()),
         Competitor("hf_assisted", {"draft": "model"}, extra={"assistant_model": draft}),
         Competitor("hf_lookup", {}, extra={"prompt_lookup_num_tokens": 5}),
+        Competitor(AGAIN, {}),
         ours(Exact(), small, "lossless", "modeldraft", length),
         ours(Loose(), small, "loose", "modeldraft", length),
         ours(RandomRelax(relax=0.5), small, "randomrelax", "modeldraft", length, relax=0.5),

@@ -7,6 +7,7 @@ everything between (`overhead_ms`).
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,7 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vlmfast.bench.timing import half, interleaved, medians, ratios
+from evals.speed.baselines import scope
+from vlmfast.bench.timing import AGAIN, half, interleaved, medians, ratios
 from vlmfast.decode import ModelDraft, Speculate, loop
 from vlmfast.decode.accept import EXACT, Round, Rule, Verdict
 from vlmfast.decode.drafts import Request
@@ -106,6 +108,8 @@ def rows(trace: list[tuple[int, int]], quick: bool) -> list[dict[str, Any]]:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": torch.zeros_like(ids)}
     plans = {
         "plain": None,
+        AGAIN: None,
+        "packed": None,
         "plain_loop": Speculate(),
         "lossless": Speculate(TracedDraft(draft, None, trace=played), TracedAcceptance(played), length=length),
     }
@@ -131,7 +135,11 @@ def rows(trace: list[tuple[int, int]], quick: bool) -> list[dict[str, Any]]:
             sample["round_ms_per_token"] = spent / (tokens - 1)
         return sample
 
-    samples = interleaved({name: (lambda p=p: run(p)) for name, p in plans.items()}, repeats)
+    def within(name: str) -> dict[str, float]:
+        with scope(name, target):
+            return run(plans[name])
+
+    samples = interleaved({name: functools.partial(within, name) for name in plans}, repeats)
     params = {"shape": "3b-width", "dtype": half(), "layers": layers, "context_tokens": ids.shape[1], "batch": 1}
     out = []
     step = medians(samples["plain_loop"])["round_ms_per_token"]
@@ -143,7 +151,7 @@ def rows(trace: list[tuple[int, int]], quick: bool) -> list[dict[str, Any]]:
                 m["accepted_length"], m["drafted"] / rounds, m["verify_ms"] / rounds / step,
                 m["draft_ms"] / max(1.0, m["drafted"]) / step,
             )  # fmt: skip
-        vs = {b: ratios(samples[b], got) for b in ("plain", "plain_loop") if b != name}
+        vs = {b: ratios(samples[b], got) for b in ("plain", "packed", "plain_loop") if b != name}
         more = {"length": length, "replayed": "lossless on pocket captions"} if name == "lossless" else {}
         out.append(row(name, params={**params, **more}, metrics=m, vs=vs))
     return out

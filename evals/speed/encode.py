@@ -3,7 +3,9 @@
 Random weights in real shapes (`evals.speed.shapes`), one clip, one new token: what is timed is request to first token.
 Two groups, each with its own plain: a quarter of the model for pruning inside the tower and between layers, where depth
 matters, and a twelfth for every method at the tower's output. `plain` is the model with nothing asked of vlmfast, whose
-logits are bit-identical to stock transformers (law 1); its hooks only read the clock.
+logits are bit-identical to stock transformers (law 1); its hooks only read the clock. `tower` is the tower without its
+loops and nothing pruned: pruning runs over it, so what pruning gains is the ratio to `tower`. Both run beside every
+method, and `plain again` is a null.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from vlmfast.bench import records, timing
 
 KEEP = 0.25
 SEED = 0
-ROUNDS = 3
+ROUNDS = 6
+BASELINES = ("plain", "tower")
 DEEP = ("uniform", "vidcom2")  # methods of the deep group: at the output, and inside the tower
 THRESHOLD = ("dtd", "pixelprune")  # keep what their threshold says; `keep` is a ceiling
 
@@ -43,12 +46,12 @@ def deep(shape: Shape) -> dict[str, Any]:
     return rows | {name: m(keep=KEEP) for name, m in METHODS.items() if issubclass(m, LayerPruner)}
 
 
-def one_run(model: Any, inputs: dict[str, Any], pruner: Any) -> Callable[[], timing.Sample]:
+def one_run(model: Any, inputs: dict[str, Any], pruner: Any, tower: str | None = None) -> Callable[[], timing.Sample]:
     """A callable that answers once with one new token and returns what every stage took."""
     import vlmfast
 
     def run() -> timing.Sample:
-        with vlmfast.accelerate(model, prune=pruner) as fast:
+        with vlmfast.accelerate(model, prune=pruner, tower=tower) as fast:
             start = timing.now()
             model.generate(**inputs, max_new_tokens=1)
             total = (timing.now() - start) * 1e3
@@ -65,7 +68,7 @@ def run(quick: bool = False) -> dict[str, Any]:
     import torch
 
     groups = ((TOY, deep), (TOY, outside)) if quick else ((QWEN_3B_QUARTER, deep), (QWEN_3B_TWELFTH, outside))
-    dtype, rounds = timing.half(), 2 if quick else ROUNDS
+    dtype, rounds = timing.half(), 1 if quick else ROUNDS
     machine = timing.rates("cpu", getattr(torch, dtype))
     rows = [r for shape, methods in groups for r in group(shape, methods(shape), rounds, machine, dtype, quick)]
     return {
@@ -89,13 +92,13 @@ def group(
 
     gc.collect()
     model, inputs = build(shape, SEED, dtype), clip(shape, SEED, dtype)
-    methods: dict[str, Any] = {"plain": None, **pruners}
-    runs = {name: one_run(model, inputs, pruner) for name, pruner in methods.items()}
+    runs = {"plain": one_run(model, inputs, None), "tower": one_run(model, inputs, None, "fast")}
+    runs |= {name: one_run(model, inputs, pruner) for name, pruner in pruners.items()}
     with torch.inference_mode():
         one_run(model, clip(shortest(shape), SEED, dtype), None)()  # touch every weight once
-        tick = timing.ticker(len(runs) * (rounds + quick))
-        samples = timing.interleaved(runs, rounds, warmup=int(quick), progress=tick)
-    return [summary(name, methods[name], samples, shape, machine, dtype) for name in methods]
+        tick = timing.ticker(timing.beside_runs(len(runs), len(BASELINES), rounds))
+        samples = timing.beside(runs, BASELINES, rounds, warmup=0, progress=tick)
+    return [summary(name, pruners.get(name), samples, shape, machine, dtype) for name in samples]
 
 
 def shortest(shape: Shape) -> Shape:
@@ -104,23 +107,29 @@ def shortest(shape: Shape) -> Shape:
 
 
 def summary(
-    name: str, pruner: Any, samples: dict[str, list[timing.Sample]], shape: Shape, machine: timing.Rates, dtype: str
+    name: str,
+    pruner: Any,
+    samples: dict[str, dict[str, list[timing.Sample]]],
+    shape: Shape,
+    machine: timing.Rates,
+    dtype: str,
 ) -> dict[str, Any]:
-    """The row of one method: medians, floors, and paired ratios to plain."""
+    """The row of one method: medians, floors, and paired ratios to the baselines beside it."""
     from vlmfast.core import to_json
 
-    medians = timing.medians(samples[name])
+    medians = timing.medians(samples[name][name])
     kept, block = int(medians["kept_tokens"]), getattr(pruner, "after_block", None)
     encode = timing.floor_ms(*encode_cost(shape, kept, block), machine, dtype)
     cuts = pruner.cuts(shape.layers) if hasattr(pruner, "cuts") else ()
     prefill = timing.floor_ms(*prefill_cost(shape, kept, cuts), machine, dtype)
-    plain_prefill = timing.medians(samples["plain"])["prefill_ms"]
+    plain_prefill = timing.medians(samples["plain"]["plain"])["prefill_ms"]
     metrics = {**medians, "encode_floor_ms": encode, "prefill_floor_ms": prefill, "floor_ms": encode + prefill}
     if pruner is not None:
         metrics["select_of_plain_prefill"] = medians["select_ms"] / plain_prefill
     params: dict[str, Any] = {"layers": shape.layers, "depth": shape.depth}
     if pruner is not None:
         params |= {"keep": pruner.keep} | ({} if block is None else {"after_block": block})
-    vs = {} if pruner is None else {"plain": timing.ratios(samples["plain"], samples[name])}
+    vs = timing.ratio_rows(samples[name], name)
     plan = {"prune": to_json(pruner), "kv": None, "speculate": None}
-    return records.row(name.split(" ")[0], plan=plan, params=params, metrics=metrics, vs=vs)
+    name = name if name == timing.AGAIN else name.split(" ")[0]
+    return records.row(name, plan=plan, params=params, metrics=metrics, vs=vs)

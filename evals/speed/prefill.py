@@ -8,8 +8,11 @@ Timed are windows of `STEPS` tokens, as many as HybridKV goes between two search
 `decode_ms_per_token` are means over a window, `attention_worst_ms` its slowest token. What decodes every token alike is
 timed on one. The cache grows as it does in use; bytes are those after compression.
 
-Rows: `plain` (stock transformers: growing DynamicCache, sdpa), `full` (every column, our storage and kernels), `snapkv`
-and `hybridkv` at several budgets, and `adakv-masked`: AdaKV as most peers have it, columns masked and not removed.
+Rows: `plain` (stock transformers: growing DynamicCache, sdpa), `packed` (the same, a token's query heads as rows of
+one product), `full` (every column, our storage and kernels), `snapkv` and `hybridkv` at several budgets, `snapkv` at
+the fast and at the total bytes that HybridKV's tenth holds (`equal`), `adakv-masked` (AdaKV as most peers have it,
+columns masked and not removed), and `plain again`. The baselines run beside every competitor, and their caches are
+taken back after it.
 `bound_vs_full` is the step ratio that bytes alone would give; `floor_ms` the bytes of a step over the copy rate.
 Rows marked `end_to_end` are every policy through `generate` on one prompt (see `evals.speed.policies`).
 """
@@ -22,20 +25,20 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, Qwen2Config, Qwen2Model
 
 from evals.speed import policies as speed_policies
+from evals.speed.baselines import Masked, Packed
 from vlmfast import kernels
-from vlmfast.bench import records, timing
-from vlmfast.core import Kind, LayerView, to_json
+from vlmfast.bench import bounds, records, timing, validity
+from vlmfast.core import Kind, LayerView, UserError, to_json
 from vlmfast.prefill import AdaKV, Full, HybridKV, KVLayer, KVPolicy, SnapKV
-from vlmfast.runtime.attention import AttentionSwitch, tag
+from vlmfast.runtime.attention import AttentionSwitch
 from vlmfast.runtime.compat import CACHE
 from vlmfast.runtime.patch import Patch
 
@@ -76,7 +79,7 @@ class Shape:
         return batch * (2.0 * self.weights * context + self.layers * 2.0 * context**2 * self.hidden)
 
 
-TOY = Shape(512, 8, 4, 1024, 2, (512, 2048), (1, 2), (0.20, 0.10))
+TOY = Shape(512, 8, 4, 1024, 2, (512,), (1, 2), (0.20, 0.10))
 
 
 def build(shape: Shape) -> Qwen2Model:
@@ -89,36 +92,6 @@ def build(shape: Shape) -> Qwen2Model:
     return Qwen2Model(config).to(DTYPE).eval().requires_grad_(False)
 
 
-class Masked(KVLayer):
-    """All columns stay; those AdaKV would remove are masked. Dense packed sdpa, the kindest reading of the peers."""
-
-    def compress(self, kept: Any, positions: Tensor | None = None) -> None:
-        assert self.keys is not None
-        b, hk, n, _ = self.keys.shape
-        self.mask = torch.zeros(b * hk, n, dtype=torch.bool)
-        for row, columns in enumerate(kept.keep):
-            self.mask[row, columns] = True
-        self.mask = self.mask.view(b, hk, 1, n)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if self.keys is None or self.values is None:
-            return super().update(key_states, value_states)
-        q = key_states.shape[2]
-        self.keys, self.values = torch.cat([self.keys, key_states], 2), torch.cat([self.values, value_states], 2)
-        self.mask = torch.cat([self.mask, self.mask.new_ones(*self.mask.shape[:3], q)], 3)
-        self.entered += q
-        return tag(key_states, self), value_states
-
-    def crop(self, tokens_to_remove: int) -> None:
-        super().crop(tokens_to_remove)
-        self.mask = self.mask[..., :tokens_to_remove]
-
-    def attend(self, query: Tensor, scaling: float) -> Tensor:
-        assert self.keys is not None and self.values is not None
-        packed = query.reshape(query.shape[0], self.heads, -1, query.shape[-1])
-        return scaled_dot_product_attention(packed, self.keys, self.values, self.mask, scale=scaling).reshape_as(query)
-
-
 @dataclass
 class Entry:
     """One competitor: its cache over the common prefill, and what compressing it took."""
@@ -126,12 +99,14 @@ class Entry:
     policy: KVPolicy | None
     cache: DynamicCache
     compress_ms: float = 0.0
+    equal: dict[str, Any] = field(default_factory=dict)  # of a control: which bytes it has, and of whom
 
 
-def prefilled(shape: Shape, policy: KVPolicy | None, keys: Tensor, values: Tensor) -> Entry:
-    """A cache whose layers all hold the synthetic prefill, compressed by the policy (None: stock layers)."""
+def prefilled(shape: Shape, policy: KVPolicy | None, keys: Tensor, values: Tensor, packed: bool = False) -> Entry:
+    """A cache whose layers hold the synthetic prefill, compressed by the policy (None: stock layers, or `Packed`)."""
     cache = DynamicCache()
     if policy is None:
+        cache.layers += [Packed() for _ in range(shape.layers if packed else 0)]
         for i in range(shape.layers):
             cache.update(keys, values, i)
         return Entry(None, cache)
@@ -160,8 +135,13 @@ def drifting(x: Tensor, fresh: Tensor) -> Tensor:
     return DRIFT * x + math.sqrt(1 - DRIFT**2) * fresh
 
 
-def competitor(shape: Shape, model: Qwen2Model, entry: Entry, batch: int, context: int) -> Callable[[], timing.Sample]:
-    """One paired run: a window of the attention op of one layer (append included), then one of whole steps."""
+def competitor(
+    shape: Shape, model: Qwen2Model, entry: Entry, batch: int, context: int, back: bool = False
+) -> Callable[[], timing.Sample]:
+    """One paired run: a window of the attention op of one layer (append included), then one of whole steps.
+
+    back: take the columns back afterwards, so that what runs more often than others does not grow.
+    """
     gen = torch.Generator().manual_seed(SEED + 1)
     flush = torch.zeros(FLUSH, dtype=torch.uint8)
     state: dict[str, Tensor] = {
@@ -170,7 +150,8 @@ def competitor(shape: Shape, model: Qwen2Model, entry: Entry, batch: int, contex
     }
     attention: Any = model.layers[0].self_attn
     stock = torch.nn.functional.scaled_dot_product_attention
-    alike = entry.policy is None or isinstance(entry.cache.layers[0], Masked)
+    ours = isinstance(entry.cache.layers[0], KVLayer)
+    alike = not ours or isinstance(entry.cache.layers[0], Packed)
     steps, tiers, at = 1 if alike else STEPS, bytes_of(entry.cache), itertools.count(context)
     layer: Any = copy.deepcopy(entry.cache.layers[0])  # the op goes its own way: queries of a kind follow each other
 
@@ -184,7 +165,7 @@ def competitor(shape: Shape, model: Qwen2Model, entry: Entry, batch: int, contex
         flush.add_(1)
         start = timing.now()
         k, v = layer.update(key, value)
-        if entry.policy is None:
+        if not ours:
             stock(query, k, v, scale=attention.scaling, enable_gqa=True)
         else:
             layer.attend(query, attention.scaling)
@@ -197,7 +178,12 @@ def competitor(shape: Shape, model: Qwen2Model, entry: Entry, batch: int, contex
         return (timing.now() - start) * 1e3
 
     def run() -> timing.Sample:
+        nonlocal at
         ops, whole = [op() for _ in range(steps)], [step() for _ in range(steps)]
+        if back:
+            layer.crop(-steps)
+            entry.cache.crop(-steps)
+            at = itertools.count(context)
         return {
             "attention_ms": statistics.mean(ops), "attention_worst_ms": max(ops),
             "decode_ms_per_token": statistics.mean(whole), **{k: float(v) for k, v in tiers.items()},
@@ -221,41 +207,71 @@ def bytes_of(cache: DynamicCache) -> dict[str, int]:
 
 
 def methods(shape: Shape, split: float) -> dict[str, KVPolicy | None]:
-    out: dict[str, KVPolicy | None] = {"plain": None, "full": Full(), "adakv-masked 0.1": AdaKV(keep=0.10)}
+    out: dict[str, KVPolicy | None] = {
+        "plain": None,
+        "packed": None,
+        "full": Full(),
+        "adakv-masked 0.1": AdaKV(keep=0.10),
+    }
     for keep in shape.keeps:
         out[f"snapkv {keep}"] = SnapKV(keep=keep)
         out[f"hybridkv {keep}"] = HybridKV(keep=keep, split=split)
     return out
 
 
+BASELINES = ("plain", "packed", "full")
+CONTROLLED = 0.10  # of HybridKV's rows the one that SnapKV is held against at equal bytes
+
+
+def controls(entries: dict[str, Entry], shape: Shape, keys: Tensor, values: Tensor) -> dict[str, Entry]:
+    """SnapKV at the fast and at the total bytes, as shares of plain's, of HybridKV's tenth."""
+    held, whole = bytes_of(entries[f"hybridkv {CONTROLLED}"].cache), bytes_of(entries["plain"].cache)["kv_fast_bytes"]
+    sizes = {"fast": held["kv_fast_bytes"], "total": held["kv_fast_bytes"] + held["kv_host_bytes"]}
+    out = {}
+    for which, size in sizes.items():
+        entry = prefilled(shape, SnapKV(keep=min(1.0, round(size / whole, 4))), keys, values)
+        entry.equal = {"equal": which, "of": CONTROLLED}
+        out[f"snapkv, equal {which}"] = entry
+    return out
+
+
 def combination(
     shape: Shape, model: Qwen2Model, context: int, batch: int, split: float, rounds: int, machine: timing.Rates
 ) -> list[dict[str, Any]]:
-    """All rows of one context and batch: every method over the same prefill, interleaved."""
+    """All rows of one context and batch: every method over the same prefill, between the baselines."""
     keys, values = (torch.randn(batch, shape.kv_heads, context, shape.head).to(DTYPE) for _ in range(2))
-    entries = {name: prefilled(shape, policy, keys, values) for name, policy in methods(shape, split).items()}
-    runs = {name: competitor(shape, model, entry, batch, context) for name, entry in entries.items()}
-    samples = timing.interleaved(runs, rounds, progress=timing.ticker(len(runs) * (rounds + 1)))
+    asked = methods(shape, split).items()
+    entries = {name: prefilled(shape, policy, keys, values, name == "packed") for name, policy in asked}
+    entries |= controls(entries, shape, keys, values)
+    runs = {n: competitor(shape, model, entry, batch, context, n in BASELINES) for n, entry in entries.items()}
+    tick = timing.ticker(timing.beside_runs(len(runs), len(BASELINES), rounds + 1))
+    samples = timing.beside(runs, BASELINES, rounds, warmup=min(1, rounds - 1), progress=tick)
     prefill = shape.prefill_flops(context, batch) / machine.flops * 1e3
-    weights, whole = DTYPE.itemsize * shape.weights, timing.medians(samples["full"])["kv_fast_bytes"]
+    weights, held = DTYPE.itemsize * shape.weights, {n: bytes_of(e.cache)["kv_fast_bytes"] for n, e in entries.items()}
+    held[timing.AGAIN] = held["plain"]
     rows = []
-    for name, entry in entries.items():
-        m = timing.medians(samples[name])
-        bound = (weights + whole) / (weights + m["kv_fast_bytes"])
-        ratios = {b: timing.ratios(samples[b], samples[name]) for b in ("plain", "full") if b != name}
+    for name, taken in samples.items():
+        m, entry = dict[str, Any](timing.medians(taken[name])), entries.get(name, Entry(None, DynamicCache()))
+        ratios = timing.ratio_rows(taken, name)
+        limits = {b: {"decode_ms_per_token": bounds.step(weights, held[name], held[b]),
+                      "attention_ms": held[b] / held[name]} for b in ratios}  # fmt: skip
+        bound = bounds.step(weights, held[name], held["full"])
         m |= {
-            "floor_ms": (weights + m["kv_fast_bytes"]) / machine.bytes * 1e3,
-            "attention_floor_ms": m["kv_fast_bytes"] / shape.layers / machine.bytes * 1e3,
+            "floor_ms": (weights + held[name]) / machine.bytes * 1e3,
+            "attention_floor_ms": held[name] / shape.layers / machine.bytes * 1e3,
             "compress_ms": entry.compress_ms, "prefill_floor_ms": prefill,
             "compress_share": entry.compress_ms / prefill, "bound_vs_full": bound,
         }  # fmt: skip
-        if name not in ("plain", "full"):
+        if name not in (*BASELINES, timing.AGAIN):
             m["moved_share"] = moved(entry.cache, rounds + 1)
             m["step_of_bound"] = ratios["full"]["decode_ms_per_token"][0] / bound
         keep = {} if entry.policy is None else {"keep": entry.policy.keep}
-        params = {**keep, "context_tokens": context, "batch": batch}
+        params = {**keep, **entry.equal, "context_tokens": context, "batch": batch}
         plan = {"prune": None, "kv": to_json(entry.policy), "speculate": None}
-        rows.append(records.row(name.split()[0], plan=plan, params=params, metrics=m, vs=ratios))
+        if why := validity.without_host_heads(plan, m):
+            raise UserError(why)
+        method = name if name == timing.AGAIN else name.split()[0].rstrip(",")
+        rows.append(records.row(method, plan=plan, params=params, metrics=m, vs=ratios, bounds=limits))
     return rows
 
 
@@ -279,14 +295,14 @@ def measured_prefill(model: Qwen2Model, shape: Shape, context: int) -> float:
 def run(quick: bool = False, shape: Shape | None = None, split: float = SPLIT, rounds: int = 7) -> dict[str, Any]:
     """Measure every combination that fits; returns the rows and what the head needs."""
     shape = shape or (TOY if quick else Shape())
-    rounds, threads = 3 if quick else rounds, torch.get_num_threads()
+    rounds, threads = 1 if quick else rounds, torch.get_num_threads()
     torch.set_num_threads(1 if quick else threads)  # tiny shapes lose more to waiting threads than they win
     model, patch, machine = build(shape), Patch(), timing.rates("cpu", DTYPE)
     AttentionSwitch(model, model.config).install(patch)
     rows, skipped = [], []
     for context in shape.contexts:
         for batch in shape.batches:
-            if 4 * shape.kv_bytes(context, batch) > LIMIT:
+            if 7 * shape.kv_bytes(context, batch) > LIMIT:
                 skipped.append([context, batch])
                 continue
             rows += combination(shape, model, context, batch, split, rounds, machine)

@@ -1,4 +1,7 @@
-"""The presets end to end: 3B shapes, 2,048 visual tokens, 64 new tokens, against plain and against each other.
+"""The presets end to end: 3B shapes, 2,048 visual tokens, 64 new tokens, beside plain and the other baselines.
+
+What a stage of a preset gains (`gains`) is read against the same plan without it: pruning against the preset unpruned,
+drafting against the preset on the loop without a draft.
 
 Random weights in real shapes (`evals.speed.shapes`): times of encode, prefill, decode are real, answers mean nothing.
 What a draft gets right is a property of trained models, so a preset that drafts is timed with its acceptance replayed:
@@ -14,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+from evals.speed import baselines
 from evals.speed.shapes import QWEN_3B, TOY, build, clip, encode_cost, prefill_cost
 from vlmfast.bench import records, timing
 from vlmfast.core import UserError, tower_block
@@ -27,7 +31,7 @@ SIXTH = replace(
     "decode weighs more than in the whole model",
 )  # fmt: skip
 NEW = 64
-ROUNDS = 3
+ROUNDS = 6
 SEED = 0
 DRY = (0.5, 0.3, 0.2)  # stands for the measured shares where shapes are toys
 MEASURED = records.ROOT / "evals" / "results" / "cpu-decode.json"
@@ -89,9 +93,29 @@ class ReplayedAcceptance(Rule):
         return Verdict([EXACT] * n, r.pick(n))
 
 
+BASELINES = ("plain", "packed", "tower", "plain_loop", "full")
+
+
 def plans() -> dict[str, Plan]:
-    """plain and every preset."""
-    return {"plain": Plan()} | {name: preset(name) for name in PRESETS}
+    """The baselines, every preset, and every pruning preset without its draft, which `gains` asks for."""
+    from vlmfast.decode import Speculate
+
+    named = {name: preset(name) for name in PRESETS}
+    loop = {undrafted(n): replace(p, speculate=Speculate()) for n, p in named.items() if p.prune is not None}
+    return {name: baselines.plans()[name] or Plan() for name in BASELINES} | named | loop
+
+
+def undrafted(name: str) -> str:
+    """The row of a preset on the loop without a draft."""
+    return f"{name}, no draft"
+
+
+def rests(plans: dict[str, Plan]) -> dict[str, dict[str, str]]:
+    """Preset -> stage -> the row that has everything else."""
+    safe = next(n for n in PRESETS if plans[n].prune is None)
+    return {
+        n: {"speculate": "plain_loop"} if n == safe else {"prune": safe, "speculate": undrafted(n)} for n in PRESETS
+    }
 
 
 def per_round(shares: list[float], accepted: float) -> tuple[float, ...]:
@@ -133,14 +157,14 @@ def run(quick: bool = False) -> dict[str, Any]:
 
     import vlmfast
 
-    shape, rounds, new = (TOY, 2, 8) if quick else (SIXTH, ROUNDS, NEW)
+    shape, rounds, new = (TOY, 1, 8) if quick else (SIXTH, ROUNDS, NEW)
     dtype = timing.half()
     model, inputs = build(shape, SEED, dtype), clip(shape, SEED, dtype)
     prompt = inputs["input_ids"].shape[1]
     said: dict[str, tuple[int, ...]] = {}
 
-    def ask(plan: Plan) -> tuple[timing.Sample, tuple[int, ...]]:
-        with vlmfast.accelerate(model, plan) as fast:
+    def ask(plan: Plan, name: str = "") -> tuple[timing.Sample, tuple[int, ...]]:
+        with baselines.scope(name, model), vlmfast.accelerate(model, plan) as fast:
             start = timing.now()
             out = model.generate(**inputs, max_new_tokens=new)
             total = (timing.now() - start) * 1e3
@@ -153,35 +177,51 @@ def run(quick: bool = False) -> dict[str, Any]:
         wanted = plans()
         for name, plan in wanted.items():
             bare = replace(plan, speculate=None)
-            same = next((n for n, p in wanted.items() if n in said and replace(p, speculate=None) == bare), None)
+            same = next(
+                (n for n, p in wanted.items() if p.kv is None and n in said and replace(p, speculate=None) == bare),
+                None,
+            )
             said[name] = said[same] if same else ask(bare)[1]
         ready = {n: replayed(p, said[n], prompt, shape.vocab, quick) for n, p in wanted.items()}
         answers: dict[str, tuple[int, ...]] = {}
 
         def runner(name: str) -> Callable[[], timing.Sample]:
             def one() -> timing.Sample:
-                sample, answers[name] = ask(ready[name])
+                sample, answers[name] = ask(ready[name], name)
                 return sample
 
             return one
 
-        samples = timing.interleaved({n: runner(n) for n in ready}, rounds, 0, timing.ticker(len(ready) * rounds))
+        runs, beside = {n: runner(n) for n in ready}, {}
+        for name, rest in rests(wanted).items():  # what a stage gains: the preset beside what has everything else
+            near = list(dict.fromkeys(rest.values()))
+            beside[name] = timing.beside({n: runs[n] for n in (*near, name)}, near, rounds, 0)[name]
+        tick = timing.ticker(timing.beside_runs(len(runs), len(BASELINES), rounds))
+        samples = timing.beside(runs, BASELINES, rounds, 0, tick)
     machine = timing.rates("cpu", getattr(torch, dtype))
     rows = []
-    for name, plan in wanted.items():
-        medians = timing.medians(samples[name])
+    for name, taken in samples.items():
+        plan = wanted.get(name, Plan())
+        medians = timing.medians(taken[name])
         kept, block = int(medians["kept_tokens"]), tower_block(getattr(plan.prune, "after_block", None), shape.depth)
         costs = (encode_cost(shape, kept, block), prefill_cost(shape, kept))
         floors = [timing.floor_ms(*cost, machine, dtype) for cost in costs]
-        metrics = {**medians, "floor_ms": sum(floors), "same_tokens": answers[name] == answers["plain"]}
+        metrics: dict[str, Any] = {**medians, "floor_ms": sum(floors)}
+        metrics |= {"encode_floor_ms": floors[0], "prefill_floor_ms": floors[1]}
+        if name in ready and ready[name] == plan:  # a replayed draft accepts without asking: it says nothing of tokens
+            metrics["same_tokens"] = answers[name] == answers["plain"]
         params: dict[str, Any] = {"batch": 1, "new_tokens": new}
         if plan.prune is not None:
             params["keep"] = plan.prune.keep
-        vs = {} if name == "plain" else {"plain": timing.ratios(samples["plain"], samples[name])}
-        rows.append(records.row(name, plan=preset_json(name, plan), params=params, metrics=metrics, vs=vs))
+        gains = {
+            stage: timing.ratios(beside[name][rest], beside[name][name])["total_ms"]
+            for stage, rest in rests(wanted).get(name, {}).items()
+        }
+        vs = timing.ratio_rows(taken, name)
+        rows.append(records.row(name, plan=plan.json(), params=params, metrics=metrics, vs=vs, gains=gains))
     rows.append(second_question(model, inputs, rounds))
     return {
-        "config": {**shape.json(), "visual_tokens": shape.visual, "new_tokens": new,
+        "config": {**shape.json(), "visual_tokens": shape.visual, "new_tokens": new, "whole_layers": QWEN_3B.layers,
                    "accept_replayed": "pocket captions",
                    "floor": "encode and prefill", "matmul_gflops": round(machine.flops / 1e9, 1),
                    "copy_gbytes": round(machine.bytes / 1e9, 2)},
@@ -216,8 +256,3 @@ def second_question(model: Any, inputs: dict[str, Any], rounds: int) -> dict[str
         samples = timing.interleaved({"plain": plain, "reuse": reused}, rounds, warmup=0)
     vs = {"plain": timing.ratios(samples["plain"], samples["reuse"])}
     return records.row("reuse", params={"batch": 1, "question": 2}, metrics=timing.medians(samples["reuse"]), vs=vs)
-
-
-def preset_json(name: str, plan: Plan) -> dict[str, Any]:
-    """The plan as the preset states it."""
-    return plan.json() if name != "plain" else {}

@@ -31,6 +31,7 @@ def run(quick: bool = False) -> dict[str, Any]:
     sessions = {f"{m}min": filled(model, processor, m * 60) for m in minutes}
     shared = Internal(frames=FRAMES, scope="shared")
     asks = {name: asking(session, None) for name, session in sessions.items()}
+    asks[f"{minutes[0]}min-again"] = asking(sessions[f"{minutes[0]}min"], None)  # a null: its ratio is chance
     asks[f"{minutes[-1]}min-shared"] = asking(sessions[f"{minutes[-1]}min"], shared)
     samples = timing.interleaved(asks, rounds, warmup=1)
     first = f"{minutes[0]}min"
@@ -38,7 +39,7 @@ def run(quick: bool = False) -> dict[str, Any]:
     for name, taken in samples.items():
         vs = {} if name == first else {first: timing.ratios(samples[first], taken, ["total_ms", "select_ms"])}
         params = {"minutes": int(name.split("min")[0]), "frames": FRAMES, "kept_tokens_per_block": KEPT}
-        way = "internal-shared" if name.endswith("shared") else "internal"
+        way = {"shared": "internal-shared", "again": "internal again"}.get(name.partition("-")[2], "internal")
         rows.append(records.row(way, params=params, metrics=timing.medians(taken), vs=vs))
     pushes = {"encode": pushing(model, processor, None), "encode-25": pushing(model, processor, 0.25)}
     taken_by = timing.interleaved(pushes, max(2, rounds // 2), warmup=1)

@@ -406,10 +406,11 @@ def test_the_readmes_tables_take_what_the_records_hold() -> None:
     rows.append(records.row("tower", metrics={"ttft_ms": 250}, params=where, vs={"plain": {"ttft_ms": [3.5, 3, 4]}}))
     assert gpu_tables.summary(rows).split("\n")[2].endswith("| 900 | 250 | 3.50x |")
     metrics = {"accuracy": 0.70, "diff_vs_plain": -0.05, "diff_ci95": [-0.08, -0.02]}
+    metrics |= {"visual_tokens": 1000, "kept_tokens": 190}
     fast = records.row("fast", metrics=metrics, params={"questions": 1024})
     found = {"accuracy-presets.json": [fast]}
     table = readme_tables.summary(lambda file: found.get(file, [])).split("\n")
-    assert len(table) == 3 and table[2].endswith("| 1,024 | `fast` | 75.0 % | -5.0 [-8.0, -2.0] |")
+    assert len(table) == 3 and table[2].endswith("| 1,024 | `fast` | 19 % | - | 75.0 % | -5.0 [-8.0, -2.0] |")
 
 
 def test_measured_columns_are_what_the_results_say(tmp_path: Path) -> None:
@@ -418,20 +419,23 @@ def test_measured_columns_are_what_the_results_say(tmp_path: Path) -> None:
 
     row = records.row(
         "uniform", metrics={"select_of_plain_prefill": 0.011}, params={"keep": 0.25},
-        vs={"plain": {"prefill_ms": [3.14, 3, 4], "ttft_ms": [1.5, 1, 2]}},
+        vs={"plain": {"prefill_ms": [3.14, 3, 4], "ttft_ms": [1.5, 1, 2]}}, bounds={"plain": {"ttft_ms": 1.4}},
     )  # fmt: skip
     (tmp_path / "cpu-encode.json").write_text(json.dumps({"rows": [row]}))
     kept = [
-        records.row(f"uniform-{k}", metrics={"diff_vs_plain": d, "diff_ci95": ci})
-        for k, d, ci in ((50, -0.004, [-0.01, 0.01]), (25, -0.05, [-0.08, -0.02]))
+        records.row(f"uniform-{k}", metrics={"diff_vs_plain": d, "diff_ci95": [-0.08, -0.02], "diff_p": p})
+        for k, d, p in ((50, -0.004, 0.06), (25, -0.05, 0.001))
     ]
     (tmp_path / "accuracy-pocket.json").write_text(json.dumps({"rows": kept}))
     cells = readme.encode_cells(tmp_path)
-    assert cells == {"uniform": ["3.1x", "1.50x", "1.1 %", "-0.4 / **-5.0** / -"]}
+    assert cells == {"uniform": ["3.14x", "1.50x (bound 1.40x)", "1.1 %", "-0.4 / **-5.0** / -"]}
     table = "| name | a | b | c | old |\n|---|---|---|---|---|\n| `uniform` | 1 | 2 | 3 | 9 |"
     text = f"x\n<!-- measured: encode -->\n{table}\n\ny"
     new = readme.filled(text, "encode", cells)
-    assert "| `uniform` | 1 | 2 | 3 | 3.1x | 1.50x | 1.1 % | -0.4 / **-5.0** / - |\n\ny" in new and "| 9 |" not in new
+    assert (
+        "| `uniform` | 1 | 2 | 3 | 3.14x | 1.50x (bound 1.40x) | 1.1 % | -0.4 / **-5.0** / - |\n\ny" in new
+        and "| 9 |" not in new
+    )
     assert readme.filled(new, "encode", cells) == new
     assert readme.placed("a\n<!-- table: x -->\n| 1 |\n| 2 |\nb", "x", "| 3 |") == "a\n<!-- table: x -->\n| 3 |\nb"
     for document in readme.DOCUMENTS:

@@ -106,4 +106,5 @@ def task(name: str, questions: QuestionSet = "reporting") -> Task:
                       cluster=f"{short}/{seed}", kind=short, opening=opening)  # fmt: skip
 
     ids = [f"{short}/{seed}/{j}" for seed in numbers for j in range(each)]
-    return Task(name, ids, make, 10, "accuracy", bucket=lambda i: i // each, config={**config, "set": questions})
+    return Task(name, ids, make, 10, "accuracy", bucket=lambda i: i // each, config={**config, "set": questions},
+                clusters=lambda i: f"{short}/{numbers[i // each]}")  # fmt: skip

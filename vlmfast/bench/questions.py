@@ -67,17 +67,17 @@ def load(path: Path, metric: str | None = None, frames: str = "uniform:16") -> T
             letters = "\n".join(f"{chr(65 + k)}. {c}" for k, c in enumerate(choices))
             text = f"{text}\n{letters}\nAnswer with the option's letter."
         scorer = functools.partial(_score, r["metric"], r["answers"], choices)
-        cluster = str(
-            r.get("cluster")
-            or "|".join(os.path.relpath(f, folder) for k in ("image", "video") for f in r[k])
-            or r["id"]
-        )
-        return Sample(r["id"], text, r["answers"], items, scorer, cluster, str(r.get("kind", "")), choices)
+        return Sample(r["id"], text, r["answers"], items, scorer, cluster(i), str(r.get("kind", "")), choices)
+
+    def cluster(i: int) -> str:
+        r = rows[i]
+        files = "|".join(os.path.relpath(f, folder) for k in ("image", "video") for f in r[k])
+        return str(r.get("cluster") or files or r["id"])
 
     config = {"frames": frames, "metric": metric, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:8]}
     longest = max(len(a) for r in rows for a in r["answers"])
     return Task(path.stem if path.stem != "questions" else path.parent.name, [r["id"] for r in rows], make,
-                max(16, min(256, longest)), "accuracy", config=config)  # fmt: skip
+                max(16, min(256, longest)), "accuracy", config=config, clusters=cluster)  # fmt: skip
 
 
 def _score(metric: str, answers: list[str], choices: list[str] | None, text: str) -> float:

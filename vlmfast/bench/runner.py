@@ -19,9 +19,10 @@ from vlmfast.loading import as_clip, as_picture
 from vlmfast.plan import Plan
 
 STAGE = ("select_ms", "encode_ms", "prefill_ms", "ttft_ms", "decode_ms_per_token", "total_ms", "cached_tokens",
-         "kv_fast_bytes", "kv_host_bytes", "accepted_length", "verify_rounds", "drafted", "accepted_exact",
-         "accepted_loose", "accepted_shift", "draft_ms", "verify_ms", "overhead_ms")  # fmt: skip
-SHARED = {"encode_ms", "select_ms", "prefill_ms", "total_ms", "kv_fast_bytes", "kv_host_bytes"}  # a batch's sum
+         "kv_fast_bytes", "kv_host_bytes", "kv_fast_allocated_bytes", "accepted_length", "verify_rounds", "drafted",
+         "accepted_exact", "accepted_loose", "accepted_shift", "draft_ms", "verify_ms", "overhead_ms")  # fmt: skip
+SHARED = {"encode_ms", "select_ms", "prefill_ms", "total_ms", "kv_fast_bytes", "kv_host_bytes",
+          "kv_fast_allocated_bytes"}  # a batch's sum  # fmt: skip
 
 
 class Runner:
@@ -148,7 +149,8 @@ class Runner:
         """Questions of one clip, each on a copy of the cache that their opening left."""
         texts, report = self._on_copies(samples, plan, tokens)
         flat = {**report["encode"], **report["prefill"]}
-        names = ("visual_tokens", "kept_tokens", "cached_tokens", "kv_fast_bytes", "kv_host_bytes")
+        names = ("visual_tokens", "kept_tokens", "cached_tokens", "kv_fast_bytes", "kv_host_bytes",
+                 "kv_fast_allocated_bytes")  # fmt: skip
         fields = {k: round(flat[k], 4) for k in names if flat.get(k) is not None}
         fields["no_speed"] = "questions on a copied cache are not timed"
         return [

@@ -5,13 +5,14 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from vlmfast.bench import floors, methods, stats
+from vlmfast.bench import floors, methods, stats, validity
 from vlmfast.bench.records import ROOT, row
 from vlmfast.bench.runner import STAGE
 from vlmfast.plan import Plan
 
 TIMES = tuple(k for k in STAGE if k.endswith(("_ms", "_per_token")))
-COUNTS = ("visual_tokens", "kept_tokens", "cached_tokens", "kv_fast_bytes", "kv_host_bytes", "accepted_length",
+COUNTS = ("visual_tokens", "kept_tokens", "cached_tokens", "kv_fast_bytes", "kv_host_bytes",
+          "kv_fast_allocated_bytes", "accepted_length",
           "verify_rounds", "drafted", "accepted_exact", "accepted_loose", "accepted_shift")  # fmt: skip
 COMPARED = ("encode_ms", "prefill_ms", "ttft_ms", "decode_ms_per_token", "total_ms", "kv_fast_bytes")
 
@@ -43,6 +44,9 @@ def _row(
     if metrics["failed"]:
         first = next(r for r in mine if "error" in r)
         notes.append(f"{metrics['failed']} of {len(mine)} questions failed, counted as wrong; first: {first['error']}")
+    held = _means(("kv_host_bytes",), [r for r in mine if "error" not in r])
+    if held and (why := validity.without_host_heads(plan.json(), held)):
+        broken = broken or why
     good = [(r, p) for r, p in zip(mine, plain, strict=True) if "error" not in r and "error" not in p]
     fired = [(r, p) for r, p in good if "no_speed" not in r]
     vs: dict[str, dict[str, list[float]]] = {}
@@ -58,8 +62,8 @@ def _row(
         if method != "plain":
             ratios = {}
             for key in COMPARED:
-                both = [(p[key], r[key]) for r, p in fired if key in r and key in p]
-                found = stats.median_ratio([b for b, _ in both], [t for _, t in both]) if both else []
+                both = [(p[key], r[key], r["cluster"]) for r, p in fired if key in r and key in p]
+                found = stats.median_ratio(*zip(*both, strict=True)) if both else []
                 if found:
                     ratios[key] = found
             vs["plain"] = ratios
@@ -85,6 +89,7 @@ def quality(mine: list[dict], plain: list[dict], metric: str = "accuracy", compa
         difference = stats.paired(scores, base, clusters)
         out["diff_vs_plain"] = _short(difference.mean)
         out["diff_ci95"] = [_short(difference.low), _short(difference.high)]
+        out["diff_p"] = _short(stats.clustered_p(scores, base, clusters))
         out["mcnemar_p"] = _short(stats.mcnemar(scores, base))
         out["same_answer"] = _short(
             statistics.fmean(r["answer"] == p["answer"] for r, p in zip(mine, plain, strict=True))

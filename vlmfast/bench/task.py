@@ -46,6 +46,11 @@ class Task:
     metric: str  # "accuracy" or "f1"
     bucket: Callable[[int], Hashable] = field(default=lambda i: 0)  # only questions of one bucket share a batch
     config: dict[str, Any] = field(default_factory=dict)
+    clusters: Callable[[int], str] | None = None  # of question i, where it is not alone in its own
+
+    def cluster(self, i: int) -> str:
+        """What question i shares with those about the same clip or image; costs nothing."""
+        return self.ids[i] if self.clusters is None else self.clusters(i)
 
     def sample(self, i: int) -> Sample:
         """Question i; one whose media cannot be read says why in `error`."""

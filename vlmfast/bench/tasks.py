@@ -124,4 +124,5 @@ def easy_vqa(questions: QuestionSet = "reporting") -> Task:
                       lambda text: scoring.exact(text, [answered[i]]), cluster=f"image/{images[i]}",
                       kind="easy-vqa")  # fmt: skip
 
-    return Task("easy-vqa", [f"easy-vqa/{i}" for i in chosen], make, 6, "accuracy", config={"set": questions})
+    return Task("easy-vqa", [f"easy-vqa/{i}" for i in chosen], make, 6, "accuracy", config={"set": questions},
+                clusters=lambda number: f"image/{images[chosen[number]]}")  # fmt: skip

@@ -1,6 +1,7 @@
 """Paired timing: competitors take turns inside every round, so a noisy machine disturbs them alike.
 
 samples = interleaved({"plain": run_plain, "vidcom2": run_pruned}, rounds=7)
+taken = beside({"plain": run_plain, "vidcom2": run_pruned}, ["plain"], rounds=6)   # plain beside each competitor
 medians(samples["vidcom2"])                                   # {"prefill_ms": 812.0, ...}
 ratios(samples["plain"], samples["vidcom2"])                  # {"prefill_ms": [3.4, 3.2, 3.5], ...}
 floor_ms(flops, bytes_moved, rates("cpu", torch.bfloat16))    # what this machine could do at best
@@ -14,7 +15,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,54 @@ def interleaved(
             if r >= warmup:
                 samples[name].append(sample)
     return samples
+
+
+AGAIN = "plain again"  # plain once more under another name: whoever reads its ratio learns what chance does
+
+
+def beside(
+    runs: dict[str, Callable[[], Sample]],
+    baselines: Sequence[str],
+    rounds: int,
+    warmup: int = 1,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, dict[str, list[Sample]]]:
+    """Run every competitor between its own baselines, which are names of `runs` too, in every round.
+
+    Returns competitor -> (itself and every baseline -> one Sample per round): sample i of all of them come from runs
+    next to each other, in an order that turns round from round to round. Baselines are competitors of each other; one
+    that is `AGAIN` is the first baseline once more.
+    """
+    runs = runs | {AGAIN: runs[baselines[0]]}
+    groups = {name: [*(b for b in baselines if b != name)] for name in runs if name != baselines[0]}
+    out: dict[str, dict[str, list[Sample]]] = {
+        name: {n: [] for n in (*others, name)} for name, others in groups.items()
+    }
+    names = list(groups)
+    for r in range(warmup + rounds):
+        shift = r % len(names)
+        for name in names[shift:] + names[:shift]:
+            others = groups[name]
+            order = [*others[: len(others) // 2], name, *others[len(others) // 2 :]]
+            for one in order if r % 2 else order[::-1]:
+                if progress is not None:
+                    progress(one)
+                gc.collect()
+                sample = runs[one]()
+                if r >= warmup:
+                    out[name][one].append(sample)
+    first = [s for name, got in out.items() if name != AGAIN for s in got[baselines[0]]]
+    return {baselines[0]: {baselines[0]: first}} | out
+
+
+def beside_runs(runs: int, baselines: int, rounds: int) -> int:
+    """How many runs `beside` takes of so many competitors, baselines among them."""
+    return rounds * ((runs - baselines + 1) * (baselines + 1) + (baselines - 1) * baselines)
+
+
+def ratio_rows(taken: dict[str, list[Sample]], name: str, metrics: list[str] | None = None) -> dict[str, Any]:
+    """`vs` of a competitor from what `beside` returns for it: baseline -> metric -> [median, low, high]."""
+    return {base: ratios(got, taken[name], metrics) for base, got in taken.items() if base != name}
 
 
 def ticker(total: int, clock: Callable[[], float] = time.monotonic, every: float = 15.0) -> Callable[[str], None]:

@@ -1,13 +1,19 @@
-"""`tune` finds the fastest plan that keeps a share of the plain model's score: successive halving, paired questions.
+"""`tune` finds the fastest plan that keeps a share of the plain model's score: a search, then a test of its winners.
 
-Every round doubles the questions and asks them of the plain model and of the fastest half of the plans not yet
-refuted. A plan is refuted when even the upper bound of `score - floor * plain score` lies under zero, confirmed when
-its lower bound reaches zero (95 %, bootstrap over clips). The answer is the fastest confirmed plan; plain if
-there is none.
+The search has a third of the clips and of the time. Every round doubles the questions and asks them of the plain
+model and of the fastest half of the plans not yet refuted. A plan is refuted when even the upper bound of `score -
+floor * plain score` lies under zero, promising when its lower bound reaches zero (95 %, bootstrap over clips). Such
+bounds are looked at many times, for many plans, so nothing is confirmed by them.
+
+The fastest plans left, `FINALISTS` at most, are then asked fresh questions, about clips that the search has not seen.
+A finalist is confirmed when `stats.evidence` reaches the number of finalists over `ERROR`: that bound holds however
+often it is looked at, so that the chance of confirming any plan that does not keep the floor is `ERROR` at most, over
+the whole run. The answer is the fastest confirmed plan; plain if there is none.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import time
@@ -18,12 +24,15 @@ from typing import Any
 
 from vlmfast import files, page
 from vlmfast.bench import accuracy, methods, records, runner, stats, summary, tasks
+from vlmfast.bench.deadline import Watch
 from vlmfast.core import UserError
 from vlmfast.plan import Plan
 
 FIRST = 16  # questions of the first round
-SAY = 15.0  # seconds between two lines about progress
-OPEN, REFUTED, CONFIRMED, FAILED = "open", "refuted", "confirmed", "failed"
+SEARCH = 1 / 3  # share of the clips and of the time that the search has; the others are for its finalists
+FINALISTS = 4  # plans that are asked fresh questions
+ERROR = 0.05  # chance that a plan which does not keep the floor is confirmed, over all plans and looks
+OPEN, PROMISING, REFUTED, CONFIRMED, FAILED = "open", "promising", "refuted", "confirmed", "failed"
 
 PRUNE = [f"{p}-{k}" for p in ("vidcom2", "maxmin", "uniform") for k in (50, 25, 10)]
 KV = ["hybridkv-25", "hybridkv-10", "snapkv-10"]
@@ -31,7 +40,10 @@ KV = ["hybridkv-25", "hybridkv-10", "snapkv-10"]
 
 @dataclass
 class Candidate:
-    """A plan and what is known of it. margin: bounds of score - floor * plain score; faster: [median, low, high]."""
+    """A plan and what is known of it: from the search, or for a finalist from its fresh questions alone.
+
+    margin: bounds of score - floor * plain score, mean its mean; faster: [median, low, high].
+    """
 
     name: str
     plan: Plan
@@ -39,7 +51,9 @@ class Candidate:
     why: str = ""
     margin: tuple[float, float] = (-math.inf, math.inf)  # infinite: not asked yet
     faster: list[float] = field(default_factory=lambda: [math.inf, 0.0, math.inf])
+    mean: float = 0.0
     answered: list[str] = field(default_factory=list)
+    fresh: bool = False  # a finalist
 
 
 def candidates(names: str | None = None, draft: str | None = None) -> dict[str, Plan]:
@@ -79,22 +93,70 @@ def search(
 
     clock: seconds; it is looked at before every answer. start: when the minutes began, now when not given.
     """
-    watch = Watch((clock() if start is None else start) + 60 * minutes, clock, say)
-    order = task.first(None)
-    random.Random(0).shuffle(order)
-    order = order[:limit]
+    now = clock()
+    end = (now if start is None else start) + 60 * minutes
+    watch = Watch(now + SEARCH * (end - now), clock, say)
+    searched, fresh = halves(task, limit)
     field_ = [Candidate(n, p) for n, p in plans.items()]
-    n, keep = min(FIRST, len(order)), len(field_)
+    ask = functools.partial(_ask, run, task, journal=journal, watch=watch, tokens=tokens)
+    n, keep = min(FIRST, len(searched)), len(field_)
     while True:
         racing = [c for c in _by_speed(field_) if c.status == OPEN and c.faster[2] > 1][:keep]
         say(f"{n} questions, {len(racing)} plans")
-        watch.expect(n * (1 + len(racing)))
-        finished = _ask(run, task, racing, journal, order[:n], watch, tokens)
+        finished = ask(racing, chosen=searched[:n])
+        accuracy.check_asked(journal.records, [task.ids[i] for i in searched[:n]])
         for c in field_:
-            _judge(c, journal.records, [task.ids[i] for i in order[:n]], floor)
-        if not finished or n >= len(order) or _settled(field_):
-            return field_
-        n, keep = min(2 * n, len(order)), max(2, math.ceil(keep / 2))
+            _judge(c, journal.records, [task.ids[i] for i in searched[:n]], floor)
+        if not finished or n >= len(searched) or _settled(field_, PROMISING):
+            break
+        n, keep = min(2 * n, len(searched)), max(2, math.ceil(keep / 2))
+    watch.deadline = end
+    return _confirm(field_, task, fresh, journal, floor, ask, say)
+
+
+def halves(task: Any, limit: int | None) -> tuple[list[int], list[int]]:
+    """Questions of the search and fresh ones, in random order; all about one clip in the same part, one after another.
+
+    limit: of the questions, over both parts.
+    """
+    clips: dict[str, list[int]] = {}
+    for i in task.first(None):
+        clips.setdefault(task.cluster(i), []).append(i)
+    names = list(clips)
+    random.Random(0).shuffle(names)
+    searched: list[int] = []
+    fresh: list[int] = []
+    whole, total = min(len(task.ids), limit or len(task.ids)), 0
+    for name in names:
+        part = searched if total < SEARCH * whole else fresh
+        part += clips[name][: whole - total]
+        total = len(searched) + len(fresh)
+    return searched, fresh
+
+
+def finalists(field_: list[Candidate]) -> list[Candidate]:
+    """The fastest plans that may keep the floor as far as the search can tell."""
+    left = [c for c in _by_speed(field_) if c.status in (OPEN, PROMISING) and c.faster[2] > 1 and c.mean >= 0]
+    return left[:FINALISTS]
+
+
+def _confirm(
+    field_: list[Candidate], task: Any, fresh: list[int], journal: Any, floor: float, ask: Any, say: Any
+) -> list[Candidate]:
+    """Ask the finalists fresh questions, twice as many in every round, until the fastest of them is known."""
+    chosen = finalists(field_)
+    for c in chosen:
+        c.status, c.fresh, c.margin, c.answered = OPEN, True, (-math.inf, math.inf), []
+    n, finished = min(4 * FIRST, len(fresh)), bool(chosen and fresh)
+    while finished:
+        racing = [c for c in chosen if c.status == OPEN and c.faster[2] > 1]
+        say(f"{n} fresh questions, {len(racing)} plans")
+        finished = ask(racing, chosen=fresh[:n])
+        for c in racing:
+            _judge(c, journal.records, [task.ids[i] for i in fresh[:n]], floor, ERROR / len(chosen))
+        finished = finished and n < len(fresh) and not _settled(chosen, CONFIRMED)
+        n = min(2 * n, len(fresh))
+    return field_
 
 
 def best(field_: list[Candidate]) -> Candidate:
@@ -111,46 +173,26 @@ def _by_speed(field_: list[Candidate]) -> list[Candidate]:
     return sorted(field_, key=lambda c: -c.faster[0])
 
 
-def _settled(field_: list[Candidate]) -> bool:
-    """Nothing that is still open could be faster than the best confirmed plan (or than plain)."""
-    best_speed = max([c.faster[0] for c in field_ if c.status == CONFIRMED], default=1.0)
+def _settled(field_: list[Candidate], status: str) -> bool:
+    """Nothing that is still open could be faster than the best plan of this status (or than plain)."""
+    best_speed = max([c.faster[0] for c in field_ if c.status == status], default=1.0)
     return all(c.status != OPEN or c.faster[0] < max(best_speed, 1.0) for c in field_)
 
 
 def _ask(
-    run: Any, task: Any, racing: list[Candidate], journal: Any, chosen: list[int], watch: Watch, tokens: int | None
+    run: Any, task: Any, racing: list[Candidate], chosen: list[int], journal: Any, watch: Watch, tokens: int | None
 ) -> bool:
     """Ask the chosen questions of plain and of every racing plan; False when time was over before the end."""
     plans = {"plain": Plan()} | {c.name: c.plan for c in racing}
-    finished = accuracy.answer(run, task, plans, journal, chosen, 1, tokens, watch.over)
-    accuracy.check_asked(journal.records, [task.ids[i] for i in chosen])
-    return bool(finished)
+    watch.expect(len(chosen) * len(plans))
+    return bool(accuracy.answer(run, task, plans, journal, chosen, 1, tokens, watch.over))
 
 
-class Watch:
-    """Looks at the clock before every answer, and says now and then how far the round has come."""
+def _judge(c: Candidate, records: dict, ids: list[str], floor: float, error: float | None = None) -> None:
+    """What the answers to the questions `ids` say of a plan.
 
-    def __init__(self, deadline: float, clock: Callable[[], float], say: Callable[[str], None]) -> None:
-        self.deadline, self.clock, self.say = deadline, clock, say
-        self.said, self.asked, self.total = clock(), 0, 0
-
-    def expect(self, answers: int) -> None:
-        """A round of so many answers begins."""
-        self.asked, self.total = 0, answers
-
-    def over(self) -> bool:
-        """Is the time over? Called before every answer."""
-        now = self.clock()
-        if now >= self.deadline:
-            return True
-        if now - self.said >= SAY:
-            self.said = now
-            self.say(f"{self.asked} answers of {self.total} in this round, {(self.deadline - now) / 60:.1f} min left")
-        self.asked += 1
-        return False
-
-
-def _judge(c: Candidate, records: dict, ids: list[str], floor: float) -> None:
+    error: its share of `ERROR`, for fresh questions; None in the search, where nothing is confirmed.
+    """
     c.answered = [i for i in ids if (i, c.name) in records and (i, "plain") in records]
     if not c.answered:
         return
@@ -159,15 +201,24 @@ def _judge(c: Candidate, records: dict, ids: list[str], floor: float) -> None:
     if failed:
         c.status, c.why = FAILED, failed[0]["error"]
         return
-    gap = [m["score"] - floor * p["score"] for m, p in zip(mine, plain, strict=True)]
-    interval = stats.paired(gap, [0.0] * len(gap), [r["cluster"] for r in mine], level=0.95)
-    c.margin = (interval.low, interval.high)
-    fired = [(p["total_ms"], m["total_ms"]) for m, p in zip(mine, plain, strict=True) if "no_speed" not in m]
+    gap, clips = (
+        [m["score"] - floor * p["score"] for m, p in zip(mine, plain, strict=True)],
+        [r["cluster"] for r in mine],
+    )
+    interval = stats.paired(gap, [0.0] * len(gap), clips, level=0.95)
+    c.mean, c.margin = interval.mean, (interval.low, interval.high)
+    fired = [(p, m) for m, p in zip(mine, plain, strict=True) if "no_speed" not in m]
     if fired:
-        c.faster = stats.median_ratio([p for p, _ in fired], [m for _, m in fired])
+        c.faster = stats.median_ratio([p["total_ms"] for p, _ in fired], [m["total_ms"] for _, m in fired],
+                                      [m["cluster"] for _, m in fired])  # fmt: skip
     else:
         c.faster, c.why = [1.0, 1.0, 1.0], mine[0]["no_speed"]
-    c.status = REFUTED if c.margin[1] < 0 else CONFIRMED if c.margin[0] >= 0 else OPEN
+    if error is None:
+        c.status = REFUTED if c.margin[1] < 0 else PROMISING if c.margin[0] >= 0 else OPEN
+    elif stats.evidence(gap, clips) >= 1 / error:
+        c.status = CONFIRMED
+    else:
+        c.status = REFUTED if c.margin[1] < 0 else OPEN
 
 
 def tune(
@@ -222,7 +273,7 @@ def _record(
     floor: float,
     minutes: float,
 ) -> dict[str, Any]:
-    tune_ = {"floor": floor, "minutes": minutes, "chosen": chosen.name}
+    tune_ = {"floor": floor, "minutes": minutes, "chosen": chosen.name, "error": ERROR, "finalists": FINALISTS}
     result = records.head(task.name, key="task", config={**identity, "tune": tune_}, seed=0, repeats=1,
                           device=str(run.device), dtype=str(run.model.dtype).removeprefix("torch."))  # fmt: skip
     rows: list[dict[str, Any]] = []
@@ -232,8 +283,9 @@ def _record(
     for c in _by_speed(field_):
         if c.answered:
             row = summary.summarise(book.records, c.answered, {"plain": Plan(), c.name: c.plan}, task.metric)[1]
-            row["tune"] = {"status": c.status, "margin": _finite(c.margin), "why": c.why}
-            row["notes"].append(f"{c.status} after {len(c.answered)} questions" + (f": {c.why}" if c.why else ""))
+            row["tune"] = {"status": c.status, "margin": _finite(c.margin), "why": c.why, "fresh": c.fresh}
+            asked = f"{len(c.answered)} {'fresh ' if c.fresh else ''}questions"
+            row["notes"].append(f"{c.status} after {asked}" + (f": {c.why}" if c.why else ""))
             rows.append(row)
     return {**result, "rows": rows}
 
@@ -247,16 +299,17 @@ def explain(chosen: Candidate, field_: list[Candidate], floor: float, task: str,
     """What was chosen and why, as HTML."""
     import html
 
-    counts = {s: sum(c.status == s for c in field_) for s in (CONFIRMED, REFUTED, OPEN, FAILED)}
+    counts = {s: sum(c.status == s for c in field_) for s in (CONFIRMED, REFUTED, FAILED)}
+    undecided = len(field_) - sum(counts.values())
     if chosen.name == "plain":
         first = f"No faster plan keeps {floor:.0%} of the plain model's score on {task} for certain; the plan is plain."
     else:
         asked, (m, low, high) = len(chosen.answered), chosen.faster
         first = (
             f"<b>{html.escape(chosen.name)}</b> keeps at least {floor:.0%} of the plain model's score on "
-            f"{html.escape(task)} (95 % sure, {asked} paired questions) "
+            f"{html.escape(task)} ({1 - ERROR:.0%} sure over the whole search, {asked} fresh paired questions) "
             f"and is {m:.2f}x as fast [{low:.2f}, {high:.2f}]."
         )
     use = f"import vlmfast\n\nfast = vlmfast.accelerate(model, {out.name!r})"
-    tried = f"{len(field_)} plans: {counts[CONFIRMED]} confirmed, {counts[REFUTED]} refuted, {counts[OPEN]} undecided, "
+    tried = f"{len(field_)} plans: {counts[CONFIRMED]} confirmed, {counts[REFUTED]} refuted, {undecided} undecided, "
     return f"<p>{first}</p><pre>{html.escape(use)}</pre><p>{tried}{counts[FAILED]} failed.</p>"

@@ -21,7 +21,7 @@ class Stopwatch:
 
     def __init__(self, model: nn.Module) -> None:
         self._cuda = torch.cuda.is_available() and next(model.parameters()).is_cuda
-        self._spans: list[tuple[Any, Any]] = []
+        self.spans: list[tuple[Any, Any]] = []
 
     def now(self) -> Any:
         """A mark: what `add` is given later."""
@@ -33,12 +33,12 @@ class Stopwatch:
 
     def add(self, start: Any) -> None:
         """Count from `start` to here."""
-        self._spans.append((start, self.now()))
+        self.spans.append((start, self.now()))
 
     def seconds(self) -> float:
         """The sum so far."""
         if not self._cuda:
-            return sum(end - start for start, end in self._spans)
-        if self._spans:
-            self._spans[-1][1].synchronize()
-        return sum(start.elapsed_time(end) for start, end in self._spans) / 1e3
+            return sum(end - start for start, end in self.spans)
+        if self.spans:
+            self.spans[-1][1].synchronize()
+        return sum(start.elapsed_time(end) for start, end in self.spans) / 1e3

@@ -90,7 +90,9 @@ class InputPruning:
             request.encoding.add(start)
             request.media[kind] = self.family.items(self.model, kind, call, feature_list(out))
             if self.attention is not None:
+                again = request.selecting.now()
                 self.attention.collect(kind, functools.partial(inner, *args, **kwargs), call, request.media[kind])
+                request.selecting.add(again)
             return out
 
         patch.set(base, name, tapped)

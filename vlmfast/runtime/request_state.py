@@ -23,12 +23,14 @@ from vlmfast.runtime.clock import Stopwatch
 
 @dataclass
 class StageTimes:
-    """When the stages of a call began and ended: seconds of `clock`."""
+    """When the stages of a call began and ended: seconds of `clock`, and marks of `prefill`."""
 
+    prefill: Stopwatch  # the language model's first forward
     start: float = 0.0  # the call began
-    entered: float = 0.0  # the prefill began
+    entered: Any = None  # mark: the first forward began; None = not yet
     first: float = 0.0  # the first token was known
-    prefill_ms: float | None = None  # None = no prefill yet
+    waiting: bool = True  # is the first token not known yet?
+    prefill_ms: float | None = None  # where it is not the time of `prefill`
 
 
 @dataclass
@@ -68,6 +70,8 @@ class RequestState:
     pruner: TokenPruner | None  # that acts in this call; None = columns are observed only
     encoding: Stopwatch  # the vision tower's work
     selecting: Stopwatch  # the pruner's work before the language model
+    mapping: Stopwatch  # what attention maps for a pruner cost inside the tower's own time
+    times: StageTimes
     running: bool = False  # has the call begun and not ended?
     nested: bool = False  # is it made inside another call of the same model?
     draft: bool = False  # is it the second prefill of a draft that is the target itself?
@@ -94,7 +98,6 @@ class RequestState:
     prefills: int = 0
     tower_block: int | None = None  # that tokens were dropped before
     cut_ms: float = 0.0  # selection between layers of the language model
-    times: StageTimes = field(default_factory=StageTimes)
     lookup: MediaLookup = field(default_factory=MediaLookup)
     prefill: dict[str, Any] = field(default_factory=dict)  # what a KV policy says
     decode: dict[str, Any] = field(default_factory=dict)  # what the decoding loop says
@@ -106,11 +109,16 @@ class RequestState:
         return self.pruner is not None and self.pruner.keep < 1
 
     def encode_report(self) -> dict[str, Any]:
-        """Counts and milliseconds of the encode stage; waits for what is still running."""
+        """Counts and milliseconds of the encode stage; waits for what is still running.
+
+        What the tower does again for a pruner is part of choosing, not of encoding.
+        """
+        again = self.mapping.seconds()
+        encode, select = self.encoding.seconds() - again, self.selecting.seconds() + again
         block = {} if self.tower_block is None else {"tower_block": self.tower_block}
         return {
             "visual_tokens": self.visual_tokens, "kept_tokens": self.kept_tokens,
-            "encode_ms": self.encoding.seconds() * 1e3, "select_ms": self.cut_ms + self.selecting.seconds() * 1e3,
+            "encode_ms": encode * 1e3, "select_ms": self.cut_ms + select * 1e3,
         } | block  # fmt: skip
 
 
@@ -124,7 +132,8 @@ class Requests:
         self.current = self._made(pruner)
 
     def _made(self, pruner: TokenPruner | None, **fields: Any) -> RequestState:
-        return RequestState(pruner, Stopwatch(self.model), Stopwatch(self.model), **fields)
+        encoding, selecting, mapping, prefill = (Stopwatch(self.model) for _ in range(4))
+        return RequestState(pruner, encoding, selecting, mapping, StageTimes(prefill), **fields)
 
     @contextmanager
     def call(self, pruner: TokenPruner | None = None) -> Iterator[RequestState]:

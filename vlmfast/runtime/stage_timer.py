@@ -12,34 +12,42 @@ from vlmfast.families import Family
 from vlmfast.runtime.clock import clock
 from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.pruned_layer import RaggedLayer
-from vlmfast.runtime.request_state import Requests, StageTimes
+from vlmfast.runtime.request_state import Requests
 
 
 class StageTimer:
-    """Hooks on the text model: the first forward is the prefill, everything after it is decode."""
+    """Hooks on the text model: the first forward is the prefill, everything after it is decode.
+
+    The time to the first token begins where `generate` is entered (`begin`) and ends behind the output head.
+    """
 
     def __init__(self, model: nn.Module, family: Family, requests: Requests) -> None:
         self.model, self.family, self.requests = model, family, requests
 
     def begin(self) -> None:
         """The running call begins now."""
-        self.requests.current.times = StageTimes(start=clock(self.model))
+        self.requests.current.times.start = clock(self.model)
 
     def install(self, patch: Patch) -> None:
         text = self.family.text(self.model)
         patch.hook(text.register_forward_pre_hook(self._enter))
         patch.hook(text.register_forward_hook(self._leave))
+        patch.hook(self.model.register_forward_hook(self._headed))
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         times = self.requests.current.times
-        if times.prefill_ms is None:
-            times.entered = clock(self.model)
+        if times.entered is None:
+            times.entered = times.prefill.now()
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         times = self.requests.current.times
-        if times.prefill_ms is None:
-            times.first = clock(self.model)
-            times.prefill_ms = (times.first - times.entered) * 1e3
+        if times.waiting and not times.prefill.spans:
+            times.prefill.add(times.entered)
+
+    def _headed(self, module: nn.Module, args: Any, output: Any) -> None:
+        times = self.requests.current.times
+        if times.waiting and times.prefill.spans:
+            times.waiting, times.first = False, clock(self.model)
 
     def first_token(self, entered: float) -> Callable[[Tensor, Tensor], Tensor]:
         """A logits processor that ends the prefill begun at `entered`, for calls whose model bears no hooks."""
@@ -66,7 +74,8 @@ class StageTimer:
     def timings(self, new_tokens: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """Prefill and decode times; call at the end of generate. new_tokens: tokens per row, the first included."""
         end, times = clock(self.model), self.requests.current.times
-        prefill: dict[str, Any] = {"prefill_ms": times.prefill_ms or 0.0, "ttft_ms": (times.first - times.start) * 1e3}
+        span = times.prefill.seconds() * 1e3 if times.prefill_ms is None else times.prefill_ms
+        prefill: dict[str, Any] = {"prefill_ms": span, "ttft_ms": (times.first - times.start) * 1e3}
         steps = max(1, new_tokens - 1)
         decode: dict[str, Any] = {
             "tokens": new_tokens,
@@ -77,20 +86,28 @@ class StageTimer:
 
 
 def cache_counts(cache: Any) -> dict[str, float]:
-    """`cached_tokens` (mean columns held per layer and head), `kv_fast_bytes`, `kv_host_bytes` of a cache."""
-    columns, fast, host, layers = 0.0, 0, 0, 0
+    """What a cache holds: `cached_tokens`, the mean of columns per layer and head, and bytes.
+
+    `kv_fast_bytes` and `kv_host_bytes` are held, `kv_fast_allocated_bytes` holds the free slots too.
+    """
+    columns, fast, allocated, host, layers = 0.0, 0, 0, 0, 0
     for layer in getattr(cache, "layers", None) or []:
         if isinstance(layer, RaggedLayer):  # it knows its tiers
             tiers = layer.nbytes()
             fast += tiers["fast"]
+            allocated += tiers["fast_allocated"]
             host += tiers["host"]
             columns += layer.cached_tokens()
         elif getattr(layer, "is_initialized", False) and getattr(layer, "keys", None) is not None:
-            fast += sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
+            whole = sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
+            fast, allocated = fast + whole, allocated + whole
             held = layer.keys.shape[-2] if layer.keys.numel() else 0
             # a static layer has its bytes from the start, and columns as they come
             columns += min(held, int(layer.get_seq_length())) if hasattr(layer, "max_cache_len") else held
         else:
             continue
         layers += 1
-    return {"cached_tokens": columns / max(1, layers), "kv_fast_bytes": fast, "kv_host_bytes": host}
+    return {
+        "cached_tokens": columns / max(1, layers), "kv_fast_bytes": fast, "kv_host_bytes": host,
+        "kv_fast_allocated_bytes": allocated,
+    }  # fmt: skip

@@ -69,13 +69,16 @@ class TowerAttention:
 
     def _record(self, slot: int) -> Callable[..., None]:
         def pre(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            request = self.requests.current
+            start = request.mapping.now()
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            seen = self.requests.current.tower_seen
+            seen = request.tower_seen
             if isinstance(self.family, Qwen):
                 cu = kwargs["cu_seqlens"] if "cu_seqlens" in kwargs else args[1]
                 seen[slot] = packed_received(module, hidden, cu, kwargs["position_embeddings"])
             else:
                 seen[slot] = received(module, hidden, self.cls)
+            request.mapping.add(start)
 
         return pre
 
