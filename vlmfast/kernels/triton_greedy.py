@@ -161,16 +161,16 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _run(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
-    kernel[(programs,)](*args, **meta, **({} if SERIAL else {"launch_cooperative_grid": True}))
+def _run(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
+    kernel[(programs,)](*arguments, **options, **({} if SERIAL else {"launch_cooperative_grid": True}))
 
 
-def _shape(n: int, device: torch.device) -> tuple[int, dict[str, int], Tensor]:
+def _shape(num_columns: int, device: torch.device) -> tuple[int, dict[str, int], Tensor]:
     """Programs, what they own, and two turns of slots for what each holds best."""
-    own = max(64, triton.next_power_of_2(triton.cdiv(n, 132 if SERIAL else processors(device))))
-    programs = triton.cdiv(n, own)
-    slots = torch.empty(2 * programs, dtype=torch.int32, device=device)
-    return programs, {"GP": triton.next_power_of_2(programs), "C": own}, slots
+    columns_each = max(64, triton.next_power_of_2(triton.cdiv(num_columns, 132 if SERIAL else processors(device))))
+    num_programs = triton.cdiv(num_columns, columns_each)
+    slots = torch.empty(2 * num_programs, dtype=torch.int32, device=device)
+    return num_programs, {"GP": triton.next_power_of_2(num_programs), "C": columns_each}, slots
 
 
 def block_of(own: int, capability: tuple[int, int]) -> tuple[int, int]:
@@ -185,45 +185,54 @@ def block_of(own: int, capability: tuple[int, int]) -> tuple[int, int]:
 
 def farthest(distance: Tensor, start: Tensor, weight: Tensor, k: int) -> Tensor:
     """See `greedy.farthest_plain`."""
-    matrices, n = start.shape
-    left, width = torch.empty_like(start), triton.next_power_of_2(n)
-    warps = min(32, max(4, width // 256))
-    _farthest[(matrices,)](distance, start, weight, left, k, n, SPENT=SPENT, WIDTH=width, num_warps=warps)
-    return left
+    matrices, num_columns = start.shape
+    remaining, width = torch.empty_like(start), triton.next_power_of_2(num_columns)
+    num_warps = min(32, max(4, width // 256))
+    arguments = (distance, start, weight, remaining, k, num_columns)
+    _farthest[(matrices,)](*arguments, SPENT=SPENT, WIDTH=width, num_warps=num_warps)
+    return remaining
 
 
 def most_probable(kernel: Tensor, k: int) -> Tensor:
     """See `greedy.most_probable_plain`. kernel (N, N) is used up: after each block of picks it holds what they leave
     unexplained."""
-    n = len(kernel)
-    programs, meta, slot_at = _shape(n, kernel.device)
-    block, warps = block_of(meta["C"], (9, 0) if SERIAL else torch.cuda.get_device_capability(kernel.device))
-    gain, basis = kernel.diagonal().clone(), kernel.new_empty(block, n)
-    least, slot_gain = gain * SPENT, gain.new_empty(2 * programs)
-    arrived = slot_at.new_zeros(triton.cdiv(k, block))
-    for done in range(0, k, block):
-        m = min(block, k - done)
-        args = (kernel, basis, gain, least, slot_gain, slot_at, arrived[done // block :], done)
-        for first, steps in [(0, 0)] * (done == 0) + ([(j, 1) for j in range(m)] if SERIAL else [(0, m)]):
-            _run(_grow, programs, *args, first, steps, n, programs, B=block, num_warps=warps, **meta)
-        if done + m < k:
-            kernel.addmm_(basis[:m].T, basis[:m], alpha=-1)
-    return gain
+    num_columns = len(kernel)
+    num_programs, options, slot_place = _shape(num_columns, kernel.device)
+    capability = (9, 0) if SERIAL else torch.cuda.get_device_capability(kernel.device)
+    block_size, num_warps = block_of(options["C"], capability)
+    gains, basis = kernel.diagonal().clone(), kernel.new_empty(block_size, num_columns)
+    spent_gain, slot_gain = gains * SPENT, gains.new_empty(2 * num_programs)
+    arrived = slot_place.new_zeros(triton.cdiv(k, block_size))
+    for num_done in range(0, k, block_size):
+        num_picks = min(block_size, k - num_done)
+        barriers = arrived[num_done // block_size :]
+        arguments = (kernel, basis, gains, spent_gain, slot_gain, slot_place, barriers, num_done)
+        launches = [(pick, 1) for pick in range(num_picks)] if SERIAL else [(0, num_picks)]
+        for first_pick, steps in [(0, 0)] * (num_done == 0) + launches:
+            _run(
+                _grow, num_programs, *arguments, first_pick, steps, num_columns, num_programs, B=block_size,
+                num_warps=num_warps, **options,
+            )  # fmt: skip
+        if num_done + num_picks < k:
+            kernel.addmm_(basis[:num_picks].T, basis[:num_picks], alpha=-1)
+    return gains
 
 
 def coverage(matches: Tensor, k: int) -> Tensor:
     """See `greedy.coverage_plain`."""
-    n, r = matches.shape
-    programs, meta, slot_at = _shape(n, matches.device)
-    by_row, gain = matches.T.contiguous(), (matches * UNIT).long().sum(1)
-    least, slot_gain = gain // SHARE, gain.new_empty(2 * programs)
-    covered, lists, room = matches.new_zeros(r), matches.new_empty(2, r), slot_at.new_empty(r)
-    counts = slot_at.new_zeros(k + 1)
-    rows = triton.next_power_of_2(triton.cdiv(r, programs))
-    plan = [(0, 0, 3)] + ([(i, 1, p) for i in range(k) for p in (1, 2)] if SERIAL else [(0, k, 3)])
-    for first, steps, phases in plan:
+    num_columns, num_rows = matches.shape
+    num_programs, options, slot_place = _shape(num_columns, matches.device)
+    by_row, gains = matches.T.contiguous(), (matches * UNIT).long().sum(1)
+    spent_gain, slot_gain = gains // SHARE, gains.new_empty(2 * num_programs)
+    covered, values = matches.new_zeros(num_rows), matches.new_empty(2, num_rows)
+    changed_rows = slot_place.new_empty(num_rows)
+    counts = slot_place.new_zeros(k + 1)
+    rows_each = triton.next_power_of_2(triton.cdiv(num_rows, num_programs))
+    launches = [(0, 0, 3)] + ([(pick, 1, phase) for pick in range(k) for phase in (1, 2)] if SERIAL else [(0, k, 3)])
+    for first_pick, num_picks, phases in launches:
         _run(
-            _cover, programs, matches, by_row, covered, gain, least, slot_gain, slot_at, counts, room, lists[0],
-            lists[1], counts[k:], first, steps, n, r, programs, UNIT, PHASES=phases, RB=rows, T=16, num_warps=8, **meta,
+            _cover, num_programs, matches, by_row, covered, gains, spent_gain, slot_gain, slot_place, counts,
+            changed_rows, values[0], values[1], counts[k:], first_pick, num_picks, num_columns, num_rows, num_programs,
+            UNIT, PHASES=phases, RB=rows_each, T=16, num_warps=8, **options,
         )  # fmt: skip
-    return gain
+    return gains

@@ -89,50 +89,53 @@ def _combine(  # type: ignore[no-untyped-def]
 def supports(query: Tensor, kv: Ragged) -> bool:
     """True where the kernel takes it: up to 16 query tokens, 128 grouped queries (64 of heads above 128), heads up to
     256, no bias."""
-    b, h, q, d = query.shape
+    batch, num_heads, num_queries, head_size = query.shape
     return (
         kv.bias is None
-        and q <= MAX_QUERIES
-        and b * h // kv.total * q <= (128 if d <= 128 else 64)
-        and d <= 256
+        and num_queries <= MAX_QUERIES
+        and batch * num_heads // kv.total * num_queries <= (128 if head_size <= 128 else 64)
+        and head_size <= 256
         and query.dtype != torch.float64
     )
 
 
 def tile(head: int, queries: int) -> dict[str, int]:
     """Block sizes of `_split` that fit 99 KiB of shared memory and 255 registers, the least of sm_80 to sm_120."""
-    block_d, block_m = (max(16, triton.next_power_of_2(n)) for n in (head, queries))
-    columns = 64 if block_d * block_m <= 8192 else 32
+    block_d, block_m = (max(16, triton.next_power_of_2(size)) for size in (head, queries))
+    block_n = 64 if block_d * block_m <= 8192 else 32
     if block_d > 128:
-        columns = 32 if block_d * block_m <= 8192 else 16
-    return {"BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_N": columns, "num_stages": 2,
+        block_n = 32 if block_d * block_m <= 8192 else 16
+    return {"BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_N": block_n, "num_stages": 2,
             "num_warps": 8 if block_d * block_m > 4096 else 4}  # fmt: skip
 
 
 def ragged_attention(query: Tensor, kv: Ragged, scaling: float, out: Tensor, splits: int | None = None) -> Tensor:
     """See `reference.ragged_attention`. `splits` of the sequence per row; default fills about two waves of programs."""
-    b, h, q, d = query.shape
-    dv, group = out.shape[-1], b * h // kv.total
-    m, entries = group * q, len(kv)
+    batch, num_heads, num_queries, head_size = query.shape
+    value_size, group_size = out.shape[-1], batch * num_heads // kv.total
+    num_grouped, num_entries = group_size * num_queries, len(kv)
     longest = max(kv.lengths)
     if splits is None:
-        wanted = 264 // entries
-        splits = max(1, min(wanted, triton.cdiv(longest, 256), 64))
+        splits_wanted = 264 // num_entries
+        splits = max(1, min(splits_wanted, triton.cdiv(longest, 256), 64))
     device = query.device
     index = torch.tensor([kv.rows, kv.offsets, kv.lengths], dtype=torch.int64).to(device, non_blocking=True)
     rows, offsets, lengths = index.unbind(0)
-    flat = query.reshape(kv.total * m, d).contiguous()
-    acc = torch.empty(entries, splits, m, dv, dtype=torch.float32, device=device)
-    top = torch.empty(entries, splits, m, dtype=torch.float32, device=device)
-    total = torch.empty_like(top)
-    scales = (kv.key_scale, kv.value_scale) if kv.key_scale is not None else (flat, flat)
-    block = triton.next_power_of_2
-    sizes = tile(max(d, dv), m) | {"BLOCK_D": max(16, block(d))}
-    _split[(entries, splits)](
-        flat, kv.keys, kv.values, *scales, rows, offsets, lengths, acc, top, total, scaling, q, m, splits,
-        D=d, DV=dv, BLOCK_DV=max(16, block(dv)), INT8=kv.key_scale is not None, **sizes,
+    packed_queries = query.reshape(kv.total * num_grouped, head_size).contiguous()
+    partials = torch.empty(num_entries, splits, num_grouped, value_size, dtype=torch.float32, device=device)
+    maxima = torch.empty(num_entries, splits, num_grouped, dtype=torch.float32, device=device)
+    totals = torch.empty_like(maxima)
+    scales = (kv.key_scale, kv.value_scale) if kv.key_scale is not None else (packed_queries, packed_queries)
+    next_power = triton.next_power_of_2
+    value_block = max(16, next_power(value_size))
+    block_sizes = tile(max(head_size, value_size), num_grouped) | {"BLOCK_D": max(16, next_power(head_size))}
+    _split[(num_entries, splits)](
+        packed_queries, kv.keys, kv.values, *scales, rows, offsets, lengths, partials, maxima, totals, scaling,
+        num_queries, num_grouped, splits, D=head_size, DV=value_size, BLOCK_DV=value_block,
+        INT8=kv.key_scale is not None, **block_sizes,
     )  # fmt: skip
-    _combine[(entries, m)](
-        acc, top, total, rows, out, m, splits, DV=dv, BLOCK_DV=max(16, block(dv)), BLOCK_S=block(splits), num_warps=8
-    )
+    _combine[(num_entries, num_grouped)](
+        partials, maxima, totals, rows, out, num_grouped, splits, DV=value_size, BLOCK_DV=value_block,
+        BLOCK_S=next_power(splits), num_warps=8,
+    )  # fmt: skip
     return out

@@ -144,9 +144,9 @@ def _gate(x_ptr, out_ptr, I: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore
     tl.store(out_ptr + token * I + i, _round(tl.div_rn(first, 1.0 + tl.exp(-first)), out_ptr) * second, mask=i < I)
 
 
-def block(n: int, least: int = 16) -> int:
-    """The next power of two, at least `least`."""
-    return max(least, triton.next_power_of_2(n))
+def block(size: int, smallest: int = 16) -> int:
+    """The next power of two, at least `smallest`."""
+    return max(smallest, triton.next_power_of_2(size))
 
 
 def tile(head_size: int, queries: int) -> dict[str, int]:
@@ -165,13 +165,13 @@ def splits_for(pairs: int, capacity: int, processors: int) -> int:
 
 def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """See `step_reference.add_norm`."""
-    d, out = x.shape[1], torch.empty_like(x)
-    total = x if y is None else torch.empty_like(x)
+    width, normed = x.shape[1], torch.empty_like(x)
+    summed = x if y is None else torch.empty_like(x)
     _add_norm[(x.shape[0],)](
-        x, x if y is None else y, weight, total, out, eps,
-        D=d, BLOCK=block(d), ADD=y is not None, num_warps=4 if d <= 2048 else 8,
+        x, x if y is None else y, weight, summed, normed, eps,
+        D=width, BLOCK=block(width), ADD=y is not None, num_warps=4 if width <= 2048 else 8,
     )  # fmt: skip
-    return total, out
+    return summed, normed
 
 
 def rope(
@@ -179,37 +179,40 @@ def rope(
     q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
 ) -> Tensor:  # fmt: skip
     """See `step_reference.rope`."""
-    _, hk, capacity, dh = keys.shape
-    h = qkv.shape[1] // dh - 2 * hk
-    q = qkv.new_empty(qkv.shape[0], h * dh)
+    _, num_kv_heads, capacity, head_size = keys.shape
+    num_heads = qkv.shape[1] // head_size - 2 * num_kv_heads
+    queries = qkv.new_empty(qkv.shape[0], num_heads * head_size)
     # no fusion: it would make one fma.rn.bf16 of a product and the sum, and skip a rounding that transformers has
-    _rope[(qkv.shape[0], h + 2 * hk)](
-        qkv, q, keys, values, length, at, cos, sin, q if q_norm is None else q_norm, q if k_norm is None else k_norm,
-        eps, capacity, cos.shape[1], n,
-        H=h, HK=hk, D=dh, BLOCK=block(dh // 2), NORM=q_norm is not None, num_warps=1, enable_fp_fusion=False,
+    _rope[(qkv.shape[0], num_heads + 2 * num_kv_heads)](
+        qkv, queries, keys, values, length, at, cos, sin, queries if q_norm is None else q_norm,
+        queries if k_norm is None else k_norm, eps, capacity, cos.shape[1], n,
+        H=num_heads, HK=num_kv_heads, D=head_size, BLOCK=block(head_size // 2), NORM=q_norm is not None, num_warps=1,
+        enable_fp_fusion=False,
     )  # fmt: skip
-    return q
+    return queries
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, length: Tensor, n: int, scale: float, splits: int) -> Tensor:
     """See `step_reference.attend`."""
-    b, hk, capacity, dh = keys.shape
-    group, out = q.shape[1] // (hk * dh), torch.empty_like(q)
-    acc = q.new_empty(b * hk, splits, n * group, dh, dtype=torch.float32)
-    top, total = q.new_empty(2, b * hk, splits, n * group, dtype=torch.float32).unbind(0)
-    sizes = tile(dh, n * group)
-    _split[(b * hk, splits, triton.cdiv(n * group, sizes["BLOCK_M"]))](
-        q, keys, values, length, acc, top, total, scale, capacity, splits, n, G=group, HK=hk, D=dh, **sizes
-    )
-    _combine[(b * n * hk * group, triton.cdiv(dh, 64))](
-        acc, top, total, out, splits, n, G=group, HK=hk, D=dh, BLOCK_S=block(splits, 1), BLOCK=64, num_warps=4
-    )
-    return out
+    batch, num_kv_heads, capacity, head_size = keys.shape
+    group_size, attended = q.shape[1] // (num_kv_heads * head_size), torch.empty_like(q)
+    partials = q.new_empty(batch * num_kv_heads, splits, n * group_size, head_size, dtype=torch.float32)
+    maxima, totals = q.new_empty(2, batch * num_kv_heads, splits, n * group_size, dtype=torch.float32).unbind(0)
+    block_sizes = tile(head_size, n * group_size)
+    _split[(batch * num_kv_heads, splits, triton.cdiv(n * group_size, block_sizes["BLOCK_M"]))](
+        q, keys, values, length, partials, maxima, totals, scale, capacity, splits, n, G=group_size, HK=num_kv_heads,
+        D=head_size, **block_sizes,
+    )  # fmt: skip
+    _combine[(batch * n * num_kv_heads * group_size, triton.cdiv(head_size, 64))](
+        partials, maxima, totals, attended, splits, n, G=group_size, HK=num_kv_heads, D=head_size,
+        BLOCK_S=block(splits, 1), BLOCK=64, num_warps=4,
+    )  # fmt: skip
+    return attended
 
 
 def gate(joined: Tensor) -> Tensor:
     """See `step_reference.gate`."""
-    rows, width = joined.shape[0], joined.shape[1] // 2
-    out = joined.new_empty(rows, width)
-    _gate[(rows, triton.cdiv(width, 512))](joined, out, I=width, BLOCK=512, num_warps=4)
-    return out
+    num_rows, width = joined.shape[0], joined.shape[1] // 2
+    output = joined.new_empty(num_rows, width)
+    _gate[(num_rows, triton.cdiv(width, 512))](joined, output, I=width, BLOCK=512, num_warps=4)
+    return output

@@ -101,48 +101,48 @@ def _rotate_text(  # type: ignore[no-untyped-def]
     _turn(k_ptr + row * KV_HEADS * D, cos_a, sin_a, cos_b, sin_b, KV_HEADS, D, BLOCK_K, BLOCK_D)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `vision.rms_norm`."""
-    x = x.contiguous()
-    width = x.shape[-1]
-    out = torch.empty_like(x)
-    _rms_norm[(x.numel() // width,)](
-        x, weight, out, eps, D=width, BLOCK=triton.next_power_of_2(width), num_warps=4 if width <= 2048 else 8,
+    hidden = hidden.contiguous()
+    width = hidden.shape[-1]
+    normed = torch.empty_like(hidden)
+    _rms_norm[(hidden.numel() // width,)](
+        hidden, weight, normed, eps, D=width, BLOCK=triton.next_power_of_2(width), num_warps=4 if width <= 2048 else 8,
         enable_fp_fusion=False,
     )  # fmt: skip
-    return out
+    return normed
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """See `vision.gated`."""
     width = gate.shape[-1]
     flat_gate, flat_up = gate.reshape(-1, width), up.reshape(-1, width)
-    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    output = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     _gated[(len(flat_gate), triton.cdiv(width, 1024))](
-        flat_gate, flat_up, out, flat_gate.stride(0), flat_up.stride(0), width, BLOCK=1024, num_warps=4,
+        flat_gate, flat_up, output, flat_gate.stride(0), flat_up.stride(0), width, BLOCK=1024, num_warps=4,
         enable_fp_fusion=False,
     )  # fmt: skip
-    return out
+    return output
 
 
 def rotate(qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Rotate queries and keys of qkv (N, 3, H, D) in place; see `vision.rotated`."""
-    n, _, heads, width = qkv.shape
+    num_rows, _, num_heads, head_size = qkv.shape
     assert qkv.is_contiguous()
-    _rotate[(n,)](
-        qkv, cos.contiguous(), sin.contiguous(), qkv.stride(0), HEADS=2 * heads, D=width,
-        BLOCK_H=triton.next_power_of_2(2 * heads), BLOCK_D=triton.next_power_of_2(width // 2), num_warps=4,
+    _rotate[(num_rows,)](
+        qkv, cos.contiguous(), sin.contiguous(), qkv.stride(0), HEADS=2 * num_heads, D=head_size,
+        BLOCK_H=triton.next_power_of_2(2 * num_heads), BLOCK_D=triton.next_power_of_2(head_size // 2), num_warps=4,
         enable_fp_fusion=False,
     )  # fmt: skip
 
 
 def rotate_text(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Rotate q (B, L, H, D) and k (B, L, Hk, D) in place; see `vision.rotated_text`."""
-    b, length, heads, width = q.shape
+    batch, length, num_heads, head_size = q.shape
     assert q.is_contiguous() and k.is_contiguous()
-    power = triton.next_power_of_2
-    _rotate_text[(b * length,)](
-        q, k, cos.contiguous(), sin.contiguous(), length, SHARED=cos.shape[0] == 1, HEADS=heads, KV_HEADS=k.shape[2],
-        D=width, BLOCK_H=power(heads), BLOCK_K=power(k.shape[2]), BLOCK_D=power(width // 2), num_warps=4,
-        enable_fp_fusion=False,
+    next_power = triton.next_power_of_2
+    _rotate_text[(batch * length,)](
+        q, k, cos.contiguous(), sin.contiguous(), length, SHARED=cos.shape[0] == 1, HEADS=num_heads,
+        KV_HEADS=k.shape[2], D=head_size, BLOCK_H=next_power(num_heads), BLOCK_K=next_power(k.shape[2]),
+        BLOCK_D=next_power(head_size // 2), num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
