@@ -49,8 +49,8 @@ def _block(storage: Tensor, offset: int, count: int, stride: int, num_columns: i
 
 
 def _matmul(left: Tensor, right: Tensor) -> Tensor:
-    """Batched left @ right. Half-precision CPU kernels copy a batch with gaps between its matrices, and leave a batch of one
-    to a single core: go one by one there."""
+    """Batched left @ right. Half-precision CPU code copies a batch with gaps between its matrices, and leaves one of
+    a single matrix to one core: there the matrices are multiplied one by one."""
     dense = right.shape[0] > 1 and right.stride(0) == right.shape[1] * right.shape[2]
     if left.is_cuda or dense or left.dtype not in (torch.bfloat16, torch.float16):
         return torch.matmul(left, right)

@@ -97,7 +97,7 @@ def farthest(distance: Tensor, start: Tensor, weight: Tensor, k: int) -> Tensor:
 
 
 def most_probable_rows(features: Tensor, gain: Tensor, k: int) -> Tensor:
-    """See `most_probable_plain`. features (N, D): the kernel is features @ features.T, with gain (N,) as its diagonal."""
+    """See `most_probable_plain`. features (N, D): the kernel is features @ features.T, with diagonal gain (N,)."""
     if features.device.type == "cpu":
         return most_probable_cpu(features, gain, k)
     kernel = features @ features.T

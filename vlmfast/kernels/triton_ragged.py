@@ -27,44 +27,48 @@ def _split(  # type: ignore[no-untyped-def]
     split = tl.program_id(1)
     row = tl.load(rows_ptr + entry)
     start = tl.load(offsets_ptr + entry)
-    n = tl.load(lengths_ptr + entry)
-    m = tl.arange(0, BLOCK_M)
-    d = tl.arange(0, BLOCK_D)
-    dv = tl.arange(0, BLOCK_DV)
-    q = tl.load(q_ptr + (row * M + m[:, None]) * D + d[None, :], mask=(m[:, None] < M) & (d[None, :] < D), other=0.0)
-    last = n - Q + m % Q  # last column each query sees
-    share = tl.cdiv(tl.cdiv(n, SPLITS), BLOCK_N) * BLOCK_N
-    low = split * share
-    high = tl.minimum(low + share, n)
-    top = tl.full([BLOCK_M], -1.0e30, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    for at in range(low, high, BLOCK_N):
-        c = at + tl.arange(0, BLOCK_N)
-        inside = c < high
-        slot = (start + c).to(tl.int64)
-        k = tl.load(k_ptr + slot[None, :] * D + d[:, None], mask=inside[None, :] & (d[:, None] < D), other=0.0)
+    length = tl.load(lengths_ptr + entry)
+    query_rows = tl.arange(0, BLOCK_M)
+    key_dims = tl.arange(0, BLOCK_D)
+    value_dims = tl.arange(0, BLOCK_DV)
+    query_mask = (query_rows[:, None] < M) & (key_dims[None, :] < D)
+    queries = tl.load(q_ptr + (row * M + query_rows[:, None]) * D + key_dims[None, :], mask=query_mask, other=0.0)
+    last_column = length - Q + query_rows % Q  # last column each query sees
+    split_size = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N
+    first_column = split * split_size
+    end_column = tl.minimum(first_column + split_size, length)
+    maxima = tl.full([BLOCK_M], -1.0e30, tl.float32)
+    totals = tl.zeros([BLOCK_M], tl.float32)
+    accumulator = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    for block_start in range(first_column, end_column, BLOCK_N):
+        columns = block_start + tl.arange(0, BLOCK_N)
+        in_range = columns < end_column
+        slots = (start + columns).to(tl.int64)
+        key_mask = in_range[None, :] & (key_dims[:, None] < D)
+        keys = tl.load(k_ptr + slots[None, :] * D + key_dims[:, None], mask=key_mask, other=0.0)
         if INT8:
-            s = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scaling
-            s = s * tl.load(ks_ptr + slot, mask=inside, other=0.0)[None, :]
+            scores = tl.dot(queries, keys.to(queries.dtype), input_precision="ieee") * scaling
+            scores = scores * tl.load(ks_ptr + slots, mask=in_range, other=0.0)[None, :]
         else:
-            s = tl.dot(q, k, input_precision="ieee") * scaling
-        seen = inside[None, :] & (c[None, :] <= last[:, None])
-        s = tl.where(seen, s, -1.0e30)
-        new_top = tl.maximum(top, tl.max(s, 1))
-        p = tl.where(seen, tl.exp(s - new_top[:, None]), 0.0)
-        shrink = tl.exp(top - new_top)
-        total = total * shrink + tl.sum(p, 1)
-        acc = acc * shrink[:, None]
-        v = tl.load(v_ptr + slot[:, None] * DV + dv[None, :], mask=inside[:, None] & (dv[None, :] < DV), other=0.0)
+            scores = tl.dot(queries, keys, input_precision="ieee") * scaling
+        visible = in_range[None, :] & (columns[None, :] <= last_column[:, None])
+        scores = tl.where(visible, scores, -1.0e30)
+        new_maxima = tl.maximum(maxima, tl.max(scores, 1))
+        weights = tl.where(visible, tl.exp(scores - new_maxima[:, None]), 0.0)
+        rescale = tl.exp(maxima - new_maxima)
+        totals = totals * rescale + tl.sum(weights, 1)
+        accumulator = accumulator * rescale[:, None]
+        value_mask = in_range[:, None] & (value_dims[None, :] < DV)
+        values = tl.load(v_ptr + slots[:, None] * DV + value_dims[None, :], mask=value_mask, other=0.0)
         if INT8:
-            p = p * tl.load(vs_ptr + slot, mask=inside, other=0.0)[None, :]
-        acc += tl.dot(p.to(q.dtype), v.to(q.dtype), input_precision="ieee")
-        top = new_top
-    out = (entry * SPLITS + split) * M + m
-    tl.store(max_ptr + out, top, mask=m < M)
-    tl.store(sum_ptr + out, total, mask=m < M)
-    tl.store(acc_ptr + out[:, None] * DV + dv[None, :], acc, mask=(m[:, None] < M) & (dv[None, :] < DV))
+            weights = weights * tl.load(vs_ptr + slots, mask=in_range, other=0.0)[None, :]
+        accumulator += tl.dot(weights.to(queries.dtype), values.to(queries.dtype), input_precision="ieee")
+        maxima = new_maxima
+    offsets = (entry * SPLITS + split) * M + query_rows
+    tl.store(max_ptr + offsets, maxima, mask=query_rows < M)
+    tl.store(sum_ptr + offsets, totals, mask=query_rows < M)
+    stored = (query_rows[:, None] < M) & (value_dims[None, :] < DV)
+    tl.store(acc_ptr + offsets[:, None] * DV + value_dims[None, :], accumulator, mask=stored)
 
 
 @triton.jit
@@ -73,17 +77,18 @@ def _combine(  # type: ignore[no-untyped-def]
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     entry = tl.program_id(0)
-    m = tl.program_id(1)
+    query_row = tl.program_id(1)
     row = tl.load(rows_ptr + entry)
-    s = tl.arange(0, BLOCK_S)
-    dv = tl.arange(0, BLOCK_DV)
-    at = (entry * SPLITS + s) * M + m
-    top = tl.load(max_ptr + at, mask=s < SPLITS, other=-1.0e30)
-    weight = tl.exp(top - tl.max(top, 0))
-    total = tl.sum(tl.load(sum_ptr + at, mask=s < SPLITS, other=0.0) * weight, 0)
-    acc = tl.load(acc_ptr + at[:, None] * DV + dv[None, :], mask=(s[:, None] < SPLITS) & (dv[None, :] < DV), other=0.0)
-    out = tl.sum(acc * weight[:, None], 0) / total
-    tl.store(o_ptr + (row * M + m) * DV + dv, out.to(o_ptr.dtype.element_ty), mask=dv < DV)
+    splits = tl.arange(0, BLOCK_S)
+    value_dims = tl.arange(0, BLOCK_DV)
+    offsets = (entry * SPLITS + splits) * M + query_row
+    maxima = tl.load(max_ptr + offsets, mask=splits < SPLITS, other=-1.0e30)
+    weights = tl.exp(maxima - tl.max(maxima, 0))
+    sum_total = tl.sum(tl.load(sum_ptr + offsets, mask=splits < SPLITS, other=0.0) * weights, 0)
+    loaded = (splits[:, None] < SPLITS) & (value_dims[None, :] < DV)
+    partials = tl.load(acc_ptr + offsets[:, None] * DV + value_dims[None, :], mask=loaded, other=0.0)
+    combined = tl.sum(partials * weights[:, None], 0) / sum_total
+    tl.store(o_ptr + (row * M + query_row) * DV + value_dims, combined.to(o_ptr.dtype.element_ty), mask=value_dims < DV)
 
 
 def supports(query: Tensor, kv: Ragged) -> bool:
