@@ -1,10 +1,10 @@
 """Training batches: many questions about each picture in one causal sequence, as tensors for the model.
 
-With one question per picture most time would go to the vision tower. So a row holds several questions about one picture
-or clip, half of the time a full description too; the loss is on the assistant's words only. The questions do not see each other (`apart`):
-each has the picture and itself, at the positions it would have alone, because one that names a red circle would answer
-the next one, whether there is a red circle. All rows of a batch share one frame shape, so the visual prefix and its
-positions are the same in every row.
+With one question per picture most time would go to the vision tower. So a row holds several questions about one
+picture or clip, half of the time a full description too; the loss is on the assistant's words only. The questions do
+not see each other (`apart`): each has the picture and itself, at the positions it would have alone, because one that
+names a red circle would answer the next one, whether there is a red circle. All rows of a batch share one frame
+shape, so the visual prefix and its positions are the same in every row.
 """
 
 from __future__ import annotations
