@@ -68,8 +68,8 @@ def curves(records: Sequence[tuple[str, Record]]) -> Any:
     series_names = dict.fromkeys(_series(row["name"]) for row in rows if row["name"] != "plain")
     styles = {name: look(index) for index, name in enumerate(series_names)}
     figure = Figure(figsize=(11.5, 3.7 * len(tasks) + 0.5), layout="constrained")
-    axes = figure.subplots(len(tasks), 2, squeeze=False, sharey="row")
-    for row_axes, record in zip(axes, tasks, strict=True):
+    panel_axes = figure.subplots(len(tasks), 2, squeeze=False, sharey="row")
+    for row_axes, record in zip(panel_axes, tasks, strict=True):
         _panel(row_axes[0], record, "total_ms", 1e-3, "seconds per question", styles)
         _panel(row_axes[1], record, "kv_fast_bytes", 1e-6, "KV cache, MB", styles)
         metric = next(filter(None, map(score_of, record["rows"])), None)
@@ -78,9 +78,9 @@ def curves(records: Sequence[tuple[str, Record]]) -> Any:
         num_asked = f"  ({questions:,} questions)" if number(questions) else ""
         row_axes[0].set_title(_text(record["task"]) + num_asked, loc="left", fontweight="bold")
     handles: dict[str, Any] = {}
-    for axis in axes.flat:
-        for handle, text in zip(*axis.get_legend_handles_labels(), strict=True):
-            handles.setdefault(text, handle)
+    for panel_axis in panel_axes.flat:
+        for handle, label in zip(*panel_axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
     columns = min(5, len(handles))
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9

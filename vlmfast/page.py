@@ -206,13 +206,13 @@ def _params(row: dict[str, Any]) -> str:
 
 def _table(rows: list[dict[str, Any]], columns: list[str]) -> str:
     headings = "".join(f"<th>{html.escape(column)}</th>" for column in ["method", *map(words, columns)])
-    lines = []
+    table_rows = []
     for row in rows:
-        cells = [f"<td title='{html.escape(json.dumps(row['plan']), quote=True)}'>{html.escape(row['name'])}"
+        row_cells = [f"<td title='{html.escape(json.dumps(row['plan']), quote=True)}'>{html.escape(row['name'])}"
                  f"<br><span class=dim>{html.escape(_params(row))}</span></td>"]  # fmt: skip
-        cells += [f"<td>{_cell(row, column)}</td>" for column in columns]
-        lines.append(f"<tr{' class=plain' if row['name'] == 'plain' else ''}>{''.join(cells)}</tr>")
-    return f"<div class=wide><table><tr>{headings}</tr>{''.join(lines)}</table></div>"
+        row_cells += [f"<td>{_cell(row, column)}</td>" for column in columns]
+        table_rows.append(f"<tr{' class=plain' if row['name'] == 'plain' else ''}>{''.join(row_cells)}</tr>")
+    return f"<div class=wide><table><tr>{headings}</tr>{''.join(table_rows)}</table></div>"
 
 
 def _cell(row: dict[str, Any], key: str) -> str:
@@ -224,18 +224,18 @@ def _cell(row: dict[str, Any], key: str) -> str:
     if key in ("accuracy", "f1", "diff_vs_plain") and number(value):
         sign = "+" if key == "diff_vs_plain" else ""
         interval = metrics.get("diff_ci95" if key == "diff_vs_plain" else "ci95")
-        text = f"{100 * value:{sign}.1f}"
+        cell_text = f"{100 * value:{sign}.1f}"
         if isinstance(interval, list) and len(interval) == 2 and all(map(number, interval)):
-            text += f"<br><span class=dim>[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]</span>"
-        return text
+            cell_text += f"<br><span class=dim>[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]</span>"
+        return cell_text
     megabytes = "_bytes" in key and number(value)
-    text = html.escape(figure(value / 1e6 if megabytes else value))
+    cell_text = html.escape(figure(value / 1e6 if megabytes else value))
     for compared_with, ratios in row["vs"].items():
         if key in ratios:
-            median, low, high = ratios[key]
+            median, lowest, highest = ratios[key]
             baseline = "" if compared_with == "plain" else f" vs {html.escape(compared_with)}"
-            text += f"<br><b>{median:.2f}x</b>{baseline}<br><span class=dim>[{low:.2f}, {high:.2f}]</span>"
-    return text
+            cell_text += f"<br><b>{median:.2f}x</b>{baseline}<br><span class=dim>[{lowest:.2f}, {highest:.2f}]</span>"
+    return cell_text
 
 
 def figure(value: Any) -> str:
@@ -254,20 +254,20 @@ def _breakdown(rows: list[dict[str, Any]]) -> str:
     if longest_ms <= 0:
         return ""
     legend = (f"<span class=key style='background:{colour}'></span>{title}" for _, title, colour in STAGES)
-    lines = ["<p>" + " ".join(legend) + "</p>"]
+    html_lines = ["<p>" + " ".join(legend) + "</p>"]
     for row in timed:
         metrics = {key: value for key, value in row["metrics"].items() if number(value)}
         metrics["rest"] = max(0.0, metrics["total_ms"] - sum(metrics.get(key, 0.0) for key, _, _ in STAGES[:-1]))
-        bars = "".join(
+        stage_bars = "".join(
             f"<span class=bar title='{title} {figure(metrics.get(key, 0))} ms' "
             f"style='width:{60 * max(0.0, metrics.get(key, 0)) / longest_ms:.2f}%;background:{colour}'></span>"
             for key, title, colour in STAGES
         )
-        lines.append(
+        html_lines.append(
             f"<div class=line><span class=who title='{html.escape(row['name'], quote=True)}'>{html.escape(row['name'])}"
-            f"</span>{bars} {figure(float(metrics['total_ms']))} ms</div>"
+            f"</span>{stage_bars} {figure(float(metrics['total_ms']))} ms</div>"
         )
-    return "".join(lines)
+    return "".join(html_lines)
 
 
 STYLE = """<style>

@@ -45,10 +45,10 @@ class Family:
     def visual_ids(self, model: nn.Module) -> dict[str, int]:
         """Placeholder id per kind of media this model reads."""
         token_ids = {}
-        for kind in self.media:
-            token_id = getattr(model.config, f"{kind}_token_id", None)
+        for media_kind in self.media:
+            token_id = getattr(model.config, f"{media_kind}_token_id", None)
             if token_id is not None:
-                token_ids[kind] = int(token_id)
+                token_ids[media_kind] = int(token_id)
         return token_ids
 
     def stamped(self, model: nn.Module) -> bool:
@@ -96,6 +96,6 @@ def frames_of(num_columns: int, num_frames: int) -> Tensor:
 
 def tile_item(num_columns: int) -> Item:
     """Layout of one tile of num_columns columns: an image of its own."""
-    side = math.isqrt(num_columns)
-    grid = (1, side, side) if side * side == num_columns else (1, 1, num_columns)
+    side_length = math.isqrt(num_columns)
+    grid = (1, side_length, side_length) if side_length * side_length == num_columns else (1, 1, num_columns)
     return Item(num_columns, frames_of(num_columns, 1), grid, False)

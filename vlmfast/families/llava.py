@@ -35,14 +35,20 @@ def _item(feature: Tensor, newline: Tensor | None, video: bool, num_frames: int,
     separators = None if newline is None else (feature == newline.to(feature)).all(-1)
     num_separators = 0 if separators is None else int(separators.sum())
     if separators is None or num_separators == 0:
-        side = math.isqrt(num_columns // num_frames)
-        grid = (num_frames, side, num_columns // num_frames // side)
+        side_length = math.isqrt(num_columns // num_frames)
+        grid = (num_frames, side_length, num_columns // num_frames // side_length)
         return Item(num_columns, frames_of(num_columns, num_frames), grid, video)
     if video or num_separators == 1:
         num_visual = num_columns - num_separators
-        side = math.isqrt(num_visual // num_frames)
+        side_length = math.isqrt(num_visual // num_frames)
         frame_index = torch.cat([frames_of(num_visual, num_frames), torch.full((num_separators,), num_frames - 1)])
-        return Item(num_columns, frame_index, (num_frames, side, num_visual // num_frames // side), video, separators)
+        return Item(
+            num_columns,
+            frame_index,
+            (num_frames, side_length, num_visual // num_frames // side_length),
+            video,
+            separators,
+        )
     # any-resolution image: one base tile, then a mosaic whose rows each end in a newline
     num_base_columns = tile_side * tile_side
     width = int(separators.nonzero()[0]) - num_base_columns

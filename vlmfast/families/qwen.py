@@ -31,23 +31,23 @@ class Qwen(Family):
 
     def mergers(self, model: nn.Module) -> list[nn.Module]:
         """Tower modules that turn patches into merged rows (the last one and DeepStack's)."""
-        tower = self.tower(model)
-        return [tower.merger, *getattr(tower, "deepstack_merger_list", [])]  # type: ignore[list-item]
+        vision_tower = self.tower(model)
+        return [vision_tower.merger, *getattr(vision_tower, "deepstack_merger_list", [])]  # type: ignore[list-item]
 
     def tower_order(self, model: nn.Module, grid: Tensor) -> Tensor | None:
         """(G,) permutation of merged rows that the tower applies for window attention, None if it keeps order."""
-        tower = self.tower(model)
-        if not hasattr(tower, "window_size"):
+        vision_tower = self.tower(model)
+        if not hasattr(vision_tower, "window_size"):
             return None
-        if hasattr(tower, "get_window_index"):  # transformers before the helper moved out of the tower
-            return tower.get_window_index(grid)[0].to(grid.device)  # type: ignore[operator]
+        if hasattr(vision_tower, "get_window_index"):  # transformers before the helper moved out of the tower
+            return vision_tower.get_window_index(grid)[0].to(grid.device)  # type: ignore[operator]
         from transformers.vision_utils import get_vision_window_index
 
         window_index, _ = get_vision_window_index(
             grid,
-            spatial_merge_size=tower.spatial_merge_size,
-            window_size=tower.window_size,
-            patch_size=tower.patch_size,
+            spatial_merge_size=vision_tower.spatial_merge_size,
+            window_size=vision_tower.window_size,
+            patch_size=vision_tower.patch_size,
         )
         return window_index.to(grid.device)
 

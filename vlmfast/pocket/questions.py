@@ -47,14 +47,14 @@ def _plain(scene: Scene) -> list[Obj]:
     return [obj for obj in scene.objects if obj.shape != NEEDLE]
 
 
-def _choose(rng: Rng, options: list[QA], want: str | None) -> QA | None:
-    options = [option for option in options if want is None or option[1] == want]
+def _choose(rng: Rng, options: list[QA], wanted: str | None) -> QA | None:
+    options = [option for option in options if wanted is None or option[1] == wanted]
     return rng.pick(options) if options else None
 
 
-def _presence(scene: Scene, rng: Rng, want: str | None) -> QA | None:
+def _presence(scene: Scene, rng: Rng, wanted: str | None) -> QA | None:
     objects, split = _plain(scene), "test" if any((o.colour, o.shape) in HELD_OUT for o in scene.objects) else "train"
-    want = want or rng.pick(("yes", "no"))
+    wanted = wanted or rng.pick(("yes", "no"))
     obj = rng.pick(objects)
     named_parts = rng.pick(("both", "both", "colour", "shape"))
     present = {
@@ -63,7 +63,7 @@ def _presence(scene: Scene, rng: Rng, want: str | None) -> QA | None:
         "shape": {("", o.shape) for o in objects},
     }[named_parts]
     target = (obj.colour if named_parts != "shape" else "", obj.shape if named_parts != "colour" else "")
-    if want == "no":  # the nearest wrong thing: one attribute of a present object changed
+    if wanted == "no":  # the nearest wrong thing: one attribute of a present object changed
         for _ in range(20):
             colour, shape = target
             if named_parts == "colour" or (named_parts == "both" and rng.u() < 0.5):
@@ -76,20 +76,20 @@ def _presence(scene: Scene, rng: Rng, want: str | None) -> QA | None:
         else:
             return None
     description = " ".join(word for word in target if word) + (" object" if named_parts == "colour" else "")
-    return rng.pick(("is there a {} ?", "do you see a {} ?"), (0.7, 0.3)).format(description), want
+    return rng.pick(("is there a {} ?", "do you see a {} ?"), (0.7, 0.3)).format(description), wanted
 
 
-def _colour(scene: Scene, rng: Rng, want: str | None) -> QA | None:
+def _colour(scene: Scene, rng: Rng, wanted: str | None) -> QA | None:
     unique = _only(_plain(scene), "shape")
-    return _choose(rng, [(f"what colour is the {obj.shape} ?", obj.colour) for obj in unique], want)
+    return _choose(rng, [(f"what colour is the {obj.shape} ?", obj.colour) for obj in unique], wanted)
 
 
-def _shape(scene: Scene, rng: Rng, want: str | None) -> QA | None:
+def _shape(scene: Scene, rng: Rng, wanted: str | None) -> QA | None:
     unique = _only(_plain(scene), "colour")
-    return _choose(rng, [(f"what shape is the {obj.colour} object ?", obj.shape) for obj in unique], want)
+    return _choose(rng, [(f"what shape is the {obj.colour} object ?", obj.shape) for obj in unique], wanted)
 
 
-def _count(scene: Scene, rng: Rng, want: str | None) -> QA | None:
+def _count(scene: Scene, rng: Rng, wanted: str | None) -> QA | None:
     objects = _plain(scene)
     options = [("how many objects are there ?", str(len(objects)))]
     for attribute, noun in (("colour", "{} objects"), ("shape", "{}s")):
@@ -104,10 +104,10 @@ def _count(scene: Scene, rng: Rng, want: str | None) -> QA | None:
         [option for option in options if "objects" in option[0]][1:],
         [option for option in options if "objects" not in option[0]],
     ]
-    return _choose(rng, option_groups[option_group], want)
+    return _choose(rng, option_groups[option_group], wanted)
 
 
-def _relation(scene: Scene, rng: Rng, want: str | None) -> QA | None:
+def _relation(scene: Scene, rng: Rng, wanted: str | None) -> QA | None:
     options = []
     for subject in scene.objects:
         for reference in scene.objects:
@@ -118,63 +118,63 @@ def _relation(scene: Scene, rng: Rng, want: str | None) -> QA | None:
             sideways, upright = "left" if right < 0 else "right", "above" if down < 0 else "below"
             direction = sideways if abs(right) > abs(down) else upright
             options.append((f"where is the {subject.name} from the {reference.name} ?", direction))
-    return _choose(rng, options, want)
+    return _choose(rng, options, wanted)
 
 
-def _location(scene: Scene, rng: Rng, want: str | None) -> QA | None:
+def _location(scene: Scene, rng: Rng, wanted: str | None) -> QA | None:
     options = [(f"where is the {obj.name} ?", PLACES[obj.cell]) for obj in scene.objects]
     options += [(f"where is the {obj.shape} ?", PLACES[obj.cell]) for obj in _only(_plain(scene), "shape")]
-    return _choose(rng, options, want)
+    return _choose(rng, options, wanted)
 
 
-def _digits(scene: Scene, rng: Rng, want: str | None) -> QA | None:
+def _digits(scene: Scene, rng: Rng, wanted: str | None) -> QA | None:
     options = [("what number is shown ?", written.string) for written in scene.texts if written.string not in WORDS]
-    return _choose(rng, options, want)
+    return _choose(rng, options, wanted)
 
 
-def _motion(scene: Scene, rng: Rng, want: str | None) -> QA | None:
+def _motion(scene: Scene, rng: Rng, wanted: str | None) -> QA | None:
     movers = [obj for obj in scene.objects if obj.move]
-    return _choose(rng, [(f"which way does the {obj.name} move ?", obj.move) for obj in movers], want)
+    return _choose(rng, [(f"which way does the {obj.name} move ?", obj.move) for obj in movers], wanted)
 
 
 def _arrivals(scene: Scene) -> list[Obj]:
     return [obj for obj in _plain(scene) if 1 <= obj.t_in < scene.seconds]  # to stay, or for a second
 
 
-def _order(scene: Scene, rng: Rng, want: str | None) -> QA | None:
+def _order(scene: Scene, rng: Rng, wanted: str | None) -> QA | None:
     arrivals = _arrivals(scene)
     if len(arrivals) < 2:
         return None
     first_named, second_named = rng.shuffled(arrivals)[:2]
-    if want in ("a", "b") and (want == "a") != (first_named.t_in < second_named.t_in):
+    if wanted in ("a", "b") and (wanted == "a") != (first_named.t_in < second_named.t_in):
         first_named, second_named = second_named, first_named
     earliest = first_named if first_named.t_in < second_named.t_in else second_named
     return f"what appears first , the {first_named.name} or the {second_named.name} ?", earliest.name
 
 
-def _when(scene: Scene, rng: Rng, want: str | None) -> QA | None:
+def _when(scene: Scene, rng: Rng, wanted: str | None) -> QA | None:
     options = [(f"when does the {obj.name} appear ?", f"second {int(obj.t_in)}") for obj in _arrivals(scene)]
-    return _choose(rng, options, want)
+    return _choose(rng, options, wanted)
 
 
-def _what_when(scene: Scene, rng: Rng, want: str | None) -> QA | None:
-    return _choose(rng, [(f"what appears at second {int(obj.t_in)} ?", obj.name) for obj in _arrivals(scene)], want)
+def _what_when(scene: Scene, rng: Rng, wanted: str | None) -> QA | None:
+    return _choose(rng, [(f"what appears at second {int(obj.t_in)} ?", obj.name) for obj in _arrivals(scene)], wanted)
 
 
-def _how_often(scene: Scene, rng: Rng, want: str | None) -> QA | None:
+def _how_often(scene: Scene, rng: Rng, wanted: str | None) -> QA | None:
     blinking = [obj for obj in scene.objects if obj.blinks]
-    return _choose(rng, [(f"how often does the {obj.name} blink ?", str(len(obj.blinks))) for obj in blinking], want)
+    return _choose(rng, [(f"how often does the {obj.name} blink ?", str(len(obj.blinks))) for obj in blinking], wanted)
 
 
-def _needle(scene: Scene, rng: Rng, want: str | None) -> QA | None:
+def _needle(scene: Scene, rng: Rng, wanted: str | None) -> QA | None:
     needles = [obj for obj in scene.objects if obj.shape == NEEDLE]
-    return _choose(rng, [(f"what colour is the {NEEDLE} ?", obj.colour) for obj in needles], want)
+    return _choose(rng, [(f"what colour is the {NEEDLE} ?", obj.colour) for obj in needles], wanted)
 
 
-def _during(scene: Scene, rng: Rng, want: str | None) -> QA | None:
+def _during(scene: Scene, rng: Rng, wanted: str | None) -> QA | None:
     arrived = [obj for obj in _plain(scene) if scene.flash is not None and obj.t_in == scene.flash]
     flash_objects = [obj for obj in arrived if obj.t_out == obj.t_in + 1]
-    return _choose(rng, [("what is shown when the light flashes ?", obj.name) for obj in flash_objects], want)
+    return _choose(rng, [("what is shown when the light flashes ?", obj.name) for obj in flash_objects], wanted)
 
 
 def follow_up(scene: Scene, rng: Rng, want: str | None = None) -> tuple[QA, QA] | None:
@@ -194,8 +194,8 @@ def follow_up(scene: Scene, rng: Rng, want: str | None = None) -> tuple[QA, QA] 
     return rng.pick(options) if options else None
 
 
-def _follow_up(scene: Scene, rng: Rng, want: str | None) -> QA | None:
-    questions = follow_up(scene, rng, want)
+def _follow_up(scene: Scene, rng: Rng, wanted: str | None) -> QA | None:
+    questions = follow_up(scene, rng, wanted)
     return questions[1] if questions else None
 
 
