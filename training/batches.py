@@ -1,10 +1,10 @@
 """Training batches: many questions about each picture in one causal sequence, as tensors for the model.
 
-One question per picture wastes the vision tower. A row holds several questions about one picture or clip, half of the
-time a full description too; the loss is on the assistant's words only. The questions do not see each other (`apart`):
-each has the picture and itself, at the positions it would have alone, because one that names a red circle would answer
-the next one, whether there is a red circle. All rows of a batch share one frame shape, so the visual prefix and its
-positions are the same in every row.
+With one question per picture most time would go to the vision tower. So a row holds several questions about one
+picture or clip, half of the time a full description too; the loss is on the assistant's words only. The questions do
+not see each other (`apart`): each has the picture and itself, at the positions it would have alone, because one that
+names a red circle would answer the next one, whether there is a red circle. All rows of a batch share one frame
+shape, so the visual prefix and its positions are the same in every row.
 """
 
 from __future__ import annotations
@@ -53,37 +53,38 @@ def _word(word: str) -> tuple[int, ...]:
 
 def ids_of(text: str) -> list[int]:
     """Token ids of plain text; the same as the tokenizer's, word by word from a cache."""
-    return [i for w in text.split() for i in _word(w)]
+    return [token_id for word in text.split() for token_id in _word(word)]
 
 
 def patchify(frames: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
     """uint8 (B, T, H, W, 3) -> pixel values (B * t * h * w, 384) and the grid (t, h, w), as the processor does."""
-    b, t, height, width, _ = frames.shape
+    batch_size, num_frames, height, width, _ = frames.shape
     pixels = frames.permute(0, 1, 4, 2, 3).float() / 127.5 - 1.0
-    if t % TEMPORAL:  # a picture (or an odd last frame) is doubled
-        pixels = torch.cat([pixels, pixels[:, -1:].expand(-1, TEMPORAL - t % TEMPORAL, -1, -1, -1)], 1)
-    gt, gh, gw = pixels.shape[1] // TEMPORAL, height // PATCH, width // PATCH
-    x = pixels.reshape(b, gt, TEMPORAL, 3, gh // MERGE, MERGE, PATCH, gw // MERGE, MERGE, PATCH)
-    x = x.permute(0, 1, 4, 7, 5, 8, 3, 2, 6, 9)
-    return x.reshape(b * gt * gh * gw, 3 * TEMPORAL * PATCH * PATCH), (gt, gh, gw)
+    if num_frames % TEMPORAL:  # a picture (or an odd last frame) is doubled
+        pixels = torch.cat([pixels, pixels[:, -1:].expand(-1, TEMPORAL - num_frames % TEMPORAL, -1, -1, -1)], 1)
+    grid_frames, grid_height, grid_width = pixels.shape[1] // TEMPORAL, height // PATCH, width // PATCH
+    across, down = (grid_width // MERGE, MERGE, PATCH), (grid_height // MERGE, MERGE, PATCH)
+    patches = pixels.reshape(batch_size, grid_frames, TEMPORAL, 3, *down, *across)
+    patches = patches.permute(0, 1, 4, 7, 5, 8, 3, 2, 6, 9).reshape(-1, 3 * TEMPORAL * PATCH * PATCH)
+    return patches, (grid_frames, grid_height, grid_width)
 
 
 def chat_ids(turns: Turns, visual: int, video: bool) -> tuple[list[int], list[int]]:
     """Token ids of a whole chat and its labels (-100 outside the answers); the chat template without its newlines."""
     start, end = _word("<|im_start|>")[0], _word("<|im_end|>")[0]
-    pad = _word("<|video_pad|>" if video else "<|image_pad|>")[0]
+    placeholder = _word("<|video_pad|>" if video else "<|image_pad|>")[0]
     user, assistant = _word("user")[0], _word("assistant")[0]
-    ids: list[int] = []
+    token_ids: list[int] = []
     labels: list[int] = []
-    for i, (question, answer) in enumerate(turns):
-        head = [start, user]
-        if i == 0 and visual:
-            head += [_word("<|vision_start|>")[0], *[pad] * visual, _word("<|vision_end|>")[0]]
-        head += [*ids_of(question), end, start, assistant]
-        tail = [*ids_of(answer), end]
-        ids += head + tail
-        labels += [-100] * len(head) + tail
-    return ids, labels
+    for index, (question, answer) in enumerate(turns):
+        prompt_ids = [start, user]
+        if index == 0 and visual:
+            prompt_ids += [_word("<|vision_start|>")[0], *[placeholder] * visual, _word("<|vision_end|>")[0]]
+        prompt_ids += [*ids_of(question), end, start, assistant]
+        answer_ids = [*ids_of(answer), end]
+        token_ids += prompt_ids + answer_ids
+        labels += [-100] * len(prompt_ids) + answer_ids
+    return token_ids, labels
 
 
 def packed_ids(turns: Turns, visual: int, video: bool) -> tuple[list[int], list[int], list[int]]:
@@ -93,30 +94,31 @@ def packed_ids(turns: Turns, visual: int, video: bool) -> tuple[list[int], list[
     """
     start, end = _word("<|im_start|>")[0], _word("<|im_end|>")[0]
     user, assistant = _word("user")[0], _word("assistant")[0]
-    ids, labels = chat_ids([("", "")], visual, video)
-    first = VISUAL_FROM + visual + 1
-    ids, labels, owner, number = ids[:first], labels[:first], [0] * first, 0
+    token_ids, labels = chat_ids([("", "")], visual, video)
+    first_question = VISUAL_FROM + visual + 1
+    token_ids, labels = token_ids[:first_question], labels[:first_question]
+    question_of, question_number = [0] * first_question, 0
     for question, answer in turns:
-        linked = number > 0 and "it" in question.split()
-        number += not linked
-        head = [*([start, user] if linked else []), *ids_of(question), end, start, assistant]
-        tail = [*ids_of(answer), end]
-        ids, labels = ids + head + tail, labels + [-100] * len(head) + tail
-        owner += [number] * (len(head) + len(tail))
-    return ids, labels, owner
+        follows_up = question_number > 0 and "it" in question.split()
+        question_number += not follows_up
+        prompt_ids = [*([start, user] if follows_up else []), *ids_of(question), end, start, assistant]
+        answer_ids = [*ids_of(answer), end]
+        token_ids, labels = token_ids + prompt_ids + answer_ids, labels + [-100] * len(prompt_ids) + answer_ids
+        question_of += [question_number] * (len(prompt_ids) + len(answer_ids))
+    return token_ids, labels, question_of
 
 
 def padded(rows: Sequence[list[int]], fill: int, length: int) -> torch.Tensor:
     """(B, length) int64 from lists, right-padded."""
-    return torch.tensor([r + [fill] * (length - len(r)) for r in rows])
+    return torch.tensor([token_ids + [fill] * (length - len(token_ids)) for token_ids in rows])
 
 
 def apart_mask(owner: torch.Tensor, model: Any) -> torch.Tensor:
     """(B, 1, S, S) mask of `owner` (B, S): a token sees the picture and its own question, both up to itself."""
-    seen = (owner[:, :, None] == owner[:, None, :]) | (owner[:, None, :] == 0)
-    seen = (seen & torch.ones_like(seen[0]).tril())[:, None]
-    eager = model.config.get_text_config()._attn_implementation == "eager"
-    return torch.zeros(seen.shape).masked_fill(~seen, -1e9) if eager else seen
+    visible = (owner[:, :, None] == owner[:, None, :]) | (owner[:, None, :] == 0)
+    visible = (visible & torch.ones_like(visible[0]).tril())[:, None]
+    is_eager = model.config.get_text_config()._attn_implementation == "eager"
+    return torch.zeros(visible.shape).masked_fill(~visible, -1e9) if is_eager else visible
 
 
 def tensors(
@@ -131,80 +133,85 @@ def tensors(
 
     apart: the turns of a chat do not see each other (see the module), which takes a mask (B, 1, S, S) too.
     """
-    video = frames.shape[1] > 1
+    is_video = frames.shape[1] > 1
     pixels, grid = patchify(frames)
-    visual = grid[0] * grid[1] * grid[2] // MERGE**2
-    rows = [packed_ids(t, visual, video) if apart else chat_ids(t, visual, video) for t in chats]
-    length = max(len(r[0]) for r in rows)
+    num_visual = grid[0] * grid[1] * grid[2] // MERGE**2
+    encode = packed_ids if apart else chat_ids
+    packed_rows = [encode(chat_turns, num_visual, is_video) for chat_turns in chats]
+    length = max(len(packed[0]) for packed in packed_rows)
     length += -length % 8
-    ids, labels = padded([r[0] for r in rows], 0, length), padded([r[1] for r in rows], -100, length)
-    kind = "video" if video else "image"
-    types = torch.zeros(1, length, dtype=torch.int32)
-    types[0, VISUAL_FROM : VISUAL_FROM + visual] = 2 if video else 1
+    token_ids = padded([packed[0] for packed in packed_rows], 0, length)
+    labels = padded([packed[1] for packed in packed_rows], -100, length)
+    kind = "video" if is_video else "image"
+    token_types = torch.zeros(1, length, dtype=torch.int32)
+    token_types[0, VISUAL_FROM : VISUAL_FROM + num_visual] = 2 if is_video else 1
     grids = torch.tensor([grid])
-    extra = {"second_per_grid_ts": torch.tensor([TEMPORAL / fps])} if video else {}
+    extras = {"second_per_grid_ts": torch.tensor([TEMPORAL / fps])} if is_video else {}
     position, _ = model.model.get_rope_index(
-        ids[:1], types, **{f"{kind}_grid_thw": grids}, **extra
+        token_ids[:1], token_types, **{f"{kind}_grid_thw": grids}, **extras
     )  # same in every row
-    positions = position.expand(3, len(rows), length)
-    extra = {}
+    positions = position.expand(3, len(packed_rows), length)
+    extras = {}
     if apart:
-        owner = padded([r[2] for r in rows], -1, length)  # type: ignore[misc]
-        steps = torch.arange(length).expand_as(owner)
-        begins = torch.where(owner != torch.cat([owner[:, :1], owner[:, :-1]], 1), steps, 0).cummax(1).values
-        first = VISUAL_FROM + visual + 1
-        alone = position[:, :, first : first + 1] + steps - begins  # every question begins behind the picture
-        positions = torch.where(owner == 0, positions, alone)
-        extra["attention_mask"] = apart_mask(owner, model)
-    out = {
-        "input_ids": ids,
+        question_of = padded([packed[2] for packed in packed_rows], -1, length)  # type: ignore[misc]
+        columns = torch.arange(length).expand_as(question_of)
+        previous = torch.cat([question_of[:, :1], question_of[:, :-1]], 1)
+        first_columns = torch.where(question_of != previous, columns, 0).cummax(1).values
+        first_question = VISUAL_FROM + num_visual + 1
+        # every question begins behind the picture
+        own_positions = position[:, :, first_question : first_question + 1] + columns - first_columns
+        positions = torch.where(question_of == 0, positions, own_positions)
+        extras["attention_mask"] = apart_mask(question_of, model)
+    inputs = {
+        "input_ids": token_ids,
         "labels": labels,
         "position_ids": positions.contiguous(),
-        **extra,
-        "pixel_values" + ("_videos" if video else ""): pixels,
-        f"{kind}_grid_thw": grids.expand(len(rows), 3).contiguous(),
+        **extras,
+        "pixel_values" + ("_videos" if is_video else ""): pixels,
+        f"{kind}_grid_thw": grids.expand(len(packed_rows), 3).contiguous(),
     }
-    return {k: v.to(device) for k, v in out.items()}
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
 def chat_about(scene: Scene, rng: Rng, tokens: int, describe: float = 0.5, kinds: Sequence[str] | None = None) -> Turns:
     """Different questions about one scene until about `tokens` tokens are filled, with a description or without."""
-    pool = list(kinds or ((*STILL_KINDS, "count", "relation") if scene.still else CLIP_KINDS))  # the slow ones twice
-    turns: Turns = []
-    used = 0
-    described = ("describe the picture ." if scene.still else "describe the clip .", caption(scene, rng))
-    whole, first = rng.u() < describe, rng.u() < 0.3
-    if whole:
-        used = len(described[1].split()) + 9
-    if whole and first:
-        turns.append(described)
-    seen: set[str] = set()
+    default_kinds = (*STILL_KINDS, "count", "relation") if scene.still else CLIP_KINDS  # the hard ones twice
+    kind_pool = list(kinds or default_kinds)
+    chat_turns: Turns = []
+    num_tokens = 0
+    description = ("describe the picture ." if scene.still else "describe the clip .", caption(scene, rng))
+    describes, describes_first = rng.u() < describe, rng.u() < 0.3
+    if describes:
+        num_tokens = len(description[1].split()) + 9
+    if describes and describes_first:
+        chat_turns.append(description)
+    asked_texts: set[str] = set()
     for _ in range(40):
-        if used > tokens - 14 and (turns or whole):
+        if num_tokens > tokens - 14 and (chat_turns or describes):
             break
-        asked = ask_turns(rng.pick(pool), scene, rng)
-        if asked is not None and asked[0][0] not in seen:
-            seen.add(asked[0][0])
-            turns += asked
-            used += sum(len(q.split()) + len(a.split()) + 6 for q, a in asked)
-    if whole and not first:
-        turns.append(described)
-    return turns or [described]
+        question_turns = ask_turns(rng.pick(kind_pool), scene, rng)
+        if question_turns is not None and question_turns[0][0] not in asked_texts:
+            asked_texts.add(question_turns[0][0])
+            chat_turns += question_turns
+            num_tokens += sum(len(question.split()) + len(answer.split()) + 6 for question, answer in question_turns)
+    if describes and not describes_first:
+        chat_turns.append(description)
+    return chat_turns or [description]
 
 
 def make(
     recipe: Recipe, step: int, device: torch.device | str = "cpu"
 ) -> tuple[torch.Tensor, list[Turns], list[Scene]]:
     """Frames, chats and scenes of training step `step`; a pure function of its arguments (train split only)."""
-    scenes_, chats = [], []
-    for row in range(recipe.rows):
-        rng = Rng(1, 1000, step, row)
+    drawn_scenes, chats = [], []
+    for row_index in range(recipe.rows):
+        rng = Rng(1, 1000, step, row_index)
         if recipe.focus:
             scene = scene_for(recipe.focus, rng, "train", recipe.size, recipe.seconds, recipe.objects)
         elif recipe.seconds:
             scene = moving(rng, "train", recipe.size, recipe.seconds, objects=recipe.objects)
         else:
             scene = still(rng, "train", recipe.size, recipe.objects, text=0.3)
-        scenes_.append(scene)
+        drawn_scenes.append(scene)
         chats.append(chat_about(scene, rng, recipe.tokens))
-    return render(scenes_, device), chats, scenes_
+    return render(drawn_scenes, device), chats, drawn_scenes

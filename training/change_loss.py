@@ -1,9 +1,9 @@
-"""Teach the early text layers to see change: a side task on the hidden states of visual tokens, in training only.
+"""Trains the early text layers to notice change: an auxiliary loss on the hidden states of visual tokens.
 
-A tower sees one second at a time. That something has appeared, or is gone, is known only to whoever compares seconds:
-the text layers. Answers tell them so once per question; this tells them once per token. A throw-away reader after text
-layer `LAYER` says of every visual token what happens there, in which second, in which of the nine places it lies,
-whether the light flashes, and which character of a written string is the first in it.
+The tower encodes one second at a time; only the text layers can compare seconds and notice that something has appeared
+or is gone. Answers supervise that once per question, this loss once per token. A linear reader, used in training only,
+predicts from text layer `LAYER` for every visual token what happens there, in which second, in which of the nine places
+it lies, whether the light flashes, and which character of a written string is the first in it.
 """
 
 from __future__ import annotations
@@ -39,55 +39,56 @@ def shown(obj: Obj, second: int) -> bool:
 
 def token_of(obj: Obj, second: int, scene: Scene, rows: int, columns: int) -> tuple[int, int] | None:
     """(row, column) of the token that holds the object's middle during this second."""
-    dx, dy = DIRECTIONS.get(obj.move, (0.0, 0.0))
-    done = obj.travel * (second + 0.25) / max(scene.frames / scene.fps, 1e-6)
-    column, row = int((obj.x + dx * done) * columns), int((obj.y + dy * done) * rows)
+    step_x, step_y = DIRECTIONS.get(obj.move, (0.0, 0.0))
+    distance = obj.travel * (second + 0.25) / max(scene.frames / scene.fps, 1e-6)
+    column, row = int((obj.x + step_x * distance) * columns), int((obj.y + step_y * distance) * rows)
     return (row, column) if 0 <= column < columns and 0 <= row < rows else None
 
 
 def events(scenes: Sequence[Scene], grid: tuple[int, int, int]) -> Tensor:
     """What happens at each visual token, int64 (B, t, h, w); a grid step is one second."""
-    out = torch.full((len(scenes), *grid), NOTHING)
-    for number, scene in enumerate(scenes):
+    labels = torch.full((len(scenes), *grid), NOTHING)
+    for scene_index, scene in enumerate(scenes):
         for obj in scene.objects:  # a later object covers an earlier one
             for second in range(grid[0]):
-                before = second > 0 and shown(obj, second - 1)
+                visible_before = second > 0 and shown(obj, second - 1)
                 if shown(obj, second):
-                    where, what = token_of(obj, second, scene, *grid[1:]), STAYS if before or not second else COMES
-                elif before:
-                    where, what = token_of(obj, second - 1, scene, *grid[1:]), GONE
+                    position = token_of(obj, second, scene, *grid[1:])
+                    event = STAYS if visible_before or not second else COMES
+                elif visible_before:
+                    position, event = token_of(obj, second - 1, scene, *grid[1:]), GONE
                 else:
                     continue
-                if where is not None:
-                    out[number, second, where[0], where[1]] = what
-    return out
+                if position is not None:
+                    labels[scene_index, second, position[0], position[1]] = event
+    return labels
 
 
 def ranks(scenes: Sequence[Scene], rows: int, columns: int) -> Tensor:
     """1 + the number of the first character whose middle lies in each token, 0 for none: int64 (B, rows * columns)."""
-    out = torch.zeros(len(scenes), rows, columns, dtype=torch.long)
-    for number, scene in enumerate(scenes):
+    labels = torch.zeros(len(scenes), rows, columns, dtype=torch.long)
+    for scene_index, scene in enumerate(scenes):
         for text in scene.texts:
-            for i in reversed(range(len(text.string))):
-                out[(number, *char_token(text, i, scene, rows, columns))] = i + 1
-    return out.flatten(1)
+            for character_index in reversed(range(len(text.string))):
+                labels[(scene_index, *char_token(text, character_index, scene, rows, columns))] = character_index + 1
+    return labels.flatten(1)
 
 
 class Insight:
     """The side task of one training run; the reader is not kept."""
 
     def __init__(self, model: Any, device: torch.device, lr: float) -> None:
-        text = model.model.language_model
-        width = model.config.get_text_config().hidden_size
-        seen = torch.nn.Sequential(torch.nn.RMSNorm(width), torch.nn.Linear(width, sum(HEADS)))
-        self.reader = torch.nn.ModuleDict({"seen": seen, "said": mention_loss.reader(width)}).to(device)
+        text_model = model.model.language_model
+        hidden_size = model.config.get_text_config().hidden_size
+        event_reader = torch.nn.Sequential(torch.nn.RMSNorm(hidden_size), torch.nn.Linear(hidden_size, sum(HEADS)))
+        self.reader = torch.nn.ModuleDict({"seen": event_reader, "said": mention_loss.reader(hidden_size)}).to(device)
         self.opt = torch.optim.AdamW(self.reader.parameters(), lr=lr)
         self.hidden: dict[int, Tensor] = {}
-        for at in LISTENED:
-            text.layers[at].register_forward_hook(partial(self._see, at))
+        for layer_index in LISTENED:
+            text_model.layers[layer_index].register_forward_hook(partial(self._see, layer_index))
 
-    def _see(self, at: int, module: Any, args: tuple, output: Any) -> None:
-        self.hidden[at] = output[0] if isinstance(output, tuple) else output
+    def _see(self, layer_index: int, module: Any, args: tuple, output: Any) -> None:
+        self.hidden[layer_index] = output[0] if isinstance(output, tuple) else output
 
     def loss(
         self, scenes: Sequence[Scene], grid: tuple[int, int, int], first: int, ids: Tensor, labels: Tensor
@@ -96,31 +97,34 @@ class Insight:
 
         ids, labels (B, S): the chats, for what their questions mention.
         """
-        said = mention_loss.loss(self.reader["said"], self.hidden[mention_loss.LAYER], ids, labels, scenes)
-        return said + self._seen(scenes, grid, first)
+        mention_part = mention_loss.loss(self.reader["said"], self.hidden[mention_loss.LAYER], ids, labels, scenes)
+        return mention_part + self._seen(scenes, grid, first)
 
     def _seen(self, scenes: Sequence[Scene], grid: tuple[int, int, int], first: int) -> Tensor:
-        hidden, (t, h, w) = self.hidden[LAYER], grid
-        what = events(scenes, grid).flatten(1).to(hidden.device)
-        read = self.reader["seen"](hidden[:, first : first + t * h * w].float())
-        event, second, place, rank, lit = read.split(HEADS, -1)
-        loss = F.cross_entropy(event.flatten(0, 1), what.flatten(), weight=EVENT.to(what.device))
-        loss = loss * (CHANGE if t > 1 else 1.0)
-        row, column = torch.arange(h) * 3 // h, torch.arange(w) * 3 // w
-        places = (row[:, None] * 3 + column).flatten().repeat(t).expand_as(what.cpu()).to(what.device)
-        seconds = torch.arange(t).repeat_interleave(h * w).clamp(max=SECONDS - 1).expand_as(what.cpu()).to(what.device)
-        there = what > NOTHING
-        if bool(there.any()):
-            loss = loss + 0.5 * F.cross_entropy(place[there], places[there])
-            if t > 1:
-                loss = loss + 0.5 * F.cross_entropy(second[there], seconds[there])
-        if t == 1:
-            order = ranks(scenes, h, w).to(what.device)
-            loss = loss + F.cross_entropy(rank.flatten(0, 1), order.flatten(), weight=RANK.to(what.device))
+        hidden, (num_frames, height, width) = self.hidden[LAYER], grid
+        event_labels = events(scenes, grid).flatten(1).to(hidden.device)
+        predicted = self.reader["seen"](hidden[:, first : first + num_frames * height * width].float())
+        event_logits, second_logits, place_logits, rank_logits, flash_logits = predicted.split(HEADS, -1)
+        loss = F.cross_entropy(event_logits.flatten(0, 1), event_labels.flatten(), weight=EVENT.to(event_labels.device))
+        loss = loss * (CHANGE if num_frames > 1 else 1.0)
+        row_third, column_third = torch.arange(height) * 3 // height, torch.arange(width) * 3 // width
+        device = event_labels.device
+        places = (row_third[:, None] * 3 + column_third).flatten().repeat(num_frames)
+        places = places.to(device).expand_as(event_labels)
+        seconds = torch.arange(num_frames).repeat_interleave(height * width).clamp(max=SECONDS - 1)
+        seconds = seconds.to(device).expand_as(event_labels)
+        occupied = event_labels > NOTHING
+        if bool(occupied.any()):
+            loss = loss + 0.5 * F.cross_entropy(place_logits[occupied], places[occupied])
+            if num_frames > 1:
+                loss = loss + 0.5 * F.cross_entropy(second_logits[occupied], seconds[occupied])
+        if num_frames == 1:
+            rank_labels = ranks(scenes, height, width).to(device).flatten()
+            loss = loss + F.cross_entropy(rank_logits.flatten(0, 1), rank_labels, weight=RANK.to(device))
         else:
-            flash = torch.tensor([-1 if s.flash is None else s.flash for s in scenes], device=what.device)
-            bright = (seconds == flash[:, None]).long()
-            loss = loss + F.cross_entropy(lit.flatten(0, 1), bright.flatten(), weight=LIT.to(what.device))
+            flashes = [-1 if scene.flash is None else scene.flash for scene in scenes]
+            flash_labels = (seconds == torch.tensor(flashes, device=device)[:, None]).long().flatten()
+            loss = loss + F.cross_entropy(flash_logits.flatten(0, 1), flash_labels, weight=LIT.to(device))
         return WEIGHT * loss
 
     def step(self) -> None:

@@ -20,16 +20,17 @@ def optimizers(model: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]
 
     Each has two groups: the text part, and the vision tower (`tower` True), whose rate may be set apart.
     """
-    outer = ("embed_tokens", "lm_head", "patch_embed")
-    named = list(model.named_parameters())
-    inner = {n for n, p in named if p.ndim == 2 and not any(o in n for o in outer)}
+    outer_names = ("embed_tokens", "lm_head", "patch_embed")
+    parameters = list(model.named_parameters())
+    matrix_names = [name for name, parameter in parameters if parameter.ndim == 2]
+    inner_names = {name for name in matrix_names if not any(outer in name for outer in outer_names)}
 
     def groups(matrices: bool) -> list[dict[str, Any]]:
-        split = {
-            tower: [p for n, p in named if (n in inner) == matrices and ("visual" in n) == tower]
-            for tower in (False, True)
-        }
-        return [{"params": params, "tower": tower} for tower, params in split.items() if params]
+        by_part: dict[bool, list[torch.nn.Parameter]] = {False: [], True: []}
+        for name, parameter in parameters:
+            if (name in inner_names) == matrices:
+                by_part["visual" in name].append(parameter)
+        return [{"params": members, "tower": tower} for tower, members in by_part.items() if members]
 
     return [
         torch.optim.Muon(groups(True), lr=MUON * lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
@@ -39,8 +40,8 @@ def optimizers(model: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]
 
 def set_rate(opts: Iterable[torch.optim.Optimizer], lr: float, tower: float = 1.0) -> None:
     """Rate of all groups: `lr` for AdamW, `MUON` times that for Muon, times `tower` for the vision tower."""
-    for opt, factor in zip(opts, (MUON, 1.0)):
-        for group in opt.param_groups:
+    for optimizer, factor in zip(opts, (MUON, 1.0)):
+        for group in optimizer.param_groups:
             group["lr"] = lr * factor * (tower if group["tower"] else 1.0)
 
 
@@ -55,16 +56,21 @@ def save(
 
     side: a module that is trained beside the model and not part of it.
     """
-    data = {f"model/{k}": v.detach().float().cpu().contiguous() for k, v in model.state_dict().items()}
-    data |= {f"side/{k}": v.detach().float().cpu().contiguous() for k, v in (side.state_dict() if side else {}).items()}
-    for i, opt in enumerate(opts):
-        for j, slots in opt.state_dict()["state"].items():
-            for name, value in slots.items():
-                data[f"opt/{i}/{j}/{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    modules = {"model": model} if side is None else {"model": model, "side": side}
+    tensors: dict[str, torch.Tensor] = {}
+    for prefix, module in modules.items():
+        for key, tensor in module.state_dict().items():
+            tensors[f"{prefix}/{key}"] = tensor.detach().float().cpu().contiguous()
+    for optimizer_index, optimizer in enumerate(opts):
+        for parameter_index, moments in optimizer.state_dict()["state"].items():
+            for name, value in moments.items():
+                moment = torch.as_tensor(value).detach().cpu().contiguous()
+                tensors[f"opt/{optimizer_index}/{parameter_index}/{name}"] = moment
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    save_file({k: v.clone() for k, v in data.items()}, str(part), metadata={"counters": json.dumps(counters)})
-    os.replace(part, file)
+    partial_file = file.with_suffix(".part")
+    tensors = {key: tensor.clone() for key, tensor in tensors.items()}
+    save_file(tensors, str(partial_file), metadata={"counters": json.dumps(counters)})
+    os.replace(partial_file, file)
 
 
 def load(
@@ -75,22 +81,22 @@ def load(
 ) -> dict[str, Any]:
     """Restore what `save` wrote; returns the counters. A file without a side module leaves that as it is."""
     weights: dict[str, torch.Tensor] = {}
-    beside: dict[str, torch.Tensor] = {}
+    side_weights: dict[str, torch.Tensor] = {}
     moments: dict[str, torch.Tensor] = {}
     with safe_open(str(file), framework="pt") as handle:
         counters: dict[str, Any] = json.loads(handle.metadata()["counters"])
         for key in sorted(handle.keys()):
-            kind = {"model": weights, "side": beside}.get(key.split("/")[0], moments)
-            kind[key] = handle.get_tensor(key)
-    model.load_state_dict({k.removeprefix("model/"): v for k, v in weights.items()})
-    if side is not None and beside:
-        side.load_state_dict({k.removeprefix("side/"): v for k, v in beside.items()})
-    for i, opt in enumerate(opts):
-        current = opt.state_dict()
-        slots: dict[int, dict[str, torch.Tensor]] = {}
+            target = {"model": weights, "side": side_weights}.get(key.split("/")[0], moments)
+            target[key] = handle.get_tensor(key)
+    model.load_state_dict({k.removeprefix("model/"): tensor for k, tensor in weights.items()})
+    if side is not None and side_weights:
+        side.load_state_dict({k.removeprefix("side/"): tensor for k, tensor in side_weights.items()})
+    for optimizer_index, optimizer in enumerate(opts):
+        current = optimizer.state_dict()
+        parameter_moments: dict[int, dict[str, torch.Tensor]] = {}
         for key, value in moments.items():
-            _, which, index, name = key.split("/")
-            if int(which) == i:
-                slots.setdefault(int(index), {})[name] = value
-        opt.load_state_dict({"state": slots, "param_groups": current["param_groups"]})
+            _, owner_index, index, name = key.split("/")
+            if int(owner_index) == optimizer_index:
+                parameter_moments.setdefault(int(index), {})[name] = value
+        optimizer.load_state_dict({"state": parameter_moments, "param_groups": current["param_groups"]})
     return counters

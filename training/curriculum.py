@@ -92,10 +92,10 @@ CONVERSE_FROM = 142  # thousand rows
 
 def choose(step: int, progress: float, rows: int) -> Recipe | str:
     """The recipe of training step `step` after `rows` rows, at `progress` in [0, 1] of the time."""
-    recipes = next(r for upto, r in STAGES if rows < 1000 * upto)
+    recipes = next(recipe for last_rows, recipe in STAGES if rows < 1000 * last_rows)
     if rows < 1000 * CLIPS_FROM and progress > LATE:
         recipes = SHORT
-    return Rng(1, 1001, step).pick([r for r, _ in recipes], [w for _, w in recipes])
+    return Rng(1, 1001, step).pick([recipe for recipe, _ in recipes], [weight for _, weight in recipes])
 
 
 def plain(text: str) -> str:
@@ -117,21 +117,22 @@ def easy_questions(split: str = "train") -> tuple[torch.Tensor, list[Turns]] | N
     from PIL import Image
 
     questions, answers, owners = getattr(easy_vqa, f"get_{split}_questions")()
-    paths = dict(getattr(easy_vqa, f"get_{split}_image_paths")())
-    names = sorted(paths)
-    order = {k: i for i, k in enumerate(names)}
-    frames = torch.stack([torch.from_numpy(np.array(Image.open(paths[k]).convert("RGB"))) for k in names])[:, None]
-    asked: list[Turns] = [[] for _ in order]
-    for q, a, owner in zip(questions, answers, owners):
-        asked[order[int(owner)]].append((plain(q), a))
-    return frames, asked
+    image_paths = dict(getattr(easy_vqa, f"get_{split}_image_paths")())
+    image_names = sorted(image_paths)
+    index_of = {name: index for index, name in enumerate(image_names)}
+    pictures = [np.array(Image.open(image_paths[name]).convert("RGB")) for name in image_names]
+    frames = torch.from_numpy(np.stack(pictures))[:, None]
+    turns_of: list[Turns] = [[] for _ in index_of]
+    for question, answer, owner in zip(questions, answers, owners):
+        turns_of[index_of[int(owner)]].append((plain(question), answer))
+    return frames, turns_of
 
 
 def easy(step: int, rows: int = 32) -> tuple[torch.Tensor, list[Turns]] | None:
     """A batch of easy-VQA train pictures with all their questions in random order."""
-    data = easy_questions("train")
-    if data is None:
+    easy_split = easy_questions("train")
+    if easy_split is None:
         return None
     rng = Rng(1, 1002, step)
-    picked = [rng.n(len(data[0])) for _ in range(rows)]
-    return data[0][picked], [rng.shuffled(data[1][i]) for i in picked]
+    picked = [rng.n(len(easy_split[0])) for _ in range(rows)]
+    return easy_split[0][picked], [rng.shuffled(easy_split[1][index]) for index in picked]

@@ -1,4 +1,4 @@
-"""Train the draft to say what the target says: KL to the target's distribution, in part on its own captions."""
+"""Trains the draft on the target's next-token distributions: KL divergence, in part on the target's own captions."""
 
 from __future__ import annotations
 
@@ -33,21 +33,26 @@ def rate(step: int, progress: float) -> float:
 @torch.no_grad()
 def own_words(target: Any, frames: torch.Tensor, fps: float = 2.0, tokens: int = 96) -> list[str]:
     """The target's greedy captions of uint8 frames (B, T, H, W, 3)."""
-    video = frames.shape[1] > 1
-    batch = batches.tensors(target, frames, [[(CLIP if video else PICTURE, "yes")]] * len(frames), fps, frames.device)
-    asked = int((batch["labels"][0] >= 0).nonzero()[0])  # everything before the answer is the prompt
-    ids = batch["input_ids"][:, :asked]
-    media = {k: v for k, v in batch.items() if k.startswith(("pixel", "image", "video"))}
-    if video:
+    is_video = frames.shape[1] > 1
+    chats = [[(CLIP if is_video else PICTURE, "yes")]] * len(frames)
+    batch = batches.tensors(target, frames, chats, fps, frames.device)
+    prompt_length = int((batch["labels"][0] >= 0).nonzero()[0])  # everything before the answer is the prompt
+    prompt_ids = batch["input_ids"][:, :prompt_length]
+    media = {name: tensor for name, tensor in batch.items() if name.startswith(("pixel", "image", "video"))}
+    if is_video:
         media["second_per_grid_ts"] = torch.full((len(frames),), models.TEMPORAL / fps)
-    token = target.config.video_token_id if video else target.config.image_token_id
-    types = (ids == token).int() * (2 if video else 1)
+    media_token = target.config.video_token_id if is_video else target.config.image_token_id
+    token_types = (prompt_ids == media_token).int() * (2 if is_video else 1)
     target.model.rope_deltas = None
-    out = target.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=types, max_new_tokens=tokens, **media
+    generated = target.generate(
+        input_ids=prompt_ids,
+        attention_mask=torch.ones_like(prompt_ids),
+        mm_token_type_ids=token_types,
+        max_new_tokens=tokens,
+        **media,
     )
-    words: list[str] = batches.tokenizer().batch_decode(out[:, asked:], skip_special_tokens=True)
-    return words
+    captions: list[str] = batches.tokenizer().batch_decode(generated[:, prompt_length:], skip_special_tokens=True)
+    return captions
 
 
 def spaced(text: str) -> str:
@@ -58,13 +63,13 @@ def spaced(text: str) -> str:
 @torch.no_grad()
 def agreement(target: Any, draft: Any, frames: torch.Tensor, fps: float = 2.0) -> tuple[int, int]:
     """Tokens of the target's greedy captions that the draft would have said too, given those before: (same, all)."""
-    video = frames.shape[1] > 1
-    chats: list[Turns] = [[(CLIP if video else PICTURE, spaced(text))] for text in own_words(target, frames, fps)]
+    is_video = frames.shape[1] > 1
+    chats: list[Turns] = [[(CLIP if is_video else PICTURE, spaced(text))] for text in own_words(target, frames, fps)]
     batch = batches.tensors(target, frames, chats, fps, frames.device)
     labels = batch.pop("labels")[:, 1:]
-    guess = draft(**batch, use_cache=False).logits[:, :-1].argmax(-1)
-    asked = labels >= 0
-    return int(((guess == labels) & asked).sum()), int(asked.sum())
+    predicted = draft(**batch, use_cache=False).logits[:, :-1].argmax(-1)
+    is_answer = labels >= 0
+    return int(((predicted == labels) & is_answer).sum()), int(is_answer.sum())
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -76,16 +81,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     draft = models.draft_from(target).to(device).train()
     for model in (target, draft):
         model.set_attn_implementation("eager" if device.type == "cpu" else "sdpa")
-    opts = checkpoint.optimizers(draft, args.lr)
-    file, log = folder / "draft.safetensors", train.Log(folder / "draft.jsonl")
+    optimizers = checkpoint.optimizers(draft, args.lr)
+    file, run_log = folder / "draft.safetensors", train.Log(folder / "draft.jsonl")
     counters: dict[str, Any] = {"step": 0, "seconds": 0.0, "rows": 0}
     if args.resume and file.exists():
-        counters = checkpoint.load(file, draft, opts)
-    total, saved, losses = 60.0 * args.minutes, time.monotonic(), []
-    while counters["seconds"] < total and (args.steps is None or counters["step"] < args.steps):
-        begun, step = time.monotonic(), counters["step"]
+        counters = checkpoint.load(file, draft, optimizers)
+    total_seconds, last_saved, losses = 60.0 * args.minutes, time.monotonic(), []
+    while counters["seconds"] < total_seconds and (args.steps is None or counters["step"] < args.steps):
+        started, step = time.monotonic(), counters["step"]
         rng = Rng(1, 1003, step)
-        recipe = rng.pick([r for r, _ in RECIPES], [w for _, w in RECIPES])
+        recipe = rng.pick([r for r, _ in RECIPES], [weight for _, weight in RECIPES])
         frames, chats, _ = batches.make(recipe, 10_000_000 + step, device)
         if step % OWN == 0:  # on the target's own words, as the draft will meet them; they cost as much as four steps
             question = CLIP if recipe.seconds else PICTURE
@@ -94,31 +99,31 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         labels = batch.pop("labels")[:, 1:]
         with torch.autocast(device.type, torch.bfloat16):
             with torch.no_grad():
-                hidden = target.model(**batch, use_cache=False).last_hidden_state[:, :-1][labels >= 0]
-                wanted = F.log_softmax(target.lm_head(hidden).float(), -1)
-            hidden = draft.model(**batch, use_cache=False).last_hidden_state[:, :-1][labels >= 0]
-            said = F.log_softmax(draft.lm_head(hidden).float(), -1)
-        loss = F.kl_div(said, wanted, reduction="batchmean", log_target=True)
+                hidden_states = target.model(**batch, use_cache=False).last_hidden_state[:, :-1][labels >= 0]
+                target_logprobs = F.log_softmax(target.lm_head(hidden_states).float(), -1)
+            hidden_states = draft.model(**batch, use_cache=False).last_hidden_state[:, :-1][labels >= 0]
+            draft_logprobs = F.log_softmax(draft.lm_head(hidden_states).float(), -1)
+        loss = F.kl_div(draft_logprobs, target_logprobs, reduction="batchmean", log_target=True)
         loss.backward()
-        share = rate(step, counters["seconds"] / total)
-        checkpoint.set_rate(opts, args.lr * share)
+        rate_share = rate(step, counters["seconds"] / total_seconds)
+        checkpoint.set_rate(optimizers, args.lr * rate_share)
         torch.nn.utils.clip_grad_norm_(draft.parameters(), 1.0)
-        for opt in opts:
-            opt.step()
-            opt.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         counters["step"] += 1
         counters["rows"] += len(frames)
-        counters["seconds"] += min(time.monotonic() - begun, 60.0)
+        counters["seconds"] += min(time.monotonic() - started, 60.0)
         losses.append(float(loss.detach()))
-        log.bar(counters["seconds"] / total, f"step {counters['step']} kl {losses[-1]:.3f}")
+        run_log.bar(counters["seconds"] / total_seconds, f"step {counters['step']} kl {losses[-1]:.3f}")
         if counters["step"] % 10 == 0:
-            same = float((said.argmax(-1) == wanted.argmax(-1)).float().mean())
-            log.write(
-                step=counters["step"], seconds=round(counters["seconds"]), kl=sum(losses) / len(losses), same=same
+            agreed = float((draft_logprobs.argmax(-1) == target_logprobs.argmax(-1)).float().mean())
+            run_log.write(
+                step=counters["step"], seconds=round(counters["seconds"]), kl=sum(losses) / len(losses), same=agreed
             )
             losses.clear()
-        if time.monotonic() - saved > 60:
-            checkpoint.save(file, draft, opts, counters)
-            saved = time.monotonic()
-    checkpoint.save(file, draft, opts, counters)
+        if time.monotonic() - last_saved > 60:
+            checkpoint.save(file, draft, optimizers, counters)
+            last_saved = time.monotonic()
+    checkpoint.save(file, draft, optimizers, counters)
     return counters

@@ -30,28 +30,30 @@ def kind_row(model: Any, kind: str, limit: int, **options: Any) -> dict[str, Any
     """Accuracy of one kind on `limit` held-out questions."""
     if kind in ("needle", "caption"):
         limit = max(1, limit // 2)
-    right = blank = held_right = held = seen_right = seen = 0
+    num_right = num_blank = heldout_right = num_heldout = known_right = num_known = 0
     answers: Counter[str] = Counter()
-    cpu = torch.device("cpu")
-    for i in range(0, limit, 20):
-        items = [world.sample(kind, 900_000 + j, "test", **options) for j in range(i, min(limit, i + 20))]
-        hits, _ = teacher_forced(model, items, cpu)
-        blind, _ = teacher_forced(model, items, cpu, blank=True)
-        right, blank = right + sum(hits), blank + sum(blind)
-        answers.update(s.answer for s in items)
-        held_right += sum(h for h, s in zip(hits, items) if s.meta["asked_heldout"])
-        held += sum(s.meta["asked_heldout"] for s in items)
-        seen_right += sum(h for h, s in zip(hits, items) if not s.meta["heldout"])
-        seen += sum(not s.meta["heldout"] for s in items)
+    device = torch.device("cpu")
+    for start in range(0, limit, 20):
+        items = [
+            world.sample(kind, 900_000 + number, "test", **options) for number in range(start, min(limit, start + 20))
+        ]
+        hits, _ = teacher_forced(model, items, device)
+        blank_hits, _ = teacher_forced(model, items, device, blank=True)
+        num_right, num_blank = num_right + sum(hits), num_blank + sum(blank_hits)
+        answers.update(sample.answer for sample in items)
+        heldout_right += sum(was_right for was_right, sample in zip(hits, items) if sample.meta["asked_heldout"])
+        num_heldout += sum(sample.meta["asked_heldout"] for sample in items)
+        known_right += sum(was_right for was_right, sample in zip(hits, items) if not sample.meta["heldout"])
+        num_known += sum(not sample.meta["heldout"] for sample in items)
     return {
         "name": kind,
         "params": {"questions": limit, **options},
         "metrics": {
-            "accuracy": right / limit,
-            "blank": blank / limit,
+            "accuracy": num_right / limit,
+            "blank": num_blank / limit,
             "majority": answers.most_common(1)[0][1] / limit,
-            "heldout_pairs": held_right / held if held else None,
-            "seen_pairs": seen_right / seen if seen else None,
+            "heldout_pairs": heldout_right / num_heldout if num_heldout else None,
+            "seen_pairs": known_right / num_known if num_known else None,
         },
     }
 
@@ -59,11 +61,12 @@ def kind_row(model: Any, kind: str, limit: int, **options: Any) -> dict[str, Any
 def caption_row(target: Any, draft: Any | None, limit: int, seconds: int) -> dict[str, Any]:
     """Facts in generated captions, with the frames grey too, and the draft's agreement with the target per token."""
     totals: dict[str, float] = defaultdict(float)
-    for i in range(0, limit, 25):
+    for start in range(0, limit, 25):
         items = [
-            world.sample("caption", 900_000 + j, "test", seconds=seconds or None) for j in range(i, min(limit, i + 25))
+            world.sample("caption", 900_000 + number, "test", seconds=seconds or None)
+            for number in range(start, min(limit, start + 25))
         ]
-        frames = torch.stack([s.frames for s in items])
+        frames = torch.stack([sample.frames for sample in items])
         for item, text in zip(items, distillation.own_words(target, frames)):
             assert item.facts is not None
             for key, value in world.score_caption(text, item.facts).items():
@@ -72,10 +75,10 @@ def caption_row(target: Any, draft: Any | None, limit: int, seconds: int) -> dic
             assert item.facts is not None
             totals["blank"] += world.score_caption(text, item.facts)["f1"]
         if draft is not None:
-            same, asked = distillation.agreement(target, draft, frames)
-            totals["same"] += same
-            totals["asked"] += asked
-    metrics = {k: totals[k] / limit for k in ("precision", "recall", "f1", "blank")}
+            num_same, num_tokens = distillation.agreement(target, draft, frames)
+            totals["same"] += num_same
+            totals["asked"] += num_tokens
+    metrics = {metric: totals[metric] / limit for metric in ("precision", "recall", "f1", "blank")}
     if draft is not None:
         metrics["draft_agreement"] = totals["same"] / totals["asked"]
     name = "caption (clips)" if seconds else "caption (pictures)"
@@ -84,22 +87,29 @@ def caption_row(target: Any, draft: Any | None, limit: int, seconds: int) -> dic
 
 def easy_row(model: Any, limit: int) -> dict[str, Any] | None:
     """The easy-VQA test split (never trained on); None when the package is missing."""
-    data = curriculum.easy_questions("test")
-    if data is None:
+    easy_split = curriculum.easy_questions("test")
+    if easy_split is None:
         return None
-    frames, asked = data
-    pairs = [(i, q, a) for i, turns in enumerate(asked) for q, a in turns]
+    frames, turns_of = easy_split
+    pairs = [(picture, *pair) for picture, picture_turns in enumerate(turns_of) for pair in picture_turns]
     stride = max(1, len(pairs) // limit)
-    pairs, right, blank = pairs[::stride], 0, 0
-    for k in range(0, len(pairs), 64):
-        items = [world.Sample(frames[i], 2.0, False, q, a) for i, q, a in pairs[k : k + 64]]
-        right += sum(teacher_forced(model, items, torch.device("cpu"))[0])
-        blank += sum(teacher_forced(model, items, torch.device("cpu"), blank=True)[0])
-    common = Counter(a for _, _, a in pairs).most_common(1)[0][1]
+    pairs, num_right, num_blank = pairs[::stride], 0, 0
+    for start in range(0, len(pairs), 64):
+        items = [
+            world.Sample(frames[picture], 2.0, False, question, answer)
+            for picture, question, answer in pairs[start : start + 64]
+        ]
+        num_right += sum(teacher_forced(model, items, torch.device("cpu"))[0])
+        num_blank += sum(teacher_forced(model, items, torch.device("cpu"), blank=True)[0])
+    most_common = Counter(answer for _, _, answer in pairs).most_common(1)[0][1]
     return {
         "name": "easy-vqa",
         "params": {"questions": len(pairs)},
-        "metrics": {"accuracy": right / len(pairs), "blank": blank / len(pairs), "majority": common / len(pairs)},
+        "metrics": {
+            "accuracy": num_right / len(pairs),
+            "blank": num_blank / len(pairs),
+            "majority": most_common / len(pairs),
+        },
     }
 
 
@@ -120,14 +130,15 @@ def evaluate(limit: int, easy: int, sizes: bool) -> dict[str, Any]:
     for seconds in (0, 8):
         rows.append(caption_row(target, draft, max(1, limit // 2), seconds))
         print(rows[-1], flush=True)
-    found = easy_row(target, easy) if easy else None
-    rows += [found] if found else []
+    easy_vqa = easy_row(target, easy) if easy else None
+    rows += [easy_vqa] if easy_vqa else []
     if sizes:
         for size in (96, 128, 256, 512):
-            many = max(1, limit // (4 if size < 200 else 10))
-            rows += [kind_row(target, kind, many, size=size) for kind in ("colour", "location")]
+            num_questions = max(1, limit // (4 if size < 200 else 10))
+            rows += [kind_row(target, kind, num_questions, size=size) for kind in ("colour", "location")]
             print(rows[-2:], flush=True)
-    count = {n: sum(p.numel() for p in m.parameters()) for n, m in (("target", target), ("draft", draft)) if m}
+    loaded = {"target": target} if draft is None else {"target": target, "draft": draft}
+    num_parameters = {name: sum(map(torch.numel, model.parameters())) for name, model in loaded.items()}
     return {
         "task": "pocket",
         "versions": {
@@ -136,7 +147,7 @@ def evaluate(limit: int, easy: int, sizes: bool) -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "hardware": {"device": "cpu", "cores": torch.get_num_threads(), "dtype": "float32"},
-        "config": {"limit": limit, "parameters": count, "weights": path("target").rsplit("/", 3)[-3:]},
+        "config": {"limit": limit, "parameters": num_parameters, "weights": path("target").rsplit("/", 3)[-3:]},
         "seed": 900_000,
         "repeats": 1,
         "rows": rows,
@@ -149,48 +160,54 @@ def table(result: dict[str, Any]) -> str:
     def show(value: float | None) -> str:
         return "" if value is None else f"{100 * value:.1f}"
 
-    names = ("correct %", "pixels grey %", "commonest answer %", "only known pairs in view %", "asked of a new pair %")
-    lines = [f"| kind | questions | {' | '.join(names)} |", "|---" * (2 + len(names)) + "|"]
+    headings = (
+        "correct %",
+        "pixels grey %",
+        "commonest answer %",
+        "only known pairs in view %",
+        "asked of a new pair %",
+    )
+    lines = [f"| kind | questions | {' | '.join(headings)} |", "|---" * (2 + len(headings)) + "|"]
     for row in result["rows"]:
-        m, size = row["metrics"], row["params"].get("size")
+        metrics, size = row["metrics"], row["params"].get("size")
         name = row["name"] + (f" at {size} px ({size * size // 256} tokens)" if size else "")
-        main = m.get("accuracy", m.get("f1"))
-        name += " fact F1" if "f1" in m else ""
-        cells = [show(main), show(m["blank"]), show(m.get("majority"))]
-        cells += [show(m.get("seen_pairs")), show(m.get("heldout_pairs"))]
+        accuracy = metrics.get("accuracy", metrics.get("f1"))
+        name += " fact F1" if "f1" in metrics else ""
+        cells = [show(accuracy), show(metrics["blank"]), show(metrics.get("majority"))]
+        cells += [show(metrics.get("seen_pairs")), show(metrics.get("heldout_pairs"))]
         lines.append(f"| {name} | {row['params']['questions']} | {' | '.join(cells)} |")
     for row in result["rows"]:
         if "draft_agreement" in row["metrics"]:
-            share = show(row["metrics"]["draft_agreement"])
+            agreement = show(row["metrics"]["draft_agreement"])
             lines.append(
-                f"| draft agreement per token, {row['name']} | {row['params']['questions']} | {share} | | | | |"
+                f"| draft agreement per token, {row['name']} | {row['params']['questions']} | {agreement} | | | | |"
             )
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
-    p = argparse.ArgumentParser(prog="python -m training.evaluate", description=__doc__)
-    p.add_argument("--limit", type=int, default=1000, help="questions per kind")
-    p.add_argument("--easy", type=int, default=10_000, help="easy-VQA test questions (0: none)")
-    p.add_argument("--sizes", action="store_true", help="colour and location at larger sizes too")
-    p.add_argument("--out", default=None, help="JSON file")
-    p.add_argument("--card", action="store_true", help="put the table into the model card")
-    p.add_argument("--threads", type=int, default=None)
-    args = p.parse_args(argv)
+    parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=__doc__)
+    parser.add_argument("--limit", type=int, default=1000, help="questions per kind")
+    parser.add_argument("--easy", type=int, default=10_000, help="easy-VQA test questions (0: none)")
+    parser.add_argument("--sizes", action="store_true", help="colour and location at larger sizes too")
+    parser.add_argument("--out", default=None, help="JSON file")
+    parser.add_argument("--card", action="store_true", help="put the table into the model card")
+    parser.add_argument("--threads", type=int, default=None)
+    args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    begun = time.monotonic()
+    started = time.monotonic()
     result = evaluate(args.limit, args.easy, args.sizes)
     result["command"] = "python -m training.evaluate " + " ".join(argv or __import__("sys").argv[1:])
-    result["seconds"] = round(time.monotonic() - begun)
+    result["seconds"] = round(time.monotonic() - started)
     if args.out:
         Path(args.out).write_text(json.dumps(result, indent=1))
     print(table(result))
     if args.card:
-        text = CARD.read_text()
-        body = f"{BEGIN}\n`{result['command']}`\n\n{table(result)}\n{END}"
-        CARD.write_text(re.sub(re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: body, text, flags=re.S))
+        card_text = CARD.read_text()
+        new_table = f"{BEGIN}\n`{result['command']}`\n\n{table(result)}\n{END}"
+        CARD.write_text(re.sub(re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: new_table, card_text, flags=re.S))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Teach the words of a question to find what they name: a side task on the text's hidden states, in training only.
+"""Trains the words of a question to find what they name: an auxiliary loss on the text's hidden states.
 
-An answer tells once per question whether a "red circle" was looked up rightly, and of "is there a red circle ?" it
-tells one bit that nothing but the whole search explains: presence stayed at chance for 35,000 rows. This tells it at
-every mention. At each colour or shape word of a question, and where it names a second or the flash, a throw-away reader
-after text layer `LAYER` says how many objects are meant and, where it is one, its place, colour, shape, way, when it
+An answer supervises once per question whether a "red circle" was found, and "is there a red circle ?" gives one bit
+only: presence stayed at chance for 35,000 rows. This loss supervises every mention. At each colour or shape word of a
+question, and where it names a second or the flash, a linear reader, used in training only, predicts from text layer
+`LAYER` how many objects are meant and, where it is one, its place, colour, shape, way, when it
 comes and how often it blinks; and where it asks for a number, which.
 """
 
@@ -39,11 +39,11 @@ OF_OBJECTS = len(KINDS) - CHARACTERS
 @lru_cache(maxsize=1)
 def _words() -> dict[int, tuple[str, str]]:
     """Token id -> (colour, "") or ("", shape); plurals name the shape too."""
-    out = {batches.ids_of(c)[0]: (c, "") for c in COLOUR_NAMES}
+    named = {batches.ids_of(colour)[0]: (colour, "") for colour in COLOUR_NAMES}
     for shape in FORMS:
         plural = shape + ("es" if shape == "cross" else "s")
-        out |= {ids[0]: ("", shape) for ids in (batches.ids_of(shape), batches.ids_of(plural)) if len(ids) == 1}
-    return out
+        named |= {ids[0]: ("", shape) for ids in (batches.ids_of(shape), batches.ids_of(plural)) if len(ids) == 1}
+    return named
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,18 @@ class Mention:
     def objects(self, scene: Scene) -> list[Obj]:
         """The objects of the scene that are meant."""
         if self.second is not None:
-            at = scene.flash if self.second < 0 else self.second
-            brief = self.second < 0  # the flash is asked about what shows up with it and goes
-            found = [o for o in scene.objects if o.t_in == at and o.t_in >= 1 and (o.t_out == o.t_in + 1 or not brief)]
+            start_second = scene.flash if self.second < 0 else self.second
+            only_brief = self.second < 0  # the flash is asked about what shows up with it and goes
+            arriving = [obj for obj in scene.objects if obj.t_in == start_second and obj.t_in >= 1]
+            matching = [obj for obj in arriving if obj.t_out == obj.t_in + 1 or not only_brief]
         else:
-            found = [o for o in scene.objects if self.colour in ("", o.colour) and self.shape in ("", o.shape)]
+            matching = [
+                obj for obj in scene.objects if self.colour in ("", obj.colour) and self.shape in ("", obj.shape)
+            ]
         if self.shape == NEEDLE or (self.colour and self.shape):
-            return found
-        return [o for o in found if o.shape != NEEDLE]  # counts, times and lone attributes are of ordinary objects
+            return matching
+        # counts, times and lone attributes are of ordinary objects
+        return [obj for obj in matching if obj.shape != NEEDLE]
 
 
 def meant(ids: list[int], asked: list[bool]) -> list[Mention]:
@@ -76,44 +80,46 @@ def meant(ids: list[int], asked: list[bool]) -> list[Mention]:
     ids: token ids; asked: is the token part of a question? At a colour only the colour is known, at a shape after it
     both are; a number after "second" is a time at its last digit.
     """
-    words, numbers, out = _words(), _digits(), []
-    second, flashes, number = (batches.ids_of(w)[0] for w in ("second", "flashes", "number"))
-    run = ""  # the digits after "second" so far
-    for i, token in enumerate(ids):
-        if not asked[i]:
+    words, digit_ids, mentions = _words(), _digits(), []
+    second, flashes, number = (batches.ids_of(word)[0] for word in ("second", "flashes", "number"))
+    second_digits = ""  # the digits after "second" so far
+    for column, token in enumerate(ids):
+        if not asked[column]:
             continue
         if token in words:
             colour, shape = words[token]
-            if shape and i and asked[i - 1]:
-                colour = words.get(ids[i - 1], ("", ""))[0]
-            out.append(Mention(i, colour, shape))
+            if shape and column and asked[column - 1]:
+                colour = words.get(ids[column - 1], ("", ""))[0]
+            mentions.append(Mention(column, colour, shape))
         elif token == flashes:
-            out.append(Mention(i, second=-1))
+            mentions.append(Mention(column, second=-1))
         elif token == number:
-            out.append(Mention(i, number=True))
-        if token in numbers and i and (run or ids[i - 1] == second):
-            run += numbers[token]
-            if i + 1 == len(ids) or ids[i + 1] not in numbers:
-                out.append(Mention(i, second=int(run)))
+            mentions.append(Mention(column, number=True))
+        if token in digit_ids and column and (second_digits or ids[column - 1] == second):
+            second_digits += digit_ids[token]
+            if column + 1 == len(ids) or ids[column + 1] not in digit_ids:
+                mentions.append(Mention(column, second=int(second_digits)))
         else:
-            run = ""
-    return out
+            second_digits = ""
+    return mentions
 
 
 @lru_cache(maxsize=1)
 def _digits() -> dict[int, str]:
-    return {batches.ids_of(d)[0]: d for d in "0123456789"}
+    return {batches.ids_of(digit)[0]: digit for digit in "0123456789"}
 
 
 def label(mention: Mention, scene: Scene) -> list[int]:
     """What is true of the objects that are meant, in the order of `KINDS`."""
     if mention.number:
-        written = next((t.string for t in scene.texts if t.string.isdigit()), None)
-        known = [OPEN] * CHARACTERS if written is None else [GLYPHS.index(c) for c in written.ljust(CHARACTERS)]
-        return [*[OPEN] * OF_OBJECTS, *known]
-    found = mention.objects(scene)
-    about = _about(found[0]) if len(found) == 1 else [OPEN] * (OF_OBJECTS - 1)
-    return [min(len(found), MOST), *about, *[OPEN] * CHARACTERS]
+        numbers = [text.string for text in scene.texts if text.string.isdigit()]
+        character_labels = [OPEN] * CHARACTERS
+        if numbers:
+            character_labels = [GLYPHS.index(character) for character in numbers[0].ljust(CHARACTERS)]
+        return [*[OPEN] * OF_OBJECTS, *character_labels]
+    meant_objects = mention.objects(scene)
+    object_labels = _about(meant_objects[0]) if len(meant_objects) == 1 else [OPEN] * (OF_OBJECTS - 1)
+    return [min(len(meant_objects), MOST), *object_labels, *[OPEN] * CHARACTERS]
 
 
 def _about(obj: Obj) -> list[int]:
@@ -125,24 +131,27 @@ def _about(obj: Obj) -> list[int]:
 
 def reader(width: int) -> torch.nn.Module:
     """The throw-away reader of hidden states (..., width)."""
-    return torch.nn.Sequential(torch.nn.RMSNorm(width), torch.nn.Linear(width, sum(n for n, _ in KINDS.values())))
+    num_classes = sum(count for count, _ in KINDS.values())
+    return torch.nn.Sequential(torch.nn.RMSNorm(width), torch.nn.Linear(width, num_classes))
 
 
 def loss(read: torch.nn.Module, hidden: Tensor, ids: Tensor, labels: Tensor, scenes: Sequence[Scene]) -> Tensor:
     """Loss on hidden states (B, S, D) of chats `ids` (B, S) about `scenes`; `labels` (B, S) are -100 in questions."""
-    where: list[tuple[int, int]] = []
-    true: list[list[int]] = []
-    for row, (tokens, answers, scene) in enumerate(zip(ids.tolist(), labels.tolist(), scenes)):
-        for mention in meant(tokens, [a < 0 for a in answers]):
-            where.append((row, mention.column))
-            true.append(label(mention, scene))
-    if not where:
+    positions: list[tuple[int, int]] = []
+    mention_labels: list[list[int]] = []
+    for row_index, (tokens, answers, scene) in enumerate(zip(ids.tolist(), labels.tolist(), scenes)):
+        for mention in meant(tokens, [answer_label < 0 for answer_label in answers]):
+            positions.append((row_index, mention.column))
+            mention_labels.append(label(mention, scene))
+    if not positions:
         return hidden.new_zeros(())
-    at, what = torch.tensor(where, device=hidden.device), torch.tensor(true, device=hidden.device)
-    parts = read(hidden[at[:, 0], at[:, 1]].float()).split([n for n, _ in KINDS.values()], -1)
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for i, (logits, (_, weight)) in enumerate(zip(parts, KINDS.values())):
-        known = what[:, i] != OPEN
+    label_tensor = torch.tensor(mention_labels, device=hidden.device)
+    row_indices, columns = torch.tensor(positions, device=hidden.device).unbind(1)
+    num_classes = [count for count, _ in KINDS.values()]
+    predicted = read(hidden[row_indices, columns].float()).split(num_classes, -1)
+    total_loss = hidden.new_zeros((), dtype=torch.float32)
+    for kind_index, (logits, (_, weight)) in enumerate(zip(predicted, KINDS.values())):
+        known = label_tensor[:, kind_index] != OPEN
         if bool(known.any()):
-            total = total + weight * F.cross_entropy(logits[known], what[known, i])
-    return WEIGHT * total
+            total_loss = total_loss + weight * F.cross_entropy(logits[known], label_tensor[known, kind_index])
+    return WEIGHT * total_loss

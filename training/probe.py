@@ -26,8 +26,8 @@ class Probe:
     def samples(self, kind: str) -> list[world.Sample]:
         """The questions of one kind."""
         if kind not in self._kept:
-            many = max(1, int(self.count * _COST.get(kind, 1.0)))
-            self._kept[kind] = [world.sample(kind, 500_000 + i, "test") for i in range(many)]
+            num_questions = max(1, int(self.count * _COST.get(kind, 1.0)))
+            self._kept[kind] = [world.sample(kind, 500_000 + number, "test") for number in range(num_questions)]
         return self._kept[kind]
 
     @torch.no_grad()
@@ -38,20 +38,21 @@ class Probe:
             if self.count
             else []
         )
-        was, result = model.training, {}
+        was_training, result = model.training, {}
         model.eval()
         for kind in kinds:
-            right = total = 0
+            num_right = num_total = 0
             items = self.samples(kind)
-            for i in range(0, len(items), 32):
-                part = items[i : i + 32]
-                hits, tokens = teacher_forced(model, part, device, fast=True)
+            for start in range(0, len(items), 32):
+                batch_items = items[start : start + 32]
+                hits, tokens = teacher_forced(model, batch_items, device, fast=True)
                 if kind == "caption":
-                    right, total = right + sum(tokens), total + sum(len(batches.ids_of(s.answer)) + 1 for s in part)
+                    num_right += sum(tokens)
+                    num_total += sum(len(batches.ids_of(item.answer)) + 1 for item in batch_items)
                 else:
-                    right, total = right + sum(hits), total + len(part)
-            result[kind] = round(right / total, 3)
-        model.train(was)
+                    num_right, num_total = num_right + sum(hits), num_total + len(batch_items)
+            result[kind] = round(num_right / num_total, 3)
+        model.train(was_training)
         return result
 
 
@@ -60,17 +61,18 @@ def teacher_forced(
     model: Any, items: list[world.Sample], device: torch.device, blank: bool = False, fast: bool = False
 ) -> tuple[list[bool], list[int]]:
     """For samples of one frame shape: is each answer exactly the greedy one, and how many of its tokens are."""
-    frames = torch.stack([s.frames for s in items]).to(device)
+    frames = torch.stack([item.frames for item in items]).to(device)
     if blank:
         frames = torch.full_like(frames, 127)
-    chats = [[*s.before, (s.question, s.answer)] for s in items]
+    chats = [[*item.before, (item.question, item.answer)] for item in items]
     batch = batches.tensors(model, frames, chats, items[0].fps, device)
     labels = batch.pop("labels")
-    speaks = batch["input_ids"] == batches.ids_of("assistant")[0]
-    last = speaks.shape[1] - 1 - speaks.flip(1).int().argmax(1)  # where the turn that counts begins to be answered
-    labels[torch.arange(labels.shape[1], device=labels.device) < last[:, None]] = -100
+    is_assistant = batch["input_ids"] == batches.ids_of("assistant")[0]
+    # where the answer of the last turn begins
+    last_answer = is_assistant.shape[1] - 1 - is_assistant.flip(1).int().argmax(1)
+    labels[torch.arange(labels.shape[1], device=labels.device) < last_answer[:, None]] = -100
     with torch.autocast(device.type, torch.bfloat16, enabled=fast):
-        guess = model(**batch, use_cache=False).logits[:, :-1].argmax(-1)
-    asked = labels[:, 1:] >= 0
-    good = (guess == labels[:, 1:]) & asked
-    return (good.sum(1) == asked.sum(1)).tolist(), good.sum(1).tolist()
+        predicted = model(**batch, use_cache=False).logits[:, :-1].argmax(-1)
+    is_answer = labels[:, 1:] >= 0
+    is_right = (predicted == labels[:, 1:]) & is_answer
+    return (is_right.sum(1) == is_answer.sum(1)).tolist(), is_right.sum(1).tolist()

@@ -53,12 +53,12 @@ def loss_of(
     A batch with few answer tokens is noisy, so its gradient counts less (by the square root of the count).
     """
     labels = batch["labels"][:, 1:]
-    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     with torch.autocast(labels.device.type, torch.bfloat16):
         hidden = model.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
         logits = model.lm_head(hidden[labels >= 0]).float()
-    mean = F.cross_entropy(logits, labels[labels >= 0], weight=_emphasis(logits.shape[-1], logits.device))
-    return mean * min(1.0, (len(logits) / reference) ** 0.5), mean.detach(), logits
+    mean_loss = F.cross_entropy(logits, labels[labels >= 0], weight=_emphasis(logits.shape[-1], logits.device))
+    return mean_loss * min(1.0, (len(logits) / reference) ** 0.5), mean_loss.detach(), logits
 
 
 def data(
@@ -67,9 +67,9 @@ def data(
     """The batch of one training step, its scenes (none for easy-VQA) and its chats."""
     recipe = curriculum.choose(step, progress, rows)
     if isinstance(recipe, str):
-        got = curriculum.easy(step)
-        if got is not None:
-            return batches.tensors(model, got[0].to(device), got[1], device=device, apart=True), [], []
+        easy_batch = curriculum.easy(step)
+        if easy_batch is not None:
+            return batches.tensors(model, easy_batch[0].to(device), easy_batch[1], device=device, apart=True), [], []
         recipe = curriculum.FEW  # easy-VQA is not installed: one more batch of our own
     frames, chats, scenes = batches.make(recipe, step, device)
     # now and then as one conversation, so that an answer given before is not taken for the one that is asked for
@@ -87,12 +87,13 @@ class Log:
     def write(self, **record: Any) -> None:
         with self.file.open("a") as handle:
             handle.write(json.dumps(record) + "\n")
-        print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in record.items()), flush=True)
+        shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in record.items()}
+        print(" ".join(f"{key}={value}" for key, value in shown.items()), flush=True)
 
     def bar(self, progress: float, text: str) -> None:
         if self.tty:
-            done = int(30 * min(1.0, progress))
-            print(f"\r[{'#' * done}{'.' * (30 - done)}] {text}", end="", file=sys.stderr, flush=True)
+            filled = int(30 * min(1.0, progress))
+            print(f"\r[{'#' * filled}{'.' * (30 - filled)}] {text}", end="", file=sys.stderr, flush=True)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -108,79 +109,79 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model = models.start(args.start).to(device)
     # plain matmul attention: on the CPU the fused kernel's backward is several times slower at these short lengths
     model.set_attn_implementation("eager" if device.type == "cpu" else "sdpa")
-    opts, insight = checkpoint.optimizers(model, args.lr), Insight(model, device, args.lr)
-    finding = Finding(model)
-    every = [*opts, insight.opt]
+    optimizers, change_task = checkpoint.optimizers(model, args.lr), Insight(model, device, args.lr)
+    retrieval_task = Finding(model)
+    all_optimizers = [*optimizers, change_task.opt]
     file = folder / "target.safetensors"
     counters: dict[str, Any] = {"step": 0, "seconds": 0.0, "rows": args.rows}
     if args.resume and file.exists():
-        counters = checkpoint.load(file, model, every, insight.reader)
+        counters = checkpoint.load(file, model, all_optimizers, change_task.reader)
     if args.compile:  # one compilation serves all layers and lengths
         torch._dynamo.config.cache_size_limit = 64
-        for i, layer in enumerate(model.model.language_model.layers):
-            if i not in LISTENED:
+        for layer_index, layer in enumerate(model.model.language_model.layers):
+            if layer_index not in LISTENED:
                 layer.compile(dynamic=True)
-    log, probe = Log(folder / "target.jsonl"), Probe(args.probe)
-    done = counters.get("eyes", 0.0)
-    if done < args.eyes:
+    run_log, probe = Log(folder / "target.jsonl"), Probe(args.probe)
+    eyes_minutes = counters.get("eyes", 0.0)
+    if eyes_minutes < args.eyes:
         vision_pretraining.VisionReader(model, device).train(
-            60 * (args.eyes - done), args.lr, log, offset=round(done * 1_000_000)
+            60 * (args.eyes - eyes_minutes), args.lr, run_log, offset=round(eyes_minutes * 1_000_000)
         )
         counters["eyes"] = args.eyes
-        checkpoint.save(file, model, every, counters, insight.reader)
-    total, saved, probed = 60.0 * args.minutes, time.monotonic(), counters["seconds"]
+        checkpoint.save(file, model, all_optimizers, counters, change_task.reader)
+    total_seconds, last_saved, last_probed = 60.0 * args.minutes, time.monotonic(), counters["seconds"]
     model.train()
-    running: list[float] = []
-    sought = 0.0
-    while counters["seconds"] < total and (args.steps is None or counters["step"] < args.steps):
-        begun, progress = time.monotonic(), counters["seconds"] / total
+    recent_losses: list[float] = []
+    retrieval_value = 0.0
+    while counters["seconds"] < total_seconds and (args.steps is None or counters["step"] < args.steps):
+        started, progress = time.monotonic(), counters["seconds"] / total_seconds
         models.set_depth(model, models.GROW_FROM if progress < args.grow else models.TEXT_LAYERS["target"])
-        # frozen eyes: cheaper steps, and words that need not chase them
+        # a frozen tower at first: cheaper steps, and the text layers learn on stable features
         model.model.visual.requires_grad_(progress >= args.thaw)
         batch, scenes, chats = data(model, counters["step"], progress, counters["rows"], device)
-        share = rate(counters["step"], progress)
-        checkpoint.set_rate(opts, args.lr * share, TOWER)
-        loss, mean, _ = loss_of(model, batch)
+        rate_share = rate(counters["step"], progress)
+        checkpoint.set_rate(optimizers, args.lr * rate_share, TOWER)
+        loss, mean_loss, _ = loss_of(model, batch)
         if scenes:
-            grid = next(v for k, v in batch.items() if k.endswith("grid_thw"))[0].tolist()
-            side = (grid[0], grid[1] // models.MERGE, grid[2] // models.MERGE)
-            loss = loss + insight.loss(scenes, side, batches.VISUAL_FROM, batch["input_ids"], batch["labels"])
-            found = finding.loss(scenes, chats, side, batches.VISUAL_FROM)
-            loss, sought = loss + found, float(found.detach())
+            grid = next(value for key, value in batch.items() if key.endswith("grid_thw"))[0].tolist()
+            token_grid = (grid[0], grid[1] // models.MERGE, grid[2] // models.MERGE)
+            loss = loss + change_task.loss(scenes, token_grid, batches.VISUAL_FROM, batch["input_ids"], batch["labels"])
+            retrieval_part = retrieval_task.loss(scenes, chats, token_grid, batches.VISUAL_FROM)
+            loss, retrieval_value = loss + retrieval_part, float(retrieval_part.detach())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for opt in opts:
-            opt.step()
-            opt.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         if scenes:
-            insight.step()
+            change_task.step()
         counters["step"] += 1
         counters["rows"] += len(batch["labels"])
-        counters["seconds"] += min(time.monotonic() - begun, 30.0)  # longer than that was a pause
-        running.append(float(mean))
-        log.bar(progress, f"step {counters['step']} loss {running[-1]:.3f}")
+        counters["seconds"] += min(time.monotonic() - started, 30.0)  # longer than that was a pause
+        recent_losses.append(float(mean_loss))
+        run_log.bar(progress, f"step {counters['step']} loss {recent_losses[-1]:.3f}")
         if counters["step"] % 20 == 0:
-            log.write(
+            run_log.write(
                 step=counters["step"],
                 rows=counters["rows"],
                 seconds=round(counters["seconds"]),
-                lr=share * args.lr,
-                loss=sum(running) / len(running),
-                finding=sought,
+                lr=rate_share * args.lr,
+                loss=sum(recent_losses) / len(recent_losses),
+                finding=retrieval_value,
                 clock=time.strftime("%H:%M:%S"),
             )
-            running.clear()
-        if counters["seconds"] - probed > 60 * args.probe_minutes:
-            probed = counters["seconds"]
-            log.write(
+            recent_losses.clear()
+        if counters["seconds"] - last_probed > 60 * args.probe_minutes:
+            last_probed = counters["seconds"]
+            run_log.write(
                 step=counters["step"], rows=counters["rows"], heldout=probe.measure(model, counters["rows"], device)
             )
-        if time.monotonic() - saved > 60:
+        if time.monotonic() - last_saved > 60:
             models.set_depth(model, models.TEXT_LAYERS["target"])
-            checkpoint.save(file, model, every, counters, insight.reader)
-            saved = time.monotonic()
+            checkpoint.save(file, model, all_optimizers, counters, change_task.reader)
+            last_saved = time.monotonic()
     models.set_depth(model, models.TEXT_LAYERS["target"])
-    checkpoint.save(file, model, every, counters, insight.reader)
+    checkpoint.save(file, model, all_optimizers, counters, change_task.reader)
     return counters
 
 
@@ -197,26 +198,40 @@ def export(args: argparse.Namespace) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(prog="python -m training.train", description=__doc__)
-    p.add_argument("--device", default="auto")
-    p.add_argument("--minutes", type=float, default=90.0, help="training minutes in total, resumed ones included")
-    p.add_argument("--steps", type=int, default=None, help="stop after this many steps instead")
-    p.add_argument("--resume", action="store_true")
-    p.add_argument("--draft", action="store_true", help="train the draft on the target's words")
-    p.add_argument("--export", action="store_true", help="write the weights folder from the last checkpoint, then stop")
-    p.add_argument("--start", default="", help="checkpoint folder to start from; its upper text layers begin anew")
-    p.add_argument("--rows", type=int, default=0, help="rows that the curriculum takes for done at the start")
-    p.add_argument("--compile", action="store_true", help="torch.compile the text layers (needs a C++ compiler)")
-    p.add_argument("--lr", type=float, default=1.5e-3)
-    p.add_argument("--threads", type=int, default=None)
-    p.add_argument("--eyes", type=float, default=5.0, help="minutes that the vision tower is trained alone at first")
-    p.add_argument("--thaw", type=float, default=THAW, help="share of the run after which the tower learns from words")
-    p.add_argument("--grow", type=float, default=GROW, help="share of the run after which the upper text layers join")
-    p.add_argument("--probe", type=int, default=96, help="held-out questions per kind in the log")
-    p.add_argument("--probe-minutes", type=float, default=6.0)
-    p.add_argument("--runs", default="runs/pocket")
-    p.add_argument("--weights", default=str(Path(__file__).parent / "weights"))
-    return p
+    arguments = argparse.ArgumentParser(prog="python -m training.train", description=__doc__)
+    arguments.add_argument("--device", default="auto")
+    arguments.add_argument(
+        "--minutes", type=float, default=90.0, help="training minutes in total, resumed ones included"
+    )
+    arguments.add_argument("--steps", type=int, default=None, help="stop after this many steps instead")
+    arguments.add_argument("--resume", action="store_true")
+    arguments.add_argument("--draft", action="store_true", help="train the draft on the target's words")
+    arguments.add_argument(
+        "--export", action="store_true", help="write the weights folder from the last checkpoint, then stop"
+    )
+    arguments.add_argument(
+        "--start", default="", help="checkpoint folder to start from; its upper text layers begin anew"
+    )
+    arguments.add_argument("--rows", type=int, default=0, help="rows that the curriculum takes for done at the start")
+    arguments.add_argument(
+        "--compile", action="store_true", help="torch.compile the text layers (needs a C++ compiler)"
+    )
+    arguments.add_argument("--lr", type=float, default=1.5e-3)
+    arguments.add_argument("--threads", type=int, default=None)
+    arguments.add_argument(
+        "--eyes", type=float, default=5.0, help="minutes that the vision tower is trained alone at first"
+    )
+    arguments.add_argument(
+        "--thaw", type=float, default=THAW, help="share of the run after which the tower learns from words"
+    )
+    arguments.add_argument(
+        "--grow", type=float, default=GROW, help="share of the run after which the upper text layers join"
+    )
+    arguments.add_argument("--probe", type=int, default=96, help="held-out questions per kind in the log")
+    arguments.add_argument("--probe-minutes", type=float, default=6.0)
+    arguments.add_argument("--runs", default="runs/pocket")
+    arguments.add_argument("--weights", default=str(Path(__file__).parent / "weights"))
+    return arguments
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,6 +1,6 @@
-"""Teach the vision tower to see before the language part listens.
+"""Trains the vision tower alone, before the language part: every visual token predicts what it shows.
 
-Every visual token must tell what has its middle there: an object's shape, colour, size and movement, up to two written
+Each predicts what has its middle there: an object's shape, colour, size and movement, up to two written
 characters, or nothing. This needs the tower alone, a fraction of the price of a full step, and supervises every token
 of every picture. Learnt through answers alone, shapes had not appeared after 35,000 pictures; this way they did within
 minutes.
@@ -35,38 +35,41 @@ NOTHING = {"shape": 0.2, "first": 0.05, "second": 0.05}  # weight of the commone
 
 def targets(scenes: list[Scene], at: float, rows: int, columns: int) -> torch.Tensor:
     """Labels (B * rows * columns, 6) of all visual tokens at second `at`, in the order of `KINDS`."""
-    out = torch.full((len(scenes), rows, columns, len(KINDS)), NOWHERE)
-    out[..., 0] = out[..., 4] = out[..., 5] = 0
-    for number, scene in enumerate(scenes):
+    labels = torch.full((len(scenes), rows, columns, len(KINDS)), NOWHERE)
+    labels[..., 0] = labels[..., 4] = labels[..., 5] = 0
+    for scene_index, scene in enumerate(scenes):
         for obj in scene.objects:
-            if not (obj.t_in <= at < obj.t_out) or any(b <= at < b + 1 for b in obj.blinks):
+            if not (obj.t_in <= at < obj.t_out) or any(blink <= at < blink + 1 for blink in obj.blinks):
                 continue
-            dx, dy = DIRECTIONS.get(obj.move, (0.0, 0.0))
-            done = obj.travel * (at + 0.25) / max(scene.frames / scene.fps, 1e-6)
-            column, row = int((obj.x + dx * done) * columns), int((obj.y + dy * done) * rows)
+            step_x, step_y = DIRECTIONS.get(obj.move, (0.0, 0.0))
+            distance = obj.travel * (at + 0.25) / max(scene.frames / scene.fps, 1e-6)
+            column, row = int((obj.x + step_x * distance) * columns), int((obj.y + step_y * distance) * rows)
             if 0 <= column < columns and 0 <= row < rows:  # a later object covers an earlier one
-                said = (obj.shape, obj.colour, obj.size, obj.move)
-                out[number, row, column, :4] = torch.tensor([k.index(v) for k, v in zip(KINDS.values(), said)])
+                described = (obj.shape, obj.colour, obj.size, obj.move)
+                indices = [kind_values.index(value) for kind_values, value in zip(KINDS.values(), described)]
+                labels[scene_index, row, column, :4] = torch.tensor(indices)
         for text in scene.texts:
-            for i, char in enumerate(text.string):
-                slots = out[(number, *char_token(text, i, scene, rows, columns))]
-                slots[5 if slots[4] else 4] = GLYPHS.index(char)
-    return out.flatten(0, 2)
+            for position, character in enumerate(text.string):
+                token_labels = labels[(scene_index, *char_token(text, position, scene, rows, columns))]
+                token_labels[5 if token_labels[4] else 4] = GLYPHS.index(character)
+    return labels.flatten(0, 2)
 
 
-def char_token(text: Text, i: int, scene: Scene, rows: int, columns: int) -> tuple[int, int]:
+def char_token(text: Text, character_index: int, scene: Scene, rows: int, columns: int) -> tuple[int, int]:
     """(row, column) of the token that holds the middle of character `i`."""
-    x = text.x + (6 * i + 2.5 - 3 * len(text.string)) * text.dot * min(scene.height, scene.width) / scene.width
-    return int(text.y * rows), min(int(x * columns), columns - 1)
+    offset = 6 * character_index + 2.5 - 3 * len(text.string)  # in font dots, from the middle of the text
+    centre_x = text.x + offset * text.dot * min(scene.height, scene.width) / scene.width
+    return int(text.y * rows), min(int(centre_x * columns), columns - 1)
 
 
 class VisionReader:
     """Trains `model.model.visual` through a throw-away linear reader; `step` is one small batch."""
 
     def __init__(self, model: Any, device: torch.device, rows: int = 64) -> None:
-        width = model.config.get_text_config().hidden_size
+        hidden_size = model.config.get_text_config().hidden_size
         self.visual, self.device, self.rows, self.steps = model.model.visual, device, rows, 0
-        reader = torch.nn.Sequential(torch.nn.RMSNorm(width), torch.nn.Linear(width, sum(map(len, KINDS.values()))))
+        num_outputs = sum(map(len, KINDS.values()))
+        reader = torch.nn.Sequential(torch.nn.RMSNorm(hidden_size), torch.nn.Linear(hidden_size, num_outputs))
         self.reader = reader.to(device)
         # the reader is an end, like a language model's head: AdamW, not Muon
         self.both = torch.nn.ModuleDict({"visual": self.visual, "lm_head": self.reader})
@@ -75,56 +78,60 @@ class VisionReader:
     def step(self, number: int, lr: float) -> dict[str, float]:
         """One step at rate `lr` on batch `number`; the share of what is there that was read rightly."""
         rng = Rng(1, 1004, number)
-        at, clips = float(rng.n(4)), number % 3 == 0
+        second, is_clip = float(rng.n(4)), number % 3 == 0
         side = {2: 96, 5: 128, 10: 96, 13: 192}.get(number % 16, 64)
         size, rows = (side, side), max(8, self.rows * 64 * 64 // side**2)
-        if clips:
-            scenes = [moving(Rng(1, 1005, number, i), "train", size, 4 + number % 5, "motion") for i in range(rows)]
+        if is_clip:
+            sources = [Rng(1, 1005, number, row_index) for row_index in range(rows)]
+            scenes = [moving(rng, "train", size, 4 + number % 5, "motion") for rng in sources]
         else:
-            scenes = [still(Rng(1, 1006, number, i), "train", size, (1, 6), text=0.5) for i in range(rows)]
-        frames = render(scenes, self.device, times=[at, at + 0.5] if clips else None)
+            sources = [Rng(1, 1006, number, row_index) for row_index in range(rows)]
+            scenes = [still(rng, "train", size, (1, 6), text=0.5) for rng in sources]
+        frames = render(scenes, self.device, times=[second, second + 0.5] if is_clip else None)
         pixels, grid = batches.patchify(frames)
-        what = targets(scenes, at if clips else 0.0, grid[1] // 2, grid[2] // 2).to(self.device)
+        true_labels = targets(scenes, second if is_clip else 0.0, grid[1] // 2, grid[2] // 2).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16):
             grids = torch.tensor([grid] * len(scenes), device=self.device)
             tokens = self.visual(pixels, grid_thw=grids).pooler_output.float()
         if self.steps < FRESH:  # a reader that knows nothing yet has nothing to teach
             tokens = tokens.detach()
-        read = dict(zip(KINDS, self.reader(tokens).split([len(k) for k in KINDS.values()], -1)))
+        predicted = dict(zip(KINDS, self.reader(tokens).split(list(map(len, KINDS.values())), -1)))
         loss = torch.zeros((), device=self.device)
-        for i, (name, logits) in enumerate(read.items()):
-            rare = torch.ones(logits.shape[-1], device=self.device)
-            rare[0] = NOTHING.get(name, 1.0)
-            loss = loss + WEIGHTS[name] * F.cross_entropy(logits, what[:, i], weight=rare, ignore_index=NOWHERE)
+        for kind_index, (name, logits) in enumerate(predicted.items()):
+            class_weights = torch.ones(logits.shape[-1], device=self.device)
+            class_weights[0] = NOTHING.get(name, 1.0)
+            labels = true_labels[:, kind_index]
+            loss = loss + WEIGHTS[name] * F.cross_entropy(logits, labels, weight=class_weights, ignore_index=NOWHERE)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.both.parameters(), 1.0)
         checkpoint.set_rate(self.opts, lr * (3.0 if self.steps < FRESH else 1.0))
-        for opt in self.opts:
-            opt.step()
-            opt.zero_grad(set_to_none=True)
+        for optimizer in self.opts:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.steps += 1
-        return {name: right(logits, what[:, i], name in NOTHING) for i, (name, logits) in enumerate(read.items())}
+        pairs = zip(predicted.items(), true_labels.unbind(1), strict=True)
+        return {name: right(logits, labels, name in NOTHING) for (name, logits), labels in pairs}
 
     def train(self, seconds: float, lr: float, log: Any, offset: int = 0) -> None:
         """Steps for about `seconds`, with a short warm-up and a decay; `offset` is the first batch number."""
-        spent = 0.0
-        seen: list[dict[str, float]] = []
-        while spent < seconds:
-            begun = time.monotonic()
-            share = min(1.0, (self.steps + 1) / 30) * min(1.0, max(0.05, 2 * (1 - spent / seconds)))
-            seen.append(self.step(offset + self.steps, lr * share))
-            spent += min(time.monotonic() - begun, 30.0)
+        seconds_spent = 0.0
+        results: list[dict[str, float]] = []
+        while seconds_spent < seconds:
+            started = time.monotonic()
+            rate_share = min(1.0, (self.steps + 1) / 30) * min(1.0, max(0.05, 2 * (1 - seconds_spent / seconds)))
+            results.append(self.step(offset + self.steps, lr * rate_share))
+            seconds_spent += min(time.monotonic() - started, 30.0)
             if self.steps % 40 == 0:
-                log.write(eyes=self.steps, seconds=round(spent), **shares(seen))
-                seen.clear()
+                log.write(eyes=self.steps, seconds=round(seconds_spent), **shares(results))
+                results.clear()
 
 
-def right(logits: torch.Tensor, what: torch.Tensor, nothing: bool) -> float:
+def right(logits: torch.Tensor, labels: torch.Tensor, nothing: bool) -> float:
     """Share of the labelled tokens (n,) with the right likeliest answer; label 0 left out where it means nothing."""
-    asked = what > 0 if nothing else what != NOWHERE
-    return float((logits.argmax(-1) == what)[asked].float().mean())
+    is_labelled = labels > 0 if nothing else labels != NOWHERE
+    return float((logits.argmax(-1) == labels)[is_labelled].float().mean())
 
 
-def shares(seen: list[dict[str, float]]) -> dict[str, float]:
+def shares(results: list[dict[str, float]]) -> dict[str, float]:
     """Mean of what `VisionReader.step` returned, by name; steps that asked nothing of a kind do not count."""
-    return {n: float(torch.tensor([s[n] for s in seen]).nanmean()) for n in KINDS}
+    return {kind: float(torch.tensor([result[kind] for result in results]).nanmean()) for kind in KINDS}

@@ -1,4 +1,4 @@
-"""Accuracy against seconds and against KV bytes as a figure: what stands in summaries of accuracy, with intervals.
+"""Draws accuracy against seconds and against KV bytes, with intervals, from summaries of accuracy.
 
 figure = curves(page.read(["evals/results"], mixed=True))        # needs matplotlib (the extra `plot`)
 """
@@ -14,27 +14,27 @@ from vlmfast.core import UserError
 
 Record = dict[str, Any]
 COLOURS = ("#2a6fdb", "#d9822b", "#2f9e6e", "#b5479b", "#7a5cd1", "#c0392b", "#4b8a99", "#8a6d3b", "#5f6b7a", "#9aa23c")
-MARKERS = "osD^vPX"  # once all colours are used
+MARKERS = "osD^vPX"  # the next one is used once all colours are
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Indices of the points that no other beats: lower x and higher y are better; ascending in x."""
-    order = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1]))
-    kept, best = [], float("-inf")
-    for i in order:
-        if points[i][1] > best:
-            kept.append(i)
-            best = points[i][1]
-    return kept
+    ascending = sorted(range(len(points)), key=lambda index: (points[index][0], -points[index][1]))
+    on_front, best_score = [], float("-inf")
+    for index in ascending:
+        if points[index][1] > best_score:
+            on_front.append(index)
+            best_score = points[index][1]
+    return on_front
 
 
 def score_of(row: dict[str, Any]) -> tuple[str, float] | None:
     """The score's name and value, for rows that have one with its interval."""
-    m = row["metrics"]
-    found = next(((k, m[k]) for k in ("accuracy", "f1") if number(m.get(k))), None)
-    bounds = m.get("ci95" if row["name"] == "plain" else "diff_ci95")
-    paired = row["name"] == "plain" or number(m.get("diff_vs_plain"))
-    return found if paired and isinstance(bounds, list) and len(bounds) == 2 and all(map(number, bounds)) else None
+    metrics = row["metrics"]
+    score = next(((metric, metrics[metric]) for metric in ("accuracy", "f1") if number(metrics.get(metric))), None)
+    bounds = metrics.get("ci95" if row["name"] == "plain" else "diff_ci95")
+    paired = row["name"] == "plain" or number(metrics.get("diff_vs_plain"))
+    return score if paired and isinstance(bounds, list) and len(bounds) == 2 and all(map(number, bounds)) else None
 
 
 def number(value: Any) -> bool:
@@ -44,7 +44,7 @@ def number(value: Any) -> bool:
 
 def drawable(record: Record) -> bool:
     """Does the record hold a task's scores, plain's among them?"""
-    return "task" in record and any(r["name"] == "plain" and score_of(r) for r in record["rows"])
+    return "task" in record and any(row["name"] == "plain" and score_of(row) for row in record["rows"])
 
 
 def check_drawing() -> None:
@@ -58,28 +58,29 @@ def curves(records: Sequence[tuple[str, Record]]) -> Any:
 
     Error bars are the paired 95 % intervals of the difference to plain (plain: its own interval, as a band).
     """
-    tasks = [(n, r) for n, r in records if drawable(r)]
+    tasks = [record for _, record in records if drawable(record)]
     if not tasks:
         raise UserError("none of these files holds accuracy rows: curves are drawn from evals.accuracy summaries")
     check_drawing()
     from matplotlib.figure import Figure
 
-    names = dict.fromkeys(_series(x["name"]) for _, r in tasks for x in r["rows"] if x["name"] != "plain")
-    looks = {n: look(i) for i, n in enumerate(names)}
+    rows = [row for record in tasks for row in record["rows"]]
+    series_names = dict.fromkeys(_series(row["name"]) for row in rows if row["name"] != "plain")
+    styles = {name: look(index) for index, name in enumerate(series_names)}
     figure = Figure(figsize=(11.5, 3.7 * len(tasks) + 0.5), layout="constrained")
-    axes = figure.subplots(len(tasks), 2, squeeze=False, sharey="row")
-    for row_axes, (_, record) in zip(axes, tasks, strict=True):
-        _panel(row_axes[0], record, "total_ms", 1e-3, "seconds per question", looks)
-        _panel(row_axes[1], record, "kv_fast_bytes", 1e-6, "KV cache, MB", looks)
+    panel_axes = figure.subplots(len(tasks), 2, squeeze=False, sharey="row")
+    for row_axes, record in zip(panel_axes, tasks, strict=True):
+        _panel(row_axes[0], record, "total_ms", 1e-3, "seconds per question", styles)
+        _panel(row_axes[1], record, "kv_fast_bytes", 1e-6, "KV cache, MB", styles)
         metric = next(filter(None, map(score_of, record["rows"])), None)
         row_axes[0].set_ylabel("caption facts F1, %" if metric and metric[0] == "f1" else "accuracy, %")
         questions = record["rows"][0]["params"].get("questions")
-        asked = f"  ({questions:,} questions)" if number(questions) else ""
-        row_axes[0].set_title(_text(record["task"]) + asked, loc="left", fontweight="bold")
+        num_asked = f"  ({questions:,} questions)" if number(questions) else ""
+        row_axes[0].set_title(_text(record["task"]) + num_asked, loc="left", fontweight="bold")
     handles: dict[str, Any] = {}
-    for axis in axes.flat:
-        for handle, text in zip(*axis.get_legend_handles_labels(), strict=True):
-            handles.setdefault(text, handle)
+    for panel_axis in panel_axes.flat:
+        for handle, label in zip(*panel_axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
     columns = min(5, len(handles))
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9
@@ -87,30 +88,33 @@ def curves(records: Sequence[tuple[str, Record]]) -> Any:
     return figure
 
 
-def look(i: int) -> tuple[str, str]:
+def look(index: int) -> tuple[str, str]:
     """(colour, marker) of the i-th series, unlike those of every other one."""
-    return COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)]
+    return COLOURS[index % len(COLOURS)], MARKERS[index // len(COLOURS) % len(MARKERS)]
 
 
 def _series(name: str) -> str:
     """The name without its percentages: rows of one series are joined by a line."""
-    parts = (p.rpartition("-") for p in name.split("+"))
-    return "+".join(a if a and b.replace(".", "").isdigit() else a + dash + b for a, dash, b in parts)
+    parts = (part.rpartition("-") for part in name.split("+"))
+    return "+".join(
+        prefix if prefix and suffix.replace(".", "").isdigit() else prefix + dash + suffix
+        for prefix, dash, suffix in parts
+    )
 
 
-def _panel(axis: Any, record: Record, key: str, scale: float, title: str, looks: dict[str, tuple[str, str]]) -> None:
+def _panel(axis: Any, record: Record, key: str, scale: float, title: str, styles: dict[str, tuple[str, str]]) -> None:
     points: list[tuple[str, float, float, list[float]]] = []
     for row in record["rows"]:
-        found, x = score_of(row), row["metrics"].get(key)
-        if found is None or not number(x) or x <= 0:
+        score, cost = score_of(row), row["metrics"].get(key)
+        if score is None or not number(cost) or cost <= 0:
             continue
-        m, y = row["metrics"], 100 * found[1]
+        metrics, height = row["metrics"], 100 * score[1]
         if row["name"] == "plain":
-            interval = [100 * v for v in m["ci95"]]
+            interval = [100 * bound for bound in metrics["ci95"]]
         else:
-            base = y - 100 * m["diff_vs_plain"]
-            interval = [base + 100 * v for v in m["diff_ci95"]]
-        points.append((row["name"], x * scale, y, interval))
+            plain_percent = height - 100 * metrics["diff_vs_plain"]
+            interval = [plain_percent + 100 * bound for bound in metrics["diff_ci95"]]
+        points.append((row["name"], cost * scale, height, interval))
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_xlabel(title)
@@ -119,42 +123,43 @@ def _panel(axis: Any, record: Record, key: str, scale: float, title: str, looks:
     if not points:
         axis.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axis.transAxes, color="0.5")
         return
-    xs = [p[1] for p in points]
-    if max(xs) > 4 * min(xs):
+    costs = [point[1] for point in points]
+    if max(costs) > 4 * min(costs):
         axis.set_xscale("log")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.xaxis.set_minor_formatter(NullFormatter())
-    low, high = min(min(p[3]) for p in points), max(max(p[3]) for p in points)
-    bottom, top = axis.get_ylim() if axis.has_data() else (low, high)  # panels of a row share the axis
-    axis.set_ylim(max(0.0, min(low - 2, bottom)), min(102.0, max(high + 2, top)))  # a share ends at 100 %
-    best = front([(p[1], p[2]) for p in points])
-    broad: dict[str, Any] = {"color": "#f2c14e", "linewidth": 7, "alpha": 0.45, "solid_capstyle": "round", "zorder": 1}
-    axis.step([points[i][1] for i in best], [points[i][2] for i in best], where="post",
-              label="front: none is better in both", **broad)  # fmt: skip
-    groups: dict[str, list[tuple[str, float, float, list[float]]]] = {}
-    for p in points:
-        groups.setdefault(_series(p[0]), []).append(p)
-    for series, members in groups.items():
-        members.sort(key=lambda p: p[1])
-        across, heights = [p[1] for p in members], [p[2] for p in members]
+    lowest, highest = min(min(point[3]) for point in points), max(max(point[3]) for point in points)
+    bottom, top = axis.get_ylim() if axis.has_data() else (lowest, highest)  # panels of a row share the axis
+    axis.set_ylim(max(0.0, min(lowest - 2, bottom)), min(102.0, max(highest + 2, top)))  # a share ends at 100 %
+    front_indices = front([(point[1], point[2]) for point in points])
+    best_points = [points[index] for index in front_indices]
+    front_style: dict[str, Any] = {"color": "#f2c14e", "linewidth": 7, "alpha": 0.45, "solid_capstyle": "round"}
+    axis.step([point[1] for point in best_points], [point[2] for point in best_points], where="post", zorder=1,
+              label="front: none is better in both", **front_style)  # fmt: skip
+    series_points: dict[str, list[tuple[str, float, float, list[float]]]] = {}
+    for point in points:
+        series_points.setdefault(_series(point[0]), []).append(point)
+    for series, members in series_points.items():
+        members.sort(key=lambda point: point[1])
+        x_values, y_values = [point[1] for point in members], [point[2] for point in members]
         if series == "plain":
-            low, high = members[0][3]
-            axis.axhspan(low, high, color="0.5", alpha=0.08, zorder=0)
-            axis.axhline(heights[0], color="0.35", linewidth=0.8, linestyle=":", zorder=1)
-            star: dict[str, Any] = {"markersize": 15, "color": "black", "zorder": 5}
-            axis.plot(across, heights, "*", label="plain model (band: its 95 % interval)", **star)
+            lowest, highest = members[0][3]
+            axis.axhspan(lowest, highest, color="0.5", alpha=0.08, zorder=0)
+            axis.axhline(y_values[0], color="0.35", linewidth=0.8, linestyle=":", zorder=1)
+            plain_style: dict[str, Any] = {"markersize": 15, "color": "black", "zorder": 5}
+            axis.plot(x_values, y_values, "*", label="plain model (band: its 95 % interval)", **plain_style)
             continue
-        errors = [[max(0.0, v - p[3][0]) for v, p in zip(heights, members, strict=True)],
-                  [max(0.0, p[3][1] - v) for v, p in zip(heights, members, strict=True)]]  # fmt: skip
-        colour, marker = looks[series]
-        axis.errorbar(across, heights, yerr=errors, marker=marker, markersize=5.5, linewidth=1.1, elinewidth=1,
+        errors = [[max(0.0, point[2] - point[3][0]) for point in members],
+                  [max(0.0, point[3][1] - point[2]) for point in members]]  # fmt: skip
+        colour, marker = styles[series]
+        axis.errorbar(x_values, y_values, yerr=errors, marker=marker, markersize=5.5, linewidth=1.1, elinewidth=1,
                       capsize=2, color=colour, label=_text(series), zorder=3)  # fmt: skip
-        for p in members:
-            percent = "/".join(q.rpartition("-")[2] for q in p[0].split("+") if "-" in q)
+        for point in members:
+            percent = "/".join(part.rpartition("-")[2] for part in point[0].split("+") if "-" in part)
             if percent.replace("/", "").replace(".", "").isdigit():
-                axis.annotate(f"{percent}", (p[1], p[2]), textcoords="offset points", xytext=(5, 4), fontsize=7.5,
-                              color=colour)  # fmt: skip
+                axis.annotate(f"{percent}", (point[1], point[2]), textcoords="offset points", xytext=(5, 4),
+                              fontsize=7.5, color=colour)  # fmt: skip
 
 
 def _text(name: object) -> str:

@@ -1,4 +1,4 @@
-"""A model and its processor by name, and media and a question as the model's inputs. What the commands share.
+"""Loads a model and its processor by name, and turns media and a question into the model's inputs.
 
     loaded = load("pocket")                                  # or a folder, or a hub id
     inputs = loaded.inputs("what moves ?", video=read_video("clip.mp4"))
@@ -68,46 +68,50 @@ class Loaded:
         each. video: chosen frames; the processor samples nothing more, and gets the true timestamps.
         """
         questions = [question] if isinstance(question, str) else question
-        if not all(q.strip() for q in questions):
+        if not all(question_text.strip() for question_text in questions):
             raise UserError("the question is empty: write what you want to know")
-        for q in questions:
-            refuse_placeholders(q, self.model, self.processor)
+        for question_text in questions:
+            refuse_placeholders(question_text, self.model, self.processor)
         if video is not None and not self.reads_video():
             raise Unsupported(
                 f"{self.name} ({self.model_type}) reads pictures only: give --image, or a model that reads video, "
                 "e.g. Qwen2.5-VL or LLaVA-OneVision"
             )
-        rows = len(questions)
-        media: dict[str, Any] = {"padding": True, "padding_side": "left"} if rows > 1 else {}
+        num_rows = len(questions)
+        media: dict[str, Any] = {"padding": True, "padding_side": "left"} if num_rows > 1 else {}
         if images:
-            pictures = [as_picture(i) for i in images]
-            media["images"] = [pictures] * rows if rows > 1 else pictures
+            pictures = [as_picture(image) for image in images]
+            media["images"] = [pictures] * num_rows if num_rows > 1 else pictures
         if video is not None:
-            media |= {"videos": [as_clip(video.frames)] * rows, "video_metadata": [video.metadata() for _ in questions]}
+            media["videos"] = [as_clip(video.frames)] * num_rows
+            media["video_metadata"] = [video.metadata() for _ in questions]
             media |= {"do_sample_frames": False} | self._size_rule()
-        texts = [self.prompt(q, len(images), int(video is not None)) for q in questions]
+        texts = [self.prompt(question_text, len(images), int(video is not None)) for question_text in questions]
         try:
             inputs = self.processor(text=texts, return_tensors="pt", **media)
-        except (ValueError, RuntimeError, ArithmeticError) as e:  # a picture too slim for it, or too small
-            shapes = [i.shape[:2] for i in images] + ([video.frames.shape[1:3]] if video is not None else [])
-            sizes = ", ".join(f"{w} x {h}" for h, w in shapes)
+        except (ValueError, RuntimeError, ArithmeticError) as error:  # a picture too slim for it, or too small
+            sizes = [image.shape[:2] for image in images] + ([video.frames.shape[1:3]] if video is not None else [])
+            listed = ", ".join(f"{width} x {height}" for height, width in sizes)
             raise UserError(
-                f"the processor of {self.name} does not take these media ({sizes} pixels): {reason(e)}; crop or pad"
+                f"the processor of {self.name} does not take these media ({listed} pixels): {reason(error)}; "
+                "crop or pad"
             ) from None
         if video is not None and "second_per_grid_ts" in inputs:  # HF divides by the rate of the whole file
             import torch
 
-            merged = self.processor.video_processor.temporal_patch_size
-            inputs["second_per_grid_ts"] = torch.tensor([merged / sampled_fps(video)] * rows)
+            frames_merged = self.processor.video_processor.temporal_patch_size
+            inputs["second_per_grid_ts"] = torch.tensor([frames_merged / sampled_fps(video)] * num_rows)
         dtype = self.model.dtype
         return {
-            k: v.to(self.model.device, dtype if v.is_floating_point() and k.startswith("pixel") else None)
-            for k, v in inputs.items()
-            if hasattr(v, "to")
+            name: tensor.to(
+                self.model.device, dtype if tensor.is_floating_point() and name.startswith("pixel") else None
+            )
+            for name, tensor in inputs.items()
+            if hasattr(tensor, "to")
         }
 
     def _size_rule(self) -> dict[str, Any]:
-        """Say the checkpoint's own rule for frame sizes aloud: its default is about to change in transformers."""
+        """Pass the checkpoint's own rule for frame sizes explicitly: the default is about to change in transformers."""
         video_processor = self.processor.video_processor
         if not hasattr(video_processor, "cap_pixels_per_frame"):
             return {}
@@ -115,8 +119,8 @@ class Loaded:
 
     def decode(self, sequences: Any, inputs: Any) -> str:
         """The answer in the first row, without the prompt and special tokens."""
-        new = sequences[0, inputs["input_ids"].shape[1] :]
-        return str(self.processor.tokenizer.decode(new, skip_special_tokens=True)).strip()
+        new_tokens = sequences[0, inputs["input_ids"].shape[1] :]
+        return str(self.processor.tokenizer.decode(new_tokens, skip_special_tokens=True)).strip()
 
 
 def as_picture(image: Any) -> Any:
@@ -139,8 +143,8 @@ def as_clip(frames: Any) -> torch.Tensor:
 
 def sampled_fps(video: Video) -> float:
     """Frames per second of the chosen frames; the file's own rate when there is only one."""
-    span = float(video.timestamps[-1] - video.timestamps[0])
-    return (len(video) - 1) / span if span > 0 else video.fps
+    duration = float(video.timestamps[-1] - video.timestamps[0])
+    return (len(video) - 1) / duration if duration > 0 else video.fps
 
 
 def load(name: str = "pocket", dtype: str = "auto", device: str | None = None, device_map: str | None = None) -> Loaded:
@@ -155,7 +159,7 @@ def load(name: str = "pocket", dtype: str = "auto", device: str | None = None, d
         raise UserError(f"device={device!r} and device_map={device_map!r} exclude each other: give one")
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is not known; use {', '.join(DTYPES)}")
-    place = _device(device)
+    target_device = _device(device)
     folder = _pocket(name)
     config = _config(name, folder)
     _supported(name, config)
@@ -163,15 +167,17 @@ def load(name: str = "pocket", dtype: str = "auto", device: str | None = None, d
     model = weights.read(name, folder, dtype, device_map)
     notes: list[str] = []
     if device_map is None:
-        if dtype == "auto" and place.type == "cpu" and (note := dtypes.suited(model)):
+        if dtype == "auto" and target_device.type == "cpu" and (note := dtypes.suited(model)):
             notes.append(note)
         try:
-            model = model.to(place)
-        except (RuntimeError, AssertionError) as e:  # no such GPU, or it is full
-            raise UserError(f"{name} cannot be put on {place} ({reason(e)}): choose another device or dtype") from None
+            model = model.to(target_device)
+        except (RuntimeError, AssertionError) as error:  # no such GPU, or it is full
+            raise UserError(
+                f"{name} cannot be put on {target_device} ({reason(error)}): choose another device or dtype"
+            ) from None
     else:
-        used = sorted({str(p.device) for p in model.parameters()})
-        notes.append(f"spread over {', '.join(used)} (device_map {device_map})")
+        devices = sorted({str(parameter.device) for parameter in model.parameters()})
+        notes.append(f"spread over {', '.join(devices)} (device_map {device_map})")
     return Loaded(model, processor, name, notes)
 
 
@@ -188,8 +194,8 @@ def _device(name: str | None) -> Any:
         raise UserError(f"device={shown(name)} is not known: choose cpu, cuda, cuda:1, mps or xpu") from None
     try:
         torch.empty(1, device=name)
-    except Exception as e:  # whatever the backend says of a device that is missing
-        raise UserError(f"device={shown(name)} is not available here ({reason(e)}): choose cpu") from None
+    except Exception as error:  # whatever the backend says of a device that is missing
+        raise UserError(f"device={shown(name)} is not available here ({reason(error)}): choose cpu") from None
     return torch.device(name)
 
 
@@ -200,8 +206,8 @@ def _pocket(name: str) -> str:
 
     try:
         return pocket.path("draft" if name == "pocket-draft" else "target")
-    except FileNotFoundError as e:
-        raise UserError(" ".join(str(e).split())) from None
+    except FileNotFoundError as error:
+        raise UserError(" ".join(str(error).split())) from None
 
 
 def _config(name: str, folder: str) -> dict[str, Any]:
@@ -222,10 +228,10 @@ def _config(name: str, folder: str) -> dict[str, Any]:
         raise UserError(f"no such model folder: {name}; give an existing folder, a hub id (owner/name), or 'pocket'")
     try:
         return dict(PretrainedConfig.get_config_dict(str(path) if path.is_dir() else name, trust_remote_code=False)[0])
-    except Exception as e:
+    except Exception as error:
         raise UserError(
-            f"cannot read the config of {name} ({reason(e)}): give an existing folder, a hub id that you can reach, "
-            "or 'pocket'"
+            f"cannot read the config of {name} ({reason(error)}): give an existing folder, a hub id that you can "
+            "reach, or 'pocket'"
         ) from None
 
 
@@ -244,10 +250,10 @@ def _processor(name: str, folder: str) -> Any:
 
     try:
         processor = AutoProcessor.from_pretrained(str(Path(folder).expanduser()), trust_remote_code=False)
-    except Exception as e:
+    except Exception as error:
         raise UserError(
-            f"the processor of {name} is missing or broken ({reason(e)}): put its preprocessor_config.json, tokenizer "
-            "and chat template beside the weights"
+            f"the processor of {name} is missing or broken ({reason(error)}): put its preprocessor_config.json, "
+            "tokenizer and chat template beside the weights"
         ) from None
     if not isinstance(processor, ProcessorMixin):
         raise UserError(

@@ -48,25 +48,25 @@ def read(paths: Iterable[str | Path], mixed: bool = False) -> list[tuple[str, Re
 
     Raises UserError for what is no result file, and, unless `mixed`, for files made with different versions.
     """
-    found: list[Path] = []
-    for p in map(Path, paths):
-        if p.is_dir():
-            inside = sorted(p.glob("*.json"))
-            if not inside:
-                raise UserError(f"{p} holds no result files (*.json)")
-            found += inside
-        elif p.exists():
-            found.append(p)
+    result_files: list[Path] = []
+    for result_path in map(Path, paths):
+        if result_path.is_dir():
+            folder_files = sorted(result_path.glob("*.json"))
+            if not folder_files:
+                raise UserError(f"{result_path} holds no result files (*.json)")
+            result_files += folder_files
+        elif result_path.exists():
+            result_files.append(result_path)
         else:
-            raise UserError(f"no result file at {p}")
-    records = [(f.name, _checked(f)) for f in found]
-    first_name, first = records[0]
+            raise UserError(f"no result file at {result_path}")
+    records = [(result_file.name, _checked(result_file)) for result_file in result_files]
+    first_name, first_record = records[0]
     for name, record in records[1:]:
         for key in ("vlmfast", "transformers", "torch"):
-            was, now = first["versions"].get(key), record["versions"].get(key)
-            if was != now and not mixed:
+            expected, actual = first_record["versions"].get(key), record["versions"].get(key)
+            if expected != actual and not mixed:
                 raise UserError(
-                    f"{name} was made with {key} {now} and {first_name} with {was}: make them anew, "
+                    f"{name} was made with {key} {actual} and {first_name} with {expected}: make them anew, "
                     "or pass --mixed to show them side by side"
                 )
     return records
@@ -79,16 +79,16 @@ def _checked(file: Path) -> Record:
         raise UserError(f"{file} is not JSON: result files are what the evaluation commands write") from None
     if not isinstance(record, dict):
         raise UserError(f"{file} is not a result file: it holds a {type(record).__name__}")
-    kinds = {"command": str, "versions": dict, "hardware": dict, "config": dict, "rows": list}
-    for key, kind in kinds.items():
+    field_types = {"command": str, "versions": dict, "hardware": dict, "config": dict, "rows": list}
+    for key, field_type in field_types.items():
         if key not in record:
             raise UserError(f"{file} is not a result file: field {key!r} is missing")
-        if not isinstance(record[key], kind):
+        if not isinstance(record[key], field_type):
             raise UserError(f"{file} is not a result file: field {key!r} holds a {type(record[key]).__name__}")
     if not ("suite" in record or "task" in record):
         raise UserError(f"{file} is not a result file: field 'suite' or 'task' is missing")
-    for place, row in enumerate(record["rows"]):
-        _check_row(row, f"{file} is not a result file: row {place}")
+    for row_number, row in enumerate(record["rows"]):
+        _check_row(row, f"{file} is not a result file: row {row_number}")
     return record
 
 
@@ -117,76 +117,78 @@ def write(
 def render(records: Sequence[tuple[str, Record]], title: str = "vlmfast results", note: str = "") -> str:
     """The page as one HTML document that refers to nothing outside it."""
     parts = [f"<h1>{html.escape(title)}</h1>", note]
-    if any(drawable(r) for _, r in records):
-        buffer = io.BytesIO()
-        curves(records).savefig(buffer, format="png", dpi=130)
-        image = base64.b64encode(buffer.getvalue()).decode()
+    if any(drawable(result) for _, result in records):
+        png = io.BytesIO()
+        curves(records).savefig(png, format="png", dpi=130)
+        encoded = base64.b64encode(png.getvalue()).decode()
         parts.append(
             "<p>Up and to the left is better. Bars are paired 95 % intervals of the difference to the plain model; "
             "numbers beside points are the kept percentages; the broad line joins what nothing beats in both.</p>"
-            f'<img alt="score against seconds and KV bytes" src="data:image/png;base64,{image}">'
+            f'<img alt="score against seconds and KV bytes" src="data:image/png;base64,{encoded}">'
         )
     for name, record in records:
         parts += _section(name, record)
     parts.append("<h2>How these numbers were made</h2>")
-    for name, r in records:
-        h, v = r["hardware"], r["versions"]
-        versions = ", ".join(f"{k} {x}" for k, x in v.items())
-        machine = (
-            f"{h.get('name')} ({h.get('device')}, {h.get('cores')} cores, {h.get('memory_gb')} GB, {h.get('dtype')})"
-        )
-        text = (
-            f"{name}: commit {r.get('commit')}; {versions}; {machine}; seed {r.get('seed')}, {r.get('repeats')} repeats"
-        )
-        parts.append(f"<pre>{html.escape(r['command'])}</pre><p class=dim>{html.escape(text)}</p>")
+    for name, result in records:
+        hardware, settings = result["hardware"], f"seed {result.get('seed')}, {result.get('repeats')} repeats"
+        versions = ", ".join(f"{library} {version}" for library, version in result["versions"].items())
+        size = f"{hardware.get('cores')} cores, {hardware.get('memory_gb')} GB"
+        machine = f"{hardware.get('name')} ({hardware.get('device')}, {size}, {hardware.get('dtype')})"
+        origin = f"{name}: commit {result.get('commit')}; {versions}; {machine}; {settings}"
+        parts.append(f"<pre>{html.escape(result['command'])}</pre><p class=dim>{html.escape(origin)}</p>")
     body = "\n".join(parts)
-    top = f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>{STYLE}"
-    return f"{top}<body>{body}</body></html>\n"
+    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>{STYLE}"
+    return f"{head}<body>{body}</body></html>\n"
 
 
 def _section(name: str, record: Record) -> list[str]:
     title = record.get("task") or f"speed: {record.get('suite')}"
-    out = [f"<h2>{html.escape(str(title))}</h2>", *_tables(record["rows"])]
-    bars = _breakdown(record["rows"])
-    if bars:
-        out += ["<h3>Where the time goes</h3>", bars]
-    noted = [(r["name"], n) for r in record["rows"] for n in (*r.get("notes", []), *floors_above(r["metrics"]))]
-    notes = [f"<li>{html.escape(who)}: {html.escape(str(n))}" for who, n in noted]
-    return out + (["<ul class=dim>", *notes, "</ul>"] if notes else [])
+    sections = [f"<h2>{html.escape(str(title))}</h2>", *_tables(record["rows"])]
+    breakdown = _breakdown(record["rows"])
+    if breakdown:
+        sections += ["<h3>Where the time goes</h3>", breakdown]
+    notes = []
+    for row in record["rows"]:
+        row_notes = (*row.get("notes", []), *floors_above(row["metrics"]))
+        notes += [f"<li>{html.escape(row['name'])}: {html.escape(str(note))}" for note in row_notes]
+    return sections + (["<ul class=dim>", *notes, "</ul>"] if notes else [])
 
 
 def floors_above(metrics: dict[str, Any]) -> list[str]:
     """Remarks on stages that took less than their floor: the rates were measured while others used the machine."""
-    whole = {"encode_floor_ms": "ttft_ms", "attention_floor_ms": "decode_ms_per_token"}  # what `floor_ms` is of
-    pairs = {**FLOORS, "floor_ms": next((m for floor, m in whole.items() if floor in metrics), "total_ms")}
-    wrong = [
-        words(k).partition(",")[0]
-        for floor, k in pairs.items()
-        if number(metrics.get(k)) and number(metrics.get(floor)) and metrics[floor] > 1.02 * metrics[k] > 0
+    floor_metrics = {"encode_floor_ms": "ttft_ms", "attention_floor_ms": "decode_ms_per_token"}  # what `floor_ms` is of
+    whole = next((metric for floor_name, metric in floor_metrics.items() if floor_name in metrics), "total_ms")
+    floor_pairs = {**FLOORS, "floor_ms": whole}
+    stages = [
+        words(stage_metric).partition(",")[0]
+        for floor_name, stage_metric in floor_pairs.items()
+        if number(metrics.get(stage_metric))
+        and number(metrics.get(floor_name))
+        and metrics[floor_name] > 1.02 * metrics[stage_metric] > 0
     ]
-    return [f"{BUSY} ({', '.join(wrong)})"] if wrong else []
+    return [f"{BUSY} ({', '.join(stages)})"] if stages else []
 
 
 def words(key: str) -> str:
     """A field's name as a heading, its unit last."""
     if key in WORDS:
         return WORDS[key]
-    for end, unit in (("_ms_per_token", " a token, ms"), ("_ms", ", ms"), ("_bytes_per_hour", " an hour, MB"),
+    for suffix, unit in (("_ms_per_token", " a token, ms"), ("_ms", ", ms"), ("_bytes_per_hour", " an hour, MB"),
                       ("_bytes", ", MB")):  # fmt: skip
-        if key.endswith(end):
-            return key.removesuffix(end).replace("_", " ") + unit
+        if key.endswith(suffix):
+            return key.removesuffix(suffix).replace("_", " ") + unit
     return key.replace("_", " ")
 
 
 def _tables(rows: list[dict[str, Any]]) -> list[str]:
     """The rows' figures, so many columns beside each other as a page is wide, the rest below."""
-    keys = dict.fromkeys(k for r in rows for k in r["metrics"])
-    columns = [k for k in keys if k not in HIDDEN and "ci95" not in k]
-    columns = [k for k in columns if any(_shown(r["metrics"].get(k)) for r in rows)]
-    known = list(WORDS)
-    columns.sort(key=lambda k: known.index(k) if k in known else len(known))
-    parts = [columns[i : i + ACROSS] for i in range(0, len(columns), ACROSS)]
-    return [_table(rows, part) for part in parts]
+    keys = dict.fromkeys(key for row in rows for key in row["metrics"])
+    columns = [key for key in keys if key not in HIDDEN and "ci95" not in key]
+    columns = [key for key in columns if any(_shown(row["metrics"].get(key)) for row in rows)]
+    known_keys = list(WORDS)
+    columns.sort(key=lambda key: known_keys.index(key) if key in known_keys else len(known_keys))
+    column_groups = [columns[start : start + ACROSS] for start in range(0, len(columns), ACROSS)]
+    return [_table(rows, part) for part in column_groups]
 
 
 def _shown(value: Any) -> bool:
@@ -196,43 +198,44 @@ def _shown(value: Any) -> bool:
 
 def _params(row: dict[str, Any]) -> str:
     """What distinguishes rows of one name."""
-    hidden = ("questions", "clusters", "batch", *(k for k in ("prune_keep", "kv_keep") if "keep" in row["params"]))
-    shown = {k: str(v) for k, v in row["params"].items() if k not in hidden}
-    return ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in shown.items() if len(v) <= 40)
+    repeated = ("prune_keep", "kv_keep") if "keep" in row["params"] else ()
+    omitted = ("questions", "clusters", "batch", *repeated)
+    remaining = {name: str(value) for name, value in row["params"].items() if name not in omitted}
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in remaining.items() if len(value) <= 40)
 
 
 def _table(rows: list[dict[str, Any]], columns: list[str]) -> str:
-    head = "".join(f"<th>{html.escape(c)}</th>" for c in ["method", *map(words, columns)])
-    lines = []
-    for r in rows:
-        cells = [f"<td title='{html.escape(json.dumps(r['plan']), quote=True)}'>{html.escape(r['name'])}"
-                 f"<br><span class=dim>{html.escape(_params(r))}</span></td>"]  # fmt: skip
-        cells += [f"<td>{_cell(r, c)}</td>" for c in columns]
-        lines.append(f"<tr{' class=plain' if r['name'] == 'plain' else ''}>{''.join(cells)}</tr>")
-    return f"<div class=wide><table><tr>{head}</tr>{''.join(lines)}</table></div>"
+    headings = "".join(f"<th>{html.escape(column)}</th>" for column in ["method", *map(words, columns)])
+    table_rows = []
+    for row in rows:
+        row_cells = [f"<td title='{html.escape(json.dumps(row['plan']), quote=True)}'>{html.escape(row['name'])}"
+                 f"<br><span class=dim>{html.escape(_params(row))}</span></td>"]  # fmt: skip
+        row_cells += [f"<td>{_cell(row, column)}</td>" for column in columns]
+        table_rows.append(f"<tr{' class=plain' if row['name'] == 'plain' else ''}>{''.join(row_cells)}</tr>")
+    return f"<div class=wide><table><tr>{headings}</tr>{''.join(table_rows)}</table></div>"
 
 
 def _cell(row: dict[str, Any], key: str) -> str:
     """One figure as HTML: its value, the paired ratio to a baseline, the interval."""
-    m = row["metrics"]
-    value = m.get(key)
+    metrics = row["metrics"]
+    value = metrics.get(key)
     if value is None:
         return ""
     if key in ("accuracy", "f1", "diff_vs_plain") and number(value):
         sign = "+" if key == "diff_vs_plain" else ""
-        interval = m.get("diff_ci95" if key == "diff_vs_plain" else "ci95")
-        text = f"{100 * value:{sign}.1f}"
+        interval = metrics.get("diff_ci95" if key == "diff_vs_plain" else "ci95")
+        cell_text = f"{100 * value:{sign}.1f}"
         if isinstance(interval, list) and len(interval) == 2 and all(map(number, interval)):
-            text += f"<br><span class=dim>[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]</span>"
-        return text
+            cell_text += f"<br><span class=dim>[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]</span>"
+        return cell_text
     megabytes = "_bytes" in key and number(value)
-    text = html.escape(figure(value / 1e6 if megabytes else value))
-    for against, ratios in row["vs"].items():
+    cell_text = html.escape(figure(value / 1e6 if megabytes else value))
+    for compared_with, ratios in row["vs"].items():
         if key in ratios:
-            middle, low, high = ratios[key]
-            than = "" if against == "plain" else f" vs {html.escape(against)}"
-            text += f"<br><b>{middle:.2f}x</b>{than}<br><span class=dim>[{low:.2f}, {high:.2f}]</span>"
-    return text
+            median, lowest, highest = ratios[key]
+            baseline = "" if compared_with == "plain" else f" vs {html.escape(compared_with)}"
+            cell_text += f"<br><b>{median:.2f}x</b>{baseline}<br><span class=dim>[{lowest:.2f}, {highest:.2f}]</span>"
+    return cell_text
 
 
 def figure(value: Any) -> str:
@@ -246,24 +249,25 @@ def figure(value: Any) -> str:
 
 def _breakdown(rows: list[dict[str, Any]]) -> str:
     """Stacked bars of the stages' milliseconds, all to one scale."""
-    timed = [r for r in rows if all(number(r["metrics"].get(k)) for k in ("total_ms", "prefill_ms"))]
-    longest = max((r["metrics"]["total_ms"] for r in timed), default=0)
-    if longest <= 0:
+    timed = [row for row in rows if all(number(row["metrics"].get(key)) for key in ("total_ms", "prefill_ms"))]
+    longest_ms = max((row["metrics"]["total_ms"] for row in timed), default=0)
+    if longest_ms <= 0:
         return ""
-    lines = ["<p>" + " ".join(f"<span class=key style='background:{c}'></span>{t}" for _, t, c in STAGES) + "</p>"]
-    for r in timed:
-        m = {k: v for k, v in r["metrics"].items() if number(v)}
-        m["rest"] = max(0.0, m["total_ms"] - sum(m.get(k, 0.0) for k, _, _ in STAGES[:-1]))
-        bars = "".join(
-            f"<span class=bar title='{t} {figure(m.get(k, 0))} ms' "
-            f"style='width:{60 * max(0.0, m.get(k, 0)) / longest:.2f}%;background:{c}'></span>"
-            for k, t, c in STAGES
+    legend = (f"<span class=key style='background:{colour}'></span>{title}" for _, title, colour in STAGES)
+    html_lines = ["<p>" + " ".join(legend) + "</p>"]
+    for row in timed:
+        metrics = {key: value for key, value in row["metrics"].items() if number(value)}
+        metrics["rest"] = max(0.0, metrics["total_ms"] - sum(metrics.get(key, 0.0) for key, _, _ in STAGES[:-1]))
+        stage_bars = "".join(
+            f"<span class=bar title='{title} {figure(metrics.get(key, 0))} ms' "
+            f"style='width:{60 * max(0.0, metrics.get(key, 0)) / longest_ms:.2f}%;background:{colour}'></span>"
+            for key, title, colour in STAGES
         )
-        lines.append(
-            f"<div class=line><span class=who title='{html.escape(r['name'], quote=True)}'>{html.escape(r['name'])}"
-            f"</span>{bars} {figure(float(m['total_ms']))} ms</div>"
+        html_lines.append(
+            f"<div class=line><span class=who title='{html.escape(row['name'], quote=True)}'>{html.escape(row['name'])}"
+            f"</span>{stage_bars} {figure(float(metrics['total_ms']))} ms</div>"
         )
-    return "".join(lines)
+    return "".join(html_lines)
 
 
 STYLE = """<style>

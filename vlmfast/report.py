@@ -27,32 +27,32 @@ class Report:
     def __str__(self) -> str:
         if not (self.encode or self.prefill or self.decode):
             return "no accelerated call yet"
-        e, p, d = self.encode, self.prefill, self.decode
+        encode, prefill, decode = self.encode, self.prefill, self.decode
         lines = []
-        if e.get("visual_tokens"):
+        if encode.get("visual_tokens"):
             lines.append(
-                f"encode   {e['visual_tokens']:,} -> {e['kept_tokens']:,} visual tokens, "
-                f"tower {e['encode_ms']:.1f} ms, selection {e['select_ms']:.2f} ms"
-                + (f", dropped before tower block {e['tower_block']}" if "tower_block" in e else "")
+                f"encode   {encode['visual_tokens']:,} -> {encode['kept_tokens']:,} visual tokens, "
+                f"tower {encode['encode_ms']:.1f} ms, selection {encode['select_ms']:.2f} ms"
+                + (f", dropped before tower block {encode['tower_block']}" if "tower_block" in encode else "")
             )
-        if p:
-            where = f"{p['kv_fast_bytes'] / 1e6:.2f} MB fast"
-            if p.get("kv_host_bytes"):
-                where += f" + {p['kv_host_bytes'] / 1e6:.2f} MB host"
+        if prefill:
+            kv_bytes = f"{prefill['kv_fast_bytes'] / 1e6:.2f} MB fast"
+            if prefill.get("kv_host_bytes"):
+                kv_bytes += f" + {prefill['kv_host_bytes'] / 1e6:.2f} MB host"
             lines.append(
-                f"prefill  {p['prefill_ms']:.1f} ms, first token after {p['ttft_ms']:.1f} ms; "
-                f"{p['cached_tokens']:,.0f} columns cached, KV {where}"
+                f"prefill  {prefill['prefill_ms']:.1f} ms, first token after {prefill['ttft_ms']:.1f} ms; "
+                f"{prefill['cached_tokens']:,.0f} columns cached, KV {kv_bytes}"
             )
-        if d:
-            line = f"decode   {d['tokens']} tokens, {d['decode_ms_per_token']:.2f} ms each"
-            if d.get("verify_rounds"):
-                line += f"; {d['accepted_length']:.2f} draft tokens accepted per round"
-            if d.get("engine") == "static":
-                line += "; static step"
-                if d.get("graph_captures"):
-                    line += f", {d['graph_captures']} graphs captured in {d['capture_ms']:,.0f} ms"
-            lines.append(line)
-        return "\n".join(lines + [f"note     {n}" for n in self.notes])
+        if decode:
+            decode_line = f"decode   {decode['tokens']} tokens, {decode['decode_ms_per_token']:.2f} ms each"
+            if decode.get("verify_rounds"):
+                decode_line += f"; {decode['accepted_length']:.2f} draft tokens accepted per round"
+            if decode.get("engine") == "static":
+                decode_line += "; static step"
+                if decode.get("graph_captures"):
+                    decode_line += f", {decode['graph_captures']} graphs captured in {decode['capture_ms']:,.0f} ms"
+            lines.append(decode_line)
+        return "\n".join(lines + [f"note     {note}" for note in self.notes])
 
 
 def why_all_kept(name: str, least: int, media: dict[str, list[Any]], tokens: int) -> str:

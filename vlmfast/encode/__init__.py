@@ -1,4 +1,4 @@
-"""encode: which visual tokens are worth sending on. One file per method; `METHODS` names them."""
+"""Encode: which visual tokens go on to the language model. One file per method; `METHODS` lists them by name."""
 
 from typing import Any
 
@@ -25,8 +25,8 @@ from vlmfast.encode.vidcom2 import VidCom2
 from vlmfast.encode.visionzip import VisionZip
 
 METHODS: dict[str, type[Any]] = {
-    m.name: m
-    for m in (
+    method.name: method
+    for method in (
         Uniform, Random, Downsample, EVS, VidCom2, MaxMin,
         VisionZip, HiRED, CDPruner, MMTok, DTD, VCast, FlashVID, IVCPrune, PixelPrune,
         FastV, PyramidDrop, V2Drop, AdaptInfer,

@@ -1,4 +1,4 @@
-"""AdaptInfer: the words that matter to the answer say which visual tokens matter."""
+"""AdaptInfer: drops visual tokens between layers by the attention that important text tokens pay them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from vlmfast.runtime.layer_cuts import CutInputs
 
 @dataclass(frozen=True)
 class AdaptInfer(LayerPruner):
-    """AdaptInfer (arXiv 2508.06084): text tokens rate the visual ones, each with the weight of the attention it
-    receives itself from the text (a soft prior in place of one fixed rater); mean over heads. layers: where to cut; the
-    default is a quarter, a half and three quarters of the depth, `vlmfast calibrate` finds a schedule for your model.
-    raters: how many of the last columns are looked at.
+    """AdaptInfer (arXiv 2508.06084): a visual token's score is the attention that the text tokens pay it, mean over
+    heads, each text token weighted by the attention it receives from the other text.
+
+    layers: where to cut; the default is a quarter, a half and three quarters of the depth, `vlmfast calibrate` finds
+    the layers for your model. raters: number of last columns whose attention counts.
     """
 
     layers: Layers | None = None
@@ -31,10 +32,11 @@ class AdaptInfer(LayerPruner):
     def window(self) -> int:
         return self.raters
 
-    def rate(self, sight: CutInputs) -> Tensor:
-        assert sight.weights is not None
-        attention = sight.weights.mean(1)  # (B, W, P)
-        w = attention.shape[1]
-        text = (sight.kinds[:, -w:] == Kind.TEXT).to(attention.dtype)
-        prior = (attention[:, :, -w:] * text[:, :, None]).sum(1) * text  # (B, W): received from the text
-        return (attention * prior[:, :, None]).sum(1)
+    def rate(self, cut_inputs: CutInputs) -> Tensor:
+        assert cut_inputs.weights is not None
+        attention = cut_inputs.weights.mean(1)  # (B, W, P)
+        num_raters = attention.shape[1]
+        text_mask = (cut_inputs.kinds[:, -num_raters:] == Kind.TEXT).to(attention.dtype)
+        received = (attention[:, :, -num_raters:] * text_mask[:, :, None]).sum(1)  # (B, W), from text tokens
+        text_prior = received * text_mask
+        return (attention * text_prior[:, :, None]).sum(1)

@@ -1,6 +1,6 @@
-"""The base of every pruner: a method scores visual tokens, the base turns scores into a kept set.
+"""The base of every pruner: a method scores visual tokens, the base turns the scores into a set of kept tokens.
 
-Selection is in this one place: the budget, the floor per frame, ascending order, separators that always survive.
+Selection happens here only: the budget, the floor per frame, the ascending order, the separators that always stay.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class Pruner(Method):
     """Keeps a fraction `keep` of the visual tokens of each image or video.
 
     keep: fraction kept, in (0, 1]. floor: tokens every frame keeps at least (the budget grows to hold it).
-    least: tokens the image or video keeps at least, so that a small one, which has little to spare, passes whole.
-    after_block: None prunes at the tower's output; k prunes inside the tower, before block k, so that blocks k, k+1,
-    ... run short (Qwen towers); a float below 1 is a share of the tower's depth; "auto" is a quarter of the depth where
-    the tower can run short, and the output elsewhere (the report says which).
-    Subclasses answer one question: `score`, or `select_body` for set methods.
+    least: tokens the image or video keeps at least, so that a small one passes whole.
+    after_block: None prunes at the tower's output; k prunes inside the tower, before block k, so that block k and those
+    after it see fewer tokens (Qwen towers); a float below 1 is a share of the tower's depth; "auto" is a quarter of the
+    depth where the tower allows it, and the output elsewhere (the report says which).
+    A subclass implements `score`, or `select_body` where tokens are chosen as a set.
     """
 
     keep: Fraction = 0.25
@@ -51,12 +51,13 @@ class Pruner(Method):
                 "or use a pruner of features (vidcom2, maxmin, evs)"
             )
 
-    def need(self, tokens: VisualTokens, what: str) -> Tensor:
+    def need(self, tokens: VisualTokens, field_name: str) -> Tensor:
         """tokens.attention, .question, .rope or .pixels; raises Unsupported where the caller had none to give."""
-        value: Tensor | None = getattr(tokens, what)
+        value: Tensor | None = getattr(tokens, field_name)
         if value is None:
             raise Unsupported(
-                f"{self.name} needs {what}, which is not known here: use a pruner of features (vidcom2, maxmin, evs)"
+                f"{self.name} needs {field_name}, which is not known here: "
+                "use a pruner of features (vidcom2, maxmin, evs)"
             )
         return value
 
@@ -70,75 +71,76 @@ class Pruner(Method):
 
     def budget(self, tokens: VisualTokens) -> int:
         """Number of tokens kept: round(keep * N), at least one, `least`, and enough for the floor of every frame."""
-        n = tokens.n
-        return min(n, max(1, round(self.keep * n), self.floor * tokens.frames, self.least))
+        num_tokens = tokens.n
+        return min(num_tokens, max(1, round(self.keep * num_tokens), self.floor * tokens.frames, self.least))
 
     def select(self, tokens: VisualTokens) -> Tensor:
         """Kept indices (K,) int64, strictly ascending, separators included."""
         if self.keep >= 1 or (self.video_only and not tokens.video):
             return torch.arange(tokens.n, device=tokens.features.device)
-        inner, body = without_separators(tokens)
-        kept = self.select_body(inner, self.budget(inner))
-        if body is None or tokens.protected is None:
-            return kept.sort().values
-        return torch.cat([body[kept], tokens.protected.nonzero()[:, 0]]).sort().values
+        unprotected, unprotected_indices = without_separators(tokens)
+        kept_indices = self.select_body(unprotected, self.budget(unprotected))
+        if unprotected_indices is None or tokens.protected is None:
+            return kept_indices.sort().values
+        return torch.cat([unprotected_indices[kept_indices], tokens.protected.nonzero()[:, 0]]).sort().values
 
     def select_body(self, tokens: VisualTokens, budget: int) -> Tensor:
         """`budget` distinct indices in any order; the default ranks by `score` under floor and frame budgets."""
-        score = self.score(tokens).float()
-        if score.shape != (tokens.n,):
-            raise RuntimeError(f"{type(self).__name__}.score returned {tuple(score.shape)} for {tokens.n} tokens")
-        return ranked(score, tokens.frame, budget, self.floor, self.frame_budgets(tokens, budget))
+        scores = self.score(tokens).float()
+        if scores.shape != (tokens.n,):
+            raise RuntimeError(f"{type(self).__name__}.score returned {tuple(scores.shape)} for {tokens.n} tokens")
+        return ranked(scores, tokens.frame, budget, self.floor, self.frame_budgets(tokens, budget))
 
 
 def without_separators(tokens: VisualTokens) -> tuple[VisualTokens, Tensor | None]:
     """The tokens without their protected rows, and the indices of those that stay (None: there are no separators)."""
     if tokens.protected is None:
         return tokens, None
-    body = (~tokens.protected).nonzero()[:, 0]
-    inner = dataclasses.replace(
+    unprotected_indices = (~tokens.protected).nonzero()[:, 0]
+    unprotected = dataclasses.replace(
         tokens,
-        features=tokens.features[body],
-        frame=tokens.frame[body],
+        features=tokens.features[unprotected_indices],
+        frame=tokens.frame[unprotected_indices],
         protected=None,
-        positions=None if tokens.positions is None else tokens.positions[:, body],
-        attention=None if tokens.attention is None else tokens.attention[..., body],
-        rope=None if tokens.rope is None else tokens.rope[:, body],
+        positions=None if tokens.positions is None else tokens.positions[:, unprotected_indices],
+        attention=None if tokens.attention is None else tokens.attention[..., unprotected_indices],
+        rope=None if tokens.rope is None else tokens.rope[:, unprotected_indices],
     )
-    return inner, body
+    return unprotected, unprotected_indices
 
 
 def ranked(score: Tensor, frame: Tensor, budget: int, floor: int, per_frame: Tensor | None) -> Tensor:
-    """Top `budget` indices by score, each frame's best `floor` first (or its `per_frame` quota first).
+    """Indices (budget,) int64 of the highest scores; each frame's best `floor` (or `per_frame` quota) come first.
 
-    score, frame: (N,). No host sync: a token's rank inside its frame lifts it into a higher class of the top-k.
+    score (N,) float; frame (N,) int64; per_frame (t,) int64 or None. No host sync: being among the best of its frame
+    moves a token ahead of all that are not.
     """
-    order = ranking(score)
-    n = len(order)
-    by_frame = order[frame[order].argsort(stable=True)]  # frames ascending, best first within each
+    best_first = ranking(score)
+    num_tokens = len(best_first)
+    by_frame = best_first[frame[best_first].argsort(stable=True)]  # frames ascending, best first within each
     sorted_frame = frame[by_frame]
-    rank = torch.arange(n, device=score.device).sub_(torch.searchsorted(sorted_frame, sorted_frame))
-    place = order.argsort()[by_frame].add_(rank < floor, alpha=-2 * n)
+    rank_in_frame = torch.arange(num_tokens, device=score.device).sub_(torch.searchsorted(sorted_frame, sorted_frame))
+    sort_key = best_first.argsort()[by_frame].add_(rank_in_frame < floor, alpha=-2 * num_tokens)
     if per_frame is None:
-        place.add_(rank < floor, alpha=-2 * n)
+        sort_key.add_(rank_in_frame < floor, alpha=-2 * num_tokens)
     else:
-        place.add_(rank < per_frame.clamp(min=floor)[sorted_frame], alpha=-2 * n)
-    return by_frame[place.argsort()[:budget]]
+        sort_key.add_(rank_in_frame < per_frame.clamp(min=floor)[sorted_frame], alpha=-2 * num_tokens)
+    return by_frame[sort_key.argsort()[:budget]]
 
 
-def frame_means(features: Tensor, frame: Tensor, t: int) -> Tensor:
-    """(t, D) mean feature of each frame; works when frames differ in size."""
-    total = features.new_zeros(t, features.shape[1]).index_add_(0, frame, features)
-    count = features.new_zeros(t).index_add_(0, frame, features.new_ones(len(frame)))
-    return total / count.clamp(min=1)[:, None]
+def frame_means(features: Tensor, frame: Tensor, num_frames: int) -> Tensor:
+    """(t, D) mean feature of each frame; frames may differ in size. features (N, D), frame (N,) int64."""
+    feature_sums = features.new_zeros(num_frames, features.shape[1]).index_add_(0, frame, features)
+    token_counts = features.new_zeros(num_frames).index_add_(0, frame, features.new_ones(len(frame)))
+    return feature_sums / token_counts.clamp(min=1)[:, None]
 
 
-def largest_remainder(share: Tensor, total: int) -> Tensor:
-    """(t,) int64 parts proportional to share that sum to total exactly."""
-    exact = share / share.sum() * total
-    parts = exact.floor()
-    missing = total - parts.sum()
-    order = ranking(exact - parts)
-    extra = torch.zeros_like(parts)
-    extra[order] = (torch.arange(len(parts), device=parts.device) < missing).to(parts.dtype)
-    return (parts + extra).long()
+def largest_remainder(shares: Tensor, total: int) -> Tensor:
+    """(t,) int64 parts proportional to shares (t,) that sum to total exactly, rounded by largest remainder."""
+    exact_parts = shares / shares.sum() * total
+    parts = exact_parts.floor()
+    num_missing = total - parts.sum()
+    largest_first = ranking(exact_parts - parts)
+    rounded_up = torch.zeros_like(parts)
+    rounded_up[largest_first] = (torch.arange(len(parts), device=parts.device) < num_missing).to(parts.dtype)
+    return (parts + rounded_up).long()

@@ -15,10 +15,10 @@ from vlmfast.runtime.layer_cuts import CutInputs
 
 @dataclass(frozen=True)
 class LayerPruner(Method):
-    """Layers before a cut see every visual token, layers after it the fraction that stays.
+    """Layers before a cut see every visual token, layers after it only those that stay.
 
-    keep: fraction of the visual tokens that entered which is left after the last cut, in (0, 1]. prune: a pruner that
-    acts first, at the tower's output (or None). Subclasses say where they cut (`cuts`) and `rate` the tokens there.
+    keep: fraction of the visual tokens left after the last cut, in (0, 1]. prune: a pruner that acts first, at the
+    tower's output (or None). A subclass implements `cuts` (where to cut) and `rate` (the tokens' scores there).
     """
 
     keep: Fraction = 0.25
@@ -37,21 +37,21 @@ class LayerPruner(Method):
         """Last columns whose attention `rate` reads; 0 = attention-free."""
         return 1
 
-    def rate(self, sight: CutInputs) -> Tensor:
+    def rate(self, cut_inputs: CutInputs) -> Tensor:
         """(B, P) scores, higher is kept; only visual columns count."""
         raise NotImplementedError
 
     def select(self, tokens: VisualTokens) -> Tensor:
-        """Not a pruner of the tower's output: it has nothing to say before the language model runs."""
+        """Raises Unsupported: tokens can only be scored once the language model runs."""
         raise Unsupported(
             f"{self.name} acts between layers of the language model, as accelerate(model, prune=...) only: "
             "use a pruner of the tower's output here (vidcom2, uniform)"
         )
 
 
-def staged(keep: float, at: tuple[int, ...]) -> tuple[tuple[int, float], ...]:
-    """Cuts before the layers `at` that each keep the same share of what is left, `keep` after the last."""
-    return tuple((layer, keep ** ((i + 1) / len(at))) for i, layer in enumerate(at))
+def staged(keep: float, cut_layers: tuple[int, ...]) -> tuple[tuple[int, float], ...]:
+    """Cuts before `cut_layers` that each keep the same share of what is left, `keep` after the last."""
+    return tuple((layer, keep ** ((index + 1) / len(cut_layers))) for index, layer in enumerate(cut_layers))
 
 
 def stage_layers(layers: Layers | None, shares: tuple[float, ...], depth: int) -> tuple[int, ...]:

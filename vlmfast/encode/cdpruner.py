@@ -35,20 +35,20 @@ class CDPruner(Pruner):
         """(N,) in [0.01, 1]."""
         return self._relevance(tokens, unit_rows(tokens.features))
 
-    def _relevance(self, tokens: VisualTokens, rows: Tensor) -> Tensor:
-        mean = rows @ normalize(self.need(tokens, "question").to(rows.dtype), dim=-1).mean(0)
-        low, high = mean.aminmax()
-        relevance = ((mean - low) / (high - low).clamp(min=1e-12)).clamp(min=0.01)
+    def _relevance(self, tokens: VisualTokens, unit_features: Tensor) -> Tensor:
+        similarity = unit_features @ normalize(self.need(tokens, "question").to(unit_features.dtype), dim=-1).mean(0)
+        lowest, highest = similarity.aminmax()
+        relevance = ((similarity - lowest) / (highest - lowest).clamp(min=1e-12)).clamp(min=0.01)
         return relevance if self.theta == 1 else relevance**self.theta
 
     def select_body(self, tokens: VisualTokens, budget: int) -> Tensor:
-        rows = unit_rows(tokens.features)
-        relevance = self._relevance(tokens, rows)
+        unit_features = unit_rows(tokens.features)
+        relevance = self._relevance(tokens, unit_features)
         if tokens.features.is_cuda:
-            cos = cosines(tokens.features, rows)
-            cos.diagonal().round_()  # exactly one, so that equal tokens tie; 0 where a token points nowhere
-            left = greedy.most_probable(cos.mul_(relevance[:, None]).mul_(relevance), budget)
+            similarity = cosines(tokens.features, unit_features)
+            similarity.diagonal().round_()  # exactly one, so that equal tokens tie; 0 where a token points nowhere
+            remaining = greedy.most_probable(similarity.mul_(relevance[:, None]).mul_(relevance), budget)
         else:
-            gain = relevance.square() * rows.square().sum(-1).round()
-            left = greedy.most_probable_rows(relevance[:, None] * rows, gain, budget)
-        return kept_set(left, tokens.frame, relevance, budget, self.floor)
+            initial_gain = relevance.square() * unit_features.square().sum(-1).round()
+            remaining = greedy.most_probable_rows(relevance[:, None] * unit_features, initial_gain, budget)
+        return kept_set(remaining, tokens.frame, relevance, budget, self.floor)

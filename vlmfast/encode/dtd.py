@@ -1,4 +1,4 @@
-"""DTD: drop what has not changed; how much stays is the video's own affair."""
+"""DTD: drops tokens that repeat the previous frame; how many stay depends on the video."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class DTD(Pruner):
 
     def repeated(self, tokens: VisualTokens) -> Tensor:
         """(N,) cosine to the same place in the previous frame; -2 in the first frame."""
-        x = tokens.features.view(tokens.frames, -1, tokens.features.shape[-1]).float()
-        return pad(cosine_similarity(x[1:], x[:-1], dim=-1), (0, 0, 1, 0), value=-2.0).flatten()
+        features = tokens.features.view(tokens.frames, -1, tokens.features.shape[-1]).float()
+        return pad(cosine_similarity(features[1:], features[:-1], dim=-1), (0, 0, 1, 0), value=-2.0).flatten()
 
     def budget(self, tokens: VisualTokens) -> int:
-        per_frame = tokens.n // tokens.frames
-        least = per_frame + self.floor * (tokens.frames - 1)
-        changed = (self.repeated(tokens) <= self.threshold).view(tokens.frames, -1).sum(1).clamp(min=self.floor)
-        return min(tokens.n, max(least, self.least, min(super().budget(tokens), int(changed.sum()))))
+        tokens_per_frame = tokens.n // tokens.frames
+        min_kept = tokens_per_frame + self.floor * (tokens.frames - 1)
+        changed_counts = (self.repeated(tokens) <= self.threshold).view(tokens.frames, -1).sum(1).clamp(min=self.floor)
+        return min(tokens.n, max(min_kept, self.least, min(super().budget(tokens), int(changed_counts.sum()))))
 
     def score(self, tokens: VisualTokens) -> Tensor:
         return -self.repeated(tokens)

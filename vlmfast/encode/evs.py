@@ -1,4 +1,4 @@
-"""EVS: keep what changed since the previous frame."""
+"""EVS: keeps the tokens that changed most since the previous frame."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class EVS(Pruner):
         return super().select(tokens)
 
     def budget(self, tokens: VisualTokens) -> int:
-        per_frame = tokens.n // tokens.frames
-        return min(tokens.n, max(super().budget(tokens), per_frame + self.floor * (tokens.frames - 1)))
+        tokens_per_frame = tokens.n // tokens.frames
+        return min(tokens.n, max(super().budget(tokens), tokens_per_frame + self.floor * (tokens.frames - 1)))
 
     def score(self, tokens: VisualTokens) -> Tensor:
-        x = tokens.features.view(tokens.frames, -1, tokens.features.shape[-1]).float()
-        change = 1 - cosine_similarity(x[1:], x[:-1], dim=-1)
-        first = torch.full_like(x[:1, :, 0], 3.0)  # above any cosine distance: always kept
-        return torch.cat([first, change]).flatten()
+        features = tokens.features.view(tokens.frames, -1, tokens.features.shape[-1]).float()
+        change = 1 - cosine_similarity(features[1:], features[:-1], dim=-1)
+        first_frame = torch.full_like(features[:1, :, 0], 3.0)  # above any cosine distance: always kept
+        return torch.cat([first_frame, change]).flatten()

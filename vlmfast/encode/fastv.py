@@ -1,4 +1,4 @@
-"""FastV: after two layers the last token knows which visual tokens it will not read."""
+"""FastV: after two layers, drops the visual tokens that the last token attends to least."""
 
 from __future__ import annotations
 
@@ -24,6 +24,6 @@ class FastV(LayerPruner):
     def cuts(self, layers: int) -> tuple[tuple[int, float], ...]:
         return ((self.after_layer, self.keep),)
 
-    def rate(self, sight: CutInputs) -> Tensor:
-        assert sight.weights is not None
-        return sight.weights[:, :, -1].mean(1)
+    def rate(self, cut_inputs: CutInputs) -> Tensor:
+        assert cut_inputs.weights is not None
+        return cut_inputs.weights[:, :, -1].mean(1)

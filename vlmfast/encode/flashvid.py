@@ -1,4 +1,4 @@
-"""FlashVID: attended and diverse tokens of each frame, then one token for every thing that moves through the scene."""
+"""FlashVID: keeps attended and diverse tokens of each frame, then the first token of each chain that repeats."""
 
 from __future__ import annotations
 
@@ -37,57 +37,63 @@ class FlashVID(Pruner):
     video_only: ClassVar[bool] = True
 
     def select_body(self, tokens: VisualTokens, budget: int) -> Tensor:
-        t, n = tokens.frames, tokens.n // tokens.frames
-        x = unit_rows(tokens.features).view(t, n, -1)
-        each = max(min(self.floor, budget // t), int(self.alpha * budget) // t)
-        taken = attended_and_diverse(x, self.need(tokens, "attention").float().view(t, n), each)
-        rank = self._roots_first(x, taken, tokens)
-        rank = torch.where(taken, rank.new_full((), 4.0), rank)
-        return highest(rank.flatten(), budget)
+        num_frames, frame_size = tokens.frames, tokens.n // tokens.frames
+        unit_features = unit_rows(tokens.features).view(num_frames, frame_size, -1)
+        picks_per_frame = max(min(self.floor, budget // num_frames), int(self.alpha * budget) // num_frames)
+        attention = self.need(tokens, "attention").float().view(num_frames, frame_size)
+        selected = attended_and_diverse(unit_features, attention, picks_per_frame)
+        priority = self._roots_first(unit_features, selected, tokens)
+        priority = torch.where(selected, priority.new_full((), 4.0), priority)
+        return highest(priority.flatten(), budget)
 
-    def _roots_first(self, x: Tensor, taken: Tensor, tokens: VisualTokens) -> Tensor:
+    def _roots_first(self, unit_features: Tensor, selected: Tensor, tokens: VisualTokens) -> Tensor:
         """(t, n) rank of the tokens left over: roots by density peak (1 ... 2), then linked ones, least alike first."""
-        n, free = x.shape[1], ~taken
-        alike = x[1:] @ x[:-1].transpose(1, 2)
-        alike = alike.masked_fill(~(free[1:, :, None] & free[:-1, None, :]), -1)
-        alike = alike.masked_fill(self._starts(tokens)[1:, None, None], -1)
-        best = torch.cat([alike.new_full((1, n), -1.0), alike.amax(-1)])
-        root = (best <= self.threshold) & free
-        peak = density_peaks(x, root).masked_fill(~root, -1)
-        place = ranking(peak).argsort(dim=1)
-        place = place / root.sum(1, keepdim=True).clamp(min=1)
-        return torch.where(root, 2 - place, -best)
+        frame_size, unselected = unit_features.shape[1], ~selected
+        similarity = unit_features[1:] @ unit_features[:-1].transpose(1, 2)
+        similarity = similarity.masked_fill(~(unselected[1:, :, None] & unselected[:-1, None, :]), -1)
+        similarity = similarity.masked_fill(self._starts(tokens)[1:, None, None], -1)
+        best_match = torch.cat([similarity.new_full((1, frame_size), -1.0), similarity.amax(-1)])
+        is_root = (best_match <= self.threshold) & unselected
+        peak_score = density_peaks(unit_features, is_root).masked_fill(~is_root, -1)
+        peak_rank = ranking(peak_score).argsort(dim=1)
+        peak_rank = peak_rank / is_root.sum(1, keepdim=True).clamp(min=1)
+        return torch.where(is_root, 2 - peak_rank, -best_match)
 
     def _starts(self, tokens: VisualTokens) -> Tensor:
         """(t,) bool: does a segment begin at this frame?"""
-        t = tokens.frames
-        mean = normalize(frame_means(tokens.features.float(), tokens.frame, t), dim=-1)
-        alike = (mean[1:] * mean[:-1]).sum(-1)
-        order = alike.argsort(stable=True).argsort()  # the least alike neighbours are cut first
-        return torch.cat([alike.new_ones(1).bool(), (alike < self.cut) | (order < self.segments - 1)])
+        num_frames = tokens.frames
+        mean_features = normalize(frame_means(tokens.features.float(), tokens.frame, num_frames), dim=-1)
+        similarity = (mean_features[1:] * mean_features[:-1]).sum(-1)
+        cut_order = similarity.argsort(stable=True).argsort()  # the least alike neighbours are cut first
+        return torch.cat([similarity.new_ones(1).bool(), (similarity < self.cut) | (cut_order < self.segments - 1)])
 
 
-def attended_and_diverse(x: Tensor, attention: Tensor, k: int) -> Tensor:
-    """(t, n) bool: k tokens of every frame by farthest-point selection, gaps weighted by attention.
+def attended_and_diverse(unit_features: Tensor, attention: Tensor, num_selected: int) -> Tensor:
+    """(t, n) bool: `num_selected` tokens of every frame by farthest-point selection, gaps weighted by attention.
 
-    x: (t, n, D) unit rows; attention: (t, n). The first token of a frame is the most attended; where nothing new is
-    left, the rest goes by attention, then evenly over the frame (`encode/greedy.py`).
+    unit_features: (t, n, D), of length one; attention: (t, n). The first token of a frame is the most attended; where
+    nothing new is left, the rest goes by attention, then evenly over the frame (`encode/greedy.py`).
     """
-    t, n, _ = x.shape
-    weight = attention / attention.amax(1, keepdim=True).clamp(min=1e-12)
-    left = greedy.farthest(1 - x @ x.transpose(1, 2), weight, weight, k)
-    if left.device.type == "cpu" and bool(((left < 0).sum(1) == k).all()):  # where looking costs nothing
-        return left < 0
-    order = in_order(left, weight, torch.arange(n, device=x.device, dtype=torch.float64).mul_(LATTICE[1]).frac_())
-    return torch.zeros(t, n, dtype=torch.bool, device=x.device).scatter_(1, order[:, :k], True)
+    frame_size = unit_features.shape[1]
+    weights = attention / attention.amax(1, keepdim=True).clamp(min=1e-12)
+    remaining = greedy.farthest(1 - unit_features @ unit_features.transpose(1, 2), weights, weights, num_selected)
+    device = remaining.device
+    if device.type == "cpu" and bool(((remaining < 0).sum(1) == num_selected).all()):  # reading costs nothing there
+        return remaining < 0
+    spread = torch.arange(frame_size, device=device, dtype=torch.float64).mul_(LATTICE[1]).frac_()
+    best_first = in_order(remaining, weights, spread)[:, :num_selected]
+    return torch.zeros(remaining.shape, dtype=torch.bool, device=device).scatter_(1, best_first, True)
 
 
-def density_peaks(x: Tensor, among: Tensor, k: int = 7) -> Tensor:
-    """(t, n) density-peak score (local density * distance to the nearest denser token) of the tokens `among`."""
-    far = 1e3
-    distance = (2 - 2 * (x @ x.transpose(1, 2))).clamp(min=0)
-    distance = distance.masked_fill(~among[:, None, :], far)
-    near = distance.topk(min(k, x.shape[1]), -1, largest=False).values
-    density = torch.exp(-near.clamp(max=4).mean(-1)).masked_fill(~among, 0)
+def density_peaks(unit_features: Tensor, candidates: Tensor, num_neighbours: int = 7) -> Tensor:
+    """(t, n) density-peak score of the `candidates` (t, n) bool: local density * distance to the nearest denser one.
+
+    unit_features: (t, n, D).
+    """
+    far_distance = 1e3
+    distance = (2 - 2 * (unit_features @ unit_features.transpose(1, 2))).clamp(min=0)
+    distance = distance.masked_fill(~candidates[:, None, :], far_distance)
+    nearest = distance.topk(min(num_neighbours, unit_features.shape[1]), -1, largest=False).values
+    density = torch.exp(-nearest.clamp(max=4).mean(-1)).masked_fill(~candidates, 0)
     denser = density[:, None, :] > density[:, :, None]
-    return distance.masked_fill(~denser, far).amin(-1).clamp(max=4) * density
+    return distance.masked_fill(~denser, far_distance).amin(-1).clamp(max=4) * density

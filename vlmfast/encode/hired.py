@@ -1,4 +1,4 @@
-"""HiRED: share the budget between image tiles by what the tower sees early, fill it by what it sees late."""
+"""HiRED: the tower's first layer divides the budget between image tiles, its last layer chooses within each."""
 
 from __future__ import annotations
 
@@ -33,25 +33,28 @@ class HiRED(Pruner):
     attention_layers: ClassVar[tuple[int, ...]] = (0, -1)
 
     def select_body(self, tokens: VisualTokens, budget: int) -> Tensor:
-        early, late = self.need(tokens, "attention").float()
-        t, h, w = tokens.grid
-        base = tokens.n - h * w
-        side = math.isqrt(max(0, base))
-        if tokens.video or t != 2 or base <= 0 or side * side != base:
-            return ranked(late, tokens.frame, budget, self.floor, None)
-        rows, cols = math.ceil(h / side), math.ceil(w / side)
-        device = late.device
-        region = parts(side, side, rows, cols).to(device)
-        marked = early[:base].argsort(descending=True, stable=True)[: max(1, int(base * (1 - self.alpha)))]
-        seen = torch.bincount(region[marked], minlength=rows * cols).float()
-        first = min(base, max(self.floor, round(self.alpha * budget)))
-        quota = torch.cat([torch.tensor([first], device=device), largest_remainder(seen, budget - first)])
-        group = torch.cat([torch.zeros(base, dtype=torch.long, device=device), 1 + parts(h, w, rows, cols).to(device)])
-        return ranked(late, group, budget, 0, quota)
+        first_layer, last_layer = self.need(tokens, "attention").float()
+        num_frames, height, width = tokens.grid
+        num_base_tokens = tokens.n - height * width
+        side = math.isqrt(max(0, num_base_tokens))
+        if tokens.video or num_frames != 2 or num_base_tokens <= 0 or side * side != num_base_tokens:
+            return ranked(last_layer, tokens.frame, budget, self.floor, None)
+        num_rows, num_columns = math.ceil(height / side), math.ceil(width / side)
+        device = last_layer.device
+        base_region = parts(side, side, num_rows, num_columns).to(device)
+        num_marked = max(1, int(num_base_tokens * (1 - self.alpha)))
+        marked = first_layer[:num_base_tokens].argsort(descending=True, stable=True)[:num_marked]
+        marked_counts = torch.bincount(base_region[marked], minlength=num_rows * num_columns).float()
+        base_quota = min(num_base_tokens, max(self.floor, round(self.alpha * budget)))
+        tile_quotas = largest_remainder(marked_counts, budget - base_quota)
+        quotas = torch.cat([torch.tensor([base_quota], device=device), tile_quotas])
+        tile_of_token = 1 + parts(height, width, num_rows, num_columns).to(device)
+        view_of_token = torch.cat([tile_of_token.new_zeros(num_base_tokens), tile_of_token])  # 0 is the base view
+        return ranked(last_layer, view_of_token, budget, 0, quotas)
 
 
-def parts(h: int, w: int, rows: int, cols: int) -> Tensor:
-    """(h * w,) int64: which of rows x cols equal parts each cell of an h x w grid lies in."""
-    r = torch.arange(h) * rows // h
-    c = torch.arange(w) * cols // w
-    return (r[:, None] * cols + c[None]).flatten()
+def parts(height: int, width: int, num_rows: int, num_columns: int) -> Tensor:
+    """(height * width,) int64: which of num_rows x num_columns equal parts each cell of a grid lies in."""
+    row_part = torch.arange(height) * num_rows // height
+    column_part = torch.arange(width) * num_columns // width
+    return (row_part[:, None] * num_columns + column_part[None]).flatten()

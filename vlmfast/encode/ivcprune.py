@@ -1,4 +1,4 @@
-"""IVCPrune: whatever else goes, keep the tokens that tell the language model where things are."""
+"""IVCPrune: always keeps the tokens by which the language model locates things; another pruner chooses the rest."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vlmfast.kernels import highest
 @dataclass(frozen=True)
 class IVCPrune(Pruner):
     """Implicit visual coordinates (ICLR 2026): tokens at positions where the mean cosine or the mean sine of the rotary
-    embedding is largest act as the axes from which places are read; pruned away, grounding collapses. The share
+    embedding is largest serve as coordinate axes; without them, grounding fails. The share
     `coordinates` of all tokens is kept for them (half by cosine, half by sine), at most half of the budget.
 
     The other part of the paper's budget goes to tokens relevant to the text; here it goes to any other pruner, `prune`,
@@ -41,14 +41,14 @@ class IVCPrune(Pruner):
         super().__post_init__()
 
     def select_body(self, tokens: VisualTokens, budget: int) -> Tensor:
-        axes = max(1, min(round(self.coordinates * tokens.n), budget // 2)) // 2 * 2 or 1
-        cos, sin = self.need(tokens, "rope").float()
-        rank = torch.zeros(tokens.n, device=cos.device)
-        rank.index_fill_(0, highest(cos, (axes + 1) // 2), 4)
-        rank.index_fill_(0, highest(sin.masked_fill(rank > 0, float("-inf")), axes // 2), 4)
+        num_coordinates = max(1, min(round(self.coordinates * tokens.n), budget // 2)) // 2 * 2 or 1
+        cosines, sines = self.need(tokens, "rope").float()
+        priority = torch.zeros(tokens.n, device=cosines.device)
+        priority.index_fill_(0, highest(cosines, (num_coordinates + 1) // 2), 4)
+        priority.index_fill_(0, highest(sines.masked_fill(priority > 0, float("-inf")), num_coordinates // 2), 4)
         # the other pruner's best go next; what it keeps of a whole budget fills up for those it shares with the axes
-        if budget > axes:
-            rank[self.prune.select_body(tokens, budget - axes)] += 2
-        rank[self.prune.select_body(tokens, budget)] += 1
-        spread = torch.arange(tokens.n, device=cos.device, dtype=torch.float64).mul(0.6180339887).frac()
-        return highest(rank + 0.5 * spread, budget)
+        if budget > num_coordinates:
+            priority[self.prune.select_body(tokens, budget - num_coordinates)] += 2
+        priority[self.prune.select_body(tokens, budget)] += 1
+        tie_breaker = torch.arange(tokens.n, device=cosines.device, dtype=torch.float64).mul(0.6180339887).frac()
+        return highest(priority + 0.5 * tie_breaker, budget)

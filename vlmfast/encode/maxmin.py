@@ -26,9 +26,9 @@ class MaxMin(Pruner):
     name: ClassVar[str] = "maxmin"
 
     def select_body(self, tokens: VisualTokens, budget: int) -> Tensor:
-        cos = cosines(tokens.features, unit_rows(tokens.features))
-        weight = cos.diagonal().round()  # 0: points nowhere, and is never new
-        distance = cos.neg_().add_(1).fill_diagonal_(4)
-        start = distance.amin(1).clamp_(min=greedy.SPENT).mul_(weight)
-        left = greedy.farthest(distance[None], start[None], weight[None], budget)[0]
-        return kept_set(left, tokens.frame, None, budget, self.floor)
+        similarity = cosines(tokens.features, unit_rows(tokens.features))
+        weights = similarity.diagonal().round()  # 0: points nowhere, and is never new
+        distance = similarity.neg_().add_(1).fill_diagonal_(4)
+        initial_distance = distance.amin(1).clamp_(min=greedy.SPENT).mul_(weights)
+        remaining = greedy.farthest(distance[None], initial_distance[None], weights[None], budget)[0]
+        return kept_set(remaining, tokens.frame, None, budget, self.floor)

@@ -1,4 +1,4 @@
-"""MMTok: cover the question and the picture with as few tokens as possible."""
+"""MMTok: keeps the tokens that best cover the question and the picture."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ class MMTok(Pruner):
 
     def matches(self, tokens: VisualTokens) -> Tensor:
         """(Q + N, N): how well each visual token (column) stands for each question or visual token (row), weighted."""
-        question, vision = self._matches(tokens)
-        return torch.cat([question, vision])
+        question_matches, vision_matches = self._matches(tokens)
+        return torch.cat([question_matches, vision_matches])
 
     def _matches(self, tokens: VisualTokens) -> tuple[Tensor, Tensor]:
-        rows = unit_rows(tokens.features)
-        cos = cosines(tokens.features, rows)
-        text = normalize(self.need(tokens, "question").to(rows.dtype), dim=-1) @ rows.T
-        question = text.div_(self.text_temperature).softmax(-1).div_(len(text))
-        return question, cos.div_(self.vision_temperature).softmax(-1).mul_(self.alpha / len(cos))
+        unit_features = unit_rows(tokens.features)
+        similarity = cosines(tokens.features, unit_features)
+        text_similarity = normalize(self.need(tokens, "question").to(unit_features.dtype), dim=-1) @ unit_features.T
+        question_matches = text_similarity.div_(self.text_temperature).softmax(-1).div_(len(text_similarity))
+        return question_matches, similarity.div_(self.vision_temperature).softmax(-1).mul_(self.alpha / len(similarity))
 
     def select_body(self, tokens: VisualTokens, budget: int) -> Tensor:
-        question, vision = self._matches(tokens)
-        matches = torch.cat([question, vision]).T.contiguous()  # (N, Q + N): one candidate per row
+        question_matches, vision_matches = self._matches(tokens)
+        matches = torch.cat([question_matches, vision_matches]).T.contiguous()  # (N, Q + N): one candidate per row
         if self.alpha > 16:  # sums stay below 32, the largest that is counted
             matches *= 16 / self.alpha
-        relevance = question.sum(0)
-        left = greedy.coverage(matches, budget)
-        return kept_set(left, tokens.frame, relevance / relevance.max(), budget, self.floor)
+        relevance = question_matches.sum(0)
+        remaining = greedy.coverage(matches, budget)
+        return kept_set(remaining, tokens.frame, relevance / relevance.max(), budget, self.floor)

@@ -1,4 +1,4 @@
-"""PixelPrune: drop the patches that their neighbours foretell, before the vision tower sees them."""
+"""PixelPrune: drops patches that their neighbours predict, before the vision tower runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class PixelPrune(Pruner):
     not add up. threshold 0 drops exact repeats only. Values are the processor's normalised ones (Qwen3-VL: black to
     white is 2). Frames of a video are judged one by one. Qwen towers only.
 
-    keep is a ceiling, by default out of the way: what exceeds it loses its best foretold first. Patches leave before
+    keep is a ceiling, by default without effect: what exceeds it loses its best predicted first. Patches leave before
     block 0; the patch embedding, one product, still runs over all. One host sync per item, to learn the count.
     """
 
@@ -39,45 +39,49 @@ class PixelPrune(Pruner):
             raise UserError(f"pixelprune looks at pixels, before the tower: after_block={self.after_block} must be 0")
 
     def select_body(self, tokens: VisualTokens, budget: int) -> Tensor:
-        error = self.error(tokens)
-        wrong = (error > self.threshold).view(tokens.frames, -1).sum(1).clamp(min=self.floor)
-        return ranked(error, tokens.frame, min(budget, max(int(wrong.sum()), self.least)), self.floor, None)
+        errors = self.error(tokens)
+        unpredicted = (errors > self.threshold).view(tokens.frames, -1).sum(1).clamp(min=self.floor)
+        return ranked(errors, tokens.frame, min(budget, max(int(unpredicted.sum()), self.least)), self.floor, None)
 
     def error(self, tokens: VisualTokens) -> Tensor:
         """(N,) float32, largest distance of each token's pixels from their prediction; inf at the start of a frame."""
-        x = self.need(tokens, "pixels")
-        t, h, w = tokens.grid
-        at = torch.arange(t * h * w, device=x.device).view(t, h, w)
-        if self.threshold == 0:  # what stands for a token equals it: every token by its own neighbours, all at once
-            return self._repeats(x, at).flatten()
-        source = at.clone()  # whose pixels stand for each token, once it is settled
-        error = torch.full((t, h, w), float("inf"), device=x.device)
-        for d in range(1, h + w - 1):  # a diagonal depends on the two before it only
-            rows = torch.arange(max(0, d - w + 1), min(h, d + 1), device=x.device)
-            columns = d - rows
+        pixels = self.need(tokens, "pixels")
+        num_frames, height, width = tokens.grid
+        token_index = torch.arange(num_frames * height * width, device=pixels.device).view(num_frames, height, width)
+        if self.threshold == 0:  # predictions are exact copies: all tokens at once
+            return self._repeats(pixels, token_index).flatten()
+        source = token_index.clone()  # the token whose pixels predict later ones in place of each
+        errors = torch.full((num_frames, height, width), float("inf"), device=pixels.device)
+        for diagonal in range(1, height + width - 1):  # a diagonal depends on the two before it only
+            rows = torch.arange(max(0, diagonal - width + 1), min(height, diagonal + 1), device=pixels.device)
+            columns = diagonal - rows
             left = source[:, rows, (columns - 1).clamp(min=0)]
             above = source[:, (rows - 1).clamp(min=0), columns]
             corner = source[:, (rows - 1).clamp(min=0), (columns - 1).clamp(min=0)]
-            edge = (_distance(x, corner, left) <= self.threshold) & (_distance(x, corner, above) > self.threshold)
+            edge = (_distance(pixels, corner, left) <= self.threshold) & (
+                _distance(pixels, corner, above) > self.threshold
+            )
             first_row, first_column = rows == 0, columns == 0
-            guess = torch.where((edge & ~first_row) | first_column, above, left)
-            here = at[:, rows, columns]
-            error[:, rows, columns] = off = _distance(x, here, guess)
-            source[:, rows, columns] = torch.where(off > self.threshold, here, guess)
-        return error.flatten()
+            predictor = torch.where((edge & ~first_row) | first_column, above, left)
+            current = token_index[:, rows, columns]
+            errors[:, rows, columns] = difference = _distance(pixels, current, predictor)
+            source[:, rows, columns] = torch.where(difference > self.threshold, current, predictor)
+        return errors.flatten()
 
-    def _repeats(self, x: Tensor, at: Tensor) -> Tensor:
-        """`error` where only exact repeats are foretold. at (t, h, w): each token's row of x."""
-        _, h, w = at.shape
-        rows, columns = torch.arange(h, device=x.device)[:, None], torch.arange(w, device=x.device)
-        up, back = (rows - 1).clamp(min=0), (columns - 1).clamp(min=0)
-        left, above, corner = at[:, rows, back], at[:, up, columns], at[:, up, back]
-        edge = (_distance(x, corner, left) <= 0) & (_distance(x, corner, above) > 0)
-        error = _distance(x, at, torch.where((edge & (rows > 0)) | (columns == 0), above, left))
-        error[:, 0, 0] = float("inf")
-        return error
+    def _repeats(self, pixels: Tensor, token_index: Tensor) -> Tensor:
+        """`error` where only exact repeats are dropped. token_index (t, h, w): each token's row of pixels (N, P)."""
+        _, height, width = token_index.shape
+        rows, columns = torch.arange(height, device=pixels.device)[:, None], torch.arange(width, device=pixels.device)
+        row_above, column_before = (rows - 1).clamp(min=0), (columns - 1).clamp(min=0)
+        left, above = token_index[:, rows, column_before], token_index[:, row_above, columns]
+        corner = token_index[:, row_above, column_before]
+        edge = (_distance(pixels, corner, left) <= 0) & (_distance(pixels, corner, above) > 0)
+        predictor = torch.where((edge & (rows > 0)) | (columns == 0), above, left)
+        errors = _distance(pixels, token_index, predictor)
+        errors[:, 0, 0] = float("inf")
+        return errors
 
 
-def _distance(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Largest absolute difference between rows a and b of x (N, P), in float32; a and b alike in shape."""
-    return (x[a].float() - x[b].float()).abs().amax(-1)
+def _distance(pixels: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Largest absolute difference between two sets of rows of pixels (N, P), in float32; indices alike in shape."""
+    return (pixels[first].float() - pixels[second].float()).abs().amax(-1)

@@ -1,4 +1,4 @@
-"""PyramidDrop: the deeper the layer, the fewer visual tokens."""
+"""PyramidDrop: drops visual tokens in several steps, so that deeper layers see fewer."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ class PyramidDrop(LayerPruner):
     def cuts(self, layers: int) -> tuple[tuple[int, float], ...]:
         return staged(self.keep, stage_layers(self.layers, (0.25, 0.5, 0.75), layers))
 
-    def rate(self, sight: CutInputs) -> Tensor:
-        assert sight.weights is not None
-        return sight.weights[:, :, -1].mean(1)
+    def rate(self, cut_inputs: CutInputs) -> Tensor:
+        assert cut_inputs.weights is not None
+        return cut_inputs.weights[:, :, -1].mean(1)

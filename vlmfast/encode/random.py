@@ -1,4 +1,4 @@
-"""Random: the other baseline, often hard to beat (see the README's table)."""
+"""Random: keeps a random set of tokens. The second baseline that every method must beat."""
 
 from __future__ import annotations
 

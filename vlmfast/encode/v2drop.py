@@ -1,4 +1,4 @@
-"""V2Drop: what a layer no longer changes, later layers do not need."""
+"""V2Drop: drops the visual tokens that a layer changed least."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vlmfast.runtime.layer_cuts import CutInputs
 @dataclass(frozen=True)
 class V2Drop(LayerPruner):
     """Variation-aware dropping (V2Drop, CVPR 2026): at each cut the visual tokens whose hidden state changed least (L2)
-    through the layer before it leave. Attention-free and question-agnostic in its rating. Three cuts at a tenth, a half
+    through the layer before it leave. It reads neither attention nor the question. Three cuts at a tenth, a half
     and seven tenths of the depth, each keeping the same share of what is left; layers: other places to cut.
 
     The paper fixes token counts per stage and model; the fractions here are ours, chosen to end at `keep`.
@@ -31,5 +31,5 @@ class V2Drop(LayerPruner):
     def window(self) -> int:
         return 0
 
-    def rate(self, sight: CutInputs) -> Tensor:
-        return (sight.hidden - sight.before).float().norm(dim=-1)
+    def rate(self, cut_inputs: CutInputs) -> Tensor:
+        return (cut_inputs.hidden - cut_inputs.before).float().norm(dim=-1)

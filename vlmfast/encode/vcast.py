@@ -1,4 +1,4 @@
-"""V-CAST: more tokens where the video turns, and in each frame the unusual and the strong ones."""
+"""V-CAST: more tokens for frames where the video changes direction; in each frame the unusual and the strong ones."""
 
 from __future__ import annotations
 
@@ -25,26 +25,28 @@ class VCast(Pruner):
     name: ClassVar[str] = "vcast"
 
     def score(self, tokens: VisualTokens) -> Tensor:
-        x, frame, t = tokens.features.float(), tokens.frame, tokens.frames
-        unlike = 1 - cosine_similarity(x, frame_means(x, frame, t)[frame], dim=-1, eps=1e-6)
-        norm = x.norm(dim=-1)
-        low = norm.new_zeros(t).scatter_reduce_(0, frame, norm, "amin", include_self=False)[frame]
-        high = norm.new_zeros(t).scatter_reduce_(0, frame, norm, "amax", include_self=False)[frame]
-        return unlike + (norm - low) / (high - low + 1e-6)
+        features, frame_index, num_frames = tokens.features.float(), tokens.frame, tokens.frames
+        means = frame_means(features, frame_index, num_frames)[frame_index]
+        unlike = 1 - cosine_similarity(features, means, dim=-1, eps=1e-6)
+        norms = features.norm(dim=-1)
+        lowest, highest = norms.new_zeros(num_frames), norms.new_zeros(num_frames)
+        lowest.scatter_reduce_(0, frame_index, norms, "amin", include_self=False)
+        highest.scatter_reduce_(0, frame_index, norms, "amax", include_self=False)
+        return unlike + (norms - lowest[frame_index]) / ((highest - lowest)[frame_index] + 1e-6)
 
     def frame_budgets(self, tokens: VisualTokens, budget: int) -> Tensor | None:
-        t = tokens.frames
-        if t == 1:
+        num_frames = tokens.frames
+        if num_frames == 1:
             return None
-        path = normalize(frame_means(tokens.features.float(), tokens.frame, t), dim=-1, eps=1e-6)
-        share = (curvature(path) / self.temperature).softmax(0)
-        least = min(self.floor, budget // t)
-        return least + largest_remainder(share, budget - least * t)
+        frame_path = normalize(frame_means(tokens.features.float(), tokens.frame, num_frames), dim=-1, eps=1e-6)
+        frame_share = (curvature(frame_path) / self.temperature).softmax(0)
+        min_per_frame = min(self.floor, budget // num_frames)
+        return min_per_frame + largest_remainder(frame_share, budget - min_per_frame * num_frames)
 
 
 def curvature(path: Tensor) -> Tensor:
     """path (t, D) -> (t,): 1 - cosine between consecutive steps, 1 at the ends."""
-    out = path.new_ones(path.shape[0])
-    step = path[1:] - path[:-1]
-    out[1:-1] = 1 - cosine_similarity(step[:-1], step[1:], dim=-1, eps=1e-6)
-    return torch.nan_to_num(out, nan=1.0)
+    bends = path.new_ones(path.shape[0])
+    steps = path[1:] - path[:-1]
+    bends[1:-1] = 1 - cosine_similarity(steps[:-1], steps[1:], dim=-1, eps=1e-6)
+    return torch.nan_to_num(bends, nan=1.0)

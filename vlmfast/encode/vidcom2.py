@@ -1,4 +1,4 @@
-"""VidCom2: keep the outliers, and give unusual frames more."""
+"""VidCom2: keeps tokens unlike the rest of the video and gives unusual frames more of the budget."""
 
 from __future__ import annotations
 
@@ -29,24 +29,25 @@ class VidCom2(Pruner):
 
     def _unlike(self, tokens: VisualTokens) -> tuple[Tensor, Tensor]:
         """(N,) distance-like score to the video's centre, and to the frame's."""
-        x = tokens.features.float()
-        kept = max(1, int(x.shape[-1] * self.channels))
-        x = normalize(x[:, highest(-x.var(0, unbiased=False), kept)], dim=-1)
-        video = x.mean(0)
-        frame = frame_means(x, tokens.frame, tokens.frames)[tokens.frame]
-        return -gaussians((x - video).square().sum(-1)), -gaussians((x - frame).square().sum(-1))
+        features = tokens.features.float()
+        num_channels = max(1, int(features.shape[-1] * self.channels))
+        features = normalize(features[:, highest(-features.var(0, unbiased=False), num_channels)], dim=-1)
+        video_centre = features.mean(0)
+        frame_centre = frame_means(features, tokens.frame, tokens.frames)[tokens.frame]
+        to_video, to_frame = ((features - centre).square().sum(-1) for centre in (video_centre, frame_centre))
+        return -gaussians(to_video), -gaussians(to_frame)
 
     def score(self, tokens: VisualTokens) -> Tensor:
         return torch.stack(self._unlike(tokens)).sum(0)
 
     def select_body(self, tokens: VisualTokens, budget: int) -> Tensor:
         to_video, to_frame = self._unlike(tokens)
-        quota = None
+        frame_quota = None
         if tokens.frames > 1:
-            unique = frame_means(to_video[:, None], tokens.frame, tokens.frames)[:, 0]
-            share = (unique / self.temperature).softmax(0)
-            quota = largest_remainder((1 + share - share.mean()).clamp(min=0), budget)
-        return ranked(to_video + to_frame, tokens.frame, budget, self.floor, quota)
+            uniqueness = frame_means(to_video[:, None], tokens.frame, tokens.frames)[:, 0]
+            frame_share = (uniqueness / self.temperature).softmax(0)
+            frame_quota = largest_remainder((1 + frame_share - frame_share.mean()).clamp(min=0), budget)
+        return ranked(to_video + to_frame, tokens.frame, budget, self.floor, frame_quota)
 
 
 def gaussians(distance: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""VisionZip: keep what the tower itself looks at."""
+"""VisionZip: keeps the tokens that the vision tower attends to most."""
 
 from __future__ import annotations
 
@@ -46,40 +46,42 @@ class VisionZip(Pruner):
         return self.need(tokens, "attention")
 
     def _dominant(self, tokens: VisualTokens, budget: int) -> Tensor:
-        spare = budget - max(1, self.floor * tokens.frames)
-        contextual = max(0, min(round(self.contextual * budget), spare))
-        return ranked(self.score(tokens).float(), tokens.frame, budget - contextual, self.floor, None)
+        spare_budget = budget - max(1, self.floor * tokens.frames)
+        num_contextual = max(0, min(round(self.contextual * budget), spare_budget))
+        return ranked(self.score(tokens).float(), tokens.frame, budget - num_contextual, self.floor, None)
 
     def select_body(self, tokens: VisualTokens, budget: int) -> Tensor:
         self.check_model(0, 0, 1 if tokens.positions is None else tokens.positions.shape[0])
         dominant = self._dominant(tokens, budget)
-        spaced = budget - len(dominant)
-        rest = rest_of(tokens.n, dominant)
-        steps = (torch.arange(spaced, device=rest.device) * len(rest)).div(max(1, spaced), rounding_mode="floor")
-        return torch.cat([dominant, rest[steps]])
+        num_spaced = budget - len(dominant)
+        others = rest_of(tokens.n, dominant)
+        steps = torch.arange(num_spaced, device=others.device) * len(others)
+        return torch.cat([dominant, others[steps.div(max(1, num_spaced), rounding_mode="floor")]])
 
     def merged(self, tokens: VisualTokens, kept: Tensor) -> Tensor:
         """(K, D) features of the kept tokens after every dropped one was added to the contextual token most like it."""
-        inner, body = without_separators(tokens)
-        out = tokens.features.clone()
-        body = torch.arange(tokens.n, device=out.device) if body is None else body
-        dominant = body[self._dominant(inner, self.budget(inner))]
-        role = torch.zeros(tokens.n, dtype=torch.long, device=out.device)  # 0 elsewhere, 1 contextual, 2 dropped
-        role[body] = 2
-        role[kept] = torch.where(role[kept] == 2, 1, 0)
-        role[dominant] = 0
-        target, dropped = (role == 1).nonzero()[:, 0], (role == 2).nonzero()[:, 0]
-        if len(target) == 0 or len(dropped) == 0:
-            return out[kept]
-        x = normalize(tokens.features.float(), dim=-1)
-        nearest = (x[dropped] @ x[target].T).argmax(1)
-        total = out.new_zeros(len(target), out.shape[1]).index_add_(0, nearest, tokens.features[dropped])
-        count = torch.bincount(nearest, minlength=len(target)).clamp(min=1)
-        out[target] += total / count[:, None].to(total)
-        return out[kept]
+        unprotected, unprotected_indices = without_separators(tokens)
+        features = tokens.features.clone()
+        if unprotected_indices is None:
+            unprotected_indices = torch.arange(tokens.n, device=features.device)
+        dominant = unprotected_indices[self._dominant(unprotected, self.budget(unprotected))]
+        roles = torch.zeros(tokens.n, dtype=torch.long, device=features.device)  # 0 elsewhere, 1 contextual, 2 dropped
+        roles[unprotected_indices] = 2
+        roles[kept] = torch.where(roles[kept] == 2, 1, 0)
+        roles[dominant] = 0
+        contextual, dropped = (roles == 1).nonzero()[:, 0], (roles == 2).nonzero()[:, 0]
+        if len(contextual) == 0 or len(dropped) == 0:
+            return features[kept]
+        unit_features = normalize(tokens.features.float(), dim=-1)
+        nearest = (unit_features[dropped] @ unit_features[contextual].T).argmax(1)
+        dropped_sum = features.new_zeros(len(contextual), features.shape[1])
+        dropped_sum.index_add_(0, nearest, tokens.features[dropped])
+        num_dropped = torch.bincount(nearest, minlength=len(contextual)).clamp(min=1)
+        features[contextual] += dropped_sum / num_dropped[:, None].to(dropped_sum)
+        return features[kept]
 
 
-def rest_of(n: int, chosen: Tensor) -> Tensor:
-    """The indices in 0 ... n - 1 that are not in `chosen`, ascending."""
-    free = torch.ones(n, dtype=torch.int8, device=chosen.device).index_fill_(0, chosen, 0)
-    return ranking(free)[: n - len(chosen)]
+def rest_of(num_tokens: int, chosen: Tensor) -> Tensor:
+    """The indices in 0 ... num_tokens - 1 that are not in `chosen`, ascending int64."""
+    unchosen = torch.ones(num_tokens, dtype=torch.int8, device=chosen.device).index_fill_(0, chosen, 0)
+    return ranking(unchosen)[: num_tokens - len(chosen)]

@@ -21,23 +21,23 @@ from vlmfast.runtime.fast_decoder import unknown_decoder
 __all__ = ["STOPS", "Static", "automatic", "decoder", "forward", "open_static", "prepare", "release", "why_not"]
 
 
-def automatic(text: Any) -> bool:
+def automatic(text_model: Any) -> bool:
     """Is the static step what this decoder gets where nothing else was asked: on CUDA?"""
-    return text.embed_tokens.weight.is_cuda
+    return text_model.embed_tokens.weight.is_cuda
 
 
-def why_not(text: Any, head: Any) -> str | None:
+def why_not(text_model: Any, lm_head: Any) -> str | None:
     """Why a decoder has no static step, in words; None = it has one over a cache of dense rows."""
-    if torch.is_autocast_enabled(text.embed_tokens.weight.device.type):
+    if torch.is_autocast_enabled(text_model.embed_tokens.weight.device.type):
         return "torch.autocast is on"
-    reason = unknown_decoder(text, head)
-    if reason is not None or pool.current(text, head) is not None:
+    reason = unknown_decoder(text_model, lm_head)
+    if reason is not None or pool.current(text_model, lm_head) is not None:
         return reason
-    weight = text.embed_tokens.weight
+    weight = text_model.embed_tokens.weight
     if weight.is_cuda:
         if weight.device.index != torch.cuda.current_device():
-            here = f"cuda:{torch.cuda.current_device()}"
-            return f"the model is on {weight.device} and the current device is {here}: call torch.cuda.set_device"
+            current = f"cuda:{torch.cuda.current_device()}"
+            return f"the model is on {weight.device} and the current device is {current}: call torch.cuda.set_device"
         if weight.dtype not in pool.HALF:
             return f"the kernels of the static step take float16 and bfloat16, not {str(weight.dtype)[6:]}"
         major, minor = torch.cuda.get_device_capability(weight.device)
@@ -45,47 +45,56 @@ def why_not(text: Any, head: Any) -> str | None:
             return f"the kernels of the static step need a card of compute capability 8.0, this one has {major}.{minor}"
         if importlib.util.find_spec("triton") is None:
             return "the kernels of the static step need Triton: pip install triton"
-        if text.layers[0].self_attn.head_dim > 256:
-            return f"heads of {text.layers[0].self_attn.head_dim}, the kernels of the static step take 256"
-    return weights.why_not(text, head)
+        if text_model.layers[0].self_attn.head_dim > 256:
+            return f"heads of {text_model.layers[0].self_attn.head_dim}, the kernels of the static step take 256"
+    return weights.why_not(text_model, lm_head)
 
 
 def open_static(
-    text: Any, head: Any, cache: Any, valid: Tensor | None, position: Tensor, room: int, hidden: bool, forced: bool
+    text_model: Any,
+    lm_head: Any,
+    cache: Any,
+    valid: Tensor | None,
+    position: Tensor,
+    room: int,
+    hidden: bool,
+    forced: bool,
 ) -> Static | str | None:
     """A static step over a cache that `fast_decoder.why_not` takes, or why there is none; None where none is asked for.
 
     hidden: must a step give the output of a layer? forced: asked for by name; otherwise on CUDA alone. The others as
     of `Static`.
     """
-    if not forced and not automatic(text):
+    if not forced and not automatic(text_model):
         return None
     if hidden:
         return "the rule reads hidden states, which the static step does not give"
-    reason = why_not(text, head)
+    reason = why_not(text_model, lm_head)
     if reason is not None:
         return reason
     try:
-        return Static(pool.pool_of(text, head), text, cache, valid, position, room)
-    except Unsupported as e:
-        return str(e)
+        return Static(pool.pool_of(text_model, lm_head), text_model, cache, valid, position, room)
+    except Unsupported as error:
+        return str(error)
 
 
 def prepare(model: nn.Module) -> None:
     """Join a model's weights before anything runs, where its decoder will step statically by itself."""
-    text, head = decoder(model)
-    if text is not None and automatic(text) and why_not(text, head) is None:
-        pool.pool_of(text, head)
+    text_model, lm_head = decoder(model)
+    if text_model is not None and automatic(text_model) and why_not(text_model, lm_head) is None:
+        pool.pool_of(text_model, lm_head)
 
 
 def release(model: nn.Module) -> None:
     """Give every parameter a storage of its own again, and slots and graphs back."""
-    text, _ = decoder(model)
-    if text is not None:
-        pool.release(text)
+    text_model, _ = decoder(model)
+    if text_model is not None:
+        pool.release(text_model)
 
 
 def decoder(model: Any) -> tuple[Any, Any]:
     """The text decoder and its output layer; None where the model has no such thing."""
-    text: Any = families.get(model).text(model)
-    return (text if hasattr(text, "embed_tokens") and hasattr(text, "layers") else None), model.get_output_embeddings()
+    text_model: Any = families.get(model).text(model)
+    return (
+        text_model if hasattr(text_model, "embed_tokens") and hasattr(text_model, "layers") else None
+    ), model.get_output_embeddings()

@@ -1,4 +1,4 @@
-"""CUDA graphs of the steps over one set of slots, and reading what they say without waiting for the last one."""
+"""CUDA graphs of decoder steps, and copies of their results to the host that do not wait for the newest step."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ class Graphs:
         if self.device.type != "cuda":
             self.held[key] = body
             return body, False
-        start = time.perf_counter()
+        started = time.perf_counter()
         self.held[key] = self.memory.capture(body)
         self.captures += 1
-        self.seconds += time.perf_counter() - start
+        self.seconds += time.perf_counter() - started
         return self.held[key], True
 
     def clear(self) -> None:
@@ -73,18 +73,18 @@ def graph_memory() -> Any:
 
 def capture(body: Run, memory: Any) -> Run:
     """The body as one CUDA graph: run once beforehand, on a side stream, so that kernels and workspaces are there."""
-    side = _side(torch.cuda.current_device())
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    side_stream = _side(torch.cuda.current_device())
+    side_stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side_stream):
         body()
-    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.current_stream().wait_stream(side_stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
-        out = body()
+        output = body()
 
     def replay() -> Tensor:
         graph.replay()
-        return out
+        return output
 
     return replay
 
@@ -94,20 +94,20 @@ class Readback:
 
     def __init__(self, source: Tensor, depth: int = 2) -> None:
         self.source = source
-        cuda = source.is_cuda
-        self.events = [torch.cuda.Event() for _ in range(depth)] if cuda else []
-        self.host = [torch.empty(source.shape, dtype=source.dtype, pin_memory=cuda) for _ in range(depth)]
+        on_cuda = source.is_cuda
+        self.events = [torch.cuda.Event() for _ in range(depth)] if on_cuda else []
+        self.host = [torch.empty(source.shape, dtype=source.dtype, pin_memory=on_cuda) for _ in range(depth)]
 
-    def send(self, i: int) -> None:
+    def send(self, number: int) -> None:
         """Queue the copy of what the source holds now, as number i."""
-        i %= len(self.host)
-        self.host[i].copy_(self.source, non_blocking=True)
+        number %= len(self.host)
+        self.host[number].copy_(self.source, non_blocking=True)
         if self.events:
-            self.events[i].record()
+            self.events[number].record()
 
-    def read(self, i: int) -> Tensor:
+    def read(self, number: int) -> Tensor:
         """Number i, once it is there."""
-        i %= len(self.host)
+        number %= len(self.host)
         if self.events:
-            self.events[i].synchronize()
-        return self.host[i]
+            self.events[number].synchronize()
+        return self.host[number]

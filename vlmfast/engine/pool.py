@@ -20,46 +20,47 @@ _POOLS: weakref.WeakKeyDictionary[nn.Module, Pool] = weakref.WeakKeyDictionary()
 
 
 class Pool:
-    """Of one text decoder. Holds its weights, not itself."""
+    """The joined weights and the slots of one text decoder; it holds the weights, not the decoder."""
 
-    def __init__(self, text: Any, head: Any) -> None:
-        self.weights = Weights(text, head)
+    def __init__(self, text_model: Any, lm_head: Any) -> None:
+        self.weights = Weights(text_model, lm_head)
         self.device = self.weights.embed.device
-        cuda = self.device.type == "cuda"
+        on_cuda = self.device.type == "cuda"
         self.ops: ModuleType = step_reference
         self.processors = 1
-        if cuda and self.weights.embed.dtype in HALF:
+        if on_cuda and self.weights.embed.dtype in HALF:
             from vlmfast.kernels import triton_step
 
             self.ops = triton_step
             self.processors = torch.cuda.get_device_properties(self.device).multi_processor_count
-        if cuda:
+        if on_cuda:
             torch.cuda.empty_cache()  # the parameters' own storages, before anything else grows
         self.memory = Memory()
         self.slots: list[Slots] = []
 
     def take(self, rows: int, columns: int) -> Slots:
-        """Slots for so many columns: the smallest idle ones that do, or new ones in the place of idle ones.
+        """Slots for at least `columns` columns: the smallest idle ones that are large enough, or new ones.
 
         Raises Unsupported, naming the bytes, where there is no memory for them.
         """
-        idle = [s for s in self.slots if s.idle]
-        fitting = [s for s in idle if s.rows == rows and s.capacity >= columns]
-        if fitting:
-            return min(fitting, key=lambda s: s.capacity)
-        self.drop(idle)
-        made, capacity, w = None, bucket(columns), self.weights
-        for more in (bucket(columns + columns // 8), capacity):  # a longer prompt next time captures nothing anew
+        idle_slots = [slots for slots in self.slots if slots.idle]
+        large_enough = [slots for slots in idle_slots if slots.rows == rows and slots.capacity >= columns]
+        if large_enough:
+            return min(large_enough, key=lambda slots: slots.capacity)
+        self.drop(idle_slots)
+        new_slots, capacity, weights = None, bucket(columns), self.weights
+        for wanted in (bucket(columns + columns // 8), capacity):  # a longer prompt next time captures nothing anew
             try:
-                made = self._make(rows, more)
+                new_slots = self._make(rows, wanted)
                 break
             except torch.OutOfMemoryError:
                 continue
-        if made is None:
-            size = 2 * len(w.layers) * rows * capacity * w.kv_heads * w.head_size * w.embed.dtype.itemsize
-            raise Unsupported(f"no memory for slots of {capacity:,} columns, {size / 1e9:.1f} GB")
-        self.slots.append(made)
-        return made
+        if new_slots is None:
+            column_bytes = 2 * weights.kv_heads * weights.head_size * weights.embed.dtype.itemsize
+            num_bytes = len(weights.layers) * rows * capacity * column_bytes
+            raise Unsupported(f"no memory for slots of {capacity:,} columns, {num_bytes / 1e9:.1f} GB")
+        self.slots.append(new_slots)
+        return new_slots
 
     def _make(self, rows: int, capacity: int) -> Slots:
         splits = 1
@@ -69,33 +70,33 @@ class Pool:
 
     def drop(self, slots: list[Slots]) -> None:
         """Give these slots back."""
-        for one in slots:
-            one.graphs.clear()
-        self.slots = [s for s in self.slots if not any(s is one for one in slots)]
+        for dropped in slots:
+            dropped.graphs.clear()
+        self.slots = [kept for kept in self.slots if not any(kept is dropped for dropped in slots)]
 
 
-def current(text: Any, head: Any) -> Pool | None:
+def current(text_model: Any, lm_head: Any) -> Pool | None:
     """The pool of a text decoder, None where there is none or the weights have moved since."""
-    held = _POOLS.get(text)
-    return None if held is None or held.weights.stale(text, head) else held
+    pool = _POOLS.get(text_model)
+    return None if pool is None or pool.weights.stale(text_model, lm_head) else pool
 
 
-def pool_of(text: Any, head: Any) -> Pool:
+def pool_of(text_model: Any, lm_head: Any) -> Pool:
     """The pool of a text decoder; made anew when its weights have moved since."""
-    held = current(text, head)
-    if held is None:
-        if text in _POOLS:
-            before = _POOLS[text]
-            before.drop([s for s in before.slots if s.idle])
-        held = _POOLS[text] = Pool(text, head)
-    return held
+    pool = current(text_model, lm_head)
+    if pool is None:
+        if text_model in _POOLS:
+            stale = _POOLS[text_model]
+            stale.drop([slots for slots in stale.slots if slots.idle])
+        pool = _POOLS[text_model] = Pool(text_model, lm_head)
+    return pool
 
 
-def release(text: Any) -> None:
+def release(text_model: Any) -> None:
     """Forget a text decoder: its parameters get storages of their own, slots and graphs are given back."""
-    held = _POOLS.pop(text, None)
-    if held is not None:
-        held.drop(held.slots)
-        held.weights.release()
-        if held.device.type == "cuda":
+    pool = _POOLS.pop(text_model, None)
+    if pool is not None:
+        pool.drop(pool.slots)
+        pool.weights.release()
+        if pool.device.type == "cuda":
             torch.cuda.empty_cache()

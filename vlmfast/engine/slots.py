@@ -1,4 +1,4 @@
-"""Where rows live while they are decoded: keys and values of one size; how much is filled lies on the device."""
+"""Slots: fixed-size buffers for keys and values of rows being decoded, with their lengths on the device."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor
 from vlmfast.engine.graphs import Graphs
 from vlmfast.engine.weights import Weights
 
-TABLE = 1024  # positions whose rotation is held at once
+TABLE = 1024  # positions in the rotary tables
 STOPS = 15  # ids that may end an answer
-BEFORE = 64  # of them, that many before the place where the table was made: tokens may be taken back
+BEFORE = 64  # positions in them that lie before the first token: tokens may be taken back
 
 
 def bucket(columns: int) -> int:
-    """A capacity for so many columns: 256 at least, then 1, 1.25, 1.5, 1.75 times a power of two, in steps of 64."""
-    size = 256
-    while size < columns:
-        size *= 2
-    steps = [size * part // 8 for part in (5, 6, 7, 8)] if size > 256 else [size]
-    return next(step for step in steps if step >= columns)
+    """A capacity for `columns` columns: 256 at least, then 1, 1.25, 1.5, 1.75 times a power of two, in steps of 64."""
+    power = 256
+    while power < columns:
+        power *= 2
+    capacities = [power * eighths // 8 for eighths in (5, 6, 7, 8)] if power > 256 else [power]
+    return next(capacity for capacity in capacities if capacity >= columns)
 
 
 class Slots:
@@ -35,24 +35,23 @@ class Slots:
 
     def __init__(self, weights: Weights, rows: int, capacity: int, splits: int, graphs: Graphs) -> None:
         self.rows, self.capacity, self.splits, self.graphs = rows, capacity, splits, graphs
-        like = weights.embed
-        shape = (rows, weights.kv_heads, capacity, weights.head_size)
-        layers = len(weights.layers)
+        dtype, device = weights.embed.dtype, weights.embed.device
+        slot_shape = (rows, weights.kv_heads, capacity, weights.head_size)
+        num_layers = len(weights.layers)
         with torch.inference_mode(False), torch.no_grad():  # ordinary tensors: they are changed in place for ever
-            self.keys = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(layers)]
-            self.values = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(layers)]
-            pairs = rows * weights.kv_heads
-            self.stride = pairs + pairs % 2  # every layer's at a multiple of 16 bytes: kernels are specialised for that
-            both = torch.zeros(2, layers * self.stride + rows, dtype=torch.long, device=like.device)
-            self.counters, self.origin = both.unbind(0)  # origin: counters before the first token
-            self.lengths = [self.counters[i * self.stride :][:pairs] for i in range(layers)]
-            self.at = self.counters[layers * self.stride :]
-            self.cos = torch.zeros(rows, TABLE, weights.head_size, dtype=like.dtype, device=like.device)
+            self.keys = [torch.zeros(slot_shape, dtype=dtype, device=device) for _ in range(num_layers)]
+            self.values = [torch.zeros(slot_shape, dtype=dtype, device=device) for _ in range(num_layers)]
+            num_pairs = rows * weights.kv_heads
+            self.stride = num_pairs + num_pairs % 2  # a multiple of 16 bytes, for which kernels are specialised
+            counter_pair = torch.zeros(2, num_layers * self.stride + rows, dtype=torch.long, device=device)
+            self.counters, self.origin = counter_pair.unbind(0)  # origin: counters before the first token
+            self.lengths = [self.counters[index * self.stride :][:num_pairs] for index in range(num_layers)]
+            self.at = self.counters[num_layers * self.stride :]
+            self.cos = torch.zeros(rows, TABLE, weights.head_size, dtype=dtype, device=device)
             self.sin = torch.zeros_like(self.cos)
-            self.done = torch.zeros(rows, 1, dtype=torch.bool, device=like.device)  # rows whose answer has ended
-            self.stop = torch.full(
-                (1, STOPS + 1), -1, dtype=torch.long, device=like.device
-            )  # what ends one, and pads it
+            self.done = torch.zeros(rows, 1, dtype=torch.bool, device=device)  # rows whose answer has ended
+            # ids that end an answer, then the id that pads it
+            self.stop = torch.full((1, STOPS + 1), -1, dtype=torch.long, device=device)
         self.inputs: dict[int, Tensor] = {}
         self.fed: int | None = None
         self.owner: weakref.ref[Any] | None = None
@@ -62,26 +61,28 @@ class Slots:
         """True when no running call uses them."""
         return self.owner is None or self.owner() is None
 
-    def tokens(self, n: int) -> Tensor:
-        """The buffer (rows, n) int64 that a step of n tokens reads."""
-        if n not in self.inputs:
+    def tokens(self, num_tokens: int) -> Tensor:
+        """The buffer (rows, num_tokens) int64 that a step of num_tokens tokens reads."""
+        if num_tokens not in self.inputs:
             with torch.inference_mode(False):
-                self.inputs[n] = torch.zeros(self.rows, n, dtype=torch.long, device=self.counters.device)
-        return self.inputs[n]
+                self.inputs[num_tokens] = self.counters.new_zeros(self.rows, num_tokens)
+        return self.inputs[num_tokens]
 
     def nbytes(self) -> int:
         """Bytes of keys and values."""
-        return sum(t.nbytes for t in (*self.keys, *self.values))
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
-    def begin(self, columns: list[list[int]], base: int) -> None:
-        """Say how many columns every head of each layer holds before the first token (rows * Hk a layer), and which
+    def begin(self, columns: list[list[int]], table_start: int) -> None:
+        """Set how many columns every head of each layer holds before the first token (rows * Hk per layer), and which
         token the tables were made for."""
-        numbers = [n for layer in columns for n in (*layer, *[0] * (self.stride - len(layer)))]
-        self.origin.copy_(torch.tensor([*numbers, *[BEFORE - base] * self.rows]))
+        counters: list[int] = []
+        for layer_columns in columns:
+            counters += [*layer_columns, *[0] * (self.stride - len(layer_columns))]
+        self.origin.copy_(torch.tensor([*counters, *[BEFORE - table_start] * self.rows]))
         self.fed = None
 
     def stop_at(self, eos: frozenset[int], pad: int, ended: Tensor | None) -> None:
-        """Say what ends a row, what follows the end, and which rows (rows,) bool have ended."""
+        """Set the ids that end a row, the id that pads it afterwards, and which rows (rows,) bool have ended."""
         if ended is None:
             self.done.fill_(False)
         else:
@@ -94,8 +95,8 @@ class Slots:
         self.done.logical_or_((chosen == self.stop[:, :STOPS]).any(1, keepdim=True))
         return chosen
 
-    def set_fed(self, n: int) -> None:
-        """Let the counters stand for n tokens after the prefill."""
-        if self.fed != n:
-            torch.add(self.origin, n, out=self.counters)
-            self.fed = n
+    def set_fed(self, num_tokens: int) -> None:
+        """Let the counters stand for num_tokens tokens after the prefill."""
+        if self.fed != num_tokens:
+            torch.add(self.origin, num_tokens, out=self.counters)
+            self.fed = num_tokens

@@ -29,25 +29,33 @@ SIZES = (1, 2, 4, 6, 8, 12, 17)  # tokens of a step that graphs are captured for
 
 def forward(weights: Weights, slots: Slots, ops: ModuleType, tokens: Tensor) -> Tensor:
     """tokens (B, n) int64 -> logits (B * n, V) in the model's dtype; n columns more in every row. Nothing is read."""
-    n, eps = tokens.shape[1], weights.eps
-    x, last = F.embedding(tokens.reshape(-1), weights.embed), None
-    for w, keys, values, length in zip(weights.layers, slots.keys, slots.values, slots.lengths, strict=True):
-        x, y = ops.add_norm(x, last, w.norm, eps)
-        qkv = F.linear(y, w.qkv, w.qkv_bias)
-        q = ops.rope(qkv, keys, values, length, slots.at, slots.cos, slots.sin, n, w.q_norm, w.k_norm, eps)
-        out = ops.attend(q, keys, values, length, n, w.scale, slots.splits)
-        x, y = ops.add_norm(x, F.linear(out, w.out, w.out_bias), w.second_norm, eps)
-        last = F.linear(ops.gate(F.linear(y, w.gate_up)), w.down)
-    slots.counters.add_(n)
-    return F.linear(ops.add_norm(x, last, weights.final, eps)[1], weights.head, weights.head_bias)
+    num_tokens, eps = tokens.shape[1], weights.eps
+    residual, mlp_output = F.embedding(tokens.reshape(-1), weights.embed), None
+    for layer, keys, values, length in zip(weights.layers, slots.keys, slots.values, slots.lengths, strict=True):
+        residual, normed = ops.add_norm(residual, mlp_output, layer.norm, eps)
+        qkv = F.linear(normed, layer.qkv, layer.qkv_bias)
+        tables, norms = (slots.at, slots.cos, slots.sin), (layer.q_norm, layer.k_norm)
+        queries = ops.rope(qkv, keys, values, length, *tables, num_tokens, *norms, eps)
+        attended = ops.attend(queries, keys, values, length, num_tokens, layer.scale, slots.splits)
+        residual, normed = ops.add_norm(residual, F.linear(attended, layer.out, layer.out_bias), layer.second_norm, eps)
+        mlp_output = F.linear(ops.gate(F.linear(normed, layer.gate_up)), layer.down)
+    slots.counters.add_(num_tokens)
+    return F.linear(ops.add_norm(residual, mlp_output, weights.final, eps)[1], weights.head, weights.head_bias)
 
 
 def _plain(layer: Any) -> list[tuple[Tensor, Tensor]]:
     """The columns of a compressed layer, pair by pair."""
-    rows = layer.plain_rows()
-    if isinstance(rows, str):
-        raise Unsupported(rows)
-    return rows
+    pairs = layer.plain_rows()
+    if isinstance(pairs, str):
+        raise Unsupported(pairs)
+    return pairs
+
+
+def _copy_columns(source: Slots, target: Slots) -> None:
+    """Copy all keys and values into slots of at least the same capacity."""
+    buffers = zip((*source.keys, *source.values), (*target.keys, *target.values), strict=True)
+    for old_buffer, new_buffer in buffers:
+        new_buffer[:, :, : source.capacity] = old_buffer
 
 
 class Static(SteppingDecoder):
@@ -70,34 +78,35 @@ class Static(SteppingDecoder):
         self.hidden = None
         self.start = position if position.shape[0] != 4 or position.ndim == 2 else position[1:]
         layers = cache.layers[: len(pool.weights.layers)]
-        first, heads = layers[0], pool.weights.kv_heads
-        ragged = isinstance(first, PlainRows) and first.ragged
-        self.rows = int(first.batch if ragged else first.keys.shape[0])
+        first_layer, num_heads = layers[0], pool.weights.kv_heads
+        ragged = isinstance(first_layer, PlainRows) and first_layer.ragged
+        self.rows = int(first_layer.batch if ragged else first_layer.keys.shape[0])
         self.prompt: list[list[int]]  # columns per layer and (row, head) that the prefill left
         if ragged:
-            held = [_plain(layer) for layer in layers]
-            self.prompt = [[len(keys) for keys, _ in pairs] for pairs in held]
+            plain_layers = [_plain(layer) for layer in layers]
+            self.prompt = [[len(keys) for keys, _ in pairs] for pairs in plain_layers]
         elif valid is None:
-            self.prompt = [[layer.keys.shape[-2]] * self.rows * heads for layer in layers]
+            self.prompt = [[layer.keys.shape[-2]] * self.rows * num_heads for layer in layers]
         else:
-            self.prompt = [[n for n in valid.sum(1).tolist() for _ in range(heads)]] * len(layers)
+            self.prompt = [[length for length in valid.sum(1).tolist() for _ in range(num_heads)]] * len(layers)
             # every row's columns first, in their order; what follows them is overwritten, or never read
-            order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)[:, None, :, None]
+            valid_first = (~valid).to(torch.uint8).argsort(dim=1, stable=True)[:, None, :, None]
         self.longest = max(map(max, self.prompt))
         self.slots = self._take(self.longest + room + SIZES[-1])
-        for i, (layer, keys, values) in enumerate(zip(layers, self.slots.keys, self.slots.values, strict=True)):
+        for index, (layer, keys, values) in enumerate(zip(layers, self.slots.keys, self.slots.values, strict=True)):
             if ragged:
-                for pair, (some_keys, some_values) in enumerate(held[i]):
-                    keys[pair // heads, pair % heads, : len(some_keys)] = some_keys
-                    values[pair // heads, pair % heads, : len(some_keys)] = some_values
+                for pair_index, (some_keys, some_values) in enumerate(plain_layers[index]):
+                    keys[pair_index // num_heads, pair_index % num_heads, : len(some_keys)] = some_keys
+                    values[pair_index // num_heads, pair_index % num_heads, : len(some_keys)] = some_values
                 continue
-            p = layer.keys.shape[-2]
             if valid is None:
-                keys[:, :, :p], values[:, :, :p] = layer.keys, layer.values
-                layer.keys, layer.values = keys[:, :, :p], values[:, :, :p]  # the prompt is held once
+                prompt = slice(layer.keys.shape[-2])
+                keys[:, :, prompt], values[:, :, prompt] = layer.keys, layer.values
+                layer.keys, layer.values = keys[:, :, prompt], values[:, :, prompt]  # the prompt is held once
             else:
-                index, p = order[:, :, : self.longest].expand(-1, keys.shape[1], -1, keys.shape[3]), self.longest
-                keys[:, :, :p], values[:, :, :p] = layer.keys.gather(2, index), layer.values.gather(2, index)
+                columns = valid_first[:, :, : self.longest].expand(-1, keys.shape[1], -1, keys.shape[3])
+                keys[:, :, : self.longest] = layer.keys.gather(2, columns)
+                values[:, :, : self.longest] = layer.values.gather(2, columns)
         self._turn(0)
 
     def _take(self, columns: int) -> Slots:
@@ -105,34 +114,33 @@ class Static(SteppingDecoder):
         slots.owner = weakref.ref(self)
         return slots
 
-    def _turn(self, base: int) -> None:
-        """Make the rotary tables for the tokens around number `base`."""
-        self.base, slots = base, self.slots
-        steps = torch.arange(base - BEFORE, base - BEFORE + TABLE, device=self.start.device)
-        cos, sin = self.text.rotary_emb(slots.keys[0], self.start + steps)
-        half = cos.shape[-1] // 2
+    def _turn(self, table_start: int) -> None:
+        """Make the rotary tables for the tokens around number `table_start`."""
+        self.base, slots = table_start, self.slots
+        offsets = torch.arange(table_start - BEFORE, table_start - BEFORE + TABLE, device=self.start.device)
+        cos, sin = self.text.rotary_emb(slots.keys[0], self.start + offsets)
+        half_size = cos.shape[-1] // 2
         slots.cos.copy_(cos)
-        slots.sin.copy_(torch.cat([-sin[..., :half], sin[..., half:]], -1))
-        slots.begin(self.prompt, base)
+        slots.sin.copy_(torch.cat([-sin[..., :half_size], sin[..., half_size:]], -1))
+        slots.begin(self.prompt, table_start)
 
-    def _reserve(self, size: int) -> None:
-        """Room for `size` more tokens in the slots and in the tables."""
-        if self.longest + self.n + size > self.slots.capacity:
-            before, self.slots = self.slots, self._take(2 * self.slots.capacity)
-            for old, new in zip((*before.keys, *before.values), (*self.slots.keys, *self.slots.values), strict=True):
-                new[:, :, : before.capacity] = old
-            for n, tokens in before.inputs.items():
-                self.slots.tokens(n).copy_(tokens)
-            self.slots.done.copy_(before.done)
-            self.slots.stop.copy_(before.stop)
-            self.pool.drop([before])
+    def _reserve(self, num_tokens: int) -> None:
+        """Room for `num_tokens` more tokens in the slots and in the tables."""
+        if self.longest + self.n + num_tokens > self.slots.capacity:
+            old_slots, self.slots = self.slots, self._take(2 * self.slots.capacity)
+            _copy_columns(old_slots, self.slots)
+            for step_size, tokens in old_slots.inputs.items():
+                self.slots.tokens(step_size).copy_(tokens)
+            self.slots.done.copy_(old_slots.done)
+            self.slots.stop.copy_(old_slots.stop)
+            self.pool.drop([old_slots])
             self._turn(max(0, self.n - BEFORE))
-        elif not 0 <= BEFORE + self.n - self.base <= TABLE - size:
+        elif not 0 <= BEFORE + self.n - self.base <= TABLE - num_tokens:
             self._turn(max(0, self.n - BEFORE))
 
-    def _run(self, size: int, n: int, greedy: bool, token: int | Tensor | None) -> Tensor:
-        """One step of `size` tokens of which n count -> (B, n, V). token: what to feed, None = what the step before
-        chose."""
+    def _run(self, size: int, num_counted: int, greedy: bool, token: int | Tensor | None) -> Tensor:
+        """One step of `size` tokens of which num_counted count -> (B, num_counted, V). token: what to feed, None = what
+        the step before chose."""
         self._reserve(size)
         slots, weights, ops = self.slots, self.pool.weights, self.pool.ops
         tokens = slots.tokens(size)
@@ -144,34 +152,34 @@ class Static(SteppingDecoder):
                 tokens.copy_(chosen if slots.rows == 1 else slots.ended(chosen))
             return logits
 
-        count, seconds, waiting = slots.graphs.captures, slots.graphs.seconds, None
+        captures_before, seconds_before, saved_tokens = slots.graphs.captures, slots.graphs.seconds, None
         if token is None and (size, greedy) not in slots.graphs.held:
-            waiting = tokens.clone()  # a capture runs the step once
+            saved_tokens = tokens.clone()  # a capture runs the step once
         slots.set_fed(self.n)  # also for a capture: what it writes lies behind what is held
-        run, captured = slots.graphs.get((size, greedy), body)
-        self.captures += slots.graphs.captures - count
-        self.seconds += slots.graphs.seconds - seconds
+        run_step, captured = slots.graphs.get((size, greedy), body)
+        self.captures += slots.graphs.captures - captures_before
+        self.seconds += slots.graphs.seconds - seconds_before
         if captured:
             slots.fed = None
         if isinstance(token, Tensor):
-            tokens[:, :n] = token
+            tokens[:, :num_counted] = token
         elif token is not None:
             tokens.fill_(token)
-        elif waiting is not None:
-            tokens.copy_(waiting)
+        elif saved_tokens is not None:
+            tokens.copy_(saved_tokens)
         slots.set_fed(self.n)
         slots.fed = None  # an interrupted step may have moved the counters or not
-        logits = run()
+        logits = run_step()
         slots.fed = self.n + size
-        self.n += n
-        return logits.view(self.rows, size, -1)[:, :n]
+        self.n += num_counted
+        return logits.view(self.rows, size, -1)[:, :num_counted]
 
     def step_rows(self, tokens: Tensor) -> Tensor:
         """tokens (B, n) -> logits (B, n, V) in the model's dtype, valid until the next step."""
-        n, most = tokens.shape[1], SIZES[-1]
-        if n > most:
-            return torch.cat([self.step_rows(part).clone() for part in tokens.split(most, 1)], 1)
-        return self._run(next(size for size in SIZES if size >= n), n, False, tokens)
+        num_tokens, max_tokens = tokens.shape[1], SIZES[-1]
+        if num_tokens > max_tokens:
+            return torch.cat([self.step_rows(part).clone() for part in tokens.split(max_tokens, 1)], 1)
+        return self._run(next(size for size in SIZES if size >= num_tokens), num_tokens, False, tokens)
 
     def step(self, tokens: Tensor, hidden_layer: int | None = None) -> Tensor:
         """tokens (n,) int64 of the one row -> logits (n, V) in the model's dtype, valid until the next step."""
@@ -182,56 +190,54 @@ class Static(SteppingDecoder):
         ended: Tensor | None = None,
     ) -> Iterator[Tensor]:  # fmt: skip
         """Feed tokens (B, 1), then every token chosen: yields at most `most` choices (the highest logits), (B, 1) on
-        the host. Of several rows, those that said one of `eos`, and those `ended` (B,) before, go on with `pad`.
+        the host. Of several rows, those that emitted one of `eos`, and those `ended` (B,) before, go on with `pad`.
 
         The device is one step ahead of the host: when the caller stops, `n` says how many tokens were fed.
         """
-        said: Readback | None = None
-        fed = 0
+        readback: Readback | None = None
+        num_fed = 0
         if self.rows > 1:
             self.slots.stop_at(eos, pad, ended)
-        for done in itertools.count() if most is None else range(most):
-            while fed < (done + 2 if most is None else min(most, done + 2)):
-                self._run(1, 1, True, tokens if fed == 0 else None)
+        for num_read in itertools.count() if most is None else range(most):
+            while num_fed < (num_read + 2 if most is None else min(most, num_read + 2)):
+                self._run(1, 1, True, tokens if num_fed == 0 else None)
                 source = self.slots.tokens(1)
-                if said is None:
-                    said = Readback(source)
-                said.source = source  # slots may have grown
-                said.send(fed)
-                fed += 1
-            assert said is not None
-            yield said.read(done)
+                if readback is None:
+                    readback = Readback(source)
+                readback.source = source  # slots may have grown
+                readback.send(num_fed)
+                num_fed += 1
+            assert readback is not None
+            yield readback.read(num_read)
 
     def flush(self, cache: Any) -> None:
         """Append everything stepped so far to the cache's own layers, which then hold what is theirs; spent after."""
         slots = self.slots
         columns = [self._stepped(i) for i in range(len(slots.keys))] if self.n else []
         append(cache, columns)
-        held = {t.untyped_storage().data_ptr() for t in slots.keys}
+        slot_storages = {tensor.untyped_storage().data_ptr() for tensor in slots.keys}
         for layer in cache.layers[: len(slots.keys)]:
-            if layer.keys is not None and layer.keys.untyped_storage().data_ptr() in held:  # nothing was appended
+            shared = layer.keys is not None and layer.keys.untyped_storage().data_ptr() in slot_storages
+            if shared:  # nothing was appended
                 layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
         slots.owner, self.n = None, 0
 
-    def _stepped(self, i: int) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, Hk, n, Dh) of layer i that came after the prompt."""
-        keys, values = self.slots.keys[i], self.slots.values[i]
-        if len(set(self.prompt[i])) == 1:
-            p = self.prompt[i][0]
-            return keys[:, :, p : p + self.n], values[:, :, p : p + self.n]
-        begins = self.slots.origin[i * self.slots.stride :][: keys.shape[0] * keys.shape[1]]
-        index = begins.view(*keys.shape[:2], 1) + torch.arange(self.n, device=keys.device)
-        index = index[..., None].expand(-1, -1, -1, keys.shape[3])
-        return keys.gather(2, index), values.gather(2, index)
+    def _stepped(self, layer_index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, Hk, n, Dh) of a layer that came after the prompt."""
+        keys, values = self.slots.keys[layer_index], self.slots.values[layer_index]
+        if len(set(self.prompt[layer_index])) == 1:
+            start = self.prompt[layer_index][0]
+            return keys[:, :, start : start + self.n], values[:, :, start : start + self.n]
+        starts = self.slots.origin[layer_index * self.slots.stride :][: keys.shape[0] * keys.shape[1]]
+        columns = starts.view(*keys.shape[:2], 1) + torch.arange(self.n, device=keys.device)
+        columns = columns[..., None].expand(-1, -1, -1, keys.shape[3])
+        return keys.gather(2, columns), values.gather(2, columns)
 
     def fork(self) -> Static:
         """An independent copy at the same place."""
-        twin = object.__new__(Static)
-        twin.__dict__.update(self.__dict__)
-        twin.slots = twin._take(self.slots.capacity)
-        for old, new in zip(
-            (*self.slots.keys, *self.slots.values), (*twin.slots.keys, *twin.slots.values), strict=True
-        ):
-            new[:, :, : self.slots.capacity] = old
-        twin._turn(self.base)
-        return twin
+        copied = object.__new__(Static)
+        copied.__dict__.update(self.__dict__)
+        copied.slots = copied._take(self.slots.capacity)
+        _copy_columns(self.slots, copied.slots)
+        copied._turn(self.base)
+        return copied

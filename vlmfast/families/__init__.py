@@ -16,7 +16,7 @@ FAMILIES: tuple[Family, ...] = (Qwen(), Qwen35(), Llava(), InternVL(), Idefics()
 
 def supported() -> list[str]:
     """The supported `model_type`s."""
-    return [t for family in FAMILIES for t in family.model_types]
+    return [model_type for family in FAMILIES for model_type in family.model_types]
 
 
 def get(model: nn.Module) -> Family:

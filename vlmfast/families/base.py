@@ -1,4 +1,4 @@
-"""What a stage may ask about a model: everything that differs between families, as data and a few functions."""
+"""The base of every model family: what differs between families, as data and a few functions."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ class Family:
 
     def visual_ids(self, model: nn.Module) -> dict[str, int]:
         """Placeholder id per kind of media this model reads."""
-        ids = {}
-        for kind in self.media:
-            token = getattr(model.config, f"{kind}_token_id", None)
-            if token is not None:
-                ids[kind] = int(token)
-        return ids
+        token_ids = {}
+        for media_kind in self.media:
+            token_id = getattr(model.config, f"{media_kind}_token_id", None)
+            if token_id is not None:
+                token_ids[media_kind] = int(token_id)
+        return token_ids
 
     def stamped(self, model: nn.Module) -> bool:
         """Does the prompt give every temporal grid of a video its own start, end and time stamp?"""
@@ -77,8 +77,8 @@ def queries(module: Any, hidden: Tensor) -> Tensor:
 
     Where the projection also makes a gate of the same size, it stands behind each head's query (Qwen3.5).
     """
-    heads = module.q_proj(hidden).unflatten(-1, (module.config.num_attention_heads, -1))
-    return heads[..., : module.head_dim]
+    projected = module.q_proj(hidden).unflatten(-1, (module.config.num_attention_heads, -1))
+    return projected[..., : module.head_dim]
 
 
 def feature_list(output: Any) -> list[Tensor]:
@@ -86,15 +86,16 @@ def feature_list(output: Any) -> list[Tensor]:
     pooled = getattr(output, "pooler_output", None)
     if pooled is None:
         pooled = output
-    return [f.reshape(-1, f.shape[-1]) for f in pooled]
+    return [item_features.reshape(-1, item_features.shape[-1]) for item_features in pooled]
 
 
-def frames_of(n: int, t: int) -> Tensor:
-    """(n,) int64 frame index of n columns that are t equal frames in order."""
-    return torch.arange(n) // (n // t)
+def frames_of(num_columns: int, num_frames: int) -> Tensor:
+    """(num_columns,) int64 frame index of columns that are num_frames equal frames in order."""
+    return torch.arange(num_columns) // (num_columns // num_frames)
 
 
-def tile_item(n: int) -> Item:
-    """Layout of one tile of n columns: an image of its own."""
-    side = math.isqrt(n)
-    return Item(n, frames_of(n, 1), (1, side, side) if side * side == n else (1, 1, n), False)
+def tile_item(num_columns: int) -> Item:
+    """Layout of one tile of num_columns columns: an image of its own."""
+    side_length = math.isqrt(num_columns)
+    grid = (1, side_length, side_length) if side_length * side_length == num_columns else (1, 1, num_columns)
+    return Item(num_columns, frames_of(num_columns, 1), grid, False)

@@ -26,5 +26,6 @@ class Idefics(Family):
         return not (config.model_type == "smolvlm" and hasattr(self.base(model), "inputs_merger"))
 
     def items(self, model: nn.Module, kind: str, call: dict[str, Any], features: list[Tensor]) -> list[Item]:
-        tile = int(self.base(model).image_seq_len)  # type: ignore[arg-type]
-        return [tile_item(tile) for f in features for _ in range(f.shape[0] // tile)]
+        tile_columns = int(self.base(model).image_seq_len)  # type: ignore[arg-type]
+        num_tiles = sum(item_features.shape[0] // tile_columns for item_features in features)
+        return [tile_item(tile_columns) for _ in range(num_tiles)]

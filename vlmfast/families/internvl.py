@@ -16,4 +16,4 @@ class InternVL(Family):
     model_types = ("internvl",)
 
     def items(self, model: nn.Module, kind: str, call: dict[str, Any], features: list[Tensor]) -> list[Item]:
-        return [tile_item(f.shape[0]) for f in features]
+        return [tile_item(item_features.shape[0]) for item_features in features]

@@ -16,34 +16,42 @@ class Llava(Family):
     media = ("image", "video")
 
     def visual_ids(self, model: nn.Module) -> dict[str, int]:
-        ids = super().visual_ids(model)
+        token_ids = super().visual_ids(model)
         if not hasattr(self.base(model), "get_video_features"):
-            ids.pop("video", None)
-        return ids
+            token_ids.pop("video", None)
+        return token_ids
 
     def items(self, model: nn.Module, kind: str, call: dict[str, Any], features: list[Tensor]) -> list[Item]:
         newline: Tensor | None = getattr(self.base(model), "image_newline", None)
-        frames = int(call["pixel_values_videos"].shape[1]) if kind == "video" else 1
-        vision: Any = model.config.vision_config  # type: ignore[union-attr]
-        tile = int(vision.image_size) // int(vision.patch_size)
-        return [_item(f, newline, kind == "video", frames, tile) for f in features]
+        num_frames = int(call["pixel_values_videos"].shape[1]) if kind == "video" else 1
+        vision_config: Any = model.config.vision_config  # type: ignore[union-attr]
+        tile_side = int(vision_config.image_size) // int(vision_config.patch_size)
+        return [_item(item_features, newline, kind == "video", num_frames, tile_side) for item_features in features]
 
 
-def _item(feature: Tensor, newline: Tensor | None, video: bool, t: int, tile: int) -> Item:
-    n = feature.shape[0]
+def _item(feature: Tensor, newline: Tensor | None, video: bool, num_frames: int, tile_side: int) -> Item:
+    num_columns = feature.shape[0]
     # newline rows are exact copies of one learned vector: found by value, so no packing rule is repeated here
     separators = None if newline is None else (feature == newline.to(feature)).all(-1)
-    count = 0 if separators is None else int(separators.sum())
-    if separators is None or count == 0:
-        side = math.isqrt(n // t)
-        return Item(n, frames_of(n, t), (t, side, n // t // side), video)
-    if video or count == 1:
-        body = n - count
-        side = math.isqrt(body // t)
-        frame = torch.cat([frames_of(body, t), torch.full((count,), t - 1)])
-        return Item(n, frame, (t, side, body // t // side), video, separators)
+    num_separators = 0 if separators is None else int(separators.sum())
+    if separators is None or num_separators == 0:
+        side_length = math.isqrt(num_columns // num_frames)
+        grid = (num_frames, side_length, num_columns // num_frames // side_length)
+        return Item(num_columns, frames_of(num_columns, num_frames), grid, video)
+    if video or num_separators == 1:
+        num_visual = num_columns - num_separators
+        side_length = math.isqrt(num_visual // num_frames)
+        frame_index = torch.cat([frames_of(num_visual, num_frames), torch.full((num_separators,), num_frames - 1)])
+        return Item(
+            num_columns,
+            frame_index,
+            (num_frames, side_length, num_visual // num_frames // side_length),
+            video,
+            separators,
+        )
     # any-resolution image: one base tile, then a mosaic whose rows each end in a newline
-    base = tile * tile
-    width = int(separators.nonzero()[0]) - base
-    frame = torch.cat([torch.zeros(base, dtype=torch.long), torch.ones(n - base, dtype=torch.long)])
-    return Item(n, frame, (2, count, width), False, separators)
+    num_base_columns = tile_side * tile_side
+    width = int(separators.nonzero()[0]) - num_base_columns
+    frame_index = torch.ones(num_columns, dtype=torch.long)
+    frame_index[:num_base_columns] = 0
+    return Item(num_columns, frame_index, (2, num_separators, width), False, separators)

@@ -30,8 +30,8 @@ class PatchLayout:
 
     def frames_of(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """patches (t * h * w, values) of a grid in patches -> frames (t * frames, C, height, width)."""
-        t, h, w = grid
-        sizes = {"t": t, "h": h // self.merge, "w": w // self.merge}
+        num_frames, height, width = grid
+        sizes = {"t": num_frames, "h": height // self.merge, "w": width // self.merge}
         return rearrange(patches, f"{PATCHES} -> {FRAMES}", **sizes, **self._sizes())
 
     def patches_of(self, frames: Tensor) -> Tensor:
@@ -43,10 +43,10 @@ class PatchLayout:
 
     def smaller(self, grid: tuple[int, int, int], keep: float) -> tuple[int, int, int]:
         """The grid in patches that a processor makes of these frames when it may use `keep` of their pixels."""
-        t, h, w = grid
-        root = math.sqrt(keep)
-        side = (max(1, math.floor(n / self.merge * root + 1e-9)) * self.merge for n in (h, w))
-        return (t, *side)  # type: ignore[return-value]
+        num_frames, height, width = grid
+        scale = math.sqrt(keep)
+        sides = (max(1, math.floor(side / self.merge * scale + 1e-9)) * self.merge for side in (height, width))
+        return (num_frames, *sides)  # type: ignore[return-value]
 
     def resized(self, patches: Tensor, grid: tuple[int, int, int], to: tuple[int, int, int]) -> Tensor:
         """The patches of the same frames on another grid (t, h, w); bicubic with antialiasing, as processors resize.
@@ -54,7 +54,7 @@ class PatchLayout:
         Values stay within those of the frames, channel by channel.
         """
         frames = self.frames_of(patches, grid).float()
-        low, high = frames.amin((0, 2, 3), keepdim=True), frames.amax((0, 2, 3), keepdim=True)
-        size = (to[1] * self.size, to[2] * self.size)
-        small = interpolate(frames, size, mode="bicubic", align_corners=False, antialias=True)
-        return self.patches_of(torch.minimum(torch.maximum(small, low), high)).to(patches.dtype)
+        minima, maxima = frames.amin((0, 2, 3), keepdim=True), frames.amax((0, 2, 3), keepdim=True)
+        new_size = (to[1] * self.size, to[2] * self.size)
+        resized_frames = interpolate(frames, new_size, mode="bicubic", align_corners=False, antialias=True)
+        return self.patches_of(torch.minimum(torch.maximum(resized_frames, minima), maxima)).to(patches.dtype)

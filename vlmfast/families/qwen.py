@@ -31,25 +31,25 @@ class Qwen(Family):
 
     def mergers(self, model: nn.Module) -> list[nn.Module]:
         """Tower modules that turn patches into merged rows (the last one and DeepStack's)."""
-        tower = self.tower(model)
-        return [tower.merger, *getattr(tower, "deepstack_merger_list", [])]  # type: ignore[list-item]
+        vision_tower = self.tower(model)
+        return [vision_tower.merger, *getattr(vision_tower, "deepstack_merger_list", [])]  # type: ignore[list-item]
 
     def tower_order(self, model: nn.Module, grid: Tensor) -> Tensor | None:
         """(G,) permutation of merged rows that the tower applies for window attention, None if it keeps order."""
-        tower = self.tower(model)
-        if not hasattr(tower, "window_size"):
+        vision_tower = self.tower(model)
+        if not hasattr(vision_tower, "window_size"):
             return None
-        if hasattr(tower, "get_window_index"):  # transformers before the helper moved out of the tower
-            return tower.get_window_index(grid)[0].to(grid.device)  # type: ignore[operator]
+        if hasattr(vision_tower, "get_window_index"):  # transformers before the helper moved out of the tower
+            return vision_tower.get_window_index(grid)[0].to(grid.device)  # type: ignore[operator]
         from transformers.vision_utils import get_vision_window_index
 
-        index, _ = get_vision_window_index(
+        window_index, _ = get_vision_window_index(
             grid,
-            spatial_merge_size=tower.spatial_merge_size,
-            window_size=tower.window_size,
-            patch_size=tower.patch_size,
+            spatial_merge_size=vision_tower.spatial_merge_size,
+            window_size=vision_tower.window_size,
+            patch_size=vision_tower.patch_size,
         )
-        return index.to(grid.device)
+        return window_index.to(grid.device)
 
 
 class Qwen35(Qwen):
@@ -69,9 +69,10 @@ class Qwen35(Qwen):
 def grid_items(grids: Tensor, merge: int, video: bool) -> list[Item]:
     """Layouts from `*_grid_thw` (items, 3) in patches; `merge` x `merge` patches make one column."""
     items = []
-    for t, h, w in grids.tolist():
-        h, w = h // merge, w // merge
-        items.append(Item(t * h * w, frames_of(t * h * w, t), (t, h, w), video))
+    for num_frames, height, width in grids.tolist():
+        height, width = height // merge, width // merge
+        num_columns = num_frames * height * width
+        items.append(Item(num_columns, frames_of(num_columns, num_frames), (num_frames, height, width), video))
     return items
 
 
@@ -86,5 +87,5 @@ def kept_seqlens(cu: Tensor, kept_groups: Tensor, unit: int) -> Tensor:
     cu: (S + 1,) int32 patch boundaries; kept_groups: (G,) bool in tower order; unit: patches per group.
     Segments that lost every patch vanish.
     """
-    counts = torch.cat([kept_groups.new_zeros(1, dtype=torch.long), kept_groups.long().cumsum(0)]) * unit
-    return torch.unique_consecutive(counts[(cu.long() // unit)]).to(cu.dtype)
+    kept_before = torch.cat([kept_groups.new_zeros(1, dtype=torch.long), kept_groups.long().cumsum(0)]) * unit
+    return torch.unique_consecutive(kept_before[(cu.long() // unit)]).to(cu.dtype)

@@ -19,84 +19,89 @@ def runs(kv: Ragged) -> list[tuple[int, int, int, int]]:
     """Entries that are read as one block, (first, count, stride, n): evenly spaced neighbours, n columns of each.
 
     They are of equal length; or, where free slots may be read, of about equal length and with those slots between them
-    (n = stride): half-precision matmuls want their matrices without gaps, and prepare themselves anew for every shape
-    they meet (0.4 ms here), which a row of its own length would give them at every token.
+    (n = stride): half-precision matmuls want matrices without gaps, and prepare anew for every shape (0.4 ms here),
+    which a row of its own length would cost at every token.
     """
-    out: list[tuple[int, int, int, int]] = []
-    i, many = 0, len(kv)
-    while i < many:
-        length, j = kv.lengths[i], i + 1
-        stride = (kv.offsets[j] if j < many else len(kv.keys)) - kv.offsets[i]
+    blocks: list[tuple[int, int, int, int]] = []
+    start, num_entries = 0, len(kv)
+    while start < num_entries:
+        length, stop = kv.lengths[start], start + 1
+        stride = (kv.offsets[stop] if stop < num_entries else len(kv.keys)) - kv.offsets[start]
         dense = kv.finite and (stride - length) * SLACK <= stride and length <= stride
-        if not dense and j < many and kv.lengths[j] != length:
+        if not dense and stop < num_entries and kv.lengths[stop] != length:
             stride = length
-        while j < many and kv.offsets[j] - kv.offsets[j - 1] == stride and kv.offsets[j] + stride <= len(kv.keys):
-            if kv.lengths[j] != length and not (dense and 0 <= (stride - kv.lengths[j]) * SLACK <= stride):
+        while stop < num_entries and kv.offsets[stop] - kv.offsets[stop - 1] == stride:
+            if kv.offsets[stop] + stride > len(kv.keys):
                 break
-            j += 1
-        out.append((i, j - i, stride, stride if dense else length))
-        i = j
-    return out
+            if kv.lengths[stop] != length and not (dense and 0 <= (stride - kv.lengths[stop]) * SLACK <= stride):
+                break
+            stop += 1
+        blocks.append((start, stop - start, stride, stride if dense else length))
+        start = stop
+    return blocks
 
 
-def _block(flat: Tensor, offset: int, count: int, stride: int, n: int) -> Tensor:
-    """(count, n, D) view of flat (T, D) storage."""
-    d = flat.shape[-1]
-    return flat.as_strided((count, n, d), (stride * d, d, 1), flat.storage_offset() + offset * d)
+def _block(storage: Tensor, offset: int, count: int, stride: int, num_columns: int) -> Tensor:
+    """(count, num_columns, D) view of flat storage (T, D)."""
+    head_size = storage.shape[-1]
+    sizes, strides = (count, num_columns, head_size), (stride * head_size, head_size, 1)
+    return storage.as_strided(sizes, strides, storage.storage_offset() + offset * head_size)
 
 
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Batched a @ b. Half-precision CPU kernels copy a batch with gaps between its matrices, and leave a batch of one
-    to a single core: go one by one there."""
-    dense = b.shape[0] > 1 and b.stride(0) == b.shape[1] * b.shape[2]
-    if a.is_cuda or dense or a.dtype not in (torch.bfloat16, torch.float16):
-        return torch.matmul(a, b)
-    out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
-    for i in range(a.shape[0]):
-        torch.mm(a[i], b[i], out=out[i])
-    return out
+def _matmul(left: Tensor, right: Tensor) -> Tensor:
+    """Batched left @ right. Half-precision CPU code copies a batch with gaps between its matrices, and leaves one of
+    a single matrix to one core: there the matrices are multiplied one by one."""
+    dense = right.shape[0] > 1 and right.stride(0) == right.shape[1] * right.shape[2]
+    if left.is_cuda or dense or left.dtype not in (torch.bfloat16, torch.float16):
+        return torch.matmul(left, right)
+    products = left.new_empty(left.shape[0], left.shape[1], right.shape[2])
+    for index in range(left.shape[0]):
+        torch.mm(left[index], right[index], out=products[index])
+    return products
 
 
 def ragged_attention(
     query: Tensor, kv: Ragged, scaling: float, out: Tensor, lse: Tensor | None = None, causal: bool = True
 ) -> Tensor:
     """See `reference.ragged_attention`. Scores are kept in the storage's dtype, softmax runs in float32."""
-    b, h, q, d = query.shape
-    group = b * h // kv.total
-    qs = query.reshape(kv.total, group * q, d)
-    os = out.view(kv.total, group * q, out.shape[-1])
+    batch, num_heads, num_queries, head_size = query.shape
+    group_size = batch * num_heads // kv.total
+    packed_queries = query.reshape(kv.total, group_size * num_queries, head_size)
+    packed_out = out.view(kv.total, group_size * num_queries, out.shape[-1])
     hidden = None
-    if q > 1 and causal:
-        hidden = torch.ones(q, q, dtype=torch.bool, device=query.device).triu(1)
-    for first, count, stride, n in runs(kv):
-        at, lengths = kv.offsets[first], kv.lengths[first : first + count]
+    if num_queries > 1 and causal:
+        hidden = torch.ones(num_queries, num_queries, dtype=torch.bool, device=query.device).triu(1)
+    for first, count, stride, num_columns in runs(kv):
+        offset, lengths = kv.offsets[first], kv.lengths[first : first + count]
         rows = kv.rows[first : first + count]
-        whole = rows == list(range(rows[0], rows[0] + count))
-        mine = qs[rows[0] : rows[0] + count] if whole else qs[rows]
-        k = _block(kv.keys, at, count, stride, n)
-        v = _block(kv.values, at, count, stride, n)
+        contiguous = rows == list(range(rows[0], rows[0] + count))
+        queries = packed_queries[rows[0] : rows[0] + count] if contiguous else packed_queries[rows]
+        keys = _block(kv.keys, offset, count, stride, num_columns)
+        values = _block(kv.values, offset, count, stride, num_columns)
         if kv.key_scale is not None:
-            k, v = k.to(query.dtype), v.to(query.dtype)  # int8 is exact in every float dtype; scales come later
-        scores = _matmul(mine, k.transpose(1, 2)).float().mul_(scaling)
+            # int8 is exact in every float dtype; scales come later
+            keys, values = keys.to(query.dtype), values.to(query.dtype)
+        scores = _matmul(queries, keys.transpose(1, 2)).float().mul_(scaling)
         if kv.key_scale is not None:
-            scores *= _block(kv.key_scale[:, None], at, count, stride, n).transpose(1, 2)
+            scores *= _block(kv.key_scale[:, None], offset, count, stride, num_columns).transpose(1, 2)
         if kv.bias is not None:
-            scores += _block(kv.bias[:, None], at, count, stride, n).transpose(1, 2)
-        for i, length in enumerate(lengths):
-            if length < n:  # free slots
-                scores[i, :, length:] = float("-inf")
+            scores += _block(kv.bias[:, None], offset, count, stride, num_columns).transpose(1, 2)
+        for entry, length in enumerate(lengths):
+            if length < num_columns:  # free slots
+                scores[entry, :, length:] = float("-inf")
             if hidden is not None:
-                scores[i].view(group, q, n)[..., length - q : length].masked_fill_(hidden, float("-inf"))
+                newest = scores[entry].view(group_size, num_queries, num_columns)[..., length - num_queries : length]
+                newest.masked_fill_(hidden, float("-inf"))
         if lse is not None:
-            lse.view(kv.total, group * q)[rows] = scores.logsumexp(-1)
-        p = torch.softmax(scores, -1)
+            lse.view(kv.total, group_size * num_queries)[rows] = scores.logsumexp(-1)
+        weights = torch.softmax(scores, -1)
         if kv.value_scale is not None:
-            p *= _block(kv.value_scale[:, None], at, count, stride, n).transpose(1, 2)
-        got = _matmul(p.to(v.dtype), v)
-        if whole:
-            os[rows[0] : rows[0] + count] = got
+            weights *= _block(kv.value_scale[:, None], offset, count, stride, num_columns).transpose(1, 2)
+        attended = _matmul(weights.to(values.dtype), values)
+        if contiguous:
+            packed_out[rows[0] : rows[0] + count] = attended
         else:
-            os[rows] = got
+            packed_out[rows] = attended
     return out
 
 
@@ -118,31 +123,33 @@ def window_mean(
 ) -> Tensor:
     """See `reference.window_mean`: some key heads of a batch row at a time, on a CPU one, so that memory stays W * L.
 
-    picked: the places that `queries` says, so that nothing waits.
+    picked: per row the indices where `queries` is True, so that nothing waits for the device.
     """
-    b, h, w, _ = query.shape
-    hk, n = keys.shape[1], keys.shape[2]
-    out = torch.empty(b, h, 1, n, dtype=torch.float32, device=query.device)
-    group = h // hk
-    step = max(1, AT_ONCE // (group * w * n)) if query.is_cuda else 1
-    for i in range(b):
-        count = queries[i].nonzero()[:, 0] if picked is None else picked[i]
-        seen = None if visible is None else visible[i : i + 1]
-        for j in range(0, hk, step):
-            heads = slice(j * group, (j + step) * group)
-            weights = window_attention(query[i : i + 1, heads], keys[i : i + 1, j : j + step], scaling, seen)
-            out[i, heads, 0] = weights[0, :, count].mean(1) if len(count) < w else weights[0].mean(1)
-    return out
+    batch, num_heads, num_queries, _ = query.shape
+    num_kv_heads, length = keys.shape[1], keys.shape[2]
+    means = torch.empty(batch, num_heads, 1, length, dtype=torch.float32, device=query.device)
+    group_size = num_heads // num_kv_heads
+    heads_per_step = max(1, AT_ONCE // (group_size * num_queries * length)) if query.is_cuda else 1
+    for row in range(batch):
+        counted = queries[row].nonzero()[:, 0] if picked is None else picked[row]
+        row_visible = None if visible is None else visible[row : row + 1]
+        for first_head in range(0, num_kv_heads, heads_per_step):
+            heads = slice(first_head * group_size, (first_head + heads_per_step) * group_size)
+            row_keys = keys[row : row + 1, first_head : first_head + heads_per_step]
+            weights = window_attention(query[row : row + 1, heads], row_keys, scaling, row_visible)
+            means[row, heads, 0] = weights[0, :, counted].mean(1) if len(counted) < num_queries else weights[0].mean(1)
+    return means
 
 
 def window_attention(query: Tensor, keys: Tensor, scaling: float, visible: Tensor | None = None) -> Tensor:
     """See `reference.window_attention`: packed heads, the causal triangle only on the last W columns."""
-    b, h, w, d = query.shape
-    hk, n = keys.shape[1], keys.shape[2]
-    packed = query.reshape(b, hk, h // hk * w, d)
-    scores = torch.matmul(packed, keys.transpose(-1, -2)).float().mul_(scaling).view(b, h, w, n)
-    hidden = torch.ones(w, w, dtype=torch.bool, device=keys.device).triu(1)
-    scores[..., n - w :].masked_fill_(hidden, float("-inf"))
+    batch, num_heads, num_queries, head_size = query.shape
+    num_kv_heads, length = keys.shape[1], keys.shape[2]
+    packed = query.reshape(batch, num_kv_heads, num_heads // num_kv_heads * num_queries, head_size)
+    scores = torch.matmul(packed, keys.transpose(-1, -2)).float().mul_(scaling)
+    scores = scores.view(batch, num_heads, num_queries, length)
+    hidden = torch.ones(num_queries, num_queries, dtype=torch.bool, device=keys.device).triu(1)
+    scores[..., length - num_queries :].masked_fill_(hidden, float("-inf"))
     if visible is not None and not bool(visible.all()):
         scores.masked_fill_(~visible[:, None, None, :], float("-inf"))
         return torch.softmax(scores, -1).nan_to_num_(0.0)

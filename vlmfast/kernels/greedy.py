@@ -1,4 +1,4 @@
-"""Greedy choice of a set, one pick a step: the specifications, their fast versions for a CPU, and the choice by device.
+"""Greedy choice of a set, one pick at a time: the specifications, fast CPU versions, and the choice by device.
 
 Three rules: `farthest` (farthest-point selection), `most_probable` (greedy MAP of a determinantal point process) and
 `coverage` (greedy maximum coverage). Each returns `left` (..., N): -(i + 1) for the i-th pick, what a place that is not
@@ -25,31 +25,31 @@ def farthest_plain(distance: Tensor, start: Tensor, weight: Tensor, k: int) -> T
     distance (T, N, N), 0 or more up to rounding. start (T, N): the first pick is its largest; 0 or less is never
     picked first. weight (T, N), 0 or more. Returns left (T, N), float.
     """
-    score, gap = start, torch.full_like(start, 8)
-    matrix, place = torch.arange(len(start), device=start.device), torch.arange(start.shape[1], device=start.device)
-    for i in range(k):
-        top, pick = score.max(1, keepdim=True)
-        alive = top > 0
-        gap = torch.where(alive, torch.minimum(gap, distance[matrix, pick[:, 0]]), gap)
-        gap = gap.masked_fill(alive & (place == pick), -(i + 1))
-        score = (gap * weight).masked_fill(gap <= SPENT, 0)
-    return torch.where(gap <= -1, gap, score)
+    scores, distances = start, torch.full_like(start, 8)
+    matrices, columns = torch.arange(len(start), device=start.device), torch.arange(start.shape[1], device=start.device)
+    for step in range(k):
+        best_score, picked = scores.max(1, keepdim=True)
+        alive = best_score > 0
+        distances = torch.where(alive, torch.minimum(distances, distance[matrices, picked[:, 0]]), distances)
+        distances = distances.masked_fill(alive & (columns == picked), -(step + 1))
+        scores = (distances * weight).masked_fill(distances <= SPENT, 0)
+    return torch.where(distances <= -1, distances, scores)
 
 
 def most_probable_plain(kernel: Tensor, k: int) -> Tensor:
     """The greedy most probable k-set of the process with this kernel (N, N): always the place that raises the
     determinant most, by incremental Cholesky. Returns left (N,), in the kernel's dtype."""
-    gain, basis = kernel.diagonal().clone(), kernel.new_zeros(k, len(kernel))
-    least, place = gain * SPENT, torch.arange(len(kernel), device=kernel.device)
-    for i in range(k):
-        top, pick = gain.max(0, keepdim=True)
-        alive = top > 0
-        row = kernel.index_select(0, pick)[0] - basis[:i].index_select(1, pick)[:, 0] @ basis[:i]
-        basis[i] = row = torch.where(alive, row / top.clamp(min=1e-30).sqrt(), 0)
-        rest = gain - row.square()
-        gain = torch.where(gain > 0, rest.masked_fill(rest <= least, 0), gain)
-        gain = gain.masked_fill(alive & (place == pick), -(i + 1))
-    return gain
+    gains, basis = kernel.diagonal().clone(), kernel.new_zeros(k, len(kernel))
+    spent_gains, columns = gains * SPENT, torch.arange(len(kernel), device=kernel.device)
+    for step in range(k):
+        best_gain, picked = gains.max(0, keepdim=True)
+        alive = best_gain > 0
+        basis_row = kernel.index_select(0, picked)[0] - basis[:step].index_select(1, picked)[:, 0] @ basis[:step]
+        basis[step] = basis_row = torch.where(alive, basis_row / best_gain.clamp(min=1e-30).sqrt(), 0)
+        remaining = gains - basis_row.square()
+        gains = torch.where(gains > 0, remaining.masked_fill(remaining <= spent_gains, 0), gains)
+        gains = gains.masked_fill(alive & (columns == picked), -(step + 1))
+    return gains
 
 
 def coverage_plain(matches: Tensor, k: int) -> Tensor:
@@ -59,24 +59,26 @@ def coverage_plain(matches: Tensor, k: int) -> Tensor:
     """
     covered = torch.zeros_like(matches[0])
     picked = torch.zeros(len(matches), dtype=torch.long, device=matches.device)
-    place, least = torch.arange(len(matches), device=matches.device), None
-    for i in range(k + 1):
-        gain = ((matches - covered).clamp_(min=0) * UNIT).long().sum(1)
-        least = gain // SHARE if least is None else least
-        gain = torch.where(picked < 0, picked, gain.masked_fill(gain <= least, 0))
-        if i < k:
-            top, pick = gain.max(0, keepdim=True)
-            picked = picked.masked_fill((top > 0) & (place == pick), -(i + 1))
-            covered = torch.where(top > 0, torch.maximum(covered, matches.index_select(0, pick)[0]), covered)
-    return gain
+    candidates, spent_gains = torch.arange(len(matches), device=matches.device), None
+    for step in range(k + 1):
+        gains = ((matches - covered).clamp_(min=0) * UNIT).long().sum(1)
+        spent_gains = gains // SHARE if spent_gains is None else spent_gains
+        gains = torch.where(picked < 0, picked, gains.masked_fill(gains <= spent_gains, 0))
+        if step < k:
+            best_gain, candidate = gains.max(0, keepdim=True)
+            picked = picked.masked_fill((best_gain > 0) & (candidates == candidate), -(step + 1))
+            covered = torch.where(best_gain > 0, torch.maximum(covered, matches.index_select(0, candidate)[0]), covered)
+    return gains
 
 
 # -- by device ---------------------------------------------------------------------------------------------------------
 
 
-def fused(x: Tensor) -> bool:
+def fused(tensor: Tensor) -> bool:
     """Do the persistent kernels take it: float32 on an NVIDIA card, with a Triton that can launch cooperatively?"""
-    if not x.is_cuda or x.dtype != torch.float32 or torch.version.hip or importlib.util.find_spec("triton") is None:
+    if not tensor.is_cuda or tensor.dtype != torch.float32 or torch.version.hip:
+        return False
+    if importlib.util.find_spec("triton") is None:
         return False
     from vlmfast.kernels import triton_greedy
 
@@ -92,12 +94,11 @@ def farthest(distance: Tensor, start: Tensor, weight: Tensor, k: int) -> Tensor:
     return (farthest_cpu if distance.device.type == "cpu" else farthest_plain)(distance, start, weight, k)
 
 
-def most_probable_rows(x: Tensor, gain: Tensor, k: int) -> Tensor:
-    """See `most_probable_plain`. x (N, D): the kernel is x @ x.T with gain (N,), which it has up to rounding, as its
-    diagonal."""
-    if x.device.type == "cpu":
-        return most_probable_cpu(x, gain, k)
-    kernel = x @ x.T
+def most_probable_rows(features: Tensor, gain: Tensor, k: int) -> Tensor:
+    """See `most_probable_plain`. features (N, D): the kernel is features @ features.T, with diagonal gain (N,)."""
+    if features.device.type == "cpu":
+        return most_probable_cpu(features, gain, k)
+    kernel = features @ features.T
     kernel.diagonal().copy_(gain)
     return most_probable(kernel, k)
 
@@ -125,103 +126,106 @@ def coverage(matches: Tensor, k: int) -> Tensor:
 
 def farthest_cpu(distance: Tensor, start: Tensor, weight: Tensor, k: int) -> Tensor:
     """The specification itself, without torch's cost a call."""
-    d, weights, score = distance.numpy(), weight.numpy(), start.numpy()
-    frames, even = np.arange(len(d)), bool((weights == 1).all())
-    gap = np.full_like(score, 8)
-    for i in range(k):
-        pick = score.argmax(1)
-        alive = score[frames, pick] > 0
+    distances, weights, scores = distance.numpy(), weight.numpy(), start.numpy()
+    frames, unweighted = np.arange(len(distances)), bool((weights == 1).all())
+    gaps = np.full_like(scores, 8)
+    for step in range(k):
+        picked = scores.argmax(1)
+        alive = scores[frames, picked] > 0
         if alive.all():
-            np.minimum(gap, d[0, pick] if len(d) == 1 else d[frames, pick], out=gap)
-            gap[frames, pick] = -(i + 1)
+            np.minimum(gaps, distances[0, picked] if len(distances) == 1 else distances[frames, picked], out=gaps)
+            gaps[frames, picked] = -(step + 1)
         elif alive.any():
-            gap[alive] = np.minimum(gap[alive], d[frames, pick][alive])
-            gap[frames[alive], pick[alive]] = -(i + 1)
+            gaps[alive] = np.minimum(gaps[alive], distances[frames, picked][alive])
+            gaps[frames[alive], picked[alive]] = -(step + 1)
         else:
             break
-        if even and gap.max(1).min() > SPENT:
-            score = gap
+        if unweighted and gaps.max(1).min() > SPENT:
+            scores = gaps
         else:
-            score = np.where(gap > SPENT, gap * weights, 0)
-    return torch.from_numpy(np.where(gap <= -1, gap, np.where(gap > SPENT, gap * weights, 0)))
+            scores = np.where(gaps > SPENT, gaps * weights, 0)
+    return torch.from_numpy(np.where(gaps <= -1, gaps, np.where(gaps > SPENT, gaps * weights, 0)))
 
 
-def most_probable_cpu(x: Tensor, gain: Tensor, k: int, width: int = 192) -> Tensor:
+def most_probable_cpu(features: Tensor, gain: Tensor, k: int, width: int = 192) -> Tensor:
     """Blocks of picks with exact repair. Gains only fall, so a stale gain is an upper bound: greedy runs among the
     `width` places with the largest, on their own small kernel, until one outside could be better; then all places take
     in the block's picks by two products and a triangular solve."""
-    n, done, basis, least = len(x), 0, x.new_empty(k, len(x)), gain * SPENT
-    while done < k:
-        order = gain.argsort(descending=True, stable=True)
-        if float(gain[order[0]]) <= 0:
+    num_rows, num_done, basis, spent_gains = len(features), 0, features.new_empty(k, len(features)), gain * SPENT
+    while num_done < k:
+        best_first = gain.argsort(descending=True, stable=True)
+        if float(gain[best_first[0]]) <= 0:
             break
-        among = order[:width]
-        outside, outside_at = (float(gain[order[width]]), int(order[width])) if width < n else (0.0, n)
-        small = torch.addmm(x[among] @ x[among].T, basis[:done, among].T, basis[:done, among], alpha=-1).numpy()
-        own, picks, roots = _greedy_among(
-            small,
-            gain[among].numpy().copy(),
-            least[among].numpy(),
-            among.numpy(),
-            max(outside, 0),
-            outside_at,
-            k - done,
-        )
-        p, m = among[torch.tensor(picks)], len(picks)
-        rows = torch.addmm(x[p] @ x.T, basis[:done, p].T, basis[:done], alpha=-1)
-        lower = torch.from_numpy(own[:m])[:, picks].T.tril(-1) + torch.tensor(roots, dtype=x.dtype).diag()
-        basis[done : done + m] = torch.linalg.solve_triangular(lower, rows, upper=False)
-        rest = gain - basis[done : done + m].square().sum(0)
-        gain = torch.where(gain > 0, rest.masked_fill(rest <= least, 0), gain)
-        gain[p] = -torch.arange(done + 1, done + m + 1).to(gain)
-        done += m
+        candidates = best_first[:width]
+        outside_gain, outside_row = 0.0, num_rows
+        if width < num_rows:
+            outside_gain, outside_row = max(0.0, float(gain[best_first[width]])), int(best_first[width])
+        known = basis[:num_done, candidates]
+        sub_kernel = torch.addmm(features[candidates] @ features[candidates].T, known.T, known, alpha=-1).numpy()
+        sub_gain = gain[candidates].numpy().copy()
+        sub_basis, positions, roots = _greedy_among(
+            sub_kernel, sub_gain, spent_gains[candidates].numpy(), candidates.numpy(), outside_gain, outside_row,
+            k - num_done,
+        )  # fmt: skip
+        picked, num_picked = candidates[torch.tensor(positions)], len(positions)
+        rows = torch.addmm(features[picked] @ features.T, basis[:num_done, picked].T, basis[:num_done], alpha=-1)
+        lower = torch.from_numpy(sub_basis[:num_picked])[:, positions].T.tril(-1)
+        factor = lower + torch.tensor(roots, dtype=features.dtype).diag()
+        new_rows = basis[num_done : num_done + num_picked]
+        new_rows.copy_(torch.linalg.solve_triangular(factor, rows, upper=False))
+        remaining = gain - new_rows.square().sum(0)
+        gain = torch.where(gain > 0, remaining.masked_fill(remaining <= spent_gains, 0), gain)
+        gain[picked] = -torch.arange(num_done + 1, num_done + num_picked + 1).to(gain)
+        num_done += num_picked
     return gain
 
 
 def _greedy_among(
-    kernel: np.ndarray, gain: np.ndarray, least: np.ndarray, place: np.ndarray, outside: float, outside_at: int, k: int
-) -> tuple[np.ndarray, list[int], list[float]]:
+    kernel: np.ndarray, gain: np.ndarray, spent_gains: np.ndarray, rows: np.ndarray, outside_gain: float,
+    outside_row: int, k: int,
+) -> tuple[np.ndarray, list[int], list[float]]:  # fmt: skip
     """Up to k picks, until the best place outside, or nothing, is better: basis rows, picks, diagonal of the factor."""
-    own = np.zeros((min(len(gain), k), len(gain)), kernel.dtype)
-    picks: list[int] = []
+    basis = np.zeros((min(len(gain), k), len(gain)), kernel.dtype)
+    positions: list[int] = []
     roots: list[float] = []
-    while len(picks) < len(own):
-        top = gain.max()
-        ties = np.flatnonzero(gain == top)
-        j = int(ties[place[ties].argmin()])
-        if top <= 0 or top < outside or (top == outside and place[j] > outside_at):
+    while len(positions) < len(basis):
+        best_gain = gain.max()
+        ties = np.flatnonzero(gain == best_gain)
+        position = int(ties[rows[ties].argmin()])
+        if best_gain <= 0 or best_gain < outside_gain or (best_gain == outside_gain and rows[position] > outside_row):
             break
-        i = len(picks)
-        roots.append(float(np.sqrt(top)))
-        own[i] = (kernel[j] - own[:i, j] @ own[:i]) / roots[i]
-        rest = gain - own[i] * own[i]
-        gain = np.where(gain > 0, np.where(rest > least, rest, 0), gain)
-        gain[j] = -1
-        picks.append(j)
-    return own, picks, roots
+        step = len(positions)
+        roots.append(float(np.sqrt(best_gain)))
+        basis[step] = (kernel[position] - basis[:step, position] @ basis[:step]) / roots[step]
+        remaining = gain - basis[step] * basis[step]
+        gain = np.where(gain > 0, np.where(remaining > spent_gains, remaining, 0), gain)
+        gain[position] = -1
+        positions.append(position)
+    return basis, positions, roots
 
 
 def coverage_cpu(matches: Tensor, k: int) -> Tensor:
     """Each pick betters few rows (about N / i at pick i): only those change the gains."""
     by_candidate, by_row = matches.numpy(), matches.T.contiguous().numpy()
     unit = by_candidate.dtype.type(UNIT)
-    gain = np.concatenate([(part * unit).astype(np.int64).sum(1) for part in np.array_split(by_candidate, 16)])
-    least = gain // SHARE
+    gains = np.concatenate([(part * unit).astype(np.int64).sum(1) for part in np.array_split(by_candidate, 16)])
+    spent_gains = gains // SHARE
     covered = np.zeros(matches.shape[1], by_candidate.dtype)
-    for i in range(k):
-        pick = gain.argmax()
-        if gain[pick] <= 0:
+    for step in range(k):
+        picked = gains.argmax()
+        if gains[picked] <= 0:
             break
-        new = by_candidate[pick]
-        rows = np.flatnonzero(new > covered)
-        rest = gain.copy()
-        for at in range(0, len(rows), 64):
-            r = rows[at : at + 64]
-            match, old, now = by_row[r], covered[r, None], new[r, None]
-            match = np.maximum(match, old)  # max(m - old, 0) is max(m, old) - old, to the bit
-            fall = ((match - old) * unit).astype(np.int64) - ((np.maximum(match, now) - now) * unit).astype(np.int64)
-            rest -= fall.sum(0)
-        covered[rows] = new[rows]
-        gain = np.where(gain > 0, np.where(rest > least, rest, 0), gain)
-        gain[pick] = -(i + 1)
-    return torch.from_numpy(gain)
+        candidate = by_candidate[picked]
+        rows = np.flatnonzero(candidate > covered)
+        remaining = gains.copy()
+        for start in range(0, len(rows), 64):
+            block = rows[start : start + 64]
+            matched, before, after = by_row[block], covered[block, None], candidate[block, None]
+            matched = np.maximum(matched, before)  # max(match - old, 0) is max(match, old) - old, bit for bit
+            gain_before = ((matched - before) * unit).astype(np.int64)
+            gain_after = ((np.maximum(matched, after) - after) * unit).astype(np.int64)
+            remaining -= (gain_before - gain_after).sum(0)
+        covered[rows] = candidate[rows]
+        gains = np.where(gains > 0, np.where(remaining > spent_gains, remaining, 0), gains)
+        gains[picked] = -(step + 1)
+    return torch.from_numpy(gains)

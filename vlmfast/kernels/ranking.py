@@ -18,8 +18,8 @@ def ranking(scores: Tensor, tiebreak: Tensor | None = None) -> Tensor:
     """
     if tiebreak is None:
         return scores.argsort(dim=-1, descending=True, stable=True)
-    order = tiebreak.argsort(dim=-1, descending=True, stable=True)
-    return order.gather(-1, scores.gather(-1, order).argsort(dim=-1, descending=True, stable=True))
+    by_tiebreak = tiebreak.argsort(dim=-1, descending=True, stable=True)
+    return by_tiebreak.gather(-1, scores.gather(-1, by_tiebreak).argsort(dim=-1, descending=True, stable=True))
 
 
 def highest(scores: Tensor, count: int, tiebreak: Tensor | None = None) -> Tensor:

@@ -31,15 +31,15 @@ class Ragged:
         return len(self.rows)
 
 
-def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 per vector: x (..., D) -> int8 (..., D) and float32 scales (...); |error| <= scale / 2."""
-    scale = x.float().abs().amax(-1).clamp(min=1e-12) / 127
-    return (x.float() / scale[..., None]).round().clamp(-127, 127).to(torch.int8), scale
+def quantise(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 per vector: vectors (..., D) -> int8 (..., D) and float32 scales (...); |error| <= scale / 2."""
+    scale = vectors.float().abs().amax(-1).clamp(min=1e-12) / 127
+    return (vectors.float() / scale[..., None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
-def dequantise(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def dequantise(quantised: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Inverse of `quantise`: int8 (..., D) and scales (...) -> dtype (..., D)."""
-    return (x.float() * scale[..., None]).to(dtype)
+    return (quantised.float() * scale[..., None]).to(dtype)
 
 
 def ragged_attention(
@@ -52,24 +52,24 @@ def ragged_attention(
     out   (B, H, q, Dv): the heads of the rows in `kv` are written, all others left as they are; returned.
     lse   (B, H, q) float32, likewise: the log of the sum of exponentials, by which two parts of a row are joined.
     """
-    b, h, q, d = query.shape
+    batch, num_heads, num_queries, head_size = query.shape
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    group = b * h // kv.total
-    qs = query.reshape(kv.total, group, q, d)
-    os = out.view(kv.total, group, q, out.shape[-1])
-    for row, at, n in zip(kv.rows, kv.offsets, kv.lengths, strict=True):
-        k, v = kv.keys[at : at + n].to(dtype), kv.values[at : at + n].to(dtype)
+    group_size = batch * num_heads // kv.total
+    grouped_queries = query.reshape(kv.total, group_size, num_queries, head_size)
+    grouped_out = out.view(kv.total, group_size, num_queries, out.shape[-1])
+    for row, offset, length in zip(kv.rows, kv.offsets, kv.lengths, strict=True):
+        keys, values = kv.keys[offset : offset + length].to(dtype), kv.values[offset : offset + length].to(dtype)
         if kv.key_scale is not None and kv.value_scale is not None:
-            k = k * kv.key_scale[at : at + n, None].to(dtype)
-            v = v * kv.value_scale[at : at + n, None].to(dtype)
-        scores = qs[row].to(dtype) @ k.T * scaling
+            keys = keys * kv.key_scale[offset : offset + length, None].to(dtype)
+            values = values * kv.value_scale[offset : offset + length, None].to(dtype)
+        scores = grouped_queries[row].to(dtype) @ keys.T * scaling
         if kv.bias is not None:
-            scores += kv.bias[at : at + n]
-        hidden = torch.ones(q, n, dtype=torch.bool, device=k.device).triu(n - q + 1)
+            scores += kv.bias[offset : offset + length]
+        hidden = torch.ones(num_queries, length, dtype=torch.bool, device=keys.device).triu(length - num_queries + 1)
         scores = scores.masked_fill(hidden & causal, float("-inf"))
-        os[row] = (scores.softmax(-1) @ v).to(out.dtype)
+        grouped_out[row] = (scores.softmax(-1) @ values).to(out.dtype)
         if lse is not None:
-            lse.view(kv.total, group, q)[row] = scores.logsumexp(-1).to(lse.dtype)
+            lse.view(kv.total, group_size, num_queries)[row] = scores.logsumexp(-1).to(lse.dtype)
     return out
 
 
@@ -78,11 +78,12 @@ def window_attention(query: Tensor, keys: Tensor, scaling: float, visible: Tenso
 
     query (B, H, W, D), keys (B, Hk, L, D), both rotated; `visible` (B, L) bool hides padding columns.
     """
-    b, h, w, d = query.shape
-    hk, n = keys.shape[1], keys.shape[2]
-    scores = (query.reshape(b, hk, h // hk * w, d).float() @ keys.float().transpose(-1, -2)) * scaling
-    scores = scores.view(b, h, w, n)
-    hidden = torch.ones(w, n, dtype=torch.bool, device=keys.device).triu(n - w + 1)
+    batch, num_heads, num_queries, head_size = query.shape
+    num_kv_heads, length = keys.shape[1], keys.shape[2]
+    packed = query.reshape(batch, num_kv_heads, num_heads // num_kv_heads * num_queries, head_size).float()
+    scores = (packed @ keys.float().transpose(-1, -2)) * scaling
+    scores = scores.view(batch, num_heads, num_queries, length)
+    hidden = torch.ones(num_queries, length, dtype=torch.bool, device=keys.device).triu(length - num_queries + 1)
     scores = scores.masked_fill(hidden, float("-inf"))
     if visible is not None:
         scores = scores.masked_fill(~visible[:, None, None, :], float("-inf"))
@@ -104,7 +105,7 @@ def chunk_scores(query: Tensor, representatives: Tensor) -> Tensor:
     """
     if representatives.ndim == 3:
         return (query.float() @ representatives.float().transpose(1, 2)).amax(1)
-    low, high = representatives.float().unbind(2)
-    q = query.float()
-    bound = q.clamp(max=0) @ low.transpose(1, 2) + q.clamp(min=0) @ high.transpose(1, 2)
-    return bound.amax(1)
+    minima, maxima = representatives.float().unbind(2)
+    queries = query.float()
+    bounds = queries.clamp(max=0) @ minima.transpose(1, 2) + queries.clamp(min=0) @ maxima.transpose(1, 2)
+    return bounds.amax(1)

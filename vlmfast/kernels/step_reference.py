@@ -12,16 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMS norm over the last dimension, in float32 where x is narrower."""
-    wide = x.float() if x.dtype.itemsize < 4 else x
-    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+def norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm over the last dimension, in float32 where the input is narrower."""
+    float_hidden = hidden.float() if hidden.dtype.itemsize < 4 else hidden
+    return weight * (float_hidden * torch.rsqrt(float_hidden.pow(2).mean(-1, keepdim=True) + eps)).to(hidden.dtype)
 
 
-def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x (R, D) and what a layer adds to it, (R, D) or None -> their sum, and the norm of the sum."""
-    x = x if y is None else x + y
-    return x, norm(x, weight, eps)
+def add_norm(residual: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """residual (R, D) and what a layer adds to it, (R, D) or None -> their sum, and the norm of the sum."""
+    residual = residual if added is None else residual + added
+    return residual, norm(residual, weight, eps)
 
 
 def rope(
@@ -33,18 +33,19 @@ def rope(
     qkv (R, (H + 2 Hk) Dh); at (B,) int64: the row of the tables that holds the first new token's rotation; cos, sin
     (B, T, Dh), the first half of sin negated; q_norm, k_norm (Dh,) or None -> the queries (R, H Dh).
     """
-    b, hk, _, dh = keys.shape
-    h = qkv.shape[1] // dh - 2 * hk
-    q, k, v = qkv.view(b, n, -1, dh).split([h, hk, hk], 2)
+    batch, num_kv_heads, _, head_size = keys.shape
+    num_heads = qkv.shape[1] // head_size - 2 * num_kv_heads
+    queries, new_keys, new_values = qkv.view(batch, n, -1, head_size).split([num_heads, num_kv_heads, num_kv_heads], 2)
     if q_norm is not None and k_norm is not None:
-        q, k = norm(q, q_norm, eps), norm(k, k_norm, eps)
-    steps, rows = torch.arange(n, device=qkv.device), torch.arange(b, device=qkv.device)[:, None]
-    c, s = (table[rows, at[:, None] + steps][:, :, None] for table in (cos, sin))
-    q, k = (x * c + torch.roll(x, dh // 2, -1) * s for x in (q, k))
-    where = (length.view(b, hk, 1) + steps)[..., None].expand(b, hk, n, dh)
-    keys.scatter_(2, where, k.transpose(1, 2))
-    values.scatter_(2, where, v.transpose(1, 2))
-    return q.reshape(b * n, h * dh)
+        queries, new_keys = norm(queries, q_norm, eps), norm(new_keys, k_norm, eps)
+    steps, rows = torch.arange(n, device=qkv.device), torch.arange(batch, device=qkv.device)[:, None]
+    row_cos, row_sin = (table[rows, at[:, None] + steps][:, :, None] for table in (cos, sin))
+    half = head_size // 2
+    queries, new_keys = (heads * row_cos + torch.roll(heads, half, -1) * row_sin for heads in (queries, new_keys))
+    columns = (length.view(batch, num_kv_heads, 1) + steps)[..., None].expand(batch, num_kv_heads, n, head_size)
+    keys.scatter_(2, columns, new_keys.transpose(1, 2))
+    values.scatter_(2, columns, new_values.transpose(1, 2))
+    return queries.reshape(batch * n, num_heads * head_size)
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, length: Tensor, n: int, scale: float, splits: int = 1) -> Tensor:
@@ -52,15 +53,16 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, length: Tensor, n: int, scal
 
     splits: in how many parts a kernel reads the columns; of no account here.
     """
-    b, hk, capacity, dh = keys.shape
-    packed = q.view(b, n, hk, -1, dh).permute(0, 2, 3, 1, 4)
-    last = length.view(b, hk, 1) + torch.arange(n, device=q.device)
-    seen = (torch.arange(capacity, device=q.device) <= last[..., None]).repeat(1, 1, packed.shape[2], 1)
-    out = F.scaled_dot_product_attention(packed.reshape(b, hk, -1, dh), keys, values, attn_mask=seen, scale=scale)
-    return out.reshape(packed.shape).permute(0, 3, 1, 2, 4).reshape(b * n, -1)
+    batch, num_kv_heads, capacity, head_size = keys.shape
+    packed = q.view(batch, n, num_kv_heads, -1, head_size).permute(0, 2, 3, 1, 4)
+    last_column = length.view(batch, num_kv_heads, 1) + torch.arange(n, device=q.device)
+    visible = torch.arange(capacity, device=q.device) <= last_column[..., None]
+    mask, queries = visible.repeat(1, 1, packed.shape[2], 1), packed.reshape(batch, num_kv_heads, -1, head_size)
+    attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+    return attended.reshape(packed.shape).permute(0, 3, 1, 2, 4).reshape(batch * n, -1)
 
 
 def gate(joined: Tensor) -> Tensor:
     """joined (R, 2 I) -> silu(first half) * second half, (R, I)."""
-    first, second = joined.chunk(2, -1)
-    return F.silu(first) * second
+    gates, ups = joined.chunk(2, -1)
+    return F.silu(gates) * ups

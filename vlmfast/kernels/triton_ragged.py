@@ -27,44 +27,48 @@ def _split(  # type: ignore[no-untyped-def]
     split = tl.program_id(1)
     row = tl.load(rows_ptr + entry)
     start = tl.load(offsets_ptr + entry)
-    n = tl.load(lengths_ptr + entry)
-    m = tl.arange(0, BLOCK_M)
-    d = tl.arange(0, BLOCK_D)
-    dv = tl.arange(0, BLOCK_DV)
-    q = tl.load(q_ptr + (row * M + m[:, None]) * D + d[None, :], mask=(m[:, None] < M) & (d[None, :] < D), other=0.0)
-    last = n - Q + m % Q  # last column each query sees
-    share = tl.cdiv(tl.cdiv(n, SPLITS), BLOCK_N) * BLOCK_N
-    low = split * share
-    high = tl.minimum(low + share, n)
-    top = tl.full([BLOCK_M], -1.0e30, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    for at in range(low, high, BLOCK_N):
-        c = at + tl.arange(0, BLOCK_N)
-        inside = c < high
-        slot = (start + c).to(tl.int64)
-        k = tl.load(k_ptr + slot[None, :] * D + d[:, None], mask=inside[None, :] & (d[:, None] < D), other=0.0)
+    length = tl.load(lengths_ptr + entry)
+    query_rows = tl.arange(0, BLOCK_M)
+    key_dims = tl.arange(0, BLOCK_D)
+    value_dims = tl.arange(0, BLOCK_DV)
+    query_mask = (query_rows[:, None] < M) & (key_dims[None, :] < D)
+    queries = tl.load(q_ptr + (row * M + query_rows[:, None]) * D + key_dims[None, :], mask=query_mask, other=0.0)
+    last_column = length - Q + query_rows % Q  # last column each query sees
+    split_size = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N
+    first_column = split * split_size
+    end_column = tl.minimum(first_column + split_size, length)
+    maxima = tl.full([BLOCK_M], -1.0e30, tl.float32)
+    totals = tl.zeros([BLOCK_M], tl.float32)
+    accumulator = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    for block_start in range(first_column, end_column, BLOCK_N):
+        columns = block_start + tl.arange(0, BLOCK_N)
+        in_range = columns < end_column
+        slots = (start + columns).to(tl.int64)
+        key_mask = in_range[None, :] & (key_dims[:, None] < D)
+        keys = tl.load(k_ptr + slots[None, :] * D + key_dims[:, None], mask=key_mask, other=0.0)
         if INT8:
-            s = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scaling
-            s = s * tl.load(ks_ptr + slot, mask=inside, other=0.0)[None, :]
+            scores = tl.dot(queries, keys.to(queries.dtype), input_precision="ieee") * scaling
+            scores = scores * tl.load(ks_ptr + slots, mask=in_range, other=0.0)[None, :]
         else:
-            s = tl.dot(q, k, input_precision="ieee") * scaling
-        seen = inside[None, :] & (c[None, :] <= last[:, None])
-        s = tl.where(seen, s, -1.0e30)
-        new_top = tl.maximum(top, tl.max(s, 1))
-        p = tl.where(seen, tl.exp(s - new_top[:, None]), 0.0)
-        shrink = tl.exp(top - new_top)
-        total = total * shrink + tl.sum(p, 1)
-        acc = acc * shrink[:, None]
-        v = tl.load(v_ptr + slot[:, None] * DV + dv[None, :], mask=inside[:, None] & (dv[None, :] < DV), other=0.0)
+            scores = tl.dot(queries, keys, input_precision="ieee") * scaling
+        visible = in_range[None, :] & (columns[None, :] <= last_column[:, None])
+        scores = tl.where(visible, scores, -1.0e30)
+        new_maxima = tl.maximum(maxima, tl.max(scores, 1))
+        weights = tl.where(visible, tl.exp(scores - new_maxima[:, None]), 0.0)
+        rescale = tl.exp(maxima - new_maxima)
+        totals = totals * rescale + tl.sum(weights, 1)
+        accumulator = accumulator * rescale[:, None]
+        value_mask = in_range[:, None] & (value_dims[None, :] < DV)
+        values = tl.load(v_ptr + slots[:, None] * DV + value_dims[None, :], mask=value_mask, other=0.0)
         if INT8:
-            p = p * tl.load(vs_ptr + slot, mask=inside, other=0.0)[None, :]
-        acc += tl.dot(p.to(q.dtype), v.to(q.dtype), input_precision="ieee")
-        top = new_top
-    out = (entry * SPLITS + split) * M + m
-    tl.store(max_ptr + out, top, mask=m < M)
-    tl.store(sum_ptr + out, total, mask=m < M)
-    tl.store(acc_ptr + out[:, None] * DV + dv[None, :], acc, mask=(m[:, None] < M) & (dv[None, :] < DV))
+            weights = weights * tl.load(vs_ptr + slots, mask=in_range, other=0.0)[None, :]
+        accumulator += tl.dot(weights.to(queries.dtype), values.to(queries.dtype), input_precision="ieee")
+        maxima = new_maxima
+    offsets = (entry * SPLITS + split) * M + query_rows
+    tl.store(max_ptr + offsets, maxima, mask=query_rows < M)
+    tl.store(sum_ptr + offsets, totals, mask=query_rows < M)
+    stored = (query_rows[:, None] < M) & (value_dims[None, :] < DV)
+    tl.store(acc_ptr + offsets[:, None] * DV + value_dims[None, :], accumulator, mask=stored)
 
 
 @triton.jit
@@ -73,66 +77,70 @@ def _combine(  # type: ignore[no-untyped-def]
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     entry = tl.program_id(0)
-    m = tl.program_id(1)
+    query_row = tl.program_id(1)
     row = tl.load(rows_ptr + entry)
-    s = tl.arange(0, BLOCK_S)
-    dv = tl.arange(0, BLOCK_DV)
-    at = (entry * SPLITS + s) * M + m
-    top = tl.load(max_ptr + at, mask=s < SPLITS, other=-1.0e30)
-    weight = tl.exp(top - tl.max(top, 0))
-    total = tl.sum(tl.load(sum_ptr + at, mask=s < SPLITS, other=0.0) * weight, 0)
-    acc = tl.load(acc_ptr + at[:, None] * DV + dv[None, :], mask=(s[:, None] < SPLITS) & (dv[None, :] < DV), other=0.0)
-    out = tl.sum(acc * weight[:, None], 0) / total
-    tl.store(o_ptr + (row * M + m) * DV + dv, out.to(o_ptr.dtype.element_ty), mask=dv < DV)
+    splits = tl.arange(0, BLOCK_S)
+    value_dims = tl.arange(0, BLOCK_DV)
+    offsets = (entry * SPLITS + splits) * M + query_row
+    maxima = tl.load(max_ptr + offsets, mask=splits < SPLITS, other=-1.0e30)
+    weights = tl.exp(maxima - tl.max(maxima, 0))
+    sum_total = tl.sum(tl.load(sum_ptr + offsets, mask=splits < SPLITS, other=0.0) * weights, 0)
+    loaded = (splits[:, None] < SPLITS) & (value_dims[None, :] < DV)
+    partials = tl.load(acc_ptr + offsets[:, None] * DV + value_dims[None, :], mask=loaded, other=0.0)
+    combined = tl.sum(partials * weights[:, None], 0) / sum_total
+    tl.store(o_ptr + (row * M + query_row) * DV + value_dims, combined.to(o_ptr.dtype.element_ty), mask=value_dims < DV)
 
 
 def supports(query: Tensor, kv: Ragged) -> bool:
     """True where the kernel takes it: up to 16 query tokens, 128 grouped queries (64 of heads above 128), heads up to
     256, no bias."""
-    b, h, q, d = query.shape
+    batch, num_heads, num_queries, head_size = query.shape
     return (
         kv.bias is None
-        and q <= MAX_QUERIES
-        and b * h // kv.total * q <= (128 if d <= 128 else 64)
-        and d <= 256
+        and num_queries <= MAX_QUERIES
+        and batch * num_heads // kv.total * num_queries <= (128 if head_size <= 128 else 64)
+        and head_size <= 256
         and query.dtype != torch.float64
     )
 
 
 def tile(head: int, queries: int) -> dict[str, int]:
     """Block sizes of `_split` that fit 99 KiB of shared memory and 255 registers, the least of sm_80 to sm_120."""
-    block_d, block_m = (max(16, triton.next_power_of_2(n)) for n in (head, queries))
-    columns = 64 if block_d * block_m <= 8192 else 32
+    block_d, block_m = (max(16, triton.next_power_of_2(size)) for size in (head, queries))
+    block_n = 64 if block_d * block_m <= 8192 else 32
     if block_d > 128:
-        columns = 32 if block_d * block_m <= 8192 else 16
-    return {"BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_N": columns, "num_stages": 2,
+        block_n = 32 if block_d * block_m <= 8192 else 16
+    return {"BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_N": block_n, "num_stages": 2,
             "num_warps": 8 if block_d * block_m > 4096 else 4}  # fmt: skip
 
 
 def ragged_attention(query: Tensor, kv: Ragged, scaling: float, out: Tensor, splits: int | None = None) -> Tensor:
     """See `reference.ragged_attention`. `splits` of the sequence per row; default fills about two waves of programs."""
-    b, h, q, d = query.shape
-    dv, group = out.shape[-1], b * h // kv.total
-    m, entries = group * q, len(kv)
+    batch, num_heads, num_queries, head_size = query.shape
+    value_size, group_size = out.shape[-1], batch * num_heads // kv.total
+    num_grouped, num_entries = group_size * num_queries, len(kv)
     longest = max(kv.lengths)
     if splits is None:
-        wanted = 264 // entries
-        splits = max(1, min(wanted, triton.cdiv(longest, 256), 64))
+        splits_wanted = 264 // num_entries
+        splits = max(1, min(splits_wanted, triton.cdiv(longest, 256), 64))
     device = query.device
     index = torch.tensor([kv.rows, kv.offsets, kv.lengths], dtype=torch.int64).to(device, non_blocking=True)
     rows, offsets, lengths = index.unbind(0)
-    flat = query.reshape(kv.total * m, d).contiguous()
-    acc = torch.empty(entries, splits, m, dv, dtype=torch.float32, device=device)
-    top = torch.empty(entries, splits, m, dtype=torch.float32, device=device)
-    total = torch.empty_like(top)
-    scales = (kv.key_scale, kv.value_scale) if kv.key_scale is not None else (flat, flat)
-    block = triton.next_power_of_2
-    sizes = tile(max(d, dv), m) | {"BLOCK_D": max(16, block(d))}
-    _split[(entries, splits)](
-        flat, kv.keys, kv.values, *scales, rows, offsets, lengths, acc, top, total, scaling, q, m, splits,
-        D=d, DV=dv, BLOCK_DV=max(16, block(dv)), INT8=kv.key_scale is not None, **sizes,
+    packed_queries = query.reshape(kv.total * num_grouped, head_size).contiguous()
+    partials = torch.empty(num_entries, splits, num_grouped, value_size, dtype=torch.float32, device=device)
+    maxima = torch.empty(num_entries, splits, num_grouped, dtype=torch.float32, device=device)
+    totals = torch.empty_like(maxima)
+    scales = (kv.key_scale, kv.value_scale) if kv.key_scale is not None else (packed_queries, packed_queries)
+    next_power = triton.next_power_of_2
+    value_block = max(16, next_power(value_size))
+    block_sizes = tile(max(head_size, value_size), num_grouped) | {"BLOCK_D": max(16, next_power(head_size))}
+    _split[(num_entries, splits)](
+        packed_queries, kv.keys, kv.values, *scales, rows, offsets, lengths, partials, maxima, totals, scaling,
+        num_queries, num_grouped, splits, D=head_size, DV=value_size, BLOCK_DV=value_block,
+        INT8=kv.key_scale is not None, **block_sizes,
     )  # fmt: skip
-    _combine[(entries, m)](
-        acc, top, total, rows, out, m, splits, DV=dv, BLOCK_DV=max(16, block(dv)), BLOCK_S=block(splits), num_warps=8
-    )
+    _combine[(num_entries, num_grouped)](
+        partials, maxima, totals, rows, out, num_grouped, splits, DV=value_size, BLOCK_DV=value_block,
+        BLOCK_S=next_power(splits), num_warps=8,
+    )  # fmt: skip
     return out

@@ -16,15 +16,15 @@ QUERIES = 64  # grouped queries that one program of the attention holds at most
 
 
 @triton.jit
-def _round(x, like):  # type: ignore[no-untyped-def]
+def _round(values, like):  # type: ignore[no-untyped-def]
     """float32 as the dtype behind the pointer would hold it."""
-    return x.to(like.dtype.element_ty).to(tl.float32)
+    return values.to(like.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit
-def _halves(ptr, half, inside):  # type: ignore[no-untyped-def]
-    first = tl.load(ptr, mask=inside, other=0.0).to(tl.float32)
-    return first, tl.load(ptr + half, mask=inside, other=0.0).to(tl.float32)
+def _halves(pointer, half, inside):  # type: ignore[no-untyped-def]
+    first = tl.load(pointer, mask=inside, other=0.0).to(tl.float32)
+    return first, tl.load(pointer + half, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -32,15 +32,16 @@ def _add_norm(  # type: ignore[no-untyped-def]
     x_ptr, y_ptr, w_ptr, sum_ptr, out_ptr, eps, D: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr
 ):
     """One program a token: sum = x + y, out = rms_norm(sum) * w."""
-    i = tl.arange(0, BLOCK)
-    inside = i < D
-    at = tl.program_id(0).to(tl.int64) * D + i
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    columns = tl.arange(0, BLOCK)
+    in_range = columns < D
+    offsets = tl.program_id(0).to(tl.int64) * D + columns
+    values = tl.load(x_ptr + offsets, mask=in_range, other=0.0).to(tl.float32)
     if ADD:
-        x = _round(x + tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32), out_ptr)
-        tl.store(sum_ptr + at, x, mask=inside)
-    x = _round(x * tl.rsqrt(tl.sum(x * x, 0) / D + eps), out_ptr)
-    tl.store(out_ptr + at, x * tl.load(w_ptr + i, mask=inside, other=0.0).to(tl.float32), mask=inside)
+        values = _round(values + tl.load(y_ptr + offsets, mask=in_range, other=0.0).to(tl.float32), out_ptr)
+        tl.store(sum_ptr + offsets, values, mask=in_range)
+    values = _round(values * tl.rsqrt(tl.sum(values * values, 0) / D + eps), out_ptr)
+    weights = tl.load(w_ptr + columns, mask=in_range, other=0.0).to(tl.float32)
+    tl.store(out_ptr + offsets, values * weights, mask=in_range)
 
 
 @triton.jit(do_not_specialize=["N", "TABLE"])
@@ -50,33 +51,37 @@ def _rope(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """One program a (token, head of q, k or v), in two halves: normed, rotated; q to its buffer, k, v to the cache."""
     token, head = tl.program_id(0), tl.program_id(1)
-    row, j = token // N, token % N
+    row, step = token // N, token % N
     half: tl.constexpr = D // 2
-    i = tl.arange(0, BLOCK)
-    inside = i < half
-    a, b = _halves(qkv_ptr + (token * (H + 2 * HK) + head).to(tl.int64) * D + i, half, inside)
+    columns = tl.arange(0, BLOCK)
+    in_range = columns < half
+    first, second = _halves(qkv_ptr + (token * (H + 2 * HK) + head).to(tl.int64) * D + columns, half, in_range)
     if head < H + HK:
         if NORM:
             w_ptr = qn_ptr
             if head >= H:
                 w_ptr = kn_ptr
-            wa, wb = _halves(w_ptr + i, half, inside)
-            scale = tl.rsqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / D + eps)
-            a, b = _round(_round(a * scale, q_ptr) * wa, q_ptr), _round(_round(b * scale, q_ptr) * wb, q_ptr)
-        where = (row * TABLE + tl.minimum(tl.load(at_ptr + row) + j, TABLE - 1)) * D + i
-        ca, cb = _halves(cos_ptr + where, half, inside)
-        sa, sb = _halves(sin_ptr + where, half, inside)  # the table holds -sin in its first half
-        a, b = _round(a * ca, q_ptr) + _round(b * sa, q_ptr), _round(b * cb, q_ptr) + _round(a * sb, q_ptr)
-    to = q_ptr + (token * H + head) * D
+            first_weight, second_weight = _halves(w_ptr + columns, half, in_range)
+            scale = tl.rsqrt((tl.sum(first * first, 0) + tl.sum(second * second, 0)) / D + eps)
+            first = _round(_round(first * scale, q_ptr) * first_weight, q_ptr)
+            second = _round(_round(second * scale, q_ptr) * second_weight, q_ptr)
+        table_cells = (row * TABLE + tl.minimum(tl.load(at_ptr + row) + step, TABLE - 1)) * D + columns
+        first_cos, second_cos = _halves(cos_ptr + table_cells, half, in_range)
+        first_sin, second_sin = _halves(sin_ptr + table_cells, half, in_range)  # the table holds -sin in its first half
+        first, second = (
+            _round(first * first_cos, q_ptr) + _round(second * first_sin, q_ptr),
+            _round(second * second_cos, q_ptr) + _round(first * second_sin, q_ptr),
+        )
+    target = q_ptr + (token * H + head) * D
     if head >= H:
-        place = tl.load(length_ptr + row * HK + (head - H) % HK) + j
-        inside = inside & (place < CAPACITY)
-        cell = ((row * HK + (head - H) % HK).to(tl.int64) * CAPACITY + place) * D
-        to = k_ptr + cell
+        column = tl.load(length_ptr + row * HK + (head - H) % HK) + step
+        in_range = in_range & (column < CAPACITY)
+        cache_cell = ((row * HK + (head - H) % HK).to(tl.int64) * CAPACITY + column) * D
+        target = k_ptr + cache_cell
         if head >= H + HK:
-            to = v_ptr + cell
-    tl.store(to + i, a, mask=inside)
-    tl.store(to + half + i, b, mask=inside)
+            target = v_ptr + cache_cell
+    tl.store(target + columns, first, mask=in_range)
+    tl.store(target + half + columns, second, mask=in_range)
 
 
 @triton.jit(do_not_specialize=["SPLITS", "N"])
@@ -88,35 +93,37 @@ def _split(  # type: ignore[no-untyped-def]
     """One program a ((row, kv head), split, BLOCK_M of the N * G queries): its columns for those queries."""
     pair, split = tl.program_id(0), tl.program_id(1)
     row, head = pair // HK, pair % HK
-    held = tl.load(length_ptr + pair).to(tl.int32)
-    end = tl.minimum(held + N, CAPACITY)
-    share = tl.cdiv(tl.cdiv(end, SPLITS), 16) * 16
-    low = split * share
-    high = tl.minimum(low + share, end)  # low >= high: nothing is read, the partial says sum 0 and `acc` is left alone
-    m, d = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    here = (m[:, None] < N * G) & (d[None, :] < D) & (low < high)
-    query = (row * N + m // G) * (HK * G) + head * G + m % G
-    q = tl.load(q_ptr + query[:, None] * D + d[None, :], mask=here, other=0.0)
-    base = pair.to(tl.int64) * CAPACITY * D
-    top = tl.full([BLOCK_M], -1.0e30, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for at in range(low, high, BLOCK_N):
-        c = at + tl.arange(0, BLOCK_N)
-        k = tl.load(k_ptr + base + c[None, :] * D + d[:, None], mask=(c[None, :] < high) & (d[:, None] < D), other=0.0)
-        v = tl.load(v_ptr + base + c[:, None] * D + d[None, :], mask=(c[:, None] < high) & (d[None, :] < D), other=0.0)
-        seen = (c[None, :] < high) & (c[None, :] <= held + m[:, None] // G)
-        s = tl.where(seen, tl.dot(q, k, input_precision="ieee") * scale, -1.0e30)
-        higher = tl.maximum(top, tl.max(s, 1))
-        p = tl.where(seen, tl.exp(s - higher[:, None]), 0.0)
-        shrink = tl.exp(top - higher)
-        total = total * shrink + tl.sum(p, 1)
-        acc = acc * shrink[:, None] + tl.dot(p.to(q.dtype), v, input_precision="ieee")
-        top = higher
-    out = (pair * SPLITS + split) * (N * G) + m
-    tl.store(top_ptr + out, top, mask=m < N * G)
-    tl.store(sum_ptr + out, total, mask=m < N * G)
-    tl.store(acc_ptr + out[:, None] * D + d[None, :], acc, mask=here)
+    length = tl.load(length_ptr + pair).to(tl.int32)
+    cache_end = tl.minimum(length + N, CAPACITY)
+    split_size = tl.cdiv(tl.cdiv(cache_end, SPLITS), 16) * 16
+    first_column = split * split_size
+    end_column = tl.minimum(first_column + split_size, cache_end)  # an empty split stores a sum of 0 and no partials
+    query_rows, dims = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    in_range = (query_rows[:, None] < N * G) & (dims[None, :] < D) & (first_column < end_column)
+    query_index = (row * N + query_rows // G) * (HK * G) + head * G + query_rows % G
+    queries = tl.load(q_ptr + query_index[:, None] * D + dims[None, :], mask=in_range, other=0.0)
+    cache_start = pair.to(tl.int64) * CAPACITY * D
+    maxima = tl.full([BLOCK_M], -1.0e30, tl.float32)
+    totals = tl.zeros([BLOCK_M], tl.float32)
+    accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for block_start in range(first_column, end_column, BLOCK_N):
+        columns = block_start + tl.arange(0, BLOCK_N)
+        key_mask = (columns[None, :] < end_column) & (dims[:, None] < D)
+        keys = tl.load(k_ptr + cache_start + columns[None, :] * D + dims[:, None], mask=key_mask, other=0.0)
+        value_mask = (columns[:, None] < end_column) & (dims[None, :] < D)
+        values = tl.load(v_ptr + cache_start + columns[:, None] * D + dims[None, :], mask=value_mask, other=0.0)
+        visible = (columns[None, :] < end_column) & (columns[None, :] <= length + query_rows[:, None] // G)
+        scores = tl.where(visible, tl.dot(queries, keys, input_precision="ieee") * scale, -1.0e30)
+        new_maxima = tl.maximum(maxima, tl.max(scores, 1))
+        weights = tl.where(visible, tl.exp(scores - new_maxima[:, None]), 0.0)
+        rescale = tl.exp(maxima - new_maxima)
+        totals = totals * rescale + tl.sum(weights, 1)
+        accumulator = accumulator * rescale[:, None] + tl.dot(weights.to(queries.dtype), values, input_precision="ieee")
+        maxima = new_maxima
+    offsets = (pair * SPLITS + split) * (N * G) + query_rows
+    tl.store(top_ptr + offsets, maxima, mask=query_rows < N * G)
+    tl.store(sum_ptr + offsets, totals, mask=query_rows < N * G)
+    tl.store(acc_ptr + offsets[:, None] * D + dims[None, :], accumulator, mask=in_range)
 
 
 @triton.jit(do_not_specialize=["SPLITS", "N"])
@@ -125,28 +132,31 @@ def _combine(  # type: ignore[no-untyped-def]
     G: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program a (token and query head, BLOCK of its columns): the partials of every split become one row."""
-    where = tl.program_id(0)
-    token, head = where // (HK * G), where % (HK * G)
-    s, d = tl.arange(0, BLOCK_S), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    at = ((token // N * HK + head // G) * SPLITS + s) * (N * G) + token % N * G + head % G
-    total = tl.load(sum_ptr + at, mask=s < SPLITS, other=0.0)
-    top = tl.load(top_ptr + at, mask=s < SPLITS, other=-1.0e30)
-    weight = tl.where(total > 0, tl.exp(top - tl.max(top, 0)), 0.0)
-    acc = tl.load(acc_ptr + at[:, None] * D + d[None, :], mask=(total > 0)[:, None] & (d[None, :] < D), other=0.0)
-    tl.store(out_ptr + where * D + d, tl.sum(acc * weight[:, None], 0) / tl.sum(total * weight, 0), mask=d < D)
+    output_row = tl.program_id(0)
+    token, head = output_row // (HK * G), output_row % (HK * G)
+    split_index, columns = tl.arange(0, BLOCK_S), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    offsets = ((token // N * HK + head // G) * SPLITS + split_index) * (N * G) + token % N * G + head % G
+    totals = tl.load(sum_ptr + offsets, mask=split_index < SPLITS, other=0.0)
+    maxima = tl.load(top_ptr + offsets, mask=split_index < SPLITS, other=-1.0e30)
+    weights = tl.where(totals > 0, tl.exp(maxima - tl.max(maxima, 0)), 0.0)
+    loaded = (totals > 0)[:, None] & (columns[None, :] < D)
+    partials = tl.load(acc_ptr + offsets[:, None] * D + columns[None, :], mask=loaded, other=0.0)
+    combined = tl.sum(partials * weights[:, None], 0) / tl.sum(totals * weights, 0)
+    tl.store(out_ptr + output_row * D + columns, combined, mask=columns < D)
 
 
 @triton.jit
 def _gate(x_ptr, out_ptr, I: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: E741
     """One program a (token, BLOCK columns): silu(x[:I]) * x[I:]."""
-    token, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    first, second = _halves(x_ptr + token * 2 * I + i, I, i < I)
-    tl.store(out_ptr + token * I + i, _round(tl.div_rn(first, 1.0 + tl.exp(-first)), out_ptr) * second, mask=i < I)
+    token, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gates, ups = _halves(x_ptr + token * 2 * I + columns, I, columns < I)
+    activated = _round(tl.div_rn(gates, 1.0 + tl.exp(-gates)), out_ptr)
+    tl.store(out_ptr + token * I + columns, activated * ups, mask=columns < I)
 
 
-def block(n: int, least: int = 16) -> int:
-    """The next power of two, at least `least`."""
-    return max(least, triton.next_power_of_2(n))
+def block(size: int, smallest: int = 16) -> int:
+    """The next power of two, at least `smallest`."""
+    return max(smallest, triton.next_power_of_2(size))
 
 
 def tile(head_size: int, queries: int) -> dict[str, int]:
@@ -165,13 +175,13 @@ def splits_for(pairs: int, capacity: int, processors: int) -> int:
 
 def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """See `step_reference.add_norm`."""
-    d, out = x.shape[1], torch.empty_like(x)
-    total = x if y is None else torch.empty_like(x)
+    width, normed = x.shape[1], torch.empty_like(x)
+    summed = x if y is None else torch.empty_like(x)
     _add_norm[(x.shape[0],)](
-        x, x if y is None else y, weight, total, out, eps,
-        D=d, BLOCK=block(d), ADD=y is not None, num_warps=4 if d <= 2048 else 8,
+        x, x if y is None else y, weight, summed, normed, eps,
+        D=width, BLOCK=block(width), ADD=y is not None, num_warps=4 if width <= 2048 else 8,
     )  # fmt: skip
-    return total, out
+    return summed, normed
 
 
 def rope(
@@ -179,37 +189,40 @@ def rope(
     q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
 ) -> Tensor:  # fmt: skip
     """See `step_reference.rope`."""
-    _, hk, capacity, dh = keys.shape
-    h = qkv.shape[1] // dh - 2 * hk
-    q = qkv.new_empty(qkv.shape[0], h * dh)
+    _, num_kv_heads, capacity, head_size = keys.shape
+    num_heads = qkv.shape[1] // head_size - 2 * num_kv_heads
+    queries = qkv.new_empty(qkv.shape[0], num_heads * head_size)
     # no fusion: it would make one fma.rn.bf16 of a product and the sum, and skip a rounding that transformers has
-    _rope[(qkv.shape[0], h + 2 * hk)](
-        qkv, q, keys, values, length, at, cos, sin, q if q_norm is None else q_norm, q if k_norm is None else k_norm,
-        eps, capacity, cos.shape[1], n,
-        H=h, HK=hk, D=dh, BLOCK=block(dh // 2), NORM=q_norm is not None, num_warps=1, enable_fp_fusion=False,
+    _rope[(qkv.shape[0], num_heads + 2 * num_kv_heads)](
+        qkv, queries, keys, values, length, at, cos, sin, queries if q_norm is None else q_norm,
+        queries if k_norm is None else k_norm, eps, capacity, cos.shape[1], n,
+        H=num_heads, HK=num_kv_heads, D=head_size, BLOCK=block(head_size // 2), NORM=q_norm is not None, num_warps=1,
+        enable_fp_fusion=False,
     )  # fmt: skip
-    return q
+    return queries
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, length: Tensor, n: int, scale: float, splits: int) -> Tensor:
     """See `step_reference.attend`."""
-    b, hk, capacity, dh = keys.shape
-    group, out = q.shape[1] // (hk * dh), torch.empty_like(q)
-    acc = q.new_empty(b * hk, splits, n * group, dh, dtype=torch.float32)
-    top, total = q.new_empty(2, b * hk, splits, n * group, dtype=torch.float32).unbind(0)
-    sizes = tile(dh, n * group)
-    _split[(b * hk, splits, triton.cdiv(n * group, sizes["BLOCK_M"]))](
-        q, keys, values, length, acc, top, total, scale, capacity, splits, n, G=group, HK=hk, D=dh, **sizes
-    )
-    _combine[(b * n * hk * group, triton.cdiv(dh, 64))](
-        acc, top, total, out, splits, n, G=group, HK=hk, D=dh, BLOCK_S=block(splits, 1), BLOCK=64, num_warps=4
-    )
-    return out
+    batch, num_kv_heads, capacity, head_size = keys.shape
+    group_size, attended = q.shape[1] // (num_kv_heads * head_size), torch.empty_like(q)
+    partials = q.new_empty(batch * num_kv_heads, splits, n * group_size, head_size, dtype=torch.float32)
+    maxima, totals = q.new_empty(2, batch * num_kv_heads, splits, n * group_size, dtype=torch.float32).unbind(0)
+    block_sizes = tile(head_size, n * group_size)
+    _split[(batch * num_kv_heads, splits, triton.cdiv(n * group_size, block_sizes["BLOCK_M"]))](
+        q, keys, values, length, partials, maxima, totals, scale, capacity, splits, n, G=group_size, HK=num_kv_heads,
+        D=head_size, **block_sizes,
+    )  # fmt: skip
+    _combine[(batch * n * num_kv_heads * group_size, triton.cdiv(head_size, 64))](
+        partials, maxima, totals, attended, splits, n, G=group_size, HK=num_kv_heads, D=head_size,
+        BLOCK_S=block(splits, 1), BLOCK=64, num_warps=4,
+    )  # fmt: skip
+    return attended
 
 
 def gate(joined: Tensor) -> Tensor:
     """See `step_reference.gate`."""
-    rows, width = joined.shape[0], joined.shape[1] // 2
-    out = joined.new_empty(rows, width)
-    _gate[(rows, triton.cdiv(width, 512))](joined, out, I=width, BLOCK=512, num_warps=4)
-    return out
+    num_rows, width = joined.shape[0], joined.shape[1] // 2
+    output = joined.new_empty(num_rows, width)
+    _gate[(num_rows, triton.cdiv(width, 512))](joined, output, I=width, BLOCK=512, num_warps=4)
+    return output

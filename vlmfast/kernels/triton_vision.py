@@ -14,22 +14,23 @@ from torch import Tensor
 @triton.jit
 def _rms_norm(x_ptr, weight_ptr, out_ptr, eps, D: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """One program a row."""
-    i = tl.arange(0, BLOCK)
-    at = tl.program_id(0).to(tl.int64) * D + i
-    x = tl.load(x_ptr + at, mask=i < D, other=0.0).to(tl.float32)
-    x = (x * tl.rsqrt(tl.sum(x * x, 0) / D + eps)).to(out_ptr.dtype.element_ty).to(tl.float32)
-    tl.store(out_ptr + at, x * tl.load(weight_ptr + i, mask=i < D, other=0.0).to(tl.float32), mask=i < D)
+    columns = tl.arange(0, BLOCK)
+    offsets = tl.program_id(0).to(tl.int64) * D + columns
+    values = tl.load(x_ptr + offsets, mask=columns < D, other=0.0).to(tl.float32)
+    values = (values * tl.rsqrt(tl.sum(values * values, 0) / D + eps)).to(out_ptr.dtype.element_ty).to(tl.float32)
+    weights = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
+    tl.store(out_ptr + offsets, values * weights, mask=columns < D)
 
 
 @triton.jit
 def _gated(gate_ptr, up_ptr, out_ptr, gate_row, up_row, WIDTH, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """One program a (row, BLOCK columns)."""
     row = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    gate = tl.load(gate_ptr + row * gate_row + i, mask=i < WIDTH, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + row * up_row + i, mask=i < WIDTH, other=0.0).to(tl.float32)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(gate_ptr + row * gate_row + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * up_row + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
     gate = tl.div_rn(gate, 1.0 + tl.exp(-gate)).to(out_ptr.dtype.element_ty).to(tl.float32)
-    tl.store(out_ptr + row * WIDTH + i, gate * up, mask=i < WIDTH)
+    tl.store(out_ptr + row * WIDTH + columns, gate * up, mask=columns < WIDTH)
 
 
 @triton.jit
@@ -40,44 +41,37 @@ def _rotate(  # type: ignore[no-untyped-def]
     """One program a row: its first HEADS heads (queries, then keys), in two halves."""
     half: tl.constexpr = D // 2
     row = tl.program_id(0).to(tl.int64)
-    head, i = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None, :]
-    inside = (head < HEADS) & (i < half)
-    low = qkv_ptr + row * row_stride + head * D + i
-    table = row * D + i
-    a = tl.load(low, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(low + half, mask=inside, other=0.0).to(tl.float32)
-    cos_a = tl.load(cos_ptr + table, mask=i < half, other=0.0).to(tl.float32)
-    sin_a = tl.load(sin_ptr + table, mask=i < half, other=0.0).to(tl.float32)
-    cos_b = tl.load(cos_ptr + table + half, mask=i < half, other=0.0).to(tl.float32)
-    sin_b = tl.load(sin_ptr + table + half, mask=i < half, other=0.0).to(tl.float32)
-    tl.store(low, a * cos_a - b * sin_a, mask=inside)
-    tl.store(low + half, b * cos_b + a * sin_b, mask=inside)
+    head, columns = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    in_range = (head < HEADS) & (columns < half)
+    pointers = qkv_ptr + row * row_stride + head * D + columns
+    table_cells = row * D + columns
+    first = tl.load(pointers, mask=in_range, other=0.0).to(tl.float32)
+    second = tl.load(pointers + half, mask=in_range, other=0.0).to(tl.float32)
+    first_cos = tl.load(cos_ptr + table_cells, mask=columns < half, other=0.0).to(tl.float32)
+    first_sin = tl.load(sin_ptr + table_cells, mask=columns < half, other=0.0).to(tl.float32)
+    second_cos = tl.load(cos_ptr + table_cells + half, mask=columns < half, other=0.0).to(tl.float32)
+    second_sin = tl.load(sin_ptr + table_cells + half, mask=columns < half, other=0.0).to(tl.float32)
+    tl.store(pointers, first * first_cos - second * first_sin, mask=in_range)
+    tl.store(pointers + half, second * second_cos + first * second_sin, mask=in_range)
 
 
 @triton.jit
-def _turn(  # type: ignore[no-untyped-def]
-    x_ptr,
-    cos_a,
-    sin_a,
-    cos_b,
-    sin_b,
-    HEADS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+def _rotate_heads(  # type: ignore[no-untyped-def]
+    x_ptr, first_cos, first_sin, second_cos, second_sin, HEADS: tl.constexpr, D: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """The heads of one row, in two halves; products and sums rounded as those of tensors of the dtype are."""
     half: tl.constexpr = D // 2
-    kind = x_ptr.dtype.element_ty
-    head, i = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None, :]
-    inside = (head < HEADS) & (i < half)
-    low = x_ptr + head * D + i
-    a = tl.load(low, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(low + half, mask=inside, other=0.0).to(tl.float32)
-    first = (a * cos_a).to(kind).to(tl.float32) - (b * sin_a).to(kind).to(tl.float32)
-    second = (b * cos_b).to(kind).to(tl.float32) + (a * sin_b).to(kind).to(tl.float32)
-    tl.store(low, first, mask=inside)
-    tl.store(low + half, second, mask=inside)
+    dtype = x_ptr.dtype.element_ty
+    head, columns = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    in_range = (head < HEADS) & (columns < half)
+    pointers = x_ptr + head * D + columns
+    first_half = tl.load(pointers, mask=in_range, other=0.0).to(tl.float32)
+    second_half = tl.load(pointers + half, mask=in_range, other=0.0).to(tl.float32)
+    kept_first, turned_first = (first_half * first_cos).to(dtype), (second_half * first_sin).to(dtype)
+    kept_second, turned_second = (second_half * second_cos).to(dtype), (first_half * second_sin).to(dtype)
+    tl.store(pointers, kept_first.to(tl.float32) - turned_first.to(tl.float32), mask=in_range)
+    tl.store(pointers + half, kept_second.to(tl.float32) + turned_second.to(tl.float32), mask=in_range)
 
 
 @triton.jit(do_not_specialize=["LENGTH"])
@@ -88,61 +82,63 @@ def _rotate_text(  # type: ignore[no-untyped-def]
     """One program a token: its queries and keys."""
     half: tl.constexpr = D // 2
     row = tl.program_id(0).to(tl.int64)
-    table = row
+    table_row = row
     if SHARED:
-        table = row % LENGTH
-    i = tl.arange(0, BLOCK_D)[None, :]
-    at = table * D + i
-    cos_a = tl.load(cos_ptr + at, mask=i < half, other=0.0).to(tl.float32)
-    sin_a = tl.load(sin_ptr + at, mask=i < half, other=0.0).to(tl.float32)
-    cos_b = tl.load(cos_ptr + at + half, mask=i < half, other=0.0).to(tl.float32)
-    sin_b = tl.load(sin_ptr + at + half, mask=i < half, other=0.0).to(tl.float32)
-    _turn(q_ptr + row * HEADS * D, cos_a, sin_a, cos_b, sin_b, HEADS, D, BLOCK_H, BLOCK_D)
-    _turn(k_ptr + row * KV_HEADS * D, cos_a, sin_a, cos_b, sin_b, KV_HEADS, D, BLOCK_K, BLOCK_D)
+        table_row = row % LENGTH
+    columns = tl.arange(0, BLOCK_D)[None, :]
+    offsets = table_row * D + columns
+    first_cos = tl.load(cos_ptr + offsets, mask=columns < half, other=0.0).to(tl.float32)
+    first_sin = tl.load(sin_ptr + offsets, mask=columns < half, other=0.0).to(tl.float32)
+    second_cos = tl.load(cos_ptr + offsets + half, mask=columns < half, other=0.0).to(tl.float32)
+    second_sin = tl.load(sin_ptr + offsets + half, mask=columns < half, other=0.0).to(tl.float32)
+    _rotate_heads(q_ptr + row * HEADS * D, first_cos, first_sin, second_cos, second_sin, HEADS, D, BLOCK_H, BLOCK_D)
+    _rotate_heads(
+        k_ptr + row * KV_HEADS * D, first_cos, first_sin, second_cos, second_sin, KV_HEADS, D, BLOCK_K, BLOCK_D
+    )
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `vision.rms_norm`."""
-    x = x.contiguous()
-    width = x.shape[-1]
-    out = torch.empty_like(x)
-    _rms_norm[(x.numel() // width,)](
-        x, weight, out, eps, D=width, BLOCK=triton.next_power_of_2(width), num_warps=4 if width <= 2048 else 8,
+    hidden = hidden.contiguous()
+    width = hidden.shape[-1]
+    normed = torch.empty_like(hidden)
+    _rms_norm[(hidden.numel() // width,)](
+        hidden, weight, normed, eps, D=width, BLOCK=triton.next_power_of_2(width), num_warps=4 if width <= 2048 else 8,
         enable_fp_fusion=False,
     )  # fmt: skip
-    return out
+    return normed
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """See `vision.gated`."""
     width = gate.shape[-1]
     flat_gate, flat_up = gate.reshape(-1, width), up.reshape(-1, width)
-    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    output = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     _gated[(len(flat_gate), triton.cdiv(width, 1024))](
-        flat_gate, flat_up, out, flat_gate.stride(0), flat_up.stride(0), width, BLOCK=1024, num_warps=4,
+        flat_gate, flat_up, output, flat_gate.stride(0), flat_up.stride(0), width, BLOCK=1024, num_warps=4,
         enable_fp_fusion=False,
     )  # fmt: skip
-    return out
+    return output
 
 
 def rotate(qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Rotate queries and keys of qkv (N, 3, H, D) in place; see `vision.rotated`."""
-    n, _, heads, width = qkv.shape
+    num_rows, _, num_heads, head_size = qkv.shape
     assert qkv.is_contiguous()
-    _rotate[(n,)](
-        qkv, cos.contiguous(), sin.contiguous(), qkv.stride(0), HEADS=2 * heads, D=width,
-        BLOCK_H=triton.next_power_of_2(2 * heads), BLOCK_D=triton.next_power_of_2(width // 2), num_warps=4,
+    _rotate[(num_rows,)](
+        qkv, cos.contiguous(), sin.contiguous(), qkv.stride(0), HEADS=2 * num_heads, D=head_size,
+        BLOCK_H=triton.next_power_of_2(2 * num_heads), BLOCK_D=triton.next_power_of_2(head_size // 2), num_warps=4,
         enable_fp_fusion=False,
     )  # fmt: skip
 
 
 def rotate_text(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Rotate q (B, L, H, D) and k (B, L, Hk, D) in place; see `vision.rotated_text`."""
-    b, length, heads, width = q.shape
+    batch, length, num_heads, head_size = q.shape
     assert q.is_contiguous() and k.is_contiguous()
-    power = triton.next_power_of_2
-    _rotate_text[(b * length,)](
-        q, k, cos.contiguous(), sin.contiguous(), length, SHARED=cos.shape[0] == 1, HEADS=heads, KV_HEADS=k.shape[2],
-        D=width, BLOCK_H=power(heads), BLOCK_K=power(k.shape[2]), BLOCK_D=power(width // 2), num_warps=4,
-        enable_fp_fusion=False,
+    next_power = triton.next_power_of_2
+    _rotate_text[(batch * length,)](
+        q, k, cos.contiguous(), sin.contiguous(), length, SHARED=cos.shape[0] == 1, HEADS=num_heads,
+        KV_HEADS=k.shape[2], D=head_size, BLOCK_H=next_power(num_heads), BLOCK_K=next_power(k.shape[2]),
+        BLOCK_D=next_power(head_size // 2), num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip

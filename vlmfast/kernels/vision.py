@@ -13,19 +13,19 @@ from torch import Tensor
 HALF = (torch.float16, torch.bfloat16)
 
 
-def fused(x: Tensor) -> bool:
+def fused(tensor: Tensor) -> bool:
     """Do the fused kernels take this tensor: half precision on CUDA?"""
-    return x.is_cuda and x.dtype in HALF
+    return tensor.is_cuda and tensor.dtype in HALF
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x (..., D) over the root of its mean square, rounded, times weight (D,)."""
-    if fused(x):
+def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """hidden (..., D) over the root of its mean square, rounded, times weight (D,)."""
+    if fused(hidden):
         from vlmfast.kernels import triton_vision
 
-        return triton_vision.rms_norm(x, weight, eps)
-    wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+        return triton_vision.rms_norm(hidden, weight, eps)
+    float_hidden = hidden.float()
+    return weight * (float_hidden * torch.rsqrt(float_hidden.pow(2).mean(-1, keepdim=True) + eps)).to(hidden.dtype)
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
@@ -47,11 +47,11 @@ def rotated(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tens
 
         triton_vision.rotate(qkv, cos, sin)
         return qkv[:, 0], qkv[:, 1], qkv[:, 2]
-    both = qkv[:, :2].float()
-    half = both.shape[-1] // 2
-    turned = torch.cat([-both[..., half:], both[..., :half]], -1)
-    both = (both * cos.float()[:, None, None] + turned * sin.float()[:, None, None]).to(qkv.dtype)
-    return both[:, 0], both[:, 1], qkv[:, 2]
+    queries_keys = qkv[:, :2].float()
+    half_size = queries_keys.shape[-1] // 2
+    swapped = torch.cat([-queries_keys[..., half_size:], queries_keys[..., :half_size]], -1)
+    queries_keys = (queries_keys * cos.float()[:, None, None] + swapped * sin.float()[:, None, None]).to(qkv.dtype)
+    return queries_keys[:, 0], queries_keys[:, 1], qkv[:, 2]
 
 
 def rotated_text(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,9 +64,10 @@ def rotated_text(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
 
         triton_vision.rotate_text(q, k, cos, sin)
         return q, k
-    half, c, s = q.shape[-1] // 2, cos[:, :, None], sin[:, :, None]
-    turned = (torch.cat([-x[..., half:], x[..., :half]], -1) for x in (q, k))
-    return tuple(x * c + y * s for x, y in zip((q, k), turned, strict=True))  # type: ignore[return-value]
+    half_size, head_cos, head_sin = q.shape[-1] // 2, cos[:, :, None], sin[:, :, None]
+    swapped_halves = (torch.cat([-heads[..., half_size:], heads[..., :half_size]], -1) for heads in (q, k))
+    pairs = zip((q, k), swapped_halves, strict=True)
+    return tuple(heads * head_cos + swapped * head_sin for heads, swapped in pairs)  # type: ignore[return-value]
 
 
 def ragged_pieces(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float) -> Tensor:
@@ -80,9 +81,10 @@ def ragged_pieces(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int,
     return varlen_attn(q, k, v.contiguous(), bounds, bounds, longest, longest, scale=scale)  # type: ignore[return-value]
 
 
-def has_ragged_pieces(x: Tensor) -> bool:
-    """Can `ragged_pieces` run on tensors like x (N, H, D)?"""
-    if not fused(x) or x.shape[-1] % 8 or x.shape[-1] > 256 or torch.cuda.get_device_capability(x.device)[0] < 8:
+def has_ragged_pieces(tensor: Tensor) -> bool:
+    """Can `ragged_pieces` run on tensors like this one (N, H, D)?"""
+    size = tensor.shape[-1]
+    if not fused(tensor) or size % 8 or size > 256 or torch.cuda.get_device_capability(tensor.device)[0] < 8:
         return False
     try:
         from torch.nn.attention.varlen import varlen_attn  # noqa: F401  (torch 2.10 brought it)

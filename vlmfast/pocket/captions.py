@@ -16,7 +16,7 @@ Fact = tuple[str, ...]
 
 
 def _sorted(scene: Scene) -> list[Obj]:
-    return sorted(scene.objects, key=lambda o: (o.cell, o.x))
+    return sorted(scene.objects, key=lambda obj: (obj.cell, obj.x))
 
 
 def _does(obj: Obj, seconds: int) -> str:
@@ -35,30 +35,30 @@ def _does(obj: Obj, seconds: int) -> str:
 
 def caption(scene: Scene, rng: Rng) -> str:
     """Describe the scene in reading order of the places; the filler words are drawn from `rng`, the facts are not."""
-    count = len(scene.objects)
-    lead = rng.pick(_LEAD if scene.still else _LEAD_CLIP, _FREE)
-    parts = [
-        f"{lead} {_NUMBERS[count]} object{'s' if count != 1 else ''} on a {scene.backgrounds[0].kind} background ."
-    ]
+    num_objects = len(scene.objects)
+    opening = rng.pick(_LEAD if scene.still else _LEAD_CLIP, _FREE)
+    plural = "s" if num_objects != 1 else ""
+    ground = scene.backgrounds[0].kind
+    sentences = [f"{opening} {_NUMBERS[num_objects]} object{plural} on a {ground} background ."]
     for obj in _sorted(scene):
-        there = rng.pick(_THERE, _FREE)
-        tail = "" if scene.still else f" that {_does(obj, scene.seconds)}"
-        parts.append(f"at the {PLACES[obj.cell]} {there} a {obj.size} {obj.name}{tail} .")
+        verb_phrase = rng.pick(_THERE, _FREE)
+        behaviour = "" if scene.still else f" that {_does(obj, scene.seconds)}"
+        sentences.append(f"at the {PLACES[obj.cell]} {verb_phrase} a {obj.size} {obj.name}{behaviour} .")
     for text in scene.texts:
-        noun = "number" if text.string.isdigit() else "word"
-        parts.append(f"the {noun} {text.string} is written on it .")
-    return " ".join(parts)
+        text_kind = "number" if text.string.isdigit() else "word"
+        sentences.append(f"the {text_kind} {text.string} is written on it .")
+    return " ".join(sentences)
 
 
 def facts(scene: Scene) -> frozenset[Fact]:
     """What a caption must say: the number of objects, and of each its place, size and what it does; the text."""
-    out: set[Fact] = {("number", _NUMBERS[len(scene.objects)])}
+    stated: set[Fact] = {("number", _NUMBERS[len(scene.objects)])}
     for obj in scene.objects:
-        out |= {("object", obj.name), ("place", obj.name, PLACES[obj.cell]), ("size", obj.name, obj.size)}
+        stated |= {("object", obj.name), ("place", obj.name, PLACES[obj.cell]), ("size", obj.name, obj.size)}
         if not scene.still:
-            out.add(("does", obj.name, _does(obj, scene.seconds)))
-    out |= {("text", t.string) for t in scene.texts}
-    return frozenset(out)
+            stated.add(("does", obj.name, _does(obj, scene.seconds)))
+    stated |= {("text", written.string) for written in scene.texts}
+    return frozenset(stated)
 
 
 _OBJECT = re.compile(
@@ -81,18 +81,18 @@ def normalise(text: str) -> str:
 def read_facts(text: str) -> frozenset[Fact]:
     """The facts that a caption states; what cannot be parsed states nothing."""
     text = normalise(text)
-    out: set[Fact] = {("number", m) for m in _NUMBER.findall(text)}
-    for place, size, colour, shape, does in _OBJECT.findall(text):
-        name = f"{colour} {shape}"
-        out |= {("object", name), ("place", name, place), ("size", name, size)}
-        if does:
-            out.add(("does", name, does))
-    return frozenset(out | {("text", m) for m in _TEXT.findall(text)})
+    stated: set[Fact] = {("number", matched) for matched in _NUMBER.findall(text)}
+    for place, size, colour, shape, behaviour in _OBJECT.findall(text):
+        object_name = f"{colour} {shape}"
+        stated |= {("object", object_name), ("place", object_name, place), ("size", object_name, size)}
+        if behaviour:
+            stated.add(("does", object_name, behaviour))
+    return frozenset(stated | {("text", matched) for matched in _TEXT.findall(text)})
 
 
 def score_caption(text: str, expected: frozenset[Fact]) -> dict[str, float]:
     """Precision, recall and F1 of the facts in `text` against `expected`."""
-    said = read_facts(text)
-    hit = len(said & expected)
-    precision, recall = hit / max(1, len(said)), hit / max(1, len(expected))
+    stated = read_facts(text)
+    num_correct = len(stated & expected)
+    precision, recall = num_correct / max(1, len(stated)), num_correct / max(1, len(expected))
     return {"precision": precision, "recall": recall, "f1": 2 * precision * recall / max(1e-9, precision + recall)}

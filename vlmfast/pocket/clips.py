@@ -7,7 +7,7 @@ scene only, and the questions ask about those, so that every question has exactl
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -70,18 +70,20 @@ class LongClip:
         """Frame `index` as uint8 (H, W, 3)."""
         if not 0 <= index < len(self):
             raise IndexError(f"frame {index} of a clip of {len(self)} frames")
-        per = round(SEGMENT * self.fps)
-        return render([self.scenes[index // per]], times=[(index % per) / self.fps])[0, 0]
+        frames_per_scene = round(SEGMENT * self.fps)
+        return render([self.scenes[index // frames_per_scene]], times=[(index % frames_per_scene) / self.fps])[0, 0]
 
     def frames(self, start: int = 0, stop: int | None = None, chunk: int = 16) -> Iterator[tuple[float, torch.Tensor]]:
         """`(seconds, uint8 (H, W, 3))` in order; at most `chunk` frames are held at once."""
-        per, index, stop = round(SEGMENT * self.fps), start, len(self) if stop is None else min(stop, len(self))
+        frames_per_scene, index = round(SEGMENT * self.fps), start
+        stop = len(self) if stop is None else min(stop, len(self))
         while index < stop:
-            many = min(chunk, stop - index, per - index % per)
-            drawn = render([self.scenes[index // per]], times=[(index % per + i) / self.fps for i in range(many)])[0]
-            for i in range(many):
-                yield (index + i) / self.fps, drawn[i]
-            index += many
+            num_frames = min(chunk, stop - index, frames_per_scene - index % frames_per_scene)
+            times = [(index % frames_per_scene + offset) / self.fps for offset in range(num_frames)]
+            pictures = render([self.scenes[index // frames_per_scene]], times=times)[0]
+            for offset in range(num_frames):
+                yield (index + offset) / self.fps, pictures[offset]
+            index += num_frames
 
 
 def clip(
@@ -103,49 +105,54 @@ def clip(
     if seconds < 1:
         raise ValueError(f"a clip lasts at least a second, got {seconds}")
     rng = Rng({"train": 11, "test": 12}[split], seed, seconds)
-    shape = (size, size) if isinstance(size, int) else size
-    count = -(-seconds // SEGMENT)
-    pairs = rng.shuffled([(c, s) for c in COLOUR_NAMES for s in SHAPES if split == "test" or (c, s) not in HELD_OUT])
-    asked = max(1, min(questions, count, 16))
-    reserved, common = pairs[:asked], pairs[asked:]
-    marked = sorted(rng.shuffled(list(range(count)))[:asked])
-    needle = Rng({"train": 13, "test": 14}[split], seed, seconds).n(count)  # the scene in which the star shows up
-    out = LongClip(seed, count * SEGMENT, fps, shape, split, [])
+    frame_size = (size, size) if isinstance(size, int) else size
+    num_scenes = -(-seconds // SEGMENT)
+    every_pair = [(colour, shape) for colour in COLOUR_NAMES for shape in SHAPES]
+    pairs = rng.shuffled([pair for pair in every_pair if split == "test" or pair not in HELD_OUT])
+    num_asked = max(1, min(questions, num_scenes, 16))
+    reserved, common = pairs[:num_asked], pairs[num_asked:]
+    asked_scenes = sorted(rng.shuffled(list(range(num_scenes)))[:num_asked])
+    needle_scene = Rng({"train": 13, "test": 14}[split], seed, seconds).n(num_scenes)
+    long_clip = LongClip(seed, num_scenes * SEGMENT, fps, frame_size, split, [])
     pending: list[Question] = []
-    for number in range(count):
-        begin = float(number * SEGMENT)
-        out.events.append(Event(begin, begin + SEGMENT, "scene", "begins"))
-        pair = reserved[marked.index(number)] if number in marked else rng.pick(common)
+    for scene_index in range(num_scenes):
+        scene_start = float(scene_index * SEGMENT)
+        long_clip.events.append(Event(scene_start, scene_start + SEGMENT, "scene", "begins"))
+        pair = reserved[asked_scenes.index(scene_index)] if scene_index in asked_scenes else rng.pick(common)
         cells = rng.shuffled(list(range(9)))
-        main = place(rng, pair, cells[0], min(shape))
+        main_object = place(rng, pair, cells[0], min(frame_size))
         if rng.u() < 0.5:
-            set_moving(rng, main)
-        objects = [main]
-        if rng.u() < 0.5:  # a bystander that is never asked about
-            free = [c for c in cells if c != main.cell]
-            objects.insert(0, place(rng, rng.pick([p for p in common if p != pair]), free[0], min(shape)))
-        if number == needle:
-            used = {o.cell for o in objects}
-            star = star_at(rng, next(c for c in cells if c not in used), min(shape))
-            star.t_in = float(1 + rng.n(SEGMENT - 3))
-            star.t_out = star.t_in + 2
-            objects.append(star)
-            at = (begin + star.t_in, begin + star.t_out)
-            out.events.append(Event(*at, star.name, "shows up briefly"))
-            pending.append(Question(0.0, "needle", f"what colour is the {NEEDLE} ?", star.colour, at))
+            set_moving(rng, main_object)
+        objects = [main_object]
+        if rng.u() < 0.5:  # another object, never asked about
+            free_cells = [cell for cell in cells if cell != main_object.cell]
+            other_pair = rng.pick([other for other in common if other != pair])
+            objects.insert(0, place(rng, other_pair, free_cells[0], min(frame_size)))
+        if scene_index == needle_scene:
+            used_cells = {placed.cell for placed in objects}
+            needle = star_at(rng, next(cell for cell in cells if cell not in used_cells), min(frame_size))
+            needle.t_in = float(1 + rng.n(SEGMENT - 3))
+            needle.t_out = needle.t_in + 2
+            objects.append(needle)
+            evidence = (scene_start + needle.t_in, scene_start + needle.t_out)
+            long_clip.events.append(Event(*evidence, needle.name, "shows up briefly"))
+            pending.append(Question(0.0, "needle", f"what colour is the {NEEDLE} ?", needle.colour, evidence))
         for obj in objects:
             if obj.shape != NEEDLE:
-                out.events.append(Event(begin, begin + SEGMENT, obj.name, f"moves {obj.move}" if obj.move else "stays"))
-        if number in marked:
-            at = (begin, begin + SEGMENT)
+                behaviour = f"moves {obj.move}" if obj.move else "stays"
+                long_clip.events.append(Event(scene_start, scene_start + SEGMENT, obj.name, behaviour))
+        if scene_index in asked_scenes:
+            evidence = (scene_start, scene_start + SEGMENT)
             pending.append(
-                Question(0.0, "motion", f"which way does the {main.name} move ?", main.move, at)
-                if main.move
-                else Question(0.0, "location", f"where is the {main.name} ?", PLACES[main.cell], at)
+                Question(0.0, "motion", f"which way does the {main_object.name} move ?", main_object.move, evidence)
+                if main_object.move
+                else Question(0.0, "location", f"where is the {main_object.name} ?", PLACES[main_object.cell], evidence)
             )
-        out.scenes.append(Scene(*shape, round(SEGMENT * fps), fps, objects, [], [background(rng)]))
-    for q in pending:  # asked some time after the evidence has passed
-        late = rng.u(q.evidence[1], float(out.seconds)) if q.evidence[1] < out.seconds else float(out.seconds)
-        out.questions.append(Question(late, q.kind, q.question, q.answer, q.evidence))
-    out.questions.sort(key=lambda q: q.time)
-    return out
+        long_clip.scenes.append(Scene(*frame_size, round(SEGMENT * fps), fps, objects, [], [background(rng)]))
+    for question in pending:  # asked some time after the evidence has passed
+        asked_at = float(long_clip.seconds)
+        if question.evidence[1] < asked_at:
+            asked_at = rng.u(question.evidence[1], asked_at)
+        long_clip.questions.append(replace(question, time=asked_at))
+    long_clip.questions.sort(key=lambda question: question.time)
+    return long_clip

@@ -58,7 +58,7 @@ CHAT_TEMPLATE = (
 
 def vocabulary() -> list[str]:
     """All tokens in order: specials, characters (so that any ASCII text can be spelled), then words."""
-    world = [
+    world_words = [
         *scenes.COLOURS,
         *scenes.SHAPES,
         scenes.NEEDLE,
@@ -67,14 +67,14 @@ def vocabulary() -> list[str]:
         *scenes.DIRECTIONS,
         *scenes.WORDS,
     ]
-    world += [w for name in scenes.PLACES for w in name.split()] + list(captions._NUMBERS)
-    letters = [
+    world_words += [word for name in scenes.PLACES for word in name.split()] + list(captions._NUMBERS)
+    characters = [
         *string.ascii_lowercase,
-        *(f"##{c}" for c in string.ascii_lowercase),
+        *(f"##{letter}" for letter in string.ascii_lowercase),
         *string.digits,
         *string.punctuation,
     ]
-    return list(dict.fromkeys([*SPECIALS, *letters, *world, *_WORDS, *_MORE]))
+    return list(dict.fromkeys([*SPECIALS, *characters, *world_words, *_WORDS, *_MORE]))
 
 
 def tokenizer() -> Any:
@@ -82,20 +82,20 @@ def tokenizer() -> Any:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocab = {token: i for i, token in enumerate(vocabulary())}
-    fast = Tokenizer(models.WordPiece(vocab, unk_token="<|unk|>", continuing_subword_prefix="##"))
-    fast.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    fast.pre_tokenizer = pre_tokenizers.Sequence(
+    vocabulary_ids = {token: index for index, token in enumerate(vocabulary())}
+    wordpiece = Tokenizer(models.WordPiece(vocabulary_ids, unk_token="<|unk|>", continuing_subword_prefix="##"))
+    wordpiece.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    wordpiece.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.WhitespaceSplit(),
             pre_tokenizers.Split(Regex(r"[^a-z0-9]"), "isolated"),
             pre_tokenizers.Digits(True),
         ]
     )
-    fast.decoder = decoders.WordPiece(prefix="##", cleanup=True)
-    fast.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIALS])
+    wordpiece.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    wordpiece.add_special_tokens([AddedToken(special, special=True, normalized=False) for special in SPECIALS])
     return PreTrainedTokenizerFast(
-        tokenizer_object=fast,
+        tokenizer_object=wordpiece,
         padding_side="left",
         pad_token=SPECIALS[0],
         eos_token=SPECIALS[2],
@@ -109,7 +109,7 @@ def processor() -> Any:
     """Qwen2.5-VL's own processor; pictures of 32 to 1024 pixels a side in multiples of 16 are never resized."""
     from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
-    common: dict[str, Any] = {
+    options: dict[str, Any] = {
         "patch_size": PATCH,
         "merge_size": MERGE,
         "temporal_patch_size": TEMPORAL,
@@ -118,9 +118,9 @@ def processor() -> Any:
         "size": {"shortest_edge": 32 * 32, "longest_edge": 1024 * 1024},
     }
     return Qwen2_5_VLProcessor(
-        Qwen2VLImageProcessor(**common),
+        Qwen2VLImageProcessor(**options),
         tokenizer(),
-        Qwen2VLVideoProcessor(**common, cap_pixels_per_frame=False),
+        Qwen2VLVideoProcessor(**options, cap_pixels_per_frame=False),
         chat_template=CHAT_TEMPLATE,
     )
 
@@ -129,25 +129,25 @@ def config(name: str = "target") -> Any:
     """Configuration of "target" or "draft"."""
     from transformers import Qwen2_5_VLConfig
 
-    ids = {t: i for i, t in enumerate(vocabulary())}
-    width = 192
+    token_ids = {token: index for index, token in enumerate(vocabulary())}
+    hidden_size = 192
     # columns of a picture need angles that can be told apart: theta 10000 and even sections leave 0.003 per column
-    rope = {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [3, 2, 11]}
-    text = {
-        "vocab_size": len(ids),
-        "hidden_size": width,
+    rope_parameters = {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [3, 2, 11]}
+    text_config = {
+        "vocab_size": len(token_ids),
+        "hidden_size": hidden_size,
         "intermediate_size": 512,
         "num_hidden_layers": TEXT_LAYERS[name],
         "num_attention_heads": 6,
         "num_key_value_heads": 2,
         "max_position_embeddings": 32768,
-        "rope_parameters": rope,
+        "rope_parameters": rope_parameters,
         "bos_token_id": None,
-        "eos_token_id": ids["<|im_end|>"],
-        "pad_token_id": ids["<|endoftext|>"],
+        "eos_token_id": token_ids["<|im_end|>"],
+        "pad_token_id": token_ids["<|endoftext|>"],
         "tie_word_embeddings": False,
     }
-    vision = {
+    vision_config = {
         "depth": 4,
         "hidden_size": 128,
         "intermediate_size": 384,
@@ -158,16 +158,16 @@ def config(name: str = "target") -> Any:
         "temporal_patch_size": TEMPORAL,
         "tokens_per_second": 2,
         "window_size": 64,
-        "out_hidden_size": width,
+        "out_hidden_size": hidden_size,
         "fullatt_block_indexes": [1, 3],
     }
     return Qwen2_5_VLConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
+        text_config=text_config,
+        vision_config=vision_config,
+        image_token_id=token_ids["<|image_pad|>"],
+        video_token_id=token_ids["<|video_pad|>"],
+        vision_start_token_id=token_ids["<|vision_start|>"],
+        vision_end_token_id=token_ids["<|vision_end|>"],
         tie_word_embeddings=False,
     )
 
@@ -179,9 +179,9 @@ def build(name: str = "target", seed: int = 0) -> Any:
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config(name))
     identity(model)
-    text = model.config.get_text_config()
+    text_config = model.config.get_text_config()
     model.generation_config = GenerationConfig(
-        eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id, do_sample=False
+        eos_token_id=text_config.eos_token_id, pad_token_id=text_config.pad_token_id, do_sample=False
     )
     return model
 
@@ -208,20 +208,20 @@ def start(folder: str) -> Any:
 
 def set_depth(model: Any, layers: int) -> None:
     """Run only the first `layers` text layers; the others are put aside until the depth is raised again."""
-    text = model.model.language_model
-    if not hasattr(text, "_every"):
-        text._every = tuple(text.layers)  # a tuple, so that torch does not register the layers twice
-    if len(text.layers) != layers:
-        text.layers = torch.nn.ModuleList(text._every[:layers])
+    text_model = model.model.language_model
+    if not hasattr(text_model, "_every"):
+        text_model._every = tuple(text_model.layers)  # a tuple, so that torch does not register the layers twice
+    if len(text_model.layers) != layers:
+        text_model.layers = torch.nn.ModuleList(text_model._every[:layers])
 
 
 def draft_from(target: Any) -> Any:
     """A draft that starts as the target's tower, embeddings, first text layer, and the last one of its shallow half."""
     draft = build("draft")
-    state, last = target.state_dict(), GROW_FROM - 1  # the layers above it began as the identity
-    for key in draft.state_dict():
-        source = key.replace("language_model.layers.1.", f"language_model.layers.{last}.")
-        draft.state_dict()[key].copy_(state[source])
+    state, last_layer = target.state_dict(), GROW_FROM - 1  # the layers above it began as the identity
+    for target_key in draft.state_dict():
+        source_key = target_key.replace("language_model.layers.1.", f"language_model.layers.{last_layer}.")
+        draft.state_dict()[target_key].copy_(state[source_key])
     return draft
 
 

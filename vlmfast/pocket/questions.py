@@ -23,7 +23,7 @@ COUNTS = ("1", "2", "3", "4")
 
 def answers(kind: str, seconds: int) -> list[str] | None:
     """The closed set of answers of a kind (None: open, as digit strings and object names are)."""
-    table: dict[str, list[str]] = {
+    by_kind: dict[str, list[str]] = {
         "presence": ["yes", "no"],
         "colour": list(COLOUR_NAMES),
         "shape": list(SHAPES),
@@ -32,143 +32,149 @@ def answers(kind: str, seconds: int) -> list[str] | None:
         "location": list(PLACES),
         "motion": list(DIRECTIONS),
         "needle": list(COLOUR_NAMES),
-        "when": [f"second {k}" for k in range(1, seconds)],
-        "how-often": [str(k) for k in range(1, min(4, seconds // 2) + 1)],
+        "when": [f"second {number}" for number in range(1, seconds)],
+        "how-often": [str(number) for number in range(1, min(4, seconds // 2) + 1)],
     }
-    return table.get(kind)
+    return by_kind.get(kind)
 
 
 def _only(objects: list[Obj], attribute: str) -> list[Obj]:
-    values = [getattr(o, attribute) for o in objects]
-    return [o for o in objects if values.count(getattr(o, attribute)) == 1]
+    values = [getattr(obj, attribute) for obj in objects]
+    return [obj for obj in objects if values.count(getattr(obj, attribute)) == 1]
 
 
 def _plain(scene: Scene) -> list[Obj]:
-    return [o for o in scene.objects if o.shape != NEEDLE]
+    return [obj for obj in scene.objects if obj.shape != NEEDLE]
 
 
-def _choose(rng: Rng, options: list[QA], want: str | None) -> QA | None:
-    options = [o for o in options if want is None or o[1] == want]
+def _choose(rng: Rng, options: list[QA], wanted: str | None) -> QA | None:
+    options = [option for option in options if wanted is None or option[1] == wanted]
     return rng.pick(options) if options else None
 
 
-def _presence(scene: Scene, rng: Rng, want: str | None) -> QA | None:
+def _presence(scene: Scene, rng: Rng, wanted: str | None) -> QA | None:
     objects, split = _plain(scene), "test" if any((o.colour, o.shape) in HELD_OUT for o in scene.objects) else "train"
-    want = want or rng.pick(("yes", "no"))
+    wanted = wanted or rng.pick(("yes", "no"))
     obj = rng.pick(objects)
-    form = rng.pick(("both", "both", "colour", "shape"))
+    named_parts = rng.pick(("both", "both", "colour", "shape"))
     present = {
         "both": {(o.colour, o.shape) for o in objects},
         "colour": {(o.colour, "") for o in objects},
         "shape": {("", o.shape) for o in objects},
-    }[form]
-    target = (obj.colour if form != "shape" else "", obj.shape if form != "colour" else "")
-    if want == "no":  # the nearest wrong thing: one attribute of a present object changed
+    }[named_parts]
+    target = (obj.colour if named_parts != "shape" else "", obj.shape if named_parts != "colour" else "")
+    if wanted == "no":  # the nearest wrong thing: one attribute of a present object changed
         for _ in range(20):
-            c, s = target
-            if form == "colour" or (form == "both" and rng.u() < 0.5):
-                c = rng.pick(COLOUR_NAMES)
+            colour, shape = target
+            if named_parts == "colour" or (named_parts == "both" and rng.u() < 0.5):
+                colour = rng.pick(COLOUR_NAMES)
             else:
-                s = rng.pick(SHAPES)
-            if (c, s) not in present and (split == "test" or (c, s) not in HELD_OUT):
-                target = (c, s)
+                shape = rng.pick(SHAPES)
+            if (colour, shape) not in present and (split == "test" or (colour, shape) not in HELD_OUT):
+                target = (colour, shape)
                 break
         else:
             return None
-    words = " ".join(w for w in target if w) + (" object" if form == "colour" else "")
-    return rng.pick(("is there a {} ?", "do you see a {} ?"), (0.7, 0.3)).format(words), want
+    description = " ".join(word for word in target if word) + (" object" if named_parts == "colour" else "")
+    return rng.pick(("is there a {} ?", "do you see a {} ?"), (0.7, 0.3)).format(description), wanted
 
 
-def _colour(scene: Scene, rng: Rng, want: str | None) -> QA | None:
-    return _choose(rng, [(f"what colour is the {o.shape} ?", o.colour) for o in _only(_plain(scene), "shape")], want)
+def _colour(scene: Scene, rng: Rng, wanted: str | None) -> QA | None:
+    unique = _only(_plain(scene), "shape")
+    return _choose(rng, [(f"what colour is the {obj.shape} ?", obj.colour) for obj in unique], wanted)
 
 
-def _shape(scene: Scene, rng: Rng, want: str | None) -> QA | None:
-    return _choose(
-        rng, [(f"what shape is the {o.colour} object ?", o.shape) for o in _only(_plain(scene), "colour")], want
-    )
+def _shape(scene: Scene, rng: Rng, wanted: str | None) -> QA | None:
+    unique = _only(_plain(scene), "colour")
+    return _choose(rng, [(f"what shape is the {obj.colour} object ?", obj.shape) for obj in unique], wanted)
 
 
-def _count(scene: Scene, rng: Rng, want: str | None) -> QA | None:
+def _count(scene: Scene, rng: Rng, wanted: str | None) -> QA | None:
     objects = _plain(scene)
     options = [("how many objects are there ?", str(len(objects)))]
     for attribute, noun in (("colour", "{} objects"), ("shape", "{}s")):
-        values = [getattr(o, attribute) for o in objects]
+        values = [getattr(obj, attribute) for obj in objects]
         options += [
-            (f"how many {noun.format(v).replace('crosss', 'crosses')} are there ?", str(values.count(v)))
-            for v in dict.fromkeys(values)
+            (f"how many {noun.format(value).replace('crosss', 'crosses')} are there ?", str(values.count(value)))
+            for value in dict.fromkeys(values)
         ]
-    form = rng.n(3)  # the form comes before the answer, so that the form says nothing about the answer
-    kinds = [options[:1], [o for o in options if "objects" in o[0]][1:], [o for o in options if "objects" not in o[0]]]
-    return _choose(rng, kinds[form], want)
+    option_group = rng.n(3)  # the form comes before the answer, so that the form says nothing about the answer
+    option_groups = [
+        options[:1],
+        [option for option in options if "objects" in option[0]][1:],
+        [option for option in options if "objects" not in option[0]],
+    ]
+    return _choose(rng, option_groups[option_group], wanted)
 
 
-def _relation(scene: Scene, rng: Rng, want: str | None) -> QA | None:
+def _relation(scene: Scene, rng: Rng, wanted: str | None) -> QA | None:
     options = []
-    for a in scene.objects:
-        for b in scene.objects:
-            dx, dy = a.x - b.x, a.y - b.y
-            big, small = max(abs(dx), abs(dy)), min(abs(dx), abs(dy))
-            if a is b or big < 0.25 or small > 0.55 * big:  # no diagonal cases
+    for subject in scene.objects:
+        for reference in scene.objects:
+            right, down = subject.x - reference.x, subject.y - reference.y
+            larger, smaller = max(abs(right), abs(down)), min(abs(right), abs(down))
+            if subject is reference or larger < 0.25 or smaller > 0.55 * larger:  # no diagonal cases
                 continue
-            word = ("left" if dx < 0 else "right") if abs(dx) > abs(dy) else ("above" if dy < 0 else "below")
-            options.append((f"where is the {a.name} from the {b.name} ?", word))
-    return _choose(rng, options, want)
+            sideways, upright = "left" if right < 0 else "right", "above" if down < 0 else "below"
+            direction = sideways if abs(right) > abs(down) else upright
+            options.append((f"where is the {subject.name} from the {reference.name} ?", direction))
+    return _choose(rng, options, wanted)
 
 
-def _location(scene: Scene, rng: Rng, want: str | None) -> QA | None:
-    options = [(f"where is the {o.name} ?", PLACES[o.cell]) for o in scene.objects]
-    options += [(f"where is the {o.shape} ?", PLACES[o.cell]) for o in _only(_plain(scene), "shape")]
-    return _choose(rng, options, want)
+def _location(scene: Scene, rng: Rng, wanted: str | None) -> QA | None:
+    options = [(f"where is the {obj.name} ?", PLACES[obj.cell]) for obj in scene.objects]
+    options += [(f"where is the {obj.shape} ?", PLACES[obj.cell]) for obj in _only(_plain(scene), "shape")]
+    return _choose(rng, options, wanted)
 
 
-def _digits(scene: Scene, rng: Rng, want: str | None) -> QA | None:
-    options = [("what number is shown ?", t.string) for t in scene.texts if t.string not in WORDS]
-    return _choose(rng, options, want)
+def _digits(scene: Scene, rng: Rng, wanted: str | None) -> QA | None:
+    options = [("what number is shown ?", written.string) for written in scene.texts if written.string not in WORDS]
+    return _choose(rng, options, wanted)
 
 
-def _motion(scene: Scene, rng: Rng, want: str | None) -> QA | None:
-    return _choose(rng, [(f"which way does the {o.name} move ?", o.move) for o in scene.objects if o.move], want)
+def _motion(scene: Scene, rng: Rng, wanted: str | None) -> QA | None:
+    movers = [obj for obj in scene.objects if obj.move]
+    return _choose(rng, [(f"which way does the {obj.name} move ?", obj.move) for obj in movers], wanted)
 
 
 def _arrivals(scene: Scene) -> list[Obj]:
-    return [o for o in _plain(scene) if 1 <= o.t_in < scene.seconds]  # to stay, or for a second
+    return [obj for obj in _plain(scene) if 1 <= obj.t_in < scene.seconds]  # to stay, or for a second
 
 
-def _order(scene: Scene, rng: Rng, want: str | None) -> QA | None:
-    late = _arrivals(scene)
-    if len(late) < 2:
+def _order(scene: Scene, rng: Rng, wanted: str | None) -> QA | None:
+    arrivals = _arrivals(scene)
+    if len(arrivals) < 2:
         return None
-    a, b = rng.shuffled(late)[:2]
-    if want in ("a", "b") and (want == "a") != (a.t_in < b.t_in):
-        a, b = b, a
-    first = a if a.t_in < b.t_in else b
-    return f"what appears first , the {a.name} or the {b.name} ?", first.name
+    first_named, second_named = rng.shuffled(arrivals)[:2]
+    if wanted in ("a", "b") and (wanted == "a") != (first_named.t_in < second_named.t_in):
+        first_named, second_named = second_named, first_named
+    earliest = first_named if first_named.t_in < second_named.t_in else second_named
+    return f"what appears first , the {first_named.name} or the {second_named.name} ?", earliest.name
 
 
-def _when(scene: Scene, rng: Rng, want: str | None) -> QA | None:
-    return _choose(rng, [(f"when does the {o.name} appear ?", f"second {int(o.t_in)}") for o in _arrivals(scene)], want)
+def _when(scene: Scene, rng: Rng, wanted: str | None) -> QA | None:
+    options = [(f"when does the {obj.name} appear ?", f"second {int(obj.t_in)}") for obj in _arrivals(scene)]
+    return _choose(rng, options, wanted)
 
 
-def _what_when(scene: Scene, rng: Rng, want: str | None) -> QA | None:
-    return _choose(rng, [(f"what appears at second {int(o.t_in)} ?", o.name) for o in _arrivals(scene)], want)
+def _what_when(scene: Scene, rng: Rng, wanted: str | None) -> QA | None:
+    return _choose(rng, [(f"what appears at second {int(obj.t_in)} ?", obj.name) for obj in _arrivals(scene)], wanted)
 
 
-def _how_often(scene: Scene, rng: Rng, want: str | None) -> QA | None:
-    return _choose(
-        rng, [(f"how often does the {o.name} blink ?", str(len(o.blinks))) for o in scene.objects if o.blinks], want
-    )
+def _how_often(scene: Scene, rng: Rng, wanted: str | None) -> QA | None:
+    blinking = [obj for obj in scene.objects if obj.blinks]
+    return _choose(rng, [(f"how often does the {obj.name} blink ?", str(len(obj.blinks))) for obj in blinking], wanted)
 
 
-def _needle(scene: Scene, rng: Rng, want: str | None) -> QA | None:
-    return _choose(
-        rng, [(f"what colour is the {NEEDLE} ?", o.colour) for o in scene.objects if o.shape == NEEDLE], want
-    )
+def _needle(scene: Scene, rng: Rng, wanted: str | None) -> QA | None:
+    needles = [obj for obj in scene.objects if obj.shape == NEEDLE]
+    return _choose(rng, [(f"what colour is the {NEEDLE} ?", obj.colour) for obj in needles], wanted)
 
 
-def _during(scene: Scene, rng: Rng, want: str | None) -> QA | None:
-    lit = [o for o in _plain(scene) if scene.flash is not None and o.t_in == scene.flash and o.t_out == o.t_in + 1]
-    return _choose(rng, [("what is shown when the light flashes ?", o.name) for o in lit], want)
+def _during(scene: Scene, rng: Rng, wanted: str | None) -> QA | None:
+    arrived = [obj for obj in _plain(scene) if scene.flash is not None and obj.t_in == scene.flash]
+    flash_objects = [obj for obj in arrived if obj.t_out == obj.t_in + 1]
+    return _choose(rng, [("what is shown when the light flashes ?", obj.name) for obj in flash_objects], wanted)
 
 
 def follow_up(scene: Scene, rng: Rng, want: str | None = None) -> tuple[QA, QA] | None:
@@ -176,21 +182,21 @@ def follow_up(scene: Scene, rng: Rng, want: str | None = None) -> tuple[QA, QA] 
     options: list[tuple[QA, QA]] = []
     for attribute in ("shape", "colour"):
         for obj in _only(_plain(scene), attribute):
-            turn = (f"what colour is the {obj.shape} ?", obj.colour)
+            first_question = (f"what colour is the {obj.shape} ?", obj.colour)
             if attribute == "colour":
-                turn = (f"what shape is the {obj.colour} object ?", obj.shape)
-            options.append((turn, ("where is it ?", PLACES[obj.cell])))
+                first_question = (f"what shape is the {obj.colour} object ?", obj.shape)
+            options.append((first_question, ("where is it ?", PLACES[obj.cell])))
             if obj.move:
-                options.append((turn, ("which way does it move ?", obj.move)))
+                options.append((first_question, ("which way does it move ?", obj.move)))
             if obj in _arrivals(scene):
-                options.append((turn, ("when does it appear ?", f"second {int(obj.t_in)}")))
-    options = [o for o in options if want is None or o[1][1] == want]
+                options.append((first_question, ("when does it appear ?", f"second {int(obj.t_in)}")))
+    options = [option for option in options if want is None or option[1][1] == want]
     return rng.pick(options) if options else None
 
 
-def _follow_up(scene: Scene, rng: Rng, want: str | None) -> QA | None:
-    found = follow_up(scene, rng, want)
-    return found[1] if found else None
+def _follow_up(scene: Scene, rng: Rng, wanted: str | None) -> QA | None:
+    questions = follow_up(scene, rng, wanted)
+    return questions[1] if questions else None
 
 
 ASK: dict[str, Callable[[Scene, Rng, str | None], QA | None]] = {
@@ -215,10 +221,10 @@ ASK: dict[str, Callable[[Scene, Rng, str | None], QA | None]] = {
 def turns(kind: str, scene: Scene, rng: Rng, want: str | None = None) -> list[QA] | None:
     """`ask` with the turns that come before the question, oldest first; the last is the one asked."""
     if kind == "follow-up":
-        found = follow_up(scene, rng, want)
-        return list(found) if found else None
-    asked = ask(kind, scene, rng, want)
-    return [asked] if asked else None
+        questions = follow_up(scene, rng, want)
+        return list(questions) if questions else None
+    question = ask(kind, scene, rng, want)
+    return [question] if question else None
 
 
 def ask(kind: str, scene: Scene, rng: Rng, want: str | None = None) -> QA | None:
@@ -229,4 +235,4 @@ def ask(kind: str, scene: Scene, rng: Rng, want: str | None = None) -> QA | None
 def subjects(question: str) -> set[tuple[str, str]]:
     """The (colour, shape) pairs that a question names, to tell held-out combinations apart."""
     words = question.split()
-    return {(a, b) for a, b in pairwise(words) if a in COLOUR_NAMES and b in SHAPES}
+    return {(colour, shape) for colour, shape in pairwise(words) if colour in COLOUR_NAMES and shape in SHAPES}

@@ -49,143 +49,164 @@ FONT = {c: [[int(b) for b in row] for row in rows.split()] for c, rows in _GLYPH
 _MAX_CHARS = 4
 
 
-def _coverage(name: str, dx: torch.Tensor, dy: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
-    """Signed distance (pixels, negative inside) of shape `name` with radius `r` pixels, at offsets (dx, dy)."""
-    ax, ay = dx.abs(), dy.abs()
+def _coverage(name: str, dx: torch.Tensor, dy: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
+    """Signed distance (pixels, negative inside) of shape `name` with `radius` in pixels, at offsets (dx, dy)."""
+    abs_x, abs_y = dx.abs(), dy.abs()
     if name == "circle":
-        return (dx * dx + dy * dy).sqrt() - r
+        return (dx * dx + dy * dy).sqrt() - radius
     if name == "ring":
-        return ((dx * dx + dy * dy).sqrt() - 0.72 * r).abs() - 0.28 * r
+        return ((dx * dx + dy * dy).sqrt() - 0.72 * radius).abs() - 0.28 * radius
     if name == "square":
-        return torch.maximum(ax, ay) - 0.86 * r
+        return torch.maximum(abs_x, abs_y) - 0.86 * radius
     if name == "diamond":
-        return (ax + 0.8 * ay - r) * 0.78
+        return (abs_x + 0.8 * abs_y - radius) * 0.78
     if name == "cross":
-        return torch.minimum(torch.maximum(ax - r, ay - 0.3 * r), torch.maximum(ax - 0.3 * r, ay - r))
+        lying = torch.maximum(abs_x - radius, abs_y - 0.3 * radius)
+        return torch.minimum(lying, torch.maximum(abs_x - 0.3 * radius, abs_y - radius))
     if name == "triangle":  # upright: two slanted edges and the base
-        return torch.maximum(0.87 * ax - 0.5 * dy - 0.5 * r, dy - 0.75 * r)
+        return torch.maximum(0.87 * abs_x - 0.5 * dy - 0.5 * radius, dy - 0.75 * radius)
     if name == NEEDLE:  # five points: the radius swings with the angle
         angle = torch.atan2(dx, -dy)
-        return (dx * dx + dy * dy).sqrt() - r * (0.66 + 0.40 * torch.cos(5 * angle))
+        return (dx * dx + dy * dy).sqrt() - radius * (0.66 + 0.40 * torch.cos(5 * angle))
     raise ValueError(f"unknown shape {name!r}; known: {', '.join(SHAPES)}, {NEEDLE}")
 
 
 def _pixels(height: int, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    y = torch.arange(height, device=device, dtype=torch.float32) + 0.5
-    x = torch.arange(width, device=device, dtype=torch.float32) + 0.5
-    return y[:, None], x[None, :]
+    rows = torch.arange(height, device=device, dtype=torch.float32) + 0.5
+    columns = torch.arange(width, device=device, dtype=torch.float32) + 0.5
+    return rows[:, None], columns[None, :]
 
 
 def _ground(scenes: Sequence[Scene], times: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Backgrounds at `times` (T,) seconds: (B, T, 3, H, W) float in 0..255."""
     device = times.device
-    many = max(len(s.backgrounds) for s in scenes)
-    rows = [[s.backgrounds[min(i, len(s.backgrounds) - 1)] for i in range(many)] for s in scenes]
-    num = torch.tensor(
+    num_backgrounds = max(len(scene.backgrounds) for scene in scenes)
+    backgrounds = [
+        [scene.backgrounds[min(index, len(scene.backgrounds) - 1)] for index in range(num_backgrounds)]
+        for scene in scenes
+    ]
+    parameters = torch.tensor(
         [
-            [[*b.rgb, b.amplitude, b.angle, b.freq, b.phase, b.t_in, BACKGROUNDS.index(b.kind)] for b in row]
-            for row in rows
+            [
+                [
+                    *ground.rgb,
+                    ground.amplitude,
+                    ground.angle,
+                    ground.freq,
+                    ground.phase,
+                    ground.t_in,
+                    BACKGROUNDS.index(ground.kind),
+                ]
+                for ground in scene_grounds
+            ]
+            for scene_grounds in backgrounds
         ],
         dtype=torch.float32,
     ).to(device)  # (B, K, 9)
-    noise = torch.tensor([[b.noise for b in row] for row in rows], dtype=torch.float32).to(device)
-    y, x = _pixels(height, width, device)
-    fx, fy = x / width, y / height
-    par = num.unbind(-1)
-    light = torch.tensor([-9.0 if s.flash is None else s.flash for s in scenes], device=device)[:, None]
-    lit = (times >= light) & (times < light + 1)  # (B, T)
-    amp, angle, freq, phase, kind = (p[..., None, None] for p in (par[3], par[4], par[5], par[6], par[8]))
-    along = torch.cos(angle) * fx + torch.sin(angle) * fy
-    across = -torch.sin(angle) * fx + torch.cos(angle) * fy
-    one = torch.sin(2 * math.pi * freq * along + phase)
-    two = torch.sin(2 * math.pi * freq * across + phase)
-    blotch = torch.nn.functional.interpolate(
-        noise.reshape(len(scenes), many, 6, 6), size=(height, width), mode="bilinear", align_corners=False
+    noise = torch.tensor(
+        [[ground.noise for ground in scene_grounds] for scene_grounds in backgrounds], dtype=torch.float32
+    ).to(device)
+    rows, columns = _pixels(height, width, device)
+    across_width, down_height = columns / width, rows / height
+    flashes = [-9.0 if scene.flash is None else scene.flash for scene in scenes]
+    flash_start = torch.tensor(flashes, device=device)[:, None]
+    flash_on = (times >= flash_start) & (times < flash_start + 1)  # (B, T)
+    amplitude, angle, frequency, phase, begins, kind = (values[..., None, None] for values in parameters.unbind(-1)[3:])
+    along_stripes = torch.cos(angle) * across_width + torch.sin(angle) * down_height
+    across_stripes = -torch.sin(angle) * across_width + torch.cos(angle) * down_height
+    stripes = torch.sin(2 * math.pi * frequency * along_stripes + phase)
+    cross_stripes = torch.sin(2 * math.pi * frequency * across_stripes + phase)
+    clouds = torch.nn.functional.interpolate(
+        noise.reshape(len(scenes), num_backgrounds, 6, 6), size=(height, width), mode="bilinear", align_corners=False
     )
-    wave = torch.where(
-        kind == 1, one, torch.where(kind == 2, torch.sign(one * two), torch.where(kind == 3, blotch, 0 * one))
-    )
-    layers = num[..., :3, None, None] + (amp * wave)[:, :, None]  # (B, K, 3, H, W)
-    bright = 40.0 * lit[..., None, None, None]
-    if many == 1:
-        return layers.expand(-1, len(times), -1, -1, -1) + bright
-    shown = (par[7][:, None, :] <= times[None, :, None]).sum(-1).clamp(min=1) - 1  # (B, T): the latest that has begun
-    return layers[torch.arange(len(scenes), device=device)[:, None], shown] + bright
+    texture = torch.where(kind == 3, clouds, 0 * stripes)
+    texture = torch.where(kind == 2, torch.sign(stripes * cross_stripes), texture)
+    texture = torch.where(kind == 1, stripes, texture)
+    layers = parameters[..., :3, None, None] + (amplitude * texture)[:, :, None]  # (B, K, 3, H, W)
+    flash_light = 40.0 * flash_on[..., None, None, None]
+    if num_backgrounds == 1:
+        return layers.expand(-1, len(times), -1, -1, -1) + flash_light
+    begun = begins[:, None, :, 0, 0] <= times[None, :, None]  # (B, T, K)
+    background_index = begun.sum(-1).clamp(min=1) - 1  # (B, T): the latest that has begun
+    return layers[torch.arange(len(scenes), device=device)[:, None], background_index] + flash_light
 
 
 def _paint(canvas: torch.Tensor, mask: torch.Tensor, rgb: torch.Tensor) -> None:
     """Blend colour `rgb` (n, 3) over `canvas` (n, T, 3, H, W) where `mask` (n, T, H, W) is 1, in place."""
-    m = mask[:, :, None]
-    canvas += m * (rgb[:, None, :, None, None] - canvas)
+    alpha = mask[:, :, None]
+    canvas += alpha * (rgb[:, None, :, None, None] - canvas)
 
 
 def _objects(canvas: torch.Tensor, scenes: Sequence[Scene], times: torch.Tensor, height: int, width: int) -> None:
     device, side = times.device, float(min(height, width))
-    y, x = _pixels(height, width, device)
-    span = torch.tensor([max(s.frames / s.fps, 1e-6) for s in scenes])
-    for layer in range(max((len(s.objects) for s in scenes), default=0)):  # later objects cover earlier ones
+    rows, columns = _pixels(height, width, device)
+    durations = torch.tensor([max(scene.frames / scene.fps, 1e-6) for scene in scenes])
+    for layer in range(max((len(scene.objects) for scene in scenes), default=0)):  # later objects cover earlier ones
         for shape in (*SHAPES, NEEDLE):
-            rows = [i for i, s in enumerate(scenes) if layer < len(s.objects) and s.objects[layer].shape == shape]
-            if not rows:
+            deep = [(index, scene) for index, scene in enumerate(scenes) if layer < len(scene.objects)]
+            scene_indices = [index for index, scene in deep if scene.objects[layer].shape == shape]
+            if not scene_indices:
                 continue
-            objs = [scenes[i].objects[layer] for i in rows]
-            par = torch.tensor(
+            objects = [scenes[scene_index].objects[layer] for scene_index in scene_indices]
+            parameters = torch.tensor(
                 [
                     [
-                        o.x,
-                        o.y,
-                        o.radius,
-                        *(d * o.travel for d in DIRECTIONS.get(o.move, (0.0, 0.0))),
-                        o.t_in,
-                        o.t_out,
-                        float(span[i]),
+                        obj.x,
+                        obj.y,
+                        obj.radius,
+                        *(component * obj.travel for component in DIRECTIONS.get(obj.move, (0.0, 0.0))),
+                        obj.t_in,
+                        obj.t_out,
+                        float(durations[scene_index]),
                     ]
-                    for i, o in zip(rows, objs)
+                    for scene_index, obj in zip(scene_indices, objects)
                 ],
                 dtype=torch.float32,
             ).to(device)
-            px, py, r, vx, vy, t_in, t_out, dur = (p[:, None] for p in par.unbind(-1))
-            done = times[None] / dur  # (n, T) fraction of the clip that is over
-            cx, cy = ((px + vx * done) * width)[..., None, None], ((py + vy * done) * height)[..., None, None]
-            seen = (times[None] >= t_in) & (times[None] < t_out)
-            for k, o in enumerate(objs):
-                for b in o.blinks:
-                    seen[k] &= ~((times >= b) & (times < b + 1))
-            distance = _coverage(shape, x - cx, y - cy, (r * side)[..., None, None])
-            mask = (0.5 - distance).clamp(0, 1) * seen[..., None, None]
-            rgb = torch.tensor([COLOURS[o.colour] for o in objs], dtype=torch.float32).to(device)
-            index = torch.tensor(rows, device=device)
-            part = canvas[index]
-            _paint(part, mask, rgb)
-            canvas[index] = part
+            columns_of = (values[:, None] for values in parameters.unbind(-1))
+            start_x, start_y, radius, travel_x, travel_y, t_in, t_out, duration = columns_of
+            progress = times[None] / duration  # (n, T) fraction of the clip that is over
+            centre_x = ((start_x + travel_x * progress) * width)[..., None, None]
+            centre_y = ((start_y + travel_y * progress) * height)[..., None, None]
+            visible = (times[None] >= t_in) & (times[None] < t_out)
+            for object_index, obj in enumerate(objects):
+                for blink in obj.blinks:
+                    visible[object_index] &= ~((times >= blink) & (times < blink + 1))
+            distance = _coverage(shape, columns - centre_x, rows - centre_y, (radius * side)[..., None, None])
+            mask = (0.5 - distance).clamp(0, 1) * visible[..., None, None]
+            rgb = torch.tensor([COLOURS[obj.colour] for obj in objects], dtype=torch.float32).to(device)
+            indices = torch.tensor(scene_indices, device=device)
+            painted = canvas[indices]
+            _paint(painted, mask, rgb)
+            canvas[indices] = painted
 
 
 def _texts(canvas: torch.Tensor, scenes: Sequence[Scene], times: torch.Tensor, height: int, width: int) -> None:
     device, side = times.device, float(min(height, width))
-    y, x = _pixels(height, width, device)
-    for row, scene in enumerate(scenes):
+    rows, columns = _pixels(height, width, device)
+    for scene_index, scene in enumerate(scenes):
         for text in scene.texts:
             dots = torch.zeros(7, 6 * len(text.string))
-            for i, char in enumerate(text.string):
-                dots[:, 6 * i : 6 * i + 5] = torch.tensor(FONT[char], dtype=torch.float32)
+            for position, character in enumerate(text.string):
+                dots[:, 6 * position : 6 * position + 5] = torch.tensor(FONT[character], dtype=torch.float32)
             dots = torch.nn.functional.pad(dots, (1, 1, 1, 1)).to(device)
-            dot = text.dot * side
-            u = ((x - text.x * width) / dot + 3 * len(text.string)).floor().long() + 1
-            v = ((y - text.y * height) / dot + 3.5).floor().long() + 1
-            mask = dots[v.clamp(0, 8), u.clamp(0, dots.shape[1] - 1)]
-            seen = ((times >= text.t_in) & (times < text.t_out)).float()
+            dot_size = text.dot * side
+            dot_columns = ((columns - text.x * width) / dot_size + 3 * len(text.string)).floor().long() + 1
+            dot_rows = ((rows - text.y * height) / dot_size + 3.5).floor().long() + 1
+            mask = dots[dot_rows.clamp(0, 8), dot_columns.clamp(0, dots.shape[1] - 1)]
+            visible = ((times >= text.t_in) & (times < text.t_out)).float()
             rgb = torch.full((1, 3), 250.0 if text.white else 8.0, device=device)
-            _paint(canvas[row : row + 1], (mask * seen[:, None, None])[None], rgb)
+            _paint(canvas[scene_index : scene_index + 1], (mask * visible[:, None, None])[None], rgb)
 
 
 def _specks(canvas: torch.Tensor, scenes: Sequence[Scene], height: int, width: int) -> None:
     side = float(min(height, width))
-    y, x = _pixels(height, width, canvas.device)
-    for row, scene in enumerate(scenes):
-        for sx, sy, r, grey in scene.specks:
-            distance = ((x - sx * width) ** 2 + (y - sy * height) ** 2).sqrt() - r * side
+    rows, columns = _pixels(height, width, canvas.device)
+    for scene_index, scene in enumerate(scenes):
+        for speck_x, speck_y, radius, grey in scene.specks:
+            distance = ((columns - speck_x * width) ** 2 + (rows - speck_y * height) ** 2).sqrt() - radius * side
             mask = (0.5 - distance).clamp(0, 1).expand(1, canvas.shape[1], -1, -1)
-            _paint(canvas[row : row + 1], mask, torch.full((1, 3), grey, device=canvas.device))
+            _paint(canvas[scene_index : scene_index + 1], mask, torch.full((1, 3), grey, device=canvas.device))
 
 
 @torch.no_grad()
@@ -204,12 +225,12 @@ def render(
     torch.Tensor of uint8, shape (B, T, H, W, 3).
     """
     first = scenes[0]
-    shape = {(s.height, s.width, s.frames, s.fps) for s in scenes}
-    if len(shape) != 1:
-        raise ValueError(f"one batch needs one height, width, frame count and fps; got {sorted(shape)}")
+    formats = {(scene.height, scene.width, scene.frames, scene.fps) for scene in scenes}
+    if len(formats) != 1:
+        raise ValueError(f"one batch needs one height, width, frame count and fps; got {sorted(formats)}")
     device = torch.device(device)
-    when = [i / first.fps for i in range(first.frames)] if times is None else list(times)
-    clock = torch.tensor(when, dtype=torch.float32, device=device)
+    seconds = [index / first.fps for index in range(first.frames)] if times is None else list(times)
+    clock = torch.tensor(seconds, dtype=torch.float32, device=device)
     canvas = _ground(scenes, clock, first.height, first.width)
     _specks(canvas, scenes, first.height, first.width)
     _objects(canvas, scenes, clock, first.height, first.width)

@@ -42,12 +42,12 @@ _MASK = (1 << 64) - 1
 
 def mix(*parts: int) -> int:
     """Hash integers into one 63-bit seed (splitmix64), so that neighbouring seeds give unrelated streams."""
-    h = 0x9E3779B97F4A7C15
+    mixed = 0x9E3779B97F4A7C15
     for part in parts:
-        h = (h ^ (part & _MASK)) * 0xBF58476D1CE4E5B9 & _MASK
-        h = (h ^ (h >> 27)) * 0x94D049BB133111EB & _MASK
-        h ^= h >> 31
-    return h & (_MASK >> 1)
+        mixed = (mixed ^ (part & _MASK)) * 0xBF58476D1CE4E5B9 & _MASK
+        mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB & _MASK
+        mixed ^= mixed >> 31
+    return mixed & (_MASK >> 1)
 
 
 class Rng:
@@ -74,20 +74,20 @@ class Rng:
         """One of `items`, uniformly or by `weights`."""
         if weights is None:
             return items[self.n(len(items))]
-        r = self.u() * sum(weights)
-        for item, w in zip(items, weights):
-            r -= w
-            if r < 0:
+        remaining = self.u() * sum(weights)
+        for item, weight in zip(items, weights):
+            remaining -= weight
+            if remaining < 0:
                 return item
         return items[-1]
 
     def shuffled(self, items: Sequence[T]) -> list[T]:
         """A copy of `items` in random order."""
-        out = list(items)
-        for i in range(len(out) - 1, 0, -1):
-            j = self.n(i + 1)
-            out[i], out[j] = out[j], out[i]
-        return out
+        copied = list(items)
+        for last in range(len(copied) - 1, 0, -1):
+            chosen = self.n(last + 1)
+            copied[last], copied[chosen] = copied[chosen], copied[last]
+        return copied
 
 
 @dataclass
@@ -164,8 +164,8 @@ class Scene:
 
 def background(rng: Rng, t_in: float = 0.0) -> Background:
     """Mid-grey with a slight tint: every object colour, black and white included, stands out."""
-    base = rng.u(85, 165)
-    rgb = tuple(base + rng.u(-14, 14) for _ in range(3))
+    grey = rng.u(85, 165)
+    rgb = tuple(grey + rng.u(-14, 14) for _ in range(3))
     return Background(
         rng.pick(BACKGROUNDS),
         (rgb[0], rgb[1], rgb[2]),
@@ -184,24 +184,21 @@ def combos(rng: Rng, count: int, split: str) -> list[tuple[str, str]]:
     Half of the time several objects share one attribute, so that counting and hard negatives make sense.
     """
     shared = rng.n(4)  # 0: one colour shared, 1: one shape shared, else nothing forced
-    colour, shape, upto = (
-        rng.pick(COLOUR_NAMES),
-        rng.pick(SHAPES),
-        1 + rng.n(min(count, 4)),
-    )  # six of a colour would need a held-out pair
-    out: list[tuple[str, str]] = []
-    while len(out) < count:
+    colour, shape = rng.pick(COLOUR_NAMES), rng.pick(SHAPES)
+    num_shared = 1 + rng.n(min(count, 4))  # six of a colour would need a held-out pair
+    pairs: list[tuple[str, str]] = []
+    while len(pairs) < count:
         pair = (rng.pick(COLOUR_NAMES), rng.pick(SHAPES))
         if split == "test" and rng.u() < 0.45:
             pair = rng.pick(sorted(HELD_OUT))
-        if shared == 0 and len(out) < upto:
+        if shared == 0 and len(pairs) < num_shared:
             pair = (colour, pair[1])
-        elif shared == 1 and len(out) < upto:
+        elif shared == 1 and len(pairs) < num_shared:
             pair = (pair[0], shape)
-        if pair in out or (split == "train" and pair in HELD_OUT):
+        if pair in pairs or (split == "train" and pair in HELD_OUT):
             continue
-        out.append(pair)
-    return rng.shuffled(out)
+        pairs.append(pair)
+    return rng.shuffled(pairs)
 
 
 def unit(rng: Rng, side: int) -> float:
@@ -213,24 +210,26 @@ def place(rng: Rng, pair: tuple[str, str], cell: int, side: int = 64) -> Obj:
     """An object of this (colour, shape) somewhere near the middle of grid cell `cell` (0..8)."""
     size = rng.pick(SIZES)
     radius = (rng.u(0.085, 0.10) if size == "small" else rng.u(0.14, 0.16)) * unit(rng, side)
-    off = 0.04 if side <= 64 else min(0.09, 0.15 - radius)
-    x = (cell % 3 + 0.5) / 3 + rng.u(-off, off)
-    y = (cell // 3 + 0.5) / 3 + rng.u(-off, off)
-    return Obj(pair[0], pair[1], size, x, y, radius, cell)
+    jitter = 0.04 if side <= 64 else min(0.09, 0.15 - radius)
+    centre_x = (cell % 3 + 0.5) / 3 + rng.u(-jitter, jitter)
+    centre_y = (cell // 3 + 0.5) / 3 + rng.u(-jitter, jitter)
+    return Obj(pair[0], pair[1], size, centre_x, centre_y, radius, cell)
 
 
 def star_at(rng: Rng, cell: int, side: int) -> Obj:
     """The needle: a star of any colour; when it is shown is for the caller to say."""
-    star = place(rng, (rng.pick(COLOUR_NAMES), NEEDLE), cell, side)
-    star.radius, star.size = rng.u(0.13, 0.16) * unit(rng, side), "large"
-    return star
+    needle = place(rng, (rng.pick(COLOUR_NAMES), NEEDLE), cell, side)
+    needle.radius, needle.size = rng.u(0.13, 0.16) * unit(rng, side), "large"
+    return needle
 
 
 def written(rng: Rng, string: str, row: int, side: int = 64) -> Text:
     """`string` in row 0..2 of the grid, at a random place that it fits in."""
-    dot = (rng.u(0.024, 0.031) if len(string) > 3 else rng.u(0.026, 0.036)) * unit(rng, side)
-    half = len(string) * 3 * dot
-    return Text(string, rng.u(half + 0.01, 0.99 - half), (row + 0.5) / 3 + rng.u(-0.03, 0.03), dot, rng.u() < 0.5)
+    dot_size = (rng.u(0.024, 0.031) if len(string) > 3 else rng.u(0.026, 0.036)) * unit(rng, side)
+    half_width = len(string) * 3 * dot_size
+    centre_x = rng.u(half_width + 0.01, 0.99 - half_width)
+    centre_y = (row + 0.5) / 3 + rng.u(-0.03, 0.03)
+    return Text(string, centre_x, centre_y, dot_size, rng.u() < 0.5)
 
 
 def still(rng: Rng, split: str, size: tuple[int, int], objects: tuple[int, int] = (1, 3), text: float = 0.2) -> Scene:
@@ -238,12 +237,13 @@ def still(rng: Rng, split: str, size: tuple[int, int], objects: tuple[int, int] 
     cells = list(range(9))
     texts = []
     if rng.u() < text:
-        row = rng.n(3)
+        text_row = rng.n(3)
         string = "".join(str(rng.n(10)) for _ in range(2 + rng.n(3))) if rng.u() < 0.8 else rng.pick(WORDS)
-        texts.append(written(rng, string, row, min(size)))
-        cells = [c for c in cells if c // 3 != row]
-    count = min(objects[0] + rng.n(objects[1] - objects[0] + 1), len(cells))
-    placed = [place(rng, p, c, min(size)) for p, c in zip(combos(rng, count, split), rng.shuffled(cells))]
+        texts.append(written(rng, string, text_row, min(size)))
+        cells = [cell for cell in cells if cell // 3 != text_row]
+    num_objects = min(objects[0] + rng.n(objects[1] - objects[0] + 1), len(cells))
+    pairs = combos(rng, num_objects, split)
+    placed = [place(rng, pair, cell, min(size)) for pair, cell in zip(pairs, rng.shuffled(cells))]
     specks = [(rng.u(), rng.u(), rng.u(0.008, 0.02), rng.u(60, 190)) for _ in range(rng.n(6))]
     return Scene(size[0], size[1], 1, 2.0, placed, texts, [background(rng)], specks)
 
@@ -251,13 +251,13 @@ def still(rng: Rng, split: str, size: tuple[int, int], objects: tuple[int, int] 
 def set_moving(rng: Rng, obj: Obj) -> None:
     """Let the object cross the picture, starting on the side that leaves room for its way."""
     obj.move = rng.pick(list(DIRECTIONS))
-    dx, dy = DIRECTIONS[obj.move]
+    step_x, step_y = DIRECTIONS[obj.move]
     obj.travel = rng.u(0.45, 0.62)
-    if dx:  # start on the side that leaves room for the way; the row stays what it was
-        obj.cell = obj.cell // 3 * 3 + (2 if dx < 0 else 0)
+    if step_x:  # start on the side that leaves room for the way; the row stays what it was
+        obj.cell = obj.cell // 3 * 3 + (2 if step_x < 0 else 0)
         obj.x = (obj.cell % 3 + 0.5) / 3 + rng.u(-0.03, 0.03)
     else:
-        obj.cell = obj.cell % 3 + (6 if dy < 0 else 0)
+        obj.cell = obj.cell % 3 + (6 if step_y < 0 else 0)
         obj.y = (obj.cell // 3 + 0.5) / 3 + rng.u(-0.03, 0.03)
 
 
@@ -286,35 +286,36 @@ def moving(
 ) -> Scene:
     """A clip in which objects stay, move, appear, leave, blink or show up for a second; the scene behind may change."""
     cells = rng.shuffled(list(range(9)))
-    low = max(objects[0], 2 if focus in ("order", "what-when", "during") else 1)
-    count = low + rng.n(max(objects[1], low) - low + 1)
+    fewest = max(objects[0], 2 if focus in ("order", "what-when", "during") else 1)
+    num_objects = fewest + rng.n(max(objects[1], fewest) - fewest + 1)
     side = min(size)
-    placed = [place(rng, p, c, side) for p, c in zip(combos(rng, count, split), cells)]
-    times = rng.shuffled(list(range(1, seconds)))  # no two events that a question may name share a second
+    placed = [place(rng, pair, cell, side) for pair, cell in zip(combos(rng, num_objects, split), cells)]
+    free_seconds = rng.shuffled(list(range(1, seconds)))  # no two events that a question may name share a second
     for obj in placed:
         role = rng.pick(ROLES, _FOCUS.get(focus, _FOCUS[""]))
         if role == "move":
             set_moving(rng, obj)
-        elif role == "appear" and times:
-            obj.t_in = float(times.pop())
-        elif role == "leave" and times:
-            obj.t_out = float(times.pop())
-        elif role == "show" and times:
-            obj.t_in = float(times.pop())
+        elif role == "appear" and free_seconds:
+            obj.t_in = float(free_seconds.pop())
+        elif role == "leave" and free_seconds:
+            obj.t_out = float(free_seconds.pop())
+        elif role == "show" and free_seconds:
+            obj.t_in = float(free_seconds.pop())
             obj.t_out = obj.t_in + 1
         elif role == "blink":
-            slots = list(range(1 + rng.n(2), seconds, 2))  # never two seconds in a row: each blink can be counted
-            most = min(4, len(range(1, seconds, 2)))
-            obj.blinks = tuple(sorted(rng.shuffled(slots)[: 1 + rng.n(most)]))
+            # never two seconds in a row: each blink can be counted
+            blink_seconds = list(range(1 + rng.n(2), seconds, 2))
+            max_blinks = min(4, len(range(1, seconds, 2)))
+            obj.blinks = tuple(sorted(rng.shuffled(blink_seconds)[: 1 + rng.n(max_blinks)]))
     if focus == "needle" or (not focus and seconds > 3 and rng.u() < 0.25):
-        star = star_at(rng, rng.pick(cells[count:]), side)
-        start = 1 + rng.n(max(1, seconds - 2))
-        star.t_in, star.t_out = float(start), float(start + (2 if seconds > 8 else 1))
-        placed.append(star)
-    grounds = [background(rng)]
+        needle = star_at(rng, rng.pick(cells[num_objects:]), side)
+        appears_at = 1 + rng.n(max(1, seconds - 2))
+        needle.t_in, needle.t_out = float(appears_at), float(appears_at + (2 if seconds > 8 else 1))
+        placed.append(needle)
+    backgrounds = [background(rng)]
     if rng.u() < 0.3 and seconds > 2:
-        grounds.append(background(rng, float(1 + rng.n(seconds - 1))))
-    scene = Scene(size[0], size[1], round(seconds * fps), fps, placed, [], grounds)
+        backgrounds.append(background(rng, float(1 + rng.n(seconds - 1))))
+    scene = Scene(size[0], size[1], round(seconds * fps), fps, placed, [], backgrounds)
     brief = [o for o in placed if o.t_out == o.t_in + 1 and o.shape != NEEDLE]
     if brief and (focus == "during" or rng.u() < 0.5):
         scene.flash = int(rng.pick(brief).t_in)

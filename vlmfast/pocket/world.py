@@ -75,20 +75,21 @@ def scene_for(
 ) -> Scene:
     """A scene in which a question of `kind` is likely to be possible."""
     if kind == "caption":
-        clip = seconds > 0
+        is_clip = seconds > 0
         return (
             moving(rng, split, size, seconds, objects=objects or (2, 3))
-            if clip
+            if is_clip
             else still(rng, split, size, objects or (2, 4))
         )
     if kind in CLIP_KINDS:
         return moving(rng, split, size, seconds, kind, objects=objects or (1, 3))
-    low = 2 if kind == "relation" else 1
-    scene = still(rng, split, size, objects or (low, 3), text=0.0 if kind == "digits" else 0.2)
+    min_objects = 2 if kind == "relation" else 1
+    scene = still(rng, split, size, objects or (min_objects, 3), text=0.0 if kind == "digits" else 0.2)
     if kind == "digits":
         scene.objects = scene.objects[:2]
-        row = next(r for r in (rng.n(3), 0, 1, 2) if all(o.cell // 3 != r for o in scene.objects))
-        scene.texts = [written(rng, "".join(str(rng.n(10)) for _ in range(2 + rng.n(3))), row, min(size))]
+        used_rows = {obj.cell // 3 for obj in scene.objects}
+        text_row = next(row for row in (rng.n(3), 0, 1, 2) if row not in used_rows)
+        scene.texts = [written(rng, "".join(str(rng.n(10)) for _ in range(2 + rng.n(3))), text_row, min(size))]
     return scene
 
 
@@ -118,43 +119,47 @@ def sample(
     if split not in SPLITS:
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     rng = Rng(SPLITS[split], KINDS.index(kind), seed)
-    shape = _size(size)
-    length = (seconds or (32 if kind == "needle" else 8)) if kind in CLIP_KINDS else (seconds or 0)
-    choices = answers(kind, length)
-    about = Rng(SPLITS[split], KINDS.index(kind), seed, 1).pick(SUBJECTS[kind]) if balanced and kind in SUBJECTS else ""
-    want = rng.pick(choices) if choices else rng.pick(("a", "b")) if kind == "order" else None
+    frame_size = _size(size)
+    num_seconds = (seconds or (32 if kind == "needle" else 8)) if kind in CLIP_KINDS else (seconds or 0)
+    choices = answers(kind, num_seconds)
+    subject = ""  # a word that the question must name
+    if balanced and kind in SUBJECTS:
+        subject = Rng(SPLITS[split], KINDS.index(kind), seed, 1).pick(SUBJECTS[kind])
+    wanted_answer = rng.pick(choices) if choices else rng.pick(("a", "b")) if kind == "order" else None
     for _ in range(2000):
-        scene = scene_for(kind, rng, split, shape, length, objects)
+        scene = scene_for(kind, rng, split, frame_size, num_seconds, objects)
         if kind == "caption":
-            chat: list[tuple[str, str]] | None = [
+            question_turns: list[tuple[str, str]] | None = [
                 ("describe the picture ." if scene.still else "describe the clip .", caption(scene, rng))
             ]
         else:
-            chat = turns(kind, scene, rng, want)
-        if chat is not None and (not about or about in chat[-1][0].split()):
+            question_turns = turns(kind, scene, rng, wanted_answer)
+        if question_turns is not None and (not subject or subject in question_turns[-1][0].split()):
             break
     else:
-        raise RuntimeError(f"no {kind} question with answer {want!r} in 2000 scenes (seed {seed}, objects {objects})")
-    asked = chat[-1]
+        raise RuntimeError(
+            f"no {kind} question with answer {wanted_answer!r} in 2000 scenes (seed {seed}, objects {objects})"
+        )
+    question = question_turns[-1]
     frames = render([scene], device)[0]
-    held = any((o.colour, o.shape) in HELD_OUT for o in scene.objects)
+    has_held_out = any((obj.colour, obj.shape) in HELD_OUT for obj in scene.objects)
     meta = {
         "kind": kind,
         "seed": seed,
         "split": split,
-        "heldout": held,
-        "asked_heldout": bool(subjects(asked[0]) & HELD_OUT),
+        "heldout": has_held_out,
+        "asked_heldout": bool(subjects(question[0]) & HELD_OUT),
         "scene": scene,
     }
     return Sample(
         frames,
         scene.fps,
         not scene.still,
-        asked[0],
-        asked[1],
+        question[0],
+        question[1],
         choices,
         facts(scene) if kind == "caption" else None,
-        chat[:-1],
+        question_turns[:-1],
         meta,
     )
 

@@ -1,4 +1,4 @@
-"""The floors beside what was measured: records of `evals.speed`."""
+"""Compares a speed record's measured times with the floors that `cost` predicts."""
 
 from __future__ import annotations
 
@@ -20,49 +20,51 @@ def check(record: dict[str, Any]) -> list[dict[str, Any]]:
     config = record["config"]
     if "shapes" in config:
         groups = []
-        for shape_ in config["shapes"]:
-            rows = [r for r in record["rows"] if r["params"].get("layers") == shape_["layers"] and not _between(r)]
+        for one_shape in config["shapes"]:
+            same_depth = [row for row in record["rows"] if row["params"].get("layers") == one_shape["layers"]]
+            rows = [row for row in same_depth if not _between(row)]
             if rows:
-                rest = {k: v for k, v in config.items() if k != "shapes"}
-                groups += check({**record, "config": {**rest, **shape_}, "rows": rows})
+                shared_config = {key: value for key, value in config.items() if key != "shapes"}
+                groups += check({**record, "config": {**shared_config, **one_shape}, "rows": rows})
         return groups
-    shape, rates = shape_of(config), (config.get("matmul_gflops"), config.get("copy_gbytes"))
-    if None in rates:
+    model_shape, peak_rates = shape_of(config), (config.get("matmul_gflops"), config.get("copy_gbytes"))
+    if None in peak_rates:
         raise UserError("the result file's config lacks matmul_gflops and copy_gbytes: make it anew with evals.speed")
-    device = Device(record["hardware"]["name"], rates[0] * 1e9, rates[1] * 1e9, "measured with the record")
-    t, h, w = config["grid"]
-    request = Request(t * h * w, config["text"] + 2, config.get("new_tokens", 1), 1, t)
+    device = Device(record["hardware"]["name"], peak_rates[0] * 1e9, peak_rates[1] * 1e9, "measured with the record")
+    num_frames, height, width = config["grid"]
+    request = Request(num_frames * height * width, config["text"] + 2, config.get("new_tokens", 1), 1, num_frames)
     floors = []
     for row in record["rows"]:
-        keep = row["metrics"].get("kept_tokens", request.visual) / request.visual
-        costs = stages(shape, request, Asked(keep=keep, block=row["params"].get("after_block")))
-        floors.append({k: costs[k].floor_ms(device) for k in ("encode", "prefill")})
-    plain = next((i for i, r in enumerate(record["rows"]) if r["name"] == "plain"), None)
-    if plain is None:
+        keep_fraction = row["metrics"].get("kept_tokens", request.visual) / request.visual
+        costs = stages(model_shape, request, Asked(keep=keep_fraction, block=row["params"].get("after_block")))
+        floors.append({key: costs[key].floor_ms(device) for key in ("encode", "prefill")})
+    plain_index = next((index for index, row in enumerate(record["rows"]) if row["name"] == "plain"), None)
+    if plain_index is None:
         raise UserError("the result file has no plain row to take the efficiency from")
-    out = []
+    entries = []
     for row, floor in zip(record["rows"], floors, strict=True):
         entry: dict[str, Any] = {"name": row["name"], "params": row["params"]}
-        for stage, ms in floor.items():
-            scale = record["rows"][plain]["metrics"][f"{stage}_ms"] / floors[plain][stage]
-            entry[stage] = {"floor": ms, "predicted": ms * scale, "measured": row["metrics"][f"{stage}_ms"]}
-        out.append(entry)
-    return out
+        for stage, floor_ms in floor.items():
+            inefficiency = record["rows"][plain_index]["metrics"][f"{stage}_ms"] / floors[plain_index][stage]
+            measured_ms = row["metrics"][f"{stage}_ms"]
+            entry[stage] = {"floor": floor_ms, "predicted": floor_ms * inefficiency, "measured": measured_ms}
+        entries.append(entry)
+    return entries
 
 
-def _between(row: dict[str, Any]) -> bool:
+def _between(record_row: dict[str, Any]) -> bool:
     from vlmfast.encode import METHODS, LayerPruner
 
-    method = METHODS.get(row["name"])
+    method = METHODS.get(record_row["name"])
     return method is not None and issubclass(method, LayerPruner)
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
     """A speed record for `check`."""
-    what = "the result file that evals.speed --suite encode writes"
-    record = files.loads(files.read_text(path, what, 2**26), str(path))
+    expected = "the result file that evals.speed --suite encode writes"
+    record = files.loads(files.read_text(path, expected, 2**26), str(path))
     if not isinstance(record, dict):
-        raise UserError(f"{path} is no result file: --check takes {what}")
+        raise UserError(f"{path} is no result file: --check takes {expected}")
     for key in ("config", "rows", "hardware"):
         if key not in record:
             raise UserError(f"{path} is no result file: field {key!r} is missing")

@@ -1,4 +1,4 @@
-"""FLOPs, bytes and floors. What is counted stands in the package's docstring."""
+"""Counts FLOPs, bytes and the shortest time of each stage. The package's docstring says what is counted."""
 
 from __future__ import annotations
 
@@ -34,20 +34,21 @@ class Shape:
     @property
     def text_weights(self) -> int:
         """Parameters of the decoder layers."""
-        d, a = self.hidden, self.heads * self.head
-        return self.layers * (2 * d * a + 2 * d * self.kv_heads * self.head + 3 * d * self.ffn)
+        hidden, attention_width = self.hidden, self.heads * self.head
+        attention = 2 * hidden * attention_width + 2 * hidden * self.kv_heads * self.head
+        return self.layers * (attention + 3 * hidden * self.ffn)
 
     @property
     def vision_weights(self) -> int:
         """Parameters of the tower with its patch embedding and merger."""
-        d = self.v_hidden
-        block = 4 * d * d + self.v_mats * d * self.v_ffn
-        return self.depth * block + self.patch_values * d + self._merger
+        hidden = self.v_hidden
+        block_weights = 4 * hidden * hidden + self.v_mats * hidden * self.v_ffn
+        return self.depth * block_weights + self.patch_values * hidden + self._merger
 
     @property
     def _merger(self) -> int:
-        wide = self.merge * self.v_hidden
-        return wide * wide + wide * self.hidden
+        merged_width = self.merge * self.v_hidden
+        return merged_width * merged_width + merged_width * self.hidden
 
 
 @dataclass(frozen=True)
@@ -105,31 +106,31 @@ class Cost:
 def stages(shape: Shape, request: Request, asked: Asked | None = None, width: int = 2) -> dict[str, Cost]:
     """Costs of encode, prefill and decode. width: bytes of a stored number."""
     asked = asked or Asked()
-    kept = max(1, round(asked.keep * request.visual)) if request.visual else 0
+    num_kept = max(1, round(asked.keep * request.visual)) if request.visual else 0
     return {
-        "encode": encode(shape, request, kept, asked.block, width),
-        "prefill": prefill(shape, request, kept, width),
-        "decode": decode(shape, request, kept, asked, width),
+        "encode": encode(shape, request, num_kept, asked.block, width),
+        "prefill": prefill(shape, request, num_kept, width),
+        "decode": decode(shape, request, num_kept, asked, width),
     }
 
 
 def encode(shape: Shape, request: Request, kept: int, block: int | None, width: int = 2) -> Cost:
     """The vision tower over every patch; from `block` on only over the patches of `kept` tokens."""
-    d = shape.v_hidden
-    patches, per_token = request.visual * shape.merge, 4 * d * d + shape.v_mats * d * shape.v_ffn
+    hidden = shape.v_hidden
+    patches, block_weights = request.visual * shape.merge, 4 * hidden * hidden + shape.v_mats * hidden * shape.v_ffn
     if not patches:
         return Cost(0.0, 1.0)
-    flops = 2.0 * patches * shape.patch_values * d
-    full = shape.depth - shape.windowed
-    for i in range(shape.depth):
-        share = kept / request.visual if block is not None and i >= block else 1.0
-        n = patches * share
+    flops = 2.0 * patches * shape.patch_values * hidden
+    num_full = shape.depth - shape.windowed
+    for block_index in range(shape.depth):
+        kept_share = kept / request.visual if block is not None and block_index >= block else 1.0
+        num_patches = patches * kept_share
         # full attention layers are spread evenly; a span shrinks with its frame
-        is_full = full and (i + 1) % max(1, shape.depth // full) == 0
-        span = (patches / max(1, request.frames) if is_full or not shape.windowed else shape.window) * share
-        flops += 2.0 * n * per_token + 4.0 * n * span * d
-    merged = kept if block is not None else request.visual
-    flops += 2.0 * merged * shape._merger
+        is_full = num_full and (block_index + 1) % max(1, shape.depth // num_full) == 0
+        attended = (patches / max(1, request.frames) if is_full or not shape.windowed else shape.window) * kept_share
+        flops += 2.0 * num_patches * block_weights + 4.0 * num_patches * attended * hidden
+    num_merged = kept if block is not None else request.visual
+    flops += 2.0 * num_merged * shape._merger
     return Cost(request.batch * flops, float(width * shape.vision_weights))
 
 
@@ -151,35 +152,35 @@ def prefill(shape: Shape, request: Request, kept: int, width: int = 2, cuts: Seq
 
 def decode(shape: Shape, request: Request, kept: int, asked: Asked, width: int = 2) -> Cost:
     """All new tokens but the first; with a draft, verifications of drafted + 1 tokens that yield accepted + 1."""
-    tokens = max(0, request.new - 1)
-    steps = tokens / (asked.accepted + 1)
-    rows = asked.drafted + 1 if asked.drafted else 1
+    num_tokens = max(0, request.new - 1)
+    num_steps = num_tokens / (asked.accepted + 1)
+    rows_per_step = asked.drafted + 1 if asked.drafted else 1
     context = asked.kv * (request.text + kept) + request.new / 2
     weights = shape.text_weights + shape.hidden * shape.vocab
-    flops = request.batch * rows * (2.0 * weights + 4.0 * shape.heads * shape.head * context * shape.layers)
-    kv = 2.0 * shape.kv_heads * shape.head * context * shape.layers * request.batch
-    return Cost(steps * flops, max(1.0, steps * width * (weights + kv)), max(1.0, steps))
+    flops = request.batch * rows_per_step * (2.0 * weights + 4.0 * shape.heads * shape.head * context * shape.layers)
+    cached_values = 2.0 * shape.kv_heads * shape.head * context * shape.layers * request.batch
+    return Cost(num_steps * flops, max(1.0, num_steps * width * (weights + cached_values)), max(1.0, num_steps))
 
 
 def savings(
     shape: Shape, request: Request, device: Device, width: int = 2
 ) -> list[tuple[str, dict[str, float], float]]:
     """(method, floor per stage in ms, best possible end-to-end ratio to plain) of typical methods and all together."""
-    early = max(1, shape.depth // 5)
+    early_block = max(1, shape.depth // 5)
     plans = {
         "plain": Asked(),
         "pruner, keep 25 %": Asked(keep=0.25),
         "pruner, keep 10 %": Asked(keep=0.10),
-        f"pruner inside the tower after block {early}, keep 25 %": Asked(keep=0.25, block=early),
+        f"pruner inside the tower after block {early_block}, keep 25 %": Asked(keep=0.25, block=early_block),
         "KV policy, keep 10 %": Asked(kv=0.10),
         "speculation, 3 of 5 accepted": Asked(accepted=3, drafted=5),
         "keep 25 % + KV 10 % + speculation": Asked(keep=0.25, kv=0.10, accepted=3, drafted=5),
-        f"the same, inside the tower after block {early}": Asked(0.25, early, 0.10, 3, 5),
+        f"the same, inside the tower after block {early_block}": Asked(0.25, early_block, 0.10, 3, 5),
     }
-    rows, base = [], 0.0
+    table_rows, plain_total = [], 0.0
     for name, asked in plans.items():
-        floors = {k: c.floor_ms(device) for k, c in stages(shape, request, asked, width).items()}
-        total = sum(floors.values())
-        base = base or total
-        rows.append((name, floors, base / total))
-    return rows
+        floors = {stage: cost.floor_ms(device) for stage, cost in stages(shape, request, asked, width).items()}
+        total_ms = sum(floors.values())
+        plain_total = plain_total or total_ms
+        table_rows.append((name, floors, plain_total / total_ms))
+    return table_rows

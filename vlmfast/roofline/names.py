@@ -58,43 +58,48 @@ def shape_of(model: str | dict[str, Any]) -> Shape:
 
 
 def _from_config(name: str, config: Any) -> Shape:
-    text, vision = config.get_text_config(), getattr(config, "vision_config", None)
-    if vision is None:
+    text_config, vision_config = config.get_text_config(), getattr(config, "vision_config", None)
+    if vision_config is None:
         raise UserError(f"{name} ({config.model_type}) has no vision_config: roofline is about vision-language models")
-    if getattr(text, "num_experts", None):
+    if getattr(text_config, "num_experts", None):
         raise UserError(
             f"{name} ({config.model_type}) is a mixture of experts, whose cost is not counted here: no floor"
         )
-    if "linear_attention" in (getattr(text, "layer_types", None) or ()):
+    if "linear_attention" in (getattr(text_config, "layer_types", None) or ()):
         raise UserError(
             f"{name} ({config.model_type}) has layers with a recurrent state, whose cost is not counted here: no floor"
         )
-    d = getattr(vision, "embed_dim", None) if config.model_type == "qwen2_vl" else None
-    d = d or vision.hidden_size
-    depth = getattr(vision, "depth", None) or vision.num_hidden_layers
-    ffn = getattr(vision, "intermediate_size", None) or d * int(getattr(vision, "mlp_ratio", 4))
+    vision_hidden = getattr(vision_config, "embed_dim", None) if config.model_type == "qwen2_vl" else None
+    vision_hidden = vision_hidden or vision_config.hidden_size
+    depth = getattr(vision_config, "depth", None) or vision_config.num_hidden_layers
+    mlp_ratio = int(getattr(vision_config, "mlp_ratio", 4))
+    vision_ffn = getattr(vision_config, "intermediate_size", None) or vision_hidden * mlp_ratio
     gated = config.model_type == "qwen2_5_vl"
-    full = getattr(vision, "fullatt_block_indexes", None)
-    merge = getattr(vision, "spatial_merge_size", 2 if config.model_type == "llava_onevision" else 1) ** 2
-    time = getattr(vision, "temporal_patch_size", 1)
+    full_layers = getattr(vision_config, "fullatt_block_indexes", None)
+    default_merge = 2 if config.model_type == "llava_onevision" else 1
+    patches_per_token = getattr(vision_config, "spatial_merge_size", default_merge) ** 2
+    head_size = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    window = (getattr(vision_config, "window_size", 112) // vision_config.patch_size) ** 2
+    temporal_patch = getattr(vision_config, "temporal_patch_size", 1)
     return Shape(
-        Path(name).name, text.num_hidden_layers, text.hidden_size, text.intermediate_size, text.num_attention_heads,
-        text.num_key_value_heads, getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        text.vocab_size, depth, d, ffn, 3 if gated else 2, depth - len(full) if full is not None else 0,
-        (getattr(vision, "window_size", 112) // vision.patch_size) ** 2, merge, 3 * time * vision.patch_size**2,
+        Path(name).name, text_config.num_hidden_layers, text_config.hidden_size, text_config.intermediate_size,
+        text_config.num_attention_heads, text_config.num_key_value_heads, head_size, text_config.vocab_size, depth,
+        vision_hidden, vision_ffn, 3 if gated else 2, depth - len(full_layers) if full_layers is not None else 0,
+        window, patches_per_token, 3 * temporal_patch * vision_config.patch_size**2,
     )  # fmt: skip
 
 
-def _from_record(c: dict[str, Any]) -> Shape:
+def _from_record(config: dict[str, Any]) -> Shape:
     try:
         return Shape(
-            c["name"], c["layers"], c["hidden"], c["intermediate"], c["heads"], c["kv_heads"],
-            c["hidden"] // c["heads"], c["vocab"], c["depth"], c["vision_hidden"], c["vision_intermediate"],
-            windowed=c["depth"] - len(c["full_attention"]), patch_values=6 * c["patch"] ** 2,
+            config["name"], config["layers"], config["hidden"], config["intermediate"], config["heads"],
+            config["kv_heads"], config["hidden"] // config["heads"], config["vocab"], config["depth"],
+            config["vision_hidden"], config["vision_intermediate"],
+            windowed=config["depth"] - len(config["full_attention"]), patch_values=6 * config["patch"] ** 2,
         )  # fmt: skip
-    except KeyError as e:
+    except KeyError as error:
         raise UserError(
-            f"the result file's config has no field {e.args[0]!r}: only speed suites of whole models do"
+            f"the result file's config has no field {error.args[0]!r}: only speed suites of whole models do"
         ) from None
 
 
@@ -106,10 +111,10 @@ def device_of(name: str) -> Device:
         raise UserError(f"unknown device {name!r}; known: auto, cpu, cuda, {', '.join(DEVICES)}")
     import torch
 
-    cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
+    use_cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError(f"no CUDA device here: name a listed one ({', '.join(DEVICES)}), or cpu")
-    return measured("cuda" if cuda else "cpu")
+    return measured("cuda" if use_cuda else "cpu")
 
 
 def measured(
@@ -121,38 +126,38 @@ def measured(
     """
     import torch
 
-    largest, size = (8192, 2**30) if device.startswith("cuda") else (2048, 2**27)
+    largest_side, copy_bytes = (8192, 2**30) if device.startswith("cuda") else (2048, 2**27)
 
     def once(work: Any) -> float:
-        before = clock()
+        started = clock()
         work()
         if device.startswith("cuda"):
             torch.cuda.synchronize(device)
-        return clock() - before
+        return clock() - started
 
     def best(work: Any) -> float:
-        start = clock()
-        times = [once(work)]
-        while len(times) < 3 or clock() - start < seconds:
-            times.append(once(work))
-            if clock() - start > 2 * seconds:
+        started = clock()
+        seconds_taken = [once(work)]
+        while len(seconds_taken) < 3 or clock() - started < seconds:
+            seconds_taken.append(once(work))
+            if clock() - started > 2 * seconds:
                 break
-        return min(times)
+        return min(seconds_taken)
 
-    side = 128
+    matrix_side = 128
     while True:
-        a, b = (torch.randn(side, side, device=device).to(getattr(torch, dtype)) for _ in range(2))
-        product = functools.partial(torch.mm, a, b, out=torch.empty_like(a))
+        left, right = (torch.randn(matrix_side, matrix_side, device=device).to(getattr(torch, dtype)) for _ in range(2))
+        product = functools.partial(torch.mm, left, right, out=torch.empty_like(left))
         once(product)  # the first product of a size is slow
-        if side >= largest or 8 * once(product) > seconds / 4:
+        if matrix_side >= largest_side or 8 * once(product) > seconds / 4:
             break
-        side *= 2
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
+        matrix_side *= 2
+    source = torch.zeros(copy_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    gpu = device.startswith("cuda")
-    name = torch.cuda.get_device_name(device) if gpu else f"this CPU, {torch.get_num_threads()} threads"
-    flops, rate = 2 * side**3 / best(product), 2 * size / best(lambda: target.copy_(source))
-    return Device(name, flops, rate, f"measured, {dtype}")
+    on_gpu = device.startswith("cuda")
+    name = torch.cuda.get_device_name(device) if on_gpu else f"this CPU, {torch.get_num_threads()} threads"
+    flops, bandwidth = 2 * matrix_side**3 / best(product), 2 * copy_bytes / best(lambda: target.copy_(source))
+    return Device(name, flops, bandwidth, f"measured, {dtype}")
 
 
 def parse(tokens: str) -> Request:

@@ -35,7 +35,7 @@ class LayerMethod(Protocol):
         """Number of last columns whose attention it needs (0 = attention-free)."""
         ...
 
-    def rate(self, sight: CutInputs) -> Tensor:
+    def rate(self, cut_inputs: CutInputs) -> Tensor:
         """(B, P) scores of the visual columns, higher is kept."""
         ...
 
