@@ -39,6 +39,11 @@ def marked(ratio: Sequence[float] | None, bound: float | None, interval: bool = 
     return f"{text} (bound {bound:.2f}x)" if bound is not None and above(ratio, bound) else text
 
 
+def beside(ratio: Sequence[float] | None, bound: float | None) -> tuple[str, str]:
+    """A ratio and its bound as two cells of a table, for tables that have a column for bounds."""
+    return marked(ratio, None), marked(None if bound is None else [bound], None)
+
+
 def bound_of(row: Row, key: str, rows: Iterable[Row], base: str = "plain") -> float | None:
     """The most that bytes and FLOPs allow of the row's ratio `key` to its baseline; None where the record has no floor.
 
