@@ -131,20 +131,32 @@ def kv_bytes(row: Row, rows: list[Row]) -> list[str]:
 
 
 def stream(rows: list[Row]) -> str:
-    """Accuracy, recall of the evidence and latency per length and way of retrieving."""
+    """Accuracy with intervals, recall of the evidence and latency per length and way of retrieving."""
     out = []
     for r in rows:
         m = r["metrics"]
         if "accuracy" not in m:
             continue
-        out.append([
-            f"{r['params']['minutes']:g} min", r["name"], str(m["questions"]),
-            percent(m.get("accuracy_past", m["accuracy"]), 0), percent(m.get("evidence_recall_past"), 0),
-            percent(m.get("accuracy_now"), 0), f"{m['total_ms']:,.0f} ms" if "total_ms" in m else "-",
-        ])  # fmt: skip
-    return markdown(
-        ["length", "way", "questions", "right, past events", "evidence recalled", "right, on screen now", "answer"], out
-    )
+        length, way = f"{r['params']['minutes']:g} min", r["name"]
+        counts = [f"{m.get('clips', '-')}", f"{m.get('questions_past', m['questions'])}"]
+        past, now = (_within(m.get(f"accuracy_{name}"), m.get(f"ci95_{name}")) for name in ("past", "now"))
+        gap = m.get("diff_vs_internal_past")
+        against = "" if gap is None else _points(gap, m["diff_vs_internal_past_ci95"])
+        took = f"{m['total_ms']:,.0f} ms" if "total_ms" in m else "-"
+        out.append([length, way, *counts, past, against, percent(m.get("evidence_recall_past"), 0), now, took])
+    heads = ["length", "way", "clips", "past questions", "right, past", "against internal", "evidence", "right, now",
+             "answer"]  # fmt: skip
+    return markdown(heads, out)
+
+
+def _within(share: float | None, interval: list[float] | None) -> str:
+    if share is None:
+        return "-"
+    return percent(share, 0) + (f" [{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]" if interval else "")
+
+
+def _points(gap: float, interval: list[float]) -> str:
+    return f"{100 * gap:+.0f} [{100 * interval[0]:+.0f}, {100 * interval[1]:+.0f}]"
 
 
 def sessions(rows: list[Row]) -> str:
