@@ -111,11 +111,10 @@ def undrafted(name: str) -> str:
 
 
 def rests(plans: dict[str, Plan]) -> dict[str, dict[str, str]]:
-    """Preset -> stage -> the row that has everything else."""
-    safe = next(n for n in PRESETS if plans[n].prune is None)
-    return {
-        n: {"speculate": "plain_loop"} if n == safe else {"prune": safe, "speculate": undrafted(n)} for n in PRESETS
-    }
+    """Preset of these plans -> stage -> the row that has everything else."""
+    named = [n for n in PRESETS if n in plans]
+    safe = next(n for n in named if plans[n].prune is None)
+    return {n: {"speculate": "plain_loop"} if n == safe else {"prune": safe, "speculate": undrafted(n)} for n in named}
 
 
 def per_round(shares: list[float], accepted: float) -> tuple[float, ...]:

@@ -230,10 +230,14 @@ def test_presets_suite_replays_drafts_and_keeps_exact_answers(monkeypatch: pytes
     from vlmfast.plan import Plan
 
     exact = Speculate(draft=PromptLookup(), length=3)
-    plans = {"plain": Plan(), "safe": Plan(speculate=exact), "fast": Plan(prune=Uniform(keep=0.1), speculate=exact)}
+    pruner = Uniform(keep=0.1)
+    plans = {name: plan for name, plan in speed_presets.plans().items() if name in speed_presets.BASELINES}
+    plans |= {"safe": Plan(speculate=exact), "fast": Plan(prune=pruner, speculate=exact)}
+    plans |= {speed_presets.undrafted("fast"): Plan(prune=pruner, speculate=Speculate())}
     monkeypatch.setattr(speed_presets, "plans", lambda: plans)
     rows = {r["name"]: r for r in speed_presets.run(quick=True)["rows"]}
-    assert rows["safe"]["metrics"]["same_tokens"] and 0.2 <= rows["safe"]["metrics"]["accepted_length"] <= 2
+    assert rows["plain_loop"]["metrics"]["same_tokens"] and "same_tokens" not in rows["safe"]["metrics"], "replayed"
+    assert 0.2 <= rows["safe"]["metrics"]["accepted_length"] <= 2
     assert rows["fast"]["metrics"]["kept_tokens"] < 0.2 * rows["plain"]["metrics"]["visual_tokens"]
     assert len(rows["fast"]["vs"]["plain"]["total_ms"]) == 3
 

@@ -235,7 +235,7 @@ def test_low_frames_are_rows_and_not_channels(loaded: Any, family: str, size: tu
         assert a.shape == b.shape and torch.equal(a, b.to(a.dtype))
     vision = VisionEncoder(model.model, model.processor)
     with torch.inference_mode():  # and in a stream: one grid alone, as wide as the picture is
-        grids = vision.see(torch.from_numpy(frames[: vision.frames]))
+        grids = vision.features(torch.from_numpy(frames[: vision.frames_per_grid]))
     if vision.qwen and size[0] != size[1]:
         assert (grids.size[0] < grids.size[1]) == (size[0] < size[1])
 
