@@ -89,7 +89,7 @@ def preset(name: str) -> Plan:
 
     "safe" answers as the plain model does: it only looks words up that it may draft, and verifies them losslessly.
     "balanced" and "fast" keep two fifths and a fifth of the visual tokens besides, inside the tower where it allows,
-    but 384 of an image or video at least: smaller ones have little to spare (see `evals/README.md`).
+    but 384 of an image or video at least: smaller ones have little to spare (see `docs/benchmarks.md`).
     """
     from vlmfast.decode import Lossless, PromptLookup, Speculate
     from vlmfast.encode import VidCom2

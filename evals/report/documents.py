@@ -2,7 +2,7 @@
 
 A table is found by its marker (`<!-- measured: encode -->`); its first columns are words and stay, the measured ones
 are written anew, so that no figure in it was typed by hand. A method without a measurement says so. Whole tables
-(`evals.report.tables`) stand behind `<!-- table: NAME -->` in the README, in `docs/` and in `evals/README.md`.
+(`evals.report.tables`) stand behind `<!-- table: NAME -->` in the README, and in `docs/`.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class HybridKV(KVPolicy):
     are known beforehand; None = those that `advanced.theta` tells apart
     advanced: everything else, see `HybridAdvanced`
 
-    The ablation in `evals/README.md` (second questions about other scenes of a pocket clip, a twentieth kept): with
+    The ablation in `docs/benchmarks.md` (second questions about other scenes of a pocket clip, a twentieth kept): with
     diffuse heads dynamic, as published, 16 to 22 points go, with concentrated ones none; as many go where a split makes
     too few heads dynamic. What is `advanced` is within its error bars of its neighbours.
     """
