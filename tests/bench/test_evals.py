@@ -404,7 +404,7 @@ def test_the_readmes_tables_take_what_the_records_hold() -> None:
     rows = [records.row("plain", metrics={"ttft_ms": 900.0}, params=where)]
     assert len(gpu_tables.summary(rows).split("\n")) == 2  # nothing to compare
     rows.append(records.row("tower", metrics={"ttft_ms": 250}, params=where, vs={"plain": {"ttft_ms": [3.5, 3, 4]}}))
-    assert gpu_tables.summary(rows).split("\n")[2].endswith("| 900 | 250 | 3.50x |")
+    assert gpu_tables.summary(rows).split("\n")[2].endswith("| 900 | 250 | 3.50x | - |")
     metrics = {"accuracy": 0.70, "diff_vs_plain": -0.05, "diff_ci95": [-0.08, -0.02]}
     metrics |= {"visual_tokens": 1000, "kept_tokens": 190}
     fast = records.row("fast", metrics=metrics, params={"questions": 1024})
