@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from evals.accuracy import composition
+from evals.accuracy.command import show
 from vlmfast.bench import accuracy, bounds, methods, records, runner, tasks, timing
 from vlmfast.cli.errors import application
 from vlmfast.core import UserError
@@ -194,7 +195,7 @@ def main(
     for name in chosen:
         table = TABLES[name]
         result = run(name, table, minutes * table.share / whole, out, answers, model, force)
-        accuracy.show(result)
+        show(result)
         if name == "captions":
             result["products"], result["sums"] = composition.products(result), composition.accuracy_sums(result)
             records.write(out / f"accuracy-{name}.json", result, force=True)
