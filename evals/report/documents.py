@@ -92,7 +92,8 @@ def encode_cells(results: Path = RESULTS) -> dict[str, list[str]]:
             chosen = share(row["metrics"].get("select_of_plain_prefill"))
             cells = [ratio_of(row, "prefill_ms", rows), ratio_of(row, "ttft_ms", rows), chosen]
             out[row["name"]] = [*cells, points(accuracy, row["name"], differs)]  # the group of all methods comes last
-    for method in {row["name"].partition("-")[0] for row in accuracy}:  # asked, and not timed
+    asked = {r["name"].partition("-")[0] for r in accuracy if r["plan"].get("prune")}
+    for method in sorted(asked):  # asked, and not timed
         out.setdefault(method, [*UNKNOWN[:3], points(accuracy, method, differs)])
     return out
 
