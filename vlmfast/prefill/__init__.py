@@ -1,4 +1,4 @@
-"""prefill: which keys and values are worth keeping. One file per policy; `METHODS` names them."""
+"""Policies that choose which keys and values of the prefill the cache keeps. `METHODS` lists them by name."""
 
 from vlmfast.prefill.adakv import AdaKV
 from vlmfast.prefill.base import KVPolicy

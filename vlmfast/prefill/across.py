@@ -1,6 +1,6 @@
-"""Policies that share one budget among all layers of a prefill: every layer is rated first, then all are compressed.
+"""Base class of policies that share one budget among all layers: all layers are scored, then all are compressed.
 
-Until the last layer has been rated the whole prefill is held, as it would be without a policy.
+The whole prefill stays in memory until the last layer has been scored, as it would without a policy.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from vlmfast.prefill.base import Choice, KVPolicy, Row, best_of_heads, protect, 
 
 @dataclass
 class Rated:
-    """What is remembered of one row of one layer until the budgets are known."""
+    """Scores of one batch row in one layer, stored until the budgets are known."""
 
     scores: Tensor  # (Hk, n) float32, protected columns +inf
-    tiebreak: Tensor | None  # (Hk, n), what orders columns of equal score
-    weight: Any  # what `spread` goes by
+    tiebreak: Tensor | None  # (Hk, n), orders columns of equal score
+    weight: Any  # the input of `spread` for this layer
 
 
 @dataclass(frozen=True)
@@ -39,38 +39,38 @@ class AcrossLayers(KVPolicy):
 
     def rate(self, view: LayerView) -> list[Rated | None]:
         """Scores and weights of every row right after this layer's attention; None = the row fits."""
-        rated: list[Rated | None] = []
-        for i, columns in enumerate(real_columns(view)):
+        row_ratings: list[Rated | None] = []
+        for batch_index, columns in enumerate(real_columns(view)):
             if self.fits(len(columns)):
-                rated.append(None)
+                row_ratings.append(None)
                 continue
-            row = row_of(view, i, columns)
-            scores = self.score(row).float()
-            protected = protect(scores, self.sinks, self.recent)
-            rated.append(Rated(protected, self.tiebreak(row), self.weigh(row, scores)))
-        return rated
+            batch_row = row_of(view, batch_index, columns)
+            column_scores = self.score(batch_row).float()
+            protected_scores = protect(column_scores, self.sinks, self.recent)
+            row_ratings.append(Rated(protected_scores, self.tiebreak(batch_row), self.weigh(batch_row, column_scores)))
+        return row_ratings
 
     def compress_all(self, views: list[LayerView], rated: list[list[Rated | None]]) -> list[CompressedLayer]:
         """Budgets for every row over all layers, then one `CompressedLayer` per layer. views have no window."""
         choices: list[list[Choice | None]] = [[] for _ in views]
-        for i, columns in enumerate(real_columns(views[0])):
-            mine = [layer[i] for layer in rated]
-            if any(r is None for r in mine):
-                for c in choices:
-                    c.append(None)
+        for batch_index, columns in enumerate(real_columns(views[0])):
+            row_ratings = [layer_ratings[batch_index] for layer_ratings in rated]
+            if any(rating is None for rating in row_ratings):
+                for layer_choices in choices:
+                    layer_choices.append(None)
                 continue
-            shares = self.spread([r.weight for r in mine if r is not None], len(columns))
-            for c, view, r, share in zip(choices, views, mine, shares, strict=True):
-                assert r is not None
-                c.append(self.pick(row_of(view, i, columns), r, share))
-        return [self.gather(view, c) for view, c in zip(views, choices, strict=True)]
+            layer_shares = self.spread([rating.weight for rating in row_ratings if rating is not None], len(columns))
+            for layer_choices, view, rating, layer_share in zip(choices, views, row_ratings, layer_shares, strict=True):
+                assert rating is not None
+                layer_choices.append(self.pick(row_of(view, batch_index, columns), rating, layer_share))
+        return [self.gather(view, layer_choices) for view, layer_choices in zip(views, choices, strict=True)]
 
     def pick(self, row: Row, rated: Rated, share: Any) -> Choice:
         """What a row of one layer keeps, given what `spread` gave the layer. The row has no window."""
         return Choice(best_of_heads(rated.scores, [share] * len(rated.scores), rated.tiebreak))
 
     def compress(self, view: LayerView) -> CompressedLayer | None:
-        """A model of one layer."""
+        """Score and compress one layer, for a model that has only this one. None when all rows fit."""
         if all(self.fits(len(columns)) for columns in real_columns(view)):
             return None
         return self.compress_all([view], [self.rate(view)])[0]

@@ -15,11 +15,11 @@ from vlmfast.prefill.snapkv import SnapKV
 
 @dataclass(frozen=True)
 class AdaKV(KVPolicy):
-    """Wraps a scorer: the best columns over all heads together stay, every head is sure of a floor.
+    """Wraps a scorer: keeps the best columns over all heads of a layer together, with a minimum for every head.
 
-    Heads really hold different numbers of columns; nothing is masked. The floor is a minimum, as in kvpress, with which
-    the kept columns agree; the authors' code blends, giving a head (1 - floor) of what the ranking says and floor of
-    the mean.
+    Heads store different numbers of columns; nothing is masked. The floor is a minimum, and the kept columns equal
+    those of kvpress. The authors' code blends instead: a head gets (1 - floor) of its count in the ranking plus floor
+    of the mean.
 
     scorer: any policy with a `score` (its own keep, budget, sinks and recent are not used)
     floor: share of the mean budget that each head gets whatever its scores, in (0, 1] (paper's code 0.5, kvpress 0.2)
@@ -43,9 +43,11 @@ class AdaKV(KVPolicy):
         return under(self, self.scorer).tiebreak(row)
 
     def counts(self, scores: Tensor, total: int, tiebreak: Tensor | None = None) -> list[int]:
-        heads, n = scores.shape
-        floor = max(self.least(), int(self.floor * total))
-        rest = scores.scatter(1, highest(scores, floor, tiebreak), -float("inf")).flatten()
-        count = min(heads * (total - floor), rest.numel() - heads * floor)
-        extra = highest(rest, count, None if tiebreak is None else tiebreak.flatten()) // n
-        return (extra.bincount(minlength=heads) + floor).tolist()
+        num_heads, num_columns = scores.shape
+        head_minimum = max(self.least(), int(self.floor * total))
+        remaining_scores = scores.scatter(1, highest(scores, head_minimum, tiebreak), -float("inf")).flatten()
+        num_extra = min(num_heads * (total - head_minimum), remaining_scores.numel() - num_heads * head_minimum)
+        extra_heads = (
+            highest(remaining_scores, num_extra, None if tiebreak is None else tiebreak.flatten()) // num_columns
+        )
+        return (extra_heads.bincount(minlength=num_heads) + head_minimum).tolist()

@@ -1,7 +1,7 @@
-"""What every KV policy shares: the budget, the columns that always stay, and the selection itself.
+"""Base class of all KV policies: the budget, the columns that are always kept, and the selection.
 
-A policy is a frozen dataclass that scores columns; everything else happens here, row by row without the padding, so a
-row of a batch is treated exactly like that row alone.
+A policy is a frozen dataclass that scores columns. The selection runs here, one batch row at a time and without
+padding, so a row of a batch gives the same result as that row alone.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Row:
         """(Hk, n) float32: attention the text queries pay each column, mean (or max) over a key head's query group."""
         if self.window is None:
             raise UserError("this policy scores by attention but asks for no window queries: set queries >= 1")
-        p = self.window.mean(1).view(self.keys.shape[0], -1, self.n)
-        return p.amax(1) if group == "max" else p.mean(1)
+        attention = self.window.mean(1).view(self.keys.shape[0], -1, self.n)
+        return attention.amax(1) if group == "max" else attention.mean(1)
 
 
 @dataclass
@@ -110,10 +110,13 @@ class KVPolicy(Method):
 
     def compress(self, view: LayerView) -> CompressedLayer | None:
         """Choose what stays of every row. None when all rows fit."""
-        real = real_columns(view)
-        if all(self.fits(len(columns)) for columns in real):
+        real_column_lists = real_columns(view)
+        if all(self.fits(len(columns)) for columns in real_column_lists):
             return None
-        choices = [None if self.fits(len(c)) else self.choose(row_of(view, i, c)) for i, c in enumerate(real)]
+        choices = [
+            None if self.fits(len(row_columns)) else self.choose(row_of(view, batch_index, row_columns))
+            for batch_index, row_columns in enumerate(real_column_lists)
+        ]
         return self.gather(view, choices)
 
     def rate(self, view: LayerView) -> Any:
@@ -126,37 +129,43 @@ class KVPolicy(Method):
 
     def gather(self, view: LayerView, choices: list[Choice | None]) -> CompressedLayer:
         """One layer from the choices of its rows; None = the row stays whole."""
-        b, hk, _, _ = view.keys.shape
-        keep: list[Tensor] = []
-        dynamic = torch.zeros(b * hk, dtype=torch.bool)  # on the host, which reads them
-        budget = torch.zeros(b * hk, dtype=torch.int64)
-        merged: list[tuple[Tensor, Tensor] | None] = []
-        mass: list[Tensor | None] = []
-        low: list[Tensor] = []
-        low_rank: list[LowRank | None] = []
-        stats: dict[str, Any] = {}
-        for i, (columns, choice) in enumerate(zip(real_columns(view), choices, strict=True)):
+        batch_size, num_heads, _, _ = view.keys.shape
+        kept_columns: list[Tensor] = []
+        dynamic_heads = torch.zeros(batch_size * num_heads, dtype=torch.bool)  # on the host, which reads them
+        head_budgets = torch.zeros(batch_size * num_heads, dtype=torch.int64)
+        merged_vectors: list[tuple[Tensor, Tensor] | None] = []
+        column_masses: list[Tensor | None] = []
+        low_columns: list[Tensor] = []
+        key_factors: list[LowRank | None] = []
+        statistics: dict[str, Any] = {}
+        for batch_index, (columns, choice) in enumerate(zip(real_columns(view), choices, strict=True)):
             if choice is None:
-                keep += [columns] * hk
-                merged += [None] * hk
-                mass += [None] * hk
-                low += [columns[:0]] * hk
-                low_rank += [None] * hk
+                kept_columns += [columns] * num_heads
+                merged_vectors += [None] * num_heads
+                column_masses += [None] * num_heads
+                low_columns += [columns[:0]] * num_heads
+                key_factors += [None] * num_heads
                 continue
-            whole = len(columns) == view.keys.shape[2]  # then a column's place among them is the column
-            keep += choice.keep if whole else [columns[k] for k in choice.keep]
-            merged += choice.merged or [None] * hk
-            mass += choice.mass or [None] * hk
-            low_rank += choice.low_rank or [None] * hk
-            low += [columns[:0]] * hk if choice.low is None else [columns[k] for k in choice.low]
+            is_unpadded = len(columns) == view.keys.shape[2]  # then a column's place among them is the column
+            kept_columns += choice.keep if is_unpadded else [columns[indices] for indices in choice.keep]
+            merged_vectors += choice.merged or [None] * num_heads
+            column_masses += choice.mass or [None] * num_heads
+            key_factors += choice.low_rank or [None] * num_heads
+            low_columns += (
+                [columns[:0]] * num_heads if choice.low is None else [columns[indices] for indices in choice.low]
+            )
             if choice.dynamic is not None and choice.budget is not None:
-                dynamic[i * hk : (i + 1) * hk], budget[i * hk : (i + 1) * hk] = choice.dynamic, choice.budget
-            stats.setdefault("rows", []).append(choice.stats)
-        small = torch.full_like(dynamic, self.int8)
-        stats = stats if any(stats.get("rows", [])) else {}
+                (
+                    dynamic_heads[batch_index * num_heads : (batch_index + 1) * num_heads],
+                    head_budgets[batch_index * num_heads : (batch_index + 1) * num_heads],
+                ) = choice.dynamic, choice.budget
+            statistics.setdefault("rows", []).append(choice.stats)
+        stored_as_int8 = torch.full_like(dynamic_heads, self.int8)
+        statistics = statistics if any(statistics.get("rows", [])) else {}
         return CompressedLayer(
-            keep, dynamic, budget, small, self.retrieval(), stats, _given(merged), _given(mass),
-            low if any(map(len, low)) else None, _given(low_rank),
+            kept_columns, dynamic_heads, head_budgets, stored_as_int8, self.retrieval(), statistics,
+            _given(merged_vectors), _given(column_masses), low_columns if any(map(len, low_columns)) else None,
+            _given(key_factors),
         )  # fmt: skip
 
     def _too_small(self, budget: int) -> str:
@@ -190,14 +199,14 @@ class KVPolicy(Method):
     def choose(self, row: Row) -> Choice:
         """Score, protect sinks and recent columns, keep the best of every head."""
         scores = protect(self.score(row).float(), self.sinks, self.recent)
-        ties = self.tiebreak(row)
-        counts = self.counts(scores, self.allowance(row), ties)
-        return Choice(best_of_heads(scores, counts, ties))
+        tie_scores = self.tiebreak(row)
+        head_counts = self.counts(scores, self.allowance(row), tie_scores)
+        return Choice(best_of_heads(scores, head_counts, tie_scores))
 
 
 def _given(values: list) -> list | None:
-    """The list, or None when nobody gave anything."""
-    return values if any(v is not None for v in values) else None
+    """The list, or None when all its values are None."""
+    return values if any(value is not None for value in values) else None
 
 
 def protect(scores: Tensor, sinks: int, recent: int) -> Tensor:
@@ -215,10 +224,10 @@ def best(scores: Tensor, count: int, tiebreak: Tensor | None = None) -> Tensor:
 
 def best_of_heads(scores: Tensor, counts: Sequence[int], tiebreak: Tensor | None = None) -> list[Tensor]:
     """`best` of every head: scores and tiebreak (Hk, n), counts per head."""
-    order = ranking(scores, tiebreak)
+    column_order = ranking(scores, tiebreak)
     if len(set(counts)) == 1:
-        return list(order[:, : counts[0]].sort(1).values)
-    return [row[:count].sort().values for row, count in zip(order, counts, strict=True)]
+        return list(column_order[:, : counts[0]].sort(1).values)
+    return [head_order[:count].sort().values for head_order, count in zip(column_order, counts, strict=True)]
 
 
 def under(policy: KVPolicy, scorer: KVPolicy) -> KVPolicy:
@@ -243,20 +252,29 @@ def max_pool(scores: Tensor, width: int) -> Tensor:
 def real_columns(view: LayerView) -> list[Tensor]:
     """Columns of every batch row that are not padding, int64."""
     if view.held is not None:
-        return [held.columns for held in view.held]
+        return [held_row.columns for held_row in view.held]
     return [(kinds != Kind.PAD).nonzero()[:, 0] for kinds in view.kinds]
 
 
 def row_of(view: LayerView, i: int, columns: Tensor) -> Row:
-    where = columns if view.held is None else view.held[i].where
-    window = None
+    """Batch row i of a layer as a `Row`; columns (n,) int64 are those that are not padding."""
+    places = columns if view.held is None else view.held[i].where
+    attention = None
     if view.window is not None and view.queries is not None:
-        picked = view.queries[i] if view.picked is None else view.picked[i]
-        window = view.window[i] if view.window.shape[2] == 1 else view.window[i][:, picked]
-        window = window[..., where]
-    kinds = view.kinds[i, where]
-    row = Row(view.keys[i][:, where], view.values[i][:, where], kinds, window, view.layer, view.layers, rank=view.rank)
+        query_indices = view.queries[i] if view.picked is None else view.picked[i]
+        attention = view.window[i] if view.window.shape[2] == 1 else view.window[i][:, query_indices]
+        attention = attention[..., places]
+    column_kinds = view.kinds[i, places]
+    batch_row = Row(
+        view.keys[i][:, places],
+        view.values[i][:, places],
+        column_kinds,
+        attention,
+        view.layer,
+        view.layers,
+        rank=view.rank,
+    )
     if view.rotation is not None:
-        cos, sin = (x[min(i, len(x) - 1)][where] for x in (view.rotation.cos, view.rotation.sin))
-        row.rotation = Rotation(cos, sin, view.rotation.owner)
-    return row
+        cosines, sines = (table[min(i, len(table) - 1)][places] for table in (view.rotation.cos, view.rotation.sin))
+        batch_row.rotation = Rotation(cosines, sines, view.rotation.owner)
+    return batch_row

@@ -1,7 +1,6 @@
-"""Budgets handed down: a layer's columns to head types (level 1), a type's columns to its heads (level 2).
+"""Splits a layer's budget between head types (level 1), and a type's budget among its heads (level 2).
 
-HybridKV (arXiv 2604.05887) states the two levels; the formulas are ours and every choice is a field of
-`HybridAdvanced`.
+HybridKV (arXiv 2604.05887) names the two levels. The formulas are ours; every choice is a field of `HybridAdvanced`.
 """
 
 from __future__ import annotations
@@ -17,16 +16,16 @@ def by_type(
 ) -> tuple[int, int]:
     """Level 1: (columns of all static heads, columns of all dynamic heads), together at most total * heads.
 
-    ratio r: a dynamic head gets r times the mean budget `total`, as far as every head can still have its least.
+    ratio r: a dynamic head gets r times the mean budget `total`, but every head gets at least its minimum.
     """
-    everything, static = total * heads, heads - dynamic
+    all_columns, num_static = total * heads, heads - dynamic
     if not dynamic:
-        return everything, 0
-    if not static:
-        return 0, everything
-    share = int(ratio * total * dynamic)
-    share = max(dynamic * least_dynamic, min(share, everything - static * least_static))
-    return everything - share, share
+        return all_columns, 0
+    if not num_static:
+        return 0, all_columns
+    dynamic_columns = int(ratio * total * dynamic)
+    dynamic_columns = max(dynamic * least_dynamic, min(dynamic_columns, all_columns - num_static * least_static))
+    return all_columns - dynamic_columns, dynamic_columns
 
 
 def by_head(columns: int, weights: Tensor, least: int, most: int) -> list[int]:
@@ -34,23 +33,23 @@ def by_head(columns: int, weights: Tensor, least: int, most: int) -> list[int]:
 
     Whole numbers whose sum is exactly min(columns, S * most); needs columns >= S * least.
     """
-    heads = len(weights)
-    columns = min(columns, heads * most)
-    share = weights.double().clamp(min=1e-9)
-    out = torch.full((heads,), float(least), dtype=torch.float64)
-    left, open_ = float(columns - heads * least), torch.ones(heads, dtype=torch.bool)
-    while left > 1e-6 and open_.any():  # fill in proportion, close heads that are full, go round again
-        step = torch.where(open_, share, 0.0)
-        out = out + left * step / step.sum()
-        over = (out - most).clamp(min=0)
-        left = float(over.sum())
-        out, open_ = out - over, open_ & (out < most)
-    whole = out.floor()
-    missing = columns - int(whole.sum())
-    order = ranking(out - whole)
-    counts = whole.long()
-    for head in order.tolist() + list(range(heads)):
-        if missing > 0 and counts[head] < most:
-            counts[head] += 1
-            missing -= 1
-    return counts.tolist()
+    num_heads = len(weights)
+    columns = min(columns, num_heads * most)
+    proportions = weights.double().clamp(min=1e-9)
+    allotted = torch.full((num_heads,), float(least), dtype=torch.float64)
+    unspent, is_open = float(columns - num_heads * least), torch.ones(num_heads, dtype=torch.bool)
+    while unspent > 1e-6 and is_open.any():  # share out in proportion, close full heads, repeat with the excess
+        increments = torch.where(is_open, proportions, 0.0)
+        allotted = allotted + unspent * increments / increments.sum()
+        excess = (allotted - most).clamp(min=0)
+        unspent = float(excess.sum())
+        allotted, is_open = allotted - excess, is_open & (allotted < most)
+    whole_columns = allotted.floor()
+    num_missing = columns - int(whole_columns.sum())
+    head_order = ranking(allotted - whole_columns)
+    head_counts = whole_columns.long()
+    for head_index in head_order.tolist() + list(range(num_heads)):
+        if num_missing > 0 and head_counts[head_index] < most:
+            head_counts[head_index] += 1
+            num_missing -= 1
+    return head_counts.tolist()

@@ -54,12 +54,15 @@ class CAKE(AcrossLayers):
     def weigh(self, row: Row, scores: Tensor) -> float:
         """The logarithm of the layer's preference: a power of 1 / tau overflows where tau is small."""
         assert row.window is not None
-        mean = row.window.mean(1)
-        dispersion = -(mean * mean.clamp(min=1e-12).log()).sum(-1).mean()
-        shift = row.window.var(1, correction=0).sum(-1).mean()
-        logs = (math.log(max(1e-12, float(x))) / tau for x, tau in ((dispersion, self.tau1), (shift, self.tau2)))
-        return sum(min(1e300, max(-1e300, log)) for log in logs)
+        mean_attention = row.window.mean(1)
+        dispersion = -(mean_attention * mean_attention.clamp(min=1e-12).log()).sum(-1).mean()
+        temporal_shift = row.window.var(1, correction=0).sum(-1).mean()
+        log_terms = (
+            math.log(max(1e-12, float(statistic))) / temperature
+            for statistic, temperature in ((dispersion, self.tau1), (temporal_shift, self.tau2))
+        )
+        return sum(min(1e300, max(-1e300, log_term)) for log_term in log_terms)
 
     def spread(self, weights: list[Any], n: int) -> list[int]:
-        logs = torch.tensor(weights, dtype=torch.float64)
-        return by_head(self.total(n) * len(weights), (logs - logs.max()).exp(), self.least(), n)
+        log_preferences = torch.tensor(weights, dtype=torch.float64)
+        return by_head(self.total(n) * len(weights), (log_preferences - log_preferences.max()).exp(), self.least(), n)

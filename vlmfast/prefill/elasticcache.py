@@ -16,20 +16,37 @@ from vlmfast.prefill.ragged_layer import KVLayer
 
 
 class FixedPointLayer(EvictingLayer):
-    """Holds as many columns as the prefill left: every decoded token drives out the one at a fixed distance."""
+    """Keeps its length after the prefill: every decoded token evicts the column at a fixed distance from the end."""
 
     def evict(self, q: int) -> None:
         if q > 1:
             return
-        d = self.rule["distance"]
+        distance_to_end = self.rule["distance"]
         for store in self.stores():
-            rows = [row for row, n in zip(store.rows, store.lengths, strict=True) if self.cut[row] and n >= d]
-            if len(rows) == len(store):
-                store.drop_at(d)
-            elif rows:  # others of the batch fitted the budget and stay whole
-                ends = {row: n for row, n in zip(store.rows, store.lengths, strict=True) if row in rows}
-                everything = {row: torch.arange(n, device=store.keys.device) for row, n in ends.items()}
-                store.keep({row: x[x != len(x) - d] for row, x in everything.items()}, room=32)
+            cut_rows = [
+                store_row
+                for store_row, row_length in zip(store.rows, store.lengths, strict=True)
+                if self.cut[store_row] and row_length >= distance_to_end
+            ]
+            if len(cut_rows) == len(store):
+                store.drop_at(distance_to_end)
+            elif cut_rows:  # others of the batch fitted the budget and stay whole
+                cut_lengths = {
+                    store_row: row_length
+                    for store_row, row_length in zip(store.rows, store.lengths, strict=True)
+                    if store_row in cut_rows
+                }
+                all_places = {
+                    store_row: torch.arange(row_length, device=store.keys.device)
+                    for store_row, row_length in cut_lengths.items()
+                }
+                store.keep(
+                    {
+                        store_row: row_places[row_places != len(row_places) - distance_to_end]
+                        for store_row, row_places in all_places.items()
+                    },
+                    room=32,
+                )
 
 
 @dataclass(frozen=True)
@@ -62,8 +79,13 @@ class ElasticCache(KVPolicy):
     def choose(self, row: Row) -> Choice:
         choice = super().choose(row)
         choice.merged = []
-        for keys, values, kept in zip(row.keys, row.values, choice.keep, strict=True):
-            gone = others(kept, row.n)
-            into = nearest_place(kept, gone)
-            choice.merged.append((folded(keys, kept, gone, into), folded(values, kept, gone, into)))
+        for head_keys, head_values, kept_indices in zip(row.keys, row.values, choice.keep, strict=True):
+            evicted_indices = others(kept_indices, row.n)
+            targets = nearest_place(kept_indices, evicted_indices)
+            choice.merged.append(
+                (
+                    folded(head_keys, kept_indices, evicted_indices, targets),
+                    folded(head_values, kept_indices, evicted_indices, targets),
+                )
+            )
         return choice

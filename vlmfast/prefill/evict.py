@@ -1,6 +1,7 @@
-"""A cache layer that goes on evicting while tokens are decoded, and therefore cannot give tokens back.
+"""A cache layer that evicts columns during decoding, and therefore cannot remove tokens again.
 
-Speculation with a draft needs that and refuses it; `Speculate()` without a draft and ordinary `generate` do not.
+Speculation with a draft removes refused tokens, so it rejects such a layer. `Speculate()` without a draft and plain
+`generate` accept it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from vlmfast.prefill.ragged_layer import KVLayer
 
 
 class EvictingLayer(KVLayer):
-    """Base: `evict` runs before new columns are appended. rule: the numbers a subclass goes by, kept for `reset`."""
+    """Base: `evict` runs before new columns are appended. rule: the settings of the subclass, stored for `reset`."""
 
     is_croppable = False
 
@@ -33,25 +34,30 @@ class EvictingLayer(KVLayer):
             self.check_announced()
             if self.keys is not None:
                 self.compress(None)
-            q = key_states.shape[2]
-            self.evict(q)
-            self.decoded += q
+            num_tokens = key_states.shape[2]
+            self.evict(num_tokens)
+            self.decoded += num_tokens
         return super().update(key_states, value_states, *args, **kwargs)
 
     def compress(self, kept: CompressedLayer | None, positions: Tensor | None = None) -> None:
         assert self.keys is not None
-        b, hk, n, _ = self.keys.shape
-        real = [n] * b if positions is None else (positions >= 0).sum(1).tolist()
-        self.cut = [kept is not None and len(kept.keep[r]) < real[r // hk] for r in range(b * hk)]
+        batch_size, num_heads, num_columns, _ = self.keys.shape
+        real_lengths = [num_columns] * batch_size if positions is None else (positions >= 0).sum(1).tolist()
+        self.cut = [
+            kept is not None and len(kept.keep[row_index]) < real_lengths[row_index // num_heads]
+            for row_index in range(batch_size * num_heads)
+        ]
         super().compress(kept, positions)
 
     def rows_of(self, indices: Tensor) -> list[int]:
         """The rows that belong to some batch rows (int64, or a bool mask), in order."""
         indices = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
-        return [int(i) * self.heads + h for i in indices for h in range(self.heads)]
+        return [
+            int(batch_index) * self.heads + head_index for batch_index in indices for head_index in range(self.heads)
+        ]
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.cut = [self.cut[row] for row in self.rows_of(indices)] if self.cut else []
+        self.cut = [self.cut[row_index] for row_index in self.rows_of(indices)] if self.cut else []
         super().batch_select_indices(indices)
 
     def evict(self, q: int) -> None:
@@ -59,11 +65,11 @@ class EvictingLayer(KVLayer):
         raise NotImplementedError
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Only before anything was decoded: what a decoded token drove out is gone. Raises Unsupported later."""
-        remove = -tokens_to_remove if tokens_to_remove <= 0 else self.get_seq_length() - tokens_to_remove
-        if remove > 0 and self.decoded:
+        """Allowed before the first decoded token only, since evicted columns are lost. Raises Unsupported later."""
+        num_removed = -tokens_to_remove if tokens_to_remove <= 0 else self.get_seq_length() - tokens_to_remove
+        if num_removed > 0 and self.decoded:
             raise Unsupported(
-                f"a {type(self).__name__} evicts while decoding and cannot take {remove} tokens back: "
+                f"a {type(self).__name__} evicts while decoding and cannot take {num_removed} tokens back: "
                 "use a policy without decode-time eviction"
             )
         super().crop(tokens_to_remove)

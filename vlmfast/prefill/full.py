@@ -1,4 +1,4 @@
-"""The full cache under our own attention: the baseline that compressed caches are compared with."""
+"""Keeps the full cache, read by our own attention kernels: the baseline of compressed caches."""
 
 from __future__ import annotations
 

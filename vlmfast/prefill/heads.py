@@ -1,4 +1,4 @@
-"""Which heads are static and which dynamic, for one prompt: the table and the picture behind `vlmfast heads`."""
+"""Classifies the heads of a model as static or dynamic for one prompt: table and heat map of `vlmfast heads`."""
 
 from __future__ import annotations
 
@@ -31,32 +31,35 @@ class HeadTable:
 
     def rows(self) -> list[dict[str, Any]]:
         """One plain dict per (batch row, layer, head)."""
-        b, n, hk = self.dynamic.shape
+        batch_size, num_layers, num_heads = self.dynamic.shape
         return [
             {
-                "row": i, "layer": self.layers[j], "head": h, "concentration": float(self.concentration[i, j, h]),
-                "type": "dynamic" if self.dynamic[i, j, h] else "static",
+                "row": batch_index, "layer": self.layers[layer_index], "head": head_index,
+                "concentration": float(self.concentration[batch_index, layer_index, head_index]),
+                "type": "dynamic" if self.dynamic[batch_index, layer_index, head_index] else "static",
             }
-            for i in range(b) for j in range(n) for h in range(hk)
+            for batch_index in range(batch_size) for layer_index in range(num_layers) for head_index in range(num_heads)
         ]  # fmt: skip
 
     def draw(self, path: str | Path, row: int = 0) -> Path:
         """Write a heat map (layers down, heads across, dynamic heads framed) as an image; returns the path."""
         import matplotlib.figure  # heavy, and only needed here
 
-        grid = self.concentration[row]
-        figure = matplotlib.figure.Figure(figsize=(max(4.0, 1.5 + 0.35 * grid.shape[1]), 1.5 + 0.22 * grid.shape[0]))
-        axes = figure.subplots()
-        image = axes.imshow(grid.numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        for j, h in self.dynamic[row].nonzero().tolist():
-            axes.plot(h, j, marker="s", markersize=6, fillstyle="none", color="white")
-        axes.set_xlabel("key/value head")
-        axes.set_ylabel("layer")
-        axes.set_yticks(range(len(self.layers)), [str(i) for i in self.layers])
-        axes.set_xticks(range(grid.shape[1]))
-        share = float(self.dynamic[row].float().mean())
-        axes.set_title(f"{share:.0%} dynamic (squares), theta {self.policy.advanced.theta:g}")
-        figure.colorbar(image, label=f"attention on the top {self.policy.advanced.top:.0%} of columns")
+        row_concentration = self.concentration[row]
+        figure = matplotlib.figure.Figure(
+            figsize=(max(4.0, 1.5 + 0.35 * row_concentration.shape[1]), 1.5 + 0.22 * row_concentration.shape[0])
+        )
+        plot_axes = figure.subplots()
+        heat_map = plot_axes.imshow(row_concentration.numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        for layer_index, head_index in self.dynamic[row].nonzero().tolist():
+            plot_axes.plot(head_index, layer_index, marker="s", markersize=6, fillstyle="none", color="white")
+        plot_axes.set_xlabel("key/value head")
+        plot_axes.set_ylabel("layer")
+        plot_axes.set_yticks(range(len(self.layers)), [str(layer_number) for layer_number in self.layers])
+        plot_axes.set_xticks(range(row_concentration.shape[1]))
+        dynamic_share = float(self.dynamic[row].float().mean())
+        plot_axes.set_title(f"{dynamic_share:.0%} dynamic (squares), theta {self.policy.advanced.theta:g}")
+        figure.colorbar(heat_map, label=f"attention on the top {self.policy.advanced.top:.0%} of columns")
         figure.savefig(path, dpi=120, bbox_inches="tight")
         return Path(path)
 
@@ -71,8 +74,11 @@ class _Observe(HybridKV):
         return False
 
     def compress(self, view: LayerView) -> CompressedLayer | None:
-        rows = [self.concentration(row_of(view, i, (kinds != 0).nonzero()[:, 0])) for i, kinds in enumerate(view.kinds)]
-        self.seen.append((view.layer, torch.stack(rows).cpu()))
+        concentrations = [
+            self.concentration(row_of(view, batch_index, (row_kinds != 0).nonzero()[:, 0]))
+            for batch_index, row_kinds in enumerate(view.kinds)
+        ]
+        self.seen.append((view.layer, torch.stack(concentrations).cpu()))
         return None
 
 
@@ -84,19 +90,26 @@ def classify(model: nn.Module, inputs: dict[str, Any], policy: HybridKV | None =
     """
     policy = policy or HybridKV()
     if not isinstance(policy, HybridKV):
-        name = getattr(policy, "name", type(policy).__name__)
-        raise UserError(f"{name} has no head types: judge heads by a HybridKV, e.g. hybridkv:split=0.5")
-    fields = {f.name: getattr(policy, f.name) for f in dataclasses.fields(HybridKV)}
-    observe = _Observe(**fields)
+        policy_name = getattr(policy, "name", type(policy).__name__)
+        raise UserError(f"{policy_name} has no head types: judge heads by a HybridKV, e.g. hybridkv:split=0.5")
+    field_values = {
+        policy_field.name: getattr(policy, policy_field.name) for policy_field in dataclasses.fields(HybridKV)
+    }
+    observer = _Observe(**field_values)
     family = families.get(model)
     patch = Patch()
-    text = family.text(model)
+    text_model = family.text(model)
     try:
-        KVHooks(text, text.config, observe, lambda _: None).install(patch)
+        KVHooks(text_model, text_model.config, observer, lambda _: None).install(patch)
         InputPruning(model, family, Requests(model)).install(patch)
         model(**inputs, use_cache=True)
     finally:
         patch.remove()
-    sigma = torch.stack([s for _, s in observe.seen], 1)
-    dynamic = torch.stack([torch.stack([policy.classify(s) for s in row]) for row in sigma])
-    return HeadTable(sigma, dynamic, [layer for layer, _ in observe.seen], policy)
+    concentration = torch.stack([layer_concentration for _, layer_concentration in observer.seen], 1)
+    is_dynamic = torch.stack(
+        [
+            torch.stack([policy.classify(layer_concentration) for layer_concentration in batch_row])
+            for batch_row in concentration
+        ]
+    )
+    return HeadTable(concentration, is_dynamic, [layer_number for layer_number, _ in observer.seen], policy)

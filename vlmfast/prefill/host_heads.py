@@ -1,7 +1,7 @@
-"""Dynamic heads: every column stays in host memory, in chunks; the chunks a query needs are swapped into fast slots.
+"""Dynamic heads: all columns are in host memory, in chunks; the chunks that a query needs are copied to fast memory.
 
-One fast row is laid out as ``sinks | slots of one chunk each | recent | decoded tokens``. Attention does not care about
-the order of the slots, so one step moves only the chunks that the step before did not hold (HybridKV, arXiv 2604.05887;
+One fast row is laid out as ``sinks | slots of one chunk each | recent | decoded tokens``. Attention is independent of
+the order of the slots, so a step copies only chunks that the previous step did not hold (HybridKV, arXiv 2604.05887;
 chunk bounds as in Quest, arXiv 2406.10774).
 """
 
@@ -20,7 +20,7 @@ from vlmfast.kernels import Ragged
 from vlmfast.prefill.ragged_store import Segment, Store
 from vlmfast.runtime.late_rope import rotate
 
-SLOTS = 4  # chunks a budget holds at least: chunks are cut shorter for a small one
+SLOTS = 4  # least number of chunks in a budget: a small budget gets shorter chunks
 
 
 class Group:
@@ -29,64 +29,68 @@ class Group:
     def __init__(self, rows: list[int], keys: Tensor, values: Tensor, positions: Tensor, budget: int, how: Retrieval):
         """keys (R, n, D), values (R, n, Dv), positions (R, n) of the rows; budget = columns each holds fast."""
         self.rows, self.budget, self.how = rows, budget, how
-        r, n, d = keys.shape
-        self.n = n
+        num_rows, num_columns, head_size = keys.shape
+        self.n = num_columns
         self.chunk = max(1, min(how.chunk, (budget - how.sinks - how.recent + 1) // SLOTS))
-        self.chunks = max(0, (n - how.sinks - how.recent) // self.chunk)
-        outside = n - self.chunks * self.chunk  # sinks, recent and what does not fill a chunk
-        self.slots = min(self.chunks, max(1, (budget - outside) // self.chunk))
+        self.chunks = max(0, (num_columns - how.sinks - how.recent) // self.chunk)
+        num_unchunked = num_columns - self.chunks * self.chunk  # sinks, recent and what does not fill a chunk
+        self.slots = min(self.chunks, max(1, (budget - num_unchunked) // self.chunk))
         self.host_keys, self.host_values = _to_host(keys), _to_host(values)
         self.host_positions = positions.to("cpu", torch.int32)
-        middle = keys[:, how.sinks : how.sinks + self.chunks * self.chunk].view(r, self.chunks, self.chunk, d)
+        chunked_keys = keys[:, how.sinks : how.sinks + self.chunks * self.chunk].view(
+            num_rows, self.chunks, self.chunk, head_size
+        )
         if how.bound == "mean":
-            self.representatives = middle.mean(2, dtype=torch.float32).to(keys.dtype)
+            self.representatives = chunked_keys.mean(2, dtype=torch.float32).to(keys.dtype)
         else:
-            self.representatives = torch.stack([middle.amin(2), middle.amax(2)], 2)
-        self.held = torch.arange(self.slots).expand(r, -1).clone()  # (R, slots) chunk in each slot, on the host
+            self.representatives = torch.stack([chunked_keys.amin(2), chunked_keys.amax(2)], 2)
+        self.held = torch.arange(self.slots).expand(num_rows, -1).clone()  # (R, slots) chunk in each slot, on the host
         self.history = [(-1, self.held.clone())]  # (position, held) at past refreshes, grows when refresh > 1
         self.moved = 0  # chunks copied into fast memory since the prefill
 
     def segments(self) -> list[Segment]:
         """The fast rows with the slots as they stand."""
-        cut = self.how.sinks + self.chunks * self.chunk
-        out: list[Segment] = []
-        for i, row in enumerate(self.rows):
-            at = self._columns(self.held[i])
-            at = torch.cat([torch.arange(min(self.how.sinks, self.n)), at, torch.arange(min(cut, self.n), self.n)])
+        chunks_end = self.how.sinks + self.chunks * self.chunk
+        row_segments: list[Segment] = []
+        for index, row in enumerate(self.rows):
+            places = self._columns(self.held[index])
+            places = torch.cat(
+                [torch.arange(min(self.how.sinks, self.n)), places, torch.arange(min(chunks_end, self.n), self.n)]
+            )
             device = self.representatives.device
-            k, v, p = self.columns(i, at)
-            out.append((row, k.to(device), v.to(device), p.to(device)))
-        return out
+            row_keys, row_values, row_positions = self.columns(index, places)
+            row_segments.append((row, row_keys.to(device), row_values.to(device), row_positions.to(device)))
+        return row_segments
 
     def columns(self, i: int, at: Tensor | slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys, values and positions of row i at some columns, wherever they lie."""
+        """Keys, values and positions of row i at some columns, on the device that stores them."""
         return self.host_keys[i][at], self.host_values[i][at], self.host_positions[i][at]
 
     def blocks(self, i: int, chunks: Tensor) -> Iterator[Tensor]:
         """Keys, values and positions of row i, some chunks (S,) of them: (S, chunk * D) each."""
-        span = slice(self.how.sinks, self.how.sinks + self.chunks * self.chunk)
-        for host in (self.host_keys, self.host_values, self.host_positions):
-            yield host[i, span].view(self.chunks, -1)[chunks]
+        chunk_range = slice(self.how.sinks, self.how.sinks + self.chunks * self.chunk)
+        for host_tensor in (self.host_keys, self.host_values, self.host_positions):
+            yield host_tensor[i, chunk_range].view(self.chunks, -1)[chunks]
 
     def before(self, i: int, n: int) -> LowRank | None:
         """Factors of the first n columns of row i, for keys that are kept as such."""
         return None
 
     def pick(self, rows: list[int], index: Tensor) -> Group:
-        """A group of some of these rows (int64, repeats allowed) under new names."""
-        new = object.__new__(type(self))
-        new.__dict__.update(self.__dict__)
-        new.rows = rows
-        for name in ("host_keys", "host_values", "host_positions", "held"):
-            setattr(new, name, getattr(self, name)[index])
-        new.representatives = self.representatives[index.to(self.representatives.device)]
-        new.history = [(position, held[index]) for position, held in self.history]
-        return new
+        """A group of some of these rows: index (int64, repeats allowed) selects them, `rows` are their new numbers."""
+        picked_group = object.__new__(type(self))
+        picked_group.__dict__.update(self.__dict__)
+        picked_group.rows = rows
+        for attribute in ("host_keys", "host_values", "host_positions", "held"):
+            setattr(picked_group, attribute, getattr(self, attribute)[index])
+        picked_group.representatives = self.representatives[index.to(self.representatives.device)]
+        picked_group.history = [(position, held_chunks[index]) for position, held_chunks in self.history]
+        return picked_group
 
     def nbytes(self) -> tuple[int, int]:
-        """Bytes beside the fast rows: in fast memory, in host memory (slot tables included)."""
-        host = (self.host_keys, self.host_values, self.host_positions, self.held)
-        return _bytes(self.representatives), sum(map(_bytes, host))
+        """Bytes apart from the fast rows: in fast memory, in host memory (slot tables included)."""
+        host_tensors = (self.host_keys, self.host_values, self.host_positions, self.held)
+        return _bytes(self.representatives), sum(map(_bytes, host_tensors))
 
     def shared(self) -> list[Tensor]:
         """Further tensors in fast memory, which several rows or groups may share."""
@@ -98,26 +102,28 @@ class Group:
 
     def choose(self, query: Tensor) -> Tensor:
         """(R, slots) chunks that score best for the queries (R, G, D), on the host."""
-        scores = kernels.chunk_scores(query, self.representatives)
-        return kernels.highest(scores, self.slots).cpu()
+        bound_scores = kernels.chunk_scores(query, self.representatives)
+        return kernels.highest(bound_scores, self.slots).cpu()
 
     def load(self, wanted: Tensor, store: Store) -> None:
         """Make the slots hold `wanted` (R, slots), copying only chunks that are not there yet."""
         for i, row in enumerate(self.rows):
-            held, asked = self.held[i].tolist(), wanted[i].tolist()
-            there, stays = set(held), set(asked)
-            came = [chunk for chunk in asked if chunk not in there]  # as many as there are slots to free
-            if not came:
+            loaded, wanted_row = self.held[i].tolist(), wanted[i].tolist()
+            present, needed = set(loaded), set(wanted_row)
+            missing = [chunk for chunk in wanted_row if chunk not in present]  # as many as there are slots to free
+            if not missing:
                 continue
-            chunks = torch.tensor(came)
-            slots = torch.tensor([slot for slot, chunk in enumerate(held) if chunk not in stays])
-            at = store.offsets[store.rows.index(row)] + self.how.sinks
-            target = slots.to(store.keys.device, non_blocking=True)
-            for blocks, fast in zip(self.blocks(i, chunks), (store.keys, store.values, store.positions), strict=True):
-                place = fast[at : at + self.slots * self.chunk].view(self.slots, -1)
-                place.index_copy_(0, target, blocks.to(fast.device, non_blocking=True))
-            self.held[i, slots] = chunks
-            self.moved += len(chunks)
+            new_chunks = torch.tensor(missing)
+            free_slots = torch.tensor([slot for slot, chunk in enumerate(loaded) if chunk not in needed])
+            start = store.offsets[store.rows.index(row)] + self.how.sinks
+            device_slots = free_slots.to(store.keys.device, non_blocking=True)
+            for blocks, fast_buffer in zip(
+                self.blocks(i, new_chunks), (store.keys, store.values, store.positions), strict=True
+            ):
+                slot_view = fast_buffer[start : start + self.slots * self.chunk].view(self.slots, -1)
+                slot_view.index_copy_(0, device_slots, blocks.to(fast_buffer.device, non_blocking=True))
+            self.held[i, free_slots] = new_chunks
+            self.moved += len(new_chunks)
 
 
 class LowRankGroup(Group):
@@ -129,26 +135,32 @@ class LowRankGroup(Group):
         self.host_keys = self.host_keys[:, :0].clone()
 
     def columns(self, i: int, at: Tensor | slice) -> tuple[Tensor, Tensor, Tensor]:
-        f = self.factors[i]
-        here = at.to(f.left.device) if isinstance(at, Tensor) else at
-        keys = rotate(f.left[here] @ f.right, f.cos[here], f.sin[here])
-        return keys, self.host_values[i][at], self.host_positions[i][at]
+        factor = self.factors[i]
+        device_columns = at.to(factor.left.device) if isinstance(at, Tensor) else at
+        row_keys = rotate(
+            factor.left[device_columns] @ factor.right, factor.cos[device_columns], factor.sin[device_columns]
+        )
+        return row_keys, self.host_values[i][at], self.host_positions[i][at]
 
     def blocks(self, i: int, chunks: Tensor) -> Iterator[Tensor]:
-        for x in self.columns(i, self._columns(chunks)):
-            yield x.reshape(len(chunks), -1)
+        for column_data in self.columns(i, self._columns(chunks)):
+            yield column_data.reshape(len(chunks), -1)
 
     def before(self, i: int, n: int) -> LowRank:
-        f = self.factors[i]
-        return replace(f, left=f.left[:n], cos=f.cos[:n], sin=f.sin[:n])
+        factor = self.factors[i]
+        return replace(factor, left=factor.left[:n], cos=factor.cos[:n], sin=factor.sin[:n])
 
     def pick(self, rows: list[int], index: Tensor) -> Group:
-        new: Any = super().pick(rows, index)
-        new.factors = [self.factors[i] for i in index.tolist()]
-        return new
+        picked_group: Any = super().pick(rows, index)
+        picked_group.factors = [self.factors[row_index] for row_index in index.tolist()]
+        return picked_group
 
     def shared(self) -> list[Tensor]:
-        return [x for f in self.factors for x in (f.left, f.right, *((f.cos, f.sin) if f.owner else ()))]
+        return [
+            tensor
+            for factor in self.factors
+            for tensor in (factor.left, factor.right, *((factor.cos, factor.sin) if factor.owner else ()))
+        ]
 
 
 class HostHeads:
@@ -169,19 +181,20 @@ class HostHeads:
         factors: per row of the layer, what stands for its keys; None = the keys themselves, in host memory.
         """
         self.how, self.base = how, base
-        alike: dict[tuple[int, int], list[Segment]] = {}
+        by_size: dict[tuple[int, int], list[Segment]] = {}
         for segment, budget in zip(segments, budgets, strict=True):
-            alike.setdefault((segment[1].shape[0], budget), []).append(segment)
+            by_size.setdefault((segment[1].shape[0], budget), []).append(segment)
         self.groups: list[Group] = []
-        for (_, budget), same in alike.items():
-            keys, values, positions = (torch.stack([s[i] for s in same]).to(device) for i in (1, 2, 3))  # type: ignore[misc]
-            rows = [s[0] for s in same]
-            mine = [f for f in (factors[row] for row in rows) if f is not None] if factors is not None else []
-            if mine:
-                self.groups.append(LowRankGroup(rows, keys, values, positions, budget, how, factors=mine))
+        for (_, budget), members in by_size.items():
+            keys, values, positions = (torch.stack([entry[i] for entry in members]).to(device) for i in (1, 2, 3))  # type: ignore[misc]
+            row_numbers = [member[0] for member in members]
+            row_factors = [] if factors is None else [factors[number] for number in row_numbers]
+            own_factors = [factor for factor in row_factors if factor is not None]
+            if own_factors:
+                self.groups.append(LowRankGroup(row_numbers, keys, values, positions, budget, how, factors=own_factors))
             else:
-                self.groups.append(Group(rows, keys, values, positions, budget, how))
-        self.store = Store.build([s for g in self.groups for s in g.segments()], total)
+                self.groups.append(Group(row_numbers, keys, values, positions, budget, how))
+        self.store = Store.build([member for group in self.groups for member in group.segments()], total)
 
     def attend(self, query: Tensor, scaling: float, out: Tensor, length: int, turn: bool) -> None:
         """Attention of the last q tokens (already appended; logical length `length` with them) into `out`.
@@ -190,26 +203,26 @@ class HostHeads:
         answer starts from: what was chosen for the question before has little to do with it. Otherwise every token
         chooses its own chunks, so a verified draft reads exactly what one-by-one decoding would.
         """
-        q = query.shape[2]
-        packed = query.reshape(self.store.total, -1, q, query.shape[-1])
+        num_tokens = query.shape[2]
+        row_queries = query.reshape(self.store.total, -1, num_tokens, query.shape[-1])
         if turn:
             kernels.ragged_attention(query, self._everything(), scaling, out)
-            self._search(self.groups, packed[:, :, -1], length - 1)
+            self._search(self.groups, row_queries[:, :, -1], length - 1)
             return
-        for t in range(q):
-            position = length - q + t
-            self._search(list(self._due(position)), packed[:, :, t], position)
-            left = q - 1 - t
-            step = Ragged(
+        for index in range(num_tokens):
+            position = length - num_tokens + index
+            self._search(list(self._due(position)), row_queries[:, :, index], position)
+            num_later = num_tokens - 1 - index
+            visible = Ragged(
                 self.store.keys, self.store.values, self.store.rows, self.store.offsets,
-                [n - left for n in self.store.lengths], self.store.total, finite=True,
+                [row_length - num_later for row_length in self.store.lengths], self.store.total, finite=True,
             )  # fmt: skip
-            one = torch.empty_like(out[:, :, :1]) if q > 1 else out
-            kernels.ragged_attention(query[:, :, t : t + 1], step, scaling, one)
-            if q > 1:
-                heads = out.view(self.store.total, -1, q, out.shape[-1])
-                mine = one.view(self.store.total, -1, out.shape[-1])
-                heads[self.store.rows, :, t] = mine[self.store.rows]
+            token_output = torch.empty_like(out[:, :, :1]) if num_tokens > 1 else out
+            kernels.ragged_attention(query[:, :, index : index + 1], visible, scaling, token_output)
+            if num_tokens > 1:
+                output_rows = out.view(self.store.total, -1, num_tokens, out.shape[-1])
+                token_rows = token_output.view(self.store.total, -1, out.shape[-1])
+                output_rows[self.store.rows, :, index] = token_rows[self.store.rows]
 
     def _search(self, groups: list[Group], query: Tensor, position: int) -> None:
         """Swap in the chunks that the token at a logical position asks for; query (rows of the layer, G, D)."""
@@ -229,12 +242,17 @@ class HostHeads:
         segments: list[Segment] = []
         for group in self.groups:
             for i, row in enumerate(group.rows):
-                entry = self.store.rows.index(row)
-                _, k, v, p = self.store.segment(entry, self.store.keys.dtype)
-                tail = slice(self._prefilled(group), None)
-                host = [x.to(k.device) for x in group.columns(i, slice(None))]
-                parts = [torch.cat([a, b]) for a, b in zip(host, (k[tail], v[tail], p[tail]), strict=True)]
-                segments.append((row, parts[0], parts[1], parts[2]))
+                place = self.store.rows.index(row)
+                _, row_keys, row_values, row_positions = self.store.segment(place, self.store.keys.dtype)
+                decoded = slice(self._prefilled(group), None)
+                prefilled = [part.to(row_keys.device) for part in group.columns(i, slice(None))]
+                joined = [
+                    torch.cat([first, second])
+                    for first, second in zip(
+                        prefilled, (row_keys[decoded], row_values[decoded], row_positions[decoded]), strict=True
+                    )
+                ]
+                segments.append((row, joined[0], joined[1], joined[2]))
         return Store.build(segments, self.store.total)
 
     def _prefilled(self, group: Group) -> int:
@@ -252,50 +270,52 @@ class HostHeads:
                     group.load(group.history[-1][1], self.store)
             return
         segments: list[Segment] = []
-        budgets = []
-        factors: list[LowRank | None] = [None] * self.store.total
-        for g in self.groups:
-            for i, row in enumerate(g.rows):
-                n = int((g.host_positions[i] < length).sum())
-                segments.append((row, *g.columns(i, slice(n))))
-                budgets.append(g.budget)
-                factors[row] = g.before(i, n)
-        self.__init__(segments, budgets, self.how, self.store.total, length, self.store.keys.device, factors)  # type: ignore[misc]
+        row_budgets = []
+        row_factors: list[LowRank | None] = [None] * self.store.total
+        for old_group in self.groups:
+            for index, row in enumerate(old_group.rows):
+                num_columns = int((old_group.host_positions[index] < length).sum())
+                segments.append((row, *old_group.columns(index, slice(num_columns))))
+                row_budgets.append(old_group.budget)
+                row_factors[row] = old_group.before(index, num_columns)
+        self.__init__(segments, row_budgets, self.how, self.store.total, length, self.store.keys.device, row_factors)  # type: ignore[misc]
 
     def take(self, batch: list[int], heads: int) -> None:
         """Keep (and repeat) batch rows in the given order."""
         groups = []
-        for g in self.groups:
-            where = {row: i for i, row in enumerate(g.rows)}
-            pairs = [
-                (new * heads + h, where[old * heads + h])
-                for new, old in enumerate(batch)
+        for old_group in self.groups:
+            places = {row: index for index, row in enumerate(old_group.rows)}
+            row_pairs = [
+                (new_row * heads + h, places[old_row * heads + h])
+                for new_row, old_row in enumerate(batch)
                 for h in range(heads)
-                if old * heads + h in where
+                if old_row * heads + h in places
             ]
-            if not pairs:
+            if not row_pairs:
                 continue
-            groups.append(g.pick([row for row, _ in pairs], torch.tensor([i for _, i in pairs])))
+            groups.append(
+                old_group.pick([row for row, _ in row_pairs], torch.tensor([index for _, index in row_pairs]))
+            )
         self.groups = groups
         if groups:
             self.store.take(batch, heads)
 
     def nbytes(self) -> dict[str, int]:
         """Bytes: fast used, fast allocated (representatives included), host (slot tables included)."""
-        used, allocated = self.store.nbytes()
-        sizes = [g.nbytes() for g in self.groups]
-        extra, host = sum(fast for fast, _ in sizes), sum(host for _, host in sizes)
-        storages = [x.untyped_storage() for g in self.groups for x in g.shared()]
-        extra += sum({s.data_ptr(): s.nbytes() for s in storages}.values())
-        return {"fast": used + extra, "fast_allocated": allocated + extra, "host": host}
+        used_bytes, allocated_bytes = self.store.nbytes()
+        group_bytes = [group.nbytes() for group in self.groups]
+        beside, host_bytes = sum(fast for fast, _ in group_bytes), sum(host for _, host in group_bytes)
+        storages = [tensor.untyped_storage() for group in self.groups for tensor in group.shared()]
+        beside += sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        return {"fast": used_bytes + beside, "fast_allocated": allocated_bytes + beside, "host": host_bytes}
 
 
-def _bytes(x: Tensor) -> int:
-    return x.numel() * x.element_size()
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
-def _to_host(x: Tensor) -> Tensor:
+def _to_host(tensor: Tensor) -> Tensor:
     """A contiguous copy in host memory, pinned when it comes from a GPU."""
-    if x.is_cuda:
-        return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x)
-    return x.clone(memory_format=torch.contiguous_format)
+    if tensor.is_cuda:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+    return tensor.clone(memory_format=torch.contiguous_format)

@@ -79,8 +79,8 @@ class HybridKV(KVPolicy):
         return self.advanced.queries
 
     def retrieval(self) -> Retrieval:
-        how = self.advanced
-        return Retrieval(how.chunk, how.bound, how.refresh, self.sinks, self.recent)
+        settings = self.advanced
+        return Retrieval(settings.chunk, settings.bound, settings.refresh, self.sinks, self.recent)
 
     def least(self) -> int:
         """Sinks, recent columns, and one chosen column."""
@@ -91,18 +91,18 @@ class HybridKV(KVPolicy):
     def concentration(self, row: Row) -> Tensor:
         """(Hk,) float32 in [0, 1]: share of a head's attention on its top columns; sinks and recent ones are left out,
         since they stay anyway and could make any head look concentrated."""
-        p = row.relevance(self.advanced.group)[:, self.sinks : max(self.sinks + 1, row.n - self.recent)]
-        m = max(1, int(-(-self.advanced.top * p.shape[1] // 1)))
-        return p.topk(m, dim=1).values.sum(1) / p.sum(1).clamp(min=1e-12)
+        attention = row.relevance(self.advanced.group)[:, self.sinks : max(self.sinks + 1, row.n - self.recent)]
+        num_top_columns = max(1, int(-(-self.advanced.top * attention.shape[1] // 1)))
+        return attention.topk(num_top_columns, dim=1).values.sum(1) / attention.sum(1).clamp(min=1e-12)
 
     def classify(self, sigma: Tensor) -> Tensor:
         """(Hk,) bool, True = dynamic."""
         searching = self.dynamic == "concentrated"
         if self.split is None:
             return (sigma >= self.advanced.theta) == searching
-        dynamic = torch.zeros_like(sigma, dtype=torch.bool)
-        dynamic[sigma.argsort(stable=True, descending=searching)[: round(self.split * len(sigma))]] = True
-        return dynamic
+        is_dynamic = torch.zeros_like(sigma, dtype=torch.bool)
+        is_dynamic[sigma.argsort(stable=True, descending=searching)[: round(self.split * len(sigma))]] = True
+        return is_dynamic
 
     # -- stages 2 and 3: budgets, then what each type keeps --------------------------------------------------------
 
@@ -113,38 +113,60 @@ class HybridKV(KVPolicy):
     def _scores(self, row: Row) -> tuple[Tensor, Tensor]:
         """Scores, and what orders equal ones: the attention before pooling, or the score before text is raised."""
         attention = row.relevance(self.advanced.group)
-        visual = row.kinds == Kind.VISUAL
-        score, ties = torch.where(visual, max_pool(attention * visual, self.advanced.pool), attention), attention
+        is_visual = row.kinds == Kind.VISUAL
+        column_scores, tie_scores = (
+            torch.where(is_visual, max_pool(attention * is_visual, self.advanced.pool), attention),
+            attention,
+        )
         if self.advanced.static != "attention":
-            unlike = distinctness(row.keys)
-            both = self.advanced.static == "both"
-            score = ties = torch.maximum(_rank(score, attention), _rank(unlike)) if both else unlike
-        return (torch.where(visual, score, score + 1e3) if self.advanced.text_first else score), ties
+            key_distinctness = distinctness(row.keys)
+            uses_attention = self.advanced.static == "both"
+            column_scores = tie_scores = (
+                torch.maximum(_rank(column_scores, attention), _rank(key_distinctness))
+                if uses_attention
+                else key_distinctness
+            )
+        return (
+            torch.where(is_visual, column_scores, column_scores + 1e3) if self.advanced.text_first else column_scores
+        ), tie_scores
 
     def choose(self, row: Row) -> Choice:
-        sigma = self.concentration(row).cpu()  # the one wait of a layer
-        dynamic = self.classify(sigma)
-        heads, total = len(sigma), self.total(row.n)
-        count = int(dynamic.sum())
+        concentration_per_head = self.concentration(row).cpu()  # the one wait of a layer
+        is_dynamic = self.classify(concentration_per_head)
+        num_heads, mean_budget = len(concentration_per_head), self.total(row.n)
+        num_dynamic = int(is_dynamic.sum())
         static_columns, dynamic_columns = by_type(
-            total, heads, count, self.advanced.ratio, self.sinks + self.recent, self.least()
+            mean_budget, num_heads, num_dynamic, self.advanced.ratio, self.sinks + self.recent, self.least()
         )
-        weights = {"broad": 1 - sigma, "sparse": sigma, "equal": torch.ones_like(sigma)}[self.advanced.share]
-        budget = torch.zeros(heads, dtype=torch.int64)
-        if count:
-            budget[dynamic] = min(row.n, dynamic_columns // count)
-        if count < heads:
-            shares = by_head(static_columns, weights[~dynamic], self.sinks + self.recent, row.n)
-            budget[~dynamic] = torch.tensor(shares)
-        scores, ties = self._scores(row)
+        head_weights = {
+            "broad": 1 - concentration_per_head,
+            "sparse": concentration_per_head,
+            "equal": torch.ones_like(concentration_per_head),
+        }[self.advanced.share]
+        head_budgets = torch.zeros(num_heads, dtype=torch.int64)
+        if num_dynamic:
+            head_budgets[is_dynamic] = min(row.n, dynamic_columns // num_dynamic)
+        if num_dynamic < num_heads:
+            static_budgets = by_head(static_columns, head_weights[~is_dynamic], self.sinks + self.recent, row.n)
+            head_budgets[~is_dynamic] = torch.tensor(static_budgets)
+        scores, tie_scores = self._scores(row)
         scores = protect(scores, self.sinks, self.recent)
-        everything = torch.arange(row.n, device=scores.device)
-        keep = [everything if dynamic[h] else best(scores[h], int(budget[h]), ties[h]) for h in range(heads)]
-        stats = {"concentration": sigma.tolist(), "dynamic": dynamic.tolist(), "budget": budget.tolist()}
-        return Choice(keep, dynamic, budget, stats)
+        all_columns = torch.arange(row.n, device=scores.device)
+        kept_columns = [
+            all_columns
+            if is_dynamic[head_index]
+            else best(scores[head_index], int(head_budgets[head_index]), tie_scores[head_index])
+            for head_index in range(num_heads)
+        ]
+        statistics = {
+            "concentration": concentration_per_head.tolist(),
+            "dynamic": is_dynamic.tolist(),
+            "budget": head_budgets.tolist(),
+        }
+        return Choice(kept_columns, is_dynamic, head_budgets, statistics)
 
 
-def _rank(x: Tensor, tiebreak: Tensor | None = None) -> Tensor:
+def _rank(scores: Tensor, tiebreak: Tensor | None = None) -> Tensor:
     """Place of every column in its head's ascending order, the earlier of equals higher, in [0, 1): (Hk, n) float32."""
-    n = x.shape[-1]
-    return (n - 1 - ranking(x, tiebreak).argsort(dim=-1)).float() / n
+    num_columns = scores.shape[-1]
+    return (num_columns - 1 - ranking(scores, tiebreak).argsort(dim=-1)).float() / num_columns

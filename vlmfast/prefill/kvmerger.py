@@ -40,39 +40,46 @@ class KVMerger(KVPolicy):
         return row.relevance()
 
     def choose(self, row: Row) -> Choice:
-        total, scores = self.allowance(row), self.score(row)
-        exact = total - max(1, round((1 - self.heavy) * (total - self.sinks - self.recent)))
+        num_kept, scores = self.allowance(row), self.score(row)
+        num_exact = num_kept - max(1, round((1 - self.heavy) * (num_kept - self.sinks - self.recent)))
         choice = Choice([], merged=[])
         assert choice.merged is not None
-        for keys, values, score in zip(row.keys, row.values, scores, strict=True):
-            alone = best(protect(score, self.sinks, self.recent), exact)
-            rest = others(alone, row.n)
-            pivots, merged_keys, merged_values = merge_runs(keys[rest], values[rest], score[rest], total - exact)
-            keep, order = torch.cat([alone, rest[pivots]]).sort()
-            choice.keep.append(keep)
-            both = torch.cat([keys[alone], merged_keys]), torch.cat([values[alone], merged_values])
-            choice.merged.append((both[0][order], both[1][order]))
+        for head_keys, head_values, head_scores in zip(row.keys, row.values, scores, strict=True):
+            exact_columns = best(protect(head_scores, self.sinks, self.recent), num_exact)
+            other_columns = others(exact_columns, row.n)
+            pivots, merged_keys, merged_values = merge_runs(
+                head_keys[other_columns], head_values[other_columns], head_scores[other_columns], num_kept - num_exact
+            )
+            kept_columns, column_order = torch.cat([exact_columns, other_columns[pivots]]).sort()
+            choice.keep.append(kept_columns)
+            stored_vectors = (
+                torch.cat([head_keys[exact_columns], merged_keys]),
+                torch.cat([head_values[exact_columns], merged_values]),
+            )
+            choice.merged.append((stored_vectors[0][column_order], stored_vectors[1][column_order]))
         return choice
 
 
 def merge_runs(keys: Tensor, values: Tensor, score: Tensor, runs: int) -> tuple[Tensor, Tensor, Tensor]:
     """n columns cut into runs: pivots (runs,) int64 ascending, merged keys (runs, D) and values (runs, Dv)."""
-    n = len(keys)
-    wide = keys.float()
-    alike = cosine_similarity(wide[1:], wide[:-1], dim=-1)
-    run = torch.zeros(n, dtype=torch.int64, device=keys.device)
-    run[highest(-alike, runs - 1) + 1] = 1
-    run = run.cumsum(0)
-    rank = ranking(score).argsort()
-    top = rank.new_full((runs,), n).scatter_reduce(0, run, rank, "amin")
-    pivots = (rank == top[run]).nonzero()[:, 0]
-    distance = (wide - wide[pivots][run]).norm(dim=-1)
-    size = run.bincount(minlength=runs)
-    mean = wide.new_zeros(runs).index_add_(0, run, distance) / (size - 1).clamp(min=1)
-    weight = torch.exp(-((distance / mean[run].clamp(min=1e-12)) ** 2))
-    weight = weight / weight.new_zeros(runs).index_add_(0, run, weight)[run]
-    out = []
-    for x in (keys, values):
-        total = torch.zeros(runs, x.shape[1], device=x.device)
-        out.append(total.index_add_(0, run, x.float() * weight[:, None]).to(x.dtype))
-    return pivots, out[0], out[1]
+    num_columns = len(keys)
+    float_keys = keys.float()
+    similarity = cosine_similarity(float_keys[1:], float_keys[:-1], dim=-1)
+    run_index = torch.zeros(num_columns, dtype=torch.int64, device=keys.device)
+    run_index[highest(-similarity, runs - 1) + 1] = 1
+    run_index = run_index.cumsum(0)
+    score_rank = ranking(score).argsort()
+    best_rank = score_rank.new_full((runs,), num_columns).scatter_reduce(0, run_index, score_rank, "amin")
+    pivots = (score_rank == best_rank[run_index]).nonzero()[:, 0]
+    distance = (float_keys - float_keys[pivots][run_index]).norm(dim=-1)
+    run_sizes = run_index.bincount(minlength=runs)
+    mean_distance = float_keys.new_zeros(runs).index_add_(0, run_index, distance) / (run_sizes - 1).clamp(min=1)
+    merge_weights = torch.exp(-((distance / mean_distance[run_index].clamp(min=1e-12)) ** 2))
+    merge_weights = merge_weights / merge_weights.new_zeros(runs).index_add_(0, run_index, merge_weights)[run_index]
+    merged_vectors = []
+    for vectors in (keys, values):
+        run_sums = torch.zeros(runs, vectors.shape[1], device=vectors.device)
+        merged_vectors.append(
+            run_sums.index_add_(0, run_index, vectors.float() * merge_weights[:, None]).to(vectors.dtype)
+        )
+    return pivots, merged_vectors[0], merged_vectors[1]

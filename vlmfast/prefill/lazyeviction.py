@@ -1,4 +1,4 @@
-"""LazyEviction: while decoding, columns leave late, by how overdue their next use is (arXiv 2506.15969)."""
+"""LazyEviction: evicts columns during decoding, with a delay, by the time since their last use (arXiv 2506.15969)."""
 
 from __future__ import annotations
 
@@ -28,62 +28,74 @@ class LaggedLayer(EvictingLayer):
 
     def compress(self, kept: CompressedLayer | None, positions: Tensor | None = None) -> None:
         super().compress(kept, positions)
-        held = self.lengths().flatten()
-        self.limits = [max(self.rule["least"], self.rule["budget"] or n) for n in held.tolist()]
-        self.last = torch.zeros(len(held), int(held.max()), device=self.device)
+        held_lengths = self.lengths().flatten()
+        self.limits = [
+            max(self.rule["least"], self.rule["budget"] or row_length) for row_length in held_lengths.tolist()
+        ]
+        self.last = torch.zeros(len(held_lengths), int(held_lengths.max()), device=self.device)
         self.interval = torch.zeros_like(self.last)
 
     def attend(self, query: Tensor, scaling: float) -> Tensor:
-        q = query.shape[2]
-        packed = query.reshape(self.batch * self.heads, -1, q, query.shape[-1])
+        num_tokens = query.shape[2]
+        row_queries = query.reshape(self.batch * self.heads, -1, num_tokens, query.shape[-1])
         for store in self.stores():
-            for i, row in enumerate(store.rows):
-                keys = store.segment(i, query.dtype)[1]
-                self._watch(row, kernels.window_attention(packed[row][None], keys[None, None], scaling)[0].amax(0))
+            for entry_index, row_index in enumerate(store.rows):
+                row_keys = store.segment(entry_index, query.dtype)[1]
+                self._watch(
+                    row_index,
+                    kernels.window_attention(row_queries[row_index][None], row_keys[None, None], scaling)[0].amax(0),
+                )
         return super().attend(query, scaling)
 
-    def _watch(self, row: int, weights: Tensor) -> None:
+    def _watch(self, row_index: int, attention: Tensor) -> None:
         """weights (q, n): the most attention that any query head of the group pays, for the q newest tokens."""
-        q, n = weights.shape
-        if n > self.last.shape[1]:
-            room = n + 64 - self.last.shape[1]
-            self.last, self.interval = pad(self.last, (0, room)), pad(self.interval, (0, room))
-        last, interval = self.last[row, :n], self.interval[row, :n]
-        for t, w in enumerate(weights):
-            now = self.decoded - q + t + 1
-            last[n - q + t], interval[n - q + t] = now, 0
-            used = w >= self.rule["alpha"]
-            interval.copy_(torch.where(used, torch.maximum(interval, now - last), interval))
-            last.masked_fill_(used, now)
+        num_tokens, num_columns = attention.shape
+        if num_columns > self.last.shape[1]:
+            num_added = num_columns + 64 - self.last.shape[1]
+            self.last, self.interval = pad(self.last, (0, num_added)), pad(self.interval, (0, num_added))
+        last_use, longest_gap = self.last[row_index, :num_columns], self.interval[row_index, :num_columns]
+        for token_index, token_attention in enumerate(attention):
+            current_step = self.decoded - num_tokens + token_index + 1
+            last_use[num_columns - num_tokens + token_index], longest_gap[num_columns - num_tokens + token_index] = (
+                current_step,
+                0,
+            )
+            is_used = token_attention >= self.rule["alpha"]
+            longest_gap.copy_(torch.where(is_used, torch.maximum(longest_gap, current_step - last_use), longest_gap))
+            last_use.masked_fill_(is_used, current_step)
 
     def evict(self, q: int) -> None:
         if self.decoded - self.evicted < self.rule["lag"]:
             return
         self.evicted = self.decoded
         for store in self.stores():
-            kept: dict[int, Tensor] = {}
-            for row, n in zip(store.rows, store.lengths, strict=True):
-                limit = self.limits[row]
-                if n > limit and (self.cut[row] or self.rule["budget"]):
-                    overdue = (self.decoded - self.last[row, :n]) / self.interval[row, :n].clamp(min=1)
-                    kept[row] = best(protect(-overdue, self.rule["sinks"], self.rule["lag"]), limit)
-                    for table in (self.last, self.interval):
-                        table[row, :limit] = table[row, kept[row]]
-            if kept:
-                store.keep(kept, room=self.rule["lag"] + 32)
+            kept_places: dict[int, Tensor] = {}
+            for row_index, row_length in zip(store.rows, store.lengths, strict=True):
+                row_limit = self.limits[row_index]
+                if row_length > row_limit and (self.cut[row_index] or self.rule["budget"]):
+                    overdue = (self.decoded - self.last[row_index, :row_length]) / self.interval[
+                        row_index, :row_length
+                    ].clamp(min=1)
+                    kept_places[row_index] = best(protect(-overdue, self.rule["sinks"], self.rule["lag"]), row_limit)
+                    for use_table in (self.last, self.interval):
+                        use_table[row_index, :row_limit] = use_table[row_index, kept_places[row_index]]
+            if kept_places:
+                store.keep(kept_places, room=self.rule["lag"] + 32)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        rows = self.rows_of(indices)
+        row_indices = self.rows_of(indices)
         if self.limits:
-            self.last, self.interval = self.last[rows], self.interval[rows]
-            self.limits = [self.limits[row] for row in rows]
+            self.last, self.interval = self.last[row_indices], self.interval[row_indices]
+            self.limits = [self.limits[row_index] for row_index in row_indices]
         super().batch_select_indices(indices)
 
     def nbytes(self) -> dict[str, int]:
         """As in `KVLayer`; the two tables count as fast memory."""
-        tiers = super().nbytes()
-        tables = 2 * self.last.numel() * self.last.element_size()
-        return tiers | {name: tiers[name] + tables for name in ("fast", "fast_allocated", "resident")}
+        tier_bytes = super().nbytes()
+        table_bytes = 2 * self.last.numel() * self.last.element_size()
+        return tier_bytes | {
+            tier_name: tier_bytes[tier_name] + table_bytes for tier_name in ("fast", "fast_allocated", "resident")
+        }
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""LOOK-M: text stays before pictures, and evicted pictures are merged into what stays (arXiv 2406.18139)."""
+"""LOOK-M: keeps text before visual columns, and merges evicted columns into kept ones (arXiv 2406.18139)."""
 
 from __future__ import annotations
 
@@ -41,18 +41,23 @@ class LookM(KVPolicy):
     def choose(self, row: Row) -> Choice:
         choice = super().choose(row)
         choice.merged = [
-            self.merged(keys, values, kept)
-            for keys, values, kept in zip(row.keys, row.values, choice.keep, strict=True)
+            self.merged(head_keys, head_values, kept_indices)
+            for head_keys, head_values, kept_indices in zip(row.keys, row.values, choice.keep, strict=True)
         ]
         return choice
 
     def merged(self, keys: Tensor, values: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (m, D) to store for the kept columns (m,) of one head; keys and values (n, D)."""
-        gone = others(kept, len(keys))
-        into, cosine = nearest_key(keys, kept, gone)
+        evicted_indices = others(kept, len(keys))
+        targets, cosine = nearest_key(keys, kept, evicted_indices)
         if self.merge == "weighted":
-            return folded(keys, kept, gone, into, cosine), folded(values, kept, gone, into, cosine)
-        mean_keys, mean_values = folded(keys, kept, gone, into), folded(values, kept, gone, into)
+            return folded(keys, kept, evicted_indices, targets, cosine), folded(
+                values, kept, evicted_indices, targets, cosine
+            )
+        mean_keys, mean_values = (
+            folded(keys, kept, evicted_indices, targets),
+            folded(values, kept, evicted_indices, targets),
+        )
         if self.merge == "averaged":
             return mean_keys, mean_values
         return (keys[kept] + mean_keys) / 2, (values[kept] + mean_values) / 2

@@ -1,4 +1,4 @@
-"""Evicted columns folded into kept ones: who goes where, and the sums. Keys are merged as stored, RoPE applied."""
+"""Merges evicted columns into kept ones: finds the target of each, and averages. Keys are merged with RoPE applied."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from torch.nn.functional import normalize
 
 def others(kept: Tensor, n: int) -> Tensor:
     """Columns out of n that are not in kept (m,): (n - m,) int64, ascending."""
-    mask = torch.ones(n, dtype=torch.bool, device=kept.device)
-    mask[kept] = False
-    return mask.nonzero()[:, 0]
+    is_evicted = torch.ones(n, dtype=torch.bool, device=kept.device)
+    is_evicted[kept] = False
+    return is_evicted.nonzero()[:, 0]
 
 
 def nearest_key(keys: Tensor, kept: Tensor, gone: Tensor) -> tuple[Tensor, Tensor]:
-    """For every gone column the kept one with the most similar key: (index into kept, cosine), (g,) each."""
-    unit = normalize(keys.float(), dim=-1)
-    best = (unit[gone] @ unit[kept].T).max(1)
-    return best.indices, best.values
+    """For every evicted column the kept one with the most similar key: (index into kept, cosine), (g,) each."""
+    unit_keys = normalize(keys.float(), dim=-1)
+    best_matches = (unit_keys[gone] @ unit_keys[kept].T).max(1)
+    return best_matches.indices, best_matches.values
 
 
 def nearest_place(kept: Tensor, gone: Tensor) -> Tensor:
-    """For every gone column the kept one closest in the sequence, the earlier of two: index into kept (g,)."""
-    right = torch.searchsorted(kept, gone).clamp(max=len(kept) - 1)
-    left = (right - 1).clamp(min=0)
-    return torch.where((gone - kept[left]).abs() <= (kept[right] - gone).abs(), left, right)
+    """For every evicted column the kept one closest in the sequence, the earlier of two: index into kept (g,)."""
+    next_kept = torch.searchsorted(kept, gone).clamp(max=len(kept) - 1)
+    previous_kept = (next_kept - 1).clamp(min=0)
+    return torch.where((gone - kept[previous_kept]).abs() <= (kept[next_kept] - gone).abs(), previous_kept, next_kept)
 
 
 def folded(x: Tensor, kept: Tensor, gone: Tensor, into: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean of every kept vector and those folded into it: (m, D) in x's dtype; x (n, D).
+    """Mean of every kept vector and the evicted ones merged into it: (m, D) in x's dtype; x (n, D).
 
-    weight (g,) float32 scales what is folded in; the divisor stays the number of vectors.
+    weight (g,) float32 scales the evicted vectors; the divisor stays the number of vectors.
     """
-    total, moved = x[kept].float(), x[gone].float()
-    total.index_add_(0, into, moved if weight is None else moved * weight[:, None])
-    count = torch.ones(len(kept), device=x.device).index_add_(0, into, torch.ones(len(gone), device=x.device))
-    return (total / count[:, None]).to(x.dtype)
+    vector_sums, evicted_vectors = x[kept].float(), x[gone].float()
+    vector_sums.index_add_(0, into, evicted_vectors if weight is None else evicted_vectors * weight[:, None])
+    vector_counts = torch.ones(len(kept), device=x.device).index_add_(0, into, torch.ones(len(gone), device=x.device))
+    return (vector_sums / vector_counts[:, None]).to(x.dtype)

@@ -29,21 +29,21 @@ class MixKV(KVPolicy):
 
     def redundancy(self, keys: Tensor) -> Tensor:
         """(Hk,) float32 in [0, 1] of unit keys (Hk, n, Dh)."""
-        n = keys.shape[1]
-        return ((keys.sum(1).square().sum(-1) - n) / max(1, n * (n - 1))).clamp(0, 1)
+        num_columns = keys.shape[1]
+        return ((keys.sum(1).square().sum(-1) - num_columns) / max(1, num_columns * (num_columns - 1))).clamp(0, 1)
 
     def score(self, row: Row) -> Tensor:
         attention = row.relevance()
-        keys = normalize(row.keys.float(), dim=-1)
-        mean = normalize(keys.mean(1, keepdim=True), dim=-1)
+        unit_keys = normalize(row.keys.float(), dim=-1)
+        mean_key = normalize(unit_keys.mean(1, keepdim=True), dim=-1)
         importance = attention + _rescaled(row.values.float().norm(dim=-1), attention)
-        diversity = _rescaled(-(keys * mean).sum(-1), importance)
-        r = self.redundancy(keys)[:, None]
-        return r * diversity + (1 - r) * importance
+        diversity = _rescaled(-(unit_keys * mean_key).sum(-1), importance)
+        redundancy_weight = self.redundancy(unit_keys)[:, None]
+        return redundancy_weight * diversity + (1 - redundancy_weight) * importance
 
 
-def _rescaled(x: Tensor, like: Tensor) -> Tensor:
+def _rescaled(scores: Tensor, reference: Tensor) -> Tensor:
     """x (Hk, n) moved to [0, 1] per head, then scaled so that its mean is that of `like`."""
-    low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
-    x = (x - low) / (high - low).clamp(min=1e-12)
-    return x * like.mean(1, keepdim=True) / x.mean(1, keepdim=True).clamp(min=1e-12)
+    lowest, highest = scores.amin(1, keepdim=True), scores.amax(1, keepdim=True)
+    scores = (scores - lowest) / (highest - lowest).clamp(min=1e-12)
+    return scores * reference.mean(1, keepdim=True) / scores.mean(1, keepdim=True).clamp(min=1e-12)

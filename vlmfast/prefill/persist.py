@@ -1,4 +1,4 @@
-"""A compressed or pruned cache on disk, with what is remembered of it: a safetensors file gives the same bytes back."""
+"""Saves a compressed or pruned cache with its `CacheState` to a safetensors file, and loads the same bytes again."""
 
 from __future__ import annotations
 
@@ -59,17 +59,19 @@ def save(cache: Any, path: str | Path) -> None:
 
     Raises UserError for a cache with other layers, and for one that no stage has touched.
     """
-    state = cache_state(cache)
-    touched = state.shortened is not None or any(isinstance(layer, (KVLayer, PrunedLayer)) for layer in cache.layers)
-    for i, layer in enumerate(cache.layers):
-        if not isinstance(layer, (KVLayer, PrunedLayer)) and not (touched and type(layer) is DynamicLayer):
+    remembered = cache_state(cache)
+    is_ours = remembered.shortened is not None or any(
+        isinstance(cache_layer, (KVLayer, PrunedLayer)) for cache_layer in cache.layers
+    )
+    for layer_index, cache_layer in enumerate(cache.layers):
+        if not isinstance(cache_layer, (KVLayer, PrunedLayer)) and not (is_ours and type(cache_layer) is DynamicLayer):
             raise UserError(
-                f"layer {i} of this cache is a {type(layer).__name__}: only compressed caches are saved, and pruned "
-                "ones (a context within the budget is not compressed; use kv=Full() to hold it all)"
+                f"layer {layer_index} of this cache is a {type(cache_layer).__name__}: only compressed caches are "
+                "saved, and pruned ones (a context within the budget is not compressed; use kv=Full() to hold it all)"
             )
     tensors: dict[str, Tensor] = {}
-    tree = _pack({"layers": list(cache.layers), "state": state}, "", tensors)
-    save_file(tensors, str(path), metadata={"vlmfast_cache": json.dumps(tree)})
+    object_tree = _pack({"layers": list(cache.layers), "state": remembered}, "", tensors)
+    save_file(tensors, str(path), metadata={"vlmfast_cache": json.dumps(object_tree)})
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> DynamicCache:
@@ -78,50 +80,74 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> DynamicCache:
         raise UserError(f"no saved cache at {path}: prefill.persist.save writes one")
     cache = DynamicCache()
     try:
-        with safe_open(str(path), framework="pt") as file:
-            tree = (file.metadata() or {}).get("vlmfast_cache")
-            if tree is None:
+        with safe_open(str(path), framework="pt") as cache_file:
+            object_tree = (cache_file.metadata() or {}).get("vlmfast_cache")
+            if object_tree is None:
                 raise UserError(f"{path} is a safetensors file without a vlmfast cache in it")
-            state = _unpack(json.loads(tree), "", file, torch.device(device))
-        cache.layers.extend(state["layers"])
-        remembered = state["state"]
-    except (SafetensorError, OSError, KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as e:
-        raise UserError(f"{path} is no saved cache, or a damaged one ({shown(str(e))}): save it again") from None
+            contents = _unpack(json.loads(object_tree), "", cache_file, torch.device(device))
+        cache.layers.extend(contents["layers"])
+        remembered = contents["state"]
+    except (
+        SafetensorError,
+        OSError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        json.JSONDecodeError,
+    ) as error:
+        raise UserError(f"{path} is no saved cache, or a damaged one ({shown(str(error))}): save it again") from None
     put_cache_state(cache, **vars(remembered))
     return cache
 
 
-def _pack(x: Any, at: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON tree of x; tensors are put aside under their path."""
-    if isinstance(x, Tensor):
-        tensors[at] = x.detach().cpu().clone(memory_format=torch.contiguous_format)
-        return {"tensor": at}
-    if isinstance(x, (list, tuple)):
-        return {type(x).__name__: [_pack(v, f"{at}.{i}", tensors) for i, v in enumerate(x)]}
-    if isinstance(x, dict):
-        return {"dict": [[k, _pack(v, f"{at}.{k}", tensors)] for k, v in x.items()]}  # keys may be numbers
-    if isinstance(x, torch.dtype):
-        return {"dtype": str(x).removeprefix("torch.")}
-    if isinstance(x, torch.device):
+def _pack(value: Any, tensor_name: str, tensors: dict[str, Tensor]) -> Any:
+    """JSON tree of a value; its tensors are collected in `tensors` under their path."""
+    if isinstance(value, Tensor):
+        tensors[tensor_name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {"tensor": tensor_name}
+    if isinstance(value, (list, tuple)):
+        return {
+            type(value).__name__: [
+                _pack(child, f"{tensor_name}.{child_index}", tensors) for child_index, child in enumerate(value)
+            ]
+        }
+    if isinstance(value, dict):
+        return {
+            "dict": [
+                [child_key, _pack(child, f"{tensor_name}.{child_key}", tensors)] for child_key, child in value.items()
+            ]
+        }  # keys may be numbers
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.device):
         return {"device": None}
-    if type(x).__name__ in _KNOWN:
-        state = (x.compact() if isinstance(x, Store) else x).__dict__
-        return {"object": type(x).__name__, "state": {k: _pack(v, f"{at}.{k}", tensors) for k, v in state.items()}}
-    return {"value": x}
+    if type(value).__name__ in _KNOWN:
+        attributes = (value.compact() if isinstance(value, Store) else value).__dict__
+        return {
+            "object": type(value).__name__,
+            "state": {
+                child_key: _pack(child, f"{tensor_name}.{child_key}", tensors)
+                for child_key, child in attributes.items()
+            },
+        }
+    return {"value": value}
 
 
-def _unpack(x: Any, name: str, file: Any, device: torch.device) -> Any:
-    if "tensor" in x:
-        return file.get_tensor(x["tensor"]).to("cpu" if name.startswith(_HOST) else device)
-    if "object" in x:
-        new: Any = object.__new__(_KNOWN[x["object"]])
-        new.__dict__.update({k: _unpack(v, k, file, device) for k, v in x["state"].items()})
-        return new
-    if "dict" in x:
-        return {k: _unpack(v, str(k), file, device) for k, v in x["dict"]}
-    for kind in (list, tuple):
-        if kind.__name__ in x:
-            return kind(_unpack(v, name, file, device) for v in x[kind.__name__])
-    if "dtype" in x:
-        return getattr(torch, x["dtype"])
-    return device if "device" in x else x["value"]
+def _unpack(node: Any, name: str, cache_file: Any, device: torch.device) -> Any:
+    if "tensor" in node:
+        return cache_file.get_tensor(node["tensor"]).to("cpu" if name.startswith(_HOST) else device)
+    if "object" in node:
+        instance: Any = object.__new__(_KNOWN[node["object"]])
+        instance.__dict__.update(
+            {child_key: _unpack(child, child_key, cache_file, device) for child_key, child in node["state"].items()}
+        )
+        return instance
+    if "dict" in node:
+        return {child_key: _unpack(child, str(child_key), cache_file, device) for child_key, child in node["dict"]}
+    for sequence_type in (list, tuple):
+        if sequence_type.__name__ in node:
+            return sequence_type(_unpack(child, name, cache_file, device) for child in node[sequence_type.__name__])
+    if "dtype" in node:
+        return getattr(torch, node["dtype"])
+    return device if "device" in node else node["value"]

@@ -1,4 +1,4 @@
-"""What a KV policy cannot honour in a `generate` call, said in one line before anything runs."""
+"""Checks a `generate` call for options that a KV policy does not support, before anything runs."""
 
 from __future__ import annotations
 
@@ -14,23 +14,27 @@ FIRST_DRAFT = 20  # tokens that transformers' assistants draft first, unless tol
 
 
 def check(policy: Policy, option: Callable[[str], Any], prompt: Any, cache: Any) -> None:
-    """Raise Unsupported for what a compressed cache cannot give; a prompt that fits the budget is not compressed.
+    """Raise Unsupported for what a compressed cache does not support; a prompt that fits the budget is not compressed.
 
     option: a generation option by name, as `generate` would resolve it; prompt: ids or embeddings (B, L, ...), or None.
     """
-    columns = 0 if prompt is None else int(prompt.shape[1])
-    ragged = any(isinstance(layer, KVLayer) and layer.ragged for layer in getattr(cache, "layers", None) or ())
-    fits = policy.fits(columns) and not ragged
-    if (option("num_beams") or 1) > 1 and not fits:
+    prompt_length = 0 if prompt is None else int(prompt.shape[1])
+    is_ragged = any(
+        isinstance(cache_layer, KVLayer) and cache_layer.ragged for cache_layer in getattr(cache, "layers", None) or ()
+    )
+    fits_budget = policy.fits(prompt_length) and not is_ragged
+    if (option("num_beams") or 1) > 1 and not fits_budget:
         raise Unsupported(f"num_beams={option('num_beams')} with kv=: beams share no ragged cache; use num_beams=1")
-    drafted = next((name for name in ASSISTED if option(name)), None)
-    if drafted is not None:
-        first = getattr(getattr(option("assistant_model"), "generation_config", None), "num_assistant_tokens", None)
-        first = option("prompt_lookup_num_tokens") or first or FIRST_DRAFT
-        if ragged or not policy.fits(columns + int(first)):
+    draft_option = next((option_name for option_name in ASSISTED if option(option_name)), None)
+    if draft_option is not None:
+        first_draft = getattr(
+            getattr(option("assistant_model"), "generation_config", None), "num_assistant_tokens", None
+        )
+        first_draft = option("prompt_lookup_num_tokens") or first_draft or FIRST_DRAFT
+        if is_ragged or not policy.fits(prompt_length + int(first_draft)):
             raise Unsupported(
-                f"{drafted} with kv=: transformers feeds its first draft together with the prompt, and both would be "
-                "compressed; use speculate=, or drop kv="
+                f"{draft_option} with kv=: transformers feeds its first draft together with the prompt, and both "
+                "would be compressed; use speculate=, or drop kv="
             )
-    if option("output_attentions") and not fits:
+    if option("output_attentions") and not fits_budget:
         raise Unsupported(NO_WEIGHTS)

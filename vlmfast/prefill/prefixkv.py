@@ -34,20 +34,20 @@ class PrefixKV(AcrossLayers):
 
     def weigh(self, row: Row, scores: Tensor) -> Tensor:
         """(m,) float64: the share of the layer's importance that its best 1, 2, ... m of the free columns hold."""
-        free = scores[:, self.sinks : row.n - self.recent].double().cpu()
-        best = free.sort(dim=1, descending=True).values.cumsum(1)
-        return (best / best[:, -1:].clamp(min=1e-12)).mean(0)
+        free_scores = scores[:, self.sinks : row.n - self.recent].double().cpu()
+        cumulative_scores = free_scores.sort(dim=1, descending=True).values.cumsum(1)
+        return (cumulative_scores / cumulative_scores[:, -1:].clamp(min=1e-12)).mean(0)
 
     def spread(self, weights: list[Any], n: int) -> list[int]:
-        curves = torch.stack(weights)
-        low, high = 0.0, 1.0 + 1e-6
+        share_curves = torch.stack(weights)
+        lower_bound, upper_bound = 0.0, 1.0 + 1e-6
         for _ in range(50):
-            p = (low + high) / 2
-            if sum(self.prefix(curves, p)) <= self.total(n) * len(weights):
-                low = p
+            attention_share = (lower_bound + upper_bound) / 2
+            if sum(self.prefix(share_curves, attention_share)) <= self.total(n) * len(weights):
+                lower_bound = attention_share
             else:
-                high = p
-        return self.prefix(curves, low)
+                upper_bound = attention_share
+        return self.prefix(share_curves, lower_bound)
 
     def prefix(self, curves: Tensor, p: float) -> list[int]:
         """Columns of each layer, the shortest prefix whose share reaches p among them; curves (layers, m)."""

@@ -25,10 +25,12 @@ class PyramidKV(SnapKV):
     beta: Annotated[float, Range(1)] = 20.0
 
     def allowance(self, row: Row) -> int:
-        mean, least = self.total(row.n) - self.least(), self.least()
-        first = min(2 * mean - mean / self.beta, row.n - least)
-        slope = 2 * (first - mean) / max(1, row.layers - 1)
-        free = [first - slope * i for i in range(row.layers)] if row.layers > 1 else [float(mean)]
+        mean_free, minimum = self.total(row.n) - self.least(), self.least()
+        first_layer_free = min(2 * mean_free - mean_free / self.beta, row.n - minimum)
+        slope = 2 * (first_layer_free - mean_free) / max(1, row.layers - 1)
+        free_columns = (
+            [first_layer_free - slope * depth for depth in range(row.layers)] if row.layers > 1 else [float(mean_free)]
+        )
         # rounding the running sum, not the layers, keeps the sum over the layers exact
-        at = row.layer if row.rank is None else row.rank
-        return least + round(sum(free[: at + 1])) - round(sum(free[:at]))
+        layer_index = row.layer if row.rank is None else row.rank
+        return minimum + round(sum(free_columns[: layer_index + 1])) - round(sum(free_columns[:layer_index]))

@@ -1,4 +1,4 @@
-"""Quantised: columns that would be evicted stay at low precision (MiKV, arXiv 2402.18096; ZipCache, 2405.14256)."""
+"""Quantised: columns outside the budget are stored as int8 (MiKV, arXiv 2402.18096; ZipCache, 2405.14256)."""
 
 from __future__ import annotations
 
@@ -47,5 +47,5 @@ class Quantised(KVPolicy):
 
     def choose(self, row: Row) -> Choice:
         choice = super().choose(row)
-        choice.low = [others(kept, row.n) for kept in choice.keep]
+        choice.low = [others(kept_indices, row.n) for kept_indices in choice.keep]
         return choice

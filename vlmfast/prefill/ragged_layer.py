@@ -1,6 +1,6 @@
-"""A transformers cache layer whose heads may hold different columns, in tiers, and that really is smaller.
+"""A transformers cache layer whose heads may store different columns, in exact, int8 and host memory.
 
-Life of a layer: empty -> holding the whole prefill as it came (B, Hk, L, Dh) -> ragged. A ragged layer hands itself to
+States of a layer: empty -> the whole prefill, dense (B, Hk, L, Dh) -> ragged. A ragged layer hands itself to
 the attention function on the key tensor (`runtime.attention`), which calls `attend`; nothing is ever padded or masked.
 It reports the *logical* length (columns of the user's sequence) and holds the *physical* ones.
 """
@@ -66,9 +66,9 @@ class KVLayer(RaggedLayer, CacheLayerMixin):
         if self.keys is not None:
             self.compress(None)
         position = self.get_seq_length()
-        flat = key_states.flatten(0, 1), value_states.flatten(0, 1)
+        flat_states = key_states.flatten(0, 1), value_states.flatten(0, 1)
         for store in self.stores():
-            store.append(*flat, position)
+            store.append(*flat_states, position)
         self.entered += key_states.shape[2]
         return tag(key_states, self), value_states
 
@@ -97,24 +97,24 @@ class KVLayer(RaggedLayer, CacheLayerMixin):
         Exact for columns that came after the compression. Columns of the prefill can be taken back too: every head
         then holds what it kept among the columns that remain (a merged one keeps what was merged into it).
         """
-        length = self.get_seq_length()
-        remove = -tokens_to_remove if tokens_to_remove <= 0 else length - tokens_to_remove
-        if remove <= 0 or not self.is_initialized:
+        logical_length = self.get_seq_length()
+        num_removed = -tokens_to_remove if tokens_to_remove <= 0 else logical_length - tokens_to_remove
+        if num_removed <= 0 or not self.is_initialized:
             return
-        length -= remove
+        logical_length -= num_removed
         if self.keys is not None and self.values is not None:
-            self.keys, self.values = self.keys[:, :, :-remove], self.values[:, :, :-remove]
+            self.keys, self.values = self.keys[:, :, :-num_removed], self.values[:, :, :-num_removed]
         for store in (self.exact, self.int8):
-            if store is not None and length >= self.base:
-                store.drop_last(remove)
+            if store is not None and logical_length >= self.base:
+                store.drop_last(num_removed)
             elif store is not None:
-                store.keep_before(length)
-        if self.low is not None and length < self.base:
-            self.low.keep_before(length)
+                store.keep_before(logical_length)
+        if self.low is not None and logical_length < self.base:
+            self.low.keep_before(logical_length)
         if self.dynamic is not None:
-            self.dynamic.crop(length, remove)
-        self.entered -= remove
-        self.base = min(self.base, length)
+            self.dynamic.crop(logical_length, num_removed)
+        self.entered -= num_removed
+        self.base = min(self.base, logical_length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -125,20 +125,20 @@ class KVLayer(RaggedLayer, CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep batch rows `indices` (int64, repeats allowed, or a bool mask), in that order."""
         indices = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
-        batch = [int(i) for i in indices]
+        batch_rows = [int(index) for index in indices]
         if self.keys is not None and self.values is not None:
-            self.keys, self.values = self.keys[batch], self.values[batch]
-        rows = {old * self.heads + h for old in batch for h in range(self.heads)}
-        for name in ("exact", "int8", "low"):
-            store = getattr(self, name)
-            if store is not None and rows.isdisjoint(store.rows):
-                setattr(self, name, None)
+            self.keys, self.values = self.keys[batch_rows], self.values[batch_rows]
+        kept_rows = {old_row * self.heads + head for old_row in batch_rows for head in range(self.heads)}
+        for store_name in ("exact", "int8", "low"):
+            store = getattr(self, store_name)
+            if store is not None and kept_rows.isdisjoint(store.rows):
+                setattr(self, store_name, None)
             elif store is not None:
-                store.take(batch, self.heads)
+                store.take(batch_rows, self.heads)
         if self.dynamic is not None:
-            self.dynamic.take(batch, self.heads)
+            self.dynamic.take(batch_rows, self.heads)
             self.dynamic = self.dynamic if self.dynamic.groups else None
-        self.batch = len(batch)
+        self.batch = len(batch_rows)
 
     # -- compression and attention ---------------------------------------------------------------------------------
 
@@ -149,78 +149,102 @@ class KVLayer(RaggedLayer, CacheLayerMixin):
 
     def stores(self) -> list[Store]:
         """The fast-memory stores that exist and grow."""
-        found = (self.exact, self.int8, self.dynamic.store if self.dynamic else None)
-        return [s for s in found if s is not None]
+        all_stores = (self.exact, self.int8, self.dynamic.store if self.dynamic else None)
+        return [s for s in all_stores if s is not None]
 
     def compress(self, kept: CompressedLayer | None, positions: Tensor | None = None) -> None:
         """Turn the held prefill into ragged storage: what `kept` names, or every column when None.
 
         positions (B, L): logical column of each held one, -1 on padding (then dropped); None = in order, no padding.
         """
-        keys, values = self.keys, self.values
-        assert keys is not None and values is not None, "compress() needs the prefill that update() was given"
-        b, hk, n, _ = keys.shape
+        all_keys, all_values = self.keys, self.values
+        assert all_keys is not None and all_values is not None, "compress() needs the prefill that update() was given"
+        batch_size, num_heads, num_columns, _ = all_keys.shape
         self.base = self.get_seq_length()
         if positions is None:
-            positions = torch.arange(self.skipped, self.skipped + n, device=keys.device).expand(b, n)
+            positions = torch.arange(self.skipped, self.skipped + num_columns, device=all_keys.device).expand(
+                batch_size, num_columns
+            )
         if kept is None:
-            real = [(p >= 0).nonzero()[:, 0] for p in positions]
-            kept = CompressedLayer(keep=[real[r // hk] for r in range(b * hk)])
+            real_columns = [(row_places >= 0).nonzero()[:, 0] for row_places in positions]
+            kept = CompressedLayer(keep=[real_columns[row // num_heads] for row in range(batch_size * num_heads)])
         assert kept.dynamic is None or kept.mass is None or not kept.dynamic.any(), "dynamic heads hold plain columns"
-        dynamic = kept.dynamic.tolist() if kept.dynamic is not None else [False] * (b * hk)
-        small = kept.int8.tolist() if kept.int8 is not None else [False] * (b * hk)
-        parts: dict[str, list] = {"exact": [], "int8": [], "dynamic": []}
+        is_dynamic = kept.dynamic.tolist() if kept.dynamic is not None else [False] * (batch_size * num_heads)
+        is_int8 = kept.int8.tolist() if kept.int8 is not None else [False] * (batch_size * num_heads)
+        tiers: dict[str, list] = {"exact": [], "int8": [], "dynamic": []}
         positions = positions.to(torch.int32)
-        joined = _joined(kept, keys, values, positions)
-        for r, columns in enumerate(kept.keep if joined is None else []):
-            i, h = divmod(r, hk)
-            where = slice(None) if len(columns) == n else columns
-            merged = kept.merged[r] if kept.merged is not None else None
-            k, v = merged if merged is not None else (keys[i, h][where], values[i, h][where])
-            segment = (r, k, v, positions[i][where])
-            parts["dynamic" if dynamic[r] else "int8" if small[r] else "exact"].append(segment)
-        if joined is not None:
-            parts["int8" if small[0] else "exact"] = list(zip(range(b * hk), *joined, strict=True))
-        if parts["exact"]:
-            self.exact = Store.build(parts["exact"], b * hk, mass=kept.mass, joined=joined)
-        if parts["int8"]:
-            self.int8 = Store.build(parts["int8"], b * hk, int8=True, mass=kept.mass, joined=joined)
-        if parts["dynamic"]:
+        joined_rows = _joined(kept, all_keys, all_values, positions)
+        for row, columns in enumerate(kept.keep if joined_rows is None else []):
+            batch_row, head = divmod(row, num_heads)
+            places = slice(None) if len(columns) == num_columns else columns
+            merged_pair = kept.merged[row] if kept.merged is not None else None
+            row_keys, row_values = (
+                merged_pair
+                if merged_pair is not None
+                else (all_keys[batch_row, head][places], all_values[batch_row, head][places])
+            )
+            segment = (row, row_keys, row_values, positions[batch_row][places])
+            tiers["dynamic" if is_dynamic[row] else "int8" if is_int8[row] else "exact"].append(segment)
+        if joined_rows is not None:
+            tiers["int8" if is_int8[0] else "exact"] = list(
+                zip(range(batch_size * num_heads), *joined_rows, strict=True)
+            )
+        if tiers["exact"]:
+            self.exact = Store.build(tiers["exact"], batch_size * num_heads, mass=kept.mass, joined=joined_rows)
+        if tiers["int8"]:
+            self.int8 = Store.build(
+                tiers["int8"], batch_size * num_heads, int8=True, mass=kept.mass, joined=joined_rows
+            )
+        if tiers["dynamic"]:
             assert kept.budget is not None and kept.retrieval is not None, "dynamic heads need a budget and a Retrieval"
-            budgets = [int(kept.budget[s[0]]) for s in parts["dynamic"]]
+            head_budgets = [int(kept.budget[entry[0]]) for entry in tiers["dynamic"]]
             self.dynamic = HostHeads(
-                parts["dynamic"], budgets, kept.retrieval, b * hk, self.base, keys.device, kept.low_rank
+                tiers["dynamic"],
+                head_budgets,
+                kept.retrieval,
+                batch_size * num_heads,
+                self.base,
+                all_keys.device,
+                kept.low_rank,
             )
         if kept.low is not None:
             assert self.dynamic is None, "dynamic heads hold whole columns"
-            rows = [(r, *divmod(r, hk), columns) for r, columns in enumerate(kept.low) if len(columns)]
-            low = [(r, keys[i, h][at], values[i, h][at], positions[i][at]) for r, i, h, at in rows]
-            self.low = Store.build(low, b * hk, int8=True).compact()
+            low_rows = [(row, *divmod(row, num_heads), columns) for row, columns in enumerate(kept.low) if len(columns)]
+            low_segments = [
+                (
+                    row,
+                    all_keys[batch_row, head][low_places],
+                    all_values[batch_row, head][low_places],
+                    positions[batch_row][low_places],
+                )
+                for row, batch_row, head, low_places in low_rows
+            ]
+            self.low = Store.build(low_segments, batch_size * num_heads, int8=True).compact()
         self.keys = self.values = None
         self.stats = kept.stats
 
     def attend(self, query: Tensor, scaling: float) -> Tensor:
         """Attention of the last q columns (already in the layer), causal: (B, H, q, Dh) -> (B, H, q, Dv)."""
-        out = query.new_empty(*query.shape[:3], self.stores()[0].values.shape[-1])
+        attention_output = query.new_empty(*query.shape[:3], self.stores()[0].values.shape[-1])
         if self.low is not None:
-            return self._joined(query, scaling, out, self.low)
+            return self._joined(query, scaling, attention_output, self.low)
         for store in (self.exact, self.int8):
             if store is not None:
-                kernels.ragged_attention(query, store, scaling, out, self.backend)
+                kernels.ragged_attention(query, store, scaling, attention_output, self.backend)
         if self.dynamic is not None:
-            turn = query.shape[2] > 1 and not self.verifying
-            self.dynamic.attend(query, scaling, out, self.get_seq_length(), turn)
-        return out
+            is_new_turn = query.shape[2] > 1 and not self.verifying
+            self.dynamic.attend(query, scaling, attention_output, self.get_seq_length(), is_new_turn)
+        return attention_output
 
-    def _joined(self, query: Tensor, scaling: float, out: Tensor, low: Store) -> Tensor:
+    def _joined(self, query: Tensor, scaling: float, output: Tensor, low_store: Store) -> Tensor:
         """Attention over rows that lie in two stores: each by itself, joined by their sums of exponentials."""
-        more = torch.zeros_like(out)
-        here, there = (query.new_full(query.shape[:3], float("-inf"), dtype=torch.float32) for _ in range(2))
+        low_output = torch.zeros_like(output)
+        sums, low_sums = (query.new_full(query.shape[:3], float("-inf"), dtype=torch.float32) for _ in range(2))
         for store in self.stores():
-            kernels.ragged_attention(query, store, scaling, out, self.backend, here)
-        kernels.ragged_attention(query, low, scaling, more, self.backend, there, causal=False)
-        share = torch.sigmoid(there - here)[..., None]
-        return torch.lerp(out.float(), more.float(), share).to(out.dtype)
+            kernels.ragged_attention(query, store, scaling, output, self.backend, sums)
+        kernels.ragged_attention(query, low_store, scaling, low_output, self.backend, low_sums, causal=False)
+        low_share = torch.sigmoid(low_sums - sums)[..., None]
+        return torch.lerp(output.float(), low_output.float(), low_share).to(output.dtype)
 
     def plain_rows(self) -> list[tuple[Tensor, Tensor]] | str:
         """Keys and values of every (batch row, head), where they are nothing but columns in fast memory."""
@@ -230,9 +254,11 @@ class KVLayer(RaggedLayer, CacheLayerMixin):
             return "dynamic heads read host memory" if self.dynamic is not None else "heads are stored as int8"
         if self.low is not None or self.exact.bias is not None:
             return "columns stand for several, or are stored as int8"
-        store = self.exact
-        held = sorted(zip(store.rows, store.offsets, store.lengths, strict=True))
-        return [(store.keys[at : at + n], store.values[at : at + n]) for _, at, n in held]
+        stored = self.exact
+        places = sorted(zip(stored.rows, stored.offsets, stored.lengths, strict=True))
+        return [
+            (stored.keys[start : start + length], stored.values[start : start + length]) for _, start, length in places
+        ]
 
     # -- accounts --------------------------------------------------------------------------------------------------
 
@@ -280,11 +306,17 @@ def _joined(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Keys (R, m, D), values (R, m, Dv) and positions (R, m) of what stays, gathered at once; None where rows differ in
     length or in kind, or hold other vectors than their own. keys, values (B, Hk, n, D); positions (B, n)."""
-    b, hk = keys.shape[:2]
-    one = len({len(columns) for columns in kept.keep}) == 1 and kept.merged is None
-    alike = kept.int8 is None or len(set(kept.int8.tolist())) == 1
-    if not one or not alike or (kept.dynamic is not None and bool(kept.dynamic.any())):
+    batch_size, num_heads = keys.shape[:2]
+    same_length = len({len(indices) for indices in kept.keep}) == 1 and kept.merged is None
+    same_kind = kept.int8 is None or len(set(kept.int8.tolist())) == 1
+    if not same_length or not same_kind or (kept.dynamic is not None and bool(kept.dynamic.any())):
         return None
-    columns, head = torch.stack(kept.keep).view(b, hk, -1), torch.arange(hk, device=keys.device)[:, None]
-    rows = [(keys[i][head, c], values[i][head, c], positions[i][c]) for i, c in enumerate(columns)]
-    return rows[0] if b == 1 else tuple(torch.cat(x) for x in zip(*rows, strict=True))  # type: ignore[return-value]
+    indices, head_index = (
+        torch.stack(kept.keep).view(batch_size, num_heads, -1),
+        torch.arange(num_heads, device=keys.device)[:, None],
+    )
+    gathered = [
+        (keys[index][head_index, places], values[index][head_index, places], positions[index][places])
+        for index, places in enumerate(indices)
+    ]
+    return gathered[0] if batch_size == 1 else tuple(torch.cat(parts) for parts in zip(*gathered, strict=True))  # type: ignore[return-value]

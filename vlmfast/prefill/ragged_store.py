@@ -1,4 +1,4 @@
-"""Rows of keys and values in one flat, preallocated buffer; every (batch row, head) has its own length."""
+"""Stores rows of keys and values in one flat, preallocated buffer; every (batch row, head) has its own length."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Segment = tuple[int, Tensor, Tensor, Tensor]  # row, keys (n, D), values (n, Dv)
 
 def _even(capacity: list[int], slack: int = 32) -> list[int]:
     """Raise ascending capacities to that of the largest neighbour within 1/slack."""
-    out = list(capacity)
-    for i in range(len(out) - 2, -1, -1):
-        if (out[i + 1] - out[i]) * slack <= out[i + 1]:
-            out[i] = out[i + 1]
-    return out
+    evened = list(capacity)
+    for entry_index in range(len(evened) - 2, -1, -1):
+        if (evened[entry_index + 1] - evened[entry_index]) * slack <= evened[entry_index + 1]:
+            evened[entry_index] = evened[entry_index + 1]
+    return evened
 
 
 @dataclass
@@ -59,173 +59,192 @@ class Store(Ragged):
         mass: per row of the layer, how many columns each column of its segment stands for (n,), None = one.
         joined: segments of one length as one tensor each: keys (R, n, D), values (R, n, Dv), positions (R, n).
         """
-        segments = sorted(segments, key=lambda s: s[1].shape[0])
-        lengths = [s[1].shape[0] for s in segments]
+        segments = sorted(segments, key=lambda segment: segment[1].shape[0])
+        lengths = [segment[1].shape[0] for segment in segments]
         room = max(room, 32, max(lengths) // 32)
-        capacity = _even([n + room for n in lengths])
-        ends = torch.tensor(capacity).cumsum(0).tolist()
-        offsets = [end - c for end, c in zip(ends, capacity, strict=True)]
-        _, k, v, _ = segments[0]
-        dtype = torch.int8 if int8 else k.dtype
-        new = cls(
-            keys=k.new_zeros(ends[-1], k.shape[1], dtype=dtype),
-            values=v.new_zeros(ends[-1], v.shape[1], dtype=dtype),
-            rows=[s[0] for s in segments],
+        capacity = _even([entry_length + room for entry_length in lengths])
+        entry_ends = torch.tensor(capacity).cumsum(0).tolist()
+        offsets = [entry_end - entry_capacity for entry_end, entry_capacity in zip(entry_ends, capacity, strict=True)]
+        _, first_keys, first_values, _ = segments[0]
+        stored_dtype = torch.int8 if int8 else first_keys.dtype
+        new_store = cls(
+            keys=first_keys.new_zeros(entry_ends[-1], first_keys.shape[1], dtype=stored_dtype),
+            values=first_values.new_zeros(entry_ends[-1], first_values.shape[1], dtype=stored_dtype),
+            rows=[segment[0] for segment in segments],
             offsets=offsets,
             lengths=lengths,
             total=total,
-            key_scale=k.new_zeros(ends[-1], dtype=torch.float32) if int8 else None,
-            value_scale=k.new_zeros(ends[-1], dtype=torch.float32) if int8 else None,
-            positions=k.new_empty(ends[-1], dtype=torch.int32),
+            key_scale=first_keys.new_zeros(entry_ends[-1], dtype=torch.float32) if int8 else None,
+            value_scale=first_keys.new_zeros(entry_ends[-1], dtype=torch.float32) if int8 else None,
+            positions=first_keys.new_empty(entry_ends[-1], dtype=torch.int32),
             finite=True,
             capacity=capacity,
-            cursor=to_device(torch.tensor(offsets) + torch.tensor(lengths), k.device),
+            cursor=to_device(torch.tensor(offsets) + torch.tensor(lengths), first_keys.device),
         )
         if joined is not None:
-            new._write_joined(*joined)
-        for at, (_, keys, values, positions) in zip(offsets, segments if joined is None else [], strict=joined is None):
-            new._write(slice(at, at + keys.shape[0]), keys, values)
-            new.positions[at : at + keys.shape[0]] = positions
-        if mass is not None and any(mass[row] is not None for row in new.rows):
-            new.bias = k.new_zeros(ends[-1], dtype=torch.float32)
-            for row, at, n in zip(new.rows, offsets, lengths, strict=True):
-                given = mass[row]
-                if given is not None:
-                    new.bias[at : at + n] = given.log()
-        return new
+            new_store._write_joined(*joined)
+        for entry_start, (_, keys, values, positions) in zip(
+            offsets, segments if joined is None else [], strict=joined is None
+        ):
+            new_store._write(slice(entry_start, entry_start + keys.shape[0]), keys, values)
+            new_store.positions[entry_start : entry_start + keys.shape[0]] = positions
+        if mass is not None and any(mass[row_number] is not None for row_number in new_store.rows):
+            new_store.bias = first_keys.new_zeros(entry_ends[-1], dtype=torch.float32)
+            for row_number, entry_start, entry_length in zip(new_store.rows, offsets, lengths, strict=True):
+                row_mass = mass[row_number]
+                if row_mass is not None:
+                    new_store.bias[entry_start : entry_start + entry_length] = row_mass.log()
+        return new_store
 
     def _write_joined(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Into entries of one length: keys (R, n, D), values (R, n, Dv), positions (R, n)."""
-        rows, n = positions.shape
-        given = {"keys": keys, "values": values, "positions": positions}
+        num_rows, num_columns = positions.shape
+        buffer_values = {"keys": keys, "values": values, "positions": positions}
         if self.key_scale is not None:
-            given["keys"], given["key_scale"] = quantise(keys)
-            given["values"], given["value_scale"] = quantise(values)
-        for name, x in given.items():
-            getattr(self, name).unflatten(0, (rows, -1))[:, :n] = x
+            buffer_values["keys"], buffer_values["key_scale"] = quantise(keys)
+            buffer_values["values"], buffer_values["value_scale"] = quantise(values)
+        for buffer_name, new_values in buffer_values.items():
+            getattr(self, buffer_name).unflatten(0, (num_rows, -1))[:, :num_columns] = new_values
 
-    def _write(self, where: slice | Tensor, keys: Tensor, values: Tensor) -> None:
+    def _write(self, slot_index: slice | Tensor, keys: Tensor, values: Tensor) -> None:
         if self.key_scale is not None and self.value_scale is not None:
-            keys, self.key_scale[where] = quantise(keys)
-            values, self.value_scale[where] = quantise(values)
-        self.keys[where] = keys
-        self.values[where] = values
+            keys, self.key_scale[slot_index] = quantise(keys)
+            values, self.value_scale[slot_index] = quantise(values)
+        self.keys[slot_index] = keys
+        self.values[slot_index] = values
 
     def segment(self, i: int, dtype: torch.dtype) -> Segment:
         """Entry i as (row, keys, values, positions), int8 entries dequantised to `dtype`."""
-        at = slice(self.offsets[i], self.offsets[i] + self.lengths[i])
-        keys, values = self.keys[at], self.values[at]
+        slot_range = slice(self.offsets[i], self.offsets[i] + self.lengths[i])
+        keys, values = self.keys[slot_range], self.values[slot_range]
         if self.key_scale is not None and self.value_scale is not None:
-            keys = dequantise(keys, self.key_scale[at], dtype)
-            values = dequantise(values, self.value_scale[at], dtype)
-        return self.rows[i], keys, values, self.positions[at]
+            keys = dequantise(keys, self.key_scale[slot_range], dtype)
+            values = dequantise(values, self.value_scale[slot_range], dtype)
+        return self.rows[i], keys, values, self.positions[slot_range]
 
     def append(self, keys: Tensor, values: Tensor, position: int) -> None:
         """Append q columns to every entry, in place: keys (total, q, D), values (total, q, Dv), from `position` on."""
-        q = keys.shape[1]
-        if min(c - n for c, n in zip(self.capacity, self.lengths, strict=True)) < q:
-            self._grow(q)
+        num_tokens = keys.shape[1]
+        if (
+            min(
+                entry_capacity - entry_length
+                for entry_capacity, entry_length in zip(self.capacity, self.lengths, strict=True)
+            )
+            < num_tokens
+        ):
+            self._grow(num_tokens)
         if self.rows != list(range(self.total)):
             keys, values = keys[self.index], values[self.index]
-        if q == 1:
-            where = self.cursor
-            self.positions.index_fill_(0, where, position)
+        if num_tokens == 1:
+            target_slots = self.cursor
+            self.positions.index_fill_(0, target_slots, position)
         else:
-            steps = torch.arange(q, device=self.cursor.device)
-            where = (self.cursor[:, None] + steps).reshape(-1)
-            self.positions.index_copy_(0, where, (steps + position).to(torch.int32).repeat(len(self)))
+            token_offsets = torch.arange(num_tokens, device=self.cursor.device)
+            target_slots = (self.cursor[:, None] + token_offsets).reshape(-1)
+            self.positions.index_copy_(0, target_slots, (token_offsets + position).to(torch.int32).repeat(len(self)))
         keys, values = keys.reshape(-1, keys.shape[-1]), values.reshape(-1, values.shape[-1])
         if self.key_scale is None:
-            self.keys.index_copy_(0, where, keys)
-            self.values.index_copy_(0, where, values)
+            self.keys.index_copy_(0, target_slots, keys)
+            self.values.index_copy_(0, target_slots, values)
         else:
-            self._write(where, keys, values)
+            self._write(target_slots, keys, values)
         if self.bias is not None:
-            self.bias.index_fill_(0, where, 0.0)
-        self.lengths = [n + q for n in self.lengths]
-        self.cursor += q
+            self.bias.index_fill_(0, target_slots, 0.0)
+        self.lengths = [entry_length + num_tokens for entry_length in self.lengths]
+        self.cursor += num_tokens
 
-    def _grow(self, q: int) -> None:
-        self._copy_from([self._raw(i) for i in range(len(self))], room=q + 32)
+    def _grow(self, num_tokens: int) -> None:
+        self._copy_from([self._raw(i) for i in range(len(self))], room=num_tokens + 32)
 
-    def _raw(self, i: int) -> tuple[int, slice | Tensor, int]:
-        return self.rows[i], slice(self.offsets[i], self.offsets[i] + self.lengths[i]), self.lengths[i]
+    def _raw(self, entry_index: int) -> tuple[int, slice | Tensor, int]:
+        return (
+            self.rows[entry_index],
+            slice(self.offsets[entry_index], self.offsets[entry_index] + self.lengths[entry_index]),
+            self.lengths[entry_index],
+        )
 
     def _copy_from(self, entries: list[tuple[int, slice | Tensor, int]], room: int) -> None:
         """Re-lay the given (row, slots, length) entries of this store in a new buffer, byte for byte."""
-        entries = sorted(entries, key=lambda e: e[2])
-        room = max(room, max(e[2] for e in entries) // 32) if room else 0
-        capacity = _even([e[2] + room for e in entries]) if room else [e[2] for e in entries]
-        ends = torch.tensor(capacity).cumsum(0).tolist()
-        offsets = [end - c for end, c in zip(ends, capacity, strict=True)]
-        for name in _BUFFERS:
-            old = getattr(self, name)
-            if old is None:
+        entries = sorted(entries, key=lambda entry: entry[2])
+        room = max(room, max(entry[2] for entry in entries) // 32) if room else 0
+        capacity = _even([entry[2] + room for entry in entries]) if room else [entry[2] for entry in entries]
+        entry_ends = torch.tensor(capacity).cumsum(0).tolist()
+        offsets = [entry_end - entry_capacity for entry_end, entry_capacity in zip(entry_ends, capacity, strict=True)]
+        for buffer_name in _BUFFERS:
+            old_buffer = getattr(self, buffer_name)
+            if old_buffer is None:
                 continue
-            new = old.new_zeros(ends[-1], *old.shape[1:])
-            for at, (_, slots, n) in zip(offsets, entries, strict=True):
-                new[at : at + n] = old[slots]
-            setattr(self, name, new)
-        self.rows, self.lengths = [e[0] for e in entries], [e[2] for e in entries]
+            new_buffer = old_buffer.new_zeros(entry_ends[-1], *old_buffer.shape[1:])
+            for entry_start, (_, slots, entry_length) in zip(offsets, entries, strict=True):
+                new_buffer[entry_start : entry_start + entry_length] = old_buffer[slots]
+            setattr(self, buffer_name, new_buffer)
+        self.rows, self.lengths = [entry[0] for entry in entries], [entry[2] for entry in entries]
         self.offsets, self.capacity = offsets, capacity
-        ends = [o + n for o, n in zip(offsets, self.lengths, strict=True)]
-        self.cursor = to_device(torch.tensor(ends), self.keys.device)
+        entry_ends = [
+            entry_offset + entry_length for entry_offset, entry_length in zip(offsets, self.lengths, strict=True)
+        ]
+        self.cursor = to_device(torch.tensor(entry_ends), self.keys.device)
 
     def drop_last(self, n: int) -> None:
         """Forget the last n columns of every entry."""
-        self.lengths = [x - n for x in self.lengths]
+        self.lengths = [entry_length - n for entry_length in self.lengths]
         self.cursor -= n
 
     def keep_before(self, position: int) -> None:
         """Forget columns at or after a logical position (positions ascend within an entry)."""
-        cut = []
-        for at, n in zip(self.offsets, self.lengths, strict=True):
-            cut.append(int(torch.searchsorted(self.positions[at : at + n].contiguous(), position)))
-        self.cursor -= torch.tensor([n - c for n, c in zip(self.lengths, cut, strict=True)], device=self.cursor.device)
-        self.lengths = cut
+        new_lengths = []
+        for entry_start, entry_length in zip(self.offsets, self.lengths, strict=True):
+            new_lengths.append(
+                int(torch.searchsorted(self.positions[entry_start : entry_start + entry_length].contiguous(), position))
+            )
+        self.cursor -= torch.tensor(
+            [entry_length - new_length for entry_length, new_length in zip(self.lengths, new_lengths, strict=True)],
+            device=self.cursor.device,
+        )
+        self.lengths = new_lengths
 
     def drop_at(self, distance: int) -> None:
         """Forget the column `distance` before the end of every entry (1 = the last); those behind it move up."""
-        steps = torch.arange(distance - 1, device=self.cursor.device)
-        target = (self.cursor[:, None] - distance + steps).reshape(-1)
-        for name in _BUFFERS:
-            buffer = getattr(self, name)
+        moved_offsets = torch.arange(distance - 1, device=self.cursor.device)
+        target_slots = (self.cursor[:, None] - distance + moved_offsets).reshape(-1)
+        for buffer_name in _BUFFERS:
+            buffer = getattr(self, buffer_name)
             if buffer is not None:
-                buffer.index_copy_(0, target, buffer[target + 1])
+                buffer.index_copy_(0, target_slots, buffer[target_slots + 1])
         self.drop_last(1)
 
     def keep(self, kept: dict[int, Tensor], room: int) -> None:
         """Keep only some columns of some rows: row -> ascending places within its entry (int64)."""
         entries: list[tuple[int, slice | Tensor, int]] = []
-        for i, row in enumerate(self.rows):
+        for entry_index, row in enumerate(self.rows):
             if row in kept:
-                entries.append((row, self.offsets[i] + kept[row], len(kept[row])))
+                entries.append((row, self.offsets[entry_index] + kept[row], len(kept[row])))
             else:
-                entries.append(self._raw(i))
+                entries.append(self._raw(entry_index))
         self._copy_from(entries, room)
 
     def compact(self) -> Store:
         """A copy without free slots."""
-        new = replace(self)
-        new._copy_from([self._raw(i) for i in range(len(self))], room=0)
-        return new
+        new_store = replace(self)
+        new_store._copy_from([self._raw(entry_index) for entry_index in range(len(self))], room=0)
+        return new_store
 
     def take(self, batch: list[int], heads: int) -> None:
         """Keep (and repeat) batch rows in the given order."""
-        where = {row: i for i, row in enumerate(self.rows)}
+        entry_indices = {row: entry_index for entry_index, row in enumerate(self.rows)}
         entries = []
-        for new, old in enumerate(batch):
-            for h in range(heads):
-                if old * heads + h in where:
-                    _, slots, n = self._raw(where[old * heads + h])
-                    entries.append((new * heads + h, slots, n))
+        for new_batch_row, old_batch_row in enumerate(batch):
+            for head_index in range(heads):
+                if old_batch_row * heads + head_index in entry_indices:
+                    _, slots, entry_length = self._raw(entry_indices[old_batch_row * heads + head_index])
+                    entries.append((new_batch_row * heads + head_index, slots, entry_length))
         self.total = len(batch) * heads
         self._copy_from(entries, room=32)
 
     def nbytes(self) -> tuple[int, int]:
         """(bytes of the columns held, bytes allocated), positions, scales, biases and the entry table included."""
         tensors = [self.keys, self.values, self.positions, self.key_scale, self.value_scale, self.bias]
-        per_slot = sum(t[0].numel() * t.element_size() for t in tensors if t is not None)
+        bytes_per_slot = sum(tensor[0].numel() * tensor.element_size() for tensor in tensors if tensor is not None)
         tables = [self.cursor] if self._index is None else [self.cursor, self._index[1]]
-        table = sum(t.numel() * t.element_size() for t in tables)
-        return per_slot * sum(self.lengths) + table, per_slot * self.keys.shape[0] + table
+        table_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tables)
+        return bytes_per_slot * sum(self.lengths) + table_bytes, bytes_per_slot * self.keys.shape[0] + table_bytes

@@ -1,4 +1,4 @@
-"""Random columns: the baseline that every scorer has to beat."""
+"""Keeps random columns: the baseline of every scorer."""
 
 from __future__ import annotations
 
@@ -23,5 +23,5 @@ class Random(KVPolicy):
     seed: NonNegativeInt = 0
 
     def score(self, row: Row) -> Tensor:
-        gen = torch.Generator().manual_seed(self.seed * 10_007 + row.layer)
-        return torch.rand(row.keys.shape[0], row.n, generator=gen).to(row.keys.device)
+        random_state = torch.Generator().manual_seed(self.seed * 10_007 + row.layer)
+        return torch.rand(row.keys.shape[0], row.n, generator=random_state).to(row.keys.device)

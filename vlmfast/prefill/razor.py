@@ -38,7 +38,7 @@ class RazorAttention(AcrossLayers):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if any(min(pair) < 0 for pair in self.heads or ()):
+        if any(min(head_pair) < 0 for head_pair in self.heads or ()):
             raise UserError(
                 f"heads={shown(self.heads)} in {self.name}: give (layer, key head) pairs, e.g. ((0, 1), (3, 0))"
             )
@@ -47,11 +47,11 @@ class RazorAttention(AcrossLayers):
         return 0 if self.heads is not None else self.queries
 
     def check_model(self, layers: int, heads: int, axes: int) -> None:
-        for layer, head in self.heads or ():
-            if layer >= layers or head >= heads:
+        for layer_index, head_index in self.heads or ():
+            if layer_index >= layers or head_index >= heads:
                 raise Unsupported(
-                    f"{self.name}: head ({layer}, {head}), but this model has layers 0 to {layers - 1} with key heads "
-                    f"0 to {heads - 1} each"
+                    f"{self.name}: head ({layer_index}, {head_index}), but this model has layers 0 to {layers - 1} "
+                    f"with key heads 0 to {heads - 1} each"
                 )
 
     def least(self) -> int:
@@ -69,42 +69,55 @@ class RazorAttention(AcrossLayers):
 
     def spread(self, weights: list[Any], n: int) -> list[list[int]]:
         """Columns of every head of every layer: n for retrieval heads, the rest of the budget for the others alike."""
-        place = [(layer, head) for layer, reach in weights for head in range(len(reach))]
-        columns, most = self.total(n) * len(place), n - self.least()
-        room = (columns - self.least() * len(place)) // most
+        head_pairs = [
+            (layer_index, head_index) for layer_index, head_reach in weights for head_index in range(len(head_reach))
+        ]
+        total_columns, full_head_extra = self.total(n) * len(head_pairs), n - self.least()
+        max_whole_heads = (total_columns - self.least() * len(head_pairs)) // full_head_extra
         if self.heads is None:
-            order = ranking(torch.cat([reach for _, reach in weights])).tolist()
-            chosen = {place[i] for i in order[: min(room, round(self.share * len(place)))]}
+            reach_order = ranking(torch.cat([head_reach for _, head_reach in weights])).tolist()
+            retrieval_heads = {
+                head_pairs[pair_index]
+                for pair_index in reach_order[: min(max_whole_heads, round(self.share * len(head_pairs)))]
+            }
         else:
-            chosen = {(layer, head) for layer, head in self.heads}
-            if not chosen <= set(place):
-                raise UserError(f"heads={self.heads} in {self.name}: {min(chosen - set(place))} is not in this model")
-            if len(chosen) > room:
+            retrieval_heads = {(layer_index, head_index) for layer_index, head_index in self.heads}
+            if not retrieval_heads <= set(head_pairs):
                 raise UserError(
-                    f"{len(chosen)} heads of {n} columns do not fit {self.name} with {self.total(n)} columns per head: "
-                    f"raise keep or budget, or name at most {room}"
+                    f"heads={self.heads} in {self.name}: {min(retrieval_heads - set(head_pairs))} is not in this model"
                 )
-        other = (columns - n * len(chosen)) // (len(place) - len(chosen))
-        return [[n if (layer, h) in chosen else other for h in range(len(reach))] for layer, reach in weights]
+            if len(retrieval_heads) > max_whole_heads:
+                raise UserError(
+                    f"{len(retrieval_heads)} heads of {n} columns do not fit {self.name} with {self.total(n)} columns "
+                    f"per head: raise keep or budget, or name at most {max_whole_heads}"
+                )
+        other_columns = (total_columns - n * len(retrieval_heads)) // (len(head_pairs) - len(retrieval_heads))
+        return [
+            [
+                n if (layer_index, head_number) in retrieval_heads else other_columns
+                for head_number in range(len(head_reach))
+            ]
+            for layer_index, head_reach in weights
+        ]
 
     def pick(self, row: Row, rated: Rated, share: Any) -> Choice:
-        choice = Choice([], merged=[], mass=[], stats={"retrieval": [count == row.n for count in share]})
+        choice = Choice([], merged=[], mass=[], stats={"retrieval": [num_kept == row.n for num_kept in share]})
         assert choice.merged is not None and choice.mass is not None
-        for keys, values, count in zip(row.keys, row.values, share, strict=True):
-            everything = torch.arange(row.n, device=keys.device)
-            if count == row.n:
-                choice.keep.append(everything)
+        for head_keys, head_values, num_kept in zip(row.keys, row.values, share, strict=True):
+            all_columns = torch.arange(row.n, device=head_keys.device)
+            if num_kept == row.n:
+                choice.keep.append(all_columns)
                 choice.merged.append(None)
                 choice.mass.append(None)
                 continue
-            last = row.n - (count - self.sinks - 1)  # the first of the recent columns
-            keep = torch.cat([everything[: self.sinks + 1], everything[last:]])
-            new_keys, new_values = keys[keep], values[keep]
-            new_keys[self.sinks] = keys[self.sinks : last].float().mean(0).to(keys.dtype)
-            new_values[self.sinks] = values[self.sinks : last].float().mean(0).to(values.dtype)
-            mass = torch.ones(count, device=keys.device)
-            mass[self.sinks] = last - self.sinks
-            choice.keep.append(keep)
+            first_recent = row.n - (num_kept - self.sinks - 1)  # the first of the recent columns
+            kept_columns = torch.cat([all_columns[: self.sinks + 1], all_columns[first_recent:]])
+            new_keys, new_values = head_keys[kept_columns], head_values[kept_columns]
+            new_keys[self.sinks] = head_keys[self.sinks : first_recent].float().mean(0).to(head_keys.dtype)
+            new_values[self.sinks] = head_values[self.sinks : first_recent].float().mean(0).to(head_values.dtype)
+            column_mass = torch.ones(num_kept, device=head_keys.device)
+            column_mass[self.sinks] = first_recent - self.sinks
+            choice.keep.append(kept_columns)
             choice.merged.append((new_keys, new_values))
-            choice.mass.append(mass)
+            choice.mass.append(column_mass)
         return choice

@@ -48,29 +48,39 @@ class ShadowKV(KVPolicy):
                 f"{self.name} needs the rotation of every column, which this prefill does not have (a stream's working "
                 "set, say): use HybridKV, whose dynamic heads keep whole keys"
             )
-        hk, n, d = row.keys.shape
-        if row.rotation.cos.shape[-1] != d:
+        num_heads, num_columns, head_size = row.keys.shape
+        if row.rotation.cos.shape[-1] != head_size:
             raise Unsupported(
                 f"{self.name} undoes the rotation of whole keys, and this model rotates "
-                f"{row.rotation.cos.shape[-1]} of {d} channels: use HybridKV, whose dynamic heads keep whole keys"
+                f"{row.rotation.cos.shape[-1]} of {head_size} channels: use HybridKV, whose dynamic heads keep "
+                "whole keys"
             )
-        cos, sin = row.rotation.cos.float(), row.rotation.sin.float()
-        flat = rotate(row.keys.float(), cos, -sin) / (cos.square() + sin.square())  # keys before RoPE
-        u, s, vh = torch.linalg.svd(flat.transpose(0, 1).reshape(n, hk * d), full_matrices=False)
-        r = min(self.rank, len(s))
-        left = (u[:, :r] * s[:r]).to(row.keys.dtype)
-        right = vh[:r].view(r, hk, d).to(row.keys.dtype)
-        owner = row.rotation.owner == row.layer
+        cosines, sines = row.rotation.cos.float(), row.rotation.sin.float()
+        unrotated_keys = rotate(row.keys.float(), cosines, -sines) / (
+            cosines.square() + sines.square()
+        )  # keys before RoPE
+        left_vectors, singular_values, right_vectors = torch.linalg.svd(
+            unrotated_keys.transpose(0, 1).reshape(num_columns, num_heads * head_size), full_matrices=False
+        )
+        num_factors = min(self.rank, len(singular_values))
+        left_factor = (left_vectors[:, :num_factors] * singular_values[:num_factors]).to(row.keys.dtype)
+        right_factor = right_vectors[:num_factors].view(num_factors, num_heads, head_size).to(row.keys.dtype)
+        is_owner = row.rotation.owner == row.layer
         factors = [
             LowRank(
-                left,
-                right[:, h].clone(memory_format=torch.contiguous_format),
+                left_factor,
+                right_factor[:, head_index].clone(memory_format=torch.contiguous_format),
                 row.rotation.cos,
                 row.rotation.sin,
-                owner,
+                is_owner,
             )
-            for h in range(hk)
+            for head_index in range(num_heads)
         ]
-        everything = torch.arange(n, device=row.keys.device)
-        budget = torch.full((hk,), self.allowance(row), device=row.keys.device)
-        return Choice([everything] * hk, torch.ones_like(budget, dtype=torch.bool), budget, low_rank=[*factors])
+        all_columns = torch.arange(num_columns, device=row.keys.device)
+        head_budgets = torch.full((num_heads,), self.allowance(row), device=row.keys.device)
+        return Choice(
+            [all_columns] * num_heads,
+            torch.ones_like(head_budgets, dtype=torch.bool),
+            head_budgets,
+            low_rank=[*factors],
+        )

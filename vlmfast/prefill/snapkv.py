@@ -30,8 +30,8 @@ class SnapKV(KVPolicy):
 
     def score(self, row: Row) -> Tensor:
         relevance = row.relevance()
-        past = max(0, row.n - self.recent)
-        return torch.cat([max_pool(relevance[:, :past], self.pool), relevance[:, past:]], 1)
+        num_past_columns = max(0, row.n - self.recent)
+        return torch.cat([max_pool(relevance[:, :num_past_columns], self.pool), relevance[:, num_past_columns:]], 1)
 
     def tiebreak(self, row: Row) -> Tensor | None:
         """The attention before pooling, which makes neighbours equal."""

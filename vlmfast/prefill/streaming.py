@@ -13,7 +13,7 @@ from vlmfast.prefill.base import KVPolicy, Row
 
 @dataclass(frozen=True)
 class StreamingLLM(KVPolicy):
-    """Attention sinks plus the most recent columns; looks at nothing."""
+    """Attention sinks plus the most recent columns; reads neither keys nor attention."""
 
     name: ClassVar[str] = "streamingllm"
 
