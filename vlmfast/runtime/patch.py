@@ -25,9 +25,8 @@ class Patch:
     @contextmanager
     def lifted(self) -> Iterator[None]:
         """Inside the block none of our hooks is on the model; afterwards all are back, in the order they had."""
-        earlier_hooks: dict[
-            int, tuple[Any, dict[int, Any], set[int]]
-        ] = {}  # per hook dict: what it held, which were ours
+        # by the id of a module's hook dict: that dict, a copy of it, and the ids of our hooks in it
+        earlier_hooks: dict[int, tuple[Any, dict[int, Any], set[int]]] = {}
         for hook_handle in self._handles:
             hooks = hook_handle.hooks_dict_ref()
             if hooks is not None and hook_handle.id in hooks:
@@ -41,13 +40,9 @@ class Patch:
             for hooks, hooks_before, own_ids in earlier_hooks.values():  # others may have come and gone meanwhile
                 hooks_now = dict(hooks)
                 hooks.clear()
+                wanted_ids = own_ids | hooks_now.keys()
                 hooks.update(
-                    {
-                        hook_id: hook
-                        for hook_id, hook in hooks_before.items()
-                        if hook_id in own_ids or hook_id in hooks_now
-                    }
-                    | hooks_now
+                    {hook_id: hook for hook_id, hook in hooks_before.items() if hook_id in wanted_ids} | hooks_now
                 )
 
     def set(self, obj: Any, name: str, value: Any) -> None:
