@@ -1,7 +1,7 @@
-"""What a cache remembers of the prompt that filled it, in one typed attribute: `cache_state(cache)`.
+"""The facts that are kept on a cache about the prompt that filled it, in one attribute: `cache_state(cache)`.
 
-Which columns entered (physical against logical, kinds, padding), which of them were cut between layers, the hidden
-states of what was seen, and the prompt as it came where its pixels were resized.
+They say which columns entered (physical against logical, kinds, padding) and which were cut between layers. They also
+hold the hidden states of the visual columns, and the original prompt where its pixels were resized.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class Columns:
 
     def grow(self, length: int) -> None:
         """Append text columns up to logical `length`, or drop trailing ones beyond it."""
-        n = length - self.logical
-        if n > 0:
-            b = self.kinds.shape[0]
-            new = torch.arange(self.logical, length, device=self.index.device).expand(b, -1)
-            self.index = torch.cat([self.index, new], 1)
-            self.kinds = torch.cat([self.kinds, self.kinds.new_full((b, n), Kind.TEXT)], 1)
-        elif n < 0:
-            self.index, self.kinds = self.index[:, :n], self.kinds[:, :n]
+        num_added = length - self.logical
+        if num_added > 0:
+            batch_size = self.kinds.shape[0]
+            new_columns = torch.arange(self.logical, length, device=self.index.device).expand(batch_size, -1)
+            self.index = torch.cat([self.index, new_columns], 1)
+            self.kinds = torch.cat([self.kinds, self.kinds.new_full((batch_size, num_added), Kind.TEXT)], 1)
+        elif num_added < 0:
+            self.index, self.kinds = self.index[:, :num_added], self.kinds[:, :num_added]
         self.logical = length
 
     def announce(self, cache: Any, begun: bool = True) -> None:
@@ -53,15 +53,15 @@ class Columns:
         """
         if not self.padded:
             return None if attention_mask is None or attention_mask.ndim != 2 else attention_mask
-        b, p = self.kinds.shape
-        tail = length - self.logical
-        new = (
-            self.kinds.new_ones(b, tail, dtype=torch.long)
+        batch_size, num_physical = self.kinds.shape
+        num_new = length - self.logical
+        new_mask = (
+            self.kinds.new_ones(batch_size, num_new, dtype=torch.long)
             if attention_mask is None
-            else attention_mask[:, attention_mask.shape[1] - tail :].long()
+            else attention_mask[:, attention_mask.shape[1] - num_new :].long()
         )
-        left = new.new_ones(b, length - p - tail)
-        return torch.cat([left, (self.kinds != Kind.PAD).long(), new], 1)
+        left_columns = new_mask.new_ones(batch_size, length - num_physical - num_new)
+        return torch.cat([left_columns, (self.kinds != Kind.PAD).long(), new_mask], 1)
 
 
 @dataclass
@@ -75,13 +75,13 @@ class CutColumns:
 
     def grown(self, width: int, tail: Tensor | None) -> Tensor:
         """(B, width) bool: what followed is valid unless the 2-D mask `tail` says otherwise; cut if cropped."""
-        new = width - self.valid.shape[1]
-        if new <= 0:
+        num_new = width - self.valid.shape[1]
+        if num_new <= 0:
             return self.valid[:, :width]
-        ones = self.valid.new_ones(self.valid.shape[0], new)
-        if tail is not None and tail.shape[1] >= new:
-            ones = tail[:, tail.shape[1] - new :].bool()
-        return torch.cat([self.valid, ones], 1)
+        new_mask = self.valid.new_ones(self.valid.shape[0], num_new)
+        if tail is not None and tail.shape[1] >= num_new:
+            new_mask = tail[:, tail.shape[1] - num_new :].bool()
+        return torch.cat([self.valid, new_mask], 1)
 
 
 class VisualMemory:
@@ -93,8 +93,8 @@ class VisualMemory:
 
     def score(self, hidden: Tensor) -> Tensor:
         """hidden (n, D) of text positions -> (n,) float32: mean of the `top` highest cosines."""
-        cosine = F.normalize(hidden.float(), dim=-1).to(self.states.dtype) @ self.states.T
-        return cosine.float().topk(self.top, -1).values.mean(-1)
+        similarity = F.normalize(hidden.float(), dim=-1).to(self.states.dtype) @ self.states.T
+        return similarity.float().topk(self.top, -1).values.mean(-1)
 
 
 @dataclass
@@ -115,10 +115,10 @@ class CacheState:
     Deep copies of the cache copy it, shallow ones share it until `put_cache_state` gives one of them another.
     """
 
-    columns: Columns | None = None  # of the layers before any cut; None = nobody saw the prefill
+    columns: Columns | None = None  # of the layers before any cut; None = the prefill was not observed
     cuts: dict[int, CutColumns] = field(default_factory=dict)  # by layer: what the layers from it on hold
-    visual: VisualMemory | None = None  # for acceptance rules that ask what a text position is about
-    shortened: ShortenedPrompt | None = None  # the first turn's, whose later turns are shortened alike
+    visual: VisualMemory | None = None  # for acceptance rules that score the relevance of a text position to the image
+    shortened: ShortenedPrompt | None = None  # the first turn's; later turns are shortened in the same way
 
 
 def cache_state(cache: Any) -> CacheState:
@@ -134,25 +134,25 @@ def put_cache_state(cache: Any, **fields: Any) -> None:
 
 def rows_width(rows: list[Tensor]) -> int:
     """Physical columns that enter: the longest row."""
-    return max(len(r) for r in rows)
+    return max(len(row_indices) for row_indices in rows)
 
 
 def entry_mask(state: Columns) -> Tensor | None:
     """(B, logical) mask of a prefill, physical part right-aligned; None when no row is padded."""
     if not state.padded:
         return None
-    b, p = state.kinds.shape
-    ones = torch.ones(b, state.logical - p, dtype=torch.long, device=state.kinds.device)
-    return torch.cat([ones, (state.kinds != Kind.PAD).long()], 1)
+    batch_size, num_physical = state.kinds.shape
+    dropped_mask = torch.ones(batch_size, state.logical - num_physical, dtype=torch.long, device=state.kinds.device)
+    return torch.cat([dropped_mask, (state.kinds != Kind.PAD).long()], 1)
 
 
 def column_kinds(visual: Tensor, valid: Tensor, continued: bool) -> Tensor:
     """(B, q) int8 kinds: padding, text before the media (SYSTEM), visual, text after it."""
-    after = visual.flip(1).long().cumsum(1).flip(1) == 0  # no visual column at or after this one
-    kinds = torch.where(after, Kind.TEXT, Kind.SYSTEM).to(torch.int8)
+    after_media = visual.flip(1).long().cumsum(1).flip(1) == 0  # no visual column at or after this one
+    kind_codes = torch.where(after_media, Kind.TEXT, Kind.SYSTEM).to(torch.int8)
     if not continued:  # a prompt without media is system + question in one: call it text
-        kinds = kinds.masked_fill(~visual.any(1, keepdim=True), Kind.TEXT)
-    return kinds.masked_fill(visual, Kind.VISUAL).masked_fill(~valid, Kind.PAD)
+        kind_codes = kind_codes.masked_fill(~visual.any(1, keepdim=True), Kind.TEXT)
+    return kind_codes.masked_fill(visual, Kind.VISUAL).masked_fill(~valid, Kind.PAD)
 
 
 def contiguous_positions(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -160,6 +160,6 @@ def contiguous_positions(module: nn.Module, args: tuple, kwargs: dict) -> tuple[
     positions = kwargs.get("position_ids")
     if positions is None or positions.shape[-1] < 2:
         return None
-    start = positions[..., :1]
-    kwargs["position_ids"] = start + torch.arange(positions.shape[-1], device=positions.device)
+    first_position = positions[..., :1]
+    kwargs["position_ids"] = first_position + torch.arange(positions.shape[-1], device=positions.device)
     return args, kwargs

@@ -1,4 +1,4 @@
-"""Wall-clock seconds of a model's work, which a GPU does while the host goes on."""
+"""Measures the seconds of a model's work, also on a GPU, which works while the host goes on."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def clock(model: nn.Module) -> float:
 
 
 class Stopwatch:
-    """Sums spans of a model's work. On CUDA the device marks them, and nothing waits until `seconds` is asked."""
+    """Sums spans of a model's work. On CUDA they are CUDA events, and nothing waits until `seconds` is called."""
 
     def __init__(self, model: nn.Module) -> None:
         self._cuda = torch.cuda.is_available() and next(model.parameters()).is_cuda
         self.spans: list[tuple[Any, Any]] = []
 
     def now(self) -> Any:
-        """A mark: what `add` is given later."""
+        """A mark of the present time, to be given to `add` later."""
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -32,13 +32,13 @@ class Stopwatch:
         return event
 
     def add(self, start: Any) -> None:
-        """Count from `start` to here."""
+        """Add the span from the mark `start` to now."""
         self.spans.append((start, self.now()))
 
     def seconds(self) -> float:
         """The sum so far."""
         if not self._cuda:
-            return sum(end - start for start, end in self.spans)
+            return sum(end_mark - start_mark for start_mark, end_mark in self.spans)
         if self.spans:
             self.spans[-1][1].synchronize()
-        return sum(start.elapsed_time(end) for start, end in self.spans) / 1e3
+        return sum(start_mark.elapsed_time(end_mark) for start_mark, end_mark in self.spans) / 1e3

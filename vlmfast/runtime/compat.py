@@ -1,4 +1,4 @@
-"""What transformers calls things in the versions we support.
+"""Names that differ between the supported versions of transformers.
 
 The cache is `past_key_values` until 5.23 and `cache` since. Callers may still use the old name, and hooks run before
 transformers translates it, so both are read; what is written carries the name of the version that is installed.
@@ -22,8 +22,8 @@ CACHE = OLD if OLD in BaseModelOutputWithPast.__dataclass_fields__ else "cache"
 
 def cache_in(kwargs: Mapping[str, Any]) -> Any:
     """The cache among keyword arguments, under either name; None without one."""
-    found = kwargs.get(CACHE)
-    return kwargs.get(OLD) if found is None else found
+    current_cache = kwargs.get(CACHE)
+    return kwargs.get(OLD) if current_cache is None else current_cache
 
 
 def put_cache(kwargs: MutableMapping[str, Any], cache: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Compiled parts of a model, which our hooks cannot follow: found when hooks are installed and when a call begins."""
+"""Finds compiled parts of a model, which hooks cannot follow, when hooks are installed and when a call begins."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from vlmfast.runtime.patch import Patch
 
 def is_compiled(module: nn.Module) -> bool:
     """Was this module compiled: in place, as a wrapper, or by its `forward`?"""
-    forward = vars(module).get("forward")
+    own_forward = vars(module).get("forward")
     return (
         getattr(module, "_compiled_call_impl", None) is not None
         or hasattr(module, "_orig_mod")
-        or hasattr(forward, "_torchdynamo_orig_callable")
+        or hasattr(own_forward, "_torchdynamo_orig_callable")
     )
 
 
@@ -33,7 +33,7 @@ def refuse_compiled(model: nn.Module) -> None:
     if not any(map(is_compiled, model.modules())):
         return
     for name, module in model.named_modules():
-        if is_compiled(module) and any(is_hooked(part) for part in module.modules()):
+        if is_compiled(module) and any(is_hooked(submodule) for submodule in module.modules()):
             raise Unsupported(
                 f"{name or 'the model'} is compiled, and hooks cannot follow a compiled graph: accelerate the model "
                 "without it, or drop the acceleration (nothing asked works)"
@@ -41,7 +41,7 @@ def refuse_compiled(model: nn.Module) -> None:
 
 
 def checked(model: nn.Module, inner: Callable[..., Any]) -> Callable[..., Any]:
-    """`inner`, refused where a part of the model was compiled after the hooks came."""
+    """`inner`, which raises Unsupported once a part of the model was compiled after hooks were installed."""
 
     @functools.wraps(inner)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -54,17 +54,20 @@ def checked(model: nn.Module, inner: Callable[..., Any]) -> Callable[..., Any]:
 def observed(
     model: nn.Module, inner: Callable[..., Any], hooked: Callable[[Patch], None], bare: Callable[[Patch], None]
 ) -> Callable[..., Any]:
-    """`inner` with what the report reads installed for the time of a call: hooked, or bare where a part is compiled."""
+    """`inner` with the report's hooks installed during a call.
+
+    hooked: installs them; bare: what to do instead where a part of the model is compiled.
+    """
 
     @functools.wraps(inner)
     def call(*args: Any, **kwargs: Any) -> Any:
         if is_hooked(model):  # a call inside a call
             return inner(*args, **kwargs)
-        scope = Patch()
+        call_patch = Patch()
         try:
-            (bare if any(map(is_compiled, model.modules())) else hooked)(scope)
+            (bare if any(map(is_compiled, model.modules())) else hooked)(call_patch)
             return inner(*args, **kwargs)
         finally:
-            scope.remove()
+            call_patch.remove()
 
     return call

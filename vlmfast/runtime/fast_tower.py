@@ -1,4 +1,4 @@
-"""The vision tower without its loops: one attention call a block, nothing read from the device inside a block.
+"""A vision tower without Python loops: one attention call a block, nothing read from the device inside a block.
 
 Under sdpa transformers attends window by window in Python and reads the boundaries three times a block. Here equal
 windows are one batch (see `runtime.pieces`), everything that depends on the grid comes from the host (`runtime.grids`),
@@ -47,30 +47,30 @@ def fresh_lengths(device: torch.device) -> Iterator[None]:
 
 def fast_modules(model: nn.Module, family: Family, patch: Patch) -> FastTower | None:
     """Install what makes prefills faster without changing them: a tower without loops, and fused modules."""
-    text = FusedModules(family.text(model), pad=False)
-    patch.call(text.remove)
+    text_modules = FusedModules(family.text(model), pad=False)
+    patch.call(text_modules.remove)
 
     def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        embeds = kwargs.get("inputs_embeds")
-        if embeds is not None and embeds.shape[1] > 1:
-            text.install(embeds)
-            if embeds.is_cuda and not torch.is_autocast_enabled("cuda"):
-                begin(cache_in(kwargs), embeds)
+        embeddings = kwargs.get("inputs_embeds")
+        if embeddings is not None and embeddings.shape[1] > 1:
+            text_modules.install(embeddings)
+            if embeddings.is_cuda and not torch.is_autocast_enabled("cuda"):
+                begin(cache_in(kwargs), embeddings)
 
     patch.hook(family.text(model).register_forward_pre_hook(enter, with_kwargs=True))
     if not family.tower_loops:
         return None
-    tower = FastTower(model, family)
-    tower.install(patch)
-    return tower
+    fast_tower = FastTower(model, family)
+    fast_tower.install(patch)
+    return fast_tower
 
 
 def begin(cache: Any, like: Tensor) -> None:
-    """Make the empty tensors of a dynamic cache's layers, as their first update would, without a wait for each."""
-    for layer in getattr(cache, "layers", None) or []:
-        if type(layer) in (DynamicLayer, PrunedLayer) and not layer.is_initialized:
-            layer.dtype, layer.device, layer.is_initialized = like.dtype, like.device, True
-            layer.keys, layer.values = like.new_empty(0), like.new_empty(0)
+    """Make the empty tensors of a dynamic cache's layers, as their first update would; the device is not waited for."""
+    for cache_layer in getattr(cache, "layers", None) or []:
+        if type(cache_layer) in (DynamicLayer, PrunedLayer) and not cache_layer.is_initialized:
+            cache_layer.dtype, cache_layer.device, cache_layer.is_initialized = like.dtype, like.device, True
+            cache_layer.keys, cache_layer.values = like.new_empty(0), like.new_empty(0)
 
 
 class FastTower:
@@ -81,10 +81,10 @@ class FastTower:
     """
 
     def __init__(self, model: nn.Module, family: Family) -> None:
-        tower: Any = family.tower(model)
-        self.tower = tower
-        self.unit = int(tower.spatial_merge_size) ** 2
-        self.blocks: list[Any] = list(tower.blocks)
+        tower_module: Any = family.tower(model)
+        self.tower = tower_module
+        self.unit = int(tower_module.spatial_merge_size) ** 2
+        self.blocks: list[Any] = list(tower_module.blocks)
         self.grids = Grids(self.tower)
         self.grid: Grid | None = None
         self.cut: Tensor | None = None
@@ -98,24 +98,26 @@ class FastTower:
             if "forward" in vars(module):
                 return f"the forward of a {type(module).__name__} was replaced"
         for block in self.blocks:
-            names = {name for name, _ in block.attn.named_children()}
-            if names != {"qkv", "proj"} or not hasattr(block.attn, "num_heads"):
+            child_names = {child_name for child_name, _ in block.attn.named_children()}
+            if child_names != {"qkv", "proj"} or not hasattr(block.attn, "num_heads"):
                 return f"a {type(block.attn).__name__} is not known here"
         return None
 
     def install(self, patch: Patch) -> None:
         if self._unknown is not None:
             return
-        stock = self.tower.forward
-        patch.set(self.tower, "forward", functools.wraps(stock)(functools.partial(self._forward, stock)))
+        stock_forward = self.tower.forward
+        patch.set(
+            self.tower, "forward", functools.wraps(stock_forward)(functools.partial(self._forward, stock_forward))
+        )
         for block in self.blocks:
-            attend = functools.partial(self._attend, block.attn, block.attn.forward)
-            patch.set(block.attn, "forward", functools.wraps(block.attn.forward)(attend))
+            fast_attention = functools.partial(self._attend, block.attn, block.attn.forward)
+            patch.set(block.attn, "forward", functools.wraps(block.attn.forward)(fast_attention))
         patch.call(self.fused.remove)
         patch.call(self.graphs.clear)
 
     def _why_not(self) -> str | None:
-        """Why this call takes the stock way; None when it does not."""
+        """Why this call runs the stock tower; None when it runs the fast one."""
         if self._unknown is not None:
             return self._unknown
         attention = self.tower.config._attn_implementation
@@ -127,8 +129,8 @@ class FastTower:
 
     def report(self) -> dict[str, Any]:
         """For the encode part of the report."""
-        out: dict[str, Any] = {"tower": "stock" if self._why_not() else "fast"}
-        return out | self.graphs.report()
+        tower_report: dict[str, Any] = {"tower": "stock" if self._why_not() else "fast"}
+        return tower_report | self.graphs.report()
 
     def notes(self) -> list[str]:
         reason = self._why_not()
@@ -143,69 +145,77 @@ class FastTower:
         if self._why_not() is not None:
             return stock(hidden_states, grid_thw.to(hidden_states.device), **kwargs)
         device = hidden_states.device
-        grid = self.grids.of(grid_thw, device)
-        if grid.patches != hidden_states.shape[0]:
+        entry = self.grids.of(grid_thw, device)
+        if entry.patches != hidden_states.shape[0]:
             raise UserError(
-                f"the grids {list(map(list, grid.key))} hold {grid.patches:,} patches, but {hidden_states.shape[0]:,} "
-                "came in: hand over pixel values and grid_thw from the same call of the processor"
+                f"the grids {list(map(list, entry.key))} hold {entry.patches:,} patches, but "
+                f"{hidden_states.shape[0]:,} came in: hand over pixel values and grid_thw from the same call of the "
+                "processor"
             )
-        before = self.grid, self.cut, self._kept
-        self.grid, self.cut, self._kept = grid, None, []
+        outer_state = self.grid, self.cut, self._kept
+        self.grid, self.cut, self._kept = entry, None, []
         try:
             with fresh_lengths(device):
                 self.fused.install(hidden_states)
-                run = functools.partial(stock, grid_thw=grid_thw, **kwargs | grid.given)
+                stock_call = functools.partial(stock, grid_thw=grid_thw, **kwargs | entry.given)
                 if kwargs or not self.graphs.take(self.tower, hidden_states):
-                    return run(hidden_states)
-                return self.graphs.run(grid.key, run, hidden_states, tuple(self.fused.addresses()))
+                    return stock_call(hidden_states)
+                return self.graphs.run(entry.key, stock_call, hidden_states, tuple(self.fused.addresses()))
         finally:
-            self.grid, self.cut, self._kept = before
+            self.grid, self.cut, self._kept = outer_state
 
     def _attend(
         self,
-        attn: Any,
+        attention: Any,
         stock: Callable[..., Tensor],
         hidden_states: Tensor,
         cu_seqlens: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        own = functools.partial(
+        own_attention = functools.partial(
             stock, hidden_states, cu_seqlens=cu_seqlens, position_embeddings=position_embeddings, **kwargs
         )
         if self.grid is None or position_embeddings is None or _CHECKED.get(self.tower):
-            return own()  # called by somebody else than our forward, or another kind of attention
+            return own_attention()  # called by somebody else than our forward, or another kind of attention
         pieces = self._pieces(cu_seqlens)
-        qkv = attn.qkv(hidden_states).view(hidden_states.shape[0], 3, attn.num_heads, -1)
-        q, k, v = kernels.rotated(qkv, *position_embeddings)
-        out = attn.proj(pieces.attend(q, k, v, attn.scaling).flatten(1))
+        qkv = attention.qkv(hidden_states).view(hidden_states.shape[0], 3, attention.num_heads, -1)
+        queries, keys, values = kernels.rotated(qkv, *position_embeddings)
+        attended = attention.proj(pieces.attend(queries, keys, values, attention.scaling).flatten(1))
         if self.tower not in _CHECKED and self.cut is None:
-            _CHECKED[self.tower] = _disagreement(stock, out, hidden_states, pieces.lengths, position_embeddings)
+            _CHECKED[self.tower] = _disagreement(stock, attended, hidden_states, pieces.lengths, position_embeddings)
             if _CHECKED[self.tower]:
-                return own()
-        return out
+                return own_attention()
+        return attended
 
     def _pieces(self, boundaries: Tensor) -> Pieces:
-        """The pieces of these boundaries: as the grid has them, or what the cut left of them."""
+        """The pieces of these boundaries: as the grid has them, or what is left of them after a cut."""
         assert self.grid is not None
-        pieces = next((p for b, p in self.grid.boundaries if b is boundaries), None)
-        if pieces is None:  # not from the grid: somebody's own
+        grid_pieces = next(
+            (piece_set for piece_bounds, piece_set in self.grid.boundaries if piece_bounds is boundaries), None
+        )
+        if grid_pieces is None:  # not from the grid: somebody's own
             return Pieces((boundaries[1:] - boundaries[:-1]).tolist(), boundaries.device)
         if self.cut is None:
-            return pieces
-        kept = next((p for b, p in self._kept if b is boundaries), None)
-        if kept is None:
-            kept = KeptPieces(pieces.lengths, self.cut, self.unit)
-            self._kept.append((boundaries, kept))
-        return kept
+            return grid_pieces
+        kept_pieces = next((piece_set for piece_bounds, piece_set in self._kept if piece_bounds is boundaries), None)
+        if kept_pieces is None:
+            kept_pieces = KeptPieces(grid_pieces.lengths, self.cut, self.unit)
+            self._kept.append((boundaries, kept_pieces))
+        return kept_pieces
 
 
 def _disagreement(
-    stock: Callable[..., Tensor], got: Tensor, hidden: Tensor, lengths: list[int], tables: tuple[Tensor, Tensor]
+    stock: Callable[..., Tensor], fast_output: Tensor, hidden: Tensor, lengths: list[int], tables: tuple[Tensor, Tensor]
 ) -> str:
     """Once per tower: the first piece of its first block through the module's own code. "" when they agree."""
-    rows = lengths[0]
-    bounds = torch.tensor([0, rows], dtype=torch.int32)
-    expected = stock(hidden[:rows], cu_seqlens=bounds, position_embeddings=(tables[0][:rows], tables[1][:rows]))
-    error = float((got[:rows] - expected).norm() / expected.norm().clamp(min=1e-12))
-    return "" if error <= TOLERANCE.get(got.dtype, 1e-2) else f"its results differ from the module's by {error:.1e}"
+    piece_length = lengths[0]
+    boundaries = torch.tensor([0, piece_length], dtype=torch.int32)
+    expected = stock(
+        hidden[:piece_length],
+        cu_seqlens=boundaries,
+        position_embeddings=(tables[0][:piece_length], tables[1][:piece_length]),
+    )
+    error = float((fast_output[:piece_length] - expected).norm() / expected.norm().clamp(min=1e-12))
+    agrees = error <= TOLERANCE.get(fast_output.dtype, 1e-2)
+    return "" if agrees else f"its results differ from the module's by {error:.1e}"

@@ -1,4 +1,4 @@
-"""What the user's own objects see while a call runs on a shortened prompt: the whole one."""
+"""Shows the whole prompt to the user's streamers, processors and criteria while a call runs on a shortened one."""
 
 from __future__ import annotations
 
@@ -25,27 +25,29 @@ class FullPromptView:
         """Wrap the streamer and the rule for allowed tokens; processors and criteria follow in `shown_to`."""
         if call.get("streamer") is not None:
             call["streamer"] = _Streamer(call["streamer"], self)
-        allowed = call.get("prefix_allowed_tokens_fn")
-        if allowed is not None:
-            call["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(
-                row, torch.cat([self.ids[row].to(ids.device), ids[self.width :]])
+        allowed_tokens = call.get("prefix_allowed_tokens_fn")
+        if allowed_tokens is not None:
+            call["prefix_allowed_tokens_fn"] = lambda row_index, row_ids: allowed_tokens(
+                row_index, torch.cat([self.ids[row_index].to(row_ids.device), row_ids[self.width :]])
             )
 
     def shown_to(self, made: Iterable[Any], theirs: Iterable[Any] | None) -> list[Any]:
         """`made` with the user's own objects (those in `theirs`) reading whole sequences."""
-        own = {id(x) for x in theirs or ()}
-        return [self._wrap(x) if id(x) in own else x for x in made]
+        user_objects = {id(listed_object) for listed_object in theirs or ()}
+        return [
+            self._wrap(listed_object) if id(listed_object) in user_objects else listed_object for listed_object in made
+        ]
 
-    def _wrap(self, x: Any) -> Any:
-        if isinstance(x, MaxLengthCriteria):  # the loop itself asks for its length
-            x = copy.copy(x)
-            x.max_length -= self.ids.shape[1] - self.width
-            return x
-        return _Shown(x, self)
+    def _wrap(self, wrapped: Any) -> Any:
+        if isinstance(wrapped, MaxLengthCriteria):  # the loop itself asks for its length
+            wrapped = copy.copy(wrapped)
+            wrapped.max_length -= self.ids.shape[1] - self.width
+            return wrapped
+        return _Shown(wrapped, self)
 
 
 class _Shown:
-    """A logits processor or stopping criterion."""
+    """A logits processor or stopping criterion that reads whole sequences."""
 
     def __init__(self, inner: Any, prompt: FullPromptView) -> None:
         self.inner, self.prompt = inner, prompt
@@ -58,7 +60,7 @@ class _Shown:
 
 
 class _Streamer:
-    """Its first piece is the prompt."""
+    """A streamer whose first piece, the prompt, is replaced by the whole prompt."""
 
     def __init__(self, inner: Any, prompt: FullPromptView) -> None:
         self.inner, self.prompt, self.begun = inner, prompt, False

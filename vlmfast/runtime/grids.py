@@ -1,4 +1,4 @@
-"""What a vision tower derives from the grids of its media, made on the host once for every grid.
+"""Computes what a vision tower derives from the grids of its media, on the host and once for every grid.
 
 Transformers' towers compute positions, windows and piece boundaries from `grid_thw` on its device, which makes the host
 wait for the device again and again. They take the same tensors through keywords (`transformers.vision_utils`); here
@@ -44,55 +44,56 @@ class Grid:
 
 
 class Grids:
-    """The grids that one tower saw last."""
+    """The last `KEPT` grids of one tower."""
 
     def __init__(self, tower: Any) -> None:
         self.tower = tower
         self._seen: OrderedDict[tuple[Key, torch.device], Grid] = OrderedDict()
 
     def of(self, grid_thw: Tensor, device: torch.device) -> Grid:
-        """The grid of this value; the one wait of a tower call when it lies on the device."""
-        key: Key = tuple(map(tuple, grid_thw.tolist()))
-        found = self._seen.pop((key, device), None)
-        if found is None:
+        """The `Grid` of grid_thw (items, 3) int64. Waits for the device once where grid_thw lies there."""
+        grid_key: Key = tuple(map(tuple, grid_thw.tolist()))
+        cached_grid = self._seen.pop((grid_key, device), None)
+        if cached_grid is None:
             with torch.inference_mode(False):  # what is kept may meet a later call that records gradients
-                found = self._make(key, device)
-        self._seen[key, device] = found
+                cached_grid = self._make(grid_key, device)
+        self._seen[grid_key, device] = cached_grid
         if len(self._seen) > KEPT:
             self._seen.popitem(last=False)
-        return found
+        return cached_grid
 
-    def _make(self, key: Key, device: torch.device) -> Grid:
+    def _make(self, grid_key: Key, device: torch.device) -> Grid:
         tower = self.tower
-        merge = int(tower.spatial_merge_size)
-        for t, h, w in key:
-            if min(t, h, w) < 1 or h % merge or w % merge:
+        merge_size = int(tower.spatial_merge_size)
+        for frames, height, width in grid_key:
+            if min(frames, height, width) < 1 or height % merge_size or width % merge_size:
                 raise UserError(
-                    f"a grid of {t} x {h} x {w} patches came in: this model's towers take whole squares of "
-                    f"{merge} x {merge}; hand over grid_thw as the processor made it, not {shown(key)}"
+                    f"a grid of {frames} x {height} x {width} patches came in: this model's towers take whole squares "
+                    f"of {merge_size} x {merge_size}; hand over grid_thw as the processor made it, not "
+                    f"{shown(grid_key)}"
                 )
-        grid = torch.tensor(key)
-        frames = vision_utils.get_vision_cu_seqlens(grid)
-        given = {"position_ids": vision_utils.get_vision_position_ids(grid, merge)}
-        boundaries, order = [frames], None
+        grid_tensor = torch.tensor(grid_key)
+        frame_bounds = vision_utils.get_vision_cu_seqlens(grid_tensor)
+        keywords = {"position_ids": vision_utils.get_vision_position_ids(grid_tensor, merge_size)}
+        boundaries, group_order = [frame_bounds], None
         if hasattr(tower, "window_size"):
-            order, windows = vision_utils.get_vision_window_index(
-                grid, spatial_merge_size=merge, window_size=tower.window_size, patch_size=tower.patch_size
+            group_order, window_bounds = vision_utils.get_vision_window_index(
+                grid_tensor, spatial_merge_size=merge_size, window_size=tower.window_size, patch_size=tower.patch_size
             )
-            given["window_index"] = order
-            boundaries.append(windows)
+            keywords["window_index"] = group_order
+            boundaries.append(window_bounds)
         if hasattr(tower, "interpolation_mode"):
-            given["interp_indices"], given["interp_weights"] = (
+            keywords["interp_indices"], keywords["interp_weights"] = (
                 vision_utils.get_vision_interpolation_indices_and_weights(
-                    grid,
+                    grid_tensor,
                     num_grid_per_side=tower.num_grid_per_side,
                     mode=tower.interpolation_mode,
                     align_corners=tower.interpolation_align_corners,
-                    spatial_merge_size=merge,
+                    spatial_merge_size=merge_size,
                 )
             )
-        moved = {name: to_device(x, device) for name, x in given.items()}
-        moved |= dict(zip(("cu_seqlens", "cu_window_seqlens"), boundaries, strict=False))
-        pieces = [(cu, Pieces((cu[1:] - cu[:-1]).tolist(), device)) for cu in boundaries]
-        places = None if order is None else to_device(order.argsort(), device)
-        return Grid(key, moved, pieces, moved.get("window_index"), places)
+        device_tensors = {name: to_device(value, device) for name, value in keywords.items()}
+        device_tensors |= dict(zip(("cu_seqlens", "cu_window_seqlens"), boundaries, strict=False))
+        piece_sets = [(bounds, Pieces((bounds[1:] - bounds[:-1]).tolist(), device)) for bounds in boundaries]
+        group_places = None if group_order is None else to_device(group_order.argsort(), device)
+        return Grid(grid_key, device_tensors, piece_sets, device_tensors.get("window_index"), group_places)

@@ -1,8 +1,8 @@
-"""Hooks that let a KV policy act on a prefill: our cache layers go in first, each is compressed after its attention.
+"""Hooks that compress the KV cache during a prefill: each layer is compressed after its attention.
 
-A policy that shares one budget among the layers (`spans`) rates each after its attention; all shrink after the last.
-Only the first prefill of an empty cache is compressed; decoded tokens, verified drafts and later turns are appended.
-Where the whole context fits the budget the cache gets its own layers back, untouched.
+A policy that shares one budget among the layers (`spans`) rates each layer after its attention; all layers are
+compressed after the last one. Only the first prefill of an empty cache is compressed; decoded tokens, verified drafts
+and later turns are appended. Where the whole context fits the budget, the cache gets its own layers back, unchanged.
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ class KVHooks:
         self.choosing, self.window = Stopwatch(self.text_model), Stopwatch(self.text_model)
 
     def install(self, patch: Patch) -> None:
-        text = self.text_model
+        decoder = self.text_model
         patch.call(self._reset)
-        for attention in attentions(text):
+        for attention in attentions(decoder):
             patch.hook(attention.register_forward_hook(self._after_attention, with_kwargs=True))
         self.switch.install(patch)
-        patch.hook(text.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True))
-        patch.hook(text.register_forward_hook(self._leave, with_kwargs=True, always_call=True))
+        patch.hook(decoder.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True))
+        patch.hook(decoder.register_forward_hook(self._leave, with_kwargs=True, always_call=True))
 
     def abandon(self) -> None:
         """Forget a forward that was interrupted."""
@@ -89,23 +89,23 @@ class KVHooks:
             cache = put_cache(kwargs, DynamicCache(config=self.config))
         if cache is None:
             return args, kwargs
-        empty = cache.get_seq_length() == 0
-        if empty and self.policy.fits(kwargs["inputs_embeds"].shape[1]):
+        is_empty = cache.get_seq_length() == 0
+        if is_empty and self.policy.fits(kwargs["inputs_embeds"].shape[1]):
             self.notes.append(FITS)
             self._report()
             return args, kwargs
-        layers = self._layers(cache)
-        ragged = any(isinstance(layer, RaggedLayer) and layer.ragged for layer in layers)
-        if (empty or ragged) and torch.is_autocast_enabled(kwargs["inputs_embeds"].device.type):
+        cache_layers = self._layers(cache)
+        is_compressed = any(isinstance(layer, RaggedLayer) and layer.ragged for layer in cache_layers)
+        if (is_empty or is_compressed) and torch.is_autocast_enabled(kwargs["inputs_embeds"].device.type):
             raise Unsupported(
                 "torch.autocast with kv=: it leaves keys and values in two dtypes, which one storage cannot hold; load "
                 "the model in the dtype you want (dtype=torch.bfloat16) and drop autocast"
             )
-        if empty:
-            self._replace(cache, layers)
-        elif ragged:
-            asked = kwargs.get("output_attentions")
-            if self.config.output_attentions if asked is None else asked:
+        if is_empty:
+            self._replace(cache, cache_layers)
+        elif is_compressed:
+            wants_weights = kwargs.get("output_attentions")
+            if self.config.output_attentions if wants_weights is None else wants_weights:
                 raise Unsupported(NO_WEIGHTS)
             self._continue(kwargs)
         return args, kwargs
@@ -126,59 +126,65 @@ class KVHooks:
             cache.layers.extend(DynamicLayer() for _ in self.text_model.layers)  # type: ignore[union-attr]
         return cache.layers
 
-    def _replace(self, cache: Any, layers: list[Any]) -> None:
+    def _replace(self, cache: Any, cache_layers: list[Any]) -> None:
         """Swap the empty layers of a dynamic cache for the policy's; sliding and linear ones are left alone."""
-        alone = []
-        for i, layer in enumerate(layers):
-            if isinstance(layer, (StaticLayer, QuantizedLayerBase)):
+        untouched = []
+        for layer_index, original in enumerate(cache_layers):
+            if isinstance(original, (StaticLayer, QuantizedLayerBase)):
                 raise Unsupported(
-                    f"a {type(layer).__name__} has a fixed layout that a kv policy cannot shrink: "
+                    f"a {type(original).__name__} has a fixed layout that a kv policy cannot shrink: "
                     "use the default dynamic cache (cache_implementation unset)"
                 )
-            plain = type(layer) is DynamicLayer or isinstance(layer, AnnouncedColumns)
-            if plain and not getattr(layer, "is_sliding", False):
-                self.originals[i] = layer
+            replaceable = type(original) is DynamicLayer or isinstance(original, AnnouncedColumns)
+            if replaceable and not getattr(original, "is_sliding", False):
+                self.originals[layer_index] = original
             else:
-                alone.append(i)
+                untouched.append(layer_index)
         if not self.originals:
             raise Unsupported(
-                f"every layer is a {type(layers[0]).__name__}: kv policies compress full-attention layers only; "
+                f"every layer is a {type(cache_layers[0]).__name__}: kv policies compress full-attention layers only; "
                 "drop kv= for this model"
             )
-        for i in self.originals:
-            layers[i] = self.policy.cache_layer()
-            layers[i].announce(begun=False)
-        if alone:
-            kind = type(layers[alone[0]]).__name__
+        for layer_index in self.originals:
+            cache_layers[layer_index] = self.policy.cache_layer()
+            cache_layers[layer_index].announce(begun=False)
+        if untouched:
+            layer_kind = type(cache_layers[untouched[0]]).__name__
             self.notes.append(
-                f"kv: layers {_ranges(alone)} ({kind}) were left alone, full attention only is compressed"
+                f"kv: layers {_ranges(untouched)} ({layer_kind}) were left alone, full attention only is compressed"
             )
         self.cache = cache
 
     def _continue(self, kwargs: dict) -> None:
         """A forward over a compressed cache: decode, verification or a later turn."""
-        q, mask = kwargs["inputs_embeds"].shape[1], kwargs.get("attention_mask")
-        if q > 1 and isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask[:, -q:].all()):
+        num_columns, attention_mask = kwargs["inputs_embeds"].shape[1], kwargs.get("attention_mask")
+        if (
+            num_columns > 1
+            and isinstance(attention_mask, Tensor)
+            and attention_mask.ndim == 2
+            and not bool(attention_mask[:, -num_columns:].all())
+        ):
             raise Unsupported(
                 "a later turn whose rows differ in length was padded: on a compressed cache give every row the same "
                 "number of new tokens, or run the rows one by one"
             )
-        if q > 16:
-            self.sink({"notes": [f"kv: {q} columns of a later turn were appended whole, only the first is compressed"]})
+        if num_columns > 16:
+            note = f"kv: {num_columns} columns of a later turn were appended whole, only the first is compressed"
+            self.sink({"notes": [note]})
 
     def _leave(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if self.cache is None:
             return
         try:
             if self.compressed == 0:
-                for i, original in self.originals.items():
-                    ours = self.cache.layers[i]
-                    self.cache.layers[i] = original
-                    if ours.skipped:  # a pruner dropped columns on the way in: the layer must count them
-                        original = counting(self.cache, i)
-                        original.skip(ours.skipped)
-                    if ours.keys is not None:
-                        original.update(ours.keys, ours.values)
+                for layer_index, original in self.originals.items():
+                    policy_layer = self.cache.layers[layer_index]
+                    self.cache.layers[layer_index] = original
+                    if policy_layer.skipped:  # a pruner dropped columns on the way in: the layer must count them
+                        original = counting(self.cache, layer_index)
+                        original.skip(policy_layer.skipped)
+                    if policy_layer.keys is not None:
+                        original.update(policy_layer.keys, policy_layer.values)
                 if output is not None:
                     self.notes.append(FITS)
             if output is not None:
@@ -191,73 +197,79 @@ class KVHooks:
     def _after_attention(self, module: Any, args: tuple, kwargs: dict, output: Any) -> None:
         if self.cache is None or module.layer_idx not in self.originals:
             return
-        layer = self.cache.layers[module.layer_idx]
+        cache_layer = self.cache.layers[module.layer_idx]
         columns = cache_state(self.cache).columns
-        held = layer.keys.shape[2]
-        if columns is None or columns.kinds.shape[1] != held:
-            known = "no column kinds" if columns is None else f"kinds of {columns.kinds.shape[1]} columns"
-            raise StageDidNotFire(f"layer {module.layer_idx} holds {held} columns but the runtime has {known} for them")
-        start = self.choosing.now()
+        num_held = cache_layer.keys.shape[2]
+        if columns is None or columns.kinds.shape[1] != num_held:
+            known_kinds = "no column kinds" if columns is None else f"kinds of {columns.kinds.shape[1]} columns"
+            raise StageDidNotFire(
+                f"layer {module.layer_idx} holds {num_held} columns but the runtime has {known_kinds} for them"
+            )
+        start_mark = self.choosing.now()
         if self.facts is None:
             self.facts = PromptFacts(columns.kinds)
             if self.facts.right_padded:
                 raise Unsupported("padding on the right of a prompt: pad on the left (padding_side='left') to generate")
             self.fits = self.policy.fits(self.facts.longest)
         if not self.fits:
-            window, counted = self._window(module, args, kwargs, layer.keys, self.facts)
-            mine = sorted(self.originals)
-            view = LayerView(
-                layer.keys, layer.values, columns.kinds, window, module.layer_idx, len(mine),
-                columns.index, counted, self._rotation(kwargs, held), mine.index(module.layer_idx),
+            window, counted = self._window(module, args, kwargs, cache_layer.keys, self.facts)
+            layer_indices = sorted(self.originals)
+            layer_view = LayerView(
+                cache_layer.keys, cache_layer.values, columns.kinds, window, module.layer_idx, len(layer_indices),
+                columns.index, counted, self._rotation(kwargs, num_held), layer_indices.index(module.layer_idx),
                 self.facts.held, None if self.queries is None else self.queries[2],
             )  # fmt: skip
             if not self.policy.spans:
-                kept = self.policy.compress(view)
-                if kept is not None:
-                    self._store(view, kept)
+                compressed = self.policy.compress(layer_view)
+                if compressed is not None:
+                    self._store(layer_view, compressed)
             else:
-                self.rated.append((view, self.policy.rate(view)))
-                view.window = None
-                if view.layer == max(self.originals):
-                    views, rated = [list(x) for x in zip(*self.rated, strict=True)]
-                    for waiting, kept in zip(views, self.policy.compress_all(views, rated), strict=True):
-                        self._store(waiting, kept)
+                self.rated.append((layer_view, self.policy.rate(layer_view)))
+                layer_view.window = None
+                if layer_view.layer == max(self.originals):
+                    waiting_views, ratings = [list(column) for column in zip(*self.rated, strict=True)]
+                    for waiting_view, compressed in zip(
+                        waiting_views, self.policy.compress_all(waiting_views, ratings), strict=True
+                    ):
+                        self._store(waiting_view, compressed)
                     self.rated = []
-        self.choosing.add(start)
+        self.choosing.add(start_mark)
 
-    def _rotation(self, kwargs: dict, held: int) -> Rotation | None:
+    def _rotation(self, kwargs: dict, num_held: int) -> Rotation | None:
         """The rotation this layer's attention was given, where it covers all columns."""
         tables = kwargs.get("position_embeddings")
-        if self.rotation is None and tables and tables[0].ndim == 3 and tables[0].shape[1] == held:
+        if self.rotation is None and tables and tables[0].ndim == 3 and tables[0].shape[1] == num_held:
             self.rotation = Rotation(tables[0], tables[1], min(self.originals))
         return self.rotation
 
-    def _store(self, view: LayerView, kept: CompressedLayer) -> None:
-        self.cache.layers[view.layer].compress(kept, view.positions)
+    def _store(self, layer_view: LayerView, kept_columns: CompressedLayer) -> None:
+        self.cache.layers[layer_view.layer].compress(kept_columns, layer_view.positions)
         self.compressed += 1
-        self.stats.append({"layer": view.layer, **kept.stats})
+        self.stats.append({"layer": layer_view.layer, **kept_columns.stats})
 
     def _window(
-        self, module: Any, args: tuple, kwargs: dict, keys: Tensor, facts: PromptFacts
+        self, module: Any, args: tuple, kwargs: dict, keys: Tensor, prompt_facts: PromptFacts
     ) -> tuple[Tensor | None, Tensor | None]:
         """Attention of the last text queries: weights (B, H, W, L) float32, and which of them count (B, W) bool."""
-        w = min(self.policy.window(), keys.shape[2])
-        if w == 0:
+        num_queries = min(self.policy.window(), keys.shape[2])
+        if num_queries == 0:
             return None, None
-        start = self.window.now()
+        start_mark = self.window.now()
         if self.queries is None:
-            self.queries = facts.queries(w)
-        w, counted, picked = self.queries
+            self.queries = prompt_facts.queries(num_queries)
+        num_queries, counted_queries, picked_queries = self.queries
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        query = window_queries(module, hidden[:, -w:], kwargs["position_embeddings"])
+        window_query = window_queries(module, hidden[:, -num_queries:], kwargs["position_embeddings"])
         if self.policy.per_query:
-            weights = kernels.window_attention(query, keys, module.scaling, facts.visible)
-            weights.masked_fill_(~counted[:, None, :, None], 0.0)
+            weights = kernels.window_attention(window_query, keys, module.scaling, prompt_facts.visible)
+            weights.masked_fill_(~counted_queries[:, None, :, None], 0.0)
         else:
-            weights = kernels.window_mean(query, keys, module.scaling, facts.visible, counted, picked)
-            counted = counted[:, -1:] | True
-        self.window.add(start)
-        return weights, counted
+            weights = kernels.window_mean(
+                window_query, keys, module.scaling, prompt_facts.visible, counted_queries, picked_queries
+            )
+            counted_queries = counted_queries[:, -1:] | True
+        self.window.add(start_mark)
+        return weights, counted_queries
 
 
 def window_queries(module: Any, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
@@ -265,22 +277,22 @@ def window_queries(module: Any, hidden: Tensor, position_embeddings: tuple[Tenso
 
     hidden (B, W, D) is what the module received; position_embeddings its full-length cos and sin.
     """
-    w = hidden.shape[1]
-    query = queries(module, hidden)
+    num_queries = hidden.shape[1]
+    window_query = queries(module, hidden)
     if hasattr(module, "q_norm"):
-        query = module.q_norm(query)
-    query = query.transpose(1, 2)
-    cos, sin = (x[..., -w:, :] for x in position_embeddings)
-    rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb  # the family's own
-    return rotate(query, query[:, :1], cos, sin)[0]
+        window_query = module.q_norm(window_query)
+    window_query = window_query.transpose(1, 2)
+    cos, sin = (table[..., -num_queries:, :] for table in position_embeddings)
+    apply_rotation = sys.modules[type(module).__module__].apply_rotary_pos_emb  # the family's own
+    return apply_rotation(window_query, window_query[:, :1], cos, sin)[0]
 
 
 def _ranges(numbers: list[int]) -> str:
     """[0, 1, 2, 5] -> '0-2, 5'."""
-    parts: list[list[int]] = []
-    for n in numbers:
-        if parts and n == parts[-1][-1] + 1:
-            parts[-1].append(n)
+    number_ranges: list[list[int]] = []
+    for number in numbers:
+        if number_ranges and number == number_ranges[-1][-1] + 1:
+            number_ranges[-1].append(number)
         else:
-            parts.append([n])
-    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
+            number_ranges.append([number])
+    return ", ".join(f"{span[0]}-{span[-1]}" if len(span) > 1 else str(span[0]) for span in number_ranges)

@@ -1,4 +1,4 @@
-"""What the runtime and the methods that drop columns between layers exchange."""
+"""The data and the protocol of methods that drop columns between layers of the language model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass
 class CutInputs:
-    """What a method sees of the columns that reached a cut, after the layer before it."""
+    """The columns that reached a cut, as a method sees them after the layer before the cut."""
 
     kinds: Tensor  # (B, P) int8, `Kind`
     hidden: Tensor  # (B, P, D), output of the layer before the cut
@@ -59,19 +59,19 @@ class PrunedPrefill:
 
 def all_keys(module: Any, hidden: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """(B, Hk, P, Dh) rotated keys, recomputed where there is no cache to read them from."""
-    key = module.k_proj(hidden).unflatten(-1, (-1, module.head_dim))
+    layer_keys = module.k_proj(hidden).unflatten(-1, (-1, module.head_dim))
     if hasattr(module, "k_norm"):
-        key = module.k_norm(key)
-    key = key.transpose(1, 2)
-    rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb  # the family's own
-    return rotate(key, key, *tables)[1]
+        layer_keys = module.k_norm(layer_keys)
+    layer_keys = layer_keys.transpose(1, 2)
+    apply_rotation = sys.modules[type(module).__module__].apply_rotary_pos_emb  # the family's own
+    return apply_rotation(layer_keys, layer_keys, *tables)[1]
 
 
 def take_tables(tables: tuple[Tensor, Tensor], source: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin (B or 1, P, Dh) of the columns `source` (B, S)."""
-    b, s = source.shape
+    batch_size, num_kept = source.shape
     cos, sin = (
-        t.expand(b, -1, -1).gather(1, source[..., None].expand(b, s, t.shape[-1]))
-        for t in tables
+        table.expand(batch_size, -1, -1).gather(1, source[..., None].expand(batch_size, num_kept, table.shape[-1]))
+        for table in tables
     )  # fmt: skip
     return cos, sin

@@ -1,8 +1,8 @@
-"""Several questions about the same image or video encode it once: features and the visual prefix's KV are kept.
+"""Keeps the features and the KV of media between calls, so that several questions about them encode them once.
 
-Entries are found by everything that decides them: the model as it is (weights, adapters, dtype, config), and all
-arguments that the encoder reads (features), or all that the model reads up to the last visual column (KV). What differs
-in any of these is a miss. Least recently used entries go first when the byte limit is reached.
+The key of an entry holds the state of the model (weights, adapters, dtype, config), and all arguments that the encoder
+reads (features) or that the model reads up to the last visual column (KV). A difference in any of these is a miss. The
+least recently used entries are dropped first when the byte limit is reached.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vlmfast.runtime.request_state import MediaLookup, RequestState
 from vlmfast.runtime.rewind import fixed_rotation
 
 PIXELS = ("pixel_values", "pixel_values_videos")
-# calls that bring a cache of their own kind, or return what the prefix went through: their KV is their own
+# options of calls that use another kind of cache, or that return states of the prefix: their KV is not kept
 OWN_CACHE = (
     "cache_implementation", "prefill_chunk_size", "assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens",
     "custom_generate", "output_attentions", "output_hidden_states", "penalty_alpha", "dola_layers", "guidance_scale",
@@ -49,27 +49,27 @@ class MediaCache:
 
     # -- keys ----------------------------------------------------------------------------------------------------------
 
-    def _key_of(self, lookup: MediaLookup, kind: str, arguments: dict[str, Any]) -> str:
+    def _key_of(self, media_lookup: MediaLookup, kind: str, arguments: dict[str, Any]) -> str:
         """The key of what these arguments give on the model as it is."""
-        lookup.model = lookup.model or model_digest(self.model)
-        parts = [f"{name}={_digest(lookup, arguments[name])}" for name in sorted(arguments)]
-        return f"{kind}-{lookup.model}-{';'.join(parts)}"
+        media_lookup.model = media_lookup.model or model_digest(self.model)
+        digested_arguments = [f"{name}={_digest(media_lookup, arguments[name])}" for name in sorted(arguments)]
+        return f"{kind}-{media_lookup.model}-{';'.join(digested_arguments)}"
 
     # -- features ------------------------------------------------------------------------------------------------------
 
     def features(self, lookup: MediaLookup, kind: str, call: dict[str, Any]) -> tuple[str, tuple[Any, Any] | None]:
         """(key, what `keep_features` was given for the same content, or None)."""
         key = self._key_of(lookup, kind, call)
-        found = self._get(key)
-        if found is None:
+        stored_features = self._get(key)
+        if stored_features is None:
             return key, None
         lookup.notes.append(f"reuse: {kind} features found, tower skipped")
-        return key, (_own_lists(found[0]), found[1])
+        return key, (_own_lists(stored_features[0]), stored_features[1])
 
     def keep_features(self, lookup: MediaLookup, key: str, output: Any, kept: list[Tensor] | None) -> None:
         """output: what the encoder returned; kept: the rows that survived inside the tower, per item, or None."""
-        size = sum_bytes(dict(output) if hasattr(output, "keys") else output)
-        self._put(lookup, key, size, (_own_lists(output), kept))
+        num_bytes = sum_bytes(dict(output) if hasattr(output, "keys") else output)
+        self._put(lookup, key, num_bytes, (_own_lists(output), kept))
 
     # -- the visual prefix's KV ----------------------------------------------------------------------------------------
 
@@ -80,35 +80,45 @@ class MediaCache:
         for every question, so does a KV policy, and a recurrent state knows no prefix of its past: then only features
         are reused.
         """
-        lookup, pruner = request.lookup, request.pruner
-        ids = kwargs.get("input_ids")
-        pixels = [name for name in PIXELS if isinstance(kwargs.get(name), Tensor)]
-        if ids is None or ids.shape[0] != 1 or not pixels:
+        media_lookup, pruner = request.lookup, request.pruner
+        input_ids = kwargs.get("input_ids")
+        pixel_names = [name for name in PIXELS if isinstance(kwargs.get(name), Tensor)]
+        if input_ids is None or input_ids.shape[0] != 1 or not pixel_names:
             return False
-        why = self._why_not(kwargs, option, pruner, kv)
-        if why is not None:
-            lookup.notes.append(f"reuse: {why}, so only features are kept, not their KV")
+        reason = self._why_not(kwargs, option, pruner, kv)
+        if reason is not None:
+            media_lookup.notes.append(f"reuse: {reason}, so only features are kept, not their KV")
             return False
-        visual = torch.zeros_like(ids[0], dtype=torch.bool)
-        for token in self.family.visual_ids(self.model).values():
-            visual |= ids[0] == token
-        if not bool(visual.any()):
+        visual_mask = torch.zeros_like(input_ids[0], dtype=torch.bool)
+        for visual_id in self.family.visual_ids(self.model).values():
+            visual_mask |= input_ids[0] == visual_id
+        if not bool(visual_mask.any()):
             return False
-        lookup.visual_end = end = int(visual.nonzero()[-1]) + 1
-        read = {k: v for k, v in kwargs.items() if v is not None and k not in OUTSIDE}
-        width = ids.shape[1]
-        of_prefix = {k: v[..., :end] for k, v in read.items() if isinstance(v, Tensor) and _columns(k, v, width)}
-        lookup.key = self._key_of(lookup, "kv", read | of_prefix)
-        cache = self._get(lookup.key)
-        if cache is None or end >= width:
+        media_lookup.visual_end = prefix_length = int(visual_mask.nonzero()[-1]) + 1
+        read_arguments = {
+            argument_name: argument
+            for argument_name, argument in kwargs.items()
+            if argument is not None and argument_name not in OUTSIDE
+        }
+        prompt_length = input_ids.shape[1]
+        prefix_arguments = {
+            argument_name: argument[..., :prefix_length]
+            for argument_name, argument in read_arguments.items()
+            if isinstance(argument, Tensor) and _columns(argument_name, argument, prompt_length)
+        }
+        media_lookup.key = self._key_of(media_lookup, "kv", read_arguments | prefix_arguments)
+        stored_cache = self._get(media_lookup.key)
+        if stored_cache is None or prefix_length >= prompt_length:
             return False
         if kwargs.get("position_ids") is None:
             # true positions of the whole prompt, from the model itself, before the pixels leave the call
-            kwargs["position_ids"] = self.model._prepare_position_ids_for_generation(ids, dict(kwargs))  # type: ignore[operator]
+            kwargs["position_ids"] = self.model._prepare_position_ids_for_generation(input_ids, dict(kwargs))  # type: ignore[operator]
         for name in PIXELS:
             kwargs.pop(name, None)
-        put_cache(kwargs, copy.deepcopy(cache))
-        lookup.notes.append(f"reuse: KV of {end} prompt columns found, media neither encoded nor prefilled")
+        put_cache(kwargs, copy.deepcopy(stored_cache))
+        media_lookup.notes.append(
+            f"reuse: KV of {prefix_length} prompt columns found, media neither encoded nor prefilled"
+        )
         return True
 
     def _why_not(self, kwargs: dict[str, Any], option: Callable[[str], Any], pruner: Any, kv: Any) -> str | None:
@@ -123,34 +133,39 @@ class MediaCache:
             return "the rotation depends on the length of the sequence"
         if cache_in(kwargs) is not None:
             return "the call brings a cache of its own"
-        for name in OWN_CACHE:
-            value = option(name)
-            if not (value is None or value is False or value == "dynamic" or (name == "guidance_scale" and value == 1)):
-                return f"{name}= was asked for"
+        for option_name in OWN_CACHE:
+            option_value = option(option_name)
+            if not (
+                option_value is None
+                or option_value is False
+                or option_value == "dynamic"
+                or (option_name == "guidance_scale" and option_value == 1)
+            ):
+                return f"{option_name}= was asked for"
         if option("use_cache") is False:
             return "use_cache=False"
-        for name in ("num_beams", "num_return_sequences"):
-            if (option(name) or 1) > 1:
-                return f"{name}={option(name)}"
+        for option_name in ("num_beams", "num_return_sequences"):
+            if (option(option_name) or 1) > 1:
+                return f"{option_name}={option(option_name)}"
         return None
 
     def store(self, request: RequestState) -> None:
         """After a call: keep its cache, cut behind the last visual column."""
-        cache, key, end = request.cache, request.lookup.key, request.lookup.visual_end
-        if key is None or key in self.entries or cache is None:
+        call_cache, key, prefix_length = request.cache, request.lookup.key, request.lookup.visual_end
+        if key is None or key in self.entries or call_cache is None:
             return
-        length = cache.get_seq_length()
-        if length < end:
+        cache_length = call_cache.get_seq_length()
+        if cache_length < prefix_length:
             return
-        kept = copy.deepcopy(cache)
-        for layer in kept.layers:
-            if length > end:
-                layer.crop(end - length)
-        columns = cache_state(kept).columns
+        prefix_cache = copy.deepcopy(call_cache)
+        for cache_layer in prefix_cache.layers:
+            if cache_length > prefix_length:
+                cache_layer.crop(prefix_length - cache_length)
+        columns = cache_state(prefix_cache).columns
         if columns is not None:
-            columns.grow(end)
-        size = sum(layer_bytes(layer) for layer in kept.layers)
-        self._put(request.lookup, key, size, kept)
+            columns.grow(prefix_length)
+        num_bytes = sum(layer_bytes(cache_layer) for cache_layer in prefix_cache.layers)
+        self._put(request.lookup, key, num_bytes, prefix_cache)
 
     # -- the store -----------------------------------------------------------------------------------------------------
 
@@ -160,41 +175,48 @@ class MediaCache:
         self.entries.move_to_end(key)
         return self.entries[key][1]
 
-    def _put(self, lookup: MediaLookup, key: str, nbytes: int, value: Any) -> None:
-        if nbytes > self.limit:
-            lookup.notes.append(f"reuse: {nbytes:,} bytes do not fit the limit of {self.limit:,}, nothing kept")
+    def _put(self, media_lookup: MediaLookup, key: str, num_bytes: int, value: Any) -> None:
+        if num_bytes > self.limit:
+            media_lookup.notes.append(
+                f"reuse: {num_bytes:,} bytes do not fit the limit of {self.limit:,}, nothing kept"
+            )
             return
-        while self.held + nbytes > self.limit:
-            _, (size, _) = self.entries.popitem(last=False)
-            self.held -= size
-        self.entries[key] = (nbytes, value)
-        self.held += nbytes
+        while self.held + num_bytes > self.limit:
+            _, (oldest_bytes, _) = self.entries.popitem(last=False)
+            self.held -= oldest_bytes
+        self.entries[key] = (num_bytes, value)
+        self.held += num_bytes
 
 
-def _digest(lookup: MediaLookup, value: Any) -> str:
+def _digest(media_lookup: MediaLookup, value: Any) -> str:
     if not isinstance(value, Tensor):
         return value_digest(value)
-    for known, digest in lookup.digests:
-        if known is value:
+    for known_tensor, digest in media_lookup.digests:
+        if known_tensor is value:
             return digest
     digest = tensor_digest(value)
-    lookup.digests.append((value, digest))
+    media_lookup.digests.append((value, digest))
     return digest
 
 
 def _own_lists(output: Any) -> Any:
     """An encoder's output whose containers are its own, since transformers takes entries off what it gets."""
-    own = copy.copy(output)
-    if hasattr(own, "keys"):
-        for name in list(own.keys()):
-            if isinstance(own[name], list):
-                own[name] = list(own[name])
-    return own
+    output_copy = copy.copy(output)
+    if hasattr(output_copy, "keys"):
+        for name in list(output_copy.keys()):
+            if isinstance(output_copy[name], list):
+                output_copy[name] = list(output_copy[name])
+    return output_copy
 
 
-def _columns(name: str, value: Tensor, width: int) -> bool:
+def _columns(name: str, value: Tensor, prompt_length: int) -> bool:
     """Has this argument one entry per prompt column?"""
-    return name not in PIXELS and value.ndim in (2, 3) and value.shape[-1] == width and not value.is_floating_point()
+    return (
+        name not in PIXELS
+        and value.ndim in (2, 3)
+        and value.shape[-1] == prompt_length
+        and not value.is_floating_point()
+    )
 
 
 def sum_bytes(value: Any) -> int:
@@ -202,9 +224,9 @@ def sum_bytes(value: Any) -> int:
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
     if isinstance(value, dict):
-        return sum(sum_bytes(v) for v in value.values())
+        return sum(sum_bytes(element) for element in value.values())
     if isinstance(value, (list, tuple)):
-        return sum(sum_bytes(v) for v in value)
+        return sum(sum_bytes(element) for element in value)
     return 0
 
 

@@ -43,8 +43,8 @@ class _Locked:
 def streamed(model: nn.Module) -> bool:
     """Is a stream session open over this model?"""
     with _GUARD:
-        locked = _LOCKED.get(model)
-        return locked is not None and locked.streams > 0
+        locked_functions = _LOCKED.get(model)
+        return locked_functions is not None and locked_functions.streams > 0
 
 
 def lock_functions(model: nn.Module, stream: bool = False) -> Callable[[], None]:
@@ -54,49 +54,49 @@ def lock_functions(model: nn.Module, stream: bool = False) -> Callable[[], None]
     one has undone it. Undoing twice is harmless. stream: the holder is a stream session.
     """
     with _GUARD:
-        locked = _LOCKED.setdefault(model, _Locked())
-        locked.holders += 1
-        locked.streams += stream
-        if locked.holders == 1:
-            _lock_all(model, locked)
-    waiting, reference = [True], weakref.ref(model)
+        locked_functions = _LOCKED.setdefault(model, _Locked())
+        locked_functions.holders += 1
+        locked_functions.streams += stream
+        if locked_functions.holders == 1:
+            _lock_all(model, locked_functions)
+    pending, reference = [True], weakref.ref(model)
 
     def undo() -> None:
         with _GUARD:
-            held = reference()
-            if not waiting or held is None or held not in _LOCKED:
+            locked_model = reference()
+            if not pending or locked_model is None or locked_model not in _LOCKED:
                 return
-            waiting.clear()
-            locked = _LOCKED[held]
-            locked.holders -= 1
-            locked.streams -= stream
-            if locked.holders == 0:
-                del _LOCKED[held]
-                locked.patch.remove()
+            pending.clear()
+            locked_functions = _LOCKED[locked_model]
+            locked_functions.holders -= 1
+            locked_functions.streams -= stream
+            if locked_functions.holders == 0:
+                del _LOCKED[locked_model]
+                locked_functions.patch.remove()
 
     return undo
 
 
-def _lock_all(model: nn.Module, locked: _Locked) -> None:
-    family, lock = families.get(model), model_lock(model)
-    base = family.base(model)
-    for module in (model, base, family.text(model)):
-        locked.forwards.append((module, module.forward))
-        locked.patch.set(module, "forward", _take(lock, module.forward))
-    locked.patch.set(model, "generate", _take(lock, model.generate))  # type: ignore[arg-type]
+def _lock_all(model: nn.Module, locked_functions: _Locked) -> None:
+    family, shared_lock = families.get(model), model_lock(model)
+    base_model = family.base(model)
+    for module in (model, base_model, family.text(model)):
+        locked_functions.forwards.append((module, module.forward))
+        locked_functions.patch.set(module, "forward", _take(shared_lock, module.forward))
+    locked_functions.patch.set(model, "generate", _take(shared_lock, model.generate))  # type: ignore[arg-type]
 
 
 @contextmanager
 def without_lock(model: nn.Module) -> Iterator[None]:
     """Inside the block `forward` is the model's own: for a call that holds the lock and may compile it."""
-    scope = Patch()
-    locked = _LOCKED.get(model)
+    own_forwards = Patch()
+    locked_functions = _LOCKED.get(model)
     try:
-        for module, forward in locked.forwards if locked is not None else ():
-            scope.set(module, "forward", forward)
+        for module, forward in locked_functions.forwards if locked_functions is not None else ():
+            own_forwards.set(module, "forward", forward)
         yield
     finally:
-        scope.remove()
+        own_forwards.remove()
 
 
 def _take(lock: threading.RLock, inner: Callable[..., Any]) -> Callable[..., Any]:

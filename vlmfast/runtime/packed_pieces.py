@@ -22,7 +22,7 @@ class Pieces:
     """
 
     def __init__(self, lengths: list[int], device: torch.device) -> None:
-        self.lengths, self.device = [n for n in lengths if n], device
+        self.lengths, self.device = [length for length in lengths if length], device
         self.longest = max(self.lengths, default=0)
         self._groups: list[tuple[int, Tensor]] | None = None  # (length, rows (pieces, length))
         self._bounds: Tensor | None = None
@@ -35,32 +35,32 @@ class Pieces:
         """The rows of the pieces of each length."""
         if self._groups is None:
             lengths = torch.tensor(self.lengths)
-            starts = lengths.cumsum(0) - lengths
+            first_rows = lengths.cumsum(0) - lengths
             self._groups = [
-                (n, to_device(starts[lengths == n][:, None] + torch.arange(n), self.device))
-                for n in sorted(set(self.lengths))
+                (length, to_device(first_rows[lengths == length][:, None] + torch.arange(length), self.device))
+                for length in sorted(set(self.lengths))
             ]
         return self._groups
 
     def bounds(self) -> Tensor:
         """(pieces + 1,) int32 on the device: where pieces begin."""
         if self._bounds is None:
-            ends = torch.tensor([0, *self.lengths]).cumsum(0, dtype=torch.int32)
-            self._bounds = to_device(ends, self.device)
+            piece_ends = torch.tensor([0, *self.lengths]).cumsum(0, dtype=torch.int32)
+            self._bounds = to_device(piece_ends, self.device)
         return self._bounds
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """q, k, v (N, H, D) -> (N, H, D)."""
         if self.equal:
-            q, k, w = (x.view(-1, self.longest, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
-            return F.scaled_dot_product_attention(q, k, w, scale=scale).transpose(1, 2).reshape(v.shape)
+            q, k, values = (tensor.view(-1, self.longest, *tensor.shape[1:]).transpose(1, 2) for tensor in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, values, scale=scale).transpose(1, 2).reshape(v.shape)
         if vision.has_ragged_pieces(q):
             return vision.ragged_pieces(q, k, v, self.bounds(), self.longest, scale)
-        out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-        for _, rows in self.groups():
-            some_q, some_k, some_v = (x[rows].transpose(1, 2) for x in (q, k, v))
-            out[rows] = F.scaled_dot_product_attention(some_q, some_k, some_v, scale=scale).transpose(1, 2)
-        return out
+        attended = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+        for _, piece_rows in self.groups():
+            queries, keys, values = (tensor[piece_rows].transpose(1, 2) for tensor in (q, k, v))
+            attended[piece_rows] = F.scaled_dot_product_attention(queries, keys, values, scale=scale).transpose(1, 2)
+        return attended
 
 
 class KeptPieces(Pieces):
@@ -72,10 +72,10 @@ class KeptPieces(Pieces):
 
     def __init__(self, lengths: list[int], kept: Tensor, unit: int) -> None:
         super().__init__(lengths, kept.device)
-        counted = torch.tensor(lengths) // unit
-        piece = to_device(torch.arange(len(lengths)).repeat_interleave(counted), kept.device)[kept]
-        counts = torch.zeros(len(lengths), dtype=torch.long, device=kept.device)
-        self.counts = counts.index_add_(0, piece, torch.ones_like(piece)).mul_(unit)
+        groups_per_piece = torch.tensor(lengths) // unit
+        piece_of_group = to_device(torch.arange(len(lengths)).repeat_interleave(groups_per_piece), kept.device)[kept]
+        kept_counts = torch.zeros(len(lengths), dtype=torch.long, device=kept.device)
+        self.counts = kept_counts.index_add_(0, piece_of_group, torch.ones_like(piece_of_group)).mul_(unit)
         self._bounds = F.pad(self.counts.cumsum(0, dtype=torch.int32), (1, 0))
         self._known = False
 
@@ -87,6 +87,6 @@ class KeptPieces(Pieces):
         if vision.has_ragged_pieces(q):
             return vision.ragged_pieces(q, k, v, self.bounds(), self.longest, scale)
         if not self._known:
-            self.lengths, self._known = [n for n in self.counts.tolist() if n], True
+            self.lengths, self._known = [length for length in self.counts.tolist() if length], True
             self.longest = max(self.lengths, default=0)
         return super().attend(q, k, v, scale)

@@ -1,4 +1,4 @@
-"""Everything done to a model is recorded here, and undone in reverse."""
+"""Records every change made to a model, and undoes them in reverse order."""
 
 from __future__ import annotations
 
@@ -25,42 +25,46 @@ class Patch:
     @contextmanager
     def lifted(self) -> Iterator[None]:
         """Inside the block none of our hooks is on the model; afterwards all are back, in the order they had."""
-        before: dict[int, tuple[Any, dict[int, Any], set[int]]] = {}  # per hook dict: what it held, which were ours
-        for handle in self._handles:
-            hooks = handle.hooks_dict_ref()
-            if hooks is not None and handle.id in hooks:
-                before.setdefault(id(hooks), (hooks, dict(hooks), set()))[2].add(handle.id)
-        for hooks, _, ours in before.values():
-            for key in ours:
-                del hooks[key]
+        # by the id of a module's hook dict: that dict, a copy of it, and the ids of our hooks in it
+        earlier_hooks: dict[int, tuple[Any, dict[int, Any], set[int]]] = {}
+        for hook_handle in self._handles:
+            hooks = hook_handle.hooks_dict_ref()
+            if hooks is not None and hook_handle.id in hooks:
+                earlier_hooks.setdefault(id(hooks), (hooks, dict(hooks), set()))[2].add(hook_handle.id)
+        for hooks, _, own_ids in earlier_hooks.values():
+            for own_id in own_ids:
+                del hooks[own_id]
         try:
             yield
         finally:
-            for hooks, held, ours in before.values():  # others may have come and gone meanwhile
-                now = dict(hooks)
+            for hooks, hooks_before, own_ids in earlier_hooks.values():  # others may have come and gone meanwhile
+                hooks_now = dict(hooks)
                 hooks.clear()
-                hooks.update({k: v for k, v in held.items() if k in ours or k in now} | now)
+                wanted_ids = own_ids | hooks_now.keys()
+                hooks.update(
+                    {hook_id: hook for hook_id, hook in hooks_before.items() if hook_id in wanted_ids} | hooks_now
+                )
 
     def set(self, obj: Any, name: str, value: Any) -> None:
         """Set an instance attribute; undone to what the instance itself held before (or nothing)."""
-        before = vars(obj).get(name, _MISSING)
+        earlier_value = vars(obj).get(name, _MISSING)
         object.__setattr__(obj, name, value)
-        if before is _MISSING:
+        if earlier_value is _MISSING:
             self._undo.append(lambda: vars(obj).pop(name, None))
         else:
-            self._undo.append(lambda: object.__setattr__(obj, name, before))
+            self._undo.append(lambda: object.__setattr__(obj, name, earlier_value))
 
     def call(self, undo: Callable[[], Any]) -> None:
         """Own an arbitrary undo step."""
         self._undo.append(undo)
 
     def remove(self) -> None:
-        error: Exception | None = None
+        first_error: Exception | None = None
         self._handles = []
         while self._undo:
             try:
                 self._undo.pop()()
-            except Exception as e:  # the rest must still be undone
-                error = error or e
-        if error is not None:
-            raise error
+            except Exception as undo_error:  # the rest must still be undone
+                first_error = first_error or undo_error
+        if first_error is not None:
+            raise first_error

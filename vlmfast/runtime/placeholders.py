@@ -1,4 +1,4 @@
-"""Questions that name a placeholder: such a token stands for pixels, so one that is typed breaks the count."""
+"""Refuses questions that contain a placeholder token of media, which would break the count of visual tokens."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ _PARTS = ("image_token", "video_token", "audio_token", "fake_image_token", "visi
 def refuse_placeholders(question: str, model: Any, processor: Any) -> None:
     """Raise UserError when the question holds a token that stands for media or its borders in this model's prompts."""
     tokenizer = processor.tokenizer
-    known = {t for t in (getattr(processor, name, None) for name in _PARTS) if isinstance(t, str) and t}
-    ids = sorted(set(families.get(model).visual_ids(model).values()))
-    known |= {t for t in tokenizer.convert_ids_to_tokens(ids) if t}
-    for token in sorted(known, key=len, reverse=True):
+    placeholder_tokens = {
+        candidate
+        for candidate in (getattr(processor, attribute_name, None) for attribute_name in _PARTS)
+        if isinstance(candidate, str) and candidate
+    }
+    media_ids = sorted(set(families.get(model).visual_ids(model).values()))
+    placeholder_tokens |= {candidate for candidate in tokenizer.convert_ids_to_tokens(media_ids) if candidate}
+    for token in sorted(placeholder_tokens, key=len, reverse=True):
         if token in question:
             raise UserError(
                 f"the question holds {token!r}, which stands for media in this model's prompts: leave it out"

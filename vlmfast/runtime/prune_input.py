@@ -1,8 +1,8 @@
-"""Which columns enter the language model: finds the visual ones, lets a pruner drop some, keeps masks right.
+"""Drops visual columns before the language model: finds them, asks the pruner which to keep, adapts the masks.
 
-Three taps on an unmodified model: `get_*_features` (layout of the media), the base model's forward (where the
-placeholders are), the text model's forward (where columns are dropped). What was dropped is remembered on the cache
-object itself, so several conversations may interleave.
+Three hooks on an unmodified model: on `get_*_features` (layout of the media), on the base model's forward (where the
+placeholders are), and on the text model's forward (where columns are dropped). The cache object itself holds what was
+dropped, so several conversations may interleave.
 """
 
 from __future__ import annotations
@@ -53,24 +53,24 @@ class InputPruning:
         self.reuse: MediaCache | None = None  # encoded media kept between calls, when asked for
 
     def install(self, patch: Patch) -> None:
-        base, text = self.family.base(self.model), self.family.text(self.model)
-        for kind in self.ids:
-            self._tap_features(patch, base, kind)
+        base_model, text_model = self.family.base(self.model), self.family.text(self.model)
+        for media_kind in self.ids:
+            self._tap_features(patch, base_model, media_kind)
         patch.hook(self.model.register_forward_pre_hook(self._refuse, with_kwargs=True))
-        patch.hook(base.register_forward_pre_hook(self._see, with_kwargs=True))
-        patch.hook(text.register_forward_pre_hook(self._enter, with_kwargs=True))
+        patch.hook(base_model.register_forward_pre_hook(self._see, with_kwargs=True))
+        patch.hook(text_model.register_forward_pre_hook(self._enter, with_kwargs=True))
         if self.family.rope_axes == 1:  # FlashAttention reads packing from the positions the layers get
-            for layer in self.family.layers(self.model):
-                patch.hook(layer.register_forward_pre_hook(contiguous_positions, with_kwargs=True), stays=True)
+            for decoder_layer in self.family.layers(self.model):
+                patch.hook(decoder_layer.register_forward_pre_hook(contiguous_positions, with_kwargs=True), stays=True)
 
     # -- tap 1: media layout ---------------------------------------------------------------------------------------
 
-    def _tap_features(self, patch: Patch, base: nn.Module, kind: str) -> None:
-        name = f"get_{kind}_features"
-        inner = getattr(base, name)
-        signature = inspect.signature(inner)
+    def _tap_features(self, patch: Patch, base_model: nn.Module, media_kind: str) -> None:
+        function_name = f"get_{media_kind}_features"
+        own_function = getattr(base_model, function_name)
+        signature = inspect.signature(own_function)
 
-        @functools.wraps(inner)
+        @functools.wraps(own_function)
         def tapped(*args: Any, **kwargs: Any) -> Any:
             with model_lock(self.model):
                 return tap(*args, **kwargs)
@@ -78,43 +78,55 @@ class InputPruning:
         def tap(*args: Any, **kwargs: Any) -> Any:
             request = self.requests.current
             if request.kind is not None:  # Qwen3-VL encodes video by calling the image function
-                return inner(*args, **kwargs)
-            given = signature.bind(*args, **kwargs)
-            bound, grid = given.arguments, f"{kind}_grid_thw"
-            if self.host_grids and bound.get(grid) is not None:  # read before the tower runs: nothing waits for it
-                bound[grid] = bound[grid].cpu()
-                args, kwargs = given.args, given.kwargs
-            call = {**bound, **bound.get("kwargs", {})}
-            start = request.encoding.now()
-            out = self._encode(request, kind, call, functools.partial(inner, *args, **kwargs))
-            request.encoding.add(start)
-            request.media[kind] = self.family.items(self.model, kind, call, feature_list(out))
+                return own_function(*args, **kwargs)
+            bound_call = signature.bind(*args, **kwargs)
+            bound_arguments, grid_name = bound_call.arguments, f"{media_kind}_grid_thw"
+            # read before the tower runs, so that nothing waits for it
+            if self.host_grids and bound_arguments.get(grid_name) is not None:
+                bound_arguments[grid_name] = bound_arguments[grid_name].cpu()
+                args, kwargs = bound_call.args, bound_call.kwargs
+            call_arguments = {**bound_arguments, **bound_arguments.get("kwargs", {})}
+            start_mark = request.encoding.now()
+            features = self._encode(
+                request, media_kind, call_arguments, functools.partial(own_function, *args, **kwargs)
+            )
+            request.encoding.add(start_mark)
+            request.media[media_kind] = self.family.items(
+                self.model, media_kind, call_arguments, feature_list(features)
+            )
             if self.attention is not None:
-                again = request.selecting.now()
-                self.attention.collect(kind, functools.partial(inner, *args, **kwargs), call, request.media[kind])
-                request.selecting.add(again)
-            return out
+                second_mark = request.selecting.now()
+                self.attention.collect(
+                    media_kind,
+                    functools.partial(own_function, *args, **kwargs),
+                    call_arguments,
+                    request.media[media_kind],
+                )
+                request.selecting.add(second_mark)
+            return features
 
-        patch.set(base, name, tapped)
+        patch.set(base_model, function_name, tapped)
 
-    def _encode(self, request: RequestState, kind: str, call: dict[str, Any], encode: Callable[[], Any]) -> Any:
-        """Run the tower on one kind of media, or find what it said of the same pixels before."""
-        key, found = "", None
-        reuse = self.reuse if self.attention is None else None  # tower attention exists only while the tower runs
-        if reuse is not None:
-            key, found = reuse.features(request.lookup, kind, call | {"pruner": repr(request.pruner)})
-        if found is not None:
-            if found[1] is not None:
-                request.tower_kept = (request.tower_kept or {}) | {kind: found[1]}
-            return found[0]
-        request.kind = kind
+    def _encode(self, request: RequestState, media_kind: str, inputs: dict[str, Any], encode: Callable[[], Any]) -> Any:
+        """Run the tower on one kind of media, or take its stored output for the same pixels."""
+        key, stored_features = "", None
+        media_cache = self.reuse if self.attention is None else None  # tower attention exists only while the tower runs
+        if media_cache is not None:
+            key, stored_features = media_cache.features(
+                request.lookup, media_kind, inputs | {"pruner": repr(request.pruner)}
+            )
+        if stored_features is not None:
+            if stored_features[1] is not None:
+                request.tower_kept = (request.tower_kept or {}) | {media_kind: stored_features[1]}
+            return stored_features[0]
+        request.kind = media_kind
         try:
-            out = encode()
+            encoded = encode()
         finally:
             request.kind = None
-        if reuse is not None:
-            reuse.keep_features(request.lookup, key, out, (request.tower_kept or {}).get(kind))
-        return out
+        if media_cache is not None:
+            media_cache.keep_features(request.lookup, key, encoded, (request.tower_kept or {}).get(media_kind))
+        return encoded
 
     def _refuse(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if is_compiled(self.family.text(self.model)):
@@ -126,129 +138,144 @@ class InputPruning:
         """Raise Unsupported for embeddings (B, L, D) that hold features where the ids (B, L) have placeholders."""
         if ids is None or embeds is None or ids.shape != embeds.shape[:2]:
             return
-        for kind, where in self._placeholders(embeds).items():
-            known = (ids == self.ids[kind]).to(where.device)
-            if bool((known & ~where).any()):
+        for media_kind, placeholder_mask in self._placeholders(embeds).items():
+            id_mask = (ids == self.ids[media_kind]).to(placeholder_mask.device)
+            if bool((id_mask & ~placeholder_mask).any()):
                 raise Unsupported(
-                    f"inputs_embeds came in with the {kind} features already in them, whose layout is not known: "
+                    f"inputs_embeds came in with the {media_kind} features already in them, whose layout is not known: "
                     "pass input_ids and the pixels to prune them"
                 )
 
     # -- tap 2: where the placeholders are -------------------------------------------------------------------------
 
     def _see(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        request, ids = self.requests.current, kwargs.get("input_ids", args[0] if args else None)
+        request, input_ids = self.requests.current, kwargs.get("input_ids", args[0] if args else None)
         request.seen = {}
-        if ids is None:
-            embeds = kwargs.get("inputs_embeds")
-            if embeds is None or embeds.shape[1] == 1:
+        if input_ids is None:
+            embeddings = kwargs.get("inputs_embeds")
+            if embeddings is None or embeddings.shape[1] == 1:
                 return
-            request.seen = self._placeholders(embeds)
-        elif ids.shape[1] > 1:
-            request.seen = {kind: ids == token for kind, token in self.ids.items()}
+            request.seen = self._placeholders(embeddings)
+        elif input_ids.shape[1] > 1:
+            request.seen = {media_kind: input_ids == visual_id for media_kind, visual_id in self.ids.items()}
         self.lay_out(kwargs)
 
-    def _placeholders(self, embeds: Tensor) -> dict[str, Tensor]:
+    def _placeholders(self, embeddings: Tensor) -> dict[str, Tensor]:
         """Per kind of media (B, L) bool, where embeddings (B, L, D) are a placeholder's."""
-        table: Any = self.family.base(self.model).get_input_embeddings()  # type: ignore[operator]
-        tokens = {kind: torch.tensor(token, device=table.weight.device) for kind, token in self.ids.items()}
-        return {kind: (embeds == table(token).to(embeds)).all(-1) for kind, token in tokens.items()}
+        embedding_table: Any = self.family.base(self.model).get_input_embeddings()  # type: ignore[operator]
+        id_tensors = {
+            kind: torch.tensor(visual_id, device=embedding_table.weight.device) for kind, visual_id in self.ids.items()
+        }
+        return {
+            kind: (embeddings == embedding_table(visual_id).to(embeddings)).all(-1)
+            for kind, visual_id in id_tensors.items()
+        }
 
     def lay_out(self, call: dict[str, Any]) -> None:
         """Note the layout of media that came already encoded (mm_encoder_outputs), where `call` gives it."""
         request, outputs = self.requests.current, call.get("mm_encoder_outputs") or {}
-        request.given |= {kind for kind in self.ids if outputs.get(kind) is not None}
-        for kind in request.given & outputs.keys() - request.media.keys():
-            features = feature_list(outputs[kind])
+        request.given |= {media_kind for media_kind in self.ids if outputs.get(media_kind) is not None}
+        for media_kind in request.given & outputs.keys() - request.media.keys():
+            features = feature_list(outputs[media_kind])
             try:
-                items = self.family.items(self.model, kind, call, features)
+                items = self.family.items(self.model, media_kind, call, features)
             except (KeyError, TypeError, AttributeError):  # no grids came with them
                 continue
             if sum(item.n for item in items) == sum(map(len, features)):
-                request.media[kind] = items
+                request.media[media_kind] = items
 
     # -- tap 3: columns enter the text model -----------------------------------------------------------------------
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        request, embeds, cache = self.requests.current, kwargs["inputs_embeds"], cache_in(kwargs)
+        request, embeddings, cache = self.requests.current, kwargs["inputs_embeds"], cache_in(kwargs)
         columns = cache_state(cache).columns
-        past = cache.get_seq_length() if cache is not None else 0
-        seen, request.seen = request.seen, {}
-        has_media = any(bool(m.any()) for m in seen.values())
+        past_length = cache.get_seq_length() if cache is not None else 0
+        placeholder_masks, request.seen = request.seen, {}
+        has_media = any(bool(placeholder_mask.any()) for placeholder_mask in placeholder_masks.values())
         _note_cache(request, cache)
         request.entered, request.has_media = None, has_media
-        if past and not has_media:  # decode, verification, or a turn without new media
+        if past_length and not has_media:  # decode, verification, or a turn without new media
             if columns is not None and columns.padded:
                 columns.announce(cache)
-                kwargs["attention_mask"] = columns.mask(kwargs.get("attention_mask"), past + embeds.shape[1])
+                kwargs["attention_mask"] = columns.mask(kwargs.get("attention_mask"), past_length + embeddings.shape[1])
             return args, kwargs
         request.prefills += 1
-        self._prefill(request, kwargs, seen, has_media, past, columns)
+        self._prefill(request, kwargs, placeholder_masks, has_media, past_length, columns)
         return args, kwargs
 
     def _prefill(
-        self, request: RequestState, kw: dict, seen: dict[str, Tensor], has_media: bool, past: int,
-        columns: Columns | None,
+        self, request: RequestState, kwargs: dict, seen_masks: dict[str, Tensor], has_media: bool,
+        past_length: int, columns: Columns | None,
     ) -> None:  # fmt: skip
-        embeds, mask = kw["inputs_embeds"], kw.get("attention_mask")
-        b, q, _ = embeds.shape
-        if mask is not None and (isinstance(mask, dict) or mask.ndim != 2):
+        embeddings, attention_mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
+        batch_size, num_columns, _ = embeddings.shape
+        if attention_mask is not None and (isinstance(attention_mask, dict) or attention_mask.ndim != 2):
             if not request.active:
-                _bypass(request, seen)
+                _bypass(request, seen_masks)
                 return
             raise Unsupported(
                 "a prebuilt attention mask cannot follow pruned columns: pass a 2-D mask and a dynamic cache, "
                 "or call generate(), which rewrites its inputs for a static one"
             )
-        valid = torch.ones(b, q, dtype=torch.bool, device=embeds.device)
-        if mask is not None:
-            valid = mask[:, -q:].bool()
-        padded = mask is not None and not bool(valid.all())
-        if past and columns is None:  # the cache was filled before we saw it: nothing was dropped from it
-            before = valid.new_ones(b, past) if mask is None else mask[:, :past].bool()
+        valid_mask = torch.ones(batch_size, num_columns, dtype=torch.bool, device=embeddings.device)
+        if attention_mask is not None:
+            valid_mask = attention_mask[:, -num_columns:].bool()
+        is_padded = attention_mask is not None and not bool(valid_mask.all())
+        if past_length and columns is None:  # the cache was filled before we saw it: nothing was dropped from it
+            valid_before = (
+                valid_mask.new_ones(batch_size, past_length)
+                if attention_mask is None
+                else attention_mask[:, :past_length].bool()
+            )
             columns = Columns(
-                column_kinds(torch.zeros_like(before), before, False),
-                torch.arange(past, device=before.device).expand(b, past).masked_fill(~before, -1),
-                past,
-                not bool(before.all()),
+                column_kinds(torch.zeros_like(valid_before), valid_before, False),
+                torch.arange(past_length, device=valid_before.device)
+                .expand(batch_size, past_length)
+                .masked_fill(~valid_before, -1),
+                past_length,
+                not bool(valid_before.all()),
             )
         elif columns is not None:
-            columns.grow(past)
-        visual = functools.reduce(torch.logical_or, seen.values(), torch.zeros_like(valid))
-        kinds = column_kinds(visual, valid, past > 0)
-        index = torch.arange(past, past + q, device=embeds.device).expand(b, q)
-        index = index.masked_fill(~valid, -1)
-        rows = self.rows(kw, seen, visual, valid) if has_media else None
+            columns.grow(past_length)
+        visual_mask = functools.reduce(torch.logical_or, seen_masks.values(), torch.zeros_like(valid_mask))
+        kind_codes = column_kinds(visual_mask, valid_mask, past_length > 0)
+        logical_index = torch.arange(past_length, past_length + num_columns, device=embeddings.device).expand(
+            batch_size, num_columns
+        )
+        logical_index = logical_index.masked_fill(~valid_mask, -1)
+        kept_rows = self.rows(kwargs, seen_masks, visual_mask, valid_mask) if has_media else None
         if not request.running:  # a forward by itself: what it encoded says nothing about the next one's media
             request.media, request.tower_kept = {}, None
-        if rows is not None:
-            source, filled = left_padded(rows, embeds.device)
-            padded = len({len(r) for r in rows}) > 1
-            drop(kw, source, filled, rows, past)
-            kinds = kinds.gather(1, source).masked_fill(~filled, Kind.PAD)
-            index = index.gather(1, source).masked_fill(~filled, -1)
+        if kept_rows is not None:
+            source_columns, filled_mask = left_padded(kept_rows, embeddings.device)
+            is_padded = len({len(row_indices) for row_indices in kept_rows}) > 1
+            drop(kwargs, source_columns, filled_mask, kept_rows, past_length)
+            kind_codes = kind_codes.gather(1, source_columns).masked_fill(~filled_mask, Kind.PAD)
+            logical_index = logical_index.gather(1, source_columns).masked_fill(~filled_mask, -1)
         if columns is not None:
-            kinds = torch.cat([columns.kinds, kinds], 1)
-            index = torch.cat([columns.index, index], 1)
-            padded = padded or columns.padded
-        state = Columns(kinds, index, past + q, padded)
-        request.entered = state if has_media else None
-        cache = cache_in(kw)
-        if cache is None and kw.get("use_cache") and rows is not None:
-            cache = put_cache(kw, DynamicCache(config=self.family.text(self.model).config))
+            kind_codes = torch.cat([columns.kinds, kind_codes], 1)
+            logical_index = torch.cat([columns.index, logical_index], 1)
+            is_padded = is_padded or columns.padded
+        entered_columns = Columns(kind_codes, logical_index, past_length + num_columns, is_padded)
+        request.entered = entered_columns if has_media else None
+        cache = cache_in(kwargs)
+        if cache is None and kwargs.get("use_cache") and kept_rows is not None:
+            cache = put_cache(kwargs, DynamicCache(config=self.family.text(self.model).config))
         if cache is not None:
-            if rows is not None:
-                count_skipped(cache, q - rows_width(rows), len(self.family.layers(self.model)))
-            put_cache_state(cache, columns=state)
-            state.announce(cache)
+            if kept_rows is not None:
+                count_skipped(cache, num_columns - rows_width(kept_rows), len(self.family.layers(self.model)))
+            put_cache_state(cache, columns=entered_columns)
+            entered_columns.announce(cache)
             _note_cache(request, cache)
-        if rows is not None or (columns is not None and columns.padded):
-            mask = entry_mask(state)
-            if mask is None and cache_in(kw) is None:  # gaps in positions would read as packing
-                mask = torch.ones(b, kw["inputs_embeds"].shape[1], dtype=torch.long, device=embeds.device)
-            elif mask is not None and cache_in(kw) is None:
-                mask = mask[:, -kw["inputs_embeds"].shape[1] :]
-            kw["attention_mask"] = mask
+        if kept_rows is not None or (columns is not None and columns.padded):
+            attention_mask = entry_mask(entered_columns)
+            if attention_mask is None and cache_in(kwargs) is None:  # gaps in positions would read as packing
+                attention_mask = torch.ones(
+                    batch_size, kwargs["inputs_embeds"].shape[1], dtype=torch.long, device=embeddings.device
+                )
+            elif attention_mask is not None and cache_in(kwargs) is None:
+                attention_mask = attention_mask[:, -kwargs["inputs_embeds"].shape[1] :]
+            kwargs["attention_mask"] = attention_mask
 
     def rows(self, kw: dict, seen: dict[str, Tensor], visual: Tensor, valid: Tensor) -> list[Tensor] | None:
         """Kept column indices of every row, ascending; None when nothing is dropped."""
@@ -256,15 +283,15 @@ class InputPruning:
         if not request.active:
             _bypass(request, seen)
             return None
-        total = sum(int(m.sum()) for m in seen.values())
-        request.visual_tokens += total
-        start = request.selecting.now()
+        num_visual = sum(int(placeholder_mask.sum()) for placeholder_mask in seen.values())
+        request.visual_tokens += num_visual
+        start_mark = request.selecting.now()
         selection = Selection(self.model, self.family, request, self.attention, kw, visual, valid)
-        kept_total = sum(selection.select(kind, where) for kind, where in seen.items())
-        request.kept_tokens += kept_total
-        rows = [k.nonzero()[:, 0] for k in selection.keep]
-        request.selecting.add(start)
-        return None if kept_total == total else rows
+        num_kept = sum(selection.select(media_kind, where_mask) for media_kind, where_mask in seen.items())
+        request.kept_tokens += num_kept
+        kept_rows = [row_kept.nonzero()[:, 0] for row_kept in selection.keep]
+        request.selecting.add(start_mark)
+        return None if num_kept == num_visual else kept_rows
 
 
 def _note_cache(request: RequestState, cache: Any) -> None:
@@ -273,9 +300,9 @@ def _note_cache(request: RequestState, cache: Any) -> None:
         request.cache = cache
 
 
-def _bypass(request: RequestState, seen: dict[str, Tensor]) -> None:
-    total = sum(int(m.sum()) for m in seen.values())
-    request.visual_tokens += total
-    request.kept_tokens += total
-    if request.pruner is not None and total:
+def _bypass(request: RequestState, placeholder_masks: dict[str, Tensor]) -> None:
+    num_visual = sum(int(placeholder_mask.sum()) for placeholder_mask in placeholder_masks.values())
+    request.visual_tokens += num_visual
+    request.kept_tokens += num_visual
+    if request.pruner is not None and num_visual:
         request.notes.append("prune: keep=1 keeps every visual token, bypassed")

@@ -1,4 +1,4 @@
-"""Cache layers that some columns never entered: they count what was dropped, and tell whose attention may read them."""
+"""Cache layers that some columns never entered: they count the dropped columns and refuse models without our hooks."""
 
 from __future__ import annotations
 
@@ -86,15 +86,15 @@ class PrunedLayer(AnnouncedColumns, DynamicLayer):
         return self.physical + self.skipped
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        q = query_length if isinstance(query_length, int) else query_length.shape[0]
-        return self.physical + q, self.skipped
+        num_queries = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return self.physical + num_queries, self.skipped
 
     def crop(self, n: int) -> None:
         """Remove -n columns (n <= 0), or, as before transformers 5.20, crop to n logical columns (n > 0)."""
-        remove = -n if n <= 0 else self.get_seq_length() - n
-        if remove > 0:
+        num_removed = -n if n <= 0 else self.get_seq_length() - n
+        if num_removed > 0:
             keys, values = self.keys, self.values
-            self.keys, self.values = keys[..., :-remove, :], values[..., :-remove, :]
+            self.keys, self.values = keys[..., :-num_removed, :], values[..., :-num_removed, :]
 
     def reset(self) -> None:
         super().reset()
@@ -103,42 +103,43 @@ class PrunedLayer(AnnouncedColumns, DynamicLayer):
 
 def counting(cache: Any, i: int) -> Any:
     """Layer i of a cache; a stock `DynamicLayer` is replaced by one that counts skipped columns."""
-    layer = cache.layers[i]
-    if type(layer) is DynamicLayer:
-        new = PrunedLayer()
-        new.__dict__.update(layer.__dict__)
-        cache.layers[i] = layer = new
-    return layer
+    cache_layer = cache.layers[i]
+    if type(cache_layer) is DynamicLayer:
+        pruned_layer = PrunedLayer()
+        pruned_layer.__dict__.update(cache_layer.__dict__)
+        cache.layers[i] = cache_layer = pruned_layer
+    return cache_layer
 
 
 def prunable(cache: Any, i: int, layers: int) -> PrunedLayer:
     """Cache layer i, of `layers`, made one that counts skipped columns."""
     while len(cache.layers) < layers:
         cache.layers.append(PrunedLayer())
-    layer = counting(cache, i)
-    if not isinstance(layer, PrunedLayer):
+    cache_layer = counting(cache, i)
+    if not isinstance(cache_layer, PrunedLayer):
         raise Unsupported(
-            f"a {type(layer).__name__} cannot hold fewer columns than the layers before it: "
+            f"a {type(cache_layer).__name__} cannot hold fewer columns than the layers before it: "
             "use the default dynamic cache and full attention"
         )
-    return layer
+    return cache_layer
 
 
 def count_skipped(cache: Any, n: int, text_layers: int) -> None:
     """Make every cache layer report the logical length, of which n more columns never entered."""
-    layers = getattr(cache, "layers", None)
-    if layers is None or (getattr(cache, "is_compileable", False) and type(cache) is not DynamicCache):
+    cache_layers = getattr(cache, "layers", None)
+    if cache_layers is None or (getattr(cache, "is_compileable", False) and type(cache) is not DynamicCache):
         raise Unsupported(
             f"{type(cache).__name__} has a fixed layout and cannot hold pruned columns: use the default dynamic cache"
         )
-    if not layers:
+    if not cache_layers:
         cache.layers.extend(PrunedLayer() for _ in range(text_layers))
-    for i, layer in enumerate(cache.layers):
-        if not isinstance(layer, CacheLayerMixin):  # a recurrent state alone: it counts no columns
+    for layer_index, cache_layer in enumerate(cache.layers):
+        if not isinstance(cache_layer, CacheLayerMixin):  # a recurrent state alone: it counts no columns
             continue
-        layer = counting(cache, i)
-        if not isinstance(layer, AnnouncedColumns):
+        cache_layer = counting(cache, layer_index)
+        if not isinstance(cache_layer, AnnouncedColumns):
             raise Unsupported(
-                f"{type(layer).__name__} cannot hold pruned columns: use the default dynamic cache and full attention"
+                f"{type(cache_layer).__name__} cannot hold pruned columns: use the default dynamic cache and full "
+                "attention"
             )
-        layer.skip(n)
+        cache_layer.skip(n)

@@ -1,4 +1,4 @@
-"""`RequestState`: the facts of one `generate` call. `Requests`: where the hooks of a model find the call that runs.
+"""The state of one `generate` call (`RequestState`), and the calls of one model (`Requests`), which hooks read.
 
 A call gets a state of its own when it begins, also one that a streamer or logits processor makes inside another, and
 the second prefill of a draft. Hooks read and write `requests.current` and keep nothing of a call themselves. A model
@@ -35,7 +35,7 @@ class StageTimes:
 
 @dataclass
 class TextAttention:
-    """What the text after the media looked at, in the prefill that last brought media (`runtime.text_attention`)."""
+    """Attention from text after the media, per column of the last prefill with media (`runtime.text_attention`)."""
 
     on: bool = False  # is it recorded in the forward now running?
     kinds: Tensor | None = None  # (1, P) of the columns that entered
@@ -46,15 +46,15 @@ class TextAttention:
         """(length,) float32 per logical column, 0 where the target dropped it; None before any media was seen."""
         if not self.rows or self.index is None:
             return None
-        mean, index = torch.stack(self.rows).mean(0), self.index[0]
-        out = mean.new_zeros(length)
-        out[index[index >= 0]] = mean[index >= 0]
-        return out
+        mean_scores, logical_columns = torch.stack(self.rows).mean(0), self.index[0]
+        column_scores = mean_scores.new_zeros(length)
+        column_scores[logical_columns[logical_columns >= 0]] = mean_scores[logical_columns >= 0]
+        return column_scores
 
 
 @dataclass
 class MediaLookup:
-    """What a call asked of the store of encoded media (`runtime.media_cache`)."""
+    """A call's look-up in the store of encoded media (`runtime.media_cache`)."""
 
     notes: list[str] = field(default_factory=list)  # what was found, or why nothing was
     key: str | None = None  # of the visual prefix's KV; None = it is neither taken nor stored
@@ -113,13 +113,14 @@ class RequestState:
 
         What the tower does again for a pruner is part of choosing, not of encoding.
         """
-        again = self.mapping.seconds()
-        encode, select = self.encoding.seconds() - again, self.selecting.seconds() + again
-        block = {} if self.tower_block is None else {"tower_block": self.tower_block}
+        mapping_seconds = self.mapping.seconds()
+        encode_seconds = self.encoding.seconds() - mapping_seconds
+        select_seconds = self.selecting.seconds() + mapping_seconds
+        block_field = {} if self.tower_block is None else {"tower_block": self.tower_block}
         return {
             "visual_tokens": self.visual_tokens, "kept_tokens": self.kept_tokens,
-            "encode_ms": encode * 1e3, "select_ms": self.cut_ms + select * 1e3,
-        } | block  # fmt: skip
+            "encode_ms": encode_seconds * 1e3, "select_ms": self.cut_ms + select_seconds * 1e3,
+        } | block_field  # fmt: skip
 
 
 class Requests:
@@ -141,27 +142,27 @@ class Requests:
 
         pruner: in place of the one that every call has.
         """
-        before = self.current
-        self.current = state = self._made(pruner or self.pruner, running=True, nested=self.depth > 0)
+        outer_state = self.current
+        self.current = call_state = self._made(pruner or self.pruner, running=True, nested=self.depth > 0)
         self.depth += 1
         try:
-            yield state
+            yield call_state
         finally:
             self.depth -= 1
-            state.running, state.cache = False, None
+            call_state.running, call_state.cache = False, None
             if self.depth:
-                self.current = before
+                self.current = outer_state
 
     @contextmanager
     def second_prefill(self, pruner: TokenPruner) -> Iterator[RequestState]:
         """Around the prefill of a draft that is this model itself: the media that the running call has encoded, under a
         pruner of the draft's own."""
-        before = self.current
+        outer_state = self.current
         self.current = self._made(
-            pruner, running=True, nested=before.nested, draft=True, media=before.media, given=before.given,
-            tower_kept=before.tower_kept, tower_maps=before.tower_maps,
+            pruner, running=True, nested=outer_state.nested, draft=True, media=outer_state.media,
+            given=outer_state.given, tower_kept=outer_state.tower_kept, tower_maps=outer_state.tower_maps,
         )  # fmt: skip
         try:
             yield self.current
         finally:
-            self.current = before
+            self.current = outer_state

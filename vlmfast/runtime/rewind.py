@@ -1,4 +1,4 @@
-"""What keeps a model and its cache from giving tokens back exactly: known before anything runs."""
+"""Tells, before anything runs, whether tokens can be taken back exactly from a model and its cache."""
 
 from __future__ import annotations
 
@@ -28,28 +28,30 @@ def cannot_rewind(
     pruned: may columns be dropped on the way in?
     """
     family = families.get(model)
-    text: Any = family.text(model)
-    if not fixed_rotation(text):
-        config = text.config
-        limit = (config.rope_parameters or {}).get("original_max_position_embeddings", config.max_position_embeddings)
-        if family.rope_axes > 1 or longest > limit:  # positions of several axes may run ahead of the columns
+    text_model: Any = family.text(model)
+    if not fixed_rotation(text_model):
+        config = text_model.config
+        fixed_length = (config.rope_parameters or {}).get(
+            "original_max_position_embeddings", config.max_position_embeddings
+        )
+        if family.rope_axes > 1 or longest > fixed_length:  # positions of several axes may run ahead of the columns
             return (
-                f"the {text.rotary_emb.rope_type} rotation depends on the length of the sequence "
-                f"({longest} columns, fixed up to {limit}), which refused tokens change"
+                f"the {text_model.rotary_emb.rope_type} rotation depends on the length of the sequence "
+                f"({longest} columns, fixed up to {fixed_length}), which refused tokens change"
             )
-    layers = getattr(cache, "layers", None) or DynamicCache(config=text.config).layers
-    for layer in layers:
-        kind = type(layer).__name__
-        if getattr(layer, "is_sliding", False):
-            window = getattr(layer, "sliding_window", 0)  # a static one wraps around
-            if longest >= window:
-                return f"a {kind} of {window} columns forgets what {longest} columns would need"
+    cache_layers = getattr(cache, "layers", None) or DynamicCache(config=text_model.config).layers
+    for held_layer in cache_layers:
+        layer_kind = type(held_layer).__name__
+        if getattr(held_layer, "is_sliding", False):
+            window_length = getattr(held_layer, "sliding_window", 0)  # a static one wraps around
+            if longest >= window_length:
+                return f"a {layer_kind} of {window_length} columns forgets what {longest} columns would need"
             if pruned:
-                return f"a {kind} cannot hold pruned columns"
-        elif not getattr(layer, "is_croppable", hasattr(layer, "crop")):
-            return f"a {kind} has no way back"
+                return f"a {layer_kind} cannot hold pruned columns"
+        elif not getattr(held_layer, "is_croppable", hasattr(held_layer, "crop")):
+            return f"a {layer_kind} has no way back"
     if policy is not None and not policy.fits(columns):
-        layer = policy.cache_layer()
-        if not layer.is_croppable:
-            return f"a {type(layer).__name__} evicts while decoding"
+        held_layer = policy.cache_layer()
+        if not held_layer.is_croppable:
+            return f"a {type(held_layer).__name__} evicts while decoding"
     return None

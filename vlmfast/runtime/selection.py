@@ -1,4 +1,4 @@
-"""From a pruner's choice to shorter inputs: items found in the rows, kept columns gathered."""
+"""Applies a pruner to a prefill: finds the media items in the rows, and gathers the kept columns."""
 
 from __future__ import annotations
 
@@ -48,20 +48,20 @@ class Selection:
         counts = where.sum(1).tolist()
         if not any(counts):
             return 0
-        kept = 0
-        for row, number, item, columns in self._items(kind, where, counts):
-            chosen = self._choose(kind, number, item, row, columns)
-            gone = torch.ones(item.n, dtype=torch.bool, device=self.keep.device)
-            gone[chosen] = False
-            self.keep[row, columns[gone]] = False
+        num_kept = 0
+        for row_index, item_number, item, columns in self._items(kind, where, counts):
+            chosen = self._choose(kind, item_number, item, row_index, columns)
+            dropped_mask = torch.ones(item.n, dtype=torch.bool, device=self.keep.device)
+            dropped_mask[chosen] = False
+            self.keep[row_index, columns[dropped_mask]] = False
             self.request.kept.setdefault(kind, []).append(chosen)
-            kept += chosen.shape[0]
-        return kept
+            num_kept += chosen.shape[0]
+        return num_kept
 
-    def _items(self, kind: str, where: Tensor, counts: list[int]) -> Iterator[tuple[int, int, Item, Tensor]]:
+    def _items(self, kind: str, placeholder_mask: Tensor, counts: list[int]) -> Iterator[tuple[int, int, Item, Tensor]]:
         """(row, number of the item, the item, its columns in the row) of everything in the batch."""
-        items = self.request.media.get(kind)
-        if not items:
+        media_items = self.request.media.get(kind)
+        if not media_items:
             if kind in self.request.given:
                 raise Unsupported(
                     f"{kind} features came in already encoded, and nothing in the call says their layout: pass their "
@@ -71,100 +71,107 @@ class Selection:
                 f"{sum(counts)} {kind} placeholder tokens came in without pixels: pass what the processor made of the "
                 f"{kind}, or a prompt without it"
             )
-        repeats, rest = divmod(sum(counts), sum(i.n for i in items))
-        if rest or repeats == 0:
+        repeats, remainder = divmod(sum(counts), sum(candidate.n for candidate in media_items))
+        if remainder or repeats == 0:
             raise UserError(
-                f"{sum(counts)} {kind} placeholder tokens came in for {sum(i.n for i in items)} features: "
+                f"{sum(counts)} {kind} placeholder tokens came in for {sum(item.n for item in media_items)} features: "
                 "the prompt and the media do not match"
             )
-        first, after = 0, 0  # the items of a row: numbers from `first` to before `after`
-        for row, left in enumerate(counts):
-            if row % repeats == 0:  # num_return_sequences and beams repeat each row
-                first = after
-                while left > 0:
-                    left -= items[after].n
-                    after += 1
-                if left < 0:
-                    raise UserError(f"row {row} has {counts[row]} {kind} tokens: not a whole number of items")
-            columns = where[row].nonzero()[:, 0]
-            at = 0
-            for number in range(first, after):
-                yield row, number, items[number], columns[at : at + items[number].n]
-                at += items[number].n
+        first_item, next_item = 0, 0  # the items of a row: from `first_item` to before `next_item`
+        for row_index, tokens_left in enumerate(counts):
+            if row_index % repeats == 0:  # num_return_sequences and beams repeat each row
+                first_item = next_item
+                while tokens_left > 0:
+                    tokens_left -= media_items[next_item].n
+                    next_item += 1
+                if tokens_left < 0:
+                    raise UserError(
+                        f"row {row_index} has {counts[row_index]} {kind} tokens: not a whole number of items"
+                    )
+            columns = placeholder_mask[row_index].nonzero()[:, 0]
+            first_token = 0
+            for item_number in range(first_item, next_item):
+                item = media_items[item_number]
+                yield row_index, item_number, item, columns[first_token : first_token + item.n]
+                first_token += item.n
 
-    def _choose(self, kind: str, number: int, item: Item, row: int, columns: Tensor) -> Tensor:
+    def _choose(self, media_kind: str, item_number: int, item: Item, row_index: int, columns: Tensor) -> Tensor:
         """Kept indices of one item, from the tower's own selection or from the pruner at the tower's output."""
-        request, kw, pruner = self.request, self.kw, self.request.pruner
+        request, kwargs, pruner = self.request, self.kw, self.request.pruner
         assert pruner is not None
         if request.tower_kept is not None:
-            return request.tower_kept[kind][number].to(columns.device)
-        embeds, positions = kw["inputs_embeds"], kw.get("position_ids")
+            return request.tower_kept[media_kind][item_number].to(columns.device)
+        embeddings, positions = kwargs["inputs_embeds"], kwargs.get("position_ids")
         question = None
         if "question" in pruner.needs:
-            last = int(self.visual[row].nonzero()[-1])
-            question = embeds[row, last + 1 :][self.valid[row, last + 1 :]]
+            last_visual = int(self.visual[row_index].nonzero()[-1])
+            question = embeddings[row_index, last_visual + 1 :][self.valid[row_index, last_visual + 1 :]]
             if question.shape[0] == 0:
                 raise UserError(
                     f"{type(pruner).__name__} needs a question after the media and there is none: "
                     "put the text after the image, or use a pruner that needs none (vidcom2, maxmin)"
                 )
         if positions is not None:
-            axes = positions if positions.ndim == 3 else positions[None]
-            positions = axes[-self.family.rope_axes :, row if axes.shape[1] > 1 else 0, columns]
-        rope = None
+            position_axes = positions if positions.ndim == 3 else positions[None]
+            positions = position_axes[-self.family.rope_axes :, row_index if position_axes.shape[1] > 1 else 0, columns]
+        rotation = None
         if "rope" in pruner.needs:
-            rope = rotation_means(self.family.text(self.model), embeds, positions)
-        tokens = VisualTokens(
-            features=embeds[row, columns],
+            rotation = rotation_means(self.family.text(self.model), embeddings, positions)
+        visual_tokens = VisualTokens(
+            features=embeddings[row_index, columns],
             frame=item.frame.to(columns.device),
             grid=item.grid,
             video=item.video,
             protected=item.protected,
             positions=positions,
             question=question,
-            attention=attention_of(self.attention, request, kind, number),
-            rope=rope,
+            attention=attention_of(self.attention, request, media_kind, item_number),
+            rope=rotation,
         )
-        chosen = pruner.select(tokens)
+        kept_indices = pruner.select(visual_tokens)
         if isinstance(pruner, MergingPruner) and pruner.merges:
-            kw["inputs_embeds"] = embeds = embeds.clone()
-            embeds[row, columns[chosen]] = pruner.merged(tokens, chosen)
-        return chosen
+            kwargs["inputs_embeds"] = embeddings = embeddings.clone()
+            embeddings[row_index, columns[kept_indices]] = pruner.merged(visual_tokens, kept_indices)
+        return kept_indices
 
 
 def left_padded(rows: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
     """Kept columns of every row -> source (B, S) int64 and filled (B, S) bool, rows left-padded to the longest."""
-    source = torch.zeros(len(rows), max(len(r) for r in rows), dtype=torch.long, device=device)
-    filled = torch.zeros_like(source, dtype=torch.bool)
-    for i, r in enumerate(rows):
-        source[i, source.shape[1] - len(r) :] = r
-        filled[i, source.shape[1] - len(r) :] = True
-    return source, filled
+    source_columns = torch.zeros(
+        len(rows), max(len(row_columns) for row_columns in rows), dtype=torch.long, device=device
+    )
+    filled_mask = torch.zeros_like(source_columns, dtype=torch.bool)
+    for row_index, row_columns in enumerate(rows):
+        source_columns[row_index, source_columns.shape[1] - len(row_columns) :] = row_columns
+        filled_mask[row_index, source_columns.shape[1] - len(row_columns) :] = True
+    return source_columns, filled_mask
 
 
 def drop(kw: dict, source: Tensor, filled: Tensor, rows: list[Tensor], past: int) -> None:
     """Shrink everything that has a column axis from q to the kept columns."""
-    embeds = kw["inputs_embeds"]
-    q = embeds.shape[1]
-    b, s = source.shape
-    kw["inputs_embeds"] = embeds.gather(1, source[..., None].expand(-1, -1, embeds.shape[-1]))
+    embeddings = kw["inputs_embeds"]
+    num_columns = embeddings.shape[1]
+    batch_size, num_kept = source.shape
+    kw["inputs_embeds"] = embeddings.gather(1, source[..., None].expand(-1, -1, embeddings.shape[-1]))
     positions = kw.get("position_ids")
     if positions is None:
-        positions = torch.arange(past, past + q, device=embeds.device)[None]
-    positions = positions.expand(*positions.shape[:-2], b, q)
-    picked = positions.gather(-1, source.expand(*positions.shape[:-2], b, s))
-    if picked.ndim == 3 and picked.shape[0] == 4:
+        positions = torch.arange(past, past + num_columns, device=embeddings.device)[None]
+    positions = positions.expand(*positions.shape[:-2], batch_size, num_columns)
+    kept_positions = positions.gather(-1, source.expand(*positions.shape[:-2], batch_size, num_kept))
+    if kept_positions.ndim == 3 and kept_positions.shape[0] == 4:
         # the first of four rows only drives FlashAttention's packing detector: it must be contiguous
-        picked = picked.clone()
-        picked[0] = picked[0, :, :1] + torch.arange(s, device=picked.device)
-    kw["position_ids"] = picked
+        kept_positions = kept_positions.clone()
+        kept_positions[0] = kept_positions[0, :, :1] + torch.arange(num_kept, device=kept_positions.device)
+    kw["position_ids"] = kept_positions
     if kw.get("visual_pos_masks") is not None:
-        masks = kw["visual_pos_masks"]
-        kw["visual_pos_masks"] = masks.gather(1, source) & filled
-        stays = torch.zeros_like(masks)
-        for i, row in enumerate(rows):
-            stays[i, row] = True
-        kw["deepstack_visual_embeds"] = [e[stays[masks]] for e in kw["deepstack_visual_embeds"]]
+        visual_masks = kw["visual_pos_masks"]
+        kw["visual_pos_masks"] = visual_masks.gather(1, source) & filled
+        stays_mask = torch.zeros_like(visual_masks)
+        for row_index, row_columns in enumerate(rows):
+            stays_mask[row_index, row_columns] = True
+        kw["deepstack_visual_embeds"] = [
+            features[stays_mask[visual_masks]] for features in kw["deepstack_visual_embeds"]
+        ]
 
 
 def repack(output: Any, features: Tensor, deep: list[Tensor] | None, counts: list[int], n: int) -> Any:
@@ -174,12 +181,15 @@ def repack(output: Any, features: Tensor, deep: list[Tensor] | None, counts: lis
     container stays what the model reads: one tensor, or a list of tensors of as many axes as before.
     """
     if n > 1:
-        order = torch.arange(len(features), device=features.device).split(counts)
-        repeated = torch.cat([rows for rows in order for _ in range(n)])
-        features, deep = features[repeated], deep and [d[repeated] for d in deep]
-    pooled = output.pooler_output
-    if isinstance(pooled, Tensor):
-        held: Any = features[None]
+        rows_by_item = torch.arange(len(features), device=features.device).split(counts)
+        repeated = torch.cat([row_indices for row_indices in rows_by_item for _ in range(n)])
+        features, deep = features[repeated], deep and [layer_features[repeated] for layer_features in deep]
+    old_output = output.pooler_output
+    if isinstance(old_output, Tensor):
+        new_output: Any = features[None]
     else:
-        held = [features[None] if pooled[0].ndim == 3 else features]
-    return type(output)(pooler_output=held, **({"deepstack_features": [[d] for d in deep]} if deep else {}))
+        new_output = [features[None] if old_output[0].ndim == 3 else features]
+    return type(output)(
+        pooler_output=new_output,
+        **({"deepstack_features": [[layer_features] for layer_features in deep]} if deep else {}),
+    )

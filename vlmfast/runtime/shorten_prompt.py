@@ -1,10 +1,10 @@
-"""The second pruning backend: the inputs of a `generate` call are rewritten before it starts.
+"""Prunes by rewriting the inputs of a `generate` call before it starts.
 
-Static caches, chunked prefill and the compiled decoding that goes with them have no place for columns dropped on the
-way: they want a prompt that is short from the start. So the media is encoded once through the tap of `InputPruning`,
-the plan (which columns stay) comes from its selection, and transformers' own `generate` runs on the bare model, every
-hook of ours lifted, over shorter ids and mask, `mm_encoder_outputs` of the kept rows, and the original positions.
-Whatever is shown outside the model (sequences, streamer, stopping criteria, logits processors) has the whole prompt.
+Static caches, chunked prefill and the compiled decoding that goes with them cannot drop columns during the prefill:
+they need a prompt that is short from the start. So the media is encoded once through the hook of `InputPruning`, whose
+selection says which columns stay. transformers' own `generate` then runs without our hooks over shorter ids and mask,
+`mm_encoder_outputs` of the kept rows, and the original positions. Sequences, streamers, stopping criteria and logits
+processors see the whole prompt.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def needs(option: Callable[[str], Any], cache: Any) -> str | None:
         return None
     if cache is not None:
         return type(cache).__name__ if getattr(cache, "is_compileable", False) and _static(cache) else None
-    name = option("cache_implementation")
-    return None if name in (None, "dynamic") else f"cache_implementation={name!r}"
+    implementation = option("cache_implementation")
+    return None if implementation in (None, "dynamic") else f"cache_implementation={implementation!r}"
 
 
 def can_chunk() -> bool:
@@ -76,98 +76,110 @@ class PromptShortening:
 
     def run(self, inner: Callable[..., Any], args: tuple, kwargs: dict, option: Callable[[str], Any], why: str) -> Any:
         """`inner(*args, **kwargs)` with short inputs. why: what `needs` said of this call."""
-        call = arguments(inner, args, kwargs)
-        cache = cache_in(call)
-        past = int(cache.get_seq_length()) if cache is not None else 0
-        media = self._media(call, past)
-        self._refuse(call, option, why, cache, past, media)
-        short = None
-        if media:
+        call_arguments = arguments(inner, args, kwargs)
+        cache = cache_in(call_arguments)
+        past_length = int(cache.get_seq_length()) if cache is not None else 0
+        has_media = self._media(call_arguments, past_length)
+        self._refuse(call_arguments, option, why, cache, past_length, has_media)
+        short_prompt = None
+        if has_media:
             with torch.no_grad():
-                short = self._shorten(call, option)
-            call = short.call
+                short_prompt = self._shorten(call_arguments, option)
+            call_arguments = short_prompt.call
             self.requests.current.notes.append(f"prune: inputs rewritten for {why}")
         wants_dict = option("return_dict_in_generate")
-        put(call, "return_dict_in_generate", True)
-        out = self._generate(inner, call, short)
-        self.requests.current.cache = cache = cache_of(out)
-        if short is not None:
-            out.sequences = torch.cat([short.ids, out.sequences[:, short.width :]], 1)
-            self._settle(cache, short)
-        return out if wants_dict else out.sequences
+        put(call_arguments, "return_dict_in_generate", True)
+        generated = self._generate(inner, call_arguments, short_prompt)
+        self.requests.current.cache = cache = cache_of(generated)
+        if short_prompt is not None:
+            generated.sequences = torch.cat([short_prompt.ids, generated.sequences[:, short_prompt.width :]], 1)
+            self._settle(cache, short_prompt)
+        return generated if wants_dict else generated.sequences
 
-    def _generate(self, inner: Callable[..., Any], call: dict[str, Any], short: ShortPrompt | None) -> Any:
+    def _generate(
+        self, generate: Callable[..., Any], call_arguments: dict[str, Any], short_prompt: ShortPrompt | None
+    ) -> Any:
         """transformers' own generate on the bare model, timed at its first choice of a token."""
-        model, scope = self.model, Patch()
-        prompt = FullPromptView(short.ids, short.width) if short is not None else None
-        if prompt is not None:
-            prompt.show(call)
-        entered = clock(model)
+        own_model, call_patch = self.model, Patch()
+        full_prompt = FullPromptView(short_prompt.ids, short_prompt.width) if short_prompt is not None else None
+        if full_prompt is not None:
+            full_prompt.show(call_arguments)
+        start_seconds = clock(own_model)
 
         def processors(*args: Any, **kwargs: Any) -> Any:
-            made = own_processors(*args, **kwargs)
-            made = prompt.shown_to(made, kwargs.get("logits_processor")) if prompt is not None else list(made)
-            return LogitsProcessorList([self.meter.first_token(entered), *made])
+            processor_list = list(own_processors(*args, **kwargs))
+            if full_prompt is not None:
+                processor_list = full_prompt.shown_to(processor_list, kwargs.get("logits_processor"))
+            return LogitsProcessorList([self.meter.first_token(start_seconds), *processor_list])
 
         def criteria(*args: Any, **kwargs: Any) -> Any:
-            made = own_criteria(*args, **kwargs)
-            made = prompt.shown_to(made, kwargs.get("stopping_criteria")) if prompt is not None else list(made)
-            return StoppingCriteriaList(made)
+            criteria_list = list(own_criteria(*args, **kwargs))
+            if full_prompt is not None:
+                criteria_list = full_prompt.shown_to(criteria_list, kwargs.get("stopping_criteria"))
+            return StoppingCriteriaList(criteria_list)
 
-        own_processors: Any = model._get_logits_processor
-        own_criteria: Any = model._get_stopping_criteria
+        own_processors: Any = own_model._get_logits_processor
+        own_criteria: Any = own_model._get_stopping_criteria
         try:
-            scope.set(model, "_get_logits_processor", processors)
-            scope.set(model, "_get_stopping_criteria", criteria)
-            scope.set(model, "_previous_max_cache_length", self.longest)
-            with self.patch.lifted(), without_lock(model):
-                out = inner(**call)
-            self.longest = model._previous_max_cache_length  # type: ignore[assignment]
+            call_patch.set(own_model, "_get_logits_processor", processors)
+            call_patch.set(own_model, "_get_stopping_criteria", criteria)
+            call_patch.set(own_model, "_previous_max_cache_length", self.longest)
+            with self.patch.lifted(), without_lock(own_model):
+                generated = generate(**call_arguments)
+            self.longest = own_model._previous_max_cache_length  # type: ignore[assignment]
         finally:
-            scope.remove()
-        return out
+            call_patch.remove()
+        return generated
 
-    def _settle(self, cache: Any, short: ShortPrompt) -> None:
+    def _settle(self, cache: Any, short_prompt: ShortPrompt) -> None:
         """Leave on the cache what a later turn must know: a dynamic one goes on as if hooks had dropped the columns."""
         if cache is None:
             return
-        put_cache_state(cache, columns=short.columns)
-        dropped = short.columns.logical - short.width
+        put_cache_state(cache, columns=short_prompt.columns)
+        num_dropped = short_prompt.columns.logical - short_prompt.width
         if not _static(cache):
-            count_skipped(cache, dropped, len(self.family.layers(self.model)))
-            short.columns.announce(cache, begun=False)
+            count_skipped(cache, num_dropped, len(self.family.layers(self.model)))
+            short_prompt.columns.announce(cache, begun=False)
 
     # -- what is refused -----------------------------------------------------------------------------------------------
 
-    def _media(self, call: dict[str, Any], past: int) -> bool:
-        ids = call.get("input_ids")
-        if ids is None:
-            return call.get("inputs_embeds") is not None
-        new = ids[:, past:] if ids.shape[1] > past else ids
-        return any(bool((new == token).any()) for token in self.columns.ids.values())
+    def _media(self, call_arguments: dict[str, Any], past_length: int) -> bool:
+        input_ids = call_arguments.get("input_ids")
+        if input_ids is None:
+            return call_arguments.get("inputs_embeds") is not None
+        new_ids = input_ids[:, past_length:] if input_ids.shape[1] > past_length else input_ids
+        return any(bool((new_ids == visual_id).any()) for visual_id in self.columns.ids.values())
 
-    def _refuse(self, call: dict, option: Callable[[str], Any], why: str, cache: Any, past: int, media: bool) -> None:
+    def _refuse(
+        self,
+        call_arguments: dict,
+        option: Callable[[str], Any],
+        reason: str,
+        cache: Any,
+        past_length: int,
+        has_media: bool,
+    ) -> None:
         """Raise Unsupported, in one line, for whatever rewritten inputs cannot honour; called before anything runs."""
-        name, says = option("cache_implementation"), f"{why} with prune="
-        if cache is None and name not in (None, "dynamic", "static"):
+        implementation, says = option("cache_implementation"), f"{reason} with prune="
+        if cache is None and implementation not in (None, "dynamic", "static"):
             raise Unsupported(f"{says}: the caches that go with it are the dynamic and the static one; use one of them")
-        if past and (media or cache_state(cache).columns is not None):
+        if past_length and (has_media or cache_state(cache).columns is not None):
             raise Unsupported(
-                f"{says} came for a cache that already holds {past} columns: it serves the first turn only; "
+                f"{says} came for a cache that already holds {past_length} columns: it serves the first turn only; "
                 "start a new cache, or use the default dynamic cache in one prefill"
             )
-        if not media:
+        if not has_media:
             return
         if self.family.recurrent:
             raise Unsupported(
                 f"{says}: this model's layers with a recurrent state are served over the default dynamic cache in one "
                 "prefill only; use that"
             )
-        if call.get("input_ids") is None:
+        if call_arguments.get("input_ids") is None:
             raise Unsupported(f"{says} needs input_ids: inputs_embeds are pruned over the default dynamic cache only")
-        for other in REPLACED:
-            if option(other) is not None:
-                raise Unsupported(f"{says} keeps transformers' ordinary decoding loop: drop {other}")
+        for replaced_option in REPLACED:
+            if option(replaced_option) is not None:
+                raise Unsupported(f"{says} keeps transformers' ordinary decoding loop: drop {replaced_option}")
         if (option("num_beams") or 1) > 1:
             raise Unsupported(f"{says} and num_beams={option('num_beams')}: use num_beams=1")
         if option("prefill_chunk_size") and not can_chunk():
@@ -183,109 +195,125 @@ class PromptShortening:
 
     # -- short inputs --------------------------------------------------------------------------------------------------
 
-    def _shorten(self, call: dict[str, Any], option: Callable[[str], Any]) -> ShortPrompt:
-        ids, table = call["input_ids"], self.model.get_input_embeddings()  # type: ignore[operator]
-        device = table.weight.device
-        mask = call.get("attention_mask")
-        if mask is None:
-            mask = implied_mask(ids, option("pad_token_id"), option("eos_token_id"))
-        positions = call.get("position_ids")
+    def _shorten(self, inputs: dict[str, Any], option: Callable[[str], Any]) -> ShortPrompt:
+        input_ids, embedding_table = inputs["input_ids"], self.model.get_input_embeddings()  # type: ignore[operator]
+        device = embedding_table.weight.device
+        attention_mask = inputs.get("attention_mask")
+        if attention_mask is None:
+            attention_mask = implied_mask(input_ids, option("pad_token_id"), option("eos_token_id"))
+        positions = inputs.get("position_ids")
         if positions is None:
-            known = {**call, "attention_mask": mask}
-            positions = self.model._prepare_position_ids_for_generation(ids, known)  # type: ignore[operator]
-        seen = {kind: (ids == token).to(device) for kind, token in self.columns.ids.items()}
-        visual, valid = torch.stack(list(seen.values())).any(0), mask.bool().to(device)
-        kw: dict[str, Any] = {"inputs_embeds": table(ids.to(device)), "position_ids": positions.to(device)}
-        encoded = {kind: out for kind in seen if (out := self._encode(kind, call)) is not None}
-        self._merge(kw, encoded, seen, visual)
-        rows = self.columns.rows(kw, seen, visual, valid)
-        if rows is None:  # the pruner kept everything there is
-            rows = [row.nonzero()[:, 0] for row in valid]
-        source, filled = left_padded(rows, device)
-        drop(kw, source, filled, rows, 0)
+            inputs_with_mask = {**inputs, "attention_mask": attention_mask}
+            positions = self.model._prepare_position_ids_for_generation(input_ids, inputs_with_mask)  # type: ignore[operator]
+        masks = {kind: (input_ids == visual_id).to(device) for kind, visual_id in self.columns.ids.items()}
+        visual_mask, valid_mask = torch.stack(list(masks.values())).any(0), attention_mask.bool().to(device)
+        embeddings = embedding_table(input_ids.to(device))
+        text_inputs: dict[str, Any] = {"inputs_embeds": embeddings, "position_ids": positions.to(device)}
+        encoded_media = {kind: output for kind in masks if (output := self._encode(kind, inputs)) is not None}
+        self._merge(text_inputs, encoded_media, masks, visual_mask)
+        kept_rows = self.columns.rows(text_inputs, masks, visual_mask, valid_mask)
+        if kept_rows is None:  # the pruner kept everything there is
+            kept_rows = [row_valid.nonzero()[:, 0] for row_valid in valid_mask]
+        source, filled = left_padded(kept_rows, device)
+        drop(text_inputs, source, filled, kept_rows, 0)
 
-        n = (option("num_return_sequences") or 1) if option("do_sample") else 1  # else transformers refuses it itself
-        here, there = source.to(ids.device), filled.to(ids.device)
-        short_ids = ids.gather(1, here).masked_fill(~there, self._filler(option("pad_token_id")))
-        call = {k: v for k, v in call.items() if k not in self._raw(call)}
-        call["input_ids"] = short_ids.repeat_interleave(n, 0)
-        call["attention_mask"] = there.to(mask.dtype).repeat_interleave(n, 0)
-        call["position_ids"] = kw["position_ids"].repeat_interleave(n, -2)
-        if call.get("mm_token_type_ids") is not None:
-            call["mm_token_type_ids"] = call["mm_token_type_ids"].gather(1, here).masked_fill(~there, 0)
-            call["mm_token_type_ids"] = call["mm_token_type_ids"].repeat_interleave(n, 0)
-        call["mm_encoder_outputs"] = self._outputs(kw, encoded, short_ids.to(device), n)
-        if n > 1:
-            put(call, "num_return_sequences", 1)
-            self.requests.current.visual_tokens *= n
-            self.requests.current.kept_tokens *= n
-        length, width = ids.shape[1], source.shape[1]
-        for name in ("max_length", "min_length"):  # they count the prompt
-            limit = option(name)
-            if limit and not (name == "max_length" and option("max_new_tokens")):
-                put(call, name, max(0, limit - (length - width)))
-        kinds = column_kinds(visual, valid, False).gather(1, source).masked_fill(~filled, 0)
-        index = source.masked_fill(~filled, -1)
-        padded = not bool(filled.all())
-        state = Columns(kinds.repeat_interleave(n, 0), index.repeat_interleave(n, 0), length, padded)
-        return ShortPrompt(call, ids.repeat_interleave(n, 0), width, state)
+        # without sampling transformers itself refuses several sequences
+        repeats = (option("num_return_sequences") or 1) if option("do_sample") else 1
+        host_source, host_filled = source.to(input_ids.device), filled.to(input_ids.device)
+        short_ids = input_ids.gather(1, host_source).masked_fill(~host_filled, self._filler(option("pad_token_id")))
+        inputs = {name: value for name, value in inputs.items() if name not in self._raw(inputs)}
+        inputs["input_ids"] = short_ids.repeat_interleave(repeats, 0)
+        inputs["attention_mask"] = host_filled.to(attention_mask.dtype).repeat_interleave(repeats, 0)
+        inputs["position_ids"] = text_inputs["position_ids"].repeat_interleave(repeats, -2)
+        if inputs.get("mm_token_type_ids") is not None:
+            token_types = inputs["mm_token_type_ids"].gather(1, host_source).masked_fill(~host_filled, 0)
+            inputs["mm_token_type_ids"] = token_types.repeat_interleave(repeats, 0)
+        inputs["mm_encoder_outputs"] = self._outputs(text_inputs, encoded_media, short_ids.to(device), repeats)
+        if repeats > 1:
+            put(inputs, "num_return_sequences", 1)
+            self.requests.current.visual_tokens *= repeats
+            self.requests.current.kept_tokens *= repeats
+        prompt_length, short_length = input_ids.shape[1], source.shape[1]
+        for option_name in ("max_length", "min_length"):  # they count the prompt
+            length_limit = option(option_name)
+            if length_limit and not (option_name == "max_length" and option("max_new_tokens")):
+                put(inputs, option_name, max(0, length_limit - (prompt_length - short_length)))
+        kind_codes = column_kinds(visual_mask, valid_mask, False).gather(1, source).masked_fill(~filled, 0)
+        logical_index = source.masked_fill(~filled, -1)
+        is_padded = not bool(filled.all())
+        kind_codes, logical_index = (columns.repeat_interleave(repeats, 0) for columns in (kind_codes, logical_index))
+        columns_state = Columns(kind_codes, logical_index, prompt_length, is_padded)
+        return ShortPrompt(inputs, input_ids.repeat_interleave(repeats, 0), short_length, columns_state)
 
-    def _encode(self, kind: str, call: dict[str, Any]) -> Any:
+    def _encode(self, kind: str, inputs: dict[str, Any]) -> Any:
         """What the model's own feature function says of one kind of media; None when none came."""
-        encode = getattr(self.family.base(self.model), f"get_{kind}_features")
-        known = [k for k in inspect.signature(encode).parameters if k != "kwargs" and call.get(k) is not None]
-        if not any(k.startswith("pixel_values") for k in known):
+        feature_function = getattr(self.family.base(self.model), f"get_{kind}_features")
+        given_names = [
+            name
+            for name in inspect.signature(feature_function).parameters
+            if name != "kwargs" and inputs.get(name) is not None
+        ]
+        if not any(name.startswith("pixel_values") for name in given_names):
             return None
-        return encode(**{k: call[k] for k in known}, return_dict=True)
+        return feature_function(**{name: inputs[name] for name in given_names}, return_dict=True)
 
-    def _raw(self, call: dict[str, Any]) -> set[str]:
+    def _raw(self, inputs: dict[str, Any]) -> set[str]:
         """Arguments that only the encoders read."""
-        base = self.family.base(self.model)
-        names: set[str] = set()
+        base_model = self.family.base(self.model)
+        parameter_names: set[str] = set()
         for kind in self.columns.ids:
-            names |= set(inspect.signature(getattr(base, f"get_{kind}_features")).parameters)
-        return names & set(call)
+            parameter_names |= set(inspect.signature(getattr(base_model, f"get_{kind}_features")).parameters)
+        return parameter_names & set(inputs)
 
-    def _merge(self, kw: dict, encoded: dict[str, Any], seen: dict[str, Tensor], visual: Tensor) -> None:
+    def _merge(
+        self, text_inputs: dict, encoded: dict[str, Any], placeholder_masks: dict[str, Tensor], visual_mask: Tensor
+    ) -> None:
         """Put features where their placeholders are, in (row, column) order, as the model itself does."""
-        deep: list[Tensor] = []
-        for kind, out in encoded.items():
-            where, rows = seen[kind], torch.cat(feature_list(out))
-            if len(rows) != int(where.sum()):
+        deep_features: list[Tensor] = []
+        for kind, outputs in encoded.items():
+            where_mask, row_features = placeholder_masks[kind], torch.cat(feature_list(outputs))
+            if len(row_features) != int(where_mask.sum()):
                 raise UserError(
-                    f"{int(where.sum())} {kind} placeholder tokens came in for {len(rows)} features: "
+                    f"{int(where_mask.sum())} {kind} placeholder tokens came in for {len(row_features)} features: "
                     "the prompt and the media do not match"
                 )
-            kw["inputs_embeds"][where] = rows.to(kw["inputs_embeds"])
-            for i, features in enumerate(getattr(out, "deepstack_features", None) or []):
+            text_inputs["inputs_embeds"][where_mask] = row_features.to(text_inputs["inputs_embeds"])
+            for layer_index, features in enumerate(getattr(outputs, "deepstack_features", None) or []):
                 features = torch.cat(list(features))
-                if i == len(deep):
-                    deep.append(features.new_zeros(int(visual.sum()), features.shape[1]))
-                deep[i][where[visual]] = features
-        if deep:
-            kw["visual_pos_masks"], kw["deepstack_visual_embeds"] = visual, deep
+                if layer_index == len(deep_features):
+                    deep_features.append(features.new_zeros(int(visual_mask.sum()), features.shape[1]))
+                deep_features[layer_index][where_mask[visual_mask]] = features
+        if deep_features:
+            text_inputs["visual_pos_masks"], text_inputs["deepstack_visual_embeds"] = visual_mask, deep_features
 
-    def _outputs(self, kw: dict, encoded: dict[str, Any], ids: Tensor, n: int) -> dict[str, Any]:
+    def _outputs(self, kwargs: dict, encoded: dict[str, Any], short_ids: Tensor, repeats: int) -> dict[str, Any]:
         """`mm_encoder_outputs` of the columns that stay, each row's media n times."""
-        outputs = {}
-        for kind, out in encoded.items():
-            where = ids == self.columns.ids[kind]
-            deep = None
-            if kw.get("visual_pos_masks") is not None:
-                deep = [features[where[kw["visual_pos_masks"]]] for features in kw["deepstack_visual_embeds"]]
-            outputs[kind] = repack(out, kw["inputs_embeds"][where], deep, where.sum(1).tolist(), n)
-        return outputs
+        encoder_outputs = {}
+        for kind, output in encoded.items():
+            placed = short_ids == self.columns.ids[kind]
+            deep_features = None
+            if kwargs.get("visual_pos_masks") is not None:
+                deep_features = [
+                    features[placed[kwargs["visual_pos_masks"]]] for features in kwargs["deepstack_visual_embeds"]
+                ]
+            counts = placed.sum(1).tolist()
+            encoder_outputs[kind] = repack(output, kwargs["inputs_embeds"][placed], deep_features, counts, repeats)
+        return encoder_outputs
 
-    def _filler(self, pad: Any) -> int:
+    def _filler(self, pad_token_id: Any) -> int:
         """An id for padding that is no placeholder."""
-        taken = self.columns.ids.values()
-        return next(int(i) for i in (pad, *range(len(taken) + 1)) if i is not None and i not in taken)
+        taken_ids = self.columns.ids.values()
+        return next(
+            int(number)
+            for number in (pad_token_id, *range(len(taken_ids) + 1))
+            if number is not None and number not in taken_ids
+        )
 
 
 def implied_mask(ids: Tensor, pad: Any, eos: Any) -> Tensor:
     """(B, P) int64 mask as transformers reads it off the ids: pads are known by their id, unless it ends a text too."""
-    ends = [] if eos is None else torch.as_tensor(eos).flatten().tolist()
-    return torch.ones_like(ids) if pad is None or pad in ends else (ids != pad).long()
+    eos_token_ids = [] if eos is None else torch.as_tensor(eos).flatten().tolist()
+    return torch.ones_like(ids) if pad is None or pad in eos_token_ids else (ids != pad).long()
 
 
 def _static(cache: Any) -> bool:
@@ -295,6 +323,6 @@ def _static(cache: Any) -> bool:
 def arguments(inner: Callable[..., Any], args: tuple, kwargs: dict) -> dict[str, Any]:
     """All arguments of a `generate` call by name, ids under `input_ids`."""
     bound = inspect.signature(inner).bind(*args, **kwargs).arguments
-    call = {k: v for k, v in bound.items() if k != "kwargs"} | bound.get("kwargs", {})
-    inputs = call.pop("inputs", None)
-    return call if inputs is None else call | {"input_ids": inputs}
+    named = {name: value for name, value in bound.items() if name != "kwargs"} | bound.get("kwargs", {})
+    inputs = named.pop("inputs", None)
+    return named if inputs is None else named | {"input_ids": inputs}

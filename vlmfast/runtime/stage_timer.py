@@ -1,4 +1,4 @@
-"""Times the stages of one generate call and counts what the cache holds. Changes no value."""
+"""Times the stages of one `generate` call, and counts the columns and bytes of its cache."""
 
 from __future__ import annotations
 
@@ -29,60 +29,63 @@ class StageTimer:
         self.requests.current.times.start = clock(self.model)
 
     def install(self, patch: Patch) -> None:
-        text = self.family.text(self.model)
-        patch.hook(text.register_forward_pre_hook(self._enter))
-        patch.hook(text.register_forward_hook(self._leave))
+        text_model = self.family.text(self.model)
+        patch.hook(text_model.register_forward_pre_hook(self._enter))
+        patch.hook(text_model.register_forward_hook(self._leave))
         patch.hook(self.model.register_forward_hook(self._headed))
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        times = self.requests.current.times
-        if times.entered is None:
-            times.entered = times.prefill.now()
+        stage_times = self.requests.current.times
+        if stage_times.entered is None:
+            stage_times.entered = stage_times.prefill.now()
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        times = self.requests.current.times
-        if times.waiting and not times.prefill.spans:
-            times.prefill.add(times.entered)
+        stage_times = self.requests.current.times
+        if stage_times.waiting and not stage_times.prefill.spans:
+            stage_times.prefill.add(stage_times.entered)
 
     def _headed(self, module: nn.Module, args: Any, output: Any) -> None:
-        times = self.requests.current.times
-        if times.waiting and times.prefill.spans:
-            times.waiting, times.first = False, clock(self.model)
+        stage_times = self.requests.current.times
+        if stage_times.waiting and stage_times.prefill.spans:
+            stage_times.waiting, stage_times.first = False, clock(self.model)
 
     def first_token(self, entered: float) -> Callable[[Tensor, Tensor], Tensor]:
         """A logits processor that ends the prefill begun at `entered`, for calls whose model bears no hooks."""
-        times = self.requests.current.times
+        stage_times = self.requests.current.times
 
         def mark(input_ids: Tensor, scores: Tensor) -> Tensor:
-            if times.prefill_ms is None:
-                times.first = clock(self.model)
-                times.prefill_ms = (times.first - entered) * 1e3
+            if stage_times.prefill_ms is None:
+                stage_times.first = clock(self.model)
+                stage_times.prefill_ms = (stage_times.first - entered) * 1e3
             return scores
 
         return mark
 
     def time_bare(self, patch: Patch) -> None:
         """Time a call whose model bears no hooks; encoding is then part of its prefill."""
-        own: Any = self.model._get_logits_processor
-        mark = self.first_token(clock(self.model))
+        own_processors: Any = self.model._get_logits_processor
+        mark_first = self.first_token(clock(self.model))
 
         def processors(*args: Any, **kwargs: Any) -> Any:
-            return LogitsProcessorList([mark, *own(*args, **kwargs)])
+            return LogitsProcessorList([mark_first, *own_processors(*args, **kwargs)])
 
         patch.set(self.model, "_get_logits_processor", processors)
 
     def timings(self, new_tokens: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """Prefill and decode times; call at the end of generate. new_tokens: tokens per row, the first included."""
-        end, times = clock(self.model), self.requests.current.times
-        span = times.prefill.seconds() * 1e3 if times.prefill_ms is None else times.prefill_ms
-        prefill: dict[str, Any] = {"prefill_ms": span, "ttft_ms": (times.first - times.start) * 1e3}
-        steps = max(1, new_tokens - 1)
-        decode: dict[str, Any] = {
-            "tokens": new_tokens,
-            "decode_ms_per_token": (end - times.first) * 1e3 / steps,
-            "total_ms": (end - times.start) * 1e3,
+        end_seconds, stage_times = clock(self.model), self.requests.current.times
+        milliseconds = stage_times.prefill.seconds() * 1e3 if stage_times.prefill_ms is None else stage_times.prefill_ms
+        prefill_times: dict[str, Any] = {
+            "prefill_ms": milliseconds,
+            "ttft_ms": (stage_times.first - stage_times.start) * 1e3,
         }
-        return prefill, decode
+        num_steps = max(1, new_tokens - 1)
+        decode_times: dict[str, Any] = {
+            "tokens": new_tokens,
+            "decode_ms_per_token": (end_seconds - stage_times.first) * 1e3 / num_steps,
+            "total_ms": (end_seconds - stage_times.start) * 1e3,
+        }
+        return prefill_times, decode_times
 
 
 def cache_counts(cache: Any) -> dict[str, float]:
@@ -90,24 +93,30 @@ def cache_counts(cache: Any) -> dict[str, float]:
 
     `kv_fast_bytes` and `kv_host_bytes` are held, `kv_fast_allocated_bytes` holds the free slots too.
     """
-    columns, fast, allocated, host, layers = 0.0, 0, 0, 0, 0
-    for layer in getattr(cache, "layers", None) or []:
-        if isinstance(layer, RaggedLayer):  # it knows its tiers
-            tiers = layer.nbytes()
-            fast += tiers["fast"]
-            allocated += tiers["fast_allocated"]
-            host += tiers["host"]
-            columns += layer.cached_tokens()
-        elif getattr(layer, "is_initialized", False) and getattr(layer, "keys", None) is not None:
-            whole = sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
-            fast, allocated = fast + whole, allocated + whole
-            held = layer.keys.shape[-2] if layer.keys.numel() else 0
+    total_columns, fast_bytes, allocated_bytes, host_bytes, num_layers = 0.0, 0, 0, 0, 0
+    for cache_layer in getattr(cache, "layers", None) or []:
+        if isinstance(cache_layer, RaggedLayer):  # it knows its tiers
+            tier_bytes = cache_layer.nbytes()
+            fast_bytes += tier_bytes["fast"]
+            allocated_bytes += tier_bytes["fast_allocated"]
+            host_bytes += tier_bytes["host"]
+            total_columns += cache_layer.cached_tokens()
+        elif getattr(cache_layer, "is_initialized", False) and getattr(cache_layer, "keys", None) is not None:
+            layer_bytes = sum(
+                tensor.numel() * tensor.element_size() for tensor in (cache_layer.keys, cache_layer.values)
+            )
+            fast_bytes, allocated_bytes = fast_bytes + layer_bytes, allocated_bytes + layer_bytes
+            num_columns = cache_layer.keys.shape[-2] if cache_layer.keys.numel() else 0
             # a static layer has its bytes from the start, and columns as they come
-            columns += min(held, int(layer.get_seq_length())) if hasattr(layer, "max_cache_len") else held
+            total_columns += (
+                min(num_columns, int(cache_layer.get_seq_length()))
+                if hasattr(cache_layer, "max_cache_len")
+                else num_columns
+            )
         else:
             continue
-        layers += 1
+        num_layers += 1
     return {
-        "cached_tokens": columns / max(1, layers), "kv_fast_bytes": fast, "kv_host_bytes": host,
-        "kv_fast_allocated_bytes": allocated,
+        "cached_tokens": total_columns / max(1, num_layers), "kv_fast_bytes": fast_bytes, "kv_host_bytes": host_bytes,
+        "kv_fast_allocated_bytes": allocated_bytes,
     }  # fmt: skip
