@@ -20,10 +20,10 @@ from vlmfast.plan import Plan
 
 def chunks(task: tasks.Task, chosen: list[int], batch: int) -> Iterator[list[int]]:
     """Batches of questions that may share one: the same ones whenever the same questions are chosen."""
-    for _, group in groupby(sorted(chosen, key=lambda i: (str(task.bucket(i)), i)), key=task.bucket):
+    for _, group in groupby(sorted(chosen, key=lambda number: (str(task.bucket(number)), number)), key=task.bucket):
         members = list(group)
-        for at in range(0, len(members), batch):
-            yield members[at : at + batch]
+        for start in range(0, len(members), batch):
+            yield members[start : start + batch]
 
 
 def answer(
@@ -45,42 +45,51 @@ def answer(
     """
     from tqdm import tqdm
 
-    every = enumerate(chunks(task, chosen, batch))
-    todo = [(n, c) for n, c in every if book.missing((task.ids[i], m) for i in c for m in plans)]
-    total, names = sum(len(c) for _, c in todo) * len(plans), list(plans)
-    with tqdm(total=total, desc=task.name, unit="q", disable=None, smoothing=0.05) as bar:
-        for number, chunk in todo:
-            samples = [task.sample(i) for i in chunk]
-            turn = number % len(names)
-            for method in names[turn:] + names[:turn]:
-                if book.missing((s.id, method) for s in samples):
+    numbered_chunks = enumerate(chunks(task, chosen, batch))
+    remaining = [
+        (chunk_number, numbers)
+        for chunk_number, numbers in numbered_chunks
+        if book.missing((task.ids[index], method_name) for index in numbers for method_name in plans)
+    ]
+    total, method_names = sum(len(numbers) for _, numbers in remaining) * len(plans), list(plans)
+    with tqdm(total=total, desc=task.name, unit="q", disable=None, smoothing=0.05) as progress:
+        for chunk_index, chunk in remaining:
+            samples = [task.sample(index) for index in chunk]
+            first_method = chunk_index % len(method_names)
+            for method in method_names[first_method:] + method_names[:first_method]:
+                if book.missing((question.id, method) for question in samples):
                     if stop():
                         return False
-                    asked = samples
+                    asked_samples = samples
                     if method in floors.ASKED:
-                        asked = [floors.blinded(s, method, task, i) for s, i in zip(samples, chunk, strict=True)]
-                    book.add(run.ask(asked, plans[method], method, tokens or task.tokens))
-                bar.update(len(chunk))
+                        asked_samples = [
+                            floors.blinded(question, method, task, index)
+                            for question, index in zip(samples, chunk, strict=True)
+                        ]
+                    book.add(run.ask(asked_samples, plans[method], method, tokens or task.tokens))
+                progress.update(len(chunk))
     return True
 
 
 def check_asked(records: dict[journal.Key, dict[str, Any]], ids: Sequence[str]) -> None:
     """Raise UserError when the plain model failed on every one of its questions: nothing could be compared."""
-    asked = [records[i, "plain"] for i in ids if (i, "plain") in records]
-    if not asked:
+    plain_records = [records[question_id, "plain"] for question_id in ids if (question_id, "plain") in records]
+    if not plain_records:
         raise UserError("out of time before the plain model had answered a question: give more minutes")
-    if all("error" in r for r in asked):
-        raise UserError(f"none of the {len(asked)} questions could be asked; the first: {asked[0]['error']}")
+    if all("error" in record for record in plain_records):
+        raise UserError(
+            f"none of the {len(plain_records)} questions could be asked; the first: {plain_records[0]['error']}"
+        )
 
 
 def shard_of(chosen: list[int], shard: str | None) -> list[int]:
     """Every n-th question from the i-th on, for `i/n`."""
     if shard is None:
         return chosen
-    i, _, n = shard.partition("/")
-    if not (i.isdigit() and n.isdigit() and int(i) < int(n)):
+    shard_index, _, num_shards = shard.partition("/")
+    if not (shard_index.isdigit() and num_shards.isdigit() and int(shard_index) < int(num_shards)):
         raise UserError(f"--shard {shard!r} is not i/n with 0 <= i < n, e.g. 0/4")
-    return chosen[int(i) :: int(n)]
+    return chosen[int(shard_index) :: int(num_shards)]
 
 
 def evaluate(
@@ -124,23 +133,27 @@ def evaluate(
     plans |= {floor: Plan() for floor in floors.ASKED if blind}
     run = loaded or runner.load(model, device, dtype)
     identity = identity_of(run, task, weights if loaded else runner.fingerprint(model), batch, tokens)
-    name = journal.run_name(identity)
+    identity_text = journal.run_name(identity)
     if summary is not None and summary.exists() and not force:
-        _same_run(summary, name)
-    book = open_journal(out, identity, plans, force)
-    judged = {method: plan for method, plan in plans.items() if method not in floors.ASKED}
-    broken = laws(run, first_readable(task, chosen), judged, tokens or task.tokens, stop)
-    answer(run, task, plans, book, chosen, batch, tokens, stop)
-    wanted = [task.ids[i] for i in chosen]
-    check_asked(book.records, wanted)
-    wanted = [i for i in wanted if all((i, m) in book.records for m in plans)]
-    if not wanted:
+        _same_run(summary, identity_text)
+    answer_journal = open_journal(out, identity, plans, force)
+    judged_plans = {method: plan for method, plan in plans.items() if method not in floors.ASKED}
+    broken_laws = laws(run, first_readable(task, chosen), judged_plans, tokens or task.tokens, stop)
+    answer(run, task, plans, answer_journal, chosen, batch, tokens, stop)
+    wanted_ids = [task.ids[question] for question in chosen]
+    check_asked(answer_journal.records, wanted_ids)
+    wanted_ids = [
+        question
+        for question in wanted_ids
+        if all((question, method_name) in answer_journal.records for method_name in plans)
+    ]
+    if not wanted_ids:
         raise UserError("out of time before every method had answered a question: give more minutes or fewer methods")
     result = records.head(
         task_name, key="task", seed=0, repeats=1, device=str(run.device), dtype=identity["dtype"],
-        config={"run": name, "limit": limit, "shard": shard, "questions": len(wanted), **task.config},
+        config={"run": identity_text, "limit": limit, "shard": shard, "questions": len(wanted_ids), **task.config},
     )  # fmt: skip
-    result["rows"] = summarise(book.records, wanted, plans, task.metric, broken)
+    result["rows"] = summarise(answer_journal.records, wanted_ids, plans, task.metric, broken_laws)
     if summary is not None:
         records.write(summary, result, force=True)
     return result
@@ -148,8 +161,8 @@ def evaluate(
 
 def first_readable(task: tasks.Task, chosen: list[int], most: int = 16) -> tasks.Sample:
     """The first of the chosen questions whose media can be read, of so many at most."""
-    samples = (task.sample(i) for i in chosen[:most])
-    return next((s for s in samples if not s.error), task.sample(chosen[0]))
+    samples = (task.sample(number) for number in chosen[:most])
+    return next((candidate for candidate in samples if not candidate.error), task.sample(chosen[0]))
 
 
 def identity_of(run: runner.Runner, task: tasks.Task, weights: str, batch: int, tokens: int | None) -> dict[str, Any]:
@@ -169,16 +182,21 @@ def identity_of(run: runner.Runner, task: tasks.Task, weights: str, batch: int, 
 
 def open_journal(out: Path, identity: dict[str, Any], plans: dict[str, Plan], force: bool) -> journal.Journal:
     """The file of answers, with what it already holds."""
-    hashes = {m: journal.plan_hash({"floor": m} if m in floors.ASKED else public(p)) for m, p in plans.items()}
+    hashes = {
+        method: journal.plan_hash({"floor": method} if method in floors.ASKED else public(plan))
+        for method, plan in plans.items()
+    }
     return journal.Journal(out, journal.run_name(identity), hashes, force)
 
 
-def _same_run(summary: Path, name: str) -> None:
+def _same_run(summary: Path, current_name: str) -> None:
     import json
 
     try:
-        old = str(json.loads(summary.read_text())["config"]["run"])
+        previous_name = str(json.loads(summary.read_text())["config"]["run"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{summary} is no summary of evals.accuracy: choose another, or pass --force") from None
-    if old != name:
-        raise UserError(f"{summary} {journal.difference(old, name)}: choose another --summary, or pass --force")
+    if previous_name != current_name:
+        raise UserError(
+            f"{summary} {journal.difference(previous_name, current_name)}: choose another --summary, or pass --force"
+        )

@@ -1,4 +1,4 @@
-"""What bytes and FLOPs allow: the bound of a ratio, and a mark on every ratio that lies above its own.
+"""Upper bounds of speed ratios from bytes and FLOPs; a ratio above its bound is marked.
 
     marked([3.48, 3.19, 5.16], 1.94)  ->  "3.48x (bound 1.94x)"
 
@@ -30,7 +30,7 @@ def above(ratio: Sequence[float], bound: float | None) -> bool:
 
 
 def marked(ratio: Sequence[float] | None, bound: float | None, interval: bool = False) -> str:
-    """A ratio as one reads it, "-" for none, with its interval where asked, and with its bound where it is above it."""
+    """A ratio as text, "-" for none; with its interval if `interval`, and with its bound if it lies above it."""
     if not ratio:
         return "-"
     digits = 1 if ratio[0] >= 9.95 else 2
@@ -47,19 +47,19 @@ def beside(ratio: Sequence[float] | None, bound: float | None) -> tuple[str, str
 def bound_of(row: Row, key: str, rows: Iterable[Row], base: str = "plain") -> float | None:
     """The most that bytes and FLOPs allow of the row's ratio `key` to its baseline; None where the record has no floor.
 
-    As the row says it (`bounds`), or the baseline's floor over its own.
+    Taken from the row's `bounds` if it has them, else the baseline's floor over the row's own.
     """
-    said = row.get("bounds", {}).get(base, {}).get(key)
-    if said is not None:
-        return float(said)
+    stated_bound = row.get("bounds", {}).get(base, {}).get(key)
+    if stated_bound is not None:
+        return float(stated_bound)
     metrics = row["metrics"]
     if key == "decode_ms_per_token" and "bound_vs_full" in metrics:  # plain holds the columns that full holds
         return float(metrics["bound_vs_full"])
-    other = baseline(row, rows, base)
-    if other is None:
+    baseline_row = baseline(row, rows, base)
+    if baseline_row is None:
         return None
-    floors = [floor(r["metrics"], key) for r in (other, row)]
-    return floors[0] / floors[1] if floors[0] is not None and floors[1] else None
+    floor_values = [floor(record_row["metrics"], key) for record_row in (baseline_row, row)]
+    return floor_values[0] / floor_values[1] if floor_values[0] is not None and floor_values[1] else None
 
 
 def ratio_of(row: Row, key: str, rows: Iterable[Row], base: str = "plain", interval: bool = False) -> str:
@@ -69,20 +69,22 @@ def ratio_of(row: Row, key: str, rows: Iterable[Row], base: str = "plain", inter
 
 def floor(metrics: dict[str, Any], key: str) -> float | None:
     """Milliseconds that FLOPs and bytes take at best, where the row says so; a draft's accepted tokens share a step."""
-    shared = 1 + metrics.get("accepted_length", 0) if key == "decode_ms_per_token" else 1
-    parts = [metrics.get(p) for p in FLOORS.get(key, ())]
-    known = [float(p) for p in parts if isinstance(p, (int, float))]
-    return sum(known) / shared if known and len(known) == len(parts) else None
+    tokens_per_step = 1 + metrics.get("accepted_length", 0) if key == "decode_ms_per_token" else 1
+    floor_parts = [metrics.get(part) for part in FLOORS.get(key, ())]
+    known_parts = [float(part) for part in floor_parts if isinstance(part, (int, float))]
+    return sum(known_parts) / tokens_per_step if known_parts and len(known_parts) == len(floor_parts) else None
 
 
 def baseline(row: Row, rows: Iterable[Row], base: str) -> Row | None:
     """The baseline's row of the same group: every parameter is the same but those of the method."""
-    asked = {k: v for k, v in row["params"].items() if k not in METHOD}
-    for other in rows:
-        if other["name"] == base and other.get("end_to_end") == row.get("end_to_end"):
-            mine = {k: v for k, v in other["params"].items() if k not in METHOD}
-            if all(asked.get(k) == v for k, v in mine.items()):
-                return other
+    asked_params = {parameter: value for parameter, value in row["params"].items() if parameter not in METHOD}
+    for candidate in rows:
+        if candidate["name"] == base and candidate.get("end_to_end") == row.get("end_to_end"):
+            baseline_params = {
+                parameter: value for parameter, value in candidate["params"].items() if parameter not in METHOD
+            }
+            if all(asked_params.get(parameter) == value for parameter, value in baseline_params.items()):
+                return candidate
     return None
 
 
@@ -96,11 +98,11 @@ def step(weights: float, kv: float, base_kv: float) -> float:
 
 def shares(metrics: dict[str, Any], plain: dict[str, Any]) -> dict[str, float]:
     """Bytes of keys and values over those of plain: `fast`, `host`, `total`, `allocated` (total with free slots)."""
-    whole = plain.get("kv_fast_bytes")
-    if not whole or "kv_fast_bytes" not in metrics:
+    plain_bytes = plain.get("kv_fast_bytes")
+    if not plain_bytes or "kv_fast_bytes" not in metrics:
         return {}
-    host = metrics.get("kv_host_bytes", 0)
-    out = {"fast": metrics["kv_fast_bytes"], "host": host, "total": metrics["kv_fast_bytes"] + host}
+    host_bytes = metrics.get("kv_host_bytes", 0)
+    byte_counts = {"fast": metrics["kv_fast_bytes"], "host": host_bytes, "total": metrics["kv_fast_bytes"] + host_bytes}
     if "kv_fast_allocated_bytes" in metrics:
-        out["allocated"] = metrics["kv_fast_allocated_bytes"] + host
-    return {k: v / whole for k, v in out.items()}
+        byte_counts["allocated"] = metrics["kv_fast_allocated_bytes"] + host_bytes
+    return {kind: count / plain_bytes for kind, count in byte_counts.items()}

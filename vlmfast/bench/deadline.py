@@ -1,4 +1,4 @@
-"""The time that a search may take, and what somebody who waits is told of it."""
+"""A search's time limit, and progress lines for the user while it runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ SAY = 15.0  # seconds between two lines about progress
 
 
 class Watch:
-    """Looks at the clock before every answer, and says now and then how far the round has come."""
+    """Checks the time before every answer, and reports the round's progress every `SAY` seconds."""
 
     def __init__(self, deadline: float, clock: Callable[[], float], say: Callable[[str], None]) -> None:
         self.deadline, self.clock, self.say = deadline, clock, say
@@ -20,11 +20,13 @@ class Watch:
 
     def over(self) -> bool:
         """Is the time over? Called before every answer."""
-        now = self.clock()
-        if now >= self.deadline:
+        moment = self.clock()
+        if moment >= self.deadline:
             return True
-        if now - self.said >= SAY:
-            self.said = now
-            self.say(f"{self.asked} answers of {self.total} in this round, {(self.deadline - now) / 60:.1f} min left")
+        if moment - self.said >= SAY:
+            self.said = moment
+            self.say(
+                f"{self.asked} answers of {self.total} in this round, {(self.deadline - moment) / 60:.1f} min left"
+            )
         self.asked += 1
         return False

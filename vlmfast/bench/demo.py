@@ -35,7 +35,9 @@ def memory(shape: Shape, dtype: str) -> int:
 
 def fitting(shape: Shape, frame_s: float, seconds: float) -> tuple[int, int]:
     """(frames, rounds) that fit into `seconds`. frame_s: seconds to first token of both, for one frame."""
-    frames = next((t for t in range(shape.grid[0], 0, -1) if FEWEST * t * frame_s <= seconds), 1)
+    frames = next(
+        (num_frames for num_frames in range(shape.grid[0], 0, -1) if FEWEST * num_frames * frame_s <= seconds), 1
+    )
     return frames, min(MOST, max(FEWEST, int(seconds / (frames * frame_s))))
 
 
@@ -54,10 +56,12 @@ def measure(device: str = "cpu", shape: Shape | None = None, seconds: float | No
 
     shape, seconds = shape or SHAPE, seconds or SECONDS
     dtype = timing.half(device)
-    needed, free = memory(shape, dtype), dtypes.available() if device == "cpu" else None
-    if free is not None and needed > free:
-        raise UserError(f"the run at real shapes needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free")
-    before = roofline.measured(device, 0.5, dtype)
+    needed_bytes, free_bytes = memory(shape, dtype), dtypes.available() if device == "cpu" else None
+    if free_bytes is not None and needed_bytes > free_bytes:
+        raise UserError(
+            f"the run at real shapes needs {needed_bytes / 1e9:.1f} GB of memory, {free_bytes / 1e9:.1f} GB are free"
+        )
+    rates_before = roofline.measured(device, 0.5, dtype)
     model = build(shape, 0, dtype, device)
 
     def asked(shape: Shape, plan: Plan | None, seed: int) -> timing.Sample:
@@ -67,40 +71,44 @@ def measure(device: str = "cpu", shape: Shape | None = None, seconds: float | No
             report = {**fast.report.encode, **fast.report.prefill, **fast.report.decode}
         return {name: float(report[name]) for name in (*STAGES, "visual_tokens", "kept_tokens")}
 
-    small = replace(shape, grid=(1, *shape.grid[1:]))
+    one_frame = replace(shape, grid=(1, *shape.grid[1:]))
     if device != "cpu":  # a card compiles and captures in its first calls
-        asked(small, None, 0), asked(small, PLAN, 0)
-    frame_ms = asked(small, None, 0)["ttft_ms"] + asked(small, PLAN, 0)["ttft_ms"]
+        asked(one_frame, None, 0), asked(one_frame, PLAN, 0)
+    frame_ms = asked(one_frame, None, 0)["ttft_ms"] + asked(one_frame, PLAN, 0)["ttft_ms"]
     frames, rounds = fitting(shape, frame_ms / 1e3, seconds)
-    whole = replace(shape, grid=(frames, *shape.grid[1:]))
+    full_clip = replace(shape, grid=(frames, *shape.grid[1:]))
     seeds = {"stock": itertools.count(1), "ours": itertools.count(1)}
-    runs: dict[str, Callable[[], timing.Sample]] = {
-        "stock": lambda: asked(whole, None, next(seeds["stock"])),
-        "ours": lambda: asked(whole, PLAN, next(seeds["ours"])),
+    variants: dict[str, Callable[[], timing.Sample]] = {
+        "stock": lambda: asked(full_clip, None, next(seeds["stock"])),
+        "ours": lambda: asked(full_clip, PLAN, next(seeds["ours"])),
     }
-    samples = timing.interleaved(runs, rounds, warmup=0)
-    after = roofline.measured(device, 0.5, dtype)
-    machine = replace(before, flops=max(before.flops, after.flops), bytes=max(before.bytes, after.bytes))
-    medians = {name: timing.medians(rows) for name, rows in samples.items()}
+    samples = timing.interleaved(variants, rounds, warmup=0)
+    rates_after = roofline.measured(device, 0.5, dtype)
+    machine = replace(
+        rates_before, flops=max(rates_before.flops, rates_after.flops), bytes=max(rates_before.bytes, rates_after.bytes)
+    )
+    medians = {name: timing.medians(variant_samples) for name, variant_samples in samples.items()}
     ratios = timing.ratios(samples["stock"], samples["ours"], list(STAGES))
-    kept = medians["ours"]["kept_tokens"] / whole.visual
+    kept_share = medians["ours"]["kept_tokens"] / full_clip.visual
     floors = {
-        "stock": floor(whole, roofline.Asked(), machine, dtype),
-        "ours": floor(whole, roofline.Asked(kept, tower_block("auto", shape.depth)), machine, dtype),
+        "stock": floor(full_clip, roofline.Asked(), machine, dtype),
+        "ours": floor(full_clip, roofline.Asked(kept_share, tower_block("auto", shape.depth)), machine, dtype),
     }
     stages: dict[str, dict[str, Any]] = {
         stage: {
             "stock": medians["stock"][stage], "ours": medians["ours"][stage], "ratio": ratios.get(stage),
-            "floor": {name: found.get(stage) for name, found in floors.items()},
+            "floor": {name: stage_floors.get(stage) for name, stage_floors in floors.items()},
         }
         for stage in STAGES
     }  # fmt: skip
     busy = any(
-        low is not None and low > 1.02 * now[who] for now in stages.values() for who, low in now["floor"].items()
+        floor_value is not None and floor_value > 1.02 * stage_values[variant]
+        for stage_values in stages.values()
+        for variant, floor_value in stage_values["floor"].items()
     )
     return {
-        "shape": whole.json(), "plan": PLAN.json(), "dtype": dtype, "device": device, "machine": machine.name,
-        "flops": machine.flops, "bytes": machine.bytes, "rounds": rounds, "visual_tokens": whole.visual,
+        "shape": full_clip.json(), "plan": PLAN.json(), "dtype": dtype, "device": device, "machine": machine.name,
+        "flops": machine.flops, "bytes": machine.bytes, "rounds": rounds, "visual_tokens": full_clip.visual,
         "kept_tokens": int(medians["ours"]["kept_tokens"]), "busy": busy, "stages": stages, "samples": samples,
     }  # fmt: skip
 
@@ -110,7 +118,14 @@ def floor(shape: Shape, asked: Any, machine: Any, dtype: str) -> dict[str, float
     from vlmfast import roofline
 
     request = roofline.Request(shape.visual, shape.text + 2, NEW, 1, shape.grid[0])
-    costs = roofline.stages(roofline.shape_of(shape.json()), request, asked, 4 if dtype == "float32" else 2)
-    encode, prefill, decode = (costs[stage].floor_ms(machine) for stage in ("encode", "prefill", "decode"))
-    each = decode / costs["decode"].steps
-    return {"encode_ms": encode, "prefill_ms": prefill, "ttft_ms": encode + prefill, "decode_ms_per_token": each}
+    stage_costs = roofline.stages(roofline.shape_of(shape.json()), request, asked, 4 if dtype == "float32" else 2)
+    encode_ms, prefill_ms, decode_ms = (
+        stage_costs[stage].floor_ms(machine) for stage in ("encode", "prefill", "decode")
+    )
+    per_token_ms = decode_ms / stage_costs["decode"].steps
+    return {
+        "encode_ms": encode_ms,
+        "prefill_ms": prefill_ms,
+        "ttft_ms": encode_ms + prefill_ms,
+        "decode_ms_per_token": per_token_ms,
+    }

@@ -1,7 +1,7 @@
-"""Floors: what is answered without looking. Beside them one sees how much of a score the media are needed for.
+"""Floors: scores of answers given without the right media, to show how much of a score needs the media.
 
 `text-only` asks the plain model without media, `grey` with grey media of the same size, `wrong-media` with those of
-another question. `majority` asks no model: it says the commonest answer that other questions of the same words have.
+another question. `majority` asks no model: it gives the commonest answer that other questions of the same words have.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def _grey(item: Any) -> Any:
 
 def _of_another(sample: Sample, task: Task, number: int) -> list[Any]:
     """Media of the first question from half the task away on that asks the same kind about something else."""
-    count = len(task.ids)
-    for step in range(min(count, 64)):
-        other_number = (number + count // 2 + step) % count
-        other = task.sample(other_number)
-        if not other.error and other.cluster != sample.cluster and other.kind == sample.kind:
-            return other.media
+    num_questions = len(task.ids)
+    for distance in range(min(num_questions, 64)):
+        candidate_number = (number + num_questions // 2 + distance) % num_questions
+        candidate = task.sample(candidate_number)
+        if not candidate.error and candidate.cluster != sample.cluster and candidate.kind == sample.kind:
+            return candidate.media
     return [_grey(item) for item in sample.media]
 
 
@@ -57,23 +57,25 @@ def majority(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     by the exact answer.
     """
     by_words, by_kind = _counts(records, "question"), _counts(records, "kind")
-    out = []
+    majority_records = []
     for record in records:
         answer = _commonest(by_words[record["question"]], record["cluster"])
         answer = answer or _commonest(by_kind[record["kind"]], record["cluster"]) or ""
         score = scoring.exact(answer, [record["expected"]])
-        kept = {k: record[k] for k in ("id", "kind", "cluster", "expected", "question")}
-        out.append({**kept, "method": MAJORITY, "answer": answer, "score": score, "batch": 1, "no_speed": "no model"})
-    return out
+        copied_fields = {field: record[field] for field in ("id", "kind", "cluster", "expected", "question")}
+        majority_records.append(
+            {**copied_fields, "method": MAJORITY, "answer": answer, "score": score, "batch": 1, "no_speed": "no model"}
+        )
+    return majority_records
 
 
-def _counts(records: Sequence[dict[str, Any]], key: str) -> dict[str, list[tuple[str, str]]]:
-    found: dict[str, list[tuple[str, str]]] = {}
+def _counts(records: Sequence[dict[str, Any]], field_name: str) -> dict[str, list[tuple[str, str]]]:
+    answers_by_value: dict[str, list[tuple[str, str]]] = {}
     for record in records:
-        found.setdefault(record[key], []).append((record["cluster"], record["expected"]))
-    return found
+        answers_by_value.setdefault(record[field_name], []).append((record["cluster"], record["expected"]))
+    return answers_by_value
 
 
 def _commonest(answers: list[tuple[str, str]], cluster: str) -> str | None:
-    counted = Counter(answer for other, answer in answers if other != cluster)
-    return max(counted, key=lambda answer: (counted[answer], answer)) if counted else None
+    frequency = Counter(answer for other_cluster, answer in answers if other_cluster != cluster)
+    return max(frequency, key=lambda answer: (frequency[answer], answer)) if frequency else None

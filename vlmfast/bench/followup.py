@@ -37,15 +37,17 @@ def chat(seed: int, size: int = SIZE) -> Chat:
     from vlmfast.pocket.scenes import Rng
 
     for attempt in range(100):  # until a scene offers so many
-        item = world.sample(SCENES[seed % len(SCENES)], seed + attempt * NEXT, "test", size=size, objects=(3, 3))
-        rng, scene = Rng(2, 2001, seed, attempt), item.meta["scene"]
-        asked = {item.question: item.answer}
-        for number in range(60):
-            got = questions.ask(KINDS[number % len(KINDS)], scene, rng)
-            if got is not None:
-                asked.setdefault(*got)
-            if len(asked) > EACH:
-                return Clip(item.frames.numpy(), item.fps), list(asked.items())
+        drawn_sample = world.sample(
+            SCENES[seed % len(SCENES)], seed + attempt * NEXT, "test", size=size, objects=(3, 3)
+        )
+        generator, scene = Rng(2, 2001, seed, attempt), drawn_sample.meta["scene"]
+        answers_by_question = {drawn_sample.question: drawn_sample.answer}
+        for kind_number in range(60):
+            question_pair = questions.ask(KINDS[kind_number % len(KINDS)], scene, generator)
+            if question_pair is not None:
+                answers_by_question.setdefault(*question_pair)
+            if len(answers_by_question) > EACH:
+                return Clip(drawn_sample.frames.numpy(), drawn_sample.fps), list(answers_by_question.items())
     raise RuntimeError(f"no clip with {EACH + 1} questions for seed {seed}")
 
 
@@ -55,9 +57,9 @@ def minute(seed: int) -> Chat:
     from vlmfast.pocket.clips import clip
     from vlmfast.pocket.scenes import Rng
 
-    drawn = clip(OFFSET + seed, MINUTE, questions=SCENE_QUESTIONS - 1)
-    asked = Rng(2, 2002, seed).shuffled([(q.question, q.answer) for q in drawn.questions])
-    return Clip(np.stack([frame.numpy() for _, frame in drawn.frames()]), drawn.fps), asked
+    drawn_clip = clip(OFFSET + seed, MINUTE, questions=SCENE_QUESTIONS - 1)
+    question_pairs = Rng(2, 2002, seed).shuffled([(item.question, item.answer) for item in drawn_clip.questions])
+    return Clip(np.stack([frame.numpy() for _, frame in drawn_clip.frames()]), drawn_clip.fps), question_pairs
 
 
 @functools.lru_cache(maxsize=1)
@@ -65,11 +67,15 @@ def _pictures() -> dict[int, tuple[str, list[tuple[str, str]]]]:
     """Path and questions of the easy-VQA test pictures that have enough of them, by number."""
     import easy_vqa as data
 
-    asked, answered, images = data.get_test_questions()
-    paths, by_image = data.get_test_image_paths(), dict[int, dict[str, str]]()
-    for question, answer, image in zip(asked, answered, images, strict=True):
-        by_image.setdefault(image, {}).setdefault(question, answer)
-    return {i: (paths[i], list(qa.items())[: EACH + 1]) for i, qa in sorted(by_image.items()) if len(qa) > EACH}
+    question_texts, answer_texts, image_numbers = data.get_test_questions()
+    paths, answers_by_image = data.get_test_image_paths(), dict[int, dict[str, str]]()
+    for question, answer, image in zip(question_texts, answer_texts, image_numbers, strict=True):
+        answers_by_image.setdefault(image, {}).setdefault(question, answer)
+    return {
+        number: (paths[number], list(image_answers.items())[: EACH + 1])
+        for number, image_answers in sorted(answers_by_image.items())
+        if len(image_answers) > EACH
+    }
 
 
 @functools.lru_cache(maxsize=4)
@@ -77,8 +83,8 @@ def picture(seed: int) -> Chat:
     """An easy-VQA test picture, enlarged, with 1 + EACH of its questions."""
     from PIL import Image
 
-    path, asked = _pictures()[seed]
-    return Image.open(path).convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC), asked
+    path, question_pairs = _pictures()[seed]
+    return Image.open(path).convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC), question_pairs
 
 
 TASKS = {
@@ -90,21 +96,23 @@ TASKS = {
 
 def task(name: str, questions: QuestionSet = "reporting") -> Task:
     """Question i of a task of `TASKS` is one that follows the opening of a set's clip (or picture) i // each."""
-    draw, config = TASKS[name]
-    numbers = list((PICTURES if draw is picture else CHATS)[questions])
-    each, short = config["each"], name.removeprefix("pocket/")
+    draw_chat, config = TASKS[name]
+    numbers = list((PICTURES if draw_chat is picture else CHATS)[questions])
+    num_following, short_name = config["each"], name.removeprefix("pocket/")
     try:
-        numbers = [n for n in numbers if draw is not picture or n in _pictures()]
+        numbers = [number for number in numbers if draw_chat is not picture or number in _pictures()]
     except ImportError:
         raise UserError(f"task {name} needs its data: pip install easy-vqa") from None
 
-    def make(i: int) -> Sample:
-        seed, j = numbers[i // each], i % each
-        media, asked = draw(seed)
-        (opening, _), (question, answer) = asked[0], asked[1 + j]
-        return Sample(f"{short}/{seed}/{j}", question, [answer], [media], lambda said: exact_fact(said, answer),
-                      cluster=f"{short}/{seed}", kind=short, opening=opening)  # fmt: skip
+    def make(index: int) -> Sample:
+        seed, follow_index = numbers[index // num_following], index % num_following
+        media, question_pairs = draw_chat(seed)
+        (opening, _), (question, answer) = question_pairs[0], question_pairs[1 + follow_index]
+        return Sample(f"{short_name}/{seed}/{follow_index}", question, [answer], [media],
+                      lambda text: exact_fact(text, answer),
+                      cluster=f"{short_name}/{seed}", kind=short_name, opening=opening)  # fmt: skip
 
-    ids = [f"{short}/{seed}/{j}" for seed in numbers for j in range(each)]
-    return Task(name, ids, make, 10, "accuracy", bucket=lambda i: i // each, config={**config, "set": questions},
-                clusters=lambda i: f"{short}/{numbers[i // each]}")  # fmt: skip
+    question_ids = [f"{short_name}/{seed}/{follow_index}" for seed in numbers for follow_index in range(num_following)]
+    return Task(name, question_ids, make, 10, "accuracy", bucket=lambda index: index // num_following,
+                config={**config, "set": questions},
+                clusters=lambda index: f"{short_name}/{numbers[index // num_following]}")  # fmt: skip

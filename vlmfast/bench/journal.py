@@ -26,7 +26,7 @@ HEAD = '{"sum": "################", '  # how every line begins, a digit for each
 
 def run_name(fields: dict[str, Any]) -> str:
     """`key=value;...`, the identity of a run."""
-    return ";".join(f"{k}={v}" for k, v in fields.items())
+    return ";".join(f"{field}={value}" for field, value in fields.items())
 
 
 def plan_hash(plan: dict[str, Any]) -> str:
@@ -47,54 +47,56 @@ class Journal:
                 path.unlink(missing_ok=True)
             if path.exists():
                 self._read(path.read_bytes())
-        except OSError as e:
-            raise UserError(f"{shown(str(path))} cannot be a file of answers ({e.strerror}): {WAY_OUT}") from None
+        except OSError as error:
+            raise UserError(f"{shown(str(path))} cannot be a file of answers ({error.strerror}): {WAY_OUT}") from None
 
     def _read(self, data: bytes) -> None:
-        *lines, tail = data.split(b"\n")
-        for n, line in enumerate(lines, 1):
+        *lines, unfinished = data.split(b"\n")
+        for line_number, line in enumerate(lines, 1):
             record = unsealed(line)
             if record is None:
-                self.damaged.append(n)
+                self.damaged.append(line_number)
                 continue
-            key, run, plan = (record["id"], record["method"]), record["run"], record["plan"]
-            if run != self.run:
-                raise UserError(f"{self.path} line {n} {difference(run, self.run)}: {WAY_OUT}")
-            if self.plans.get(key[1], plan) != plan:
-                raise UserError(f"{self.path} line {n}: method {key[1]!r} was run with another plan: {WAY_OUT}")
-            self.records.setdefault(key, record)
-        if not self.records and (self.damaged or not begins(tail)):
-            at = f"line {self.damaged[0]}" if self.damaged else "line 1"
+            record_key, line_run, line_plan = (record["id"], record["method"]), record["run"], record["plan"]
+            if line_run != self.run:
+                raise UserError(f"{self.path} line {line_number} {difference(line_run, self.run)}: {WAY_OUT}")
+            if self.plans.get(record_key[1], line_plan) != line_plan:
+                raise UserError(
+                    f"{self.path} line {line_number}: method {record_key[1]!r} was run with another plan: {WAY_OUT}"
+                )
+            self.records.setdefault(record_key, record)
+        if not self.records and (self.damaged or not begins(unfinished)):
+            first_damaged = f"line {self.damaged[0]}" if self.damaged else "line 1"
             raise UserError(
-                f"{self.path} {at} is no record of evals.accuracy with a checksum (a file of an older version has "
-                f"none): {WAY_OUT}"
+                f"{self.path} {first_damaged} is no record of evals.accuracy with a checksum (a file of an older "
+                f"version has none): {WAY_OUT}"
             )
         if self.damaged:
-            named = ", ".join(map(str, self.damaged[:8])) + (", ..." if len(self.damaged) > 8 else "")
-            self._say(f"damaged: line {named} disagrees with its checksum; what it answered is asked again")
-        if tail:
+            damaged_lines = ", ".join(map(str, self.damaged[:8])) + (", ..." if len(self.damaged) > 8 else "")
+            self._say(f"damaged: line {damaged_lines} disagrees with its checksum; what it answered is asked again")
+        if unfinished:
             self._say("the last line was cut off, as when a run is killed; its question is asked again")
-            with self.path.open("r+b") as f:
-                f.truncate(len(data) - len(tail))
+            with self.path.open("r+b") as file:
+                file.truncate(len(data) - len(unfinished))
 
-    def _say(self, what: str) -> None:
-        print(f"{self.path}: {what}", file=sys.stderr)
+    def _say(self, message: str) -> None:
+        print(f"{self.path}: {message}", file=sys.stderr)
 
     def missing(self, keys: Iterable[Key]) -> list[Key]:
         """Those of `keys` that have no record yet."""
-        return [k for k in keys if k not in self.records]
+        return [key for key in keys if key not in self.records]
 
     def add(self, records: Iterable[dict[str, Any]]) -> None:
         """Append records that are not there yet, in one write."""
-        new = []
-        for r in records:
-            key = r["id"], r["method"]
-            if key not in self.records:
-                self.records[key] = r = r | {"plan": self.plans[r["method"]], "run": self.run}
-                new.append(sealed(r))
-        if new:
-            with self.path.open("a", encoding="utf-8") as f:
-                f.write("\n".join(new) + "\n")
+        new_lines = []
+        for record in records:
+            record_key = record["id"], record["method"]
+            if record_key not in self.records:
+                self.records[record_key] = record = record | {"plan": self.plans[record["method"]], "run": self.run}
+                new_lines.append(sealed(record))
+        if new_lines:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("\n".join(new_lines) + "\n")
 
 
 def checksum(record: dict[str, Any]) -> str:
@@ -112,8 +114,12 @@ def unsealed(line: bytes) -> dict[str, Any] | None:
     """The record of a line; None when it is none, or not what was written."""
     try:
         record = json.loads(line)
-        good = record.pop("sum") == checksum(record) and sealed(record).encode() == line
-        return record if good and all(isinstance(record[k], str) for k in ("id", "method", "run", "plan")) else None
+        undamaged = record.pop("sum") == checksum(record) and sealed(record).encode() == line
+        return (
+            record
+            if undamaged and all(isinstance(record[field], str) for field in ("id", "method", "run", "plan"))
+            else None
+        )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
@@ -125,8 +131,8 @@ def begins(tail: bytes) -> bool:
 
 def difference(old: str, new: str) -> str:
     """The first field in which two run names differ, in words."""
-    was, now = (dict(p.partition("=")[::2] for p in name.split(";")) for name in (old, new))
-    for key in [*now, *was]:
-        if was.get(key) != now.get(key):
-            return f"comes from another run ({key} {was.get(key, '?')}, now {now.get(key, '?')})"
+    old_fields, new_fields = (dict(pair.partition("=")[::2] for pair in run_text.split(";")) for run_text in (old, new))
+    for field in [*new_fields, *old_fields]:
+        if old_fields.get(field) != new_fields.get(field):
+            return f"comes from another run ({field} {old_fields.get(field, '?')}, now {new_fields.get(field, '?')})"
     return "comes from another run"

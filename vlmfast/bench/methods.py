@@ -1,9 +1,9 @@
-"""Names of methods as plans: the rows of every table.
+"""Turns a method's name, such as `vidcom2-25`, into a plan.
 
 `plan("vidcom2-25")` keeps a quarter of the visual tokens, `plan("hybridkv-10")` a tenth of the cache,
 `plan("loose@lookup")` speculates, `plan("loose-30")` at a relax ratio of 0.3, `plan("balanced")` is a preset,
-`plan("vidcom2-25+snapkv-10+lossless")` composes, `plan("plain")` is nothing. A pruner and a policy of one name are
-told apart by a prefix: `prune.random-10`, `kv.random-10` (without one: the pruner).
+`plan("vidcom2-25+snapkv-10+lossless")` composes, `plan("plain")` is the empty plan. A pruner and a policy of one name
+are told apart by a prefix: `prune.random-10`, `kv.random-10` (without one: the pruner).
 
 These names are short for the text form (`vlmfast.spec`), which may stand in their place, of one stage's method or of a
 whole plan: `plan("vidcom2:keep=0.25,least=384")`, `plan("plan:prune=(vidcom2:keep=0.25),kv=snapkv")`.
@@ -18,7 +18,7 @@ from vlmfast.core import UserError
 from vlmfast.fields import unknown
 from vlmfast.plan import PRESETS, STAGES, Plan, build, methods_of, parse, preset
 
-DIALS = ("relax", "theta", "weight")  # what a percentage behind an acceptance rule's name sets
+DIALS = ("relax", "theta", "weight")  # the field that a percentage behind an acceptance rule's name sets
 
 
 def plan(name: str, draft: str | None = None) -> Plan:
@@ -26,14 +26,19 @@ def plan(name: str, draft: str | None = None) -> Plan:
     with one."""
     if ":" in name:
         return _written(spec.parse(name))
-    result, given = Plan(), set()
+    result, given_stages = Plan(), set()
     for part in name.split("+"):
         for stage, method in _part(part.strip(), draft).items():
-            if stage in given:
+            if stage in given_stages:
                 raise UserError(f"method {name!r} sets {stage} twice: one pruner, one policy, one rule")
             if part.strip() not in PRESETS:  # what stands beside a preset replaces its stage
-                given.add(stage)
-            result = Plan(**{s: method if s == stage else getattr(result, s) for s in STAGES})
+                given_stages.add(stage)
+            result = Plan(
+                **{
+                    other_stage: method if other_stage == stage else getattr(result, other_stage)
+                    for other_stage in STAGES
+                }
+            )
     return result
 
 
@@ -42,8 +47,8 @@ def listed(names: str | None, draft: str | None = None) -> dict[str, Plan]:
     plans: dict[str, Plan] = {}
     for item in spec.items(names or ""):
         if isinstance(item, dict):
-            made = _written(item)
-            plans[_text(made)] = made
+            built_plan = _written(item)
+            plans[_text(built_plan)] = built_plan
         else:
             plans[str(item)] = plan(str(item), draft)
     return plans
@@ -61,9 +66,9 @@ def named(
     plans = {"plain": Plan()}
     plans |= listed(names, draft)
     specs = {"prune": prune, "kv": kv, "speculate": speculate}
-    given = {stage: parse(stage, spec) for stage, spec in specs.items() if spec}
-    if given:
-        plans["+".join(label(stage, method) for stage, method in given.items())] = Plan(**given)
+    given_methods = {stage: parse(stage, spec) for stage, spec in specs.items() if spec}
+    if given_methods:
+        plans["+".join(label(stage, method) for stage, method in given_methods.items())] = Plan(**given_methods)
     return plans | (extra or {})
 
 
@@ -71,8 +76,8 @@ def label(stage: str, method: Any) -> str:
     """The name of one stage's method: with the kept percentage, or the acceptance rule's name."""
     if stage == "speculate":
         return str(method.accept.name) if method.draft is not None else "plain_loop"
-    keep = getattr(method, "keep", None)
-    return str(method.name) if keep is None else f"{method.name}-{100 * keep:g}"
+    kept_fraction = getattr(method, "keep", None)
+    return str(method.name) if kept_fraction is None else f"{method.name}-{100 * kept_fraction:g}"
 
 
 def keep(plan: Plan) -> dict[str, Any]:
@@ -89,65 +94,87 @@ def keep(plan: Plan) -> dict[str, Any]:
 
 def _written(data: dict[str, Any]) -> Plan:
     """The plan of a text: a whole one, or one method, which belongs to the first stage that knows it."""
-    name = data["method"]
-    if name == Plan.name:
+    method_name = data["method"]
+    if method_name == Plan.name:
         return Plan.from_json(data)
-    stage = next((s for s in STAGES if name in methods_of(s)), None)
+    stage = next((known_stage for known_stage in STAGES if method_name in methods_of(known_stage)), None)
     if stage is None:
-        raise unknown("method", name, [Plan.name, *(n for s in STAGES for n in methods_of(s))])
+        raise unknown(
+            "method",
+            method_name,
+            [Plan.name, *(known_name for known_stage in STAGES for known_name in methods_of(known_stage))],
+        )
     return Plan(**{stage: build(stage, data)})
 
 
 def _text(plan: Plan) -> str:
     """The text of a plan; of its one stage where it has no more."""
-    stages = [method for s in STAGES if (method := getattr(plan, s)) is not None]
-    return spec.write(stages[0] if len(stages) == 1 and plan.tower is None else plan)
+    stage_methods = [method for stage in STAGES if (method := getattr(plan, stage)) is not None]
+    return spec.write(stage_methods[0] if len(stage_methods) == 1 and plan.tower is None else plan)
 
 
 def _part(text: str, draft: str | None) -> dict[str, Any]:
     if text == "plain":
         return {}
     if text in PRESETS:
-        chosen = preset(text)
-        return {s: getattr(chosen, s) for s in STAGES if getattr(chosen, s) is not None}
-    stage, dot, rest = text.partition(".")
-    if not dot or stage not in STAGES:
-        stage, rest = "", text
-    rest, at, source = rest.partition("@")
-    head, _, percent = rest.rpartition("-")
-    name, share = (head, float(percent) / 100) if head and _number(percent) else (rest, None)
-    first = ("prune", "kv") if share is not None else ("kv", "prune")  # without a percentage: by its own defaults
-    for s in (stage,) if stage else first:
-        if not at and s != "speculate" and name in methods_of(s):
-            return {s: build(s, {"method": name} | ({} if share is None else {"keep": share}))}
-    if stage in ("", "speculate") and (data := _speculation(name, share, source, draft, text)):
-        return {"speculate": build("speculate", {"method": "speculate"} | data)}
-    known = [f"{n}-25" for n in methods_of("prune")] + [f"{n}-10" for n in methods_of("kv")]
-    raise unknown("method (any percentage, joined by +)", text, [*known, *methods_of("accept"), *PRESETS])
+        preset_plan = preset(text)
+        return {
+            candidate_stage: getattr(preset_plan, candidate_stage)
+            for candidate_stage in STAGES
+            if getattr(preset_plan, candidate_stage) is not None
+        }
+    stage, stage_mark, remainder = text.partition(".")
+    if not stage_mark or stage not in STAGES:
+        stage, remainder = "", text
+    remainder, draft_mark, source = remainder.partition("@")
+    before_percent, _, percent = remainder.rpartition("-")
+    method_name, fraction = (
+        (before_percent, float(percent) / 100) if before_percent and _number(percent) else (remainder, None)
+    )
+    default_stages = (
+        ("prune", "kv") if fraction is not None else ("kv", "prune")
+    )  # without a percentage: by its own defaults
+    for candidate_stage in (stage,) if stage else default_stages:
+        if not draft_mark and candidate_stage != "speculate" and method_name in methods_of(candidate_stage):
+            return {
+                candidate_stage: build(
+                    candidate_stage, {"method": method_name} | ({} if fraction is None else {"keep": fraction})
+                )
+            }
+    if stage in ("", "speculate") and (speculation := _speculation(method_name, fraction, source, draft, text)):
+        return {"speculate": build("speculate", {"method": "speculate"} | speculation)}
+    known_names = [f"{known_name}-25" for known_name in methods_of("prune")] + [
+        f"{known_name}-10" for known_name in methods_of("kv")
+    ]
+    raise unknown("method (any percentage, joined by +)", text, [*known_names, *methods_of("accept"), *PRESETS])
 
 
-def _speculation(name: str, share: float | None, source: str, draft: str | None, text: str) -> dict[str, Any]:
+def _speculation(rule_name: str, fraction: float | None, source: str, draft: str | None, text: str) -> dict[str, Any]:
     """The fields of `speculate` that a rule's name and a draft's ask for; {} where the name is no rule's."""
     rules = methods_of("accept")
-    if name == "plain_loop" and share is None:
+    if rule_name == "plain_loop" and fraction is None:
         return {"draft": None}
-    if name not in rules:
+    if rule_name not in rules:
         return {}
     source = source or ("model" if draft else "lookup")
-    drafts: dict[str, dict[str, Any]] = {
+    draft_methods: dict[str, dict[str, Any]] = {
         "model": {"method": "modeldraft", "model": draft},
         "both": {"method": "lookupthenmodel", "model": draft},
         "self": {"method": "selfdraft", "prune": {"method": "uniform", "keep": 0.1}},
         "lookup": {"method": "promptlookup"},
     }
-    if source not in drafts:
-        raise unknown("draft", source, drafts, text)
-    if "model" in drafts[source] and not draft:
+    if source not in draft_methods:
+        raise unknown("draft", source, draft_methods, text)
+    if "model" in draft_methods[source] and not draft:
         raise UserError(f"{text!r} drafts with a model: name it with --draft FOLDER_OR_ID, or use @lookup or @self")
-    dial = next((d for d in DIALS if d in rules[name].__dataclass_fields__), None)  # type: ignore[attr-defined]
-    if share is not None and dial is None:
-        raise UserError(f"{text!r}: {name} has no ratio to set; name it without a percentage")
-    return {"draft": drafts[source], "accept": {"method": name} | ({} if share is None else {str(dial): share})}
+    rule_fields = rules[rule_name].__dataclass_fields__  # type: ignore[attr-defined]
+    ratio_field = next((field_name for field_name in DIALS if field_name in rule_fields), None)
+    if fraction is not None and ratio_field is None:
+        raise UserError(f"{text!r}: {rule_name} has no ratio to set; name it without a percentage")
+    return {
+        "draft": draft_methods[source],
+        "accept": {"method": rule_name} | ({} if fraction is None else {str(ratio_field): fraction}),
+    }
 
 
 def _number(text: str) -> bool:

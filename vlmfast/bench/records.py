@@ -75,19 +75,23 @@ def row(
 def tidy(metrics: dict[str, Any]) -> dict[str, Any]:
     """Numbers to six significant digits, whole ones as integers; everything else untouched."""
 
-    def short(x: Any) -> Any:
-        if isinstance(x, float) and math.isfinite(x):
-            return int(x) if x == int(x) else float(f"{x:.6g}")
-        return {k: short(v) for k, v in x.items()} if isinstance(x, dict) else x
+    def short(value: Any) -> Any:
+        if isinstance(value, float) and math.isfinite(value):
+            return int(value) if value == int(value) else float(f"{value:.6g}")
+        return {name: short(item) for name, item in value.items()} if isinstance(value, dict) else value
 
-    return {k: short(v) for k, v in metrics.items()}
+    return {name: short(value) for name, value in metrics.items()}
 
 
 def command() -> str:
     """The command line that is running, as one would type it in the repository; folders outside it are left out."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    program = f"python -m {spec.name}" if spec is not None and spec.name != "__main__" else Path(sys.argv[0]).name
-    return " ".join([program.removesuffix(".__main__"), *(_relative(a) for a in sys.argv[1:])])
+    main_spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = (
+        f"python -m {main_spec.name}"
+        if main_spec is not None and main_spec.name != "__main__"
+        else Path(sys.argv[0]).name
+    )
+    return " ".join([program.removesuffix(".__main__"), *(_relative(argument) for argument in sys.argv[1:])])
 
 
 def _relative(argument: str) -> str:
@@ -119,15 +123,15 @@ def hardware(device: str, dtype: str) -> dict[str, Any]:
 
     if device.startswith("cuda"):
         properties = torch.cuda.get_device_properties(device)
-        name, memory = properties.name, properties.total_memory
+        device_name, memory_bytes = properties.name, properties.total_memory
     else:
-        name, memory = _cpu_name(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        device_name, memory_bytes = _cpu_name(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "device": device,
-        "name": name,
+        "name": device_name,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_gb": round(memory / 2**30, 1),
+        "memory_gb": round(memory_bytes / 2**30, 1),
         "load": round(os.getloadavg()[0], 1),  # of the last minute: far above `cores` means others were running too
         "dtype": dtype,
         **({} if device.startswith("cuda") else dtypes.instructions()),
@@ -150,13 +154,13 @@ def claim(path: str | Path, force: bool = False) -> None:
 
 def check(record: dict[str, Any]) -> None:
     """Raise ValueError when the head or a row lacks a field that every reader counts on."""
-    missing = [k for k in HEAD if k not in record]
+    missing_fields = [field for field in HEAD if field not in record]
     if not ("suite" in record or "task" in record):
-        missing.append("suite")
-    for r in record.get("rows", []):
-        missing += [f"rows[{r.get('name', '?')}].{k}" for k in ROW if k not in r]
-    if missing:
-        raise ValueError(f"the record lacks {', '.join(missing)}")
+        missing_fields.append("suite")
+    for record_row in record.get("rows", []):
+        missing_fields += [f"rows[{record_row.get('name', '?')}].{field}" for field in ROW if field not in record_row]
+    if missing_fields:
+        raise ValueError(f"the record lacks {', '.join(missing_fields)}")
     if not record["rows"]:
         raise UserError("the record has no rows: nothing was measured in the time given")
 

@@ -42,9 +42,12 @@ class Runner:
 
     def inputs(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """What `generate` takes for these questions: ids (B, L) left-padded, masks, media tensors."""
-        asked = [id(s) for s in samples]
-        if self._last[0] != asked:
-            self._last, self._samples = (asked, self._inputs(samples)), list(samples)  # held, so that ids stay theirs
+        sample_ids = [id(sample) for sample in samples]
+        if self._last[0] != sample_ids:
+            self._last, self._samples = (
+                (sample_ids, self._inputs(samples)),
+                list(samples),
+            )  # held, so that ids stay theirs
         return dict(self._last[1])
 
     def _inputs(self, samples: Sequence[Sample]) -> dict[str, Any]:
@@ -54,60 +57,62 @@ class Runner:
         images: list[Any] = []
         videos: list[Any] = []
         metadata: list[Any] = []
-        for s in samples:
+        for sample in samples:
             content: list[dict[str, str]] = []
-            for item in s.media:
-                clip = isinstance(item, Clip)
-                content.append({"type": "video" if clip else "image"})
-                (videos if clip else images).append(as_clip(item.frames) if clip else as_picture(item))
-                if clip:
+            for item in sample.media:
+                is_clip = isinstance(item, Clip)
+                content.append({"type": "video" if is_clip else "image"})
+                (videos if is_clip else images).append(as_clip(item.frames) if is_clip else as_picture(item))
+                if is_clip:
                     metadata.append(_metadata(item))
             turns: list[dict[str, Any]] = []
-            for question, answer in s.before:
+            for question, answer in sample.before:
                 turns.append({"role": "user", "content": [*content, {"type": "text", "text": question}]})
                 turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
                 content = []
-            turns.append({"role": "user", "content": [*content, {"type": "text", "text": s.question}]})
+            turns.append({"role": "user", "content": [*content, {"type": "text", "text": sample.question}]})
             if self.system:
                 turns.insert(0, {"role": "system", "content": [{"type": "text", "text": self.system}]})
             texts.append(self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
-        kwargs: dict[str, Any] = {"images": images} if images else {}
+        media_inputs: dict[str, Any] = {"images": images} if images else {}
         if videos:
-            kwargs |= {"videos": videos, "videos_kwargs": {"video_metadata": metadata, "do_sample_frames": False}}
-        batch = self.processor(text=texts, padding=True, return_tensors="pt", **kwargs)
+            media_inputs |= {"videos": videos, "videos_kwargs": {"video_metadata": metadata, "do_sample_frames": False}}
+        batch = self.processor(text=texts, padding=True, return_tensors="pt", **media_inputs)
         if "second_per_grid_ts" in batch:  # HF divides by the rate of the whole file, not by that of these frames
-            rates = [item.fps for s in samples for item in s.media if isinstance(item, Clip)]
+            frame_rates = [item.fps for sample in samples for item in sample.media if isinstance(item, Clip)]
             batch["second_per_grid_ts"] = torch.tensor(
-                [self.processor.video_processor.temporal_patch_size / rate for rate in rates]
+                [self.processor.video_processor.temporal_patch_size / frame_rate for frame_rate in frame_rates]
             )
-        out = {}
-        for k, v in batch.items():
-            if hasattr(v, "to"):
-                v = v.to(self.device)
-                if v.is_floating_point() and k.startswith("pixel"):
-                    v = v.to(self.model.dtype)
-            out[k] = v
-        return out
+        moved_inputs = {}
+        for name, value in batch.items():
+            if hasattr(value, "to"):
+                value = value.to(self.device)
+                if value.is_floating_point() and name.startswith("pixel"):
+                    value = value.to(self.model.dtype)
+            moved_inputs[name] = value
+        return moved_inputs
 
     def ask(self, samples: Sequence[Sample], plan: Plan, method: str, tokens: int) -> list[dict[str, Any]]:
         """One record per question, in order."""
-        unread = [s for s in samples if s.error]
-        if unread:
-            rest = [s for s in samples if not s.error]
-            done = {r["id"]: r for r in (self.ask(rest, plan, method, tokens) if rest else [])}
-            return [done.get(s.id) or _failed(s, method, str(s.error)) for s in samples]
-        drafts = plan.speculate is not None and plan.speculate.otherwise == "refuse"
-        if len(samples) > 1 and samples[0].opening is None and (method in self.alone or drafts):
-            return [r for s in samples for r in self.ask([s], plan, method, tokens)]
+        unreadable = [sample for sample in samples if sample.error]
+        if unreadable:
+            readable = [sample for sample in samples if not sample.error]
+            answered = {
+                record["id"]: record for record in (self.ask(readable, plan, method, tokens) if readable else [])
+            }
+            return [answered.get(sample.id) or _failed(sample, method, str(sample.error)) for sample in samples]
+        refuses_batches = plan.speculate is not None and plan.speculate.otherwise == "refuse"
+        if len(samples) > 1 and samples[0].opening is None and (method in self.alone or refuses_batches):
+            return [record for sample in samples for record in self.ask([sample], plan, method, tokens)]
         try:
             return self._ask(samples, plan, method, tokens)
-        except Exception as e:
+        except Exception as problem:
             if len(samples) > 1:
-                if isinstance(e, Unsupported):
+                if isinstance(problem, Unsupported):
                     self.alone.add(method)
-                return [r for s in samples for r in self.ask([s], plan, method, tokens)]
-            why = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
-            return [_failed(samples[0], method, why)]
+                return [record for sample in samples for record in self.ask([sample], plan, method, tokens)]
+            reason = f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0]}"
+            return [_failed(samples[0], method, reason)]
 
     def _ask(self, samples: Sequence[Sample], plan: Plan, method: str, tokens: int) -> list[dict[str, Any]]:
         import vlmfast
@@ -115,31 +120,41 @@ class Runner:
         if samples[0].opening is not None:
             return self._again(samples, plan, method, tokens)
         inputs = self.inputs(samples)
-        extra = {"tokenizer": self.processor.tokenizer} if plan.speculate is not None else {}
-        with vlmfast.accelerate(self.model, plan) as fast:
+        options = {"tokenizer": self.processor.tokenizer} if plan.speculate is not None else {}
+        with vlmfast.accelerate(self.model, plan) as handle:
             start = time.perf_counter()
-            out = self.model.generate(
-                **inputs, **extra, max_new_tokens=tokens, do_sample=False, num_beams=1, return_dict_in_generate=False
+            generated = self.model.generate(
+                **inputs,
+                **options,
+                max_new_tokens=tokens,
+                do_sample=False,
+                num_beams=1,
+                return_dict_in_generate=False,
             )
-            wall = (time.perf_counter() - start) * 1e3
-            report = fast.report.json()
+            wall_ms = (time.perf_counter() - start) * 1e3
+            report = handle.report.json()
         prompt = inputs["input_ids"]
-        texts = self.processor.tokenizer.batch_decode(out[:, prompt.shape[1] :], skip_special_tokens=True)
-        flat = {**report["encode"], **report["prefill"], **report["decode"]}
-        flat.setdefault("total_ms", wall)
-        n = len(samples)
-        visual = self._visual(prompt)
+        texts = self.processor.tokenizer.batch_decode(generated[:, prompt.shape[1] :], skip_special_tokens=True)
+        figures = {**report["encode"], **report["prefill"], **report["decode"]}
+        figures.setdefault("total_ms", wall_ms)
+        num_samples = len(samples)
+        visual_counts = self._visual(prompt)
         fields: dict[str, Any] = {}
-        for key in STAGE:
-            value = flat.get(key)
-            if value is not None and not (key == "ttft_ms" and n > 1):
-                fields[key] = round(value / n if key in SHARED else value, 4)
-        problem = self._problem(plan, flat, prompt, out, n)
+        for metric in STAGE:
+            value = figures.get(metric)
+            if value is not None and not (metric == "ttft_ms" and num_samples > 1):
+                fields[metric] = round(value / num_samples if metric in SHARED else value, 4)
+        problem = self._problem(plan, figures, prompt, generated, num_samples)
         records = []
-        for s, text, v in zip(samples, texts, visual, strict=True):
-            kept = flat.get("kept_tokens", sum(visual)) / max(1, sum(visual)) * v
-            record = {**_identity(s, method), "answer": text.strip(), "score": float(s.score(text)), "batch": n}
-            record |= {"visual_tokens": v, "kept_tokens": round(kept, 2), **fields}
+        for sample, answer, num_visual in zip(samples, texts, visual_counts, strict=True):
+            num_kept = figures.get("kept_tokens", sum(visual_counts)) / max(1, sum(visual_counts)) * num_visual
+            record = {
+                **_identity(sample, method),
+                "answer": answer.strip(),
+                "score": float(sample.score(answer)),
+                "batch": num_samples,
+            }
+            record |= {"visual_tokens": num_visual, "kept_tokens": round(num_kept, 2), **fields}
             if problem:
                 record["no_speed"] = problem
             records.append(record)
@@ -148,21 +163,27 @@ class Runner:
     def _again(self, samples: Sequence[Sample], plan: Plan, method: str, tokens: int) -> list[dict[str, Any]]:
         """Questions of one clip, each on a copy of the cache that their opening left."""
         texts, report = self._on_copies(samples, plan, tokens)
-        flat = {**report["encode"], **report["prefill"]}
-        names = ("visual_tokens", "kept_tokens", "cached_tokens", "kv_fast_bytes", "kv_host_bytes",
+        figures = {**report["encode"], **report["prefill"]}
+        field_names = ("visual_tokens", "kept_tokens", "cached_tokens", "kv_fast_bytes", "kv_host_bytes",
                  "kv_fast_allocated_bytes")  # fmt: skip
-        fields = {k: round(flat[k], 4) for k in names if flat.get(k) is not None}
+        fields = {name: round(figures[name], 4) for name in field_names if figures.get(name) is not None}
         fields["no_speed"] = "questions on a copied cache are not timed"
         return [
-            {**_identity(s, method), "answer": text.strip(), "score": float(s.score(text)), "batch": 1, **fields}
-            for s, text in zip(samples, texts, strict=True)
+            {
+                **_identity(sample, method),
+                "answer": answer.strip(),
+                "score": float(sample.score(answer)),
+                "batch": 1,
+                **fields,
+            }
+            for sample, answer in zip(samples, texts, strict=True)
         ]
 
     def _on_copies(self, samples: Sequence[Sample], plan: Plan, tokens: int) -> tuple[list[str], dict[str, Any]]:
         """The answers to questions of one clip, and the report of the opening, which prefills and compresses.
 
         Every question goes on from a copy of the opening's cache, taken back to where the two prompts part, so that
-        none hears the others.
+        no question sees another one.
         """
         import torch
 
@@ -171,66 +192,84 @@ class Runner:
 
         model = self.model
         opening, *prompts = (
-            self.inputs([replace(s, question=q)])
-            for s, q in [(samples[0], str(samples[0].opening)), *((s, s.question) for s in samples)]
+            self.inputs([replace(sample, question=question_text)])
+            for sample, question_text in [
+                (samples[0], str(samples[0].opening)),
+                *((sample, sample.question) for sample in samples),
+            ]
         )
-        decode, answers = self.processor.tokenizer.decode, []
-        extra = {"tokenizer": self.processor.tokenizer} if plan.speculate is not None else {}
-        with vlmfast.accelerate(model, plan) as fast:
-            out = model.generate(**opening, **extra, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
-            report, kept = fast.report.json(), cache_of(out)
+        decode_text, answers = self.processor.tokenizer.decode, []
+        options = {"tokenizer": self.processor.tokenizer} if plan.speculate is not None else {}
+        with vlmfast.accelerate(model, plan) as handle:
+            generated = model.generate(
+                **opening, **options, max_new_tokens=1, do_sample=False, return_dict_in_generate=True
+            )
+            report, kept_cache = handle.report.json(), cache_of(generated)
             for prompt in prompts:
-                ids, before = prompt["input_ids"], opening["input_ids"]
-                short = min(ids.shape[1], before.shape[1])
-                common = int((ids[0, :short] == before[0, :short]).long().cumprod(0).sum())
+                prompt_ids, opening_ids = prompt["input_ids"], opening["input_ids"]
+                shorter = min(prompt_ids.shape[1], opening_ids.shape[1])
+                common_length = int((prompt_ids[0, :shorter] == opening_ids[0, :shorter]).long().cumprod(0).sum())
                 # on a kept cache transformers puts text behind the end of a long clip, else behind its start
-                positions = model._prepare_position_ids_for_generation(ids, dict(prompt))[..., common:]
-                cache = copy.deepcopy(kept)
-                cache.crop(common - cache.get_seq_length())
-                said = model.generate(
-                    input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, max_new_tokens=tokens,
-                    do_sample=False, **{CACHE: cache}, **extra,
+                positions = model._prepare_position_ids_for_generation(prompt_ids, dict(prompt))[..., common_length:]
+                cache_copy = copy.deepcopy(kept_cache)
+                cache_copy.crop(common_length - cache_copy.get_seq_length())
+                continued = model.generate(
+                    input_ids=prompt_ids, attention_mask=torch.ones_like(prompt_ids), position_ids=positions,
+                    max_new_tokens=tokens, do_sample=False, **{CACHE: cache_copy}, **options,
                 )  # fmt: skip
-                answers.append(decode(said[0, ids.shape[1] :], skip_special_tokens=True))
+                answers.append(decode_text(continued[0, prompt_ids.shape[1] :], skip_special_tokens=True))
         return answers, report
 
-    def _visual(self, ids: Any) -> list[int]:
+    def _visual(self, input_ids: Any) -> list[int]:
         config = self.model.config
-        names = ("image_token_id", "video_token_id")
-        tokens = [t for t in (getattr(config, n, None) for n in names) if t is not None]
-        return [int(sum((row == t).sum() for t in tokens)) for row in ids]
+        token_names = ("image_token_id", "video_token_id")
+        token_ids = [
+            token_id
+            for token_id in (getattr(config, token_name, None) for token_name in token_names)
+            if token_id is not None
+        ]
+        return [int(sum((prompt_row == token_id).sum() for token_id in token_ids)) for prompt_row in input_ids]
 
-    def _problem(self, plan: Plan, flat: dict[str, Any], prompt: Any, out: Any, n: int) -> str | None:
+    def _problem(
+        self, plan: Plan, figures: dict[str, Any], prompt: Any, generated: Any, num_samples: int
+    ) -> str | None:
         """Why this call says nothing about speed: a stage had nothing to do, or a count is not as it must be."""
-        if plan.prune is not None and flat.get("kept_tokens") == flat.get("visual_tokens"):
+        if plan.prune is not None and figures.get("kept_tokens") == figures.get("visual_tokens"):
             return "prune did not fire"
         if plan.speculate is not None:
-            return None if flat.get("verify_rounds") or plan.speculate.draft is None else "speculate did not fire"
-        columns = out.shape[1] - 1  # the last token is never fed back
+            return None if figures.get("verify_rounds") or plan.speculate.draft is None else "speculate did not fire"
+        num_columns = generated.shape[1] - 1  # the last token is never fed back
         if plan.kv is None:
-            if n == 1:
-                columns -= flat["visual_tokens"] - flat["kept_tokens"]
-                if abs(flat["cached_tokens"] - columns) > 0.5:
-                    return f"law: {flat['cached_tokens']:g} columns cached where {columns:g} were predicted"
-        elif n == 1 and flat["cached_tokens"] > columns - 1 - (flat["visual_tokens"] - flat["kept_tokens"]):
+            if num_samples == 1:
+                num_columns -= figures["visual_tokens"] - figures["kept_tokens"]
+                if abs(figures["cached_tokens"] - num_columns) > 0.5:
+                    return f"law: {figures['cached_tokens']:g} columns cached where {num_columns:g} were predicted"
+        elif num_samples == 1 and figures["cached_tokens"] > num_columns - 1 - (
+            figures["visual_tokens"] - figures["kept_tokens"]
+        ):
             return "kv did not fire"
         return None
 
 
-def _identity(s: Sample, method: str) -> dict[str, Any]:
-    return {"id": s.id, "method": method, "kind": s.kind, "cluster": s.cluster, "question": s.question,
-            "expected": s.expected[0]}  # fmt: skip
+def _identity(sample: Sample, method: str) -> dict[str, Any]:
+    return {"id": sample.id, "method": method, "kind": sample.kind, "cluster": sample.cluster,
+            "question": sample.question, "expected": sample.expected[0]}  # fmt: skip
 
 
-def _failed(s: Sample, method: str, why: str) -> dict[str, Any]:
-    return {**_identity(s, method), "answer": None, "score": 0.0, "error": why, "batch": 1}
+def _failed(sample: Sample, method: str, reason: str) -> dict[str, Any]:
+    return {**_identity(sample, method), "answer": None, "score": 0.0, "error": reason, "batch": 1}
 
 
 def _metadata(clip: Clip) -> dict[str, Any]:
     if clip.metadata is not None:
         return clip.metadata
-    n = len(clip.frames)
-    return {"total_num_frames": n, "fps": clip.fps, "duration": n / clip.fps, "frames_indices": list(range(n))}
+    num_frames = len(clip.frames)
+    return {
+        "total_num_frames": num_frames,
+        "fps": clip.fps,
+        "duration": num_frames / clip.fps,
+        "frames_indices": list(range(num_frames)),
+    }
 
 
 def load(model: str, device: str = "auto", dtype: str = "auto") -> Runner:
@@ -280,8 +319,8 @@ def fingerprint(model: str) -> str:
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")]) if folder.is_dir() else []
     for file in files:
         digest.update(file.name.encode() + str(file.stat().st_size).encode())
-        with file.open("rb") as f:
-            while chunk := f.read(1 << 24):
+        with file.open("rb") as opened_file:
+            while chunk := opened_file.read(1 << 24):
                 digest.update(chunk)
                 if file.stat().st_size > 1 << 28:
                     break  # of large shards the first 16 MB tell them apart

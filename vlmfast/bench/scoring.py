@@ -1,4 +1,4 @@
-"""How an answer is compared with what was expected. Every scorer maps (answer, expected answers) to 0..1.
+"""Scores an answer against the expected ones. Every scorer maps (answer, expected answers) to 0..1.
 
 score("anls", "the Eiffel tower", ["Eiffel Tower"], choices=None)
 """
@@ -20,7 +20,7 @@ def normalise(text: str) -> str:
     """VQA's normal form (Goyal et al. 2017): lower case, digits for number words, no articles and punctuation."""
     text = _COMMA.sub(r"\1\2", text.lower().replace("\n", " "))
     text = _DOT.sub(" ", _PUNCTUATION.sub(" ", text)).replace(",", " ")
-    words = [_NUMBERS.get(w, w) for w in text.split() if w not in _ARTICLES]
+    words = [_NUMBERS.get(word, word) for word in text.split() if word not in _ARTICLES]
     return " ".join(words)
 
 
@@ -30,7 +30,7 @@ def exact(answer: str, expected: Sequence[str], choices: Sequence[str] | None = 
     def form(text: str) -> str:
         return re.sub(r"(?<=\d)\s+(?=\d)", "", normalise(text))
 
-    return float(form(answer) in {form(e) for e in expected})
+    return float(form(answer) in {form(reference) for reference in expected})
 
 
 def vqa(answer: str, expected: Sequence[str], choices: Sequence[str] | None = None) -> float:
@@ -38,10 +38,10 @@ def vqa(answer: str, expected: Sequence[str], choices: Sequence[str] | None = No
 
     Fewer than four expected answers leave nobody to outvote: then any match counts 1.
     """
-    given, refs = normalise(answer), [normalise(e) for e in expected]
-    if len(refs) < 4:
-        return float(given in refs)
-    scores = [min(1.0, (refs.count(given) - (given == left)) / 3) for left in refs]
+    given, references = normalise(answer), [normalise(reference) for reference in expected]
+    if len(references) < 4:
+        return float(given in references)
+    scores = [min(1.0, (references.count(given) - (given == left_out)) / 3) for left_out in references]
     return sum(scores) / len(scores)
 
 
@@ -52,27 +52,29 @@ def choice(answer: str, expected: Sequence[str], choices: Sequence[str] | None =
     option whose text occurs in the answer.
     """
     options = list(choices or expected)
-    picked = _picked(answer, options)
-    wanted = {_index(e, options) for e in expected}
-    return float(picked is not None and picked in wanted)
+    picked_index = _picked(answer, options)
+    wanted_indices = {_index(reference, options) for reference in expected}
+    return float(picked_index is not None and picked_index in wanted_indices)
 
 
 DENIED = r"\b(?:not|never|without|\w+n'?t) (?:(?:show|be) )?(?:{})\b"  # in normal form: "not a dog" picks no dog
 
 
 def _picked(answer: str, options: list[str]) -> int | None:
-    last = chr(64 + len(options))
+    last_letter = chr(64 + len(options))
     text = answer.strip()
-    for pattern in (rf"^\(?([A-{last}])\)?\s*(?:[.:,)]|$)", rf"answer\s*(?:is|:)\s*\(?([A-{last}])\b"):
-        found = re.search(pattern, text) or re.search(pattern.replace("A-", "a-").replace(last, last.lower()), text)
-        if found:
-            return ord(found.group(1).upper()) - 65
-    given, forms = normalise(text), [normalise(o) for o in options]
-    if given in forms:
-        return forms.index(given)
-    given = re.sub(DENIED.format("|".join(map(re.escape, filter(None, forms)))), " ", given)
-    inside = [i for i, f in enumerate(forms) if f and re.search(rf"\b{re.escape(f)}\b", given)]
-    return inside[0] if len(inside) == 1 else None
+    for pattern in (rf"^\(?([A-{last_letter}])\)?\s*(?:[.:,)]|$)", rf"answer\s*(?:is|:)\s*\(?([A-{last_letter}])\b"):
+        match = re.search(pattern, text) or re.search(
+            pattern.replace("A-", "a-").replace(last_letter, last_letter.lower()), text
+        )
+        if match:
+            return ord(match.group(1).upper()) - 65
+    answer_form, option_forms = normalise(text), [normalise(option) for option in options]
+    if answer_form in option_forms:
+        return option_forms.index(answer_form)
+    answer_form = re.sub(DENIED.format("|".join(map(re.escape, filter(None, option_forms)))), " ", answer_form)
+    occurring = [i for i, form in enumerate(option_forms) if form and re.search(rf"\b{re.escape(form)}\b", answer_form)]
+    return occurring[0] if len(occurring) == 1 else None
 
 
 def _index(expected: str, options: list[str]) -> int | None:
@@ -86,34 +88,41 @@ def _index(expected: str, options: list[str]) -> int | None:
 
 def anls(answer: str, expected: Sequence[str], choices: Sequence[str] | None = None) -> float:
     """Average normalised Levenshtein similarity of one question (Biten et al. 2019): best match, 0 under 0.5."""
-    given = " ".join(answer.lower().split())
-    best = 0.0
-    for ref in expected:
-        ref = " ".join(ref.lower().split())
-        longest = max(len(given), len(ref))
-        best = max(best, 1 - levenshtein(given, ref) / longest if longest else 1.0)
-    return best if best >= 0.5 else 0.0
+    answer_text = " ".join(answer.lower().split())
+    best_similarity = 0.0
+    for reference in expected:
+        reference = " ".join(reference.lower().split())
+        longest = max(len(answer_text), len(reference))
+        best_similarity = max(best_similarity, 1 - levenshtein(answer_text, reference) / longest if longest else 1.0)
+    return best_similarity if best_similarity >= 0.5 else 0.0
 
 
 def levenshtein(a: str, b: str) -> int:
     """Edits (insert, delete, replace) between two strings."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        diagonal, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
-    return row[-1]
+    distances = list(range(len(b) + 1))
+    for first_index, first_character in enumerate(a, 1):
+        diagonal, distances[0] = distances[0], first_index
+        for second_index, second_character in enumerate(b, 1):
+            diagonal, distances[second_index] = (
+                distances[second_index],
+                min(
+                    distances[second_index] + 1,
+                    distances[second_index - 1] + 1,
+                    diagonal + (first_character != second_character),
+                ),
+            )
+    return distances[-1]
 
 
 def relaxed(answer: str, expected: Sequence[str], choices: Sequence[str] | None = None) -> float:
     """ChartQA's relaxed accuracy (Masry et al. 2022): numbers within 5 %, everything else exact."""
-    given = _value(answer)
-    for ref in expected:
-        value = _value(ref)
-        if given is not None and value is not None:
-            if abs(given - value) <= 0.05 * abs(value):
+    given_value = _value(answer)
+    for reference in expected:
+        expected_value = _value(reference)
+        if given_value is not None and expected_value is not None:
+            if abs(given_value - expected_value) <= 0.05 * abs(expected_value):
                 return 1.0
-        elif normalise(answer) == normalise(ref):
+        elif normalise(answer) == normalise(reference):
             return 1.0
     return 0.0
 

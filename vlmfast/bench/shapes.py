@@ -60,23 +60,26 @@ def build(shape: Shape, seed: int = 0, dtype: str = "bfloat16", device: str = "c
     import torch
     from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    head = shape.hidden // shape.heads
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e6}
-    rope["mrope_section"] = [head // 8, head * 3 // 16, head * 3 // 16]
-    text = {
+    head_size = shape.hidden // shape.heads
+    rope_options: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e6}
+    rope_options["mrope_section"] = [head_size // 8, head_size * 3 // 16, head_size * 3 // 16]
+    text_options = {
         "vocab_size": shape.vocab, "hidden_size": shape.hidden, "intermediate_size": shape.intermediate,
         "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads,
         "max_position_embeddings": 128000, "rms_norm_eps": 1e-6,
-        "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "rope_parameters": rope,
+        "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "rope_parameters": rope_options,
     }  # fmt: skip
-    vision = {
+    vision_options = {
         "depth": shape.depth, "hidden_size": shape.vision_hidden, "intermediate_size": shape.vision_intermediate,
         "num_heads": shape.vision_heads, "out_hidden_size": shape.hidden, "patch_size": shape.patch, "in_channels": 3,
         "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": shape.patch * 8, "tokens_per_second": 2,
         "fullatt_block_indexes": list(shape.full_attention),
     }  # fmt: skip
     config = Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=True, **dict(zip(IDS, (1, 2, 3, 4), strict=True))
+        text_config=text_options,
+        vision_config=vision_options,
+        tie_word_embeddings=True,
+        **dict(zip(IDS, (1, 2, 3, 4), strict=True)),
     )
     config._name_or_path = shape.name
     with torch.device("meta"):
@@ -94,18 +97,18 @@ def fill(model: Any, generator: Any) -> None:
     large that what goes through them keeps its size."""
     from torch import nn
 
-    drawn = set()
+    drawn_addresses = set()
     for module in model.modules():
-        for name, p in module.named_parameters(recurse=False):
-            if p.data_ptr() in drawn:  # tied
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.data_ptr() in drawn_addresses:  # tied
                 continue
-            drawn.add(p.data_ptr())
+            drawn_addresses.add(parameter.data_ptr())
             if name == "bias":
-                p.normal_(0, 0.02, generator=generator)
+                parameter.normal_(0, 0.02, generator=generator)
             elif type(module).__name__.endswith("Norm"):
-                p.fill_(1)
+                parameter.fill_(1)
             elif isinstance(module, (nn.Linear, nn.Embedding, nn.Conv3d)):
-                p.normal_(0, p[0].numel() ** -0.5, generator=generator)
+                parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
             else:
                 raise TypeError(f"no rule for {name} of a {type(module).__name__}")
 
@@ -118,34 +121,36 @@ def restore_tables(model: Any) -> None:
     for module in model.modules():
         if "inv_freq" in module._buffers:
             device = module._buffers["inv_freq"].device
-            fresh = type(module)(module.config) if hasattr(module, "config") else type(module)(module.dim)
-            for name, buffer in fresh._buffers.items():
+            rebuilt = type(module)(module.config) if hasattr(module, "config") else type(module)(module.dim)
+            for name, buffer in rebuilt._buffers.items():
                 module._buffers[name] = buffer.to(device)
-            if "original_inv_freq" not in fresh._buffers and hasattr(fresh, "original_inv_freq"):
-                module.original_inv_freq = fresh.original_inv_freq.to(device)
+            if "original_inv_freq" not in rebuilt._buffers and hasattr(rebuilt, "original_inv_freq"):
+                module.original_inv_freq = rebuilt.original_inv_freq.to(device)
 
 
 def clip(shape: Shape, seed: int = 0, dtype: str = "bfloat16", busy: float = 0.25) -> dict[str, Any]:
     """What a processor would hand to `generate` for one clip and a question after it.
 
-    busy: share of the places that change from frame to frame; the ground behind is flat and still, so that methods
-    which drop what is foretold (evs, dtd, pixelprune) find something to drop.
+    busy: share of the places that change from frame to frame; the background is constant, so that methods
+    which drop predictable patches (evs, dtd, pixelprune) have something to drop.
     """
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     t, h, w = shape.grid
-    words = torch.randint(5, shape.vocab, (shape.text,), generator=generator)
-    before = shape.text // 4
-    ids = torch.cat([words[:before], torch.tensor([3] + [2] * shape.visual + [4]), words[before:]])[None]
+    word_ids = torch.randint(5, shape.vocab, (shape.text,), generator=generator)
+    num_before = shape.text // 4
+    input_ids = torch.cat([word_ids[:num_before], torch.tensor([3] + [2] * shape.visual + [4]), word_ids[num_before:]])[
+        None
+    ]
     pixels = torch.randn(shape.visual, 4, 3 * 2 * shape.patch**2, generator=generator)
-    changes = torch.rand(h * w, generator=generator).argsort() < int(busy * h * w)
-    pixels[~changes.repeat(t)] = 0.1
+    changing = torch.rand(h * w, generator=generator).argsort() < int(busy * h * w)
+    pixels[~changing.repeat(t)] = 0.1
     pixels = pixels.flatten(0, 1)
     return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "mm_token_type_ids": (ids == 2).int() * 2,
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "mm_token_type_ids": (input_ids == 2).int() * 2,
         "pixel_values_videos": pixels.to(getattr(torch, dtype)),
         "video_grid_thw": torch.tensor([[t, 2 * h, 2 * w]]),
         "second_per_grid_ts": torch.tensor([1.0]),

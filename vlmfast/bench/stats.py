@@ -55,20 +55,20 @@ def _bootstrap(
 ) -> Interval:
     if len(values) == 0:
         raise ValueError("no questions to average")
-    _, group = np.unique(np.asarray(clusters), return_inverse=True)
-    n_groups = int(group.max()) + 1
-    sums = np.append(np.bincount(group, values), imagined)
-    sizes = np.append(np.bincount(group).astype(float), (1.0, 1.0))
-    rng = np.random.default_rng(seed)
+    _, group_index = np.unique(np.asarray(clusters), return_inverse=True)
+    num_groups = int(group_index.max()) + 1
+    sums = np.append(np.bincount(group_index, values), imagined)
+    sizes = np.append(np.bincount(group_index).astype(float), (1.0, 1.0))
+    generator = np.random.default_rng(seed)
     means = np.empty(RESAMPLES)
-    step = max(1, 4_000_000 // len(sums))
-    for at in range(0, RESAMPLES, step):
-        many = min(step, RESAMPLES - at)
-        weights = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=many)
-        means[at : at + many] = (weights @ sums) / np.maximum(weights @ sizes, 1e-12)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    draws_at_once = max(1, 4_000_000 // len(sums))
+    for start in range(0, RESAMPLES, draws_at_once):
+        num_draws = min(draws_at_once, RESAMPLES - start)
+        weights = generator.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=num_draws)
+        means[start : start + num_draws] = (weights @ sums) / np.maximum(weights @ sizes, 1e-12)
+    lower, upper = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     centre = float(values.mean())
-    return Interval(centre, min(centre, float(low)), max(centre, float(high)), len(values), n_groups)
+    return Interval(centre, min(centre, float(lower)), max(centre, float(upper)), len(values), num_groups)
 
 
 def mcnemar(scores: Sequence[float], baseline: Sequence[float]) -> float:
@@ -80,24 +80,24 @@ def mcnemar(scores: Sequence[float], baseline: Sequence[float]) -> float:
 
 def clustered_p(scores: Sequence[float], baseline: Sequence[float], clusters: Sequence[str], seed: int = 0) -> float:
     """Two-sided p-value that scores and baseline are alike: signs of the clusters' summed differences are flipped."""
-    _, group = np.unique(np.asarray(clusters), return_inverse=True)
-    sums = np.bincount(group, np.asarray(scores, float) - np.asarray(baseline, float))
+    _, group_index = np.unique(np.asarray(clusters), return_inverse=True)
+    sums = np.bincount(group_index, np.asarray(scores, float) - np.asarray(baseline, float))
     sums = sums[sums != 0]
     if len(sums) < 2:
         return 1.0
-    found = permutation_test(
+    outcome = permutation_test(
         (sums,), np.mean, permutation_type="samples", vectorized=True, n_resamples=20_000, batch=2_000, rng=seed
     )
-    return float(found.pvalue)
+    return float(outcome.pvalue)
 
 
 def holm(values: dict[Any, float], level: float = 0.05) -> dict[Any, bool]:
     """Name -> does it hold at `level` for all of them together? Holm's step-down correction of their p-values."""
-    out, holds = dict.fromkeys(values, False), True
-    for i, (name, p) in enumerate(sorted(values.items(), key=lambda x: x[1])):
-        holds = holds and p <= level / (len(values) - i)
-        out[name] = holds
-    return out
+    verdicts, holds = dict.fromkeys(values, False), True
+    for rank, (name, p_value) in enumerate(sorted(values.items(), key=lambda item: item[1])):
+        holds = holds and p_value <= level / (len(values) - rank)
+        verdicts[name] = holds
+    return verdicts
 
 
 BETS = (0.1, 0.3, 0.6, 0.95)  # shares of the capital
@@ -111,8 +111,8 @@ def evidence(gaps: Sequence[float], clusters: Sequence[str]) -> float:
     ever reaches 1 / error is `error` at most, however often one looks (Ville's inequality; Waudby-Smith and Ramdas,
     arXiv 2010.09686). Clusters are taken as independent, questions of one are not.
     """
-    _, first, group = np.unique(np.asarray(clusters), return_index=True, return_inverse=True)
-    means = (np.bincount(group, np.asarray(gaps, float)) / np.bincount(group))[np.argsort(first)]
+    _, first_question, group_index = np.unique(np.asarray(clusters), return_index=True, return_inverse=True)
+    means = (np.bincount(group_index, np.asarray(gaps, float)) / np.bincount(group_index))[np.argsort(first_question)]
     if np.abs(means).max(initial=0.0) > 1:
         raise ValueError("gaps must lie in [-1, 1]")
     return float(np.exp(np.log1p(np.multiply.outer(BETS, means)).sum(1)).mean())
@@ -127,12 +127,17 @@ def median_ratio(
     independent, and count as one, their geometric mean. The interval: `timing.median_interval`.
     """
     pairs: dict[tuple[float, float], Any] = {}
-    for i, (b, t) in enumerate(zip(baseline, this, strict=True)):
-        if b > 0 and t > 0:
-            pairs.setdefault((b, t), i if clusters is None else clusters[i])
+    for index, (baseline_value, this_value) in enumerate(zip(baseline, this, strict=True)):
+        if baseline_value > 0 and this_value > 0:
+            pairs.setdefault((baseline_value, this_value), index if clusters is None else clusters[index])
     logs: dict[Any, list[float]] = {}
-    for (b, t), name in pairs.items():
-        logs.setdefault(name, []).append(math.log(b / t))
+    for (baseline_value, this_value), cluster_name in pairs.items():
+        logs.setdefault(cluster_name, []).append(math.log(baseline_value / this_value))
     if not logs:
         return []
-    return [float(f"{x:.4g}") for x in median_interval([math.exp(sum(v) / len(v)) for v in logs.values()])]
+    return [
+        float(f"{bound:.4g}")
+        for bound in median_interval(
+            [math.exp(sum(cluster_logs) / len(cluster_logs)) for cluster_logs in logs.values()]
+        )
+    ]

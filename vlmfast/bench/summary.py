@@ -1,4 +1,4 @@
-"""From records to rows: accuracy with intervals, the paired difference to plain, honest stage figures."""
+"""Summarises records as table rows: accuracy with intervals, the paired difference to plain, times of the stages."""
 
 from __future__ import annotations
 
@@ -25,93 +25,117 @@ def summarise(
     broken: dict[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """One row per method over the questions `ids` that every method has answered (all of them, in a finished run)."""
-    ids = [i for i in ids if all((i, m) in records for m in plans)]
-    plain = [records[i, "plain"] for i in ids]
+    ids = [question_id for question_id in ids if all((question_id, method_name) in records for method_name in plans)]
+    baseline = [records[question_id, "plain"] for question_id in ids]
     rows = []
     for method, plan in plans.items():
-        mine = [records[i, method] for i in ids]
-        rows.append(_row(method, plan, mine, plain, metric, (broken or {}).get(method)))
+        own_records = [records[question_id, method] for question_id in ids]
+        rows.append(_row(method, plan, own_records, baseline, metric, (broken or {}).get(method)))
     if metric == "accuracy" and ids and not set(floors.ASKED).isdisjoint(plans):
-        rows.append(_row(floors.MAJORITY, Plan(), floors.majority(plain), plain, metric, "no model is asked"))
+        rows.append(_row(floors.MAJORITY, Plan(), floors.majority(baseline), baseline, metric, "no model is asked"))
     return rows
 
 
 def _row(
-    method: str, plan: Plan, mine: list[dict], plain: list[dict], metric: str, broken: str | None
+    method: str, plan: Plan, own_records: list[dict], baseline: list[dict], metric: str, broken: str | None
 ) -> dict[str, Any]:
-    metrics, notes = quality(mine, plain, metric, method != "plain"), []
-    metrics["failed"] = sum("error" in r for r in mine)
+    metrics, notes = quality(own_records, baseline, metric, method != "plain"), []
+    metrics["failed"] = sum("error" in record for record in own_records)
     if metrics["failed"]:
-        first = next(r for r in mine if "error" in r)
-        notes.append(f"{metrics['failed']} of {len(mine)} questions failed, counted as wrong; first: {first['error']}")
-    held = _means(("kv_host_bytes",), [r for r in mine if "error" not in r])
-    if held and (why := validity.without_host_heads(plan.json(), held)):
-        broken = broken or why
-    good = [(r, p) for r, p in zip(mine, plain, strict=True) if "error" not in r and "error" not in p]
-    fired = [(r, p) for r, p in good if "no_speed" not in r]
-    vs: dict[str, dict[str, list[float]]] = {}
-    metrics |= _means(COUNTS, [r for r, _ in good])
-    if broken or not fired:
-        why = broken or (next((r["no_speed"] for r, _ in good), "no question was answered"))
-        notes.append(f"no speed figure: {why}")
+        failure = next(record for record in own_records if "error" in record)
+        notes.append(
+            f"{metrics['failed']} of {len(own_records)} questions failed, counted as wrong; first: {failure['error']}"
+        )
+    host_means = _means(("kv_host_bytes",), [record for record in own_records if "error" not in record])
+    if host_means and (reason := validity.without_host_heads(plan.json(), host_means)):
+        broken = broken or reason
+    unfailed = [
+        (record, stock)
+        for record, stock in zip(own_records, baseline, strict=True)
+        if "error" not in record and "error" not in stock
+    ]
+    timed = [(record, stock) for record, stock in unfailed if "no_speed" not in record]
+    comparisons: dict[str, dict[str, list[float]]] = {}
+    metrics |= _means(COUNTS, [record for record, _ in unfailed])
+    if broken or not timed:
+        reason = broken or (next((record["no_speed"] for record, _ in unfailed), "no question was answered"))
+        notes.append(f"no speed figure: {reason}")
     else:
-        metrics |= {k: statistics.median(v) for k in TIMES if (v := [r[k] for r, _ in fired if k in r])}
-        if len(fired) < len(good):
-            notes.append(f"speed over {len(fired)} of {len(good)} questions; others: "
-                         f"{next(r['no_speed'] for r, _ in good if 'no_speed' in r)}")  # fmt: skip
+        metrics |= {
+            name: statistics.median(values)
+            for name in TIMES
+            if (values := [record[name] for record, _ in timed if name in record])
+        }
+        if len(timed) < len(unfailed):
+            notes.append(f"speed over {len(timed)} of {len(unfailed)} questions; others: "
+                         f"{next(record['no_speed'] for record, _ in unfailed if 'no_speed' in record)}")  # fmt: skip
         if method != "plain":
             ratios = {}
-            for key in COMPARED:
-                both = [(p[key], r[key], r["cluster"]) for r, p in fired if key in r and key in p]
-                found = stats.median_ratio(*zip(*both, strict=True)) if both else []
-                if found:
-                    ratios[key] = found
-            vs["plain"] = ratios
-    kinds = sorted({r["kind"] for r in mine})
+            for stage_name in COMPARED:
+                compared = [
+                    (stock[stage_name], record[stage_name], record["cluster"])
+                    for record, stock in timed
+                    if stage_name in record and stage_name in stock
+                ]
+                interval = stats.median_ratio(*zip(*compared, strict=True)) if compared else []
+                if interval:
+                    ratios[stage_name] = interval
+            comparisons["plain"] = ratios
+    kinds = sorted({record["kind"] for record in own_records})
     by_kind = {}
     if len(kinds) > 1:
         for kind in kinds:
-            at = [i for i, r in enumerate(mine) if r["kind"] == kind]
-            by_kind[kind] = quality([mine[i] for i in at], [plain[i] for i in at], metric, method != "plain")
-    params = {**methods.keep(plan), "questions": len(mine), "clusters": len({r["cluster"] for r in mine}),
-              "batch": max((r["batch"] for r in mine), default=1)}  # fmt: skip
-    extra: dict[str, Any] = {"by_kind": by_kind} if by_kind else {}
-    return row(method, plan=public(plan), params=params, metrics=metrics, vs=vs, **extra, notes=notes)
+            indices = [index for index, record in enumerate(own_records) if record["kind"] == kind]
+            by_kind[kind] = quality(
+                [own_records[index] for index in indices],
+                [baseline[index] for index in indices],
+                metric,
+                method != "plain",
+            )
+    params = {**methods.keep(plan), "questions": len(own_records), 
+              "clusters": len({record["cluster"] for record in own_records}),
+              "batch": max((record["batch"] for record in own_records), default=1)}  # fmt: skip
+    extra_fields: dict[str, Any] = {"by_kind": by_kind} if by_kind else {}
+    return row(method, plan=public(plan), params=params, metrics=metrics, vs=comparisons, **extra_fields, notes=notes)
 
 
 def quality(mine: list[dict], plain: list[dict], metric: str = "accuracy", compare: bool = True) -> dict[str, Any]:
     """The mean score with its interval, and the paired difference to plain with its own."""
-    scores, clusters = [r["score"] for r in mine], [r["cluster"] for r in mine]
-    alone = stats.mean(scores, clusters)
-    out: dict[str, Any] = {metric: _short(alone.mean), "ci95": [_short(alone.low), _short(alone.high)]}
+    scores, clusters = [record["score"] for record in mine], [record["cluster"] for record in mine]
+    interval = stats.mean(scores, clusters)
+    figures: dict[str, Any] = {metric: _short(interval.mean), "ci95": [_short(interval.low), _short(interval.high)]}
     if compare:
-        base = [p["score"] for p in plain]
-        difference = stats.paired(scores, base, clusters)
-        out["diff_vs_plain"] = _short(difference.mean)
-        out["diff_ci95"] = [_short(difference.low), _short(difference.high)]
-        out["diff_p"] = _short(stats.clustered_p(scores, base, clusters))
-        out["mcnemar_p"] = _short(stats.mcnemar(scores, base))
-        out["same_answer"] = _short(
-            statistics.fmean(r["answer"] == p["answer"] for r, p in zip(mine, plain, strict=True))
+        plain_scores = [stock["score"] for stock in plain]
+        difference = stats.paired(scores, plain_scores, clusters)
+        figures["diff_vs_plain"] = _short(difference.mean)
+        figures["diff_ci95"] = [_short(difference.low), _short(difference.high)]
+        figures["diff_p"] = _short(stats.clustered_p(scores, plain_scores, clusters))
+        figures["mcnemar_p"] = _short(stats.mcnemar(scores, plain_scores))
+        figures["same_answer"] = _short(
+            statistics.fmean(record["answer"] == stock["answer"] for record, stock in zip(mine, plain, strict=True))
         )
-    out["questions"] = len(mine)
-    return out
+    figures["questions"] = len(mine)
+    return figures
 
 
 def _means(keys: tuple[str, ...], records: list[dict]) -> dict[str, float]:
-    return {k: round(statistics.fmean(v), 3) for k in keys if (v := [r[k] for r in records if k in r])}
+    return {
+        name: round(statistics.fmean(values), 3)
+        for name in keys
+        if (values := [record[name] for record in records if name in record])
+    }
 
 
-def _short(x: float) -> float:
-    return round(x, 5)
+def _short(value: float) -> float:
+    return round(value, 5)
 
 
 def public(plan: Plan) -> dict[str, Any]:
     """A plan's JSON with model folders of this checkout written relative to it."""
 
-    def short(x: Any) -> Any:
-        if isinstance(x, dict):
-            return {k: short(v) for k, v in x.items()}
-        return x.removeprefix(f"{ROOT}/") if isinstance(x, str) else x
+    def short(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: short(item) for name, item in value.items()}
+        return value.removeprefix(f"{ROOT}/") if isinstance(value, str) else value
 
     return short(plan.json())

@@ -56,9 +56,9 @@ class Task:
         """Question i; one whose media cannot be read says why in `error`."""
         try:
             return self.make(i)
-        except Exception as e:
-            why = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
-            return Sample(self.ids[i], "", [""], [], lambda text: 0.0, cluster=self.ids[i], error=why)
+        except Exception as problem:
+            reason = f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0]}"
+            return Sample(self.ids[i], "", [""], [], lambda text: 0.0, cluster=self.ids[i], error=reason)
 
     def first(self, limit: int | None) -> list[int]:
         """The numbers of the first `limit` questions."""

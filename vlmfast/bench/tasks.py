@@ -78,27 +78,39 @@ def pocket(name: str, questions: QuestionSet = "reporting") -> Task:
     """Held-out questions of the pocket world by number; `pocket/KIND:field=value` with fields of `PocketOptions`."""
     kind = spec.parse(name)["method"].removeprefix("pocket/")
     given: PocketOptions = spec.read("task", name, KINDS)
-    chosen = given.set or ("" if given.seed is not None or given.split == "train" else questions)
-    numbers = POCKET[chosen] if chosen else range(given.seed or 0, (given.seed or 0) + POCKET_SIZE)
-    options = {f: v for f in ("size", "seconds", "split") if (v := getattr(given, f)) is not None}
+    set_name = given.set or ("" if given.seed is not None or given.split == "train" else questions)
+    numbers = POCKET[set_name] if set_name else range(given.seed or 0, (given.seed or 0) + POCKET_SIZE)
+    options = {
+        field_name: value
+        for field_name in ("size", "seconds", "split")
+        if (value := getattr(given, field_name)) is not None
+    }
     kinds = list(POCKET_KINDS[:-1]) if kind == "all" else list(MIXES.get(kind, [kind]))
     # an even mix: question i is of kind i mod n
-    order = [(k, number) for number in numbers for k in kinds]
-    extra = MIXES.get(kind, {})
+    order = [(item_kind, number) for number in numbers for item_kind in kinds]
+    kind_options = MIXES.get(kind, {})
 
-    def make(i: int) -> Sample:
+    def make(index: int) -> Sample:
         from vlmfast.pocket import world
 
-        k, seed = order[i]
-        item = world.sample(k, seed, balanced=bool(chosen), **{"split": "test", **extra.get(k, {}), **options})
+        item_kind, seed = order[index]
+        item = world.sample(
+            item_kind,
+            seed,
+            balanced=bool(set_name),
+            **{"split": "test", **kind_options.get(item_kind, {}), **options},
+        )
         media = Clip(item.frames.numpy(), item.fps) if item.is_video else item.frames[0].numpy()
-        return Sample(f"{k}/{seed}", item.question, [item.answer], [media], functools.partial(world.score, item),
-                      cluster=f"{k}/{seed}", kind=k, choices=item.choices, before=item.before)  # fmt: skip
+        return Sample(f"{item_kind}/{seed}", item.question, [item.answer], [media],
+                      functools.partial(world.score, item), cluster=f"{item_kind}/{seed}", kind=item_kind,
+                      choices=item.choices, before=item.before)  # fmt: skip
 
     caption = kind == "caption"
     return Task(
-        name, [f"{k}/{seed}" for k, seed in order], make, 112 if caption else 10, "f1" if caption else "accuracy",
-        bucket=lambda i: order[i][0], config=options | ({"set": chosen} if chosen else {"seed": given.seed or 0}),
+        name, [f"{item_kind}/{seed}" for item_kind, seed in order], make, 112 if caption else 10,
+        "f1" if caption else "accuracy",
+        bucket=lambda index: order[index][0],
+        config=options | ({"set": set_name} if set_name else {"seed": given.seed or 0}),
     )  # fmt: skip
 
 
@@ -111,18 +123,19 @@ def easy_vqa(questions: QuestionSet = "reporting") -> Task:
         import easy_vqa as data
     except ImportError:
         raise UserError("task easy-vqa needs its data: pip install easy-vqa") from None
-    asked, answered, images = data.get_test_questions()
+    question_texts, answer_texts, images = data.get_test_questions()
     paths = data.get_test_image_paths()
-    chosen = [i for i, image in enumerate(images) if image in PICTURES[questions]]
+    chosen_indices = [index for index, image in enumerate(images) if image in PICTURES[questions]]
 
     def make(number: int) -> Sample:
         from PIL import Image
 
-        i = chosen[number]
-        picture = Image.open(paths[images[i]]).convert("RGB")
-        return Sample(f"easy-vqa/{i}", asked[i], [answered[i]], [picture],
-                      lambda text: scoring.exact(text, [answered[i]]), cluster=f"image/{images[i]}",
+        index = chosen_indices[number]
+        picture = Image.open(paths[images[index]]).convert("RGB")
+        return Sample(f"easy-vqa/{index}", question_texts[index], [answer_texts[index]], [picture],
+                      lambda text: scoring.exact(text, [answer_texts[index]]), cluster=f"image/{images[index]}",
                       kind="easy-vqa")  # fmt: skip
 
-    return Task("easy-vqa", [f"easy-vqa/{i}" for i in chosen], make, 6, "accuracy", config={"set": questions},
-                clusters=lambda number: f"image/{images[chosen[number]]}")  # fmt: skip
+    return Task("easy-vqa", [f"easy-vqa/{index}" for index in chosen_indices], make, 6, "accuracy",
+                config={"set": questions},
+                clusters=lambda number: f"image/{images[chosen_indices[number]]}")  # fmt: skip

@@ -45,14 +45,14 @@ def interleaved(
     """
     names = list(runs)
     samples: dict[str, list[Sample]] = {name: [] for name in names}
-    for r in range(warmup + rounds):
-        shift = r % len(names)
-        for name in names[shift:] + names[:shift]:
+    for round_number in range(warmup + rounds):
+        first_run = round_number % len(names)
+        for name in names[first_run:] + names[:first_run]:
             if progress is not None:
                 progress(name)
             gc.collect()
             sample = runs[name]()
-            if r >= warmup:
+            if round_number >= warmup:
                 samples[name].append(sample)
     return samples
 
@@ -74,25 +74,32 @@ def beside(
     that is `AGAIN` is the first baseline once more.
     """
     runs = runs | {AGAIN: runs[baselines[0]]}
-    groups = {name: [*(b for b in baselines if b != name)] for name in runs if name != baselines[0]}
-    out: dict[str, dict[str, list[Sample]]] = {
-        name: {n: [] for n in (*others, name)} for name, others in groups.items()
+    groups = {
+        name: [*(baseline for baseline in baselines if baseline != name)] for name in runs if name != baselines[0]
+    }
+    samples_by_name: dict[str, dict[str, list[Sample]]] = {
+        name: {baseline_name: [] for baseline_name in (*others, name)} for name, others in groups.items()
     }
     names = list(groups)
-    for r in range(warmup + rounds):
-        shift = r % len(names)
-        for name in names[shift:] + names[:shift]:
+    for round_number in range(warmup + rounds):
+        first_run = round_number % len(names)
+        for name in names[first_run:] + names[:first_run]:
             others = groups[name]
             order = [*others[: len(others) // 2], name, *others[len(others) // 2 :]]
-            for one in order if r % 2 else order[::-1]:
+            for run_name in order if round_number % 2 else order[::-1]:
                 if progress is not None:
-                    progress(one)
+                    progress(run_name)
                 gc.collect()
-                sample = runs[one]()
-                if r >= warmup:
-                    out[name][one].append(sample)
-    first = [s for name, got in out.items() if name != AGAIN for s in got[baselines[0]]]
-    return {baselines[0]: {baselines[0]: first}} | out
+                sample = runs[run_name]()
+                if round_number >= warmup:
+                    samples_by_name[name][run_name].append(sample)
+    first_samples = [
+        first_sample
+        for name, competitor_samples in samples_by_name.items()
+        if name != AGAIN
+        for first_sample in competitor_samples[baselines[0]]
+    ]
+    return {baselines[0]: {baselines[0]: first_samples}} | samples_by_name
 
 
 def beside_runs(runs: int, baselines: int, rounds: int) -> int:
@@ -102,7 +109,11 @@ def beside_runs(runs: int, baselines: int, rounds: int) -> int:
 
 def ratio_rows(taken: dict[str, list[Sample]], name: str, metrics: list[str] | None = None) -> dict[str, Any]:
     """`vs` of a competitor from what `beside` returns for it: baseline -> metric -> [median, low, high]."""
-    return {base: ratios(got, taken[name], metrics) for base, got in taken.items() if base != name}
+    return {
+        baseline: ratios(baseline_samples, taken[name], metrics)
+        for baseline, baseline_samples in taken.items()
+        if baseline != name
+    }
 
 
 def ticker(total: int, clock: Callable[[], float] = time.monotonic, every: float = 15.0) -> Callable[[str], None]:
@@ -110,11 +121,11 @@ def ticker(total: int, clock: Callable[[], float] = time.monotonic, every: float
     if sys.stderr.isatty():
         from tqdm import tqdm
 
-        bar = tqdm(total=total, leave=False)
+        progress = tqdm(total=total, leave=False)
 
         def tick(name: str) -> None:
-            bar.set_description(name)
-            bar.update()
+            progress.set_description(name)
+            progress.update()
 
         return tick
     done, said = 0, clock()
@@ -131,7 +142,7 @@ def ticker(total: int, clock: Callable[[], float] = time.monotonic, every: float
 
 def medians(samples: list[Sample]) -> Sample:
     """The median of every metric over the rounds."""
-    return {key: statistics.median([s[key] for s in samples]) for key in samples[0]}
+    return {metric: statistics.median([sample[metric] for sample in samples]) for metric in samples[0]}
 
 
 def median_interval(values: list[float]) -> list[float]:
@@ -140,14 +151,14 @@ def median_interval(values: list[float]) -> list[float]:
     With fewer than six values they are simply the smallest and the largest.
     """
     ordered = sorted(values)
-    n = len(ordered)
-    outside, drop = 0.0, 0
-    for k in range(n // 2):
-        outside += 2 * math.comb(n, k) / 2**n
-        if outside > 0.05:
+    num_values = len(ordered)
+    outside_probability, num_dropped = 0.0, 0
+    for rank in range(num_values // 2):
+        outside_probability += 2 * math.comb(num_values, rank) / 2**num_values
+        if outside_probability > 0.05:
             break
-        drop = k
-    return [statistics.median(ordered), ordered[drop], ordered[n - 1 - drop]]
+        num_dropped = rank
+    return [statistics.median(ordered), ordered[num_dropped], ordered[num_values - 1 - num_dropped]]
 
 
 def ratios(baseline: list[Sample], this: list[Sample], metrics: list[str] | None = None) -> dict[str, list[float]]:
@@ -158,14 +169,19 @@ def ratios(baseline: list[Sample], this: list[Sample], metrics: list[str] | None
     """
     if len(baseline) != len(this):
         raise ValueError(f"paired ratios need as many baseline samples as others, got {len(baseline)} and {len(this)}")
-    shared = [k for k in baseline[0] if k in this[0]]
-    wanted = metrics or [k for k in shared if k.endswith(("_ms", "_bytes", "_per_token"))]
-    out = {}
-    for key in wanted:
-        pairs = [(b[key], t[key]) for b, t in zip(baseline, this, strict=True)]
-        if all(b > 0 and t > 0 for b, t in pairs):
-            out[key] = [round(x, 4) for x in median_interval([b / t for b, t in pairs])]
-    return out
+    shared = [name for name in baseline[0] if name in this[0]]
+    compared = metrics or [name for name in shared if name.endswith(("_ms", "_bytes", "_per_token"))]
+    metric_ratios = {}
+    for metric in compared:
+        pairs = [
+            (baseline_item[metric], this_item[metric]) for baseline_item, this_item in zip(baseline, this, strict=True)
+        ]
+        if all(baseline_item > 0 and this_item > 0 for baseline_item, this_item in pairs):
+            metric_ratios[metric] = [
+                round(bound, 4)
+                for bound in median_interval([baseline_item / this_item for baseline_item, this_item in pairs])
+            ]
+    return metric_ratios
 
 
 @dataclass(frozen=True)
@@ -188,8 +204,8 @@ def rates(device: str, dtype: Any, seconds: float = 1.5) -> Rates:
     """The peak rates of `roofline.measured`, once per process."""
     from vlmfast import roofline
 
-    found = roofline.measured(device, seconds, str(dtype).removeprefix("torch."))
-    return Rates(found.flops, found.bytes)
+    peak_rates = roofline.measured(device, seconds, str(dtype).removeprefix("torch."))
+    return Rates(peak_rates.flops, peak_rates.bytes)
 
 
 def floor_ms(flops: float, nbytes: float, machine: Rates, dtype: str = "bfloat16") -> float:

@@ -59,14 +59,18 @@ class Candidate:
 def candidates(names: str | None = None, draft: str | None = None) -> dict[str, Plan]:
     """Plans to try: the named ones, or presets, pruners, policies, exact and loose decoding, and their compositions."""
     if names:
-        return {n: methods.plan(n, draft) for n in (x.strip() for x in names.split(",")) if n != "plain"}
-    exact = ["plain_loop", "lossless@lookup", *(["lossless", "loose"] if draft else [])]
-    best = "lossless" if draft else "lossless@lookup"
+        return {
+            name: methods.plan(name, draft) for name in (raw.strip() for raw in names.split(",")) if name != "plain"
+        }
+    exact_rules = ["plain_loop", "lossless@lookup", *(["lossless", "loose"] if draft else [])]
+    rule = "lossless" if draft else "lossless@lookup"
     composed = [
-        f"{p}+{e}" for p in ("vidcom2-50", "vidcom2-25", "vidcom2-10", "maxmin-25") for e in ("plain_loop", best)
+        f"{pruner}+{decoding}"
+        for pruner in ("vidcom2-50", "vidcom2-25", "vidcom2-10", "maxmin-25")
+        for decoding in ("plain_loop", rule)
     ]
-    composed += [f"vidcom2-25+hybridkv-25+{best}", *([f"vidcom2-{k}+loose" for k in (25, 10)] if draft else [])]
-    wanted = dict.fromkeys(["safe", "balanced", "fast", *PRUNE, *KV, *exact, *composed])
+    composed += [f"vidcom2-25+hybridkv-25+{rule}", *([f"vidcom2-{kept}+loose" for kept in (25, 10)] if draft else [])]
+    wanted = dict.fromkeys(["safe", "balanced", "fast", *PRUNE, *KV, *exact_rules, *composed])
     plans: dict[str, Plan] = {}
     for name in wanted:
         plan = methods.plan(name, draft)
@@ -93,25 +97,25 @@ def search(
 
     clock: seconds; it is looked at before every answer. start: when the minutes began, now when not given.
     """
-    now = clock()
-    end = (now if start is None else start) + 60 * minutes
-    watch = Watch(now + SEARCH * (end - now), clock, say)
+    begun = clock()
+    end_time = (begun if start is None else start) + 60 * minutes
+    watch = Watch(begun + SEARCH * (end_time - begun), clock, say)
     searched, fresh = halves(task, limit)
-    field_ = [Candidate(n, p) for n, p in plans.items()]
-    ask = functools.partial(_ask, run, task, journal=journal, watch=watch, tokens=tokens)
-    n, keep = min(FIRST, len(searched)), len(field_)
+    trials = [Candidate(name, plan) for name, plan in plans.items()]
+    ask_plans = functools.partial(_ask, run, task, journal=journal, watch=watch, tokens=tokens)
+    asked, num_racing = min(FIRST, len(searched)), len(trials)
     while True:
-        racing = [c for c in _by_speed(field_) if c.status == OPEN and c.faster[2] > 1][:keep]
-        say(f"{n} questions, {len(racing)} plans")
-        finished = ask(racing, chosen=searched[:n])
-        accuracy.check_asked(journal.records, [task.ids[i] for i in searched[:n]])
-        for c in field_:
-            _judge(c, journal.records, [task.ids[i] for i in searched[:n]], floor)
-        if not finished or n >= len(searched) or _settled(field_, PROMISING):
+        racing = [trial for trial in _by_speed(trials) if trial.status == OPEN and trial.faster[2] > 1][:num_racing]
+        say(f"{asked} questions, {len(racing)} plans")
+        finished = ask_plans(racing, chosen=searched[:asked])
+        accuracy.check_asked(journal.records, [task.ids[number] for number in searched[:asked]])
+        for trial in trials:
+            _judge(trial, journal.records, [task.ids[number] for number in searched[:asked]], floor)
+        if not finished or asked >= len(searched) or _settled(trials, PROMISING):
             break
-        n, keep = min(2 * n, len(searched)), max(2, math.ceil(keep / 2))
-    watch.deadline = end
-    return _confirm(field_, task, fresh, journal, floor, ask, say)
+        asked, num_racing = min(2 * asked, len(searched)), max(2, math.ceil(num_racing / 2))
+    watch.deadline = end_time
+    return _confirm(trials, task, fresh, journal, floor, ask_plans, say)
 
 
 def halves(task: Any, limit: int | None) -> tuple[list[int], list[int]]:
@@ -120,48 +124,52 @@ def halves(task: Any, limit: int | None) -> tuple[list[int], list[int]]:
     limit: of the questions, over both parts.
     """
     clips: dict[str, list[int]] = {}
-    for i in task.first(None):
-        clips.setdefault(task.cluster(i), []).append(i)
+    for number in task.first(None):
+        clips.setdefault(task.cluster(number), []).append(number)
     names = list(clips)
     random.Random(0).shuffle(names)
     searched: list[int] = []
     fresh: list[int] = []
-    whole, total = min(len(task.ids), limit or len(task.ids)), 0
+    num_questions, total = min(len(task.ids), limit or len(task.ids)), 0
     for name in names:
-        part = searched if total < SEARCH * whole else fresh
-        part += clips[name][: whole - total]
+        part = searched if total < SEARCH * num_questions else fresh
+        part += clips[name][: num_questions - total]
         total = len(searched) + len(fresh)
     return searched, fresh
 
 
-def finalists(field_: list[Candidate]) -> list[Candidate]:
+def finalists(trials: list[Candidate]) -> list[Candidate]:
     """The fastest plans that may keep the floor as far as the search can tell."""
-    left = [c for c in _by_speed(field_) if c.status in (OPEN, PROMISING) and c.faster[2] > 1 and c.mean >= 0]
-    return left[:FINALISTS]
+    remaining = [
+        trial
+        for trial in _by_speed(trials)
+        if trial.status in (OPEN, PROMISING) and trial.faster[2] > 1 and trial.mean >= 0
+    ]
+    return remaining[:FINALISTS]
 
 
 def _confirm(
-    field_: list[Candidate], task: Any, fresh: list[int], journal: Any, floor: float, ask: Any, say: Any
+    trials: list[Candidate], task: Any, fresh: list[int], journal: Any, floor: float, ask_plans: Any, say: Any
 ) -> list[Candidate]:
     """Ask the finalists fresh questions, twice as many in every round, until the fastest of them is known."""
-    chosen = finalists(field_)
-    for c in chosen:
-        c.status, c.fresh, c.margin, c.answered = OPEN, True, (-math.inf, math.inf), []
-    n, finished = min(4 * FIRST, len(fresh)), bool(chosen and fresh)
+    chosen = finalists(trials)
+    for trial in chosen:
+        trial.status, trial.fresh, trial.margin, trial.answered = OPEN, True, (-math.inf, math.inf), []
+    asked, finished = min(4 * FIRST, len(fresh)), bool(chosen and fresh)
     while finished:
-        racing = [c for c in chosen if c.status == OPEN and c.faster[2] > 1]
-        say(f"{n} fresh questions, {len(racing)} plans")
-        finished = ask(racing, chosen=fresh[:n])
-        for c in racing:
-            _judge(c, journal.records, [task.ids[i] for i in fresh[:n]], floor, ERROR / len(chosen))
-        finished = finished and n < len(fresh) and not _settled(chosen, CONFIRMED)
-        n = min(2 * n, len(fresh))
-    return field_
+        racing = [trial for trial in chosen if trial.status == OPEN and trial.faster[2] > 1]
+        say(f"{asked} fresh questions, {len(racing)} plans")
+        finished = ask_plans(racing, chosen=fresh[:asked])
+        for trial in racing:
+            _judge(trial, journal.records, [task.ids[number] for number in fresh[:asked]], floor, ERROR / len(chosen))
+        finished = finished and asked < len(fresh) and not _settled(chosen, CONFIRMED)
+        asked = min(2 * asked, len(fresh))
+    return trials
 
 
-def best(field_: list[Candidate]) -> Candidate:
+def best(trials: list[Candidate]) -> Candidate:
     """The fastest confirmed candidate that is faster than plain; plain itself when there is none."""
-    confirmed = [c for c in _by_speed(field_) if c.status == CONFIRMED and c.faster[0] > 1]
+    confirmed = [trial for trial in _by_speed(trials) if trial.status == CONFIRMED and trial.faster[0] > 1]
     return (
         confirmed[0]
         if confirmed
@@ -169,56 +177,58 @@ def best(field_: list[Candidate]) -> Candidate:
     )
 
 
-def _by_speed(field_: list[Candidate]) -> list[Candidate]:
-    return sorted(field_, key=lambda c: -c.faster[0])
+def _by_speed(trials: list[Candidate]) -> list[Candidate]:
+    return sorted(trials, key=lambda trial: -trial.faster[0])
 
 
-def _settled(field_: list[Candidate], status: str) -> bool:
+def _settled(trials: list[Candidate], status: str) -> bool:
     """Nothing that is still open could be faster than the best plan of this status (or than plain)."""
-    best_speed = max([c.faster[0] for c in field_ if c.status == status], default=1.0)
-    return all(c.status != OPEN or c.faster[0] < max(best_speed, 1.0) for c in field_)
+    best_speed = max([trial.faster[0] for trial in trials if trial.status == status], default=1.0)
+    return all(trial.status != OPEN or trial.faster[0] < max(best_speed, 1.0) for trial in trials)
 
 
 def _ask(
     run: Any, task: Any, racing: list[Candidate], chosen: list[int], journal: Any, watch: Watch, tokens: int | None
 ) -> bool:
     """Ask the chosen questions of plain and of every racing plan; False when time was over before the end."""
-    plans = {"plain": Plan()} | {c.name: c.plan for c in racing}
+    plans = {"plain": Plan()} | {trial.name: trial.plan for trial in racing}
     watch.expect(len(chosen) * len(plans))
     return bool(accuracy.answer(run, task, plans, journal, chosen, 1, tokens, watch.over))
 
 
-def _judge(c: Candidate, records: dict, ids: list[str], floor: float, error: float | None = None) -> None:
+def _judge(trial: Candidate, records: dict, ids: list[str], floor: float, error: float | None = None) -> None:
     """What the answers to the questions `ids` say of a plan.
 
     error: its share of `ERROR`, for fresh questions; None in the search, where nothing is confirmed.
     """
-    c.answered = [i for i in ids if (i, c.name) in records and (i, "plain") in records]
-    if not c.answered:
+    trial.answered = [key for key in ids if (key, trial.name) in records and (key, "plain") in records]
+    if not trial.answered:
         return
-    mine, plain = ([records[i, name] for i in c.answered] for name in (c.name, "plain"))
-    failed = [r for r in mine if "error" in r]
+    answers, plain = ([records[key, name] for key in trial.answered] for name in (trial.name, "plain"))
+    failed = [record for record in answers if "error" in record]
     if failed:
-        c.status, c.why = FAILED, failed[0]["error"]
+        trial.status, trial.why = FAILED, failed[0]["error"]
         return
-    gap, clips = (
-        [m["score"] - floor * p["score"] for m, p in zip(mine, plain, strict=True)],
-        [r["cluster"] for r in mine],
+    gaps, clips = (
+        [answer["score"] - floor * stock["score"] for answer, stock in zip(answers, plain, strict=True)],
+        [record["cluster"] for record in answers],
     )
-    interval = stats.paired(gap, [0.0] * len(gap), clips, level=0.95)
-    c.mean, c.margin = interval.mean, (interval.low, interval.high)
-    fired = [(p, m) for m, p in zip(mine, plain, strict=True) if "no_speed" not in m]
-    if fired:
-        c.faster = stats.median_ratio([p["total_ms"] for p, _ in fired], [m["total_ms"] for _, m in fired],
-                                      [m["cluster"] for _, m in fired])  # fmt: skip
+    interval = stats.paired(gaps, [0.0] * len(gaps), clips, level=0.95)
+    trial.mean, trial.margin = interval.mean, (interval.low, interval.high)
+    timed = [(stock, answer) for answer, stock in zip(answers, plain, strict=True) if "no_speed" not in answer]
+    if timed:
+        trial.faster = stats.median_ratio(
+            [stock["total_ms"] for stock, _ in timed], [answer["total_ms"] for _, answer in timed],
+            [answer["cluster"] for _, answer in timed],
+        )  # fmt: skip
     else:
-        c.faster, c.why = [1.0, 1.0, 1.0], mine[0]["no_speed"]
+        trial.faster, trial.why = [1.0, 1.0, 1.0], answers[0]["no_speed"]
     if error is None:
-        c.status = REFUTED if c.margin[1] < 0 else PROMISING if c.margin[0] >= 0 else OPEN
-    elif stats.evidence(gap, clips) >= 1 / error:
-        c.status = CONFIRMED
+        trial.status = REFUTED if trial.margin[1] < 0 else PROMISING if trial.margin[0] >= 0 else OPEN
+    elif stats.evidence(gaps, clips) >= 1 / error:
+        trial.status = CONFIRMED
     else:
-        c.status = REFUTED if c.margin[1] < 0 else OPEN
+        trial.status = REFUTED if trial.margin[1] < 0 else OPEN
 
 
 def tune(
@@ -251,65 +261,68 @@ def tune(
     plans = candidates(names, draft)
     run = loaded or runner.load(model)
     identity = accuracy.identity_of(run, task, "" if loaded else runner.fingerprint(model), 1, tokens)
-    book = accuracy.open_journal(out.with_suffix(".jsonl"), identity, {"plain": Plan()} | plans, force)
-    field_ = search(run, task, plans, book, floor=floor, minutes=minutes, limit=limit, tokens=tokens, say=say,
-                    clock=clock, start=start)  # fmt: skip
-    chosen = best(field_)
-    record = _record(run, task, identity, book, field_, chosen, floor, minutes)
+    answers = accuracy.open_journal(out.with_suffix(".jsonl"), identity, {"plain": Plan()} | plans, force)
+    trials = search(run, task, plans, answers, floor=floor, minutes=minutes, limit=limit, tokens=tokens,
+                    say=say, clock=clock, start=start)  # fmt: skip
+    chosen = best(trials)
+    record = _record(run, task, identity, answers, trials, chosen, floor, minutes)
     records.write(out.with_suffix(".record.json"), record, force=True)
-    note = explain(chosen, field_, floor, task.name, out)
+    note = explain(chosen, trials, floor, task.name, out)
     page.write([(out.with_suffix(".record.json").name, record)], out.with_suffix(".html"), f"tune: {task.name}", note)
     chosen.plan.save(out)
-    return chosen, field_
+    return chosen, trials
 
 
 def _record(
     run: Any,
     task: Any,
     identity: dict,
-    book: Any,
-    field_: list[Candidate],
+    answers: Any,
+    trials: list[Candidate],
     chosen: Candidate,
     floor: float,
     minutes: float,
 ) -> dict[str, Any]:
-    tune_ = {"floor": floor, "minutes": minutes, "chosen": chosen.name, "error": ERROR, "finalists": FINALISTS}
-    result = records.head(task.name, key="task", config={**identity, "tune": tune_}, seed=0, repeats=1,
+    tune_config = {"floor": floor, "minutes": minutes, "chosen": chosen.name, "error": ERROR, "finalists": FINALISTS}
+    result = records.head(task.name, key="task", config={**identity, "tune": tune_config}, seed=0, repeats=1,
                           device=str(run.device), dtype=str(run.model.dtype).removeprefix("torch."))  # fmt: skip
     rows: list[dict[str, Any]] = []
-    longest: list[str] = max((c.answered for c in field_), key=len, default=[])
+    longest: list[str] = max((trial.answered for trial in trials), key=len, default=[])
     if longest:
-        rows += summary.summarise(book.records, longest, {"plain": Plan()}, task.metric)
-    for c in _by_speed(field_):
-        if c.answered:
-            row = summary.summarise(book.records, c.answered, {"plain": Plan(), c.name: c.plan}, task.metric)[1]
-            row["tune"] = {"status": c.status, "margin": _finite(c.margin), "why": c.why, "fresh": c.fresh}
-            asked = f"{len(c.answered)} {'fresh ' if c.fresh else ''}questions"
-            row["notes"].append(f"{c.status} after {asked}" + (f": {c.why}" if c.why else ""))
+        rows += summary.summarise(answers.records, longest, {"plain": Plan()}, task.metric)
+    for trial in _by_speed(trials):
+        if trial.answered:
+            row = summary.summarise(
+                answers.records, trial.answered, {"plain": Plan(), trial.name: trial.plan}, task.metric
+            )[1]
+            margin = _finite(trial.margin)
+            row["tune"] = {"status": trial.status, "margin": margin, "why": trial.why, "fresh": trial.fresh}
+            asked = f"{len(trial.answered)} {'fresh ' if trial.fresh else ''}questions"
+            row["notes"].append(f"{trial.status} after {asked}" + (f": {trial.why}" if trial.why else ""))
             rows.append(row)
     return {**result, "rows": rows}
 
 
 def _finite(margin: tuple[float, float]) -> list[float] | None:
     """The bounds, or None where nothing could be said."""
-    return [round(x, 5) for x in margin] if all(map(math.isfinite, margin)) else None
+    return [round(bound, 5) for bound in margin] if all(map(math.isfinite, margin)) else None
 
 
-def explain(chosen: Candidate, field_: list[Candidate], floor: float, task: str, out: Path) -> str:
+def explain(chosen: Candidate, trials: list[Candidate], floor: float, task: str, out: Path) -> str:
     """What was chosen and why, as HTML."""
     import html
 
-    counts = {s: sum(c.status == s for c in field_) for s in (CONFIRMED, REFUTED, FAILED)}
-    undecided = len(field_) - sum(counts.values())
+    counts = {outcome: sum(trial.status == outcome for trial in trials) for outcome in (CONFIRMED, REFUTED, FAILED)}
+    undecided = len(trials) - sum(counts.values())
     if chosen.name == "plain":
-        first = f"No faster plan keeps {floor:.0%} of the plain model's score on {task} for certain; the plan is plain."
+        intro = f"No faster plan keeps {floor:.0%} of the plain model's score on {task} for certain; the plan is plain."
     else:
-        asked, (m, low, high) = len(chosen.answered), chosen.faster
-        first = (
+        num_asked, (speedup, lower, upper) = len(chosen.answered), chosen.faster
+        intro = (
             f"<b>{html.escape(chosen.name)}</b> keeps at least {floor:.0%} of the plain model's score on "
-            f"{html.escape(task)} ({1 - ERROR:.0%} sure over the whole search, {asked} fresh paired questions) "
-            f"and is {m:.2f}x as fast [{low:.2f}, {high:.2f}]."
+            f"{html.escape(task)} ({1 - ERROR:.0%} sure over the whole search, {num_asked} fresh paired questions) "
+            f"and is {speedup:.2f}x as fast [{lower:.2f}, {upper:.2f}]."
         )
-    use = f"import vlmfast\n\nfast = vlmfast.accelerate(model, {out.name!r})"
-    tried = f"{len(field_)} plans: {counts[CONFIRMED]} confirmed, {counts[REFUTED]} refuted, {undecided} undecided, "
-    return f"<p>{first}</p><pre>{html.escape(use)}</pre><p>{tried}{counts[FAILED]} failed.</p>"
+    usage = f"import vlmfast\n\nfast = vlmfast.accelerate(model, {out.name!r})"
+    tried = f"{len(trials)} plans: {counts[CONFIRMED]} confirmed, {counts[REFUTED]} refuted, {undecided} undecided, "
+    return f"<p>{intro}</p><pre>{html.escape(usage)}</pre><p>{tried}{counts[FAILED]} failed.</p>"

@@ -1,5 +1,5 @@
-"""No speed figure on a red gate: the laws of a plan, checked on the very model and question that are timed, and
-whether what was timed had what its plan claims."""
+"""Checks that decide whether a speed may be reported: the laws of a plan, on the model and question that are timed,
+and whether the timed run used what its plan claims."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ def laws(
     broken: dict[str, str] = {}
     inputs = runner.inputs([sample])
     with torch.no_grad():
-        before = runner.model(**inputs).logits
+        logits_before = runner.model(**inputs).logits
     for method, plan in plans.items():
         if stop():
             broken[method] = "law: not checked, out of time"
             continue
         try:
-            said = _tokens(runner, inputs, plan, tokens)
+            generated = _tokens(runner, inputs, plan, tokens)
             with torch.no_grad():
-                after = runner.model(**inputs).logits
-            if not torch.equal(before, after):
+                logits_after = runner.model(**inputs).logits
+            if not torch.equal(logits_before, logits_after):
                 broken[method] = "law: removing it does not restore the model"
             elif plan.speculate is not None and plan.speculate.accept.lossless:
-                base = _tokens(runner, inputs, Plan(prune=plan.prune, kv=plan.kv), tokens)
-                if not torch.equal(said, base):
+                expected_ids = _tokens(runner, inputs, Plan(prune=plan.prune, kv=plan.kv), tokens)
+                if not torch.equal(generated, expected_ids):
                     broken[method] = "law: an exact acceptance rule changed the tokens"
-        except Exception as e:  # a failing question is the runner's business: it is recorded there
-            broken[method] = f"law: not checked, the first question failed ({type(e).__name__})"
+        except Exception as problem:  # a failing question is the runner's business: it is recorded there
+            broken[method] = f"law: not checked, the first question failed ({type(problem).__name__})"
     return broken
 
 
@@ -61,10 +61,10 @@ def other_share(speed: dict[str, Any], quality: dict[str, Any], within: float = 
     speed, quality: rows of records, one with times and one with answers. "" = they are.
     """
     rules, shares = [], []
-    for row in (speed, quality):
-        prune, m = (row["plan"] or {}).get("prune") or {}, row["metrics"]
+    for record_row in (speed, quality):
+        prune, metrics = (record_row["plan"] or {}).get("prune") or {}, record_row["metrics"]
         rules.append((prune.get("method"), prune.get("after_block")))
-        shares.append(m["kept_tokens"] / m["visual_tokens"])
+        shares.append(metrics["kept_tokens"] / metrics["visual_tokens"])
     if rules[0] != rules[1]:
         return f"{speed['name']} prunes by {rules[0][0]} after block {rules[0][1]}, {quality['name']} by {rules[1][0]}"
     if abs(shares[0] - shares[1]) > within:
@@ -75,6 +75,6 @@ def other_share(speed: dict[str, Any], quality: dict[str, Any], within: float = 
 def _tokens(runner: Runner, inputs: dict[str, Any], plan: Plan, tokens: int) -> Any:
     import vlmfast
 
-    extra = {"tokenizer": runner.processor.tokenizer} if plan.speculate is not None else {}
+    generate_options = {"tokenizer": runner.processor.tokenizer} if plan.speculate is not None else {}
     with vlmfast.accelerate(runner.model, plan):
-        return runner.model.generate(**inputs, **extra, max_new_tokens=tokens, do_sample=False)
+        return runner.model.generate(**inputs, **generate_options, max_new_tokens=tokens, do_sample=False)

@@ -33,7 +33,7 @@ COMMANDS = (
 
 def build() -> typer.Typer:
     """The application with every command whose module exists."""
-    app = typer.Typer(
+    application = typer.Typer(
         name="vlmfast",
         cls=Commands,
         invoke_without_command=True,
@@ -41,13 +41,13 @@ def build() -> typer.Typer:
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    app.callback()(_root)
+    application.callback()(_root)
     for name in COMMANDS:
-        module = f"{__name__}.{name.replace('-', '_')}"
-        if importlib.util.find_spec(module) is not None:
-            function = getattr(importlib.import_module(module), name.replace("-", "_"))
-            app.command(name)(guarded(function))
-    return app
+        module_name = f"{__name__}.{name.replace('-', '_')}"
+        if importlib.util.find_spec(module_name) is not None:
+            function = getattr(importlib.import_module(module_name), name.replace("-", "_"))
+            application.command(name)(guarded(function))
+    return application
 
 
 def _version(value: bool) -> None:

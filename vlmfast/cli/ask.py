@@ -35,15 +35,15 @@ def ask(
     """Ask a question of a picture or a video."""
     from vlmfast.core import UserError
 
-    chosen = options.plan(preset, plan, prune, kv, speculate, tower)
+    chosen_plan = options.plan(preset, plan, prune, kv, speculate, tower)
     pictures = options.images(image)
-    clip = options.video(video, frames, fps, select, backend)
-    if not pictures and clip is None:
+    video_clip = options.video(video, frames, fps, select, backend)
+    if not pictures and video_clip is None:
         raise UserError("nothing to look at: give --image or --video")
 
     loaded = options.load(model, dtype, device, device_map)
-    inputs = loaded.inputs(question, pictures, clip)
-    record = answer(loaded, inputs, chosen, max_new_tokens, stream=not as_json)
+    inputs = loaded.inputs(question, pictures, video_clip)
+    record = answer(loaded, inputs, chosen_plan, max_new_tokens, stream=not as_json)
     if as_json:
         print(json.dumps(record | {"notes": loaded.notes}, indent=1))
 
@@ -52,28 +52,30 @@ def answer(loaded: Any, inputs: Any, plan: Any, max_new_tokens: int, stream: boo
     """Generate greedily under the plan; returns the record of one question. stream: print the answer as it comes."""
     import vlmfast
 
-    with vlmfast.accelerate(loaded.model, plan) as fast:
-        more: dict[str, Any] = {}
+    with vlmfast.accelerate(loaded.model, plan) as handle:
+        generate_options: dict[str, Any] = {}
         if stream:
             from transformers import TextStreamer
 
-            more["streamer"] = TextStreamer(loaded.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        model: Any = fast.model
-        out = model.generate(**inputs, max_new_tokens=max_new_tokens, **GREEDY, **more)
+            generate_options["streamer"] = TextStreamer(
+                loaded.processor.tokenizer, skip_prompt=True, skip_special_tokens=True
+            )
+        accelerated: Any = handle.model
+        generated = accelerated.generate(**inputs, max_new_tokens=max_new_tokens, **GREEDY, **generate_options)
         if stream:
-            console.remarks().print(wrapped(str(fast.report)), style="dim", markup=False)
+            console.remarks().print(wrapped(str(handle.report)), style="dim", markup=False)
         return {
-            "answer": loaded.decode(out, inputs),
-            "tokens": out.shape[1] - inputs["input_ids"].shape[1],
-            "report": fast.report.json(),
+            "answer": loaded.decode(generated, inputs),
+            "tokens": generated.shape[1] - inputs["input_ids"].shape[1],
+            "report": handle.report.json(),
             "plan": plan.json(),
         }
 
 
 def wrapped(report: str) -> str:
     """The report's lines, those too long for the terminal indented below their stage's name."""
-    width = console.remarks().width
-    return "\n".join(textwrap.fill(line, width, subsequent_indent=" " * 9) for line in report.splitlines())
+    num_columns = console.remarks().width
+    return "\n".join(textwrap.fill(line, num_columns, subsequent_indent=" " * 9) for line in report.splitlines())
 
 
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}

@@ -1,4 +1,4 @@
-"""`vlmfast calibrate`: where AdaptInfer should cut in this model, as a plan file."""
+"""`vlmfast calibrate`: finds the layers after which AdaptInfer should prune in a model; writes a plan file."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def calibrate(
     from vlmfast.encode import AdaptInfer
     from vlmfast.plan import Plan
 
-    asked = list(questions or ())
-    if task is not None and (asked or image or video):
+    asked_questions = list(questions or ())
+    if task is not None and (asked_questions or image or video):
         raise UserError("--task brings its own questions and media: leave the questions, --image and --video away")
-    if task is None and not (asked and (image or video)):
+    if task is None and not (asked_questions and (image or video)):
         raise UserError("nothing to look at: give --task pocket/all, or a question with --image or --video")
     if out is not None:
         files.claim(out, force, (".json",))
@@ -55,17 +55,21 @@ def calibrate(
     from vlmfast.encode import inflection
 
     loaded = options.load(model, dtype, device, device_map)
-    prompts = of_task(loaded, task, limit) if task is not None else (loaded.inputs(q, *media) for q in asked)
+    prompts = (
+        of_task(loaded, task, limit)
+        if task is not None
+        else (loaded.inputs(question, *media) for question in asked_questions)
+    )
     with console.waiting("looking"):
-        found = inflection.calibrate(loaded.model, prompts, stages)
-    plan = Plan(prune=AdaptInfer(keep=keep, layers=found.layers))
+        calibration = inflection.calibrate(loaded.model, prompts, stages)
+    plan = Plan(prune=AdaptInfer(keep=keep, layers=calibration.layers))
     if out is not None:
         plan.save(out)
     record = {
         "model": model,
         "task": task,
-        "prompts": found.prompts,
-        "shift": found.shift.tolist(),
+        "prompts": calibration.prompts,
+        "shift": calibration.shift.tolist(),
         "plan": plan.json(),
     }
     if as_json:
@@ -82,8 +86,8 @@ def of_task(loaded: Any, name: str, limit: int) -> Iterator[dict[str, Any]]:
 
     task = tasks.get(name, questions="tuning")
     run = Runner(loaded.model, loaded.processor, loaded.name)
-    for i in task.first(limit):
-        sample = task.sample(i)
+    for number in task.first(limit):
+        sample = task.sample(number)
         if sample.error:
             raise UserError(f"question {sample.id} of {name} cannot be asked: {sample.error}")
         yield run.inputs([sample])
@@ -91,13 +95,13 @@ def of_task(loaded: Any, name: str, limit: int) -> Iterator[dict[str, Any]]:
 
 def show(record: dict[str, Any], out: Path | None) -> None:
     """The shift of every layer as a bar, and the cuts between them."""
-    page, prune, shift = console.out(), record["plan"]["prune"], record["shift"]
+    page, prune, layer_shifts = console.out(), record["plan"]["prune"], record["shift"]
     page.print(f"how far the text's look at the visual tokens moves, layer by layer ({record['prompts']} prompts)\n")
-    most = max(*shift, 1e-9)
-    for layer, value in enumerate(shift):
-        if layer in prune["layers"]:
+    largest_shift = max(*layer_shifts, 1e-9)
+    for layer_index, value in enumerate(layer_shifts):
+        if layer_index in prune["layers"]:
             page.print("[yellow]       ---- cut ----[/]")
-        page.print(f"[cyan]{layer:4}[/]  {value:5.3f}  {'█' * round(40 * value / most)}")
+        page.print(f"[cyan]{layer_index:4}[/]  {value:5.3f}  {'█' * round(40 * value / largest_shift)}")
     page.print(f"\nadaptinfer keep={prune['keep']:g} layers={prune['layers']}")
     if out is not None:
         page.print(f'plan written to {out}: vlmfast.accelerate(model, "{out}")', markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`vlmfast check`: is it right on this checkpoint, what works there, what is refused, what is gained."""
+"""`vlmfast check`: checks the laws on a checkpoint, tries every method there, and times a plan."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def check(
     as_json: options.Json = False,
 ) -> None:
     """Check the laws on your own checkpoint and time it before and after."""
-    if all(v is None for v in (preset, plan, prune, kv, speculate, tower)):
+    if all(value is None for value in (preset, plan, prune, kv, speculate, tower)):
         prune, speculate = TIMED  # a preset might leave a small picture alone
-    chosen = options.plan(preset, plan, prune, kv, speculate, tower)
+    chosen_plan = options.plan(preset, plan, prune, kv, speculate, tower)
     media: dict[str, Any] = {"images": options.images(image)}
     media["video"] = options.video(video, frames, fps, select, backend)
     if not media["images"] and media["video"] is None:
@@ -57,33 +57,33 @@ def check(
     loaded = options.load(model, dtype, device, device_map)
     case = laws.Case(loaded, question, media)
     methods = laws.catalogue(case)
-    verdicts, tried = [], {}
+    verdicts, attempts = [], {}
     with console.counting(len(laws.LAWS) + len(methods) + 2 * (rounds + 1)) as step:
-        for law in laws.LAWS:
-            step(f"law: {law.__name__}")
-            verdicts.append(law(case))
+        for check_law in laws.LAWS:
+            step(f"law: {check_law.__name__}")
+            verdicts.append(check_law(case))
         for name, stages in methods.items():
             step(f"trying {name}")
-            tried[name] = laws.attempt(case, stages)
-        gained = laws.gain(case, chosen, rounds, 8, step)
-    ok = all(v.ok for v in verdicts) and not any(state == "broke" for state, _ in tried.values())
+            attempts[name] = laws.attempt(case, stages)
+        gains = laws.gain(case, chosen_plan, rounds, 8, step)
+    all_hold = all(value.ok for value in verdicts) and not any(state == "broke" for state, _ in attempts.values())
     record = {
         "model": model,
         "model_type": loaded.model_type,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "device": str(loaded.model.device),
         "notes": loaded.notes,
-        "ok": ok,
-        "laws": [vars(v) for v in verdicts],
-        "methods": {name: {"state": state, "said": said} for name, (state, said) in tried.items()},
-        "plan": chosen.json(),
-        "gain": gained,
+        "ok": all_hold,
+        "laws": [vars(value) for value in verdicts],
+        "methods": {name: {"state": state, "said": said} for name, (state, said) in attempts.items()},
+        "plan": chosen_plan.json(),
+        "gain": gains,
     }
     if as_json:
         print(json.dumps(record, indent=1))
     else:
         show(record)
-    if not ok:
+    if not all_hold:
         raise typer.Exit(1)
 
 
@@ -92,13 +92,13 @@ def picture(side: int = 448) -> Any:
     import numpy as np
     from PIL import Image, ImageDraw
 
-    x, y = np.meshgrid(np.linspace(0, 1, side), np.linspace(0, 1, side))
-    base = np.stack([60 + 120 * x, 90 + 90 * y, 200 - 110 * x * y], -1).astype(np.uint8)
-    image = Image.fromarray(base)
-    draw, u = ImageDraw.Draw(image), side // 16
-    draw.ellipse([2 * u, 2 * u, 7 * u, 7 * u], fill=(214, 60, 48))
-    draw.rectangle([9 * u, 3 * u, 14 * u, 6 * u], fill=(248, 214, 72))
-    draw.polygon([(4 * u, 14 * u), (8 * u, 8 * u), (12 * u, 14 * u)], fill=(58, 160, 90))
+    across, down = np.meshgrid(np.linspace(0, 1, side), np.linspace(0, 1, side))
+    background = np.stack([60 + 120 * across, 90 + 90 * down, 200 - 110 * across * down], -1).astype(np.uint8)
+    image = Image.fromarray(background)
+    drawing, unit = ImageDraw.Draw(image), side // 16
+    drawing.ellipse([2 * unit, 2 * unit, 7 * unit, 7 * unit], fill=(214, 60, 48))
+    drawing.rectangle([9 * unit, 3 * unit, 14 * unit, 6 * unit], fill=(248, 214, 72))
+    drawing.polygon([(4 * unit, 14 * unit), (8 * unit, 8 * unit), (12 * unit, 14 * unit)], fill=(58, 160, 90))
     return np.array(image)
 
 
@@ -110,16 +110,25 @@ def show(record: dict[str, Any]) -> None:
     page.print("".join(f"[dim]{console.plain(note)}[/dim]\n" for note in record["notes"]))
     laws = {law["name"]: (law["ok"], law["said"]) for law in record["laws"]}
     page.print(
-        listing({f"{'[green]holds[/]' if ok else '[red]BROKEN[/]'}  {n}": said for n, (ok, said) in laws.items()})
+        listing(
+            {
+                f"{'[green]holds[/]' if holds else '[red]BROKEN[/]'}  {method_name}": said
+                for method_name, (holds, said) in laws.items()
+            }
+        )
     )
     for state, heading, colour in (
         ("works", "Works", "green"),
         ("refused", "Refused", "yellow"),
         ("broke", "Broke", "red"),
     ):
-        found = {f"[cyan]{n}[/]": m["said"] for n, m in record["methods"].items() if m["state"] == state}
-        if found:
-            page.print(f"\n[bold {colour}]{heading} here[/]", listing(found))
+        listed_methods = {
+            f"[cyan]{method_name}[/]": method["said"]
+            for method_name, method in record["methods"].items()
+            if method["state"] == state
+        }
+        if listed_methods:
+            page.print(f"\n[bold {colour}]{heading} here[/]", listing(listed_methods))
     page.print(f"\n[bold]Gained[/] with {console.plain(named(record['plan']))}")
     page.print(listing({WORDS[metric]: sentence(metric, values) for metric, values in record["gain"].items()}))
     page.print("\n[green]All laws hold.[/]\n" if record["ok"] else "\n[red]Not all is well: see above.[/]\n")
@@ -139,7 +148,11 @@ def listing(rows: dict[str, str]) -> Any:
 
 def named(plan: dict[str, Any]) -> str:
     """A plan in a few words: `prune vidcom2 keep=0.25`."""
-    parts = [f"{s} {p['method']}" + (f" keep={p['keep']}" if "keep" in p else "") for s, p in plan.items() if p]
+    parts = [
+        f"{stage} {options['method']}" + (f" keep={options['keep']}" if "keep" in options else "")
+        for stage, options in plan.items()
+        if options
+    ]
     return ", ".join(parts) or "nothing asked"
 
 
@@ -147,9 +160,15 @@ def sentence(metric: str, values: dict[str, Any]) -> str:
     """Before, after, and what that means."""
     unit, scale = ("MB", 1e-6) if metric.endswith("_bytes") else ("ms", 1.0)
     better, worse = ("smaller", "larger") if unit == "MB" else ("faster", "slower")
-    before, after, ratio = values["plain"] * scale, values["fast"] * scale, values["ratio"]
+    plain_value, fast_value, ratio = values["plain"] * scale, values["fast"] * scale, values["ratio"]
     if not ratio:
-        return f"{before:,.3g} -> {after:,.3g} {unit}"
-    r = ratio[0]
-    word = "about the same" if 0.97 < r < 1.03 else f"{r:.2f}x {better}" if r > 1 else f"{1 / r:.2f}x {worse}"
-    return f"{before:,.4g} -> {after:,.4g} {unit}, {word} (rounds: {ratio[1]:.2f} to {ratio[2]:.2f})"
+        return f"{plain_value:,.3g} -> {fast_value:,.3g} {unit}"
+    median = ratio[0]
+    word = (
+        "about the same"
+        if 0.97 < median < 1.03
+        else f"{median:.2f}x {better}"
+        if median > 1
+        else f"{1 / median:.2f}x {worse}"
+    )
+    return f"{plain_value:,.4g} -> {fast_value:,.4g} {unit}, {word} (rounds: {ratio[1]:.2f} to {ratio[2]:.2f})"

@@ -68,26 +68,28 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", 
     from rich.table import Table
     from rich.text import Text
 
-    console, rows = console or out(), [list(row) for row in rows]
+    console, rows = console or out(), [list(table_row) for table_row in rows]
 
     def width(column: int) -> int:
-        cells = [heads[column], *(row[column] for row in rows)]
+        cells = [heads[column], *(table_row[column] for table_row in rows)]
         return 2 + max((len(line) for cell in cells for line in Text.from_markup(cell).plain.split("\n")), default=0)
 
     widths = [width(column) for column in range(len(heads))]
-    room = console.width - sum(widths[1:])
-    first = min(widths[0], room if room >= 18 else max(18, console.width // 3))
+    room_left = console.width - sum(widths[1:])
+    first_width = min(widths[0], room_left if room_left >= 18 else max(18, console.width // 3))
     parts: list[list[int]] = [[]]
     for column in range(1, len(heads)):
-        if parts[-1] and first + sum(widths[c] for c in parts[-1]) + widths[column] > console.width:
+        if parts[-1] and first_width + sum(widths[index] for index in parts[-1]) + widths[column] > console.width:
             parts.append([])
         parts[-1].append(column)
-    for number, part in enumerate(parts):
-        shown = Table(title=title if not number else "", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-        shown.padding, shown.pad_edge = (0, 1, 0, 0), False
-        shown.add_column(heads[0], overflow="fold", max_width=first - 2)
-        for column in part:
-            shown.add_column(heads[column], justify="right", overflow="fold")
-        for row in rows:
-            shown.add_row(row[0], *(row[column] for column in part))
-        console.print(shown)
+    for number, part_columns in enumerate(parts):
+        part_table = Table(
+            title=title if not number else "", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD
+        )
+        part_table.padding, part_table.pad_edge = (0, 1, 0, 0), False
+        part_table.add_column(heads[0], overflow="fold", max_width=first_width - 2)
+        for column in part_columns:
+            part_table.add_column(heads[column], justify="right", overflow="fold")
+        for table_row in rows:
+            part_table.add_row(table_row[0], *(table_row[column] for column in part_columns))
+        console.print(part_table)

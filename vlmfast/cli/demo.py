@@ -29,9 +29,9 @@ def demo(
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: give a folder")
     claim(out / "demo.json", force=True)
-    held = [name for name in FILES if (out / name).exists()]
-    if held and not (out / "demo.json").exists():
-        raise UserError(f"--out {out} holds {held[0]}, which no demo wrote: give another folder")
+    present_files = [name for name in FILES if (out / name).exists()]
+    if present_files and not (out / "demo.json").exists():
+        raise UserError(f"--out {out} holds {present_files[0]}, which no demo wrote: give another folder")
 
     loaded = options.load(model, dtype, device)
     if not loaded.reads_video():
@@ -46,12 +46,12 @@ def demo(
         warm_up(loaded, media)
         results = [[trial(loaded, medium, name, plan, step) for name, plan in plans.items()] for medium in media]
     sheet.draw(media, results, out / "kept.png", title(loaded))
-    data: dict[str, Any] = {"model": model, "seed": seed, "media": record(media, results)}
-    write_text(out / "demo.json", json.dumps(data, indent=1) + "\n")
+    demo_record: dict[str, Any] = {"model": model, "seed": seed, "media": record(media, results)}
+    write_text(out / "demo.json", json.dumps(demo_record, indent=1) + "\n")
     show(media, results)
     if model == "pocket":
-        data["speed"] = speed(str(loaded.model.device))
-        write_text(out / "demo.json", json.dumps(data, indent=1) + "\n")
+        demo_record["speed"] = speed(str(loaded.model.device))
+        write_text(out / "demo.json", json.dumps(demo_record, indent=1) + "\n")
     else:
         say(f"What becomes faster on your model: vlmfast check --model {model}")
     say(f"Which patches were kept in which frame: {out / 'kept.png'}", f"Clips and all figures: {out}")
@@ -76,7 +76,7 @@ def configurations(loaded: Any) -> dict[str, Any]:
     plans |= {f"vidcom2 {keep:.0%}": Plan(prune=VidCom2(keep=keep)) for keep in (0.5, 0.25, 0.1)}
     if get(loaded.model).tower_pruning:
         plans["vidcom2 25% in tower"] = Plan(prune=VidCom2(keep=0.25, after_block=1))
-    plans |= {f"{m.name} 25%": Plan(prune=m(keep=0.25)) for m in (MaxMin, Uniform, Random)}
+    plans |= {f"{pruner.name} 25%": Plan(prune=pruner(keep=0.25)) for pruner in (MaxMin, Uniform, Random)}
     return plans
 
 
@@ -92,20 +92,20 @@ def trial(loaded: Any, medium: Any, name: str, plan: Any, step: Any) -> dict[str
     from vlmfast.cli.ask import GREEDY
 
     step(f"{medium.name}: {name}")
-    answers, reports, kept, grid = [], [], None, (1, 1, 1)
-    with vlmfast.accelerate(loaded.model, plan) as fast:
+    answers, reports, kept_indices, media_grid = [], [], None, (1, 1, 1)
+    with vlmfast.accelerate(loaded.model, plan) as handle:
         for question, _ in medium.turns:
             inputs = loaded.inputs(question, **medium.arguments)
-            out = loaded.model.generate(**inputs, max_new_tokens=12, **GREEDY)
-            answers.append(loaded.decode(out, inputs))
-            reports.append({**fast.report.encode, **fast.report.prefill, **fast.report.decode})
+            generated = loaded.model.generate(**inputs, max_new_tokens=12, **GREEDY)
+            answers.append(loaded.decode(generated, inputs))
+            reports.append({**handle.report.encode, **handle.report.prefill, **handle.report.decode})
             kind = "video" if medium.video else "image"
-            grid = fast.request.media[kind][0].grid
-            kept = fast.request.kept[kind][0].tolist() if kind in fast.request.kept else None
-    metrics = {key: statistics.median(r[key] for r in reports) for key in METRICS}
-    right = [_right(answer, expected) for answer, (_, expected) in zip(answers, medium.turns, strict=True)]
-    return {"name": name, "plan": plan.json(), "answers": answers, "right": right, "metrics": metrics,
-            "grid": list(grid), "kept": kept}  # fmt: skip
+            media_grid = handle.request.media[kind][0].grid
+            kept_indices = handle.request.kept[kind][0].tolist() if kind in handle.request.kept else None
+    metrics = {metric: statistics.median(r[metric] for r in reports) for metric in METRICS}
+    correct = [_right(answer, expected) for answer, (_, expected) in zip(answers, medium.turns, strict=True)]
+    return {"name": name, "plan": plan.json(), "answers": answers, "right": correct, "metrics": metrics,
+            "grid": list(media_grid), "kept": kept_indices}  # fmt: skip
 
 
 METRICS = (
@@ -126,8 +126,12 @@ def _short(answer: str, most: int = 20) -> str:
 def record(media: list[Any], results: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """What `demo.json` holds."""
     return [
-        {"name": m.name, "questions": [{"question": q, "expected": a} for q, a in m.turns], "rows": rows}
-        for m, rows in zip(media, results, strict=True)
+        {
+            "name": medium.name,
+            "questions": [{"question": question, "expected": answer} for question, answer in medium.turns],
+            "rows": rows,
+        }
+        for medium, rows in zip(media, results, strict=True)
     ]
 
 
@@ -148,20 +152,26 @@ def show(media: list[Any], results: list[list[dict[str, Any]]]) -> None:
         for question, answer in medium.turns:
             number += 1
             page.print(f"  {number:>3} {console.plain(question)} [dim]{console.plain(answer)}[/dim]")
-    rows, wrong = [], []
+    table_rows, wrong_lines = [], []
     for method in zip(*results, strict=True):  # the same plan on every medium
-        name, right = method[0]["name"], [good for row in method for good in row["right"]]
-        answers = [answer for row in method for answer in row["answers"]]
-        marks = " ".join("".join(MARKS[good] for good in row["right"]) for row in method)
-        tokens, size = (sum(row["metrics"][key] for row in method) for key in ("kept_tokens", "kv_fast_bytes"))
-        count = f"{sum(right)} of {len(right)}"
-        rows.append([console.plain(name), f"{tokens:,.0f}", f"{size / 1e3:,.0f}", marks, count])
-        missed = [f"{i + 1} {_short(a)}" for i, (a, good) in enumerate(zip(answers, right, strict=True)) if not good]
-        wrong += [f"  {name}: {', '.join(missed)}"] if missed else []
-    console.table(("method", "visual\ntokens", "KV\nkB", "questions\nin order", "right"), rows)
-    if wrong:
+        name, correct = method[0]["name"], [is_correct for result in method for is_correct in result["right"]]
+        answers = [answer for result in method for answer in result["answers"]]
+        marks = " ".join("".join(MARKS[is_correct] for is_correct in result["right"]) for result in method)
+        num_tokens, cache_bytes = (
+            sum(result["metrics"][metric] for result in method) for metric in ("kept_tokens", "kv_fast_bytes")
+        )
+        count = f"{sum(correct)} of {len(correct)}"
+        table_rows.append([console.plain(name), f"{num_tokens:,.0f}", f"{cache_bytes / 1e3:,.0f}", marks, count])
+        wrong_answers = [
+            f"{index + 1} {_short(a)}"
+            for index, (a, is_correct) in enumerate(zip(answers, correct, strict=True))
+            if not is_correct
+        ]
+        wrong_lines += [f"  {name}: {', '.join(wrong_answers)}"] if wrong_answers else []
+    console.table(("method", "visual\ntokens", "KV\nkB", "questions\nin order", "right"), table_rows)
+    if wrong_lines:
         page.print("Answered otherwise:")
-        for line in wrong:
+        for line in wrong_lines:
             page.print(console.plain(line))
 
 
@@ -184,9 +194,9 @@ def speed(device: str) -> dict[str, Any]:
     try:
         with console.waiting("timing a larger model's shapes, about half a minute"):
             timed = measure(device)
-    except UserError as e:
-        console.out().print(console.plain(f"not timed: {e}"))
-        return {"error": str(e)}
+    except UserError as error:
+        console.out().print(console.plain(f"not timed: {error}"))
+        return {"error": str(error)}
     show_speed(timed)
     return timed
 
@@ -203,35 +213,39 @@ def show_speed(timed: dict[str, Any]) -> None:
         f"{console.plain(timed['machine'])}. {timed['rounds']} rounds, both in turn, a new clip each: medians, in "
         "brackets the least and largest ratio."
     )
-    rows = []
-    for stage, word in WORDS.items():
-        now, ratio = stages[stage], stages[stage]["ratio"]
+    table_rows = []
+    for stage, stage_name in WORDS.items():
+        stage_values, ratio = stages[stage], stages[stage]["ratio"]
         faster = f"{ratio[0]:.2f}x [{ratio[1]:.2f}, {ratio[2]:.2f}]" if ratio else ""
-        floors = ["" if low is None or timed["busy"] else figure(low) for low in now["floor"].values()]
-        rows.append([word, figure(now["stock"]), figure(now["ours"]), console.plain(faster), *floors])
-    console.table(("milliseconds", "plain", "vlmfast", "faster", "floor\nplain", "floor\nvlmfast"), rows)
-    first, each = stages["ttft_ms"], stages["decode_ms_per_token"]
-    page.print(f"The first token {verdict(first['ratio'])}.")
+        floors = [
+            "" if floor_ms is None or timed["busy"] else figure(floor_ms) for floor_ms in stage_values["floor"].values()
+        ]
+        table_rows.append(
+            [stage_name, figure(stage_values["stock"]), figure(stage_values["ours"]), console.plain(faster), *floors]
+        )
+    console.table(("milliseconds", "plain", "vlmfast", "faster", "floor\nplain", "floor\nvlmfast"), table_rows)
+    first_token, next_token = stages["ttft_ms"], stages["decode_ms_per_token"]
+    page.print(f"The first token {verdict(first_token['ratio'])}.")
     if timed["busy"]:
         page.print("[yellow]No floor: the machine was busy while its rates were measured. Run it again when idle.[/]")
     else:
         page.print(
-            f"Its floor: arithmetic alone takes {figure(first['floor']['stock'])} ms for all tokens and "
-            f"{figure(first['floor']['ours'])} ms for those kept, at the rates reached here just now "
+            f"Its floor: arithmetic alone takes {figure(first_token['floor']['stock'])} ms for all tokens and "
+            f"{figure(first_token['floor']['ours'])} ms for those kept, at the rates reached here just now "
             f"({timed['flops'] / 1e9:,.0f} GFLOP/s, {timed['bytes'] / 1e9:,.0f} GB/s). Pruning lowers the floor."
         )
     page.print(
-        f"Each next token {verdict(each['ratio'])}. It reads all weights once, whatever was pruned; guessing several "
-        "tokens at a time shortens that: examples/draft_model.py"
+        f"Each next token {verdict(next_token['ratio'])}. It reads all weights once, whatever was pruned; guessing "
+        "several tokens at a time shortens that: examples/draft_model.py"
     )
 
 
 def verdict(ratio: list[float]) -> str:
     """What a paired ratio [median, least, largest] of plain over ours says."""
-    middle, least, largest = ratio
+    median, least, largest = ratio
     spread = f"{least:.2f} to {largest:.2f} over the rounds"
     if least > 1.03:
-        return f"comes {middle:.2f}x sooner ({spread})"
+        return f"comes {median:.2f}x sooner ({spread})"
     if largest < 0.97:
-        return f"comes {1 / middle:.2f}x later ({spread})"
-    return f"shows no clear gain ({middle:.2f}x, {spread})"
+        return f"comes {1 / median:.2f}x later ({spread})"
+    return f"shows no clear gain ({median:.2f}x, {spread})"

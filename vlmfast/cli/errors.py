@@ -26,7 +26,10 @@ def say(text: str) -> None:
     """Print an error as one line on stderr."""
     from vlmfast.core import brief
 
-    line = "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in text)
+    line = "".join(
+        character if character.isprintable() else " " if character.isspace() else ascii(character)[1:-1]
+        for character in text
+    )
     print(f"error: {brief(line, MOST)}", file=sys.stderr)
 
 
@@ -41,20 +44,22 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
             for name, value in kwargs.items():
                 _check(name, value)
             return command(*args, **kwargs)
-        except UserError as e:
-            say(str(e))
-        except UnicodeError as e:
-            say(f"what was read is not UTF-8 text ({e})")
-        except OSError as e:
-            if e.errno == errno.EPIPE:  # the reader of our output has gone: typer ends quietly
+        except UserError as error:
+            say(str(error))
+        except UnicodeError as error:
+            say(f"what was read is not UTF-8 text ({error})")
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # the reader of our output has gone: typer ends quietly
                 raise
-            say(f"{e.strerror or e}{f': {e.filename}' if e.filename else ''}")
+            say(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
         except typer.Exit:
             raise
-        except Exception as e:
-            if type(e).__name__ in ("Abort", "Exit") or isinstance(e, USAGE) or os.environ.get(TRACE):
+        except Exception as error:
+            if type(error).__name__ in ("Abort", "Exit") or isinstance(error, USAGE) or os.environ.get(TRACE):
                 raise
-            say(f"{type(e).__name__}: {e} (a fault of vlmfast itself: {TRACE}=1 in the environment shows where)")
+            say(
+                f"{type(error).__name__}: {error} (a fault of vlmfast itself: {TRACE}=1 in the environment shows where)"
+            )
         raise typer.Exit(2)
 
     return run
@@ -64,11 +69,11 @@ def _check(name: str, value: Any) -> None:
     """Refuse what no command can use: numbers that are not finite, text that is not UTF-8."""
     from vlmfast.core import UserError
 
-    for one in value if isinstance(value, (list, tuple)) else (value,):
-        if isinstance(one, float) and not math.isfinite(one):
-            raise UserError(f"--{name.strip('_').replace('_', '-')} {one}: give a finite number")
-        if isinstance(one, str) and any(0xD800 <= ord(c) < 0xE000 for c in one):
-            raise UserError(f"{name}: {ascii(one)[:80]} is not UTF-8 text")
+    for single_value in value if isinstance(value, (list, tuple)) else (value,):
+        if isinstance(single_value, float) and not math.isfinite(single_value):
+            raise UserError(f"--{name.strip('_').replace('_', '-')} {single_value}: give a finite number")
+        if isinstance(single_value, str) and any(0xD800 <= ord(character) < 0xE000 for character in single_value):
+            raise UserError(f"{name}: {ascii(single_value)[:80]} is not UTF-8 text")
 
 
 class _OneLine:
@@ -80,9 +85,9 @@ class _OneLine:
             return parent.main(*args, standalone_mode=False, **kwargs)
         try:
             sys.exit(parent.main(*args, standalone_mode=False, **kwargs) or 0)
-        except USAGE as e:
-            path = getattr(getattr(e, "ctx", None), "command_path", "")
-            say(e.format_message().rstrip(". ") + (f"; see {path} --help" if path else ""))
+        except USAGE as error:
+            path = getattr(getattr(error, "ctx", None), "command_path", "")
+            say(error.format_message().rstrip(". ") + (f"; see {path} --help" if path else ""))
             sys.exit(2)
         except typer.Abort:
             print("stopped", file=sys.stderr)
@@ -99,6 +104,6 @@ class Command(_OneLine, TyperCommand):
 
 def application(command: Callable[..., Any]) -> typer.Typer:
     """The program that is this one function."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(cls=Command)(guarded(command))
-    return app
+    program = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    program.command(cls=Command)(guarded(command))
+    return program

@@ -40,22 +40,24 @@ def heads(
     if out is not None:
         check_picture(out, force)
     pictures = options.images(image)
-    clip = options.video(video, frames, fps, select, backend)
+    video_clip = options.video(video, frames, fps, select, backend)
 
     from vlmfast.prefill import heads as observed
 
     loaded = options.load(model, dtype, device, device_map)
-    inputs = loaded.inputs(question, pictures, clip)
+    inputs = loaded.inputs(question, pictures, video_clip)
     with console.waiting("reading the prompt"):
-        table = observed.classify(loaded.model, inputs, policy)
+        head_table = observed.classify(loaded.model, inputs, policy)
     if out is not None:
-        table.draw(out)
-    rows = [{k: v for k, v in row.items() if k != "row"} for row in table.rows()]  # one question, one row
+        head_table.draw(out)
+    rows = [
+        {field: value for field, value in head_row.items() if field != "row"} for head_row in head_table.rows()
+    ]  # one question, one row
     if as_json:
         columns = inputs["input_ids"].shape[1]
         print(json.dumps({"model": model, "question": question, "columns": columns, "heads": rows}, indent=1))
         return
-    show(rows, table.policy)
+    show(rows, head_table.policy)
     if out is not None:
         console.out().print(f"drawn to {out}", markup=False)
 
@@ -76,17 +78,25 @@ def show(rows: list[dict[str, Any]], policy: Any) -> None:
     """One line per layer, one column per key head, in percent; dynamic heads carry a star."""
     page = console.out()
     page.print(f"attention on the top {policy.advanced.top:.0%} of columns, in % of all (* dynamic)")
-    heads = [f"head\n{head}" if head == 0 else f"\n{head}" for head in range(1 + max(row["head"] for row in rows))]
-    lines = []
-    for layer in sorted({row["layer"] for row in rows}):
-        here = [row for row in rows if row["layer"] == layer]
-        count = sum(row["type"] == "dynamic" for row in here)
-        lines.append([f"[cyan]{layer}[/cyan]", *(_cell(row) for row in here), f"{count} of {len(here)}"])
-    console.table(["layer", *heads, "dynamic"], lines)
-    dynamic = sum(row["type"] == "dynamic" for row in rows)
+    heads = [
+        f"head\n{head}" if head == 0 else f"\n{head}" for head in range(1 + max(head_row["head"] for head_row in rows))
+    ]
+    table_lines = []
+    for layer in sorted({head_row["layer"] for head_row in rows}):
+        layer_rows = [head_row for head_row in rows if head_row["layer"] == layer]
+        num_dynamic = sum(head_row["type"] == "dynamic" for head_row in layer_rows)
+        table_lines.append(
+            [
+                f"[cyan]{layer}[/cyan]",
+                *(_cell(head_row) for head_row in layer_rows),
+                f"{num_dynamic} of {len(layer_rows)}",
+            ]
+        )
+    console.table(["layer", *heads, "dynamic"], table_lines)
+    dynamic = sum(head_row["type"] == "dynamic" for head_row in rows)
     theta, split = policy.advanced.theta, policy.split
-    above, most = ("at least", "most") if policy.dynamic == "concentrated" else ("under", "least")
-    rule = f"{above} {theta:.0%}" if split is None else f"the {most} concentrated {split:.0%} of a layer"
+    side, most = ("at least", "most") if policy.dynamic == "concentrated" else ("under", "least")
+    rule = f"{side} {theta:.0%}" if split is None else f"the {most} concentrated {split:.0%} of a layer"
     page.print(f"{dynamic} of {len(rows)} heads are dynamic ({rule})")
 
 

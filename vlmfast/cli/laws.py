@@ -56,30 +56,30 @@ class Verdict:
 
 
 def default_pruner(keep: float = 0.25, **more: Any) -> Any:
-    """What is pruned with where nothing else is asked for; needs nothing but the tokens' places."""
+    """The pruner of the laws; needs only the tokens' positions."""
     from vlmfast.encode import METHODS
 
     return METHODS["uniform"](keep=keep, **more)
 
 
 def identity(case: Case) -> Verdict:
-    """Nothing asked, and keep=1, change no bit of any logit."""
+    """An empty plan, and keep=1, change no bit of any logit."""
     import torch
 
     import vlmfast
 
-    plain = case.generate().logits
+    plain_steps = case.generate().logits
     for name, pruner in (("nothing asked", None), ("keep=1", default_pruner(1.0))):
         with vlmfast.accelerate(case.model, prune=pruner):
-            ours = case.generate().logits
-        for step, (a, b) in enumerate(zip(plain, ours, strict=True)):
-            if not torch.equal(a, b):
-                worst = float((a - b).abs().max())
+            accelerated = case.generate().logits
+        for step, (plain_logits, our_logits) in enumerate(zip(plain_steps, accelerated, strict=True)):
+            if not torch.equal(plain_logits, our_logits):
+                worst = float((plain_logits - our_logits).abs().max())
                 return Verdict(
                     "identity", False, f"with {name} the logits of token {step + 1} differ by up to {worst:.3g}"
                 )
     return Verdict(
-        "identity", True, f"with nothing asked, and with keep=1, {len(plain)} tokens' logits are bit-identical"
+        "identity", True, f"with nothing asked, and with keep=1, {len(plain_steps)} tokens' logits are bit-identical"
     )
 
 
@@ -87,35 +87,43 @@ def length(case: Case) -> Verdict:
     """The cache holds exactly the text and the kept tokens in every layer, and the report says so."""
     import vlmfast
 
-    with vlmfast.accelerate(case.model, prune=default_pruner()) as fast:
-        out = case.generate()
-        encode, prefill = fast.report.encode, fast.report.prefill
-    prompt, visual, kept = case.inputs["input_ids"].shape[1], encode["visual_tokens"], encode["kept_tokens"]
-    expected = prompt - visual + kept + TOKENS - 1
-    cache = cache_of(out)
+    with vlmfast.accelerate(case.model, prune=default_pruner()) as handle:
+        generated = case.generate()
+        encode, prefill = handle.report.encode, handle.report.prefill
+    prompt_length, num_visual, num_kept = (
+        case.inputs["input_ids"].shape[1],
+        encode["visual_tokens"],
+        encode["kept_tokens"],
+    )
+    expected = prompt_length - num_visual + num_kept + TOKENS - 1
+    cache = cache_of(generated)
     layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]  # others have a state alone
-    held = [layer.keys.shape[-2] for layer in layers]
-    tensors = [t for layer in layers for t in (layer.keys, layer.values)]
-    size = sum(t.numel() * t.element_size() for t in tensors)
+    layer_lengths = [layer.keys.shape[-2] for layer in layers]
+    tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     columns = cache_state(cache).columns
     assert columns is not None  # every prefill of a pruned call leaves them
-    text = columns.kinds
-    wrong = [f"layer {i} holds {n} columns, not {expected}" for i, n in enumerate(held) if n != expected]
-    if not visual or kept >= visual:
-        wrong.append(f"{kept} of {visual} visual tokens were kept: nothing was pruned")
-    if int((text != VISUAL).sum()) != prompt - visual:
-        wrong.append(f"{int((text != VISUAL).sum())} of {prompt - visual} text columns survived")
-    if prefill["cached_tokens"] != expected or prefill["kv_fast_bytes"] != size:
-        wrong.append(
-            f"the report says {prefill['cached_tokens']:.0f} columns, {prefill['kv_fast_bytes']} bytes, not {size}"
+    column_kinds = columns.kinds
+    problems = [
+        f"layer {layer_index} holds {num_columns} columns, not {expected}"
+        for layer_index, num_columns in enumerate(layer_lengths)
+        if num_columns != expected
+    ]
+    if not num_visual or num_kept >= num_visual:
+        problems.append(f"{num_kept} of {num_visual} visual tokens were kept: nothing was pruned")
+    if int((column_kinds != VISUAL).sum()) != prompt_length - num_visual:
+        problems.append(f"{int((column_kinds != VISUAL).sum())} of {prompt_length - num_visual} text columns survived")
+    if prefill["cached_tokens"] != expected or prefill["kv_fast_bytes"] != num_bytes:
+        problems.append(
+            f"the report says {prefill['cached_tokens']:.0f} columns, {prefill['kv_fast_bytes']} bytes, not {num_bytes}"
         )
     return Verdict(
         "length",
-        not wrong,
-        wrong[0]
-        if wrong
-        else f"{visual} visual tokens became {kept}, all text stays; each of {len(held)} layers holds the {expected} "
-        "columns that it should, and the report says so",
+        not problems,
+        problems[0]
+        if problems
+        else f"{num_visual} visual tokens became {num_kept}, all text stays; each of {len(layer_lengths)} layers holds "
+        f"the {expected} columns that it should, and the report says so",
     )
 
 
@@ -123,7 +131,7 @@ VISUAL = 2  # core.Kind.VISUAL
 
 
 def padding(case: Case) -> Verdict:
-    """A left-padded row in a batch says what it says alone, as nearly as the plain model does."""
+    """A left-padded row in a batch has the logits it has alone, as closely as in the plain model."""
     import torch
 
     import vlmfast
@@ -133,15 +141,18 @@ def padding(case: Case) -> Verdict:
     errors = []
     for pruner in (None, default_pruner()):
         with vlmfast.accelerate(case.model, prune=pruner):
-            alone = case.generate(tokens=1).logits[0][0].float()
-            row = case.generate(batch, tokens=1).logits[0][0].float()
-        errors.append(float((alone - row).abs().max()))
-        scale = float(alone.abs().max())
-    plain, ours = errors
-    slack = 16 * torch.finfo(case.model.dtype).eps * scale
-    ok = ours <= 2 * plain + slack
-    said = f"logits of a padded row and of the same row alone differ by {ours:.2g}, in the plain model by {plain:.2g}"
-    return Verdict("padding", ok, f"{said} (logits reach {scale:.2g})")
+            single_row = case.generate(tokens=1).logits[0][0].float()
+            batch_row = case.generate(batch, tokens=1).logits[0][0].float()
+        errors.append(float((single_row - batch_row).abs().max()))
+        scale = float(single_row.abs().max())
+    plain_error, our_error = errors
+    tolerance = 16 * torch.finfo(case.model.dtype).eps * scale
+    within = our_error <= 2 * plain_error + tolerance
+    sentence = (
+        f"logits of a padded row and of the same row alone differ by {our_error:.2g}, "
+        f"in the plain model by {plain_error:.2g}"
+    )
+    return Verdict("padding", within, f"{sentence} (logits reach {scale:.2g})")
 
 
 def removal(case: Case) -> Verdict:
@@ -150,30 +161,35 @@ def removal(case: Case) -> Verdict:
 
     import vlmfast
 
-    before, plain = fingerprint(case.model), case.generate(tokens=2).logits
+    state_before, plain_logits = fingerprint(case.model), case.generate(tokens=2).logits
     with vlmfast.accelerate(case.model, prune=default_pruner()):
         case.generate(tokens=2)
-    after = fingerprint(case.model)
-    changed = [name for name in before if before[name] != after.get(name)]
+    state_after = fingerprint(case.model)
+    changed = [name for name in state_before if state_before[name] != state_after.get(name)]
     if changed:
         return Verdict("removal", False, f"the module {changed[0] or 'model'} was left changed")
-    same = all(torch.equal(a, b) for a, b in zip(plain, case.generate(tokens=2).logits, strict=True))
-    said = (
-        "after remove() no hook or attribute is left and the logits are bit-identical" if same else "the logits changed"
+    unchanged = all(
+        torch.equal(logits_before, logits_after)
+        for logits_before, logits_after in zip(plain_logits, case.generate(tokens=2).logits, strict=True)
     )
-    return Verdict("removal", same, said)
+    sentence = (
+        "after remove() no hook or attribute is left and the logits are bit-identical"
+        if unchanged
+        else "the logits changed"
+    )
+    return Verdict("removal", unchanged, sentence)
 
 
 def fingerprint(model: Any) -> dict[str, Any]:
     """Hooks and attributes of every module."""
     return {
         name: (
-            len(m._forward_hooks),
-            len(m._forward_pre_hooks),
-            sorted(m.__dict__),
-            getattr(getattr(m, "config", None), "_attn_implementation", None),
+            len(module._forward_hooks),
+            len(module._forward_pre_hooks),
+            sorted(module.__dict__),
+            getattr(getattr(module, "config", None), "_attn_implementation", None),
         )
-        for name, m in model.named_modules()
+        for name, module in model.named_modules()
     }
 
 
@@ -184,12 +200,15 @@ def catalogue(case: Case, keep: float = 0.25) -> dict[str, Any]:
     """Every registered method by its label, ready to try: pruners, pruning inside the tower, policies, drafting."""
     from vlmfast import decode, encode, prefill
 
-    layers = getattr(getattr(case.model.config, "vision_config", None), "depth", None) or 8
+    num_layers = getattr(getattr(case.model.config, "vision_config", None), "depth", None) or 8
     policies: dict[str, Any] = dict(prefill.METHODS)
-    methods: dict[str, Any] = {f"prune {name}": {"prune": cls(keep=keep)} for name, cls in encode.METHODS.items()}
-    methods["prune inside the tower"] = {"prune": default_pruner(keep, after_block=max(1, layers // 4))}
-    room = max(1, min(32, case.inputs["input_ids"].shape[1] // 16))  # short prompts get a short recent window
-    methods |= {f"kv {name}": {"kv": cls(keep=keep, sinks=min(4, room), recent=room)} for name, cls in policies.items()}
+    methods: dict[str, Any] = {f"prune {name}": {"prune": method(keep=keep)} for name, method in encode.METHODS.items()}
+    methods["prune inside the tower"] = {"prune": default_pruner(keep, after_block=max(1, num_layers // 4))}
+    recent_length = max(1, min(32, case.inputs["input_ids"].shape[1] // 16))  # short prompts get a short recent window
+    methods |= {
+        f"kv {name}": {"kv": method(keep=keep, sinks=min(4, recent_length), recent=recent_length)}
+        for name, method in policies.items()
+    }
     methods["speculate"] = {"speculate": decode.Speculate(draft=decode.PromptLookup())}
     return methods
 
@@ -199,13 +218,13 @@ def attempt(case: Case, stages: dict[str, Any]) -> tuple[str, str]:
     import vlmfast
 
     try:
-        with vlmfast.accelerate(case.model, **stages) as fast:
+        with vlmfast.accelerate(case.model, **stages) as handle:
             case.model.generate(**case.inputs, max_new_tokens=TOKENS, **GREEDY)
-            report = fast.report
-    except (Unsupported, UserError) as e:
-        return "refused", " ".join(str(e).split())
-    except Exception as e:  # the user's own checkpoint: say what happened, go on with the next method
-        return "broke", f"{type(e).__name__}: {' '.join(str(e).split())}"[:300]
+            report = handle.report
+    except (Unsupported, UserError) as error:
+        return "refused", " ".join(str(error).split())
+    except Exception as error:  # the user's own checkpoint: say what happened, go on with the next method
+        return "broke", f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
     if report.notes:
         return "works", report.notes[0]
     if "prune" in stages:
@@ -223,21 +242,24 @@ def gain(case: Case, plan: Plan, rounds: int, tokens: int, step: Callable[[str],
     import vlmfast
 
     samples: dict[str, list[dict[str, float]]] = {"plain": [], "fast": []}
-    for r in range(rounds + 1):  # the first round only warms up
-        for name in ("plain", "fast") if r % 2 else ("fast", "plain"):
-            step(f"timing, round {r} of {rounds}")
-            with vlmfast.accelerate(case.model, plan if name == "fast" else None) as fast:
+    for round_number in range(rounds + 1):  # the first round only warms up
+        for name in ("plain", "fast") if round_number % 2 else ("fast", "plain"):
+            step(f"timing, round {round_number} of {rounds}")
+            with vlmfast.accelerate(case.model, plan if name == "fast" else None) as handle:
                 case.model.generate(**case.inputs, max_new_tokens=tokens, min_new_tokens=tokens, **GREEDY)
-                merged = {**fast.report.encode, **fast.report.prefill, **fast.report.decode}
-            if r:
-                samples[name].append({m: float(merged[m]) for m in METRICS})
-    out = {}
-    for m in METRICS:
-        pairs = [(p[m], f[m]) for p, f in zip(samples["plain"], samples["fast"], strict=True)]
-        ratio = [p / f for p, f in pairs if f > 0]
-        out[m] = {
-            "plain": statistics.median([p for p, _ in pairs]),
-            "fast": statistics.median([f for _, f in pairs]),
-            "ratio": [statistics.median(ratio), min(ratio), max(ratio)] if ratio else None,
+                merged = {**handle.report.encode, **handle.report.prefill, **handle.report.decode}
+            if round_number:
+                samples[name].append({metric: float(merged[metric]) for metric in METRICS})
+    gains = {}
+    for metric in METRICS:
+        pairs = [
+            (plain_value[metric], fast_value[metric])
+            for plain_value, fast_value in zip(samples["plain"], samples["fast"], strict=True)
+        ]
+        ratios = [plain_value / fast_value for plain_value, fast_value in pairs if fast_value > 0]
+        gains[metric] = {
+            "plain": statistics.median([plain_value for plain_value, _ in pairs]),
+            "fast": statistics.median([fast_value for _, fast_value in pairs]),
+            "ratio": [statistics.median(ratios), min(ratios), max(ratios)] if ratios else None,
         }
-    return out
+    return gains

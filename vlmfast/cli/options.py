@@ -55,9 +55,13 @@ def plan(
 
     if preset is not None and file is not None:
         raise UserError("--preset and --plan exclude each other: give one")
-    base = Plan.load(file) if file is not None else named(preset) if preset is not None else None
+    base_plan = Plan.load(file) if file is not None else named(preset) if preset is not None else None
     stages = {"prune": prune, "kv": kv, "speculate": speculate}
-    return resolve(base, **{k: parse(k, v) for k, v in stages.items() if v is not None}, tower=tower)
+    return resolve(
+        base_plan,
+        **{stage: parse(stage, method_text) for stage, method_text in stages.items() if method_text is not None},
+        tower=tower,
+    )
 
 
 def load(model: str, dtype: str, device: str | None, device_map: str | None = None) -> Loaded:
@@ -81,7 +85,7 @@ def images(paths: list[Path] | None) -> list[Any]:
     from vlmfast.video.read import read_image
 
     warnings.filterwarnings("ignore", category=DecompressionBombWarning)  # too large is an error here, said once
-    return [read_image(p) for p in paths or ()]
+    return [read_image(path) for path in paths or ()]
 
 
 def video(
@@ -95,14 +99,18 @@ def video(
     from vlmfast.core import UserError
     from vlmfast.video import read
 
-    given = [n for n, v in (("--frames", frames), ("--fps", fps), ("--select", select)) if v is not None]
-    if len(given) > 1:
-        raise UserError(f"{' and '.join(given)} exclude each other: give one")
+    given_options = [
+        option_name
+        for option_name, value in (("--frames", frames), ("--fps", fps), ("--select", select))
+        if value is not None
+    ]
+    if len(given_options) > 1:
+        raise UserError(f"{' and '.join(given_options)} exclude each other: give one")
     if path is None:
-        if given:
-            raise UserError(f"{given[0]} chooses frames of a video: give --video too")
+        if given_options:
+            raise UserError(f"{given_options[0]} chooses frames of a video: give --video too")
         return None
-    chosen: Any = select if select is not None else read.Fps(fps) if fps is not None else read.Uniform(frames or 16)
+    selection: Any = select if select is not None else read.Fps(fps) if fps is not None else read.Uniform(frames or 16)
     if frames is not None:
-        chosen = read.Uniform(frames)
-    return read.read_video(path, select=chosen, backend=backend)
+        selection = read.Uniform(frames)
+    return read.read_video(path, select=selection, backend=backend)

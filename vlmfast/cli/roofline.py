@@ -29,31 +29,35 @@ def roofline(
         return
     shape, request, machine = roof.shape_of(model), roof.parse(tokens), roof.device_of(device)
     costs = roof.stages(shape, request)
-    best = roof.savings(shape, request, machine)
+    best_savings = roof.savings(shape, request, machine)
     if as_json:
         stages = {
-            k: asdict(c) | {"floor_ms": c.floor_ms(machine), "regime": c.regime(machine)} for k, c in costs.items()
+            stage: asdict(stage_cost) | {"floor_ms": stage_cost.floor_ms(machine), "regime": stage_cost.regime(machine)}
+            for stage, stage_cost in costs.items()
         }
-        saved = [{"method": n, "floor_ms": f, "best_ratio": r} for n, f, r in best]
+        saved = [
+            {"method": method, "floor_ms": floors_ms, "best_ratio": ratio_at_best}
+            for method, floors_ms, ratio_at_best in best_savings
+        ]
         print(json.dumps({"model": asdict(shape), "request": asdict(request), "device": asdict(machine),
                           "stages": stages, "savings": saved}, indent=1))  # fmt: skip
         return
-    rates = f"{machine.flops / 1e12:,.4g} TFLOP/s, {machine.bytes / 1e9:,.4g} GB/s, {machine.source}"
+    rates_text = f"{machine.flops / 1e12:,.4g} TFLOP/s, {machine.bytes / 1e9:,.4g} GB/s, {machine.source}"
     page = console.out()
-    page.print(f"[bold]{console.plain(shape.name)}[/bold] on {machine.name} ({rates})")
+    page.print(f"[bold]{console.plain(shape.name)}[/bold] on {machine.name} ({rates_text})")
     page.print(f"{request.visual:,} visual tokens in {request.frames} frames, {request.text} text, {request.new} new, "
                f"batch {request.batch}")  # fmt: skip
     rows = []
     for name, cost in costs.items():
-        floor = cost.floor_ms(machine)
-        each = figure(floor / cost.steps) if cost.steps > 1 else ""
-        numbers = (figure(cost.flops / 1e9), figure(cost.bytes / 1e9), figure(floor), each)
+        stage_floor_ms = cost.floor_ms(machine)
+        per_step_ms = figure(stage_floor_ms / cost.steps) if cost.steps > 1 else ""
+        numbers = (figure(cost.flops / 1e9), figure(cost.bytes / 1e9), figure(stage_floor_ms), per_step_ms)
         rows.append([name, *numbers, cost.regime(machine)])
     console.table(("stage", "GFLOP", "GB", "floor\nms", "each step\nms", "regime"), rows)
     rows = []
-    for name, floors, ratio in best:
-        cells = [figure(floors[k]) for k in ("encode", "prefill", "decode")]
-        rows.append([console.plain(name), *cells, figure(sum(floors.values())), f"{ratio:.2f}x"])
+    for name, floors, ratio in best_savings:
+        floor_cells = [figure(floors[stage]) for stage in ("encode", "prefill", "decode")]
+        rows.append([console.plain(name), *floor_cells, figure(sum(floors.values())), f"{ratio:.2f}x"])
     page.print("[bold]at best[/bold] (each stage at its floor, choosing and drafting cost nothing)")
     console.table(("method", "encode\nms", "prefill\nms", "decode\nms", "total\nms", "faster"), rows)
 
@@ -66,13 +70,23 @@ def _compare(rows: list[dict], as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    lines, busy = [], []
-    for r in rows:
-        name = " ".join([r["name"], *(f"{k}={v}" for k, v in r["params"].items())])
-        cells = [figure(float(r[s][k])) for s in ("encode", "prefill") for k in ("floor", "predicted", "measured")]
-        lines.append([console.plain(name), *cells])
-        busy += [f"{name}: {BUSY} ({s})" for s in ("encode", "prefill") if r[s]["floor"] > 1.02 * r[s]["measured"]]
-    heads = [f"{s}\n{k}" for s in ("encode", "prefill") for k in ("floor", "predicted", "measured")]
-    console.table(["method", *heads], lines, "floor, predicted from plain's efficiency, measured (ms)")
-    for line in busy:
+    lines, busy_lines = [], []
+    for record_row in rows:
+        name = " ".join([record_row["name"], *(f"{kind}={value}" for kind, value in record_row["params"].items())])
+        row_cells = [
+            figure(float(record_row[stage][kind]))
+            for stage in ("encode", "prefill")
+            for kind in ("floor", "predicted", "measured")
+        ]
+        lines.append([console.plain(name), *row_cells])
+        busy_lines += [
+            f"{name}: {BUSY} ({stage})"
+            for stage in ("encode", "prefill")
+            if record_row[stage]["floor"] > 1.02 * record_row[stage]["measured"]
+        ]
+    column_heads = [
+        f"{stage}\n{kind}" for stage in ("encode", "prefill") for kind in ("floor", "predicted", "measured")
+    ]
+    console.table(["method", *column_heads], lines, "floor, predicted from plain's efficiency, measured (ms)")
+    for line in busy_lines:
         console.out().print(console.plain(line))

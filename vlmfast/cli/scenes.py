@@ -33,7 +33,7 @@ def media(folder: Path, seed: int) -> list[Medium]:
     moves = world.sample("motion", seed, "test", objects=(2, 3))
     events = world.sample("order", seed, "test", objects=(2, 3))
     still = world.sample("location", seed, "test", size=256, objects=(3, 3))
-    kinds = [k for k in STILL_KINDS if k not in ("digits", "relation", "presence")]
+    kinds = [kind for kind in STILL_KINDS if kind not in ("digits", "relation", "presence")]
     return [
         _clip(folder / "moves.mp4", moves, _questions(moves, ["motion"], 2)),
         _clip(folder / "events.mp4", events, _questions(events, ["what-when", "when"], 3)),
@@ -47,10 +47,12 @@ def _questions(sample: Any, kinds: list[str], most: int) -> list[tuple[str, str]
     from vlmfast.pocket.scenes import Rng
 
     turns = [(sample.question, sample.answer)]
-    for i in range(SECOND):
-        asked = ask(kinds[i % len(kinds)], sample.meta["scene"], Rng(2, 4242, sample.meta["seed"], i), None)
-        if asked is not None and asked not in turns and len(turns) < most:
-            turns.append(asked)
+    for attempt in range(SECOND):
+        question_pair = ask(
+            kinds[attempt % len(kinds)], sample.meta["scene"], Rng(2, 4242, sample.meta["seed"], attempt), None
+        )
+        if question_pair is not None and question_pair not in turns and len(turns) < most:
+            turns.append(question_pair)
     return turns
 
 
@@ -74,9 +76,9 @@ def _picture(path: Path, sample: Any, turns: list[tuple[str, str]]) -> Medium:
 
 def save(image: Any, path: Path) -> None:
     """A PNG that appears whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
+    unfinished = path.with_name(f".{path.name}.part")
     try:
-        image.save(part, format="PNG")
-        os.replace(part, path)
+        image.save(unfinished, format="PNG")
+        os.replace(unfinished, path)
     finally:
-        part.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)

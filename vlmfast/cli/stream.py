@@ -52,48 +52,55 @@ def stream(
     """Ask questions of endless video: encoded once, kept, and asked about at any time."""
     from vlmfast.core import UserError
 
-    given = [x for x in (source, camera, url) if x is not None]
-    if len(given) > 1:
+    sources = [given for given in (source, camera, url) if given is not None]
+    if len(sources) > 1:
         raise UserError("a file, --camera and --url exclude each other: give one")
-    if not given and resume is None:
+    if not sources and resume is None:
         raise UserError("nothing to watch: give a file, a folder, --camera 0 or --url; or --resume a kept stream")
     if save is not None and resume is not None:
         raise UserError("--resume goes on in its own folder: leave --save out")
-    asked = [parse(a) for a in ask or ()]
-    typed = not asked and not as_json and sys.stdin.isatty()
-    if not (asked or typed or as_json) and (save is None and (resume is None or not given)):
+    questions = [parse(question_text) for question_text in ask or ()]
+    interactive = not questions and not as_json and sys.stdin.isatty()
+    if not (questions or interactive or as_json) and (save is None and (resume is None or not sources)):
         raise UserError(
             "nothing is asked and nothing kept: give --ask, or --save to keep the stream, or type in a terminal"
         )
-    chosen = options.plan(prune=prune, speculate=speculate, tower=tower)
+    chosen_plan = options.plan(prune=prune, speculate=speculate, tower=tower)
     from vlmfast.stream.session import StreamSession
 
     loaded = options.load(model, dtype, device, device_map)
-    common: dict[str, Any] = {"retrieve": retrieve}
-    common |= {k: v for k, v in (("ram", ram), ("disk_limit", disk_limit)) if v is not None}
+    session_options: dict[str, Any] = {"retrieve": retrieve}
+    session_options |= {name: value for name, value in (("ram", ram), ("disk_limit", disk_limit)) if value is not None}
     if resume is not None:
-        session = StreamSession.load(resume, loaded.model, loaded.processor, plan=chosen, **common)
+        session = StreamSession.load(resume, loaded.model, loaded.processor, plan=chosen_plan, **session_options)
         for line in (*session.stats()["lost"], *session.notes):
             console.remarks().print(line, style="yellow", markup=False)
         if session.lost_seconds:
             console.remarks().print(f"{session.lost_seconds:.1f} s were not on disk when the last run ended")
     else:
-        common |= {"window": window, "redundancy": redundancy or None, "fps": sample_fps, "disk": save}
-        session = StreamSession(loaded.model, loaded.processor, chosen, **common)
-    talk = Talk(session, max_new_tokens, as_json)
+        session_options |= {"window": window, "redundancy": redundancy or None, "fps": sample_fps, "disk": save}
+        session = StreamSession(loaded.model, loaded.processor, chosen_plan, **session_options)
+    conversation = Talk(session, max_new_tokens, as_json)
     with session:
-        feed = {"sample_fps": sample_fps, "size": size}
-        if typed:
+        source_options = {"sample_fps": sample_fps, "size": size}
+        if interactive:
             live = source is None or realtime
-            talk.interactively(
-                given[0] if given else None, feed | ({} if live and not realtime else {"realtime": realtime})
+            conversation.interactively(
+                sources[0] if sources else None,
+                source_options | ({} if live and not realtime else {"realtime": realtime}),
             )
         else:
-            talk.through(given[0] if given else None, feed | ({"realtime": True} if realtime else {}), asked)
-        if not (asked or typed or as_json):
+            conversation.through(
+                sources[0] if sources else None, source_options | ({"realtime": True} if realtime else {}), questions
+            )
+        if not (questions or interactive or as_json):
             print(f"{status(session.stats())}; kept in {save or resume}")
         if as_json:
-            print(json.dumps({"answers": talk.answers, "stats": session.stats(), "plan": chosen.json()}, indent=1))
+            print(
+                json.dumps(
+                    {"answers": conversation.answers, "stats": session.stats(), "plan": chosen_plan.json()}, indent=1
+                )
+            )
 
 
 def parse(text: str) -> tuple[float | None, str]:
@@ -127,41 +134,45 @@ class Talk:
         """Ask, print, remember."""
         from vlmfast.cli.ask import GREEDY
 
-        more: dict[str, Any] = dict(GREEDY)
+        generate_options: dict[str, Any] = dict(GREEDY)
         if not self.silent:
             from transformers import TextStreamer
 
             tokenizer: Any = self.session.vision.tokenizer
-            more["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        said = self.session.ask(question, at=at, max_new_tokens=self.max_new_tokens, **more)
+            generate_options["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        reply = self.session.ask(question, at=at, max_new_tokens=self.max_new_tokens, **generate_options)
         self.answers.append(
-            {"question": question, "at": at, "answer": said.text, "evidence": said.evidence, "report": said.report}
+            {"question": question, "at": at, "answer": reply.text, "evidence": reply.evidence, "report": reply.report}
         )
         if not self.silent:
-            spans = ", ".join(f"{a:.0f}-{b:.0f} s" for a, b, _ in said.evidence[:4])
-            took = f"{said.report['total_ms']:.0f} ms over {said.report['context_tokens']:.0f} tokens"
-            console.remarks().print(f"{took}; looked at {spans or 'nothing'}", style="dim", markup=False)
-        return said
+            spans = ", ".join(f"{start:.0f}-{end:.0f} s" for start, end, _ in reply.evidence[:4])
+            cost_line = f"{reply.report['total_ms']:.0f} ms over {reply.report['context_tokens']:.0f} tokens"
+            console.remarks().print(f"{cost_line}; looked at {spans or 'nothing'}", style="dim", markup=False)
+        return reply
 
     def through(self, source: Any, feed: dict[str, Any], asked: list[tuple[float | None, str]]) -> None:
         """Watch to the end, asking on the way what is to be asked at a second."""
-        timed = sorted((x for x in asked if x[0] is not None), key=lambda x: x[0] or 0.0)
+        timed_questions = sorted((pair for pair in asked if pair[0] is not None), key=lambda pair: pair[0] or 0.0)
         if source is not None:
-            self.session.watch(self._until(source, feed, timed), drop=False)
-        for second, question in timed:  # at the very end, or after it
+            self.session.watch(self._until(source, feed, timed_questions), drop=False)
+        for second, question in timed_questions:  # at the very end, or after it
             self.answer(question, second)
         for second, question in asked:
             if second is None:
                 self.answer(question)
 
-    def _until(self, source: Any, feed: dict[str, Any], timed: list[tuple[float | None, str]]) -> Iterator[Any]:
+    def _until(
+        self, source: Any, source_options: dict[str, Any], timed_questions: list[tuple[float | None, str]]
+    ) -> Iterator[Any]:
         """Frames of the source; a question is asked before the first frame after its second, everything encoded."""
         from vlmfast.video.live_source import open_source
 
         start = self.session.stats()["seconds"]
-        for image, seconds in open_source(source, **{k: v for k, v in feed.items() if v is not None}):
-            while timed and seconds + start > (timed[0][0] or 0.0):
-                second, question = timed.pop(0)
+        for image, seconds in open_source(
+            source, **{name: value for name, value in source_options.items() if value is not None}
+        ):
+            while timed_questions and seconds + start > (timed_questions[0][0] or 0.0):
+                second, question = timed_questions.pop(0)
                 self.session.drain()
                 self.answer(question, second)
             yield image, seconds
@@ -170,7 +181,7 @@ class Talk:
         """Questions typed while the video goes on; an empty line or end of input ends it."""
         watcher = None
         if source is not None:
-            feed = {k: v for k, v in feed.items() if v is not None and v is not False}
+            feed = {name: value for name, value in feed.items() if value is not None and value is not False}
             watcher = self.session.watch(source, background=True, **feed)
         print("ask away; '/new' starts another conversation, an empty line ends", file=sys.stderr)
         with self.live_status():
@@ -192,8 +203,8 @@ class Talk:
             self.quiet.set()
             try:
                 self.answer(question, second)
-            except UserError as e:
-                errors.say(str(e))
+            except UserError as error:
+                errors.say(str(error))
             finally:
                 self.quiet.clear()
 
@@ -210,10 +221,10 @@ class Talk:
     def live_status(self, write: Callable[[str], Any] | None = None, every: float = 0.5) -> Iterator[None]:
         """A line above the prompt that follows the stream, on terminals."""
         write = write or (lambda text: (sys.stderr.write(text), sys.stderr.flush()))
-        stop = threading.Event()
+        finished = threading.Event()
 
         def follow() -> None:
-            while not stop.wait(every):
+            while not finished.wait(every):
                 if not self.quiet.is_set():  # save the cursor, one line up, clear it, write, come back
                     line = status(self.session.stats())[: shutil.get_terminal_size().columns - 1]
                     write(f"\x1b7\x1b[1A\r\x1b[2K{line}\x1b8")
@@ -224,6 +235,6 @@ class Talk:
         try:
             yield
         finally:
-            stop.set()
+            finished.set()
             if thread.is_alive():
                 thread.join(2)

@@ -25,21 +25,21 @@ def tune(
     """Search plans by successive halving on paired questions; write the best as a plan file, and why as a page."""
     from vlmfast.bench import tune as tuning
 
-    chosen, field = tuning.tune(
+    best_plan, tried_plans = tuning.tune(
         model, task, out, floor=floor, minutes=minutes, names=methods, draft=draft, limit=limit, force=force,
         say=lambda text: console.remarks().print(text, style="dim", markup=False),
     )  # fmt: skip
-    asked = [c for c in sorted(field, key=lambda c: -c.faster[0]) if c.answered]
+    asked_plans = [tried for tried in sorted(tried_plans, key=lambda tried: -tried.faster[0]) if tried.answered]
     rows = [[
-        console.plain(c.name), c.status,
-        f"{c.faster[0]:.2f}x" if math.isfinite(c.faster[0]) else "-",
-        f"{100 * c.margin[0]:+.1f}, {100 * c.margin[1]:+.1f}" if math.isfinite(c.margin[0]) else "-",
-        str(len(c.answered)),
-    ] for c in asked]  # fmt: skip
+        console.plain(tried.name), tried.status,
+        f"{tried.faster[0]:.2f}x" if math.isfinite(tried.faster[0]) else "-",
+        f"{100 * tried.margin[0]:+.1f}, {100 * tried.margin[1]:+.1f}" if math.isfinite(tried.margin[0]) else "-",
+        str(len(tried.answered)),
+    ] for tried in asked_plans]  # fmt: skip
     console.table(("plan", "status", "faster", "points above\nthe floor, 95 %", "questions"), rows)
-    for c in asked:
-        if c.why:
-            console.out().print(console.plain(f"{c.name}: {c.why}"))
-    if len(asked) < len(field):
-        console.out().print(f"{len(field) - len(asked)} more plans were not asked: give more minutes")
-    console.out().print(console.plain(f"{chosen.name} -> {out}, page {out.with_suffix('.html')}"), style="bold")
+    for tried in asked_plans:
+        if tried.why:
+            console.out().print(console.plain(f"{tried.name}: {tried.why}"))
+    if len(asked_plans) < len(tried_plans):
+        console.out().print(f"{len(tried_plans) - len(asked_plans)} more plans were not asked: give more minutes")
+    console.out().print(console.plain(f"{best_plan.name} -> {out}, page {out.with_suffix('.html')}"), style="bold")

@@ -1,1 +1,1 @@
-"""Doors into other tools; each needs its own extra."""
+"""Adapters for other tools; each needs its own extra."""

@@ -36,8 +36,8 @@ class VLMFast(huggingface.Huggingface):
         **kwargs: Any,
     ) -> None:
         specs = {"prune": prune, "kv": kv, "speculate": speculate}
-        chosen = resolve(plan, **{stage: parse(stage, spec) for stage, spec in specs.items() if spec})
-        if chosen.speculate is not None and int(kwargs.get("batch_size", 1)) > 1:
+        chosen_plan = resolve(plan, **{stage: parse(stage, spec) for stage, spec in specs.items() if spec})
+        if chosen_plan.speculate is not None and int(kwargs.get("batch_size", 1)) > 1:
             raise Unsupported(
                 f"--batch_size {kwargs['batch_size']} with a plan that drafts: it takes one row, use --batch_size 1"
             )
@@ -46,16 +46,16 @@ class VLMFast(huggingface.Huggingface):
             super().__init__(pretrained=pretrained, device=device, device_map=device_map or device, **kwargs)
         self.processor: Any = Media(self.processor)
         self.processor.tokenizer.padding_side = "left"
-        self.fast = vlmfast.accelerate(self.model, chosen)
+        self.fast = vlmfast.accelerate(self.model, chosen_plan)
         self.reports: list[dict[str, Any]] = []
         generate = self.model.generate
 
-        def watched(*args: Any, **kw: Any) -> Any:
-            if chosen.speculate is not None:
-                kw.setdefault("tokenizer", self.tokenizer)
-            out = generate(*args, **kw)
+        def watched(*args: Any, **options: Any) -> Any:
+            if chosen_plan.speculate is not None:
+                options.setdefault("tokenizer", self.tokenizer)
+            generated = generate(*args, **options)
             self.reports.append(self.fast.report.json())
-            return out
+            return generated
 
         self.model.generate = watched
 
@@ -68,25 +68,28 @@ class VLMFast(huggingface.Huggingface):
 
     def summary(self) -> str:
         """One line over all requests so far."""
-        encode = [r["encode"] for r in self.reports]
-        visual, kept = (sum(e.get(k, 0) for e in encode) for k in ("visual_tokens", "kept_tokens"))
-        ttft = statistics.median(r["prefill"]["ttft_ms"] for r in self.reports)
-        step = statistics.median(r["decode"]["decode_ms_per_token"] for r in self.reports)
+        encode_reports = [report["encode"] for report in self.reports]
+        num_visual, num_kept = (
+            sum(encode_report.get(count_name, 0) for encode_report in encode_reports)
+            for count_name in ("visual_tokens", "kept_tokens")
+        )
+        first_token_ms = statistics.median(report["prefill"]["ttft_ms"] for report in self.reports)
+        per_token_ms = statistics.median(report["decode"]["decode_ms_per_token"] for report in self.reports)
         return (
-            f"vlmfast: {len(self.reports)} requests, {kept:,} of {visual:,} visual tokens kept, "
-            f"first token after {ttft:.0f} ms, {step:.1f} ms per token (medians)"
+            f"vlmfast: {len(self.reports)} requests, {num_kept:,} of {num_visual:,} visual tokens kept, "
+            f"first token after {first_token_ms:.0f} ms, {per_token_ms:.1f} ms per token (medians)"
         )
 
 
 @contextmanager
 def _with_head() -> Iterator[None]:
     """lmms-eval 0.7.3 looks model_type up among config classes, never finds it and loads the model without its head."""
-    before = huggingface.AutoModel
+    original_class = huggingface.AutoModel
     huggingface.AutoModel = transformers.AutoModelForImageTextToText
     try:
         yield
     finally:
-        huggingface.AutoModel = before
+        huggingface.AutoModel = original_class
 
 
 class Media:

@@ -27,10 +27,10 @@ def require(backend: str) -> None:
     if backend not in BACKENDS:
         raise UserError(f"unknown video backend {backend!r}; choose one of {', '.join(BACKENDS)}")
     if importlib.util.find_spec(BACKENDS[backend]) is None:
-        have = [b for b, module in BACKENDS.items() if importlib.util.find_spec(module)]
+        installed = [other for other, module in BACKENDS.items() if importlib.util.find_spec(module)]
         raise UserError(
             f"the video backend {backend!r} is not installed; pip install {_PIP[backend]}, "
-            f"or use {' or '.join(map(repr, have)) or 'another one'}"
+            f"or use {' or '.join(map(repr, installed)) or 'another one'}"
         )
 
 
@@ -40,55 +40,57 @@ def fetch(index: Index, wanted: NDArray[np.int64], backend: str = "pyav") -> Ite
     Raises UserError when the backend is missing or cannot deliver exactly these frames.
     """
     require(backend)
-    take = {"pyav": _pyav, "decord": _decord, "opencv": _opencv}[backend]
-    for frame in take(index, wanted):
+    decode_frames = {"pyav": _pyav, "decord": _decord, "opencv": _opencv}[backend]
+    for frame in decode_frames(index, wanted):
         yield index.orientation.apply(frame)
 
 
 def thumbnails(index: Index, side: int) -> Iterator[NDArray[np.uint8]]:
     """Yields every frame scaled to (side, side, 3) uint8 RGB, as stored (not set upright)."""
     with open_video(index.path) as (container, stream):
-        known: set[int] | None = None if index.pts is None else set(index.pts.tolist())
+        known_stamps: set[int] | None = None if index.pts is None else set(index.pts.tolist())
         for frame in frames_of(container, stream, index.path):
-            if known is None or frame.pts in known:
+            if known_stamps is None or frame.pts in known_stamps:
                 yield frame.to_ndarray(format="rgb24", width=side, height=side, interpolation="AREA")
 
 
 def _pyav(index: Index, wanted: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
-    pts = index.pts
-    if pts is None:
-        rest = iter(wanted.tolist())
-        target = next(rest, None)
+    stamps = index.pts
+    if stamps is None:
+        remaining = iter(wanted.tolist())
+        target = next(remaining, None)
         with open_video(index.path) as (container, stream):
             for number, frame in enumerate(frames_of(container, stream, index.path)):
                 if target is None:
                     return
                 if number == target:
                     yield frame.to_ndarray(format="rgb24")
-                    target = next(rest, None)
+                    target = next(remaining, None)
         return
-    targets = pts[wanted]
-    done = 0
-    for exact in (False, True):  # a second time without seeking, should a seek ever land behind its target
+    targets = stamps[wanted]
+    num_done = 0
+    for without_seeks in (False, True):  # a second time without seeking, should a seek ever land behind its target
         with open_video(index.path) as (container, stream):
             frames, decoded = frames_of(container, stream, index.path), -1  # the number of the last decoded frame
-            for target in targets[done:].tolist():
-                key = np.searchsorted(index.keys, target, side="right") - 1
-                start = int(np.searchsorted(pts, index.keys[key])) if key >= 0 else 0
-                if not exact and start - decoded > _SEEK_PAYS:
+            for target in targets[num_done:].tolist():
+                key_index = np.searchsorted(index.keys, target, side="right") - 1
+                start_number = int(np.searchsorted(stamps, index.keys[key_index])) if key_index >= 0 else 0
+                if not without_seeks and start_number - decoded > _SEEK_PAYS:
                     frames.close()
-                    container.seek(int(index.keys[key]), stream=stream, backward=True)
+                    container.seek(int(index.keys[key_index]), stream=stream, backward=True)
                     frames = frames_of(container, stream, index.path)
-                found = next((f for f in frames if f.pts is not None and f.pts >= target), None)
-                if found is None or found.pts != target:
+                shown_frame = next(
+                    (candidate for candidate in frames if candidate.pts is not None and candidate.pts >= target), None
+                )
+                if shown_frame is None or shown_frame.pts != target:
                     break
-                decoded = int(wanted[done])
-                done += 1
-                yield found.to_ndarray(format="rgb24")
-        if done == len(targets):
+                decoded = int(wanted[num_done])
+                num_done += 1
+                yield shown_frame.to_ndarray(format="rgb24")
+        if num_done == len(targets):
             return
     raise UserError(
-        f"{index.path} announces a frame at {index.timestamps[wanted[done]]:.2f} s that cannot be decoded; "
+        f"{index.path} announces a frame at {index.timestamps[wanted[num_done]]:.2f} s that cannot be decoded; "
         "it is damaged there: copy it again"
     )
 
@@ -111,9 +113,9 @@ def _decord(index: Index, wanted: NDArray[np.int64]) -> Iterator[NDArray[np.uint
                 frame = reader.next()
                 decoded += 1
             yield frame.asnumpy()
-    except (decord.DECORDError, RuntimeError, StopIteration) as e:
-        why = " ".join(str(e).split())[-80:]
-        raise UserError(f"decord cannot decode {index.path} ({why}); use backend='pyav'") from None
+    except (decord.DECORDError, RuntimeError, StopIteration) as error:
+        reason = " ".join(str(error).split())[-80:]
+        raise UserError(f"decord cannot decode {index.path} ({reason}); use backend='pyav'") from None
 
 
 def _opencv(index: Index, wanted: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
@@ -122,14 +124,14 @@ def _opencv(index: Index, wanted: NDArray[np.int64]) -> Iterator[NDArray[np.uint
     capture = cv2.VideoCapture(str(index.path.absolute()), cv2.CAP_FFMPEG)
     try:
         capture.set(cv2.CAP_PROP_ORIENTATION_AUTO, 0)  # we set frames upright ourselves, alike for every backend
-        passed = 0
+        num_passed = 0
         for number in wanted.tolist():  # its seeks are not frame-exact, so it walks
-            while passed < number and capture.grab():
-                passed += 1
-            ok, frame = capture.read() if passed == number else (False, None)
-            if not ok or frame is None:
-                raise UserError(f"opencv stops at frame {passed} of {index.path}; use backend='pyav'")
-            passed += 1
+            while num_passed < number and capture.grab():
+                num_passed += 1
+            delivered, frame = capture.read() if num_passed == number else (False, None)
+            if not delivered or frame is None:
+                raise UserError(f"opencv stops at frame {num_passed} of {index.path}; use backend='pyav'")
+            num_passed += 1
             yield np.ascontiguousarray(frame[..., ::-1])
     finally:
         capture.release()

@@ -87,7 +87,9 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
             "check that it plays, or copy it again"
         ) from None
     with container:
-        streams = [s for s in container.streams.video if not s.disposition & 0x400]  # 0x400: a cover picture
+        streams = [
+            track for track in container.streams.video if not track.disposition & 0x400
+        ]  # 0x400: a cover picture
         name = container.format.name
         if name == "image2" or name.endswith("_pipe"):
             raise UserError(f"{path} is a picture, not a video; give it as an image")
@@ -133,21 +135,23 @@ class PacketCount:
     def check(self, path: Path, container: Any, stream: Any) -> None:
         """Raises UserError when the header promises clearly more than the file holds."""
         formats = set(container.format.name.split(","))
-        least = {"mp4": 1.0, "avi": 0.9}  # AVI also counts frames that only repeat the one before
-        need = max((part * stream.frames for name, part in least.items() if name in formats), default=0.0)
-        if self.packets < need:
-            found = f"{self.packets} of the {stream.frames} frames"
+        least_shares = {"mp4": 1.0, "avi": 0.9}  # AVI also counts frames that only repeat the one before
+        num_needed = max((part * stream.frames for name, part in least_shares.items() if name in formats), default=0.0)
+        if self.packets < num_needed:
+            actual = f"{self.packets} of the {stream.frames} frames"
         elif "matroska" in formats and self.first is not None and (promised := _promised(container, stream)):
             unit = float(stream.time_base)
             span = ((self.last or 0) - self.first + self.last_duration) * unit
-            exact = "DURATION" in stream.metadata  # the track's own length, but for how long its last frame is shown
-            if span > promised - (1.5 * self.longest * unit + 0.04 if exact else max(0.5, 0.02 * promised)):
+            track_length = (
+                "DURATION" in stream.metadata
+            )  # the track's own length, but for how long its last frame is shown
+            if span > promised - (1.5 * self.longest * unit + 0.04 if track_length else max(0.5, 0.02 * promised)):
                 return
-            found = f"{span:.1f} of the {promised:.1f} seconds"
+            actual = f"{span:.1f} of the {promised:.1f} seconds"
         else:
             return
         raise UserError(
-            f"{path} is truncated: it holds {found} its header announces; copy it again, or keep what is there with: "
+            f"{path} is truncated: it holds {actual} its header announces; copy it again, or keep what is there with: "
             f"ffmpeg -i {path.name} -c copy whole.mkv"
         )
 
@@ -168,9 +172,9 @@ def frames_of(container: Any, stream: Any, path: Path, count: PacketCount | None
                 last = frame.time
                 yield frame
     except av.error.FFmpegError as e:
-        where = "at its start" if last is None else f"after {last:.2f} s"
+        location = "at its start" if last is None else f"after {last:.2f} s"
         raise UserError(
-            f"{path} is damaged {where} ({reason(e)}); copy it again, or repair it with: "
+            f"{path} is damaged {location} ({reason(e)}); copy it again, or repair it with: "
             f"ffmpeg -err_detect ignore_err -i {path.name} repaired.mp4"
         ) from None
 
@@ -226,7 +230,7 @@ def read_index(path: Path) -> Index:
         )
     with open_video(path) as (container, stream):
         stamps = [timestamp_of(container, frame) for frame in frames_of(container, stream, path)]
-    times = np.asarray([np.nan if t is None else t for t in stamps], np.float64)
+    times = np.asarray([np.nan if stamp is None else stamp for stamp in stamps], np.float64)
     if not np.all(np.diff(times) > 0):  # stamps missing or not in order: the nominal rate is all there is
         times = np.arange(len(stamps)) / (rate or 25.0)
     times = times - times[0]
@@ -245,12 +249,12 @@ def _rate_and_duration(times: NDArray[np.float64], nominal: float) -> tuple[floa
 
 def _promised(container: Any, stream: Any) -> float | None:
     """Seconds of video that a Matroska header announces: the track's own tag, or the file's when it is alone."""
-    tag = stream.metadata.get("DURATION", "")
+    duration_text = stream.metadata.get("DURATION", "")
     try:
-        hours, minutes, seconds = tag.split(":")
+        hours, minutes, seconds = duration_text.split(":")
         return (
             int(hours) * 3600 + int(minutes) * 60 + float(seconds) - (stream.start_time or 0) * float(stream.time_base)
         )
     except ValueError:
-        alone = len(container.streams) == 1 and container.duration
-        return container.duration / 1e6 if alone else None
+        only_track = len(container.streams) == 1 and container.duration
+        return container.duration / 1e6 if only_track else None

@@ -28,7 +28,7 @@ def check_size(size: Size) -> None:
     sides = size if isinstance(size, (tuple, list)) else (size,)
     if size is None:
         return
-    if len(sides) > 2 or not all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in sides):
+    if len(sides) > 2 or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides):
         raise UserError(f"size must be (height, width) or one integer for the longer side, got {size!r}")
 
 
@@ -99,18 +99,18 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
                     "or save the one you mean"
                 )
             yield file
-    except UserError as e:
-        raise UserError(str(e) if str(path) in str(e) else f"{path}: {e}") from None
+    except UserError as error:
+        raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
     except Image.DecompressionBombError:
         raise UserError(f"{path} announces more pixels than any picture has; scale it down first") from None
     except UnidentifiedImageError:
         raise UserError(f"{path} is not a picture of a kind that is read ({', '.join(FORMATS)}); convert it") from None
     except MemoryError:
         raise UserError(f"{path} does not fit into memory; scale it down first") from None
-    except Exception as e:  # PIL raises OSError, SyntaxError, struct.error, ValueError ... for broken files
-        why = " ".join(str(e).split()) or type(e).__name__
+    except Exception as error:  # PIL raises OSError, SyntaxError, struct.error, ValueError ... for broken files
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"{path} cannot be read as a picture ({why:.120}); check that it opens, or copy it again"
+            f"{path} cannot be read as a picture ({reason:.120}); check that it opens, or copy it again"
         ) from None
 
 
@@ -137,17 +137,21 @@ def folder_images(path: Path, size: Size = None) -> list[Path]:
 
     Raises UserError for a folder without images, and for mixed sizes unless `size` is (height, width).
     """
-    files = [f for f in path.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")]
+    files = [file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
     if not files:
         raise UserError(f"{path} holds no pictures ({', '.join(sorted(SUFFIXES))}); give a folder of frames")
-    files.sort(key=lambda f: [(int(p), "") if p.isdigit() else (-1, p) for p in re.split(r"([0-9]+)", f.name.lower())])
+    files.sort(
+        key=lambda file: [
+            (int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", file.name.lower())
+        ]
+    )
     if not isinstance(size, tuple):
-        first = image_size(files[0])
-        for f in files[1:]:
-            if (other := image_size(f)) != first:
+        first_size = image_size(files[0])
+        for file in files[1:]:
+            if (other_size := image_size(file)) != first_size:
                 raise UserError(
-                    f"the pictures in {path} differ in size: {files[0].name} is {first[0]}x{first[1]}, "
-                    f"{f.name} is {other[0]}x{other[1]}; pass size=(height, width) to scale them all"
+                    f"the pictures in {path} differ in size: {files[0].name} is {first_size[0]}x{first_size[1]}, "
+                    f"{file.name} is {other_size[0]}x{other_size[1]}; pass size=(height, width) to scale them all"
                 )
     return files
 
@@ -213,8 +217,8 @@ def frame_orientation(frame: Any, stream: Any, name: object) -> Orientation:
     for data in frame.side_data:
         if data.type.name == "DISPLAYMATRIX":
             try:
-                found = matrix_orientation(struct.unpack("=9i", bytes(data)[:36]))
-                return replace(found, stretch=stretch)
-            except UserError as e:
-                raise UserError(f"{name} cannot be shown upright: {e}") from None
+                orientation = matrix_orientation(struct.unpack("=9i", bytes(data)[:36]))
+                return replace(orientation, stretch=stretch)
+            except UserError as error:
+                raise UserError(f"{name} cannot be shown upright: {error}") from None
     return Orientation(stretch=stretch)

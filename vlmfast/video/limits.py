@@ -19,23 +19,23 @@ def regular(path: str | os.PathLike[str], kind: str) -> Path:
     """
     try:
         path = Path(path)
-        found = path.stat()
-        if stat.S_ISREG(found.st_mode) and found.st_size and not os.access(path, os.R_OK):
+        file_status = path.stat()
+        if stat.S_ISREG(file_status.st_mode) and file_status.st_size and not os.access(path, os.R_OK):
             raise PermissionError(13, "permission denied")
     except FileNotFoundError:
         raise UserError(f"no such {kind}: {path}; check the name") from None
-    except (OSError, ValueError, TypeError) as e:  # a loop of links, a name that is too long or holds a zero byte
-        why = " ".join(str(getattr(e, "strerror", None) or e).split())
-        raise UserError(f"{os.fspath(path)!r:.200} cannot be opened as a {kind} ({why}); check the name") from None
-    if stat.S_ISDIR(found.st_mode):
+    except (OSError, ValueError, TypeError) as error:  # a loop of links, a name that is too long or holds a zero byte
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise UserError(f"{os.fspath(path)!r:.200} cannot be opened as a {kind} ({reason}); check the name") from None
+    if stat.S_ISDIR(file_status.st_mode):
         raise UserError(
             f"{path} is a folder, not a {kind}; give one file" + ", or the folder as a video" * (kind == "picture")
         )
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(file_status.st_mode):
         raise UserError(
             f"{path} is no regular file but a pipe, socket or device; save the {kind} to a file and give that"
         )
-    if found.st_size == 0:
+    if file_status.st_size == 0:
         raise UserError(f"{path} is empty (0 bytes); copy it again")
     return path
 

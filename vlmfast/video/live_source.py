@@ -65,20 +65,20 @@ class Clock:
 
     def __call__(self, stamp: float | None) -> float:
         if self.last is None:
-            self.offset, now = -(stamp or 0.0), 0.0
+            self.offset, seconds = -(stamp or 0.0), 0.0
         elif stamp is None:
-            now = self.last + (self.step if self.away is None else max(self.step, self.away))
+            seconds = self.last + (self.step if self.away is None else max(self.step, self.away))
         else:
             if self.away is not None:  # the same clock, if it moved on by about as long as we were away
                 moved = None if self.stamp is None else stamp - self.stamp
                 if moved is None or not 0 < moved < self.away + 10:
                     self.offset = self.last + max(self.step, self.away) - stamp
-            now = stamp + self.offset
-            if now <= self.last:  # the clock was set back
-                now = self.last + self.step
-                self.offset = now - stamp
-        self.last, self.stamp, self.away = now, stamp, None
-        return now
+            seconds = stamp + self.offset
+            if seconds <= self.last:  # the clock was set back
+                seconds = self.last + self.step
+                self.offset = seconds - stamp
+        self.last, self.stamp, self.away = seconds, stamp, None
+        return seconds
 
 
 class _Lost(Exception):
@@ -141,7 +141,7 @@ def open_source(
         path = Path(source)
         if os.path.isdir(path):
             files = images.folder_images(path, size)
-            pairs = ((partial(images.read_image, f), k * step) for k, f in enumerate(files))
+            pairs = ((partial(images.read_image, file), number * step) for number, file in enumerate(files))
             return _deliver(pairs, sample_fps, size, realtime)
         if fps is not None:
             raise UserError(f"fps= is for folders and bare frames; {path} has its own timestamps (sample_fps= thins)")
@@ -153,20 +153,20 @@ def open_source(
     return _deliver(_iterated(source, step), sample_fps, size, realtime)
 
 
-def _deliver(frames: Iterable[_Timed], rate: float | None, size: Size, realtime: bool) -> Iterator[Frame]:
+def _deliver(frames: Iterable[_Timed], max_fps: float | None, size: Size, realtime: bool) -> Iterator[Frame]:
     """Thins, paces, converts and scales."""
-    start, tick = time.monotonic(), 0.0
-    goal: tuple[int, int] | None = None
-    for decoded, now in frames:
-        if rate is not None and now < tick - 6e-4:  # stamps are rounded, in mkv to 1 ms
+    start, next_due = time.monotonic(), 0.0
+    target_size: tuple[int, int] | None = None
+    for decoded, seconds in frames:
+        if max_fps is not None and seconds < next_due - 6e-4:  # stamps are rounded, in mkv to 1 ms
             continue
-        if rate is not None:
-            tick = (np.floor((now + 7e-4) * rate) + 1) / rate
+        if max_fps is not None:
+            next_due = (np.floor((seconds + 7e-4) * max_fps) + 1) / max_fps
         if realtime:
-            time.sleep(max(0.0, start + now - time.monotonic()))
+            time.sleep(max(0.0, start + seconds - time.monotonic()))
         image = decoded()
-        goal = goal or images.target((image.shape[0], image.shape[1]), size)
-        yield Frame(images.resize(image, goal), float(now))
+        target_size = target_size or images.target((image.shape[0], image.shape[1]), size)
+        yield Frame(images.resize(image, target_size), float(seconds))
 
 
 def _file(path: Path) -> Iterator[_Timed]:
@@ -187,8 +187,8 @@ def _pixels(frame: Any, upright: Orientation) -> NDArray[np.uint8]:
 
 def _iterated(source: Iterable[Any], step: float) -> Iterator[_Timed]:
     last, number = -np.inf, -1
-    for number, given in enumerate(source):
-        frame, now = given if isinstance(given, tuple) and len(given) == 2 else (given, number * step)
+    for number, element in enumerate(source):
+        frame, now = element if isinstance(element, tuple) and len(element) == 2 else (element, number * step)
         if not isinstance(now, (int, float, np.number)) or not last < now < np.inf:
             raise UserError(f"frame {number} has the timestamp {now!r}; seconds must increase (the last was {last:g})")
         last = float(now)
@@ -212,8 +212,8 @@ def _reconnecting(name: str, connect: Callable[[], Iterator[_Stamped]], tries: i
                 return
         except _Finished:
             return
-        except _Lost as e:
-            why = str(e)
+        except _Lost as loss:
+            why = str(loss)
         if clock.last is None:
             raise UserError(f"cannot open {name} ({why}); check the address, that it runs, and the password") from None
         if failed >= tries:
@@ -244,8 +244,8 @@ def _without_secrets(url: str) -> str:
     return f"{parts.scheme}://{host}{parts.path}"
 
 
-def _url(url: str, timeout: float, seen: dict[str, float]) -> Iterator[_Stamped]:
-    """One connection to `url`. `seen["until"]` carries the last media time over connections, for streams of known
+def _url(url: str, timeout: float, progress: dict[str, float]) -> Iterator[_Stamped]:
+    """One connection to `url`. `progress["until"]` carries the last media time over connections, for streams of known
     length: they begin anew, and what was given out already is passed over."""
     import av
 
@@ -253,7 +253,7 @@ def _url(url: str, timeout: float, seen: dict[str, float]) -> Iterator[_Stamped]
     options = {"protocol_whitelist": f"{scheme},{_SCHEMES[scheme]}", **LIMITS}
     if scheme.startswith("rtsp"):
         options["rtsp_transport"] = "tcp"  # UDP loses packets, and firewalls drop it
-    end: float | None = None  # media time, where the length is known
+    end_time: float | None = None  # media time, where the length is known
     begun = False
     try:
         with av.open(url, options=options, timeout=(timeout, timeout)) as container:
@@ -263,7 +263,7 @@ def _url(url: str, timeout: float, seen: dict[str, float]) -> Iterator[_Stamped]
             limit_decoder(stream, _without_secrets(url))
             stream.thread_type = "SLICE"  # frame threads would hold back one frame per thread
             if container.duration is not None:
-                end = ((container.start_time or 0) + container.duration) / 1e6
+                end_time = ((container.start_time or 0) + container.duration) / 1e6
             arrival = bool(_UNSTAMPED & set(container.format.name.split(",")))
             upright: Orientation | None = None
             for frame in _tolerant(container, stream):
@@ -271,10 +271,10 @@ def _url(url: str, timeout: float, seen: dict[str, float]) -> Iterator[_Stamped]
                 upright = frame_orientation(frame, stream, _without_secrets(url)) if upright is None else upright
                 stamp = None if frame.pts is None else float(frame.pts * stream.time_base)
                 stamp = time.monotonic() if arrival else stamp
-                if end is not None and stamp is not None:
-                    if stamp <= seen.get("until", -np.inf):
+                if end_time is not None and stamp is not None:
+                    if stamp <= progress.get("until", -np.inf):
                         continue
-                    seen["until"] = stamp
+                    progress["until"] = stamp
                 yield partial(_pixels, frame, upright), stamp
     except av.error.ExitError:  # what PyAV's timeout looks like
         raise _Lost(f"no answer for {timeout:g} s") from None
@@ -282,7 +282,7 @@ def _url(url: str, timeout: float, seen: dict[str, float]) -> Iterator[_Stamped]
         # Without a length in its header an HTTP stream's end looks like this to libav: no failure by itself.
         if not (begun and e.errno in (errno.EIO, errno.ECONNRESET, errno.EPIPE)):
             raise _Lost(reason(e)) from None
-    if end is not None and seen.get("until", -np.inf) >= end - 1.0:
+    if end_time is not None and progress.get("until", -np.inf) >= end_time - 1.0:
         raise _Finished
 
 
@@ -290,18 +290,18 @@ def _tolerant(container: Any, stream: Any) -> Iterator[Any]:
     """Decoded frames; a live stream may begin or break in the middle of a picture, so broken packets are skipped."""
     import av
 
-    broken = 0
+    num_broken = 0
     try:
         for packet in container.demux(stream):
             try:
                 frames = packet.decode()
             except av.error.InvalidDataError as e:
-                broken += 1
-                if broken > 250:  # ten seconds of nothing but noise
+                num_broken += 1
+                if num_broken > 250:  # ten seconds of nothing but noise
                     raise _Lost(reason(e)) from None
                 continue
             for frame in frames:
-                broken = 0
+                num_broken = 0
                 yield frame
     except av.error.FFmpegError:
         with suppress(av.error.FFmpegError):  # what arrived before the loss is still in the decoder
@@ -319,11 +319,11 @@ def _camera(number: int) -> Iterator[_Stamped]:
         if not capture.isOpened():
             raise _Lost("no such camera, or another program has it")
         while capture.grab():
-            driver = capture.get(cv2.CAP_PROP_POS_MSEC) / 1e3
-            ok, frame = capture.retrieve()
-            if not ok:
+            driver_time = capture.get(cv2.CAP_PROP_POS_MSEC) / 1e3
+            delivered, frame = capture.retrieve()
+            if not delivered:
                 break
-            yield partial(np.ascontiguousarray, frame[..., ::-1]), driver if driver > 0 else time.monotonic()
+            yield partial(np.ascontiguousarray, frame[..., ::-1]), driver_time if driver_time > 0 else time.monotonic()
         raise _Lost("it gave no more frames")
     finally:
         capture.release()

@@ -110,16 +110,16 @@ class SceneChange(Method):
             raise UserError(f"max_gap={self.max_gap} in scene must be longer than min_gap={self.min_gap}")
 
     def pick(self, times: NDArray[np.float64], thumbs: Iterator[NDArray[np.uint8]]) -> NDArray[np.int64]:
-        kept, last = [0], next(thumbs).astype(np.int16)
+        kept, last_kept = [0], next(thumbs).astype(np.int16)
         longest = math.inf if self.max_gap is None else self.max_gap
         for number, thumb in enumerate(thumbs, start=1):
-            gap = times[number] - times[kept[-1]]
-            if gap < self.min_gap - 1e-6:
+            interval = times[number] - times[kept[-1]]
+            if interval < self.min_gap - 1e-6:
                 continue
-            now = thumb.astype(np.int16)
-            if gap >= longest or np.abs(now - last).mean() / 255 > self.threshold:
+            thumbnail = thumb.astype(np.int16)
+            if interval >= longest or np.abs(thumbnail - last_kept).mean() / 255 > self.threshold:
                 kept.append(number)
-                last = now
+                last_kept = thumbnail
         return np.asarray(kept, np.int64)
 
 
@@ -206,20 +206,20 @@ def read_video(
     return Video(frames, index.timestamps[indices], indices, index.fps, index.duration, len(index), index.upright_size)
 
 
-def _read_folder(path: Path, select: Select, most: int | None, size: Size, fps: float) -> Video:
+def _read_folder(path: Path, select: Select, max_frames: int | None, size: Size, fps: float) -> Video:
     files = folder_images(path, size)
     times = np.arange(len(files)) / fps
-    thumbnails = (resize(read_image(f), (_THUMBNAIL_SIDE, _THUMBNAIL_SIDE)) for f in files)
-    indices = _thin(select.pick(times, thumbnails), most)
+    thumbnails = (resize(read_image(file), (_THUMBNAIL_SIDE, _THUMBNAIL_SIDE)) for file in files)
+    indices = _thin(select.pick(times, thumbnails), max_frames)
     upright = image_size(files[0])
-    frames = _collect(path, (read_image(files[k]) for k in indices), len(indices), upright, size)
+    frames = _collect(path, (read_image(files[number]) for number in indices), len(indices), upright, size)
     return Video(frames, times[indices], indices, fps, len(files) / fps, len(files), upright)
 
 
-def _thin(indices: NDArray[np.int64], most: int | None) -> NDArray[np.int64]:
-    if most is None or len(indices) <= most:
+def _thin(indices: NDArray[np.int64], max_frames: int | None) -> NDArray[np.int64]:
+    if max_frames is None or len(indices) <= max_frames:
         return indices
-    return indices[Uniform(most).pick(np.arange(len(indices), dtype=np.float64), iter(()))]
+    return indices[Uniform(max_frames).pick(np.arange(len(indices), dtype=np.float64), iter(()))]
 
 
 def _collect(
@@ -231,15 +231,15 @@ def _collect(
             f"{count} frames of {height}x{width} from {path} would take {count * height * width * 3 / 2**30:.0f} GiB "
             "of memory; select fewer, or pass max_frames= or a smaller size="
         )
-    out = np.empty((count, height, width, 3), np.uint8)
-    for i, frame in enumerate(frames):
+    collected = np.empty((count, height, width, 3), np.uint8)
+    for position, frame in enumerate(frames):
         if frame.shape != (*upright, 3) and not isinstance(size, tuple):
             raise UserError(
                 f"frames of {path} change size from {upright[0]}x{upright[1]} to {frame.shape[0]}x{frame.shape[1]}; "
                 "pass size=(height, width)"
             )
-        out[i] = resize(frame, (height, width))
-    return out
+        collected[position] = resize(frame, (height, width))
+    return collected
 
 
 def write_video(path: str | os.PathLike[str], frames: Any, fps: float, crf: int = 12) -> Path:
@@ -256,9 +256,9 @@ def write_video(path: str | os.PathLike[str], frames: Any, fps: float, crf: int 
         raise UserError(f"no such folder: {path.parent}; create it first")
     if os.path.isdir(path):
         raise UserError(f"{path} is a folder; give the name of a file, such as {path / 'clip.mp4'}")
-    part = path.with_name(f".{uuid.uuid4().hex}.part.mp4")
+    unfinished = path.with_name(f".{uuid.uuid4().hex}.part.mp4")
     try:
-        with av.open(part, "w", format="mp4") as container:
+        with av.open(unfinished, "w", format="mp4") as container:
             stream: Any = None
             for frame in frames:
                 picture = as_frame(frame)
@@ -272,14 +272,14 @@ def write_video(path: str | os.PathLike[str], frames: Any, fps: float, crf: int 
                     stream.options = {"crf": str(crf), "x264-params": "mbtree=0"}
                 if picture.shape[:2] != (h, w):
                     raise UserError(f"frames change size from {h}x{w} to {picture.shape[0]}x{picture.shape[1]}")
-                yuv = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p")
-                container.mux(stream.encode(yuv))
+                converted = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p")
+                container.mux(stream.encode(converted))
             if stream is None:
                 raise UserError(f"no frames to write to {path}")
             container.mux(stream.encode(None))
-        os.replace(part, path)
+        os.replace(unfinished, path)
     except (av.error.FFmpegError, OSError) as e:
         raise UserError(f"cannot write {path} ({reason(e)})") from None
     finally:
-        part.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
     return path
