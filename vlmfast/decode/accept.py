@@ -196,7 +196,7 @@ class Loose(Rule):
     Relevance of a position = mean of the highest cosines between its hidden state in the target and the prompt's visual
     hidden states. The `relax` share of positions with the lowest relevance passes whatever the draft says.
     Guards beyond the paper: ratio (the drafted token's probability is at least this share of the best one's; 0 = off;
-    the guard that keeps most facts on pocket captions, see `docs/benchmarks.md`), eos, digits, negation, comparison (words
+    it keeps most facts, see `docs/benchmarks.md`), eos, digits, negation, comparison (words
     never loosened, found through the tokenizer). advanced: everything else, see `LooseAdvanced`; relax=0 and there
     shift=0 is `Exact`. A prompt without visual tokens is verified strictly, and the report says so.
     """
