@@ -48,6 +48,11 @@ def test_wrong_media_are_of_another_question_of_the_kind(kinds: tuple[str, ...])
         assert found // 2 != number // 2 and kinds[found % len(kinds)] == asked.kind
 
 
+def test_a_question_without_other_media_is_an_error_and_not_grey() -> None:
+    alone = tasks.Task("one", ["colour/0"], lambda i: sample(0), 4, "accuracy")
+    assert "no other question of kind 'colour'" in str(floors.blinded(alone.sample(0), "wrong-media", alone, 0).error)
+
+
 def test_the_majority_does_not_see_its_own_clip() -> None:
     def record(number: int, words: str, expected: str, cluster: str) -> dict[str, Any]:
         return {"id": str(number), "kind": "k", "cluster": cluster, "question": words, "expected": expected}

@@ -15,6 +15,7 @@ import tiny
 from vlmfast import loading
 from vlmfast.core import UserError
 from vlmfast.stream import StreamSession, Uniform, open_source, read_image, read_video
+from vlmfast.stream.archive.segments import MOST_OPEN
 
 
 def held() -> tuple[float, int]:
@@ -85,7 +86,7 @@ def test_hours_of_video(loaded: Any, tmp_path: Path, disk: bool) -> None:
 
     options = {"disk": tmp_path / "archive", "disk_limit": "8MiB"} if disk else {}
     with StreamSession(loaded.model, loaded.processor, window=64, ram="4MiB", redundancy=0.05, **options) as session:
-        marks = []
+        before, marks = held(), []
         for hour in range(3):
             session.watch(open_source(frames(hour * 3600, 3600)))
             session.ask("what is it ?", max_new_tokens=2)
@@ -93,4 +94,5 @@ def test_hours_of_video(loaded: Any, tmp_path: Path, disk: bool) -> None:
             marks.append(held())
         stats = session.stats()
     assert stats["frames"] == 3 * 3600 and stats["evicted"] > 0 and stats["kv_host_bytes"] <= 4 << 20
-    assert marks[2][0] < marks[0][0] + 20 and marks[2][1] <= marks[0][1] + 2, marks
+    assert marks[2][0] < marks[0][0] + 20, marks
+    assert marks[2][1] <= before[1] + 2 + (MOST_OPEN if disk else 0), (before, marks)  # segments stay open, so many

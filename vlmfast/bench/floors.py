@@ -21,7 +21,10 @@ MAJORITY = "majority"
 
 
 def blinded(sample: Sample, floor: str, task: Task, number: int) -> Sample:
-    """The sample as a floor asks it. number: the question's, in its task; the other one is half the task away."""
+    """The sample as a floor asks it. number: the question's, in its task; the other one is half the task away.
+
+    Where `wrong-media` finds no other media, the sample says so in `error`, and counts as failed.
+    """
     if sample.error:
         return sample
     if floor == "text-only":
@@ -29,7 +32,10 @@ def blinded(sample: Sample, floor: str, task: Task, number: int) -> Sample:
     elif floor == "grey":
         media = [_grey(item) for item in sample.media]
     else:
-        media = _of_another(sample, task, number)
+        other = _another(sample, task, number)
+        if other is None:
+            return replace(sample, error=f"no other question of kind {sample.kind!r} has media of its own")
+        media = other.media
     return replace(sample, media=media, opening=None, before=[])
 
 
@@ -39,15 +45,15 @@ def _grey(item: Any) -> Any:
     return np.full_like(np.asarray(item), 128)
 
 
-def _of_another(sample: Sample, task: Task, number: int) -> list[Any]:
-    """Media of the first question from half the task away on that asks the same kind about something else."""
+def _another(sample: Sample, task: Task, number: int) -> Sample | None:
+    """The first question from half the task away on that asks the same kind about something else; None in 64 tries."""
     num_questions = len(task.ids)
     for distance in range(min(num_questions, 64)):
         candidate_number = (number + num_questions // 2 + distance) % num_questions
         candidate = task.sample(candidate_number)
         if not candidate.error and candidate.cluster != sample.cluster and candidate.kind == sample.kind:
-            return candidate.media
-    return [_grey(item) for item in sample.media]
+            return candidate
+    return None
 
 
 def majority(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
