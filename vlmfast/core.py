@@ -185,6 +185,7 @@ class CompressedLayer:
     low: list[Tensor] | None = None
     # per row, dynamic heads only: factors of the keys, kept in fast memory in place of the keys in host memory
     low_rank: list[LowRank | None] | None = None
+    columns: list[int] | None = None  # per batch row, how many there were; None = to be read from the positions
 
 
 @runtime_checkable

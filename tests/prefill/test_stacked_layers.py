@@ -11,7 +11,7 @@ import torch
 
 import vlmfast
 from vlmfast.core import CompressedLayer, Kind, LayerView
-from vlmfast.prefill import AdaKV, HybridKV, MixKV, PyramidKV, Quantised, SnapKV
+from vlmfast.prefill import CAKE, AdaKV, HybridKV, MixKV, PrefixKV, PyramidKV, Quantised, SnapKV
 from vlmfast.runtime import stacked_layers
 
 LAYERS, HEADS, COLUMNS = 3, 2, 40
@@ -65,6 +65,13 @@ def test_many_policies_stack() -> None:
 @pytest.mark.parametrize("policy", STACKED, ids=repr)
 def test_side_by_side_equals_one_by_one(policy: Any, batch: int) -> None:
     each = views(policy, batch)
+    if policy.spans:
+        want = policy.compress_all(each, [policy.rate(view) for view in each])
+        pair = [stack(each[:2]), each[2]]
+        first, last = policy.compress_all(pair, [policy.rate(view) for view in pair])
+        got = [*stacked_layers.by_layer(first, 2, batch), last]
+        assert [plain(kept) for kept in got] == [plain(kept) for kept in want]
+        return
     want = [policy.compress(view) for view in each]
     together = policy.compress(stack(each))
     assert together is not None and all(want)
@@ -85,7 +92,8 @@ def test_side_by_side_equals_one_by_one(policy: Any, batch: int) -> None:
     [
         SnapKV(keep=0.3, **SMALL), SnapKV(keep=0.3, int8=True, **SMALL), AdaKV(keep=0.3, **SMALL),
         PyramidKV(keep=0.5, beta=2, **SMALL), MixKV(keep=0.3, **SMALL), Quantised(keep=0.3, **SMALL),
-        HybridKV(keep=0.3, **SMALL), HybridKV(keep=0.3, split=0.5, **SMALL),
+        HybridKV(keep=0.3, **SMALL), HybridKV(keep=0.3, split=0.5, **SMALL), CAKE(keep=0.3, **SMALL),
+        PrefixKV(keep=0.3, **SMALL),
     ],
     ids=repr,
 )  # fmt: skip

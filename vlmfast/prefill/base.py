@@ -168,7 +168,7 @@ class KVPolicy(Method):
         return CompressedLayer(
             kept_columns, dynamic_heads, head_budgets, stored_as_int8, self.retrieval(), statistics,
             _given(merged_vectors), _given(column_masses), low_columns if any(map(len, low_columns)) else None,
-            _given(key_factors),
+            _given(key_factors), [len(columns) for columns in real_columns(view)],
         )  # fmt: skip
 
     def _too_small(self, budget: int) -> str:

@@ -45,7 +45,11 @@ class EvictingLayer(KVLayer):
     ) -> None:
         assert self.keys is not None
         batch_size, num_heads, num_columns, _ = self.keys.shape
-        real_lengths = [num_columns] * batch_size if positions is None else (positions >= 0).sum(1).tolist()
+        real_lengths = [num_columns] * batch_size
+        if kept is not None and kept.columns is not None:
+            real_lengths = kept.columns
+        elif positions is not None:
+            real_lengths = (positions >= 0).sum(1).tolist()
         self.cut = [
             kept is not None and len(kept.keep[row_index]) < real_lengths[row_index // num_heads]
             for row_index in range(batch_size * num_heads)

@@ -66,7 +66,7 @@ def merge_runs(keys: Tensor, values: Tensor, score: Tensor, runs: int) -> tuple[
     float_keys = keys.float()
     similarity = cosine_similarity(float_keys[1:], float_keys[:-1], dim=-1)
     run_index = torch.zeros(num_columns, dtype=torch.int64, device=keys.device)
-    run_index[highest(-similarity, runs - 1) + 1] = 1
+    run_index.index_fill_(0, highest(-similarity, runs - 1) + 1, 1)
     run_index = run_index.cumsum(0)
     score_rank = ranking(score).argsort()
     best_rank = score_rank.new_full((runs,), num_columns).scatter_reduce(0, run_index, score_rank, "amin")

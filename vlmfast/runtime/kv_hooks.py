@@ -61,7 +61,7 @@ class KVHooks:
         self.notes: list[str] = []
         self.stats: list[dict[str, Any]] = []
         self.rotation: Rotation | None = None
-        self.rated: list[tuple[LayerView, Any]] = []  # layers that wait for the last one
+        self.rated: list[tuple[list[LayerView], Any]] = []  # layers that wait for the last one
         self.waiting: list[tuple[LayerView, Tensor | None]] = []  # with their window's queries, before the rotation
         self.position_embeddings: tuple[Tensor, Tensor] | None = None
         self.facts: PromptFacts | None = None
@@ -234,17 +234,20 @@ class KVHooks:
         view = stacked_layers.side_by_side(views)
         self._look(module, view, layer_queries)
         if self.policy.spans:
-            self.rated.append((view, self.policy.rate(view)))
-            view.window = None
+            self.rated.append((views, self.policy.rate(view)))
+            for layer_view in (view, *views):
+                layer_view.window = None
             if is_last:
-                views, ratings = [list(column) for column in zip(*self.rated, strict=True)]
-                for rated_view, compressed in zip(views, self.policy.compress_all(views, ratings), strict=True):
-                    self._store([rated_view], rated_view, compressed)
+                groups, ratings = [list(column) for column in zip(*self.rated, strict=True)]
+                rated_views = [stacked_layers.side_by_side(group) for group in groups]
+                compressed = self.policy.compress_all(rated_views, ratings)
+                for group, rated_view, kept_columns in zip(groups, rated_views, compressed, strict=True):
+                    self._store(group, rated_view, kept_columns)
                 self.rated = []
             return
-        kept_columns = self.policy.compress(view)
-        if kept_columns is not None:
-            self._store(views, view, kept_columns)
+        found = self.policy.compress(view)
+        if found is not None:
+            self._store(views, view, found)
 
     def _rotation(self, kwargs: dict, num_held: int) -> Rotation | None:
         """The rotation this layer's attention was given, where it covers all columns."""
