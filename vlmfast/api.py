@@ -96,6 +96,7 @@ class Accelerated:
         self._reuse = MediaCache(self.model, self.family, limit) if limit is not None else None
         self._patch = Patch()
         self.kv: Any = None
+        self.prefills: engine.PrefillGraphs | None = None
         try:
             self._install()
         except BaseException:
@@ -162,6 +163,10 @@ class Accelerated:
             refuse_compiled(model)
             patch.call(functools.partial(engine.release, model))
             engine.prepare(model)
+            text, head = engine.decoder(model)
+            if plan.fast_tower and text is not None:
+                self.prefills = engine.PrefillGraphs(text, head, self.family.rope_axes)
+                self.prefills.install(patch)
         self.draft = self._accelerate_draft(draft)
         inner: Any = model.generate
         inner = checked(model, inner) if self.hooked else observed(model, inner, self._observe, self._bare)
@@ -271,6 +276,9 @@ class Accelerated:
             notes.append("use_cache=False: every step is a prefill; times are of the first")
         if self.plan.fast_tower and next(self.model.parameters()).is_cuda:
             prefill["attention"] = "without cuDNN, which plans every new length"
+        if self.prefills is not None:
+            prefill |= self.prefills.report()
+            notes += self.prefills.notes()
         if self.tower is not None and encode["encode_ms"]:
             encode |= self.tower.report()
             notes += self.tower.notes()
