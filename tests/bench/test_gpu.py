@@ -226,6 +226,16 @@ def test_a_ratio_is_of_a_time_that_can_be() -> None:
     assert cells["ours"]["ms a token"] == "3.8 [0.1, 9.5]" and cells["earlier"]["ms a token"] == "3.5"
 
 
+def test_the_summary_names_stock_without_cudnn_where_it_was_timed() -> None:
+    where = {"part": "decode", "visual_tokens": 8192, "batch": 1}
+    rows = [records.row("plain", params=where, metrics={"decode_ms_per_token": 80.0})]
+    rows.append(records.row("ours", params=where, metrics={"decode_ms_per_token": 4.0},
+                            vs={"plain": {"decode_ms_per_token": [20.0, 19.0, 21.0]}}))  # fmt: skip
+    assert gpu_tables.summary(rows).endswith("| 80 | 4 | 20.0x | - |")
+    rows.append(records.row(WITHOUT_CUDNN, params=where, metrics={"decode_ms_per_token": 25.0}))
+    assert gpu_tables.summary(rows).endswith("| 80 | 25 | 4 | 20.0x | - |")
+
+
 def test_the_7b_shape_is_the_one_of_the_roofline() -> None:
     named = roofline.SHAPES["qwen2.5-vl-7b"]
     fields = {"layers", "hidden", "heads", "kv_heads", "vocab", "depth"}
