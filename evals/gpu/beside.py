@@ -23,6 +23,7 @@ PLAIN = "plain"
 WITHOUT_CUDNN = "plain without cuDNN"
 REPEATED = "plain at repeated lengths"
 STOCK = (PLAIN, AGAIN, WITHOUT_CUDNN, REPEATED)
+NULL = 6  # samples from which on the interval of a ratio is one of 95 %
 Place = tuple[int, int]  # visual tokens of a row, rows
 
 
@@ -168,4 +169,8 @@ class PairedRows:
         metrics |= self.more(place, metrics) | words.pop("metrics", {})
         vs = {b: timing.ratios(*both, [self.metric]) for b, both in self.pairs.get(key, {}).items()}
         vs = {baseline: ratios for baseline, ratios in vs.items() if ratios}
+        if name == AGAIN and len(samples) >= NULL and vs and not (null := vs[PLAIN][self.metric])[1] <= 1 <= null[2]:
+            words["wrong"] = [
+                f"plain against itself is {null}, which must contain 1: trust no small ratio of this part"
+            ]
         self.run.add(name, params={"visual_tokens": place[0], "batch": place[1]}, metrics=metrics, vs=vs, **words)

@@ -62,9 +62,9 @@ def order(dry: bool, long: bool) -> list[Group]:
     remedies = (PLAIN, WITHOUT_CUDNN, REPEATED)
     groups = [Group(2048, 1, "ours", 6, STOCK), Group(8192, 1, "ours", 3, remedies)]
     groups += [Group(2048, 8, "ours", 3, remedies[:2])] + [Group(2048, 1, n, 3) for n in usual[1:]]
-    groups += [Group(8192, 1, n, 3) for n in usual[1:4]] + [Group(2048, 8, "vidcom2-25", 3)]
+    groups += [Group(8192, 1, n, 3) for n in usual[1:4]]
     if long:
-        groups += [Group(32768, 1, n, 1) for n in ("ours", "hybridkv-10")]
+        groups += [Group(2048, 8, "vidcom2-25", 3), *(Group(32768, 1, n, 1) for n in ("ours", "hybridkv-10"))]
     return groups + [Group(2048, 1, n, 3, (REPEATING,)) for n in repeating]
 
 

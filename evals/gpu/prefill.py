@@ -44,7 +44,7 @@ def order(dry: bool) -> list[Group]:
     groups += [Group(2048, 1, "tower", 6, STOCK), *(Group(2048, 1, name, 6) for name in few)]
     groups += [Group(2048, 1, name, 3) for name in policies] + [Group(256, 1, name, 6) for name in names[:2]]
     groups += [Group(8192, 1, name, 3) for name in policies]
-    return groups + [Group(32768, 1, name, 1) for name in (*names[:2], "vidcom2-25")]
+    return groups + [Group(32768, 1, name, 1) for name in names[:2]]
 
 
 def first_token(run: Run) -> None:

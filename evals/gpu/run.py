@@ -150,7 +150,8 @@ def model_of(run: Run) -> Any:
     inputs = Prompts(run).next(_small(run.shape))
     features = tower(model)(inputs["pixel_values_videos"], inputs["video_grid_thw"]).pooler_output
     zeros = float((features == 0).float().mean())
-    run.add("build", metrics={"seconds": seconds, "zero_features": zeros, "finite": bool(features.isfinite().all())})
+    metrics = {"seconds": seconds, "zero_features": zeros, "finite": bool(features.isfinite().all())}
+    run.add("build", metrics=metrics, shape=run.shape.json())
     if zeros > 0.01:
         raise UserError(f"{zeros:.0%} of the random model's visual features are zero: nothing measured would count")
     return model

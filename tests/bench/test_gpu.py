@@ -20,7 +20,7 @@ from evals.gpu import prefill as gpu_prefill
 from evals.gpu import processes
 from evals.gpu import run as gpu_run
 from evals.gpu import suite as gpu
-from evals.gpu.beside import PLAIN, REPEATED, STOCK, WITHOUT_CUDNN, Group, Pair, PairedRows
+from evals.gpu.beside import NULL, PLAIN, REPEATED, STOCK, WITHOUT_CUDNN, Group, Pair, PairedRows
 from evals.gpu.run import Prompts, Run, finite, takes_tower
 from evals.report import documents as readme
 from evals.report import gpu_tables
@@ -66,6 +66,7 @@ def test_the_whole_suite_runs_dry(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "pocket, float32" in rows["stream"] and all("decode_ms_per_token" in m for m in rows["stream"].values())
     assert all(r["kernels"] for r in record["rows"] if r["params"]["part"] == "profile" and r["name"] != "build")
     built = [r["metrics"] for r in record["rows"] if r["name"] == "build"]
+    assert all(r["shape"]["name"] == "toy" for r in record["rows"] if r["name"] == "build")
     assert len(built) == 6 and all(m["finite"] and m["zero_features"] < 0.01 for m in built)
     said = capsys.readouterr().out
     assert all(f"\n{part}: " in said for part in gpu.PARTS) and len(said) < 8000
@@ -198,6 +199,28 @@ def test_ratios_are_of_what_ran_in_the_same_round(tmp_path: Path) -> None:
     assert a["vs"]["plain again"] == {"ttft_ms": [2.25, 1.8, 2.25]}
     assert b["metrics"]["warm_ms"] == 3 and b["metrics"]["floor_ms"] == 128 and b["metrics"]["peak_bytes"] == 10
     assert found["b", 2]["vs"]["plain"]["ttft_ms"] == [10, 10, 10]
+    assert not found["plain again", 1].get("wrong"), "three rounds prove nothing"
+
+
+def test_every_row_has_its_baseline_beside_it() -> None:
+    for groups, main in ((gpu_prefill.order(False), "tower"), (gpu_decode.order(False, True), "ours")):
+        assert len({(g.name, g.place) for g in groups}) == len(groups)
+        assert all(g.beside in ((PLAIN,), (gpu_decode.REPEATING,)) for g in groups if g.name != main)
+        first = {g.visual: g for g in reversed(groups) if g.name == main}
+        assert set(first[2048].beside) == set(STOCK) and first[2048].rounds >= NULL
+        assert {WITHOUT_CUDNN, REPEATED} < set(first[8192].beside)
+        assert all(g.rounds >= NULL for g in groups if STOCK[1] in g.beside), "a null of few rounds proves nothing"
+        assert "full" in [g.name for g in groups if g.visual == 2048]
+
+
+def test_a_null_that_does_not_contain_one_is_said(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    for again, wrong in ((11.0, True), (10.0, False)):
+        rows = PairedRows(run, "ttft_ms", lambda place, metrics: {})
+        plain = [{"ttft_ms": 10.0 + i % 2} for i in range(6)]
+        rows.add((128, 1), {PLAIN: plain, STOCK[1]: [{"ttft_ms": again + i % 2} for i in range(6)]}, {})
+        line = json.loads(run.lines.read_text().splitlines()[-1])["row"]
+        assert bool(line.get("wrong")) == wrong == bool(gpu.wrong({"rows": [line], "parts": []}))
 
 
 def test_a_ratio_is_of_a_time_that_can_be() -> None:
