@@ -43,8 +43,8 @@ def arms() -> dict[str, dict[str, Any]]:
         "vidcom2-25": {"prune": VidCom2(keep=0.25)},
         "snapkv-10": {"kv": SnapKV(keep=0.1)},
         "hybridkv-10 split": {"kv": HybridKV(keep=0.1, split=0.5)},
-        "loop": {"speculate": Speculate(otherwise="plain")},
         "lookup": {"speculate": lookup},
+        "loop": {"speculate": Speculate(otherwise="plain")},
         REPEATING: ours,
         "lookup, repeating": {"speculate": lookup},
         "lookup 5, repeating": {"speculate": Speculate(PromptLookup(), length=5)},
@@ -61,10 +61,14 @@ def order(dry: bool, long: bool) -> list[Group]:
         return [*groups, Group(128, 1, "lookup 5, repeating", 1, (REPEATING,))]
     remedies = (PLAIN, WITHOUT_CUDNN, REPEATED)
     groups = [Group(2048, 1, "ours", 6, STOCK), Group(8192, 1, "ours", 3, remedies)]
-    groups += [Group(2048, 8, "ours", 3, remedies[:2])] + [Group(2048, 1, n, 3) for n in usual[1:]]
+    groups += [Group(2048, 8, "ours", 3, remedies[:2])] + [Group(2048, 1, n, 3) for n in usual[1:-1]]
     groups += [Group(8192, 1, n, 3) for n in usual[1:4]]
     if long:
-        groups += [Group(2048, 8, "vidcom2-25", 3), *(Group(32768, 1, n, 1) for n in ("ours", "hybridkv-10"))]
+        groups += [
+            Group(2048, 1, usual[-1], 3),
+            Group(2048, 8, "vidcom2-25", 3),
+            *(Group(32768, 1, n, 1) for n in ("ours", "hybridkv-10")),
+        ]
     return groups + [Group(2048, 1, n, 3, (REPEATING,)) for n in repeating]
 
 
@@ -157,12 +161,12 @@ class Caller:
         self.tokens = DRY if pair.run.dry else FAST
 
     def warm(self) -> float:
-        """Milliseconds of a first call, which may compile and capture; then how long samples must be is decided."""
+        """Milliseconds of a first call, which may compile and capture; decides how long samples are."""
         first, _ = self.call(self.tokens[0])
         own = reported(self.handle, ("decode_ms_per_token",))
         if not self.pair.run.dry and own.get("decode_ms_per_token", 0) > 10:
             self.tokens = SLOW
-        self.call(2)
+        self.call(self.tokens[1])
         return first
 
     def call(self, new: int) -> tuple[float, int]:

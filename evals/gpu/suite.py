@@ -128,7 +128,7 @@ def main(
     minutes: Annotated[float, typer.Option(help="time for the whole suite", min=0)] = 9.0,
     dry: Annotated[bool, typer.Option("--dry", help="toy shapes on the CPU: does everything run?")] = False,
     parts: Annotated[str, typer.Option(help="which, joined by commas")] = ",".join(PARTS),
-    long: Annotated[bool, typer.Option("--long", help="a token after 32k tokens, eight pruned rows too")] = False,
+    long: Annotated[bool, typer.Option("--long", help="more rows of decode: 32k tokens, eight pruned rows")] = False,
     commit: Annotated[str | None, typer.Option(help="the commit, where the folder has no git")] = None,
     force: Annotated[bool, typer.Option("--force", help="replace an existing record")] = False,
 ) -> None:
