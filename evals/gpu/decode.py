@@ -64,11 +64,8 @@ def order(dry: bool, long: bool) -> list[Group]:
     groups += [Group(2048, 8, "ours", 3, remedies[:2])] + [Group(2048, 1, n, 3) for n in usual[1:-1]]
     groups += [Group(8192, 1, n, 3) for n in usual[1:4]]
     if long:
-        groups += [
-            Group(2048, 1, usual[-1], 3),
-            Group(2048, 8, "vidcom2-25", 3),
-            *(Group(32768, 1, n, 1) for n in ("ours", "hybridkv-10")),
-        ]
+        groups += [Group(2048, 1, usual[-1], 3), Group(2048, 8, "vidcom2-25", 3)]
+        groups += [Group(32768, 1, n, 1) for n in ("ours", "hybridkv-10")]
     return groups + [Group(2048, 1, n, 3, (REPEATING,)) for n in repeating]
 
 
