@@ -167,7 +167,9 @@ class PairedRows:
         if peaks := [sample["peak_bytes"] for sample in samples if "peak_bytes" in sample]:
             metrics["peak_bytes"] = max(peaks)
         metrics |= self.more(place, metrics) | words.pop("metrics", {})
-        vs = {b: timing.ratios(*both, [self.metric]) for b, both in self.pairs.get(key, {}).items()}
+        pairs = self.pairs.get(key, {})
+        vs = {b: timing.ratios(*both, [self.metric]) for b, both in pairs.items()}
+        words["beside"] = list(pairs)  # also those to which a time below 0 has no ratio
         vs = {baseline: ratios for baseline, ratios in vs.items() if ratios}
         if name == AGAIN and len(samples) >= NULL and vs and not (null := vs[PLAIN][self.metric])[1] <= 1 <= null[2]:
             words["wrong"] = [
