@@ -42,8 +42,8 @@ NO_WEIGHTS = (
 class KVHooks:
     """Installs a policy on one text model.
 
-    report_sink receives, once per prefill, a dict with `compress_ms`, `window_ms` (of it, recomputed attention),
-    `kv_layers` (what the policy says of each layer) and `notes`.
+    report_sink receives, once per prefill, a dict with the stopwatches `compress_ms` and `window_ms` (of it, recomputed
+    attention), `kv_layers` (what the policy says of each layer) and `notes`.
     """
 
     def __init__(
@@ -115,8 +115,7 @@ class KVHooks:
 
     def _report(self) -> None:
         self.sink({
-            "compress_ms": self.choosing.seconds() * 1e3, "window_ms": self.window.seconds() * 1e3,
-            "kv_layers": self.stats, "notes": self.notes,
+            "compress_ms": self.choosing, "window_ms": self.window, "kv_layers": self.stats, "notes": self.notes,
         })  # fmt: skip
 
     def _layers(self, cache: Any) -> list[Any]:
@@ -210,7 +209,7 @@ class KVHooks:
             )
         start_mark = self.choosing.now()
         if self.facts is None:
-            self.facts = PromptFacts(columns.kinds)
+            self.facts = PromptFacts(columns.kinds, columns.host)
             if self.facts.right_padded:
                 raise Unsupported("padding on the right of a prompt: pad on the left (padding_side='left') to generate")
             self.fits = self.policy.fits(self.facts.longest)
