@@ -13,7 +13,7 @@ from vlmfast.core import Unsupported
 from vlmfast.engine.graphs import Graphs, Memory
 from vlmfast.engine.slots import Slots, bucket
 from vlmfast.engine.weights import Weights
-from vlmfast.kernels import step_reference
+from vlmfast.kernels import chunks, step_reference
 
 HALF = (torch.float16, torch.bfloat16)
 _POOLS: weakref.WeakKeyDictionary[nn.Module, Pool] = weakref.WeakKeyDictionary()
@@ -27,11 +27,12 @@ class Pool:
         self.device = self.weights.embed.device
         on_cuda = self.device.type == "cuda"
         self.ops: ModuleType = step_reference
+        self.chunk_ops: ModuleType = chunks
         self.processors = 1
         if on_cuda and self.weights.embed.dtype in HALF:
-            from vlmfast.kernels import triton_step
+            from vlmfast.kernels import triton_chunks, triton_step
 
-            self.ops = triton_step
+            self.ops, self.chunk_ops = triton_step, triton_chunks
             self.processors = torch.cuda.get_device_properties(self.device).multi_processor_count
         if on_cuda:
             torch.cuda.empty_cache()  # the parameters' own storages, before anything else grows

@@ -53,6 +53,7 @@ class Slots:
             # ids that end an answer, then the id that pads it
             self.stop = torch.full((1, STOPS + 1), -1, dtype=torch.long, device=device)
         self.inputs: dict[int, Tensor] = {}
+        self.tables: dict[Any, Any] = {}  # of heads that read host memory: `choices.Tables` by their key
         self.fed: int | None = None
         self.owner: weakref.ref[Any] | None = None
 

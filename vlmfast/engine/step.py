@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -17,25 +17,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmfast.core import PlainRows, Unsupported
+from vlmfast.core import Unsupported
+from vlmfast.engine.choices import Choices
 from vlmfast.engine.graphs import Readback
 from vlmfast.engine.pool import Pool
 from vlmfast.engine.slots import BEFORE, TABLE, Slots
 from vlmfast.engine.weights import Weights
 from vlmfast.runtime.fast_decoder import SteppingDecoder, append
+from vlmfast.runtime.stepped_layer import PlainRows
 
+Read = Callable[[int, Tensor, int], None]
 SIZES = (1, 2, 4, 6, 8, 12, 17)  # tokens of a step that graphs are captured for; other numbers are rounded up
 
 
-def forward(weights: Weights, slots: Slots, ops: ModuleType, tokens: Tensor) -> Tensor:
-    """tokens (B, n) int64 -> logits (B * n, V) in the model's dtype; n columns more in every row. Nothing is read."""
+def forward(weights: Weights, slots: Slots, ops: ModuleType, tokens: Tensor, read: Read | None = None) -> Tensor:
+    """tokens (B, n) int64 -> logits (B * n, V) in the model's dtype; n columns more in every row, nothing is read.
+
+    read: what brings columns from host memory for the queries of a layer, see `choices.Tables.read`.
+    """
     num_tokens, eps = tokens.shape[1], weights.eps
     residual, mlp_output = F.embedding(tokens.reshape(-1), weights.embed), None
-    for layer, keys, values, length in zip(weights.layers, slots.keys, slots.values, slots.lengths, strict=True):
+    buffers = zip(weights.layers, slots.keys, slots.values, slots.lengths, strict=True)
+    for index, (layer, keys, values, length) in enumerate(buffers):
         residual, normed = ops.add_norm(residual, mlp_output, layer.norm, eps)
         qkv = F.linear(normed, layer.qkv, layer.qkv_bias)
         tables, norms = (slots.at, slots.cos, slots.sin), (layer.q_norm, layer.k_norm)
         queries = ops.rope(qkv, keys, values, length, *tables, num_tokens, *norms, eps)
+        if read is not None:
+            read(index, queries, num_tokens)
         attended = ops.attend(queries, keys, values, length, num_tokens, layer.scale, slots.splits)
         residual, normed = ops.add_norm(residual, F.linear(attended, layer.out, layer.out_bias), layer.second_norm, eps)
         mlp_output = F.linear(ops.gate(F.linear(normed, layer.gate_up)), layer.down)
@@ -107,6 +116,7 @@ class Static(SteppingDecoder):
                 columns = valid_first[:, :, : self.longest].expand(-1, keys.shape[1], -1, keys.shape[3])
                 keys[:, :, : self.longest] = layer.keys.gather(2, columns)
                 values[:, :, : self.longest] = layer.values.gather(2, columns)
+        self.choices = Choices.of(layers, self.slots, self.pool.chunk_ops) if ragged else None
         self._turn(0)
 
     def _take(self, columns: int) -> Slots:
@@ -133,6 +143,8 @@ class Static(SteppingDecoder):
                 self.slots.tokens(step_size).copy_(tokens)
             self.slots.done.copy_(old_slots.done)
             self.slots.stop.copy_(old_slots.stop)
+            if self.choices is not None:
+                self.choices.move(self.slots)
             self.pool.drop([old_slots])
             self._turn(max(0, self.n - BEFORE))
         elif not 0 <= BEFORE + self.n - self.base <= TABLE - num_tokens:
@@ -144,19 +156,21 @@ class Static(SteppingDecoder):
         self._reserve(size)
         slots, weights, ops = self.slots, self.pool.weights, self.pool.ops
         tokens = slots.tokens(size)
+        tables = None if self.choices is None else self.choices.prepare(self.n)
+        key, read = ((size, greedy), None) if tables is None else ((size, greedy, tables.key), tables.read)
 
         def body() -> Tensor:
-            logits = forward(weights, slots, ops, tokens)
+            logits = forward(weights, slots, ops, tokens, read)
             if greedy:
                 chosen = logits.argmax(-1, keepdim=True)
                 tokens.copy_(chosen if slots.rows == 1 else slots.ended(chosen))
             return logits
 
         captures_before, seconds_before, saved_tokens = slots.graphs.captures, slots.graphs.seconds, None
-        if token is None and (size, greedy) not in slots.graphs.held:
+        if token is None and key not in slots.graphs.held:
             saved_tokens = tokens.clone()  # a capture runs the step once
         slots.set_fed(self.n)  # also for a capture: what it writes lies behind what is held
-        run_step, captured = slots.graphs.get((size, greedy), body)
+        run_step, captured = slots.graphs.get(key, body)
         self.captures += slots.graphs.captures - captures_before
         self.seconds += slots.graphs.seconds - seconds_before
         if captured:
@@ -171,15 +185,27 @@ class Static(SteppingDecoder):
         slots.fed = None  # an interrupted step may have moved the counters or not
         logits = run_step()
         slots.fed = self.n + size
+        if tables is not None and self.choices is not None:
+            self.choices.chosen(self.n)
         self.n += num_counted
         return logits.view(self.rows, size, -1)[:, :num_counted]
 
     def step_rows(self, tokens: Tensor) -> Tensor:
         """tokens (B, n) -> logits (B, n, V) in the model's dtype, valid until the next step."""
-        num_tokens, max_tokens = tokens.shape[1], SIZES[-1]
-        if num_tokens > max_tokens:
-            return torch.cat([self.step_rows(part).clone() for part in tokens.split(max_tokens, 1)], 1)
-        return self._run(next(size for size in SIZES if size >= num_tokens), num_tokens, False, tokens)
+        parts: list[Tensor] = []
+        while True:
+            most = SIZES[-1] if self.choices is None else min(SIZES[-1], self.choices.left(self.n))
+            piece, tokens = tokens[:, :most], tokens[:, most:]
+            size = next(size for size in SIZES if size >= piece.shape[1])
+            logits = self._run(size, piece.shape[1], False, piece)
+            if tokens.shape[1] == 0:
+                return torch.cat([*parts, logits], 1) if parts else logits
+            parts.append(logits.clone())
+
+    def rewind(self, n: int) -> None:
+        super().rewind(n)
+        if self.choices is not None:
+            self.choices.rewind(self.n)
 
     def step(self, tokens: Tensor, hidden_layer: int | None = None) -> Tensor:
         """tokens (n,) int64 of the one row -> logits (n, V) in the model's dtype, valid until the next step."""
@@ -214,6 +240,8 @@ class Static(SteppingDecoder):
         """Append everything stepped so far to the cache's own layers, which then hold what is theirs; spent after."""
         slots = self.slots
         columns = [self._stepped(i) for i in range(len(slots.keys))] if self.n else []
+        if columns and self.choices is not None:
+            self.choices.give(cache.layers)
         append(cache, columns)
         slot_storages = {tensor.untyped_storage().data_ptr() for tensor in slots.keys}
         for layer in cache.layers[: len(slots.keys)]:
@@ -239,5 +267,7 @@ class Static(SteppingDecoder):
         copied.__dict__.update(self.__dict__)
         copied.slots = copied._take(self.slots.capacity)
         _copy_columns(self.slots, copied.slots)
+        if self.choices is not None:
+            copied.choices = self.choices.fork(copied.slots)
         copied._turn(self.base)
         return copied
