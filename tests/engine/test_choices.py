@@ -224,14 +224,14 @@ def test_a_card_says_what_the_cpu_says(monkeypatch: pytest.MonkeyPatch, rows: in
 
 
 def test_waits_and_launches_of_a_token() -> None:
-    """One wait a token, as without; a choice is three launches a layer more, inside the graph."""
+    """One wait a token, as without; a choice is three launches a layer more, inside the graph; int8 costs none."""
     model = tiny.build(FAMILY, num_hidden_layers=2, **HEADS).bfloat16()
     batch = tiny.inputs(FAMILY, media=("image", "image"), text=12)
     batch = {k: v.bfloat16() if v.is_floating_point() else v for k, v in batch.items()}
     counts = {}
     with PretendCuda(capability=(9, 0)) as device:
         to_cuda(model)
-        for name, kv in {"plain": policy(0.0), "split": policy(0.5)}.items():
+        for name, kv in {"plain": policy(0.0), "split": policy(0.5), "int8": policy(0.0, int8=True)}.items():
             with vlmfast.accelerate(model, kv=kv) as fast:
                 totals = []
                 for n in (6, 6, 22):
@@ -245,3 +245,4 @@ def test_waits_and_launches_of_a_token() -> None:
     assert waits == counts["plain"][2] == 1
     assert launches <= counts["plain"][0] + 1 and copies == 0
     assert graphed <= counts["plain"][1] + 3 * 2 / 4
+    assert counts["int8"] == counts["plain"]

@@ -423,15 +423,17 @@ def _step_add_norm(grid: tuple, x: Tensor, y: Tensor, w: Tensor, total: Tensor, 
     out.copy_(normed)
 
 
-def _step_rope(grid: tuple, qkv: Tensor, q: Tensor, k: Tensor, v: Tensor, length: Tensor, at: Tensor, cos: Tensor,
-               sin: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float, capacity: int, table: int, n: int,
-               **constants: Any) -> None:  # fmt: skip
+def _step_rope(grid: tuple, qkv: Tensor, q: Tensor, k: Tensor, v: Tensor, ks: Tensor, vs: Tensor, length: Tensor,
+               at: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float, capacity: int,
+               table: int, n: int, **constants: Any) -> None:  # fmt: skip
     norms = (q_norm, k_norm) if constants["NORM"] else (None, None)
-    q.copy_(step_reference.rope(qkv, k, v, length, at, cos, sin, n, *norms, eps))
+    scales = (ks, vs) if constants["INT8"] else None
+    q.copy_(step_reference.rope(qkv, k, v, length, at, cos, sin, n, *norms, eps, scales))
 
 
-def _step_split(grid: tuple, q: Tensor, k: Tensor, v: Tensor, length: Tensor, acc: Tensor, top: Tensor, total: Tensor,
-                scale: float, capacity: int, splits: int, n: int, **constants: Any) -> None:  # fmt: skip
+def _step_split(grid: tuple, q: Tensor, k: Tensor, v: Tensor, ks: Tensor, vs: Tensor, length: Tensor, acc: Tensor,
+                top: Tensor, total: Tensor, scale: float, capacity: int, splits: int, n: int,
+                **constants: Any) -> None:  # fmt: skip
     """Everything into the first split, the others left empty."""
     top.fill_(-1.0e30)
     total.zero_()
@@ -441,6 +443,8 @@ def _step_split(grid: tuple, q: Tensor, k: Tensor, v: Tensor, length: Tensor, ac
         row, head = divmod(pair, heads)
         held = int(length[pair])
         keys, values = (x[row, head, : held + n].float() for x in (k, v))
+        if constants["INT8"]:
+            keys, values = keys * ks[row, head, : held + n, None], values * vs[row, head, : held + n, None]
         scores = queries[row, :, head].reshape(n * group, -1).float() @ keys.T * scale
         last = held + torch.arange(n * group) // group
         scores = scores.masked_fill(torch.arange(held + n) > last[:, None], -math.inf)

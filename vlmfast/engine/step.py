@@ -37,22 +37,22 @@ def forward(weights: Weights, slots: Slots, ops: ModuleType, tokens: Tensor, rea
     """
     num_tokens, eps = tokens.shape[1], weights.eps
     residual, mlp_output = F.embedding(tokens.reshape(-1), weights.embed), None
-    buffers = zip(weights.layers, slots.keys, slots.values, slots.lengths, strict=True)
-    for index, (layer, keys, values, length) in enumerate(buffers):
+    buffers = zip(weights.layers, slots.keys, slots.values, slots.lengths, slots.scales, strict=True)
+    for index, (layer, keys, values, length, scales) in enumerate(buffers):
         residual, normed = ops.add_norm(residual, mlp_output, layer.norm, eps)
         qkv = F.linear(normed, layer.qkv, layer.qkv_bias)
         tables, norms = (slots.at, slots.cos, slots.sin), (layer.q_norm, layer.k_norm)
-        queries = ops.rope(qkv, keys, values, length, *tables, num_tokens, *norms, eps)
+        queries = ops.rope(qkv, keys, values, length, *tables, num_tokens, *norms, eps, scales)
         if read is not None:
             read(index, queries, num_tokens)
-        attended = ops.attend(queries, keys, values, length, num_tokens, layer.scale, slots.splits)
+        attended = ops.attend(queries, keys, values, length, num_tokens, layer.scale, slots.splits, scales)
         residual, normed = ops.add_norm(residual, F.linear(attended, layer.out, layer.out_bias), layer.second_norm, eps)
         mlp_output = F.linear(ops.gate(F.linear(normed, layer.gate_up)), layer.down)
     slots.counters.add_(num_tokens)
     return F.linear(ops.add_norm(residual, mlp_output, weights.final, eps)[1], weights.head, weights.head_bias)
 
 
-def _plain(layer: Any) -> list[tuple[Tensor, Tensor]]:
+def _plain(layer: Any) -> list[tuple[Tensor, ...]]:
     """The columns of a compressed layer, pair by pair."""
     pairs = layer.plain_rows()
     if isinstance(pairs, str):
@@ -62,9 +62,9 @@ def _plain(layer: Any) -> list[tuple[Tensor, Tensor]]:
 
 def _copy_columns(source: Slots, target: Slots) -> None:
     """Copy all keys and values into slots of at least the same capacity."""
-    buffers = zip((*source.keys, *source.values), (*target.keys, *target.values), strict=True)
-    for old_buffer, new_buffer in buffers:
-        new_buffer[:, :, : source.capacity] = old_buffer
+    for layer in range(len(source.keys)):
+        for old_buffer, new_buffer in zip(source.buffers(layer), target.buffers(layer), strict=True):
+            new_buffer[:, :, : source.capacity] = old_buffer
 
 
 class Static(SteppingDecoder):
@@ -84,7 +84,7 @@ class Static(SteppingDecoder):
         self.n = 0  # tokens stepped after the prefill; the host's number is the one that counts
         self.base = 0  # the token that the rotary tables were made for
         self.captures, self.seconds = 0, 0.0
-        self.hidden = None
+        self.hidden, self.int8 = None, False
         self.start = position if position.shape[0] != 4 or position.ndim == 2 else position[1:]
         layers = cache.layers[: len(pool.weights.layers)]
         first_layer, num_heads = layers[0], pool.weights.kv_heads
@@ -93,7 +93,11 @@ class Static(SteppingDecoder):
         self.prompt: list[list[int]]  # columns per layer and (row, head) that the prefill left
         if ragged:
             plain_layers = [_plain(layer) for layer in layers]
-            self.prompt = [[len(keys) for keys, _ in pairs] for pairs in plain_layers]
+            self.prompt = [[len(parts[0]) for parts in pairs] for pairs in plain_layers]
+            stored = {len(parts) for pairs in plain_layers for parts in pairs}
+            if len(stored) > 1:
+                raise Unsupported("some heads are stored as int8, others are not")
+            self.int8 = stored == {4}
         elif valid is None:
             self.prompt = [[layer.keys.shape[-2]] * self.rows * num_heads for layer in layers]
         else:
@@ -104,9 +108,9 @@ class Static(SteppingDecoder):
         self.slots = self._take(self.longest + room + SIZES[-1])
         for index, (layer, keys, values) in enumerate(zip(layers, self.slots.keys, self.slots.values, strict=True)):
             if ragged:
-                for pair_index, (some_keys, some_values) in enumerate(plain_layers[index]):
-                    keys[pair_index // num_heads, pair_index % num_heads, : len(some_keys)] = some_keys
-                    values[pair_index // num_heads, pair_index % num_heads, : len(some_keys)] = some_values
+                for pair_index, parts in enumerate(plain_layers[index]):
+                    for buffer, part in zip(self.slots.buffers(index), parts, strict=True):
+                        buffer[pair_index // num_heads, pair_index % num_heads, : len(part)] = part
                 continue
             if valid is None:
                 prompt = slice(layer.keys.shape[-2])
@@ -120,7 +124,7 @@ class Static(SteppingDecoder):
         self._turn(0)
 
     def _take(self, columns: int) -> Slots:
-        slots = self.pool.take(self.rows, columns)
+        slots = self.pool.take(self.rows, columns, self.int8)
         slots.owner = weakref.ref(self)
         return slots
 
@@ -128,7 +132,7 @@ class Static(SteppingDecoder):
         """Make the rotary tables for the tokens around number `table_start`."""
         self.base, slots = table_start, self.slots
         offsets = torch.arange(table_start - BEFORE, table_start - BEFORE + TABLE, device=self.start.device)
-        cos, sin = self.text.rotary_emb(slots.keys[0], self.start + offsets)
+        cos, sin = self.text.rotary_emb(slots.cos, self.start + offsets)
         half_size = cos.shape[-1] // 2
         slots.cos.copy_(cos)
         slots.sin.copy_(torch.cat([-sin[..., :half_size], sin[..., half_size:]], -1))
@@ -251,8 +255,10 @@ class Static(SteppingDecoder):
         slots.owner, self.n = None, 0
 
     def _stepped(self, layer_index: int) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, Hk, n, Dh) of a layer that came after the prompt."""
-        keys, values = self.slots.keys[layer_index], self.slots.values[layer_index]
+        """Keys and values (B, Hk, n, Dh) of a layer that came after the prompt, int8 ones as float32."""
+        keys, values, *scales = self.slots.buffers(layer_index)
+        if scales:
+            keys, values = (part * own[..., None] for part, own in zip((keys, values), scales, strict=True))
         if len(set(self.prompt[layer_index])) == 1:
             start = self.prompt[layer_index][0]
             return keys[:, :, start : start + self.n], values[:, :, start : start + self.n]

@@ -41,8 +41,8 @@ def _score(  # type: ignore[no-untyped-def]
             minima = tl.load(own_ptr, mask=chunk_mask, other=0.0)
             maxima = tl.load(own_ptr + D, mask=chunk_mask, other=0.0)
             zeros = tl.zeros_like(queries)
-            scores = tl.dot(tl.minimum(queries, zeros), minima, input_precision="ieee")
-            scores += tl.dot(tl.maximum(queries, zeros), maxima, input_precision="ieee")
+            scores = tl.dot(tl.where(queries < 0, queries, zeros), minima, input_precision="ieee")
+            scores += tl.dot(tl.where(queries > 0, queries, zeros), maxima, input_precision="ieee")
         else:
             means = tl.load(own_ptr + chunks[None, :] * D + dims[:, None], mask=chunk_mask, other=0.0)
             scores = tl.dot(queries, means, input_precision="ieee")
@@ -61,11 +61,16 @@ def _select(  # type: ignore[no-untyped-def]
     inside = chunks < num_chunks
     scores = tl.load(scores_ptr + pair * MOST + chunks, mask=inside, other=0.0)
     bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)  # -0 is 0
-    order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64) + 2147483648  # as the scores are ordered
-    order = tl.where(inside, order >> (32 - BITS), -1)
-    threshold = tl.zeros([], tl.int64)
+    order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # ordered as the scores are
+    if BITS == 16:  # a score of half precision ends in zeros
+        order = tl.where(inside, (order >> 16) + 32768, -1)
+        one = tl.full([], 1, tl.int32)
+    else:
+        order = tl.where(inside, order.to(tl.int64) + 2147483648, -1)
+        one = tl.full([], 1, tl.int64)
+    threshold = one - one
     for i in range(BITS):  # the highest number that S chunks reach
-        candidate = threshold + (tl.full([], 1, tl.int64) << (BITS - 1 - i))
+        candidate = threshold + (one << (BITS - 1 - i))
         reached = tl.sum((order >= candidate).to(tl.int32), 0)
         threshold = tl.where(reached >= num_slots, candidate, threshold)
     above, equal = order > threshold, order == threshold

@@ -10,20 +10,21 @@ from vlmfast.prefill.host_groups import Group
 from vlmfast.runtime.stepped_layer import HostRow, HostRows
 
 
-def plain_rows(layer: Any) -> list[tuple[Tensor, Tensor]] | str:
+def plain_rows(layer: Any) -> list[tuple[Tensor, ...]] | str:
     """See `stepped_layer.PlainRows`."""
-    if layer.int8 is not None:
-        return "heads are stored as int8"
-    if layer.low is not None or (layer.exact is not None and layer.exact.bias is not None):
-        return "columns stand for several, or are stored as int8"
+    if layer.low is not None:
+        return "some columns of a head are stored as int8, others are not"
+    if any(store.bias is not None for store in layer.stores()):
+        return "columns stand for several"
     if layer.dynamic is not None and any(type(group) is not Group for group in layer.dynamic.groups):
         return "dynamic heads multiply their keys from factors"
     if layer.dynamic is not None:
         layer.dynamic.settle()
-    rows: dict[int, tuple[Tensor, Tensor]] = {}
+    rows: dict[int, tuple[Tensor, ...]] = {}
     for store in layer.stores():
         for row, start, length in zip(store.rows, store.offsets, store.lengths, strict=True):
-            rows[row] = store.keys[start : start + length], store.values[start : start + length]
+            parts = (store.keys, store.values, store.key_scale, store.value_scale)
+            rows[row] = tuple(part[start : start + length] for part in parts if part is not None)
     return [rows[row] for row in sorted(rows)]
 
 

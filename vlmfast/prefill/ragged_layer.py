@@ -253,7 +253,7 @@ class KVLayer(RaggedLayer, CacheLayerMixin):
     def tiers(self) -> tuple[str, ...]:
         return tuple(tier for tier in ("exact", "int8", "low", "dynamic") if getattr(self, tier) is not None)
 
-    def plain_rows(self) -> list[tuple[Tensor, Tensor]] | str:
+    def plain_rows(self) -> list[tuple[Tensor, ...]] | str:
         if type(self) is not KVLayer:
             return f"a {type(self).__name__} acts on every token"
         return engine_rows.plain_rows(self)

@@ -13,9 +13,7 @@ class HostRow:
     """One (batch row, head) that chooses among C chunks in host memory; S of them lie in slots of its fast row."""
 
     pair: int  # batch row * Hk + head
-    representatives: (
-        Tensor  # (C, Dh) or (C, 2, Dh), on the device: what stands for each chunk
-    )
+    representatives: Tensor  # (C, Dh) or (C, 2, Dh), on the device: what stands for each chunk
     keys: Tensor  # (C, chunk * Dh), in host memory, pinned where the device is CUDA
     values: Tensor  # (C, chunk * Dh)
     first: int  # column of its fast row at which the slots begin
@@ -42,9 +40,9 @@ class PlainRows(Protocol):
         """Where it holds columns: "exact", "int8", "low", "dynamic"."""
         ...
 
-    def plain_rows(self) -> list[tuple[Tensor, Tensor]] | str:
-        """Keys (n, Dh) and values (n, Dv) in fast memory of every pair, row by row; or, in words, why that is not all
-        that a step needs, `host_rows` apart."""
+    def plain_rows(self) -> list[tuple[Tensor, ...]] | str:
+        """Keys (n, Dh) and values (n, Dv) in fast memory of every pair, row by row, and where those are int8 their
+        scales (n,) float32; or, in words, why that is not all that a step needs, `host_rows` apart."""
         ...
 
     def host_rows(self) -> HostRows | None:
