@@ -139,14 +139,34 @@ class WindowCache(DynamicCache):
 
 
 class WorkLayer(_Layer):
-    """One layer's working set for an answer: rotated keys and values with room to grow; the model rotates by itself."""
+    """One layer's working set for an answer: rotated keys and values with room to grow; the model rotates by itself.
+
+    keys, values (1, Hk, n, Dh): the columns in use. Whoever steps without the model's modules may put them elsewhere.
+    """
 
     def __init__(self, keys: Tensor, values: Tensor, logical: int, room: int) -> None:
+        self.k, self.v = _roomy(keys, room), _roomy(values, room)  # (Hk, capacity, Dh)
         super().__init__()
         self.is_initialized = True
         self.n, self.skipped = keys.shape[1], logical - keys.shape[1]
-        self.k, self.v = _roomy(keys, room), _roomy(values, room)
-        self.keys, self.values = self.k[None, :, : self.n], self.v[None, :, : self.n]
+
+    @property
+    def keys(self) -> Tensor:
+        return self.k[None, :, : self.n]
+
+    @keys.setter
+    def keys(self, keys: Tensor | None) -> None:
+        if keys is not None:  # the base class begins with none
+            self.k = keys[0]
+
+    @property
+    def values(self) -> Tensor:
+        return self.v[None, :, : self.n]
+
+    @values.setter
+    def values(self, values: Tensor | None) -> None:
+        if values is not None:
+            self.v = values[0]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kw: Any) -> tuple[Tensor, Tensor]:
         b = self.n + key_states.shape[2]
@@ -174,12 +194,19 @@ class WorkLayer(_Layer):
         return 2 * self.k.numel() * self.k.element_size()
 
 
-def work_cache(layers: list[tuple[Tensor, Tensor]], dense: bool, room: int = 256) -> DynamicCache:
+class WorkingSetCache(DynamicCache):
+    """Everything before an answer's text. prefilled: seconds of the clock when all of its prompt had been read, where
+    that was left to the decoding loop."""
+
+    prefilled: float | None = None
+
+
+def work_cache(layers: list[tuple[Tensor, Tensor]], dense: bool, room: int = 256) -> WorkingSetCache:
     """A cache of rotated keys and values (Hk, n_l, Dh) per layer, whose logical length is the longest layer's.
 
     dense: stock `DynamicLayer`s, read by whatever attention the model has; needs layers of one length.
     """
-    cache = DynamicCache()
+    cache = WorkingSetCache()
     longest = max(k.shape[1] for k, _ in layers)
     if dense:
         if any(k.shape[1] != longest for k, _ in layers):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from vlmfast.core import UserError
+from vlmfast.plan import Plan
+from vlmfast.runtime.fast_tower import fresh_lengths
 from vlmfast.runtime.model_lock import model_lock
 from vlmfast.stream.archive.folder import StoreError
 from vlmfast.stream.archive.store import Store
@@ -27,6 +30,7 @@ class Intake:
     """The half of `StreamSession` that takes frames."""
 
     model: Any
+    plan: Plan
     vision: VisionEncoder
     encoder: Encoder
     store: Store
@@ -48,6 +52,10 @@ class Intake:
         self._accepting = threading.RLock()  # held from a frame's acceptance until it is queued or being encoded
         self._watchers: list[Watcher] = []
         self._closed = False
+
+    def _fresh_lengths(self) -> AbstractContextManager[None]:
+        """Around forwards: every answer and every push has lengths not seen before."""
+        return nullcontext() if self.plan.tower == "stock" else fresh_lengths(self.vision.device)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -227,7 +235,7 @@ class Intake:
             return
         checkpoint, newest, interval = self.encoder.checkpoint(), self.newest, self.interval
         try:
-            with torch.inference_mode(False), torch.no_grad(), self._lock:
+            with torch.inference_mode(False), torch.no_grad(), self._lock, self._fresh_lengths():
                 self._store_blocks(self._grid_frames(frames[:whole]))
         except BaseException:
             self.newest, self.interval = newest, interval

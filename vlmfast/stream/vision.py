@@ -14,22 +14,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmfast import families
+from vlmfast import engine, families
 from vlmfast.core import Unsupported, UserError
 from vlmfast.families.base import feature_list
 from vlmfast.runtime.fast_tower import fast_modules
-from vlmfast.runtime.model_lock import lock_functions
+from vlmfast.runtime.model_lock import lock_functions, streamed
 from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.template import chat_text
 from vlmfast.runtime.weights import reason
 
 
 def prepared(model: Any, fast: bool) -> Callable[[], None]:
-    """Make a model ready for a stream: one `generate` at a time, fast: the fast tower. Returns what undoes both."""
+    """Make a model ready for a stream: one `generate` at a time, fast: the fast tower, on CUDA its weights joined for
+    the engine. Returns what undoes all of it; the engine lives as long as any stream over the model."""
     patch = Patch()
+
+    def release() -> None:
+        if not streamed(model):
+            engine.release(model)
+
+    patch.call(release)
     patch.call(lock_functions(model, stream=True))
     if fast:
         fast_modules(model, families.get(model), patch)
+    engine.prepare(model)
     return patch.remove
 
 

@@ -35,10 +35,11 @@ class WorkingSet:
     cache: Any
     ids: list[int]
     start: int
-    past: int  # logical columns in the cache before the prompt
+    past: int  # logical columns in the cache
     weights: dict[int, float]
     stats: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    fed: int = 0  # of `ids`, those in the cache
 
 
 class _Enough(Exception):
@@ -206,6 +207,7 @@ class WorkingSetBuilder:
     def prefill(self, working_set: WorkingSet) -> None:
         """Feed all of the prompt but its last token, OneVision's newline first."""
         embeds = torch.cat([self.vision.closing(), self.vision.embed(working_set.ids[:-1])])[None]
+        working_set.fed = len(working_set.ids) - 1
         if not embeds.shape[1]:
             return
         n, axes = embeds.shape[1], self.encoder.layout.axes
@@ -217,12 +219,14 @@ class WorkingSetBuilder:
         working_set.past += n
 
     def inputs(self, working_set: WorkingSet) -> dict[str, Any]:
-        """Keyword arguments for `model.generate` that continue with the last token of the prompt."""
+        """Keyword arguments for `model.generate` that continue with what the cache lacks of the prompt."""
         device = self.vision.device
         pad = self.vision.tokenizer.pad_token_id or 0
-        tail = working_set.ids[-min(len(working_set.ids), working_set.past + 1) :]
-        ids = torch.tensor([[pad] * (working_set.past + 1 - len(tail)) + tail], device=device)
+        left = len(working_set.ids) - working_set.fed
+        tail = working_set.ids[-min(len(working_set.ids), working_set.past + left) :]
+        ids = torch.tensor([[pad] * (working_set.past + left - len(tail)) + tail], device=device)
         positions = torch.full(ids.shape, working_set.start, dtype=torch.long, device=device)
+        positions[:, -left:] += torch.arange(left, device=device)
         axes = self.encoder.layout.axes
         return {
             "input_ids": ids, "attention_mask": torch.ones_like(ids), CACHE: working_set.cache,
