@@ -16,6 +16,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 from vlmfast.core import Unsupported
 from vlmfast.runtime.compat import CACHE
 from vlmfast.runtime.late_rope import attend, cos_sin, mark, rotate, running
+from vlmfast.runtime.transfers import to_device
 
 
 class _Layer(CacheLayerMixin):
@@ -102,7 +103,7 @@ class WindowCache(DynamicCache):
             with running(model, self.text, late=True):
                 out = self.text(
                     inputs_embeds=embeds,
-                    position_ids=ids.to(embeds.device),
+                    position_ids=to_device(ids, embeds.device),
                     **{CACHE: self},
                     use_cache=True,
                     **deep,

@@ -17,7 +17,7 @@ from vlmfast.runtime.fast_tower import fresh_lengths
 from vlmfast.runtime.model_lock import model_lock
 from vlmfast.stream.archive.folder import StoreError
 from vlmfast.stream.archive.store import Store
-from vlmfast.stream.blocks import Block, PackedBlock, pack
+from vlmfast.stream.blocks import Block, PackedBlock, pack_all
 from vlmfast.stream.encoder import Checkpoint, Encoder, GridFrames
 from vlmfast.stream.frame_queue import FrameQueue, TimedFrame, Watcher, as_frames, as_times, is_live, open_frames
 from vlmfast.stream.retrievers import External, Retriever
@@ -266,18 +266,24 @@ class Intake:
         embeddings: Tensor | None = None
         if isinstance(self.retriever, External) and self.retriever.frames_to is not None:
             embeddings = self.retriever.frames_to(grids.frames[:: self.vision.frames_per_grid])
-        for g, (block, tensors) in enumerate(self.encoder.encode(grids)):
+        count = 0
+        for group in self.encoder.encode(grids):
             if self.store.disk is not None:
                 self.store.disk.began(self.encoder.progress.first, self.encoder.first_extent)
-            tensors.embedding = None if embeddings is None else embeddings[g]
-            packed = pack(tensors, self.store.keep_as)
-            if not self.unstored:
-                try:
-                    self.store.insert(block, packed)
-                    continue
-                except StoreError as e:
-                    self._disk_error = e
-            self.unstored.append((block, packed))
+            for _, tensors in group:
+                tensors.embedding = None if embeddings is None else embeddings[count]
+                count += 1
+            for block, packed in pack_all(group, self.store.keep_as):
+                self._store(block, packed)
+
+    def _store(self, block: Block, packed: PackedBlock) -> None:
+        if not self.unstored:
+            try:
+                self.store.insert(block, packed)
+                return
+            except StoreError as e:
+                self._disk_error = e
+        self.unstored.append((block, packed))
 
     def _roll_back(self, checkpoint: Checkpoint) -> None:
         """Take back the blocks of a chunk that failed."""

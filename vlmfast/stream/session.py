@@ -125,7 +125,7 @@ class StreamSession(SavedIntake):
         self.working_peak = 0
         self._requests = Requests(self.model)
         self._answering = Plan(speculate=self.plan.speculate, tower="fast")  # what decodes an answer
-        self._unlock = prepared(self.model, self.plan.tower != "stock")
+        self._unlock = prepared(self.vision, self.plan.tower != "stock")
         weakref.finalize(self, self._unlock)
 
     # -- questions -----------------------------------------------------------------------------------------------------
