@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import budgets
 import pytest
 import tiny
 import torch
-from pretend_cuda import PretendCuda, to_cuda
+from pretend_cuda import CUDA, PretendCuda, to_cuda, to_host
 from test_stream import Q, session, video
 
 from vlmfast.decode import PromptLookup, Speculate
@@ -16,8 +17,10 @@ from vlmfast.engine import pool
 from vlmfast.plan import Plan
 from vlmfast.prefill import HybridKV, SnapKV
 from vlmfast.runtime import working_set_prompt
+from vlmfast.stream.blocks import BlockTensors, pack, unpack
 from vlmfast.stream.retrievers import Internal
 from vlmfast.stream.session import Answer
+from vlmfast.stream.unpack_on_device import unpack_on_device
 
 SMALL = {"sinks": 1, "recent": 2}
 LOOKUP = {"speculate": Speculate(PromptLookup())}
@@ -39,10 +42,14 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "HALF", (torch.float32,))
 
 
-def opened(family: str, place: Any, plan: dict[str, Any], scope: str = "layer", dtype: Any = torch.float32) -> Any:
+def opened(
+    family: str, place: Any, plan: dict[str, Any], scope: str = "layer", dtype: Any = torch.float32, **more: Any
+) -> Any:
     model = tiny.build(family, num_hidden_layers=2).to(dtype)
     tool = Internal(frames=3, scope=scope)
-    s = session(family, place(model), window=24, retrieve=tool, plan=Plan(**plan), redundancy=0.2)
+    s = session(
+        family, place(model), **{"window": 24, "retrieve": tool, "plan": Plan(**plan), "redundancy": 0.2} | more
+    )
     s.push(video(12))
     return s
 
@@ -133,6 +140,47 @@ def test_a_token_of_an_answer_costs_what_a_token_of_generate_costs() -> None:
     loop = budgets.plans()["loop"]
     generated = budgets.less(*(budgets.whole(loop, 2, new, torch.bfloat16) for new in (10, 2)), 8)
     assert budgets.totals(budgets.stream_token(torch.bfloat16)) == budgets.totals(generated)
+
+
+# -- what is brought back ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fmt", ["int8", "bf16", "model"])
+@pytest.mark.parametrize("counts", [(3,), (24, 40), (5, 30, 1, 16, 17)])
+def test_blocks_unpacked_together_are_what_each_is_alone(fmt: str, counts: tuple[int, ...]) -> None:
+    """Blocks with scales by channel, by token, and both among them: the same bits, and nothing waited for."""
+    generator = torch.Generator().manual_seed(0)
+    pairs = [torch.randn(2, 2, 3, n, 16, generator=generator) for n in counts]
+    packed = [pack(BlockTensors(keys, values, keys.mean(2)), fmt).layer(1) for keys, values in pairs]
+    want = [unpack(*layer, torch.float32) for layer in packed]
+    with PretendCuda() as device:
+        got = unpack_on_device(packed, torch.float32, CUDA)
+        assert all(k.is_cuda and v.is_cuda for k, v in got) and not device.waits
+        assert sum(device.copies.values()) <= 8
+    for one, other in zip(to_host(got), want, strict=True):
+        assert all(map(torch.equal, one, other))
+
+
+@pytest.mark.parametrize("scope", ["layer", "shared"])
+def test_blocks_come_from_the_window_ram_and_disk(scope: str, tmp_path: Path) -> None:
+    """Answer and evidence are the CPU's, wherever the chosen blocks lie; the host waits once a layer that chooses."""
+
+    def run(place: Any, folder: str, device: Any = None) -> tuple[Any, Any]:
+        s = opened("qwen2_5_vl", place, {}, scope, disk=tmp_path / folder, keep_as="int8")
+        s.flush()
+        for i in list(s.store.in_ram)[::2]:
+            s.store._release(i)
+        before = budgets.counted(device) if device is not None else None
+        s.context(Q)
+        waits = None if before is None else sum(budgets.less(budgets.counted(device), before)["waits"].values())
+        answer = s.ask(Q, max_new_tokens=4)
+        s.close()
+        return (answer.text, answer.evidence), waits
+
+    want, _ = run(lambda x: x, "cpu")
+    with PretendCuda(capability=CARD) as device:
+        got, waits = run(to_cuda, "card", device)
+    assert got == want and waits == (2 if scope == "layer" else 1)
 
 
 def test_a_step_over_the_prompt_is_one_that_the_engine_has() -> None:

@@ -235,7 +235,7 @@ class ProbeLayer(_Layer):
         hk = k.shape[1]
         queries = q[0].reshape(hk, q.shape[1] // hk, q.shape[2], -1)
         past_k, past_v, positions = self.owner.fetch(self.index, queries)
-        cos, sin = cos_sin(self.owner.text, positions, q)
+        cos, sin = self.owner.rotation(positions, q)
         k = torch.cat([past_k[None], rotate(k, cos, sin)], 2)
         return attend(rotate(q, cos, sin), k, torch.cat([past_v[None], v], 2), scaling)
 
@@ -251,6 +251,13 @@ class ProbeCache(DynamicCache):
         super().__init__()
         self.text, self.fetch = text, fetch
         self.layers = [ProbeLayer(self, i) for i in range(len(text.layers))]
+        self._rotation: tuple[Tensor, tuple[Tensor, Tensor]] | None = None  # of the layer before, and its positions
+
+    def rotation(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """`cos_sin` of the question's positions (A, q), which most layers share."""
+        if self._rotation is None or not torch.equal(self._rotation[0], positions):
+            self._rotation = positions, cos_sin(self.text, positions, like)
+        return self._rotation[1]
 
     def forward(self, model: nn.Module, embeds: Tensor, axes: int) -> Tensor:
         """embeds (1, q, D) -> last hidden states (1, q, D)."""

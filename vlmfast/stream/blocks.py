@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,6 +72,17 @@ class BlockTensors:
     norms: Tensor | None = None
 
 
+class PackedLayer(NamedTuple):
+    """One layer of a block as it is stored: keys, values (Hk, n, Dh); scales (Hk, 1, Dh) or (Hk, n, 1); representative
+    (Hk, Dh)."""
+
+    keys: Tensor
+    values: Tensor
+    key_scale: Tensor | None
+    value_scale: Tensor | None
+    representative: Tensor
+
+
 @dataclass
 class PackedBlock:
     """A block's tensors as they are stored: keys, values (L, Hk, n, Dh); scales float16, broadcastable, or None;
@@ -89,11 +100,11 @@ class PackedBlock:
         tensors = (self.keys, self.values, self.key_scale, self.value_scale)
         return sum(x.numel() * x.element_size() for x in tensors if x is not None)
 
-    def layer(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """One layer's keys and values (Hk, n, Dh) in `dtype`."""
+    def layer(self, layer: int) -> PackedLayer:
+        """What `unpack` makes one layer's keys and values of."""
         key_scale = None if self.key_scale is None else self.key_scale[layer]
         value_scale = None if self.value_scale is None else self.value_scale[layer]
-        return unpack(self.keys[layer], self.values[layer], key_scale, value_scale, self.representative[layer], dtype)
+        return PackedLayer(self.keys[layer], self.values[layer], key_scale, value_scale, self.representative[layer])
 
     def tensors(self) -> dict[str, Tensor]:
         """By their names in a segment file."""
