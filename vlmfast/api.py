@@ -22,6 +22,7 @@ from vlmfast.encode.downsample import Downsample
 from vlmfast.plan import Plan, resolve
 from vlmfast.preconditions import MARK, check_model, refuse_call, refuse_copy, unwrap
 from vlmfast.report import Report, why_all_kept
+from vlmfast.runtime.clock import in_milliseconds
 from vlmfast.runtime.compat import cache_in, option
 from vlmfast.runtime.compiled import checked, observed, refuse_compiled
 from vlmfast.runtime.downsample import Downsampled
@@ -230,6 +231,7 @@ class Accelerated:
         past = int(cache.get_seq_length()) if cache is not None else 0
         self.columns.lay_out(kwargs)
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        request.read_prompt(ids, kwargs.get("attention_mask"))
         put_loop(
             self.model, self.plan, self.requests, args, kwargs, why if rewritten else None,
             draft=None if self.draft is None else self.draft.requests, reuse=self._reuse is not None,
@@ -262,7 +264,7 @@ class Accelerated:
                 notes.append(why_all_kept(self.plan.prune.name, least, request.media, visual))
         new = getattr(out, "sequences", out).shape[1] - (0 if ids is None else ids.shape[1])
         prefill, decode = self.meter.timings(max(0, new))
-        prefill |= cache_counts(request.cache) | request.prefill
+        prefill |= cache_counts(request.cache) | in_milliseconds(request.prefill)
         notes += prefill.pop("notes", [])  # type: ignore[arg-type]
         notes += request.decode.pop("notes", [])
         if request.prefills > 1:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import methods
 import numpy as np
 import tiny
 import torch
@@ -116,6 +117,12 @@ def prefills() -> Iterator[tuple[str, Counts]]:
     """What one more layer adds to a call that ends with its first token."""
     for name, plan in plans().items():
         yield name, less(whole(plan, 4, 1), whole(plan, 2, 1), 2)
+
+
+def policies() -> Iterator[tuple[str, Counts]]:
+    """The same under every KV policy."""
+    for name, policy in {policy.name: policy for policy in methods.POLICIES[::-1]}.items():
+        yield name, less(whole({"kv": policy}, 4, 1), whole({"kv": policy}, 2, 1), 2)
 
 
 def tokens() -> Iterator[tuple[str, Counts]]:
@@ -225,7 +232,8 @@ def streams() -> Iterator[tuple[str, Counts]]:
 
 
 GROUPS: dict[str, Callable[[], Iterator[tuple[str, Counts]]]] = {
-    "tower call": towers, "prefill, a layer": prefills, "chooser call": choosers,
+    "tower call": towers, "prefill, a layer": prefills, "prefill under every policy, a layer": policies,
+    "chooser call": choosers,
     "first token, pruned between layers": between, "token": tokens, "stream": streams,
 }  # fmt: skip
 

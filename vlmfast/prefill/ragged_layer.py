@@ -20,6 +20,7 @@ from vlmfast.prefill.host_heads import HostHeads
 from vlmfast.prefill.ragged_store import Store
 from vlmfast.runtime.attention import tag
 from vlmfast.runtime.pruned_layer import RaggedLayer
+from vlmfast.runtime.stacked_layers import Gathered, gathered
 
 
 class KVLayer(RaggedLayer, CacheLayerMixin):
@@ -152,10 +153,13 @@ class KVLayer(RaggedLayer, CacheLayerMixin):
         all_stores = (self.exact, self.int8, self.dynamic.store if self.dynamic else None)
         return [s for s in all_stores if s is not None]
 
-    def compress(self, kept: CompressedLayer | None, positions: Tensor | None = None) -> None:
+    def compress(
+        self, kept: CompressedLayer | None, positions: Tensor | None = None, rows: Gathered | None = None
+    ) -> None:
         """Turn the held prefill into ragged storage: what `kept` names, or every column when None.
 
         positions (B, L): logical column of each held one, -1 on padding (then dropped); None = in order, no padding.
+        rows: what `kept` names, where it was gathered before.
         """
         all_keys, all_values = self.keys, self.values
         assert all_keys is not None and all_values is not None, "compress() needs the prefill that update() was given"
@@ -173,7 +177,7 @@ class KVLayer(RaggedLayer, CacheLayerMixin):
         is_int8 = kept.int8.tolist() if kept.int8 is not None else [False] * (batch_size * num_heads)
         tiers: dict[str, list] = {"exact": [], "int8": [], "dynamic": []}
         positions = positions.to(torch.int32)
-        joined_rows = _joined(kept, all_keys, all_values, positions)
+        joined_rows = gathered(kept, all_keys, all_values, positions) if rows is None else rows
         for row, columns in enumerate(kept.keep if joined_rows is None else []):
             batch_row, head = divmod(row, num_heads)
             places = slice(None) if len(columns) == num_columns else columns
@@ -299,24 +303,3 @@ class KVLayer(RaggedLayer, CacheLayerMixin):
     def fork(self) -> KVLayer:
         """An independent copy."""
         return copy.deepcopy(self)
-
-
-def _joined(
-    kept: CompressedLayer, keys: Tensor, values: Tensor, positions: Tensor
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Keys (R, m, D), values (R, m, Dv) and positions (R, m) of what stays, gathered at once; None where rows differ in
-    length or in kind, or hold other vectors than their own. keys, values (B, Hk, n, D); positions (B, n)."""
-    batch_size, num_heads = keys.shape[:2]
-    same_length = len({len(indices) for indices in kept.keep}) == 1 and kept.merged is None
-    same_kind = kept.int8 is None or len(set(kept.int8.tolist())) == 1
-    if not same_length or not same_kind or (kept.dynamic is not None and bool(kept.dynamic.any())):
-        return None
-    indices, head_index = (
-        torch.stack(kept.keep).view(batch_size, num_heads, -1),
-        torch.arange(num_heads, device=keys.device)[:, None],
-    )
-    gathered = [
-        (keys[index][head_index, places], values[index][head_index, places], positions[index][places])
-        for index, places in enumerate(indices)
-    ]
-    return gathered[0] if batch_size == 1 else tuple(torch.cat(parts) for parts in zip(*gathered, strict=True))  # type: ignore[return-value]

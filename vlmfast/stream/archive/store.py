@@ -275,14 +275,11 @@ class Store:
     # -- out -----------------------------------------------------------------------------------------------------------
 
     def layer(self, block_id: int, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Un-rotated keys and values (Hk, n, Dh) of one layer of a block, in `dtype` on the CPU.
-
-        Raises BlockLost when the disk no longer has it: its segment is then forgotten and named in `lost`.
-        """
+        """Un-rotated keys and values (Hk, n, Dh) of one layer of a block, in `dtype` on the CPU; see `packed_layer`."""
         return unpack(*self.packed_layer(block_id, layer), dtype)
 
     def packed_layer(self, block_id: int, layer: int) -> PackedLayer:
-        """One layer of a block as it is kept. Raises BlockLost, as `layer`."""
+        """One layer of a block as it is kept; BlockLost when the disk lost it: `lost` then names its segment."""
         if block_id in self.in_ram:
             return self.in_ram[block_id].layer(layer)
         representative = self.representatives.of_layer(block_id, layer)
