@@ -546,6 +546,16 @@ class _Readback:
         return self.sent.pop(i)
 
 
+def _read_back(tensors: Any) -> list[Tensor]:
+    """One copy a tensor, one wait."""
+    ours = [x for x in tensors if isinstance(x, CudaTensor)]
+    for _ in ours:
+        _copied()
+    if ours:
+        _wait()
+    return [x.held.clone(memory_format=torch.contiguous_format) if isinstance(x, CudaTensor) else x for x in tensors]
+
+
 # -- the device ------------------------------------------------------------------------------------------------------
 
 
@@ -635,6 +645,9 @@ class PretendCuda(contextlib.AbstractContextManager):
         self._patch(graphs, "capture", _capture)
         self._patch(graphs, "graph_memory", lambda: None)
         self._patch(step, "Readback", _Readback)
+        from vlmfast.runtime import transfers
+
+        self._patch(transfers, "read_back", _read_back)
         with contextlib.suppress(ImportError):
             from vlmfast.kernels import triton_chunks, triton_ragged, triton_step, triton_vision, vision
 

@@ -108,12 +108,16 @@ class Stepper:
         if seen:
             self.hidden = torch.cat(seen, 1)
         if engine == "auto":
-            self._opens = functools.partial(self._go_functional, room, static, False)  # one token needs none
+            self.open_later(room, static)  # an answer of one token needs none
         elif engine != "module":
             self._go_functional(room, None if engine == "functional" else static, engine == "static")
             if engine != self.engine:
                 raise Unsupported(f"the {engine} step cannot run here: {self.reason}; use engine='auto'")
         return self
+
+    def open_later(self, room: int, static: Maker | None) -> None:
+        """Make the engine when the first token is fed. room, static: see `prefill`."""
+        self._opens = functools.partial(self._go_functional, room, static, False)
 
     def open(self) -> None:
         """Make the engine, unless it is there."""
@@ -227,11 +231,10 @@ class Stepper:
         self.open()
         n, fed = tokens.shape[1], 0 if self.decoder is None else self.decoder.n
         try:
-            logits = (
-                self._module_step(tokens).float()
-                if self.decoder is None
-                else self._functional_step(self.decoder, tokens)
-            )
+            if self.decoder is None:
+                logits = self._module_step(tokens).float()
+            else:
+                logits = self._functional_step(self.decoder, tokens)
         except BaseException:
             if self.decoder is not None:
                 self.decoder.rewind(self.decoder.n - fed)
