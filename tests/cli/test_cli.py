@@ -22,7 +22,7 @@ from evals.speed.shapes import TOY
 from vlmfast import cli, loading
 from vlmfast.bench import shapes
 from vlmfast.plan import Plan
-from vlmfast.video.read import Fps, Uniform, read_image, read_video, write_video
+from vlmfast.video import Fps, Uniform, read_image, read_video, write_video
 
 QUESTION = "what color is the cat ?"
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from vlmfast.bench.task import Clip, Sample
 from vlmfast.core import Unsupported, UserError
-from vlmfast.loading import as_clip, as_picture
+from vlmfast.media import as_clip, as_picture
 from vlmfast.plan import Plan
 
 STAGE = ("select_ms", "encode_ms", "prefill_ms", "ttft_ms", "decode_ms_per_token", "total_ms", "cached_tokens",
