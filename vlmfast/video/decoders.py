@@ -86,16 +86,19 @@ def _pyav(index: Index, wanted: NDArray[np.int64]) -> Iterator[Any]:
         return
     targets = stamps[wanted]
     num_done = 0
-    for without_seeks in (False, True):  # a second time without seeking, should a seek ever land behind its target
+    # a second time every frame in turn, should a seek ever land behind its target, or a frame be missed by skipping
+    for in_turn in (False, True):
+        skipping = frozenset(targets.tolist()) if index.skips and not in_turn else None
         with open_video(index.path) as (container, stream):
-            frames, decoded = frames_of(container, stream, index.path), -1  # the number of the last decoded frame
+            frames = frames_of(container, stream, index.path, None, skipping)
+            decoded = -1  # the number of the last decoded frame
             for target in targets[num_done:].tolist():
                 key_index = np.searchsorted(index.keys, target, side="right") - 1
                 start_number = int(np.searchsorted(stamps, index.keys[key_index])) if key_index >= 0 else 0
-                if not without_seeks and start_number - decoded > _SEEK_PAYS:
+                if not in_turn and start_number - decoded > _SEEK_PAYS:
                     frames.close()
                     container.seek(int(index.keys[key_index]), stream=stream, backward=True)
-                    frames = frames_of(container, stream, index.path)
+                    frames = frames_of(container, stream, index.path, None, skipping)
                 shown_frame = next(
                     (candidate for candidate in frames if candidate.pts is not None and candidate.pts >= target), None
                 )

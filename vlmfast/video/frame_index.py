@@ -6,7 +6,7 @@ backend decodes, and is the only authority on frame numbers and timestamps.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,7 @@ class Index:
     fps: average frames per second; duration in seconds, last frame included
     size: (height, width) of the decoded frames; orientation: what sets them upright
     container: libav's name of the file format, such as "mov,mp4,m4a,3gp,3g2,mj2"
+    skips: can the decoder leave out just those frames to which no other refers (see `can_skip`)?
     """
 
     path: Path
@@ -51,6 +52,7 @@ class Index:
     size: tuple[int, int]
     orientation: Orientation
     container: str
+    skips: bool = False
 
     def __len__(self) -> int:
         return len(self.timestamps)
@@ -96,7 +98,8 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
         if not streams or name == "tty":  # libav takes any .txt for terminal art
             raise UserError(f"{path} is not a video (it has no video track); give a file such as mp4, mkv or webm")
         limit_decoder(streams[0], path)
-        streams[0].thread_type = "AUTO"
+        streams[0].thread_type = "AUTO"  # by frames and by slices, on all cores
+        streams[0].codec_context.thread_count = 0
         yield container, streams[0]
 
 
@@ -156,10 +159,27 @@ class PacketCount:
         )
 
 
-def frames_of(container: Any, stream: Any, path: Path, count: PacketCount | None = None) -> Generator[Any, None, None]:
+def can_skip(stream: Any, frame: Any) -> bool:
+    """Can the stream's decoder leave out just those frames to which no other refers? frame: a decoded one of it.
+
+    In H.264, MPEG-2 and MPEG-4 every picture says whether others refer to it. In HEVC that holds within one temporal
+    layer, and the header in mp4 and mkv says how many there are. Fields of interlaced video may come as two packets.
+    """
+    context = stream.codec_context
+    if frame.interlaced_frame:
+        return False
+    header = context.extradata or b""
+    one_layer = len(header) > 21 and header[0] == 1 and (header[21] >> 3) & 7 == 1  # numTemporalLayers of an hvcC
+    return context.name in ("h264", "mpeg2video", "mpeg4") or (context.name == "hevc" and one_layer)
+
+
+def frames_of(
+    container: Any, stream: Any, path: Path, count: PacketCount | None = None, wanted: Set[int] | None = None
+) -> Generator[Any, None, None]:
     """Decoded av.VideoFrame objects from where the container stands. UserError where decoding fails.
 
     count: of the packets on the way, for a reader that goes from the beginning to the end.
+    wanted: stamps of the frames that must come; of the others, those to which no frame refers are not decoded.
     """
     import av
 
@@ -168,6 +188,8 @@ def frames_of(container: Any, stream: Any, path: Path, count: PacketCount | None
         for packet in container.demux(stream):
             if count is not None:
                 count.add(packet)
+            if wanted is not None:  # holds for this packet alone, also with several decoding threads
+                stream.codec_context.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in wanted else "NONREF"
             for frame in packet.decode():
                 last = frame.time
                 yield frame
@@ -196,6 +218,7 @@ def read_index(path: Path) -> Index:
         if first is None:
             raise UserError(f"{path} has no frames; check that it plays, or record it again")
         size, upright = (first.height, first.width), frame_orientation(first, stream, path)
+        skips = can_skip(stream, first)
         rate = float(stream.guessed_rate or stream.average_rate or 0)
         average, unit = float(stream.average_rate or 0), float(stream.time_base)
         name = container.format.name
@@ -227,6 +250,7 @@ def read_index(path: Path) -> Index:
             size,
             upright,
             name,
+            skips,
         )
     with open_video(path) as (container, stream):
         stamps = [timestamp_of(container, frame) for frame in frames_of(container, stream, path)]
