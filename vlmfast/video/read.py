@@ -80,7 +80,8 @@ class VideoReader:
     """The chosen frames of a video file or of a folder of images, before they are decoded.
 
     Arguments as in `read_video`. Opens the file, lists its frames and chooses; `read` decodes. T chosen frames of N:
-    len() is T; timestamps, indices, fps, duration, total, size: as in `Video`. opening_ms: what making this took.
+    len() is T; timestamps, indices, fps, duration, total, size: as in `Video`. index: the frames of a file; a folder has
+    none. opening_ms: what making this took.
     Raises UserError for bad files and bad arguments.
     """
 
@@ -115,10 +116,10 @@ class VideoReader:
                 raise UserError(
                     f"fps= is for folders of pictures; {path} has its own timestamps (choose by select=Fps(...))"
                 )
-            self._index = read_index(self.path)
-            times, self.fps, self.duration = self._index.timestamps, self._index.fps, self._index.duration
-            self.size = self._index.upright_size
-            thumbnails = decoders.thumbnails(self._index, _THUMBNAIL_SIDE)
+            self.index = read_index(self.path)
+            times, self.fps, self.duration = self.index.timestamps, self.index.fps, self.index.duration
+            self.size = self.index.upright_size
+            thumbnails = decoders.thumbnails(self.index, _THUMBNAIL_SIDE)
         self.indices = _thin(select.pick(times, thumbnails), max_frames)
         self.timestamps, self.total = times[self.indices], len(times)
         self.opening_ms = (time.perf_counter() - start) * 1e3
@@ -147,7 +148,7 @@ class VideoReader:
         """The chosen frames, each scaled to (height, width). any_size: also those of another size than the first."""
         if self._folder:
             return (resize(read_image(self._files[number]), size) for number in self.indices)
-        return decoders.fetch(self._index, self.indices, self.backend, size, any_size)
+        return decoders.fetch(self.index, self.indices, self.backend, size, any_size)
 
 
 def read_video(
