@@ -93,26 +93,36 @@ def read_inputs(
         prompt(processor, question_text, len(pictures), int(clip is not None), name) for question_text in questions
     ]
     try:
-        inputs = processor(text=texts, return_tensors="pt", **media)
+        inputs = processed(model, processor, texts, media, [] if clip is None else [sampled_fps(clip)] * num_rows)
     except (ValueError, RuntimeError, ArithmeticError) as error:  # a picture too slim for it, or too small
         sizes = [image.shape[:2] for image in pictures] + ([clip.frames.shape[1:3]] if clip is not None else [])
         listed = ", ".join(f"{width} x {height}" for height, width in sizes)
         raise UserError(
             f"the processor of {name} does not take these media ({listed} pixels): {reason(error)}; crop or pad"
         ) from None
-    if clip is not None and "second_per_grid_ts" in inputs:  # HF divides by the rate of the whole file
+    reading.processing.add(begun)
+    put_reading(inputs["input_ids"], reading)
+    return inputs
+
+
+def processed(
+    model: Any, processor: Any, texts: list[str], media: dict[str, Any], rates: list[float]
+) -> dict[str, torch.Tensor]:
+    """What the processor makes of prompts and media, on the model's device, pixel values in its dtype.
+
+    media: of the processor's call. rates: frames per second of the chosen frames of every video in it.
+    """
+    inputs = processor(text=texts, return_tensors="pt", **media)
+    if rates and "second_per_grid_ts" in inputs:  # HF divides by the rate of the whole file
         import torch
 
         frames_merged = processor.video_processor.temporal_patch_size
-        inputs["second_per_grid_ts"] = torch.tensor([frames_merged / sampled_fps(clip)] * num_rows)
-    moved = {
+        inputs["second_per_grid_ts"] = torch.tensor([frames_merged / rate for rate in rates])
+    return {
         key: tensor.to(model.device, model.dtype if tensor.is_floating_point() and key.startswith("pixel") else None)
         for key, tensor in inputs.items()
         if hasattr(tensor, "to")
     }
-    reading.processing.add(begun)
-    put_reading(moved["input_ids"], reading)
-    return moved
 
 
 def _picture(image: Picture) -> np.ndarray:

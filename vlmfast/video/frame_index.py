@@ -6,7 +6,7 @@ backend decodes, and is the only authority on frame numbers and timestamps.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Set
+from collections.abc import Container, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmfast.core import UserError
+from vlmfast.video.due import DueStamps
 from vlmfast.video.images import Orientation, frame_orientation
 from vlmfast.video.limits import MOST_PIXELS, check_pixels, regular
 
@@ -174,7 +175,7 @@ def can_skip(stream: Any, frame: Any) -> bool:
 
 
 def frames_of(
-    container: Any, stream: Any, path: Path, count: PacketCount | None = None, wanted: Set[int] | None = None
+    container: Any, stream: Any, path: Path, count: PacketCount | None = None, wanted: Container[int] | None = None
 ) -> Generator[Any, None, None]:
     """Decoded av.VideoFrame objects from where the container stands. UserError where decoding fails.
 
@@ -184,8 +185,9 @@ def frames_of(
     import av
 
     last: float | None = None
+    packets = container.demux(stream)
     try:
-        for packet in container.demux(stream):
+        for packet in wanted.ahead(packets) if isinstance(wanted, DueStamps) else packets:
             if count is not None:
                 count.add(packet)
             if wanted is not None:  # holds for this packet alone, also with several decoding threads
@@ -199,6 +201,11 @@ def frames_of(
             f"{path} is damaged {location} ({reason(e)}); copy it again, or repair it with: "
             f"ffmpeg -err_detect ignore_err -i {path.name} repaired.mp4"
         ) from None
+
+
+def stamped(container: Any) -> bool:
+    """Do its packets carry true presentation stamps?"""
+    return bool(_STAMPED & set(container.format.name.split(",")))
 
 
 def timestamp_of(container: Any, frame: Any) -> float | None:
@@ -221,15 +228,14 @@ def read_index(path: Path) -> Index:
         skips = can_skip(stream, first)
         rate = float(stream.guessed_rate or stream.average_rate or 0)
         average, unit = float(stream.average_rate or 0), float(stream.time_base)
-        name = container.format.name
-        stamped = bool(_STAMPED & set(name.split(",")))
+        name, exact = container.format.name, stamped(container)
     pts, keys, count = [], [], PacketCount()
     with open_video(path) as (container, stream):
         try:
             for packet in container.demux(stream):
                 if not count.add(packet):
                     continue
-                stamped &= packet.pts is not None
+                exact &= packet.pts is not None
                 if packet.pts is None or packet.is_discard:
                     continue  # decoded for others to refer to, never shown
                 pts.append(packet.pts)
@@ -239,7 +245,7 @@ def read_index(path: Path) -> Index:
             raise UserError(f"{path} is damaged after {count.packets} frames ({reason(e)}); copy it again") from None
         count.check(path, container, stream)
     order = np.unique(np.asarray(pts, np.int64))
-    if stamped and len(order) == len(pts) and first.pts == order[0]:
+    if exact and len(order) == len(pts) and first.pts == order[0]:
         times = (order - order[0]) * unit
         return Index(
             path,

@@ -32,7 +32,8 @@ from vlmfast.video.connections import (
     without_secrets,
 )  # fmt: skip
 from vlmfast.video.conversion import Conversion, Decoded, of_picture, of_video
-from vlmfast.video.frame_index import PacketCount, frames_of, open_video, timestamp_of
+from vlmfast.video.due import Due, DueStamps
+from vlmfast.video.frame_index import PacketCount, can_skip, frames_of, open_video, stamped, timestamp_of
 from vlmfast.video.images import Size, frame_orientation
 
 _LONGEST_WAIT = 30.0
@@ -137,7 +138,7 @@ def open_source(
             raise UserError(f"fps= is for folders and bare frames; {path} has its own timestamps (sample_fps= thins)")
         with open_video(path):
             pass  # whatever is wrong with it is said now
-        return _deliver(_file(path), sample_fps, size, realtime)
+        return _deliver(_file(path, sample_fps), sample_fps, size, realtime)
     if not isinstance(source, Iterable):
         raise UserError(f"a source is a path, a URL, a camera number or an iterable, got {type(source).__name__}")
     return _deliver(_iterated(source, step), sample_fps, size, realtime)
@@ -145,7 +146,7 @@ def open_source(
 
 def _deliver(frames: Iterable[_Timed], max_fps: float | None, size: Size, realtime: bool) -> Iterator[Frame]:
     """Thins, paces, converts and scales."""
-    start, next_due = time.monotonic(), 0.0
+    start, due = time.monotonic(), Due(max_fps)
     first_target: list[tuple[int, int]] = []
 
     def target(upright: tuple[int, int]) -> tuple[int, int]:
@@ -154,21 +155,22 @@ def _deliver(frames: Iterable[_Timed], max_fps: float | None, size: Size, realti
         return first_target[0]
 
     for decoded, seconds in frames:
-        if max_fps is not None and seconds < next_due - 6e-4:  # stamps are rounded, in mkv to 1 ms
+        if not due(seconds):
             continue
-        if max_fps is not None:
-            next_due = (np.floor((seconds + 7e-4) * max_fps) + 1) / max_fps
         if realtime:
             time.sleep(max(0.0, start + seconds - time.monotonic()))
         yield Frame(decoded(target), float(seconds))
 
 
-def _file(path: Path) -> Iterator[_Timed]:
+def _file(path: Path, max_fps: float | None) -> Iterator[_Timed]:
     with open_video(path) as (container, stream):
         clock = Clock(1 / float(stream.guessed_rate or stream.average_rate or 25))
         convert: Conversion | None = None
         count = PacketCount()
-        for frame in frames_of(container, stream, path, count):
+        wanted = DueStamps(max_fps, float(stream.time_base)) if max_fps is not None and stamped(container) else None
+        for frame in frames_of(container, stream, path, count, wanted):
+            if convert is None and wanted is not None:
+                wanted.skipping = can_skip(stream, frame)
             convert = convert or Conversion(frame_orientation(frame, stream, path))
             yield partial(of_video, convert, frame), clock(timestamp_of(container, frame))
         if convert is None:

@@ -80,8 +80,8 @@ class VideoReader:
     """The chosen frames of a video file or of a folder of images, before they are decoded.
 
     Arguments as in `read_video`. Opens the file, lists its frames and chooses; `read` decodes. T chosen frames of N:
-    len() is T; timestamps, indices, fps, duration, total, size: as in `Video`. index: the frames of a file; a folder has
-    none. opening_ms: what making this took.
+    len() is T; timestamps, indices, fps, duration, total, size: as in `Video`. index: of a file's
+    frames; a folder has none. opening_ms: what making this took.
     Raises UserError for bad files and bad arguments.
     """
 
