@@ -17,6 +17,7 @@ from pretend_cuda import PretendCuda, to_cuda, to_host
 
 import vlmfast
 from vlmfast import loading, media
+from vlmfast.stream import StreamSession
 from vlmfast.video import Uniform, VideoReader, read_video
 from vlmfast.video.decoders import BACKENDS
 
@@ -125,6 +126,27 @@ def test_a_folder_is_read_at_the_size_of_the_model(loaded: Any, tmp_path: Path) 
     full, read = (model.inputs("what ?", video=tmp_path, size=size) for size in ("full", "model"))
     assert torch.equal(full["video_grid_thw"], read["video_grid_thw"])
     assert (full["pixel_values_videos"] - read["pixel_values_videos"]).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava_onevision"])
+def test_a_stream_watches_a_file_at_the_size_of_the_model(family: str, loaded: Any, tmp_path: Path) -> None:
+    """As many visual tokens as of full frames; other sources and sizes that are asked for are left alone."""
+    model, path = loaded(family), encode(tmp_path / "clip.mp4", smooth(8, 384, 512))
+    stats, shapes = {}, {}
+
+    def watched(**options: Any) -> tuple[dict[str, Any], set[tuple[int, ...]]]:
+        seen: set[tuple[int, ...]] = set()
+        with StreamSession(model.model, model.processor, redundancy=None) as session:
+            encode_grids = session.encoder.encode
+            session.encoder.encode = lambda grids: (seen.add(grids.frames.shape[1:3]), encode_grids(grids))[1]
+            session.watch(path, sample_fps=10, **options)
+            return session.stats(), seen
+
+    for size in (None, "full", "model", 64):
+        stats[size], shapes[size] = watched(**({} if size is None else {"size": size}))
+    assert shapes["full"] == {(384, 512)} and shapes[64] == {(48, 64)} and shapes[None] == shapes["model"]
+    assert (shapes["model"] == shapes["full"]) == (family == "llava_onevision")
+    assert stats["model"]["visual_tokens"] == stats["full"]["visual_tokens"]
 
 
 def test_small_frames_are_left_alone(loaded: Any, tmp_path: Path) -> None:

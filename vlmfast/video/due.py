@@ -8,9 +8,7 @@ from collections import deque
 from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
-_AHEAD = (
-    32  # shown frames that are read before one is decided: packets come in another order than frames, by 16 at most
-)
+_AHEAD = 32  # shown frames read before one is decided: packets come in another order than frames, by 16 at most
 
 
 class Due:
