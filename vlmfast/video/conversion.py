@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -10,12 +14,13 @@ from numpy.typing import NDArray
 
 from vlmfast.video.images import Orientation, resize
 
+_MOST_THREADS = 4
 Target = Callable[[tuple[int, int]], tuple[int, int]]  # (height, width) of an upright frame -> that it is scaled to
 Decoded = Callable[[Target], NDArray[np.uint8]]  # converts a decoded frame to pixels when it is wanted
 
 
 class Conversion:
-    """Converts the frames of one video, each when it is called with it.
+    """Converts the frames of one video, each when it is called with it, from several threads if need be.
 
     Smaller frames are scaled bicubically, over all pixels that a new one covers, while colours are converted, with
     colour at full resolution and exact rounding. That is one pass and no picture in between. Against converting first
@@ -24,7 +29,19 @@ class Conversion:
 
     def __init__(self, orientation: Orientation) -> None:
         self.orientation = orientation
-        self._reformatter: Any = None  # it keeps its tables from frame to frame
+        self._of_thread = threading.local()  # each thread's reformatter, which keeps its tables from frame to frame
+
+    def all(self, frames: Iterable[Any], size: tuple[int, int] | None) -> Iterator[NDArray[np.uint8]]:
+        """The frames converted, in order: in threads of their own, while the next ones are decoded."""
+        workers = min(_MOST_THREADS, os.cpu_count() or 1)
+        waiting: deque[Future[NDArray[np.uint8]]] = deque()
+        with ThreadPoolExecutor(workers, "conversion") as pool:
+            for frame in frames:
+                waiting.append(pool.submit(self, frame, size))
+                if len(waiting) > workers:  # no more decoded frames than that are held
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
 
     def upright_size(self, frame: Any) -> tuple[int, int]:
         """(height, width) of an av.VideoFrame or a stored array (H, W, 3), set upright."""
@@ -44,10 +61,12 @@ class Conversion:
     def _scaled(self, frame: Any, size: tuple[int, int]) -> NDArray[np.uint8]:
         from av.video.reformatter import Interpolation, VideoReformatter
 
-        if self._reformatter is None:
-            self._reformatter = VideoReformatter()
+        if not hasattr(self._of_thread, "reformatter"):
+            self._of_thread.reformatter = VideoReformatter()
         how = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-        small = self._reformatter.reformat(frame, width=size[1], height=size[0], format="rgb24", interpolation=how)
+        small = self._of_thread.reformatter.reformat(
+            frame, width=size[1], height=size[0], format="rgb24", interpolation=how, threads=1
+        )
         pixels: NDArray[np.uint8] = small.to_ndarray()
         return pixels
 

@@ -51,15 +51,19 @@ def fetch(
     require(backend)
     decode_frames: Any = {"pyav": _pyav, "decord": _decord, "opencv": _opencv}[backend]
     convert = Conversion(index.orientation)
-    for frame in decode_frames(index, wanted):
-        height, width = convert.upright_size(frame)
-        if (height, width) != index.upright_size and not any_size:
-            first_height, first_width = index.upright_size
-            raise UserError(
-                f"frames of {index.path} change size from {first_height}x{first_width} to {height}x{width}; "
-                "pass size=(height, width)"
-            )
-        yield convert(frame, size)
+
+    def checked() -> Iterator[Any]:
+        for frame in decode_frames(index, wanted):
+            height, width = convert.upright_size(frame)
+            if (height, width) != index.upright_size and not any_size:
+                first_height, first_width = index.upright_size
+                raise UserError(
+                    f"frames of {index.path} change size from {first_height}x{first_width} to {height}x{width}; "
+                    "pass size=(height, width)"
+                )
+            yield frame
+
+    yield from convert.all(checked(), size)
 
 
 def thumbnails(index: Index, side: int) -> Iterator[NDArray[np.uint8]]:
