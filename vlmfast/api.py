@@ -33,6 +33,7 @@ from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.prune_between_layers import BetweenLayerPruning
 from vlmfast.runtime.prune_in_tower import InTowerPruning
 from vlmfast.runtime.prune_input import InputPruning
+from vlmfast.runtime.reading import reading_of
 from vlmfast.runtime.request_state import Requests, RequestState
 from vlmfast.runtime.shorten_prompt import PromptShortening, needs
 from vlmfast.runtime.stage_timer import StageTimer, cache_counts
@@ -206,6 +207,7 @@ class Accelerated:
                 if self.draft is not None:
                     held.enter_context(model_lock(self.draft.model))
                 request = held.enter_context(self._call())
+                request.reading = reading_of(kwargs.get("input_ids"))
                 self.meter.begin()  # the clock of the first token
                 if self.plan.fast_tower:
                     held.enter_context(fresh_lengths(next(self.model.parameters()).device))
@@ -284,7 +286,11 @@ class Accelerated:
             notes += self.tower.notes()
         elif self.plan.tower == "fast" and not self.family.tower_loops:
             notes.append("tower: one call a layer already, left as it is")
-        self.report = Report(encode, prefill, decode | request.decode, notes)
+        read: dict[str, Any] = {}
+        if request.reading is not None:
+            read, notes = request.reading.json(), request.reading.notes + notes
+            read["first_token_ms"] = read.get("read_ms", 0.0) + read["processor_ms"] + prefill["ttft_ms"]
+        self.report = Report(encode, prefill, decode | request.decode, notes, read)
 
     @property
     def request(self) -> RequestState:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmfast import engine, families
+from vlmfast import engine, families, media
 from vlmfast.core import Unsupported, UserError
 from vlmfast.families.base import feature_list
 from vlmfast.runtime.fast_tower import fast_modules
@@ -148,9 +148,8 @@ class VisionEncoder:
     def features(self, frames: Tensor) -> GridFeatures:
         """frames (G * frames_per_grid, H, W, 3) uint8 -> features of G grids, every grid encoded by itself."""
         pixels = frames.permute(0, 3, 1, 2)
-        options: dict[str, Any] = {"do_sample_frames": False, "return_tensors": "pt"}
         if self.qwen:
-            made = self._processed(list(pixels.split(self.frames_per_grid)), options)
+            made = self._processed(list(pixels.split(self.frames_per_grid)))
             grid, merge = made["video_grid_thw"], self.layout.merge
             out = self.base.get_video_features(
                 pixel_values_videos=self._pixels(made),
@@ -159,7 +158,7 @@ class VisionEncoder:
             deepstack = [torch.stack(list(level)) for level in getattr(out, "deepstack_features", None) or []]
             size = (int(grid[0, 1]) // merge, int(grid[0, 2]) // merge)
             return GridFeatures(torch.stack(feature_list(out)), size, deepstack)
-        made = self._processed([pixels], options)
+        made = self._processed([pixels])
         out = self.base.get_video_features(self._pixels(made))
         flat = feature_list(out)[0]
         flat = flat[: flat.shape[0] - self.closing().shape[0]]  # OneVision's newline closes a video, not a frame
@@ -177,13 +176,23 @@ class VisionEncoder:
         if (height, width) in self._sizes:
             return
         blank = torch.zeros(self.frames_per_grid, 3, height, width, dtype=torch.uint8)
-        self._processed([blank], {"do_sample_frames": False, "return_tensors": "pt"})
+        self._processed([blank])
         self._sizes = {*self._sizes, (height, width)} if len(self._sizes) < 64 else {(height, width)}
 
-    def _processed(self, clips: list[Tensor], options: dict[str, Any]) -> Any:
-        """What the model's video processor makes of clips (T, 3, H, W). UserError for frames that it does not take."""
+    def frame_size(self, frames: int, height: int, width: int) -> tuple[int, int]:
+        """(height, width) that the processor scales a frame of a stream to, its own where there is no such rule.
+
+        frames: is not looked at, since a stream is processed grid by grid. To be given as `size` to a source.
+        """
+        found = media.frame_size(self.model, self.processor, self.frames_per_grid, height, width)
+        return found or (height, width)
+
+    def _processed(self, clips: list[Tensor]) -> Any:
+        """What the model's video processor makes of clips (T, 3, H, W), on the model's device where it can. UserError
+        for frames that it does not take."""
+        options = media.video_options(self.processor) | media.device_option(self.model, self.processor)
         try:
-            return self.processor.video_processor(videos=clips, **options)
+            return self.processor.video_processor(videos=clips, return_tensors="pt", **options)
         except (ValueError, RuntimeError, ArithmeticError) as e:
             height, width = clips[0].shape[-2:]
             raise UserError(f"{self.type} does not take frames of {width} x {height} pixels: {reason(e)}") from None
