@@ -14,6 +14,7 @@ from vlmfast.engine.graphs import Graphs, Memory
 from vlmfast.engine.slots import Slots, bucket
 from vlmfast.engine.weights import Weights
 from vlmfast.kernels import step_reference
+from vlmfast.runtime import dtypes
 
 HALF = (torch.float16, torch.bfloat16)
 _POOLS: weakref.WeakKeyDictionary[nn.Module, Pool] = weakref.WeakKeyDictionary()
@@ -41,26 +42,42 @@ class Pool:
     def take(self, rows: int, columns: int) -> Slots:
         """Slots for at least `columns` columns: the smallest idle ones that are large enough, or new ones.
 
-        Raises Unsupported, naming the bytes, where there is no memory for them.
+        Raises Unsupported, naming the bytes and what fits, where there is no memory for them: before they are taken.
         """
         idle_slots = [slots for slots in self.slots if slots.idle]
         large_enough = [slots for slots in idle_slots if slots.rows == rows and slots.capacity >= columns]
         if large_enough:
             return min(large_enough, key=lambda slots: slots.capacity)
         self.drop(idle_slots)
-        new_slots, capacity, weights = None, bucket(columns), self.weights
+        new_slots, capacity, free = None, bucket(columns), self._free()
         for wanted in (bucket(columns + columns // 8), capacity):  # a longer prompt next time captures nothing anew
+            if free is not None and self._bytes(rows, wanted) > free:
+                continue
             try:
                 new_slots = self._make(rows, wanted)
                 break
             except torch.OutOfMemoryError:
                 continue
         if new_slots is None:
-            column_bytes = 2 * weights.kv_heads * weights.head_size * weights.embed.dtype.itemsize
-            num_bytes = len(weights.layers) * rows * capacity * column_bytes
-            raise Unsupported(f"no memory for slots of {capacity:,} columns, {num_bytes / 1e9:.1f} GB")
+            needed, one = self._bytes(rows, capacity), self._bytes(1, capacity)
+            shape = f"{rows} rows of {capacity:,} columns" if rows > 1 else f"{capacity:,} columns"
+            fits = "" if free is None else f": {free / 1e9:.1f} GB are free, {free // one} rows of them fit"
+            raise Unsupported(f"no memory for slots of {shape}, {needed / 1e9:.1f} GB{fits}")
         self.slots.append(new_slots)
         return new_slots
+
+    def _bytes(self, rows: int, capacity: int) -> int:
+        """Bytes of keys and values of slots."""
+        weights = self.weights
+        column_bytes = 2 * weights.kv_heads * weights.head_size * weights.embed.dtype.itemsize
+        return len(weights.layers) * rows * capacity * column_bytes
+
+    def _free(self) -> int | None:
+        """Bytes that may still be taken on the device, None = not known."""
+        if self.device.type != "cuda":
+            return dtypes.available()
+        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return torch.cuda.mem_get_info(self.device)[0] + cached
 
     def _make(self, rows: int, capacity: int) -> Slots:
         splits = 1
