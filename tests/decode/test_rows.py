@@ -179,6 +179,20 @@ def test_several_sequences_of_one_prompt() -> None:
             assert fast.report.decode["drafted"] > 0
 
 
+@pytest.mark.parametrize(("family", "engine_name"), [(FAMILY, "static"), ("qwen3_vl_moe", "module")])
+def test_the_plain_loop_takes_rows(family: str, engine_name: str) -> None:
+    """Without a draft: token for token what `generate` says, drawn from the same random state."""
+    stock, model, batch = tiny.build(family), tiny.build(family), three(family)
+    with vlmfast.accelerate(model, speculate=Speculate()) as fast:
+        for options in ({}, {"do_sample": True, "top_k": 5, "temperature": 1.5}):
+            said = []
+            for which in (stock, model):
+                torch.manual_seed(3)
+                said.append(plain(which, batch, **options))
+            assert torch.equal(*said), options
+            assert fast.report.decode["engine"] == engine_name, fast.report.decode
+
+
 # ---------------------------------------------------------------- what `generate` promises
 
 
