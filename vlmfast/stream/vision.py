@@ -168,8 +168,7 @@ class VisionEncoder:
 
     def _pixels(self, made: Any) -> Tensor:
         """The processor's pixels on the model's device."""
-        pixels = made["pixel_values_videos"]
-        return to_device(pixels.pin_memory() if self.device.type == "cuda" else pixels, self.device)
+        return to_device(made["pixel_values_videos"], self.device)
 
     def check_size(self, height: int, width: int) -> None:
         """Raise UserError for frames of a size that the model's processor does not take; each size is tried once."""
