@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from pretend_cuda import CUDA, PretendCuda, to_cuda, to_host
-from test_stream import Q, session, video
+from test_stream import Q, processor, session, video
 
 from vlmfast.decode import PromptLookup, Speculate
 from vlmfast.engine import pool
@@ -21,6 +21,7 @@ from vlmfast.stream.blocks import BlockTensors, pack, unpack
 from vlmfast.stream.retrievers import Internal
 from vlmfast.stream.session import Answer
 from vlmfast.stream.unpack_on_device import unpack_on_device
+from vlmfast.stream.vision import VisionEncoder
 
 SMALL = {"sinks": 1, "recent": 2}
 LOOKUP = {"speculate": Speculate(PromptLookup())}
@@ -140,6 +141,31 @@ def test_a_token_of_an_answer_costs_what_a_token_of_generate_costs() -> None:
     loop = budgets.plans()["loop"]
     generated = budgets.less(*(budgets.whole(loop, 2, new, torch.bfloat16) for new in (10, 2)), 8)
     assert budgets.totals(budgets.stream_token(torch.bfloat16)) == budgets.totals(generated)
+
+
+@pytest.mark.parametrize(("size", "there"), [((16, 24), True), ((18, 26), False)])
+def test_frames_that_are_not_resized_are_processed_on_the_card(
+    size: tuple[int, int], there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same features; a card resizes a little differently than a CPU."""
+    frames = torch.randint(0, 255, (4, *size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    on: list[str] = []
+    processed = VisionEncoder._processed
+
+    def watched(vision: Any, clips: Any, options: Any) -> Any:
+        on.append(clips[0].device.type)
+        return processed(vision, clips, options)
+
+    def run(place: Any) -> Any:
+        vision = VisionEncoder(place(tiny.build("qwen2_5_vl")), processor("qwen2_5_vl"))
+        vision.check_size(*size)
+        return vision.features(frames).features
+
+    want = run(lambda x: x)
+    monkeypatch.setattr(VisionEncoder, "_processed", watched)
+    with PretendCuda():
+        got = to_host(run(to_cuda))
+    assert on == ["cpu", "cuda" if there else "cpu"] and torch.equal(got, want)
 
 
 # -- what is brought back ----------------------------------------------------------------------------------------------

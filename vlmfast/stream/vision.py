@@ -140,15 +140,18 @@ class VisionEncoder:
         self.frames_per_grid = int(vision.temporal_patch_size) if self.qwen else 1
         self.stamped = self.family.stamped(model)
         self.layout = Layout(model)
-        self._sizes: set[tuple[int, int]] = set()  # of frames that the processor takes
+        self._sizes: dict[tuple[int, int], bool] = {}  # of frames that the processor takes: as they are?
         self.device = next(model.parameters()).device
         self.host_grids = False  # may grids come to the tower on the host?
 
     @torch.no_grad()
     def features(self, frames: Tensor) -> GridFeatures:
         """frames (G * frames_per_grid, H, W, 3) uint8 -> features of G grids, every grid encoded by itself."""
-        pixels = frames.permute(0, 3, 1, 2)
         options: dict[str, Any] = {"do_sample_frames": False, "return_tensors": "pt"}
+        height, width = frames.shape[1:3]
+        if self.device.type == "cuda" and self._sizes.get((height, width)) and self._processes_anywhere():
+            frames, options = to_device(frames.pin_memory(), self.device), options | {"device": self.device}
+        pixels = frames.permute(0, 3, 1, 2)
         if self.qwen:
             made = self._processed(list(pixels.split(self.frames_per_grid)), options)
             grid, merge = made["video_grid_thw"], self.layout.merge
@@ -167,23 +170,37 @@ class VisionEncoder:
         side = int(features.shape[1] ** 0.5)
         return GridFeatures(features, (side, features.shape[1] // side), [])
 
+    def _processes_anywhere(self) -> bool:
+        """Does the processor take a device to work on?"""
+        known = getattr(self.processor.video_processor, "valid_kwargs", None)
+        return "device" in getattr(known, "__annotations__", {})
+
     def _pixels(self, made: Any) -> Tensor:
         """The processor's pixels on the model's device."""
         pixels = made["pixel_values_videos"]
-        return to_device(pixels.pin_memory() if self.device.type == "cuda" else pixels, self.device)
+        return pixels if pixels.device == self.device else to_device(pixels, self.device)
 
     def check_size(self, height: int, width: int) -> None:
-        """Raise UserError for frames of a size that the model's processor does not take; each size is tried once."""
+        """Raise UserError for frames of a size that the model's processor does not take; each size is tried once.
+
+        Those that it takes without resizing them are processed on the model's device, with the same result.
+        """
         if (height, width) in self._sizes:
             return
         blank = torch.zeros(self.frames_per_grid, 3, height, width, dtype=torch.uint8)
-        self._processed([blank], {"do_sample_frames": False, "return_tensors": "pt"})
-        self._sizes = {*self._sizes, (height, width)} if len(self._sizes) < 64 else {(height, width)}
+        made = self._processed([blank], {"do_sample_frames": False, "return_tensors": "pt"})
+        kept: Any = tuple(made["pixel_values_videos"].shape[-2:])
+        if self.qwen:
+            kept = tuple(int(n) * self.processor.video_processor.patch_size for n in made["video_grid_thw"][0, 1:])
+        known = self._sizes if len(self._sizes) < 64 else {}
+        self._sizes = {**known, (height, width): kept == (height, width)}
 
     def _processed(self, clips: list[Tensor], options: dict[str, Any]) -> Any:
         """What the model's video processor makes of clips (T, 3, H, W). UserError for frames that it does not take."""
         try:
             return self.processor.video_processor(videos=clips, **options)
+        except torch.OutOfMemoryError:
+            raise
         except (ValueError, RuntimeError, ArithmeticError) as e:
             height, width = clips[0].shape[-2:]
             raise UserError(f"{self.type} does not take frames of {width} x {height} pixels: {reason(e)}") from None
