@@ -33,6 +33,7 @@ from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.prune_between_layers import BetweenLayerPruning
 from vlmfast.runtime.prune_in_tower import InTowerPruning
 from vlmfast.runtime.prune_input import InputPruning
+from vlmfast.runtime.reading import reading_of
 from vlmfast.runtime.request_state import Requests, RequestState
 from vlmfast.runtime.shorten_prompt import PromptShortening, needs
 from vlmfast.runtime.stage_timer import StageTimer, cache_counts
@@ -96,6 +97,7 @@ class Accelerated:
         self._reuse = MediaCache(self.model, self.family, limit) if limit is not None else None
         self._patch = Patch()
         self.kv: Any = None
+        self.prefills: engine.PrefillGraphs | None = None
         try:
             self._install()
         except BaseException:
@@ -162,6 +164,10 @@ class Accelerated:
             refuse_compiled(model)
             patch.call(functools.partial(engine.release, model))
             engine.prepare(model)
+            text, head = engine.decoder(model)
+            if plan.fast_tower and text is not None:
+                self.prefills = engine.PrefillGraphs(text, head, self.family.rope_axes)
+                self.prefills.install(patch)
         self.draft = self._accelerate_draft(draft)
         inner: Any = model.generate
         inner = checked(model, inner) if self.hooked else observed(model, inner, self._observe, self._bare)
@@ -201,6 +207,7 @@ class Accelerated:
                 if self.draft is not None:
                     held.enter_context(model_lock(self.draft.model))
                 request = held.enter_context(self._call())
+                request.reading = reading_of(kwargs.get("input_ids"))
                 self.meter.begin()  # the clock of the first token
                 if self.plan.fast_tower:
                     held.enter_context(fresh_lengths(next(self.model.parameters()).device))
@@ -271,12 +278,19 @@ class Accelerated:
             notes.append("use_cache=False: every step is a prefill; times are of the first")
         if self.plan.fast_tower and next(self.model.parameters()).is_cuda:
             prefill["attention"] = "without cuDNN, which plans every new length"
+        if self.prefills is not None:
+            prefill |= self.prefills.report()
+            notes += self.prefills.notes()
         if self.tower is not None and encode["encode_ms"]:
             encode |= self.tower.report()
             notes += self.tower.notes()
         elif self.plan.tower == "fast" and not self.family.tower_loops:
             notes.append("tower: one call a layer already, left as it is")
-        self.report = Report(encode, prefill, decode | request.decode, notes)
+        read: dict[str, Any] = {}
+        if request.reading is not None:
+            read, notes = request.reading.json(), request.reading.notes + notes
+            read["first_token_ms"] = read.get("read_ms", 0.0) + read["processor_ms"] + prefill["ttft_ms"]
+        self.report = Report(encode, prefill, decode | request.decode, notes, read)
 
     @property
     def request(self) -> RequestState:

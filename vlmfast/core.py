@@ -189,18 +189,6 @@ class CompressedLayer:
 
 
 @runtime_checkable
-class PlainRows(Protocol):
-    """A cache layer whose (batch row, head) pairs hold different columns, and that may hand them to the engine."""
-
-    ragged: bool  # is it compressed?
-    batch: int
-
-    def plain_rows(self) -> list[tuple[Tensor, Tensor]] | str:
-        """Keys (n, Dh) and values (n, Dv) of every pair, row by row; or, in words, why they are more than that."""
-        ...
-
-
-@runtime_checkable
 class Policy(Protocol):
     """What the runtime asks of a KV policy."""
 

@@ -15,13 +15,13 @@ from test_stream import Q, processor, session, video
 from vlmfast.decode import PromptLookup, Speculate
 from vlmfast.engine import pool
 from vlmfast.plan import Plan
-from vlmfast.prefill import HybridKV, SnapKV
+from vlmfast.prefill import HybridKV, LazyEviction, SnapKV
 from vlmfast.runtime import working_set_prompt
 from vlmfast.stream.blocks import BlockTensors, pack, unpack
 from vlmfast.stream.retrievers import Internal
 from vlmfast.stream.session import Answer
 from vlmfast.stream.unpack_on_device import unpack_on_device
-from vlmfast.stream.vision import VisionEncoder
+from vlmfast.stream.vision import VisionEncoder, prepared
 
 SMALL = {"sinks": 1, "recent": 2}
 LOOKUP = {"speculate": Speculate(PromptLookup())}
@@ -32,6 +32,7 @@ CASES: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("qwen2_5_vl", {}, "shared", {"do_sample": True, "top_k": 20}),
     ("qwen2_5_vl", LOOKUP, "shared", {}),
     ("qwen2_5_vl", {"kv": SnapKV(keep=0.4, **SMALL)}, "shared", {}),
+    ("qwen2_5_vl", {"kv": HybridKV(keep=0.4, split=0.5, **SMALL)}, "shared", {}),
     ("qwen3_vl", {}, "layer", {}),
     ("llava_onevision", {}, "layer", {}),
 ]
@@ -123,7 +124,7 @@ def test_the_engine_lives_as_long_as_any_session_over_the_model() -> None:
     [
         ({}, CARD, torch.float32, "not float32"),
         ({}, (7, 5), torch.bfloat16, "compute capability 8.0"),
-        ({"kv": HybridKV(keep=0.4, split=0.5, **SMALL)}, CARD, torch.bfloat16, "host memory"),
+        ({"kv": LazyEviction(keep=0.4)}, CARD, torch.bfloat16, ""),
     ],
 )
 def test_what_the_engine_does_not_take_is_decoded_otherwise_and_says_why(
@@ -143,29 +144,24 @@ def test_a_token_of_an_answer_costs_what_a_token_of_generate_costs() -> None:
     assert budgets.totals(budgets.stream_token(torch.bfloat16)) == budgets.totals(generated)
 
 
-@pytest.mark.parametrize(("size", "there"), [((16, 24), True), ((18, 26), False)])
-def test_frames_that_are_not_resized_are_processed_on_the_card(
-    size: tuple[int, int], there: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With the same features; a card resizes a little differently than a CPU."""
-    frames = torch.randint(0, 255, (4, *size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    on: list[str] = []
-    processed = VisionEncoder._processed
+def test_frames_are_processed_where_the_model_is() -> None:
+    """With the same features; they go there once, and the host does not wait."""
+    frames = torch.randint(0, 255, (4, 16, 24, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
-    def watched(vision: Any, clips: Any, options: Any) -> Any:
-        on.append(clips[0].device.type)
-        return processed(vision, clips, options)
-
-    def run(place: Any) -> Any:
+    def run(place: Any) -> VisionEncoder:
         vision = VisionEncoder(place(tiny.build("qwen2_5_vl")), processor("qwen2_5_vl"))
-        vision.check_size(*size)
-        return vision.features(frames).features
+        prepared(vision, fast=True)
+        vision.check_size(16, 24)
+        return vision
 
-    want = run(lambda x: x)
-    monkeypatch.setattr(VisionEncoder, "_processed", watched)
-    with PretendCuda():
-        got = to_host(run(to_cuda))
-    assert on == ["cpu", "cuda" if there else "cpu"] and torch.equal(got, want)
+    want = run(lambda x: x).features(frames).features
+    with PretendCuda() as device:
+        vision = run(to_cuda)
+        vision.features(frames)
+        before = budgets.counted(device)
+        got = to_host(vision.features(frames).features)
+        found = budgets.totals(budgets.less(budgets.counted(device), before))
+    assert torch.equal(got, want) and found["waits"] == 0 and found["copies"] == 1
 
 
 # -- what is brought back ----------------------------------------------------------------------------------------------

@@ -16,11 +16,13 @@ from transformers.cache_utils import CacheLayerMixin
 
 from vlmfast import kernels
 from vlmfast.core import CompressedLayer, Unsupported
+from vlmfast.prefill import engine_rows
 from vlmfast.prefill.host_heads import HostHeads
 from vlmfast.prefill.ragged_store import Store
 from vlmfast.runtime.attention import tag
 from vlmfast.runtime.pruned_layer import RaggedLayer
 from vlmfast.runtime.stacked_layers import Gathered, gathered
+from vlmfast.runtime.stepped_layer import HostRows
 
 
 class KVLayer(RaggedLayer, CacheLayerMixin):
@@ -250,19 +252,22 @@ class KVLayer(RaggedLayer, CacheLayerMixin):
         low_share = torch.sigmoid(low_sums - sums)[..., None]
         return torch.lerp(output.float(), low_output.float(), low_share).to(output.dtype)
 
-    def plain_rows(self) -> list[tuple[Tensor, Tensor]] | str:
-        """Keys and values of every (batch row, head), where they are nothing but columns in fast memory."""
+    # -- the engine, see `runtime.stepped_layer` --------------------------------------------------------------------
+
+    def tiers(self) -> tuple[str, ...]:
+        return tuple(tier for tier in ("exact", "int8", "low", "dynamic") if getattr(self, tier) is not None)
+
+    def plain_rows(self) -> list[tuple[Tensor, ...]] | str:
         if type(self) is not KVLayer:
             return f"a {type(self).__name__} acts on every token"
-        if self.exact is None or self.dynamic is not None or len(self.exact) < self.exact.total:
-            return "dynamic heads read host memory" if self.dynamic is not None else "heads are stored as int8"
-        if self.low is not None or self.exact.bias is not None:
-            return "columns stand for several, or are stored as int8"
-        stored = self.exact
-        places = sorted(zip(stored.rows, stored.offsets, stored.lengths, strict=True))
-        return [
-            (stored.keys[start : start + length], stored.values[start : start + length]) for _, start, length in places
-        ]
+        return engine_rows.plain_rows(self)
+
+    def host_rows(self) -> HostRows | None:
+        return engine_rows.host_rows(self)
+
+    def hold(self, fed: list[int], held: Tensor) -> None:
+        if self.dynamic is not None:
+            self.dynamic.hold([self.get_seq_length() + number for number in fed], held)
 
     # -- accounts --------------------------------------------------------------------------------------------------
 

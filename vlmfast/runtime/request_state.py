@@ -19,6 +19,7 @@ from vlmfast.core import TokenPruner
 from vlmfast.families import Item
 from vlmfast.runtime.cache_state import Columns
 from vlmfast.runtime.clock import Stopwatch
+from vlmfast.runtime.reading import Reading
 
 
 @dataclass
@@ -82,6 +83,7 @@ class RequestState:
     prompt_mask: Tensor | None = None  # (B, L), as the caller gave it
 
     # media
+    reading: Reading | None = None  # how the inputs were made, where that is known
     media: dict[str, list[Item]] = field(default_factory=dict)  # by kind: layout of what was encoded
     given: set[str] = field(default_factory=set)  # kinds that came already encoded
     kind: str | None = None  # being encoded right now

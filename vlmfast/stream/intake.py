@@ -151,7 +151,8 @@ class Intake:
         background: return at once and read in a thread (`.wait()`, `.stop()`; `close()` stops all of them). drop: True
         drops the oldest frames when the model is slower than the source (the default for cameras and URLs), False lets
         the source wait.
-        options: those of `open_source` (sample_fps, size, realtime, ...).
+        options: those of `open_source` (sample_fps, realtime, ...); size may also be "model": frames come at the size
+        that the model's processor would scale them to, which is the default of files and folders.
         """
         self._check_open()
         dropping = drop if drop is not None else is_live(source) or bool(options.get("realtime"))
@@ -172,7 +173,7 @@ class Intake:
             self.drain(2 * CHUNK)
             self._beat()
 
-        watcher = Watcher(open_frames(source, options), self.queue, offer, encode)
+        watcher = Watcher(open_frames(source, options, self.vision.frame_size), self.queue, offer, encode)
         self._watchers = [w for w in self._watchers if w.running] + [watcher]
         watcher.start()
         if not background:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmfast import engine, families
+from vlmfast import engine, families, media
 from vlmfast.core import Unsupported, UserError
 from vlmfast.families.base import feature_list
 from vlmfast.runtime.fast_tower import fast_modules
@@ -147,13 +147,12 @@ class VisionEncoder:
     @torch.no_grad()
     def features(self, frames: Tensor) -> GridFeatures:
         """frames (G * frames_per_grid, H, W, 3) uint8 -> features of G grids, every grid encoded by itself."""
-        options: dict[str, Any] = {"do_sample_frames": False, "return_tensors": "pt"}
         height, width = frames.shape[1:3]
-        if self.device.type == "cuda" and self._sizes.get((height, width)) and self._processes_anywhere():
-            frames, options = to_device(frames.pin_memory(), self.device), options | {"device": self.device}
+        if self._sizes.get((height, width)) and media.device_option(self.model, self.processor):
+            frames = to_device(frames.pin_memory(), self.device)
         pixels = frames.permute(0, 3, 1, 2)
         if self.qwen:
-            made = self._processed(list(pixels.split(self.frames_per_grid)), options)
+            made = self._processed(list(pixels.split(self.frames_per_grid)))
             grid, merge = made["video_grid_thw"], self.layout.merge
             out = self.base.get_video_features(
                 pixel_values_videos=self._pixels(made),
@@ -162,18 +161,13 @@ class VisionEncoder:
             deepstack = [torch.stack(list(level)) for level in getattr(out, "deepstack_features", None) or []]
             size = (int(grid[0, 1]) // merge, int(grid[0, 2]) // merge)
             return GridFeatures(torch.stack(feature_list(out)), size, deepstack)
-        made = self._processed([pixels], options)
+        made = self._processed([pixels])
         out = self.base.get_video_features(self._pixels(made))
         flat = feature_list(out)[0]
         flat = flat[: flat.shape[0] - self.closing().shape[0]]  # OneVision's newline closes a video, not a frame
         features = flat.view(len(frames), -1, flat.shape[-1])
         side = int(features.shape[1] ** 0.5)
         return GridFeatures(features, (side, features.shape[1] // side), [])
-
-    def _processes_anywhere(self) -> bool:
-        """Does the processor take a device to work on?"""
-        known = getattr(self.processor.video_processor, "valid_kwargs", None)
-        return "device" in getattr(known, "__annotations__", {})
 
     def _pixels(self, made: Any) -> Tensor:
         """The processor's pixels on the model's device."""
@@ -183,22 +177,34 @@ class VisionEncoder:
     def check_size(self, height: int, width: int) -> None:
         """Raise UserError for frames of a size that the model's processor does not take; each size is tried once.
 
-        Those that it takes without resizing them are processed on the model's device, with the same result.
+        Frames that it does not resize are processed on the model's device, with the same result: a GPU resizes a little
+        differently than a CPU, by which a token may be kept or not.
         """
         if (height, width) in self._sizes:
             return
-        blank = torch.zeros(self.frames_per_grid, 3, height, width, dtype=torch.uint8)
-        made = self._processed([blank], {"do_sample_frames": False, "return_tensors": "pt"})
+        made = self._processed([torch.zeros(self.frames_per_grid, 3, height, width, dtype=torch.uint8)])
         kept: Any = tuple(made["pixel_values_videos"].shape[-2:])
         if self.qwen:
             kept = tuple(int(n) * self.processor.video_processor.patch_size for n in made["video_grid_thw"][0, 1:])
         known = self._sizes if len(self._sizes) < 64 else {}
         self._sizes = {**known, (height, width): kept == (height, width)}
 
-    def _processed(self, clips: list[Tensor], options: dict[str, Any]) -> Any:
-        """What the model's video processor makes of clips (T, 3, H, W). UserError for frames that it does not take."""
+    def frame_size(self, frames: int, height: int, width: int) -> tuple[int, int]:
+        """(height, width) that the processor scales a frame of a stream to, its own where there is no such rule.
+
+        frames: is not looked at, since a stream is processed grid by grid. To be given as `size` to a source.
+        """
+        found = media.frame_size(self.model, self.processor, self.frames_per_grid, height, width)
+        return found or (height, width)
+
+    def _processed(self, clips: list[Tensor]) -> Any:
+        """What the model's video processor makes of clips (T, 3, H, W), on their device. UserError for frames that it
+        does not take."""
+        options: dict[str, Any] = media.video_options(self.processor)
+        if clips[0].device.type != "cpu":
+            options |= {"device": clips[0].device}
         try:
-            return self.processor.video_processor(videos=clips, **options)
+            return self.processor.video_processor(videos=clips, return_tensors="pt", **options)
         except torch.OutOfMemoryError:
             raise
         except (ValueError, RuntimeError, ArithmeticError) as e:
