@@ -26,19 +26,18 @@ def put_loop(
 
     stage = requests.current.decode
 
-    def put(speculate: Speculate, sink: Any, many: bool) -> None:
-        loop.check(model, speculate, args, kwargs, plan.kv, many)
+    def put(speculate: Speculate, sink: Any) -> None:
+        loop.check(model, speculate, args, kwargs, plan.kv)
         if why is not None:
             raise Unsupported(f"{why} with prune= is decoded by transformers' own loop: drop {why} or speculate=")
         kwargs["custom_generate"] = loop.build(
-            model, speculate, streamer=kwargs.get("streamer"), requests=requests, draft=draft, inputs=kwargs,
-            sink=sink, many=many,
-        )  # fmt: skip
+            model, speculate, streamer=kwargs.get("streamer"), requests=requests, draft=draft, inputs=kwargs, sink=sink
+        )
 
     refused = None
     if plan.speculate is not None:
         try:
-            return put(plan.speculate, stage.update, False)
+            return put(plan.speculate, stage.update)
         except Unsupported as e:
             if plan.speculate.otherwise == "refuse":
                 raise
@@ -46,7 +45,7 @@ def put_loop(
     reason = _no_engine(model, plan, reuse, requests.current.nested)
     if reason is None:
         try:
-            put(Speculate(), functools.partial(_engine_alone, stage), True)
+            put(Speculate(), functools.partial(_engine_alone, stage))
         except Unsupported as e:
             reason = f"not for this call ({e})"
     if refused is not None:

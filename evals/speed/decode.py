@@ -2,8 +2,8 @@
 
 python -m evals.speed --suite decode --out FILE.json     (or this file alone: python -m evals.speed.decode)
 
-Groups of rows: every competitor in float32 (faster on a CPU for so small a model), the main ones in bfloat16, and the
-loop at 3B widths. Loose rules against luck, on many captions: `evals.speed.random_baseline`.
+Groups of rows: every competitor in float32 (faster on a CPU for so small a model), the main ones in bfloat16, the loop
+at 3B widths, and four rows in one call. Loose rules against luck, on many captions: `evals.speed.random_baseline`.
 
 Every competitor describes every picture, in turns, so that a noisy machine disturbs all alike; ratios are paired per
 picture. They also differ from one process to the next, so the main ones are measured in `PROCESSES` of them; a
@@ -25,6 +25,7 @@ from typing import Annotated, Any
 
 import typer
 
+from evals.speed import decode_batch
 from evals.speed import decode_runs as runs
 from evals.speed.decode_shapes import rows as shape_rows
 from vlmfast.bench.records import ROOT, claim, row
@@ -57,6 +58,7 @@ def run(quick: bool, pictures: int | None = None) -> dict[str, Any]:
     strict = next(got for c, got in zip(who, results, strict=True) if c.name == "lossless")
     trace = [pair for r in strict for pair in r["trace"] if pair[0]] or [(1, 0)]
     rows += half(2 if quick else n, 1 if quick else PROCESSES) + shape_rows(trace, quick)
+    rows += decode_batch.rows(quick)
     out = {
         "rows": rows, "show": SHOW, "seed": 0, "repeats": n,
         "config": {"quick": quick, "pictures": n, "max_new_tokens": runs.TOKENS, "draft_keep": runs.KEEP},

@@ -77,7 +77,7 @@ def place(home: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRe
     monkeypatch.setattr(laws, "catalogue", lambda case: {})
     for module, function in (("speed.suites", "measure"), ("gpu.suite", "measure"), ("stream.suite", "rows"),
                              ("accuracy.tables", "run"), ("stream.crash", "rows"),
-                             ("speed.decode", "main_ones")):  # fmt: skip
+                             ("speed.decode", "main_ones"), ("speed.decode_batch", "rows")):  # fmt: skip
         monkeypatch.setattr(importlib.import_module(f"evals.{module}"), function, never)
     return home
 
@@ -104,6 +104,7 @@ GOOD: dict[str, list[str]] = {  # arguments with which a command would do its wo
     "stream.crash": ["--out", "new.json", "--kills", "0"],
     "accuracy.tables": ["--only", "pocket", "--out", "new", "--answers", "new"],
     "speed.decode": ["--out", "new.json", "--samples", "float32"],
+    "speed.decode_batch": ["--out", "new.json"],
     "speed.random_baseline": ["--out", "new.json"],
 }
 

@@ -599,15 +599,6 @@ def test_rules_that_weigh_a_draft_refuse_lookup(rule: Any) -> None:
     loop.check(target, Speculate(PromptLookup(), BiLD(fallback=0)), (), batch)
 
 
-def test_more_than_one_row_is_refused() -> None:
-    target, draft, _ = pair()
-    with (
-        vlmfast.accelerate(target, speculate=Speculate(ModelDraft(draft, None))),
-        pytest.raises(Unsupported, match="2 rows"),
-    ):
-        plain(target, tiny.inputs("qwen3_vl", batch=2))
-
-
 def test_drafts_that_do_not_fit_are_refused() -> None:
     target, _, batch = pair("qwen2_5_vl")
     wide = tiny.build("qwen2_5_vl", vocab_size=tiny.VOCAB + 1000)
@@ -706,10 +697,10 @@ def test_a_plan_with_speculation_survives_json(tmp_path: Any) -> None:
         assert fast.report.decode["rule"] == "loose"
 
 
-@pytest.mark.parametrize("asked", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}, {}])
+@pytest.mark.parametrize("asked", [{"num_beams": 2}, {"use_cache": False}])
 def test_a_plan_may_let_calls_that_cannot_be_drafted_pass(asked: dict[str, Any]) -> None:
     model = tiny.build("qwen2_5_vl")
-    batch = tiny.inputs("qwen2_5_vl", batch=1 if asked else 2)
+    batch = tiny.inputs("qwen2_5_vl")
     options = {"max_new_tokens": 6, "do_sample": False, **asked}
     torch.manual_seed(0)
     expected = model.generate(**batch, **options)

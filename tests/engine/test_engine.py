@@ -577,7 +577,7 @@ def test_steps_trace_as_one_graph(n: int) -> None:
     step = torch.compile(
         lambda tokens: engine.forward(weights, held, ops, tokens), fullgraph=True, dynamic=False, backend="eager"
     )
-    held.set_fed(0)
+    held.set_fed([0])
     tokens = torch.arange(20, 20 + n)
     with torch.no_grad():
         for _ in range(64 if n == 1 else 8):

@@ -34,8 +34,8 @@ OPTIONS: list[dict[str, Any]] = [
 # what two stages together refuse though each is served alone; said in the support table
 PAIRWISE = (
     "lets layers differ", "leaves every layer with columns of its own", "refused tokens cannot be given back",
-    "reads the prefill that reuse= may skip", "decoded by transformers' own loop", "one row at a time", "cannot take",
-    "needs a window", "no drafts",
+    "reads the prefill that reuse= may skip", "decoded by transformers' own loop", "cannot be drafted together",
+    "cannot take", "needs a window", "no drafts",
 )  # fmt: skip
 
 

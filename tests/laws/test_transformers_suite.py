@@ -113,7 +113,7 @@ def test_without_a_folder_it_says_what_to_set(
 
 
 def test_outcomes_are_compared_test_by_test(tmp_path: Path) -> None:
-    said = "vlmfast.core.Unsupported: 2 rows came in: speculation decodes one row at a time"
+    said = "vlmfast.core.Unsupported: 2 rows came in: loose reads hidden states; call generate per row"
     plain = {name: Outcome("passed", calls=1) for name in ("same", "refused", "broken", "uncalled", "gone", "hidden")}
     plain |= {"old": Outcome("failed", "x", 2), "forward": Outcome("passed")}
     under = {
@@ -173,7 +173,8 @@ CALLS: dict[str, list[dict[str, Any]]] = {
     ],
     "lookup": [
         {"output_attentions": True}, {"output_hidden_states": True}, {"num_beams": 2}, {"embeds": True},
-        {"assistant": True}, {"batch": 2}, {"cache_implementation": "static"}, {"use_cache": False},
+        {"assistant": True}, {"batch": 2, "return_dict_in_generate": True, "output_scores": True},
+        {"batch": 2, "max_time": 60.0}, {"cache_implementation": "static"}, {"use_cache": False},
         {"guidance_scale": 2.0}, {"text": {"model_type": "mistral", "sliding_window": 16}}, {"family": "qwen3_5"},
         {"custom_generate": print},
     ],

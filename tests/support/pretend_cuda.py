@@ -625,6 +625,9 @@ class PretendCuda(contextlib.AbstractContextManager):
         self._patch(torch.cuda, "get_device_capability", lambda device=None: self.capability)
         properties = types.SimpleNamespace(multi_processor_count=132)
         self._patch(torch.cuda, "get_device_properties", lambda device=None: properties)
+        self._patch(torch.cuda, "mem_get_info", lambda device=None: (80 * 10**9, 80 * 10**9))
+        for name in ("memory_reserved", "memory_allocated"):
+            self._patch(torch.cuda, name, lambda device=None: 0)
         self._patch(F, "scaled_dot_product_attention", _attention)
         self._patch(F, "rms_norm", _rms_norm)
         self._patch(Tensor, "pin_memory", lambda x, *args, **kwargs: x)

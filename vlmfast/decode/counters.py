@@ -18,23 +18,32 @@ class Counters:
         self.counts = dict.fromkeys(("verify_rounds", "drafted", *NAMES.values()), 0)
         self.times = dict.fromkeys(("draft_ms", "verify_ms", "overhead_ms", "draft_prefill_ms"), 0.0)
         self.notes: list[str] = []
-        self.trace: list[tuple[int, int]] = []  # (drafted, accepted) per round with a draft
+        self.trace: list[tuple[int, int]] = []  # (drafted, accepted) per round with a draft, of several rows each row's
+        self.verified = 0  # rows of all rounds
         self.plain: list[float] = []  # ms of rounds without a draft
         self.engine, self.reason = "", None  # type: str, str | None
         self.graphs: dict[str, float] = {}  # of the static step
 
     def round(self, drafted: int, kinds: list[int], draft_ms: float, verify_ms: float) -> None:
-        """Record one forward of the target."""
+        """Record one forward of the target over one row."""
+        self.round_of_rows([(drafted, kinds)], draft_ms, verify_ms)
+
+    def round_of_rows(self, rows: list[tuple[int, list[int]]], draft_ms: float, verify_ms: float) -> None:
+        """Record one forward of the target: of every row that goes on, tokens drafted and kinds of those accepted."""
         self.counts["verify_rounds"] += 1
+        self.verified += len(rows)
         self.times["draft_ms"] += draft_ms
         self.times["verify_ms"] += verify_ms
-        if drafted == 0:
+        if not any(drafted for drafted, _ in rows):
             self.plain.append(verify_ms)
             return
-        self.counts["drafted"] += drafted
-        self.trace.append((drafted, len(kinds)))
-        for code in kinds:
-            self.counts[NAMES[code]] += 1
+        for drafted, kinds in rows:
+            if drafted == 0:
+                continue
+            self.counts["drafted"] += drafted
+            self.trace.append((drafted, len(kinds)))
+            for code in kinds:
+                self.counts[NAMES[code]] += 1
 
     def captured(self, *steps: Any) -> None:
         """Count the graphs that these steps captured in this call, and their milliseconds."""
@@ -46,9 +55,10 @@ class Counters:
 
     def numbers(self, rule: str | None) -> dict[str, Any]:
         """Metric names of the result files, plus `engine`, `rule`, `trace`, and `predicted_speedup` over plain steps
-        where one was measured in this call. rule: the acceptance rule's name, None without a draft."""
-        rounds = max(1, self.counts["verify_rounds"])
-        accepted = sum(self.counts[name] for name in NAMES.values()) / rounds
+        where one was measured in this call. rule: the acceptance rule's name, None without a draft. Of several rows,
+        `accepted_length` is per row and round."""
+        rounds, verified = max(1, self.counts["verify_rounds"]), max(1, self.verified)
+        accepted = sum(self.counts[name] for name in NAMES.values()) / verified
         out: dict[str, Any] = {**self.counts, **self.times, "accepted_length": accepted, **self.graphs}
         if self.engine:  # an answer of one token has none
             out["engine"] = self.engine
@@ -60,8 +70,9 @@ class Counters:
             if self.plain and drafted:
                 step = sorted(self.plain)[len(self.plain) // 2]
                 verify = self.times["verify_ms"] / rounds / step
-                token = self.times["draft_ms"] / drafted / step
-                out["predicted_speedup"] = predicted_speedup(accepted, drafted / rounds, verify, token)
+                each = drafted / verified
+                token = self.times["draft_ms"] / rounds / each / step
+                out["predicted_speedup"] = predicted_speedup(accepted, each, verify, token)
         if self.notes:
             out["notes"] = list(self.notes)
         return out

@@ -59,7 +59,8 @@ class LinearCost:
 
 
 class DraftLengthController:
-    """How many tokens to draft next. length: of `Speculate`, a number or "adaptive"; most: the longest adaptive draft.
+    """How many tokens to draft next. length: of `Speculate`, a number or "adaptive"; most: the longest adaptive draft;
+    rows: drafted together, whose costs these are.
 
     Fixed length: that many. Adaptive: a draft goes on as long as one more token is worth its cost. Its worth is the
     probability that everything drafted so far passes; where the draft says how sure it is, a token passes with
@@ -70,7 +71,8 @@ class DraftLengthController:
     verifications, whose cost may grow with every token (a CPU without instructions for the dtype) or hardly at all.
     """
 
-    def __init__(self, length: int | str, most: int) -> None:
+    def __init__(self, length: int | str, most: int, rows: int = 1) -> None:
+        self.rows = rows
         self.fixed = length if isinstance(length, int) else None
         self.most = most if self.fixed is None else self.fixed
         self.rate = 0.8  # probability that the next drafted token passes, given that those before it did
@@ -162,15 +164,26 @@ class DraftLengthController:
     ) -> None:
         """Record one round: tokens drafted and accepted, milliseconds of the draft and of the verification. certainty:
         the draft's own probability of each drafted token, when it knows."""
-        if drafted == 0:
+        self.record_rows([(drafted, accepted, certainty)], draft_ms, verify_ms)
+
+    def record_rows(self, rows: list[tuple[int, int, list[float] | None]], draft_ms: float, verify_ms: float) -> None:
+        """Record one round of several rows: (drafted, accepted, certainty) of each, as of `record_round`."""
+        longest = max(drafted for drafted, _, _ in rows)
+        if longest == 0:
             self.plain.append(verify_ms)
             self.since = 0
             return
         self.since += 1
-        self.verify.record_round(drafted + 1, verify_ms)
-        self.draft.record_round(drafted, draft_ms)
-        self.tokens = FADE * self.tokens + accepted + 1
+        self.verify.record_round(longest + 1, verify_ms)
+        self.draft.record_round(longest, draft_ms)
+        self.tokens = FADE * self.tokens + statistics.fmean(accepted for _, accepted, _ in rows) + 1
         self.ms = FADE * self.ms + draft_ms + verify_ms
+        for drafted, accepted, certainty in rows:
+            if drafted:
+                self._record_row(drafted, accepted, certainty)
+
+    def _record_row(self, drafted: int, accepted: int, certainty: list[float] | None) -> None:
+        """Record which share of one row's drafted tokens passed."""
         tried = min(drafted, accepted + 1)
         weight = math.exp(-tried / 16)
         self.rate = min(0.99, weight * self.rate + (1 - weight) * accepted / tried)
@@ -179,19 +192,20 @@ class DraftLengthController:
             self.refused = 0.98 * self.refused + (accepted < drafted)
 
 
-# by target model, then by plan; both weak: a plan holds its draft model
+# by target model, then by plan and number of rows; model and plan weak: a plan holds its draft model
 _KEPT: weakref.WeakKeyDictionary[Any, list[tuple[weakref.ref[Any], DraftLengthController]]] = (
     weakref.WeakKeyDictionary()
 )
 
 
-def controller_of(model: Any, plan: Any) -> DraftLengthController:
-    """Running acceptance and costs, kept from call to call of one model and plan (`Speculate`) when adaptive."""
+def controller_of(model: Any, plan: Any, rows: int = 1) -> DraftLengthController:
+    """Running acceptance and costs, kept from call to call of one model, plan (`Speculate`) and number of rows when
+    adaptive."""
     if plan.length != "adaptive":
-        return DraftLengthController(plan.length, plan.most)
+        return DraftLengthController(plan.length, plan.most, rows)
     kept = _KEPT[model] = [entry for entry in _KEPT.get(model, ()) if entry[0]() is not None]
-    controller = next((controller for known, controller in kept if known() is plan), None)
+    controller = next((known for of_plan, known in kept if of_plan() is plan and known.rows == rows), None)
     if controller is None:
-        controller = DraftLengthController(plan.length, plan.most)
+        controller = DraftLengthController(plan.length, plan.most, rows)
         kept.append((weakref.ref(plan), controller))
     return controller

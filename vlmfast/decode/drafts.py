@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vlmfast import families
 from vlmfast.core import Draft, StageDidNotFire, TokenPruner, Unsupported, UserError, shown
 from vlmfast.decode.proposers import LookupOrModel, ModelProposer, NgramProposer
+from vlmfast.decode.row_drafts import LookupRows, ModelRows, RowsDraft
 from vlmfast.decode.target_attention import TargetAttention
 from vlmfast.encode.between import LayerPruner
 from vlmfast.encode.downsample import Downsample
@@ -36,7 +37,7 @@ class Request:
     """One `generate` call, as a draft sees it when it opens."""
 
     model: Any  # the target
-    input_ids: Tensor  # (1, L) int64
+    input_ids: Tensor  # (B, L) int64
     generation_config: Any
     model_kwargs: dict[str, Any]  # prepared for the target, before its prefill
     inputs: dict[str, Any]  # media tensors as the user gave them
@@ -58,6 +59,7 @@ class DraftMethod(Method):
     name: ClassVar[str]
     graded: ClassVar[bool] = False  # does it give the probabilities of every token it proposes?
     blind: ClassVar[bool] = False  # does it read tokens only, so that it may start on any cache?
+    rows: ClassVar[bool] = True  # does it draft for several rows?
 
     @property
     def pruner(self) -> Any:
@@ -69,6 +71,10 @@ class DraftMethod(Method):
 
     def open(self, request: Request) -> Draft:
         """A live draft for one prompt."""
+        raise NotImplementedError
+
+    def open_rows(self, request: Request) -> RowsDraft:
+        """A live draft for the prompts of several rows. Raises Unsupported where its model has no static step."""
         raise NotImplementedError
 
 
@@ -146,6 +152,13 @@ class ModelDraft(DraftMethod):
 
     def open(self, request: Request) -> Draft:
         """Prefill the draft with the same prompt and media, over a cache of its own."""
+        return ModelProposer(*self._prefilled(request), self.confidence)
+
+    def open_rows(self, request: Request) -> RowsDraft:
+        """The same over several rows."""
+        return ModelRows(*self._prefilled(request), self.confidence)
+
+    def _prefilled(self, request: Request) -> tuple[Stepper, int, frozenset[int], int]:
         draft = self.load()
         requests = request.of_draft
         if self.prune is not None and requests is None:
@@ -167,8 +180,7 @@ class ModelDraft(DraftMethod):
             )
         if own is not None and own.visual_tokens == 0 and _sees(draft, ids):
             raise StageDidNotFire("visual tokens were in the prompt but the draft's pruner never saw them")
-        vocab = min(_vocabulary(draft), _vocabulary(request.model))
-        return ModelProposer(stepper, ids.shape[1], request.stop, vocab, self.confidence)
+        return stepper, ids.shape[1], request.stop, min(_vocabulary(draft), _vocabulary(request.model))
 
 
 def _pruner(prune: Any, request: Request) -> Any:
@@ -217,6 +229,13 @@ class SelfDraft(DraftMethod):
 
     def open(self, request: Request) -> Draft:
         """A second prefill of the target over a cache of its own."""
+        return ModelProposer(*self._prefilled(request), self.confidence)
+
+    def open_rows(self, request: Request) -> RowsDraft:
+        """The same over several rows."""
+        return ModelRows(*self._prefilled(request), self.confidence)
+
+    def _prefilled(self, request: Request) -> tuple[Stepper, int, frozenset[int], int]:
         if request.requests is None:
             raise Unsupported("SelfDraft prunes through vlmfast.accelerate(model, speculate=...): use that call")
         kwargs = {**request.model_kwargs, CACHE: request.fresh_cache(request.model)}
@@ -225,8 +244,7 @@ class SelfDraft(DraftMethod):
                 request.model, request.input_ids, request.generation_config, kwargs, engine=request.steps,
                 static=open_static,
             )  # fmt: skip
-        vocab = _vocabulary(request.model)
-        return ModelProposer(stepper, request.input_ids.shape[1], request.stop, vocab, self.confidence)
+        return stepper, request.input_ids.shape[1], request.stop, _vocabulary(request.model)
 
 
 @dataclass(frozen=True)
@@ -247,8 +265,13 @@ class PromptLookup(DraftMethod):
 
     def open(self, request: Request) -> NgramProposer:
         """Index the prompt; visual placeholders are never proposed."""
+        return self.open_rows(request).rows[0]
+
+    def open_rows(self, request: Request) -> LookupRows:
+        """An index of every row's own prompt."""
         banned = frozenset(families.get(request.model).visual_ids(request.model).values())
-        return NgramProposer(request.input_ids[0].tolist(), self.longest, self.shortest, banned)
+        prompts = request.input_ids.tolist()
+        return LookupRows([NgramProposer(ids, self.longest, self.shortest, banned) for ids in prompts])
 
 
 @dataclass(frozen=True)
@@ -259,6 +282,7 @@ class LookupThenModel(ModelDraft):
     shortest: PositiveInt = 2
     name: ClassVar[str] = "lookupthenmodel"
     graded: ClassVar[bool] = False
+    rows: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

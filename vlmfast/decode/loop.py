@@ -1,4 +1,4 @@
-"""One draft-verify loop behind the ordinary `generate`: greedy or sampling, with or without a draft, one row.
+"""One draft-verify loop behind the ordinary `generate`: greedy or sampling, with or without a draft.
 
 `generate` prepares everything and calls what `build` returned (its `custom_generate`). A round: the draft proposes
 d_1..d_k; the target reads the last emitted token and the draft in one forward; the rule lets a prefix through and names
@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteria
 
 from vlmfast import engine, families
-from vlmfast.core import Draft, DraftStop, Unsupported
+from vlmfast.core import Draft, DraftStop
 from vlmfast.decode import accept as rules
 from vlmfast.decode import batch
 from vlmfast.decode.counters import Counters
@@ -54,15 +54,14 @@ def build(
     inputs: dict[str, Any] | None = None,
     sink: Callable[[dict[str, Any]], Any] | None = None,
     steps: str = "auto",
-    many: bool = False,
 ) -> Callable[..., Any]:
     """The `custom_generate` callable of one `generate` call.
 
     streamer: the one given to `generate` (transformers hands none to a callable); requests: the calls of the
     accelerated target, needed by SelfDraft; draft: those of an accelerated draft model (its hooks do the work); inputs:
     the keyword arguments of the call, for the draft's own encoder; sink: receives the numbers of the report; steps: the
-    engine of target and draft, see `Stepper.prefill`; many: take several rows too, without a draft. Also moves
-    `stop_strings` out of `inputs` into `stopping_criteria`: transformers loses the tokenizer on the way to a callable.
+    engine of target and draft, see `Stepper.prefill`. Also moves `stop_strings` out of `inputs` into
+    `stopping_criteria`: transformers loses the tokenizer on the way to a callable. Several rows: see `batch`.
     """
     inputs = {} if inputs is None else inputs
     if inputs.get("stop_strings") is not None and inputs.get("tokenizer") is not None:
@@ -75,17 +74,24 @@ def build(
         model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any,
         **kwargs: Any,
     ) -> Any:  # fmt: skip
-        if input_ids.shape[0] != 1 and many:
-            return batch.decode(
-                model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, sink, steps, kwargs
-            )
+        goes_on = bool(generation_config.return_dict_in_generate) or cache_in(inputs) is not None
         if input_ids.shape[0] != 1:
-            raise Unsupported(f"{input_ids.shape[0]} rows came in: speculation decodes one row at a time")
+            call = batch.Call(
+                model, input_ids, logits_processor, stopping_criteria, generation_config, kwargs, streamer, sink, steps,
+                goes_on,
+            )  # fmt: skip
+
+            def request_of(before: dict[str, Any], eos: frozenset[int]) -> Request:
+                return Request(
+                    model, input_ids, generation_config, before, media, requests, _fresh_cache, draft, eos, "static"
+                )
+
+            return batch.decode(call, speculate, tokenizer, request_of)
         config, (limit, eos, rest) = generation_config, split(stopping_criteria or [])
         kept = bool(config.return_dict_in_generate)
         scores, logits = kept and bool(config.output_scores), kept and bool(config.output_logits)
         out = Output(input_ids, limit, eos, rest, streamer, scores, logits)
-        run = _Run(model, speculate, config, out, goes_on=kept or cache_in(inputs) is not None)
+        run = _Run(model, speculate, config, out, goes_on)
         run.steps = steps
         cache = run.go(
             TokenChooser(logits_processor, run.sampling, run.drawn, run.rule.graded()),
@@ -107,7 +113,7 @@ def build(
 
 
 class _Run:
-    """One call: the state of the loop. goes_on: the caller gets the cache, for another turn perhaps."""
+    """One call of one row: the state of the loop. goes_on: the caller gets the cache, for another turn perhaps."""
 
     def __init__(self, model: Any, speculate: Speculate, config: Any, out: Output, goes_on: bool = False) -> None:
         self.model, self.speculate, self.config, self.out, self.goes_on = model, speculate, config, out, goes_on

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlmfast import families
+from vlmfast import engine, families
 from vlmfast.core import Unsupported, UserError
 from vlmfast.decode.drafts import ModelDraft
 from vlmfast.decode.speculate import Speculate
+from vlmfast.decode.target_attention import TargetAttention
 from vlmfast.runtime.compat import cache_in, option
 from vlmfast.runtime.rewind import cannot_rewind
 
@@ -28,12 +29,10 @@ REFUSED_OPTIONS = {
 }
 
 
-def check(
-    model: Any, speculate: Speculate, args: tuple, kwargs: dict[str, Any], kv: Any = None, many: bool = False
-) -> None:
+def check(model: Any, speculate: Speculate, args: tuple, kwargs: dict[str, Any], kv: Any = None) -> None:
     """Raise Unsupported, in one line, for whatever this loop cannot honour; called before anything runs.
 
-    kv: the policy that will compress the target's cache, if any; many: may there be several rows?
+    kv: the policy that will compress the target's cache, if any.
     """
     if families.get(model).recurrent:
         raise Unsupported(
@@ -53,8 +52,6 @@ def check(
         raise Unsupported(f"num_beams={ask['num_beams']}: beams cannot be drafted; use num_beams=1 or drop speculate=")
     ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
     rows = (1 if ids is None else ids.shape[0]) * (ask["num_return_sequences"] or 1)
-    if rows > 1 and not many:
-        raise Unsupported(f"{rows} rows came in: speculation decodes one row at a time; call generate per row")
     if option(model, kwargs, "use_cache") is False:
         raise Unsupported("use_cache=False: a draft is verified over the cache; use use_cache=True")
     if option(model, kwargs, "cache_implementation") not in (None, "dynamic"):
@@ -65,7 +62,33 @@ def check(
     if speculate.draft is not None:
         speculate.draft.check(model, kwargs)
         _check_rewind(model, speculate, kwargs, ids, kv)
+        if rows > 1:
+            _check_rows(model, speculate, kwargs, rows, ask["num_return_sequences"] or 1)
     tokenizer_for(model, speculate, kwargs)
+
+
+def _check_rows(model: Any, speculate: Speculate, kwargs: dict[str, Any], rows: int, sequences: int) -> None:
+    """Several rows are drafted over the static step, whose rows take tokens back by themselves."""
+    draft, rule, why = speculate.draft, speculate.accept, None
+    other = draft.load() if isinstance(draft, ModelDraft) else None
+    if rule.visual:
+        why = f"{rule.name} reads hidden states, which the step of several rows does not give"
+    elif not draft.rows:
+        why = f"{draft.name} drafts one row at a time"
+    elif isinstance(draft.pruner, TargetAttention):
+        why = f"a draft with prune={draft.pruner.name} follows one row at a time"
+    elif sequences > 1 and other is not None:
+        why = f"num_return_sequences={sequences}, and {draft.name} is given the media of one sequence only"
+    for name in ("output_scores", "output_logits"):
+        if why is None and option(model, kwargs, "return_dict_in_generate") and option(model, kwargs, name):
+            why = f"{name}=True, and a row that has ended is not scored while others go on"
+    for name, stepped in (("the model", model), ("the draft", other)):
+        if why is None and stepped is not None:
+            text, head = engine.decoder(stepped)
+            reason = "it has no decoder layers" if text is None else engine.why_not(text, head)
+            why = reason and f"{name} has no static step, which takes several: {reason}"
+    if why is not None:
+        raise Unsupported(f"{rows} rows came in: {why}; call generate per row, or drop speculate=")
 
 
 def _check_rewind(model: Any, speculate: Speculate, kwargs: dict[str, Any], ids: Any, kv: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -14,6 +15,30 @@ ROW_WISE = (
     processors.MinPLogitsWarper, processors.TypicalLogitsWarper, processors.EpsilonLogitsWarper,
     processors.EtaLogitsWarper, processors.SuppressTokensLogitsProcessor, processors.LogitNormalization,
 )  # fmt: skip
+
+# processors that treat every batch row by itself and keep nothing between calls: rows of different lengths may call
+# them one by one
+BY_ROW = (
+    *ROW_WISE, processors.RepetitionPenaltyLogitsProcessor, processors.NoRepeatNGramLogitsProcessor,
+    processors.SequenceBiasLogitsProcessor, processors.NoBadWordsLogitsProcessor, processors.MinLengthLogitsProcessor,
+    processors.MinNewTokensLengthLogitsProcessor, processors.ForcedBOSTokenLogitsProcessor,
+    processors.ForcedEOSTokenLogitsProcessor, processors.InfNanRemoveLogitsProcessor,
+    processors.SuppressTokensAtBeginLogitsProcessor, processors.ExponentialDecayLengthPenalty,
+)  # fmt: skip
+
+
+def of_row(all_rows: Any, row: int) -> Any:
+    """The processors of one batch row alone, for ids (1, L); `all_rows`: of types `BY_ROW`, or None."""
+    if all_rows is None:
+        return None
+    own = processors.LogitsProcessorList()
+    for processor in all_rows:
+        padding = getattr(processor, "prompt_ignore_length", None)
+        if torch.is_tensor(padding):
+            processor = copy.copy(processor)
+            processor.prompt_ignore_length = padding[row : row + 1]
+        own.append(processor)
+    return own
 
 
 class TokenChooser:
@@ -50,9 +75,14 @@ class TokenChooser:
 
 
 class VerifiedLogits:
-    """The k + 1 rows of one verification, logits (k + 1, V): scores and choices, made once, when asked for."""
+    """The k + 1 rows of one verification, logits (k + 1, V): scores and choices, made once, when asked for.
 
-    def __init__(self, choice: TokenChooser, ids: Tensor, draft: Tensor | None, logits: Tensor) -> None:
+    picked: the choices, where they were made for several batch rows together.
+    """
+
+    def __init__(
+        self, choice: TokenChooser, ids: Tensor, draft: Tensor | None, logits: Tensor, picked: list[int] | None = None
+    ) -> None:
         self.choice, self.ids, self.draft, self.logits = choice, ids, draft, logits
         self.done: dict[int, Tensor] = {}
         self.picked: dict[int, int] = {}
@@ -61,7 +91,9 @@ class VerifiedLogits:
             self.batch = logits
         elif choice.row_wise:
             self.batch = choice.processors(ids.expand(logits.shape[0], -1), logits.clone())
-        if self.batch is not None and not choice.sampling:
+        if picked is not None:
+            self.picked = dict(enumerate(picked))
+        elif self.batch is not None and not choice.sampling:
             self.picked = dict(enumerate(self.batch.argmax(-1).tolist()))
 
     def score(self, i: int) -> Tensor:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from vlmfast import families
-from vlmfast.core import Unsupported
+from vlmfast.core import Unsupported, UserError
 from vlmfast.engine import pool, weights
 from vlmfast.engine.prefill_graphs import PrefillGraphs
+from vlmfast.engine.shared import SharedSlots
 from vlmfast.engine.slots import STOPS
 from vlmfast.engine.step import Static, forward
 from vlmfast.runtime.fast_decoder import unknown_decoder
@@ -22,10 +23,13 @@ from vlmfast.runtime.fast_decoder import unknown_decoder
 __all__ = [
     "STOPS",
     "PrefillGraphs",
+    "SharedSlots",
     "Static",
     "automatic",
     "decoder",
     "forward",
+    "open_everywhere",
+    "open_slots",
     "open_static",
     "prepare",
     "release",
@@ -88,6 +92,29 @@ def open_static(
         return Static(pool.pool_of(text_model, lm_head), text_model, cache, valid, position, room)
     except Unsupported as error:
         return str(error)
+
+
+def open_everywhere(
+    text_model: Any, lm_head: Any, cache: Any, valid: Tensor | None, position: Tensor, room: int, hidden: bool, _: bool
+) -> Static | str | None:
+    """`open_static` on a CPU too, as several drafted rows need it."""
+    return open_static(text_model, lm_head, cache, valid, position, room, hidden, True)
+
+
+def open_slots(model: nn.Module, rows: int, columns: int) -> SharedSlots:
+    """Slots for `rows` rows of `columns` columns each, prompt and answer together, which rows join and leave.
+
+    Raises Unsupported where the model has no static step, or no memory for them: before anything is allocated, with the
+    bytes needed and what fits.
+    """
+    if rows < 1 or columns < 1:
+        raise UserError(f"rows={rows}, columns={columns}: both are at least 1")
+    text_model, lm_head = decoder(model)
+    reason = "it has no decoder layers" if text_model is None else why_not(text_model, lm_head)
+    if reason is not None:
+        raise Unsupported(f"this {type(model).__name__} has no static step: {reason}")
+    axes = families.get(model).rope_axes
+    return SharedSlots(pool.pool_of(text_model, lm_head), text_model, rows, columns, axes)
 
 
 def prepare(model: nn.Module) -> None:

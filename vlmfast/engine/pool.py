@@ -14,6 +14,7 @@ from vlmfast.engine.graphs import Graphs, Memory
 from vlmfast.engine.slots import Slots, bucket
 from vlmfast.engine.weights import Weights
 from vlmfast.kernels import chunks, step_reference
+from vlmfast.runtime import dtypes
 
 HALF = (torch.float16, torch.bfloat16)
 _POOLS: weakref.WeakKeyDictionary[nn.Module, Pool] = weakref.WeakKeyDictionary()
@@ -43,7 +44,7 @@ class Pool:
         """Slots for at least `columns` columns: the smallest idle ones that are large enough, or new ones.
 
         int8: of what is stored as such.
-        Raises Unsupported, naming the bytes, where there is no memory for them.
+        Raises Unsupported, naming the bytes and what fits, where there is no memory for them: before they are taken.
         """
         idle_slots = [slots for slots in self.slots if slots.idle]
         large_enough = [
@@ -52,20 +53,35 @@ class Pool:
         if large_enough:
             return min(large_enough, key=lambda slots: slots.capacity)
         self.drop(idle_slots)
-        new_slots, capacity, weights = None, bucket(columns), self.weights
+        new_slots, capacity, free = None, bucket(columns), self._free()
         for wanted in (bucket(columns + columns // 8), capacity):  # a longer prompt next time captures nothing anew
+            if free is not None and self._bytes(rows, wanted, int8) > free:
+                continue
             try:
                 new_slots = self._make(rows, wanted, int8)
                 break
             except torch.OutOfMemoryError:
                 continue
         if new_slots is None:
-            vector_bytes = weights.head_size + 4 if int8 else weights.head_size * weights.embed.dtype.itemsize
-            column_bytes = 2 * weights.kv_heads * vector_bytes
-            num_bytes = len(weights.layers) * rows * capacity * column_bytes
-            raise Unsupported(f"no memory for slots of {capacity:,} columns, {num_bytes / 1e9:.1f} GB")
+            needed, one = self._bytes(rows, capacity, int8), self._bytes(1, capacity, int8)
+            shape = f"{rows} rows of {capacity:,} columns" if rows > 1 else f"{capacity:,} columns"
+            fits = "" if free is None else f": {free / 1e9:.1f} GB are free, {free // one} rows of them fit"
+            raise Unsupported(f"no memory for slots of {shape}, {needed / 1e9:.1f} GB{fits}")
         self.slots.append(new_slots)
         return new_slots
+
+    def _bytes(self, rows: int, capacity: int, int8: bool) -> int:
+        """Bytes of keys and values of slots."""
+        weights = self.weights
+        vector_bytes = weights.head_size + 4 if int8 else weights.head_size * weights.embed.dtype.itemsize
+        return len(weights.layers) * rows * capacity * 2 * weights.kv_heads * vector_bytes
+
+    def _free(self) -> int | None:
+        """Bytes that may still be taken on the device, None = not known."""
+        if self.device.type != "cuda":
+            return dtypes.available()
+        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return torch.cuda.mem_get_info(self.device)[0] + cached
 
     def _make(self, rows: int, capacity: int, int8: bool) -> Slots:
         splits = 1

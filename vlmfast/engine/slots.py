@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vlmfast.engine.graphs import Graphs
 from vlmfast.engine.weights import Weights
+from vlmfast.runtime.packed_pieces import to_device
 
 TABLE = 1024  # positions in the rotary tables
 STOPS = 15  # ids that may end an answer
@@ -31,7 +32,7 @@ class Slots:
     the first half of sin negated.
 
     int8: keys and values are int8, with `scales`: per layer those of keys and values (rows, Hk, capacity) float32;
-    fed: tokens after the prefill that the counters stand for, None = not known; splits: of the attention.
+    fed: per row the tokens after its prefill that the counters stand for, None = not known; splits: of the attention.
     """
 
     def __init__(
@@ -57,6 +58,9 @@ class Slots:
             self.counters, self.origin = counter_pair.unbind(0)  # origin: counters before the first token
             self.lengths = [self.counters[index * self.stride :][:num_pairs] for index in range(num_layers)]
             self.at = self.counters[num_layers * self.stride :]
+            pair_rows = torch.arange(rows).repeat_interleave(weights.kv_heads)
+            layer_rows = torch.cat([pair_rows, pair_rows.new_zeros(self.stride - num_pairs)]).repeat(num_layers)
+            self.row_of = torch.cat([layer_rows, torch.arange(rows)]).to(device)  # the row of every counter
             self.cos = torch.zeros(rows, TABLE, weights.head_size, dtype=dtype, device=device)
             self.sin = torch.zeros_like(self.cos)
             self.done = torch.zeros(rows, 1, dtype=torch.bool, device=device)  # rows whose answer has ended
@@ -64,7 +68,7 @@ class Slots:
             self.stop = torch.full((1, STOPS + 1), -1, dtype=torch.long, device=device)
         self.inputs: dict[int, Tensor] = {}
         self.tables: dict[Any, Any] = {}  # of heads that read host memory: `choices.Tables` by their key
-        self.fed: int | None = None
+        self.fed: list[int] | None = None
         self.owner: weakref.ref[Any] | None = None
 
     @property
@@ -87,13 +91,13 @@ class Slots:
         """Bytes of keys and values."""
         return sum(tensor.nbytes for layer in range(len(self.keys)) for tensor in self.buffers(layer))
 
-    def begin(self, columns: list[list[int]], table_start: int) -> None:
+    def begin(self, columns: list[list[int]], table_starts: list[int]) -> None:
         """Set how many columns every head of each layer holds before the first token (rows * Hk per layer), and which
-        token the tables were made for."""
+        token of each row its tables were made for."""
         counters: list[int] = []
         for layer_columns in columns:
             counters += [*layer_columns, *[0] * (self.stride - len(layer_columns))]
-        self.origin.copy_(torch.tensor([*counters, *[BEFORE - table_start] * self.rows]))
+        self.origin.copy_(torch.tensor([*counters, *[BEFORE - start for start in table_starts]]))
         self.fed = None
 
     def stop_at(self, eos: frozenset[int], pad: int, ended: Tensor | None) -> None:
@@ -110,8 +114,13 @@ class Slots:
         self.done.logical_or_((chosen == self.stop[:, :STOPS]).any(1, keepdim=True))
         return chosen
 
-    def set_fed(self, num_tokens: int) -> None:
-        """Let the counters stand for num_tokens tokens after the prefill."""
-        if self.fed != num_tokens:
-            torch.add(self.origin, num_tokens, out=self.counters)
-            self.fed = num_tokens
+    def set_fed(self, num_tokens: list[int]) -> None:
+        """Let the counters stand for so many tokens after the prefill, row by row."""
+        if self.fed == num_tokens:
+            return
+        if len(set(num_tokens)) == 1:
+            torch.add(self.origin, num_tokens[0], out=self.counters)
+        else:
+            of_rows = to_device(torch.tensor(num_tokens), self.counters.device)
+            torch.add(self.origin, of_rows[self.row_of], out=self.counters)
+        self.fed = num_tokens

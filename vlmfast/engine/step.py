@@ -70,6 +70,8 @@ def _copy_columns(source: Slots, target: Slots) -> None:
 class Static(SteppingDecoder):
     """Rows after their prefill, in slots of their own until `flush`. For one row, the protocol of `FastDecoder`.
 
+    Rows may be rewound by different numbers of tokens: fed says, row by row, how many tokens were stepped.
+
     cache: filled by a prefill of B rows; valid: (B, P) bool, physical columns that are not padding, or None; position:
     the next positions in the model's own layout, (..., B, 1) int64; room: tokens to make room for (it grows when they
     do not suffice). captures, seconds: graphs captured for this row, and how long that took.
@@ -81,8 +83,6 @@ class Static(SteppingDecoder):
         self, pool: Pool, text: Any, cache: Any, valid: Tensor | None, position: Tensor, room: int = 256
     ) -> None:
         self.pool, self.text = pool, text
-        self.n = 0  # tokens stepped after the prefill; the host's number is the one that counts
-        self.base = 0  # the token that the rotary tables were made for
         self.captures, self.seconds = 0, 0.0
         self.hidden, self.int8 = None, False
         self.start = position if position.shape[0] != 4 or position.ndim == 2 else position[1:]
@@ -90,6 +90,7 @@ class Static(SteppingDecoder):
         first_layer, num_heads = layers[0], pool.weights.kv_heads
         ragged = isinstance(first_layer, PlainRows) and first_layer.ragged
         self.rows = int(first_layer.batch if ragged else first_layer.keys.shape[0])
+        self.fed = [0] * self.rows  # the host's numbers are those that count
         self.prompt: list[list[int]]  # columns per layer and (row, head) that the prefill left
         if ragged:
             plain_layers = [_plain(layer) for layer in layers]
@@ -121,22 +122,46 @@ class Static(SteppingDecoder):
                 keys[:, :, : self.longest] = layer.keys.gather(2, columns)
                 values[:, :, : self.longest] = layer.values.gather(2, columns)
         self.choices = Choices.of(layers, self.slots, self.pool.chunk_ops) if ragged else None
-        self._turn(0)
+        self._turn()
+
+    @property
+    def n(self) -> int:  # type: ignore[override]
+        """Tokens stepped after the prefill, of the row that was stepped furthest."""
+        return max(self.fed)
+
+    @n.setter
+    def n(self, num_tokens: int) -> None:
+        self.fed = [num_tokens] * self.rows
+
+    def rewind(self, n: int | list[int]) -> None:
+        """Forget the last n tokens stepped; a list: of every row so many."""
+        back = [n] * self.rows if isinstance(n, int) else n
+        fed = [before - taken for before, taken in zip(self.fed, back, strict=True)]
+        if min(fed) < 0:
+            raise ValueError(f"rewind({n}) after {self.fed} tokens would reach into the prompt")
+        if self.choices is not None:
+            if len(set(fed)) > 1:
+                raise Unsupported("heads that read host memory choose for all rows at the same token")
+            self.choices.rewind(fed[0])
+        self.fed = fed
 
     def _take(self, columns: int) -> Slots:
         slots = self.pool.take(self.rows, columns, self.int8)
         slots.owner = weakref.ref(self)
         return slots
 
-    def _turn(self, table_start: int) -> None:
-        """Make the rotary tables for the tokens around number `table_start`."""
-        self.base, slots = table_start, self.slots
-        offsets = torch.arange(table_start - BEFORE, table_start - BEFORE + TABLE, device=self.start.device)
+    def _turn(self) -> None:
+        """Make every row's rotary tables for the tokens around its next one."""
+        self.bases, slots = [max(0, fed - BEFORE) for fed in self.fed], self.slots
+        first, even = self.bases[0] - BEFORE, len(set(self.bases)) == 1
+        offsets = torch.arange(first, first + TABLE, device=self.start.device)
+        if not even:
+            offsets = offsets + torch.tensor(self.bases, device=offsets.device)[:, None] - self.bases[0]
         cos, sin = self.text.rotary_emb(slots.cos, self.start + offsets)
         half_size = cos.shape[-1] // 2
         slots.cos.copy_(cos)
         slots.sin.copy_(torch.cat([-sin[..., :half_size], sin[..., half_size:]], -1))
-        slots.begin(self.prompt, table_start)
+        slots.begin(self.prompt, self.bases)
 
     def _reserve(self, num_tokens: int) -> None:
         """Room for `num_tokens` more tokens in the slots and in the tables."""
@@ -150,9 +175,11 @@ class Static(SteppingDecoder):
             if self.choices is not None:
                 self.choices.move(self.slots)
             self.pool.drop([old_slots])
-            self._turn(max(0, self.n - BEFORE))
-        elif not 0 <= BEFORE + self.n - self.base <= TABLE - num_tokens:
-            self._turn(max(0, self.n - BEFORE))
+            self._turn()
+        elif not all(
+            0 <= BEFORE + fed - base <= TABLE - num_tokens for fed, base in zip(self.fed, self.bases, strict=True)
+        ):
+            self._turn()
 
     def _run(self, size: int, num_counted: int, greedy: bool, token: int | Tensor | None) -> Tensor:
         """One step of `size` tokens of which num_counted count -> (B, num_counted, V). token: what to feed, None = what
@@ -173,7 +200,7 @@ class Static(SteppingDecoder):
         captures_before, seconds_before, saved_tokens = slots.graphs.captures, slots.graphs.seconds, None
         if token is None and key not in slots.graphs.held:
             saved_tokens = tokens.clone()  # a capture runs the step once
-        slots.set_fed(self.n)  # also for a capture: what it writes lies behind what is held
+        slots.set_fed(self.fed)  # also for a capture: what it writes lies behind what is held
         run_step, captured = slots.graphs.get(key, body)
         self.captures += slots.graphs.captures - captures_before
         self.seconds += slots.graphs.seconds - seconds_before
@@ -185,13 +212,13 @@ class Static(SteppingDecoder):
             tokens.fill_(token)
         elif saved_tokens is not None:
             tokens.copy_(saved_tokens)
-        slots.set_fed(self.n)
+        slots.set_fed(self.fed)
         slots.fed = None  # an interrupted step may have moved the counters or not
         logits = run_step()
-        slots.fed = self.n + size
+        slots.fed = [before + size for before in self.fed]
         if tables is not None and self.choices is not None:
             self.choices.chosen(self.n)
-        self.n += num_counted
+        self.fed = [before + num_counted for before in self.fed]
         return logits.view(self.rows, size, -1)[:, :num_counted]
 
     def step_rows(self, tokens: Tensor) -> Tensor:
@@ -205,11 +232,6 @@ class Static(SteppingDecoder):
             if tokens.shape[1] == 0:
                 return torch.cat([*parts, logits], 1) if parts else logits
             parts.append(logits.clone())
-
-    def rewind(self, n: int) -> None:
-        super().rewind(n)
-        if self.choices is not None:
-            self.choices.rewind(self.n)
 
     def step(self, tokens: Tensor, hidden_layer: int | None = None) -> Tensor:
         """tokens (n,) int64 of the one row -> logits (n, V) in the model's dtype, valid until the next step."""
@@ -275,5 +297,5 @@ class Static(SteppingDecoder):
         _copy_columns(self.slots, copied.slots)
         if self.choices is not None:
             copied.choices = self.choices.fork(copied.slots)
-        copied._turn(self.base)
+        copied._turn()
         return copied

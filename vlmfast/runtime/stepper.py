@@ -11,7 +11,7 @@ import copy
 import functools
 import weakref
 from collections.abc import Callable, Generator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -34,10 +34,6 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 def _padding(mask: Tensor | None) -> Tensor | None:
     """An attention mask (B, L), or None where it hides nothing."""
     return None if mask is None or bool((mask == 1).all()) else mask
-
-
-def _first(valid: Tensor | None) -> Tensor | None:
-    return None if valid is None else valid[0]
 
 
 class Stepper:
@@ -156,7 +152,10 @@ class Stepper:
             return
         self._go_static(valid, room, static, forced)
         if self.decoder is None and rows == 1:
-            self.decoder = FastDecoder(self.text, self.head, self.cache, _first(valid), self.position, room)
+            self.decoder = self._functional(self.cache, valid, room)
+
+    def _functional(self, cache: Any, valid: Tensor | None, room: int) -> FastDecoder:
+        return FastDecoder(self.text, self.head, cache, None if valid is None else valid[0], self.position, room)
 
     def _go_static(
         self, valid: Tensor | None, room: int, static: Maker | None, forced: bool, ragged: bool = False
@@ -189,7 +188,7 @@ class Stepper:
             self.rewind(2)
         with torch.inference_mode():
             if len(token) == 1 and not ragged:
-                functional = FastDecoder(self.text, self.head, copy.copy(self.cache), _first(valid), self.position, 4)
+                functional = self._functional(copy.copy(self.cache), valid, 4)
                 expected = torch.stack([functional.step(token[0]), functional.step(token[0])], 1).float()
             try:
                 got = torch.cat([static.step_rows(token).float(), static.step_rows(token).float()], 1)
@@ -198,10 +197,8 @@ class Stepper:
             except Exception as e:  # a compiler or driver that does not take the kernels or their capture
                 return f"the static step failed, {type(e).__name__}: {brief(str(e))}"
         static.rewind(static.n)
-        error = float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
-        if error <= TOLERANCE.get(self.text.dtype, 1e-1):
-            return None
-        return f"logits of the static step differ from the functional step's by {error:.1e}"
+        error = self._error(got, expected)
+        return error and f"logits of the static step differ from the functional step's by {error}"
 
     def _disagreement(self, valid: Tensor | None) -> str | None:
         """Once per model: two tokens through both engines. None when they agree."""
@@ -211,12 +208,14 @@ class Stepper:
         expected = self.step(tokens)[0]
         self.rewind(2)
         self.hidden = hidden
-        functional = FastDecoder(self.text, self.head, copy.copy(self.cache), _first(valid), self.position, 4)
+        functional = self._functional(copy.copy(self.cache), valid, 4)
         got = torch.cat([functional.step(tokens[0, :1]), functional.step(tokens[0, 1:])]).float()
+        error = self._error(got, expected)
+        return error and f"its logits differ from the model's by {error}"
+
+    def _error(self, got: Tensor, expected: Tensor) -> str | None:
         error = float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
-        if error <= TOLERANCE.get(self.text.dtype, 1e-1):
-            return None
-        return f"its logits differ from the model's by {error:.1e}"
+        return None if error <= TOLERANCE.get(self.text.dtype, 1e-1) else f"{error:.1e}"
 
     @property
     def engine(self) -> str:
@@ -261,19 +260,26 @@ class Stepper:
 
         The device runs ahead: more tokens may be fed than were yielded, `length` says how many once it is closed.
         """
-        self.open()
-        before, position, length = self.decoder.n, self.position, self.length
-        choices = self.decoder.greedy(tokens, most, **more)
-        try:
+        with self.rows() as decoder:
+            choices = decoder.greedy(tokens, most, **more)
             while True:
                 with torch.inference_mode():
                     chosen = next(choices, None)
                 if chosen is None:
                     return
                 yield chosen
+
+    @contextmanager
+    def rows(self) -> Generator[Any, None, None]:
+        """The static step's decoder, to step and rewind rows apart; all go back to the row stepped least in the end."""
+        self.open()
+        before = self.decoder.n
+        try:
+            yield self.decoder
         finally:
-            fed = self.decoder.n - before
-            self.position, self.length = position + fed, length + fed
+            least = min(self.decoder.fed)
+            self.decoder.rewind([fed - least for fed in self.decoder.fed])
+            self.position, self.length = self.position + (least - before), self.length + (least - before)
 
     def _module_step(self, tokens: Tensor) -> Tensor:
         n = tokens.shape[1]
@@ -306,11 +312,9 @@ class Stepper:
 
     def rewind(self, n: int) -> None:
         """Forget the last n tokens fed (n >= 0); never reaches into the prompt."""
-        if n == 0:
-            return
         if self.decoder is not None:
             self.decoder.rewind(n)
-        else:
+        elif n:
             self.cache.crop(-n)
         self.position = self.position - n
         self.length -= n

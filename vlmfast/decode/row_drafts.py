@@ -1,0 +1,150 @@
+"""Live drafts of several rows. Each row has a proposal of its own, and takes back what was refused of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from vlmfast.core import NO_STOP, DraftStop
+from vlmfast.decode.proposers import NgramProposer
+from vlmfast.runtime.packed_pieces import to_device
+from vlmfast.runtime.stepper import Stepper
+
+Pick = Callable[[int, Tensor, Tensor], tuple[int, Tensor | None]]  # of the row named first, see `core.Draft.propose`
+Proposal = tuple[Tensor, Tensor | None]  # tokens (k,) int64 on the host and their probabilities, see `core.Draft`
+
+
+class RowsDraft(Protocol):
+    """What the loop of several rows asks of a draft: `core.Draft` row by row."""
+
+    certainty: list[list[float]]  # of every row, its own probability of each token of the last proposal
+
+    @property
+    def decoder(self) -> Any: ...  # the `SteppingDecoder` that it runs, None without one
+
+    def propose(
+        self, ids: list[Tensor], lengths: list[int], pick: Pick | None = None, stop: DraftStop = NO_STOP
+    ) -> list[Proposal]:
+        """Guess up to lengths[i] tokens after ids[i] (1, L_i) int64 on the host; no token where the length is 0."""
+        ...
+
+    def rewind(self, refused: list[int]) -> None:
+        """Forget the last refused[i] tokens of row i's last proposal."""
+        ...
+
+
+class LookupRows:
+    """A live prompt lookup of several rows, every row in its own text."""
+
+    decoder = None  # it runs no model
+
+    def __init__(self, rows: list[NgramProposer]) -> None:
+        self.rows = rows
+        self.certainty: list[list[float]] = [[] for _ in rows]
+
+    def propose(
+        self, ids: list[Tensor], lengths: list[int], pick: Pick | None = None, stop: DraftStop = NO_STOP
+    ) -> list[Proposal]:
+        """See `RowsDraft`."""
+        nothing = ids[0].new_empty(0), None
+        return [
+            row.propose(row_ids, length) if length else nothing
+            for row, row_ids, length in zip(self.rows, ids, lengths, strict=True)
+        ]
+
+    def rewind(self, refused: list[int]) -> None:
+        """Only emitted tokens are remembered: nothing to forget."""
+
+
+class ModelRows:
+    """A live model draft of several rows: one token of every row that still drafts, then the next.
+
+    stepper: after the prefill of all rows, with the static step; columns: of the prompt, padding included. The others
+    as of `ModelProposer`.
+    """
+
+    def __init__(self, stepper: Stepper, columns: int, stop: frozenset[int], vocab: int, confidence: float) -> None:
+        self.stepper, self.stop, self.vocab, self.confidence = stepper, stop, vocab, confidence
+        self.decoder = stepper.decoder
+        num_rows = self.decoder.rows
+        self.num_tokens = stepper.embed.weight.shape[0]  # a target may have a few more, unused by the tokenizer
+        self.fed = [columns] * num_rows  # columns of every row that the model was fed
+        self.ahead, self.last = [0] * num_rows, [0] * num_rows  # proposed tokens that were fed, and all proposed
+        self.certainty: list[list[float]] = [[] for _ in range(num_rows)]
+
+    def propose(
+        self, ids: list[Tensor], lengths: list[int], pick: Pick | None = None, stop: DraftStop = NO_STOP
+    ) -> list[Proposal]:
+        """See `RowsDraft`. A row stops early at an end-of-answer token, or where it is not certain enough."""
+        self._back([fed - (row_ids.shape[1] - 1) for fed, row_ids in zip(self.fed, ids, strict=True)])
+        drafting = [row for row, length in enumerate(lengths) if length]
+        grown, passes = list(ids), [1.0] * len(ids)
+        tokens: list[list[int]] = [[] for _ in ids]
+        probabilities: list[list[Tensor]] = [[] for _ in ids]
+        self.certainty = [[] for _ in ids]
+        new_tokens = {row: ids[row][0, self.fed[row] :].tolist() for row in drafting}
+        graded = bool(self.confidence or stop.floor or stop.fallback)
+        while drafting:
+            logits = self._feed(new_tokens)
+            best = None if pick is not None else logits.argmax(-1).tolist()
+            going = {}
+            for place, row in enumerate(drafting):
+                row_logits = logits[place : place + 1]
+                if pick is None:
+                    assert best is not None
+                    token, q = best[place], None
+                else:
+                    token, q = pick(row, grown[row], row_logits)
+                if graded:
+                    own = row_logits[0].softmax(-1)
+                    sure = float(own[token])
+                    if stop.fallback and float(own.max()) < stop.fallback:
+                        continue
+                    if tokens[row] and sure < self.confidence:
+                        continue
+                    self.certainty[row].append(sure)
+                    passes[row] *= max(0.0, 1 - stop.refusal * (1 - sure))
+                tokens[row].append(token)
+                if q is not None:
+                    probabilities[row].append(q)
+                if len(tokens[row]) == lengths[row] or token in self.stop or passes[row] < stop.floor:
+                    continue
+                going[row] = [token]
+                if pick is not None:
+                    grown[row] = torch.cat([grown[row], grown[row].new_full((1, 1), token)], 1)
+            drafting, new_tokens = list(going), going
+        self.last = [len(row_tokens) for row_tokens in tokens]
+        self.ahead = [max(0, fed - row_ids.shape[1]) for fed, row_ids in zip(self.fed, ids, strict=True)]
+        return [
+            (torch.tensor(row_tokens, dtype=torch.long), torch.stack(row_probs) if row_probs else None)
+            for row_tokens, row_probs in zip(tokens, probabilities, strict=True)
+        ]
+
+    def _feed(self, new_tokens: dict[int, list[int]]) -> Tensor:
+        """Feed the rows named their tokens -> the logits (rows named, V) float32 after the last of each."""
+        longest = max(map(len, new_tokens.values()))
+        fed = torch.zeros(len(self.fed), longest, dtype=torch.long)
+        for row, row_tokens in new_tokens.items():
+            fed[row, : len(row_tokens)] = torch.tensor(row_tokens)
+        fed = to_device(fed.clamp(max=self.num_tokens - 1), self.stepper.logits.device)
+        with torch.inference_mode():
+            logits = self.decoder.step_rows(fed)
+            ends = [(row, len(row_tokens) - 1) for row, row_tokens in new_tokens.items()]
+            logits = torch.stack([logits[row, end, : self.vocab] for row, end in ends])
+        counts = [len(new_tokens.get(row, ())) for row in range(len(self.fed))]
+        self.decoder.rewind([longest - count for count in counts])
+        self.fed = [fed_columns + count for fed_columns, count in zip(self.fed, counts, strict=True)]
+        return logits.to(torch.float32, copy=True)
+
+    def rewind(self, refused: list[int]) -> None:
+        """Forget refused[i] proposed tokens of row i; the very last one was never fed to the model."""
+        counts = zip(self.ahead, self.last, refused, strict=True)
+        self._back([ahead - (last - row_refused) for ahead, last, row_refused in counts])
+
+    def _back(self, counts: list[int]) -> None:
+        counts = [max(0, count) for count in counts]
+        self.decoder.rewind(counts)
+        self.fed = [fed - count for fed, count in zip(self.fed, counts, strict=True)]
