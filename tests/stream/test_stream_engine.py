@@ -10,17 +10,18 @@ import pytest
 import tiny
 import torch
 from pretend_cuda import CUDA, PretendCuda, to_cuda, to_host
-from test_stream import Q, session, video
+from test_stream import Q, processor, session, video
 
 from vlmfast.decode import PromptLookup, Speculate
 from vlmfast.engine import pool
 from vlmfast.plan import Plan
-from vlmfast.prefill import HybridKV, SnapKV
+from vlmfast.prefill import HybridKV, LazyEviction, SnapKV
 from vlmfast.runtime import working_set_prompt
 from vlmfast.stream.blocks import BlockTensors, pack, unpack
 from vlmfast.stream.retrievers import Internal
 from vlmfast.stream.session import Answer
 from vlmfast.stream.unpack_on_device import unpack_on_device
+from vlmfast.stream.vision import VisionEncoder, prepared
 
 SMALL = {"sinks": 1, "recent": 2}
 LOOKUP = {"speculate": Speculate(PromptLookup())}
@@ -31,6 +32,7 @@ CASES: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("qwen2_5_vl", {}, "shared", {"do_sample": True, "top_k": 20}),
     ("qwen2_5_vl", LOOKUP, "shared", {}),
     ("qwen2_5_vl", {"kv": SnapKV(keep=0.4, **SMALL)}, "shared", {}),
+    ("qwen2_5_vl", {"kv": HybridKV(keep=0.4, split=0.5, **SMALL)}, "shared", {}),
     ("qwen3_vl", {}, "layer", {}),
     ("llava_onevision", {}, "layer", {}),
 ]
@@ -122,7 +124,7 @@ def test_the_engine_lives_as_long_as_any_session_over_the_model() -> None:
     [
         ({}, CARD, torch.float32, "not float32"),
         ({}, (7, 5), torch.bfloat16, "compute capability 8.0"),
-        ({"kv": HybridKV(keep=0.4, split=0.5, **SMALL)}, CARD, torch.bfloat16, "host memory"),
+        ({"kv": LazyEviction(keep=0.4)}, CARD, torch.bfloat16, ""),
     ],
 )
 def test_what_the_engine_does_not_take_is_decoded_otherwise_and_says_why(
@@ -140,6 +142,26 @@ def test_a_token_of_an_answer_costs_what_a_token_of_generate_costs() -> None:
     loop = budgets.plans()["loop"]
     generated = budgets.less(*(budgets.whole(loop, 2, new, torch.bfloat16) for new in (10, 2)), 8)
     assert budgets.totals(budgets.stream_token(torch.bfloat16)) == budgets.totals(generated)
+
+
+def test_frames_are_processed_where_the_model_is() -> None:
+    """With the same features; they go there once, and the host does not wait."""
+    frames = torch.randint(0, 255, (4, 16, 24, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+    def run(place: Any) -> VisionEncoder:
+        vision = VisionEncoder(place(tiny.build("qwen2_5_vl")), processor("qwen2_5_vl"))
+        prepared(vision, fast=True)
+        vision.check_size(16, 24)
+        return vision
+
+    want = run(lambda x: x).features(frames).features
+    with PretendCuda() as device:
+        vision = run(to_cuda)
+        vision.features(frames)
+        before = budgets.counted(device)
+        got = to_host(vision.features(frames).features)
+        found = budgets.totals(budgets.less(budgets.counted(device), before))
+    assert torch.equal(got, want) and found["waits"] == 0 and found["copies"] == 1
 
 
 # -- what is brought back ----------------------------------------------------------------------------------------------

@@ -140,13 +140,16 @@ class VisionEncoder:
         self.frames_per_grid = int(vision.temporal_patch_size) if self.qwen else 1
         self.stamped = self.family.stamped(model)
         self.layout = Layout(model)
-        self._sizes: set[tuple[int, int]] = set()  # of frames that the processor takes
+        self._sizes: dict[tuple[int, int], bool] = {}  # of frames that the processor takes: as they are?
         self.device = next(model.parameters()).device
         self.host_grids = False  # may grids come to the tower on the host?
 
     @torch.no_grad()
     def features(self, frames: Tensor) -> GridFeatures:
         """frames (G * frames_per_grid, H, W, 3) uint8 -> features of G grids, every grid encoded by itself."""
+        height, width = frames.shape[1:3]
+        if self._sizes.get((height, width)) and media.device_option(self.model, self.processor):
+            frames = to_device(frames.pin_memory(), self.device)
         pixels = frames.permute(0, 3, 1, 2)
         if self.qwen:
             made = self._processed(list(pixels.split(self.frames_per_grid)))
@@ -171,12 +174,19 @@ class VisionEncoder:
         return to_device(made["pixel_values_videos"], self.device)
 
     def check_size(self, height: int, width: int) -> None:
-        """Raise UserError for frames of a size that the model's processor does not take; each size is tried once."""
+        """Raise UserError for frames of a size that the model's processor does not take; each size is tried once.
+
+        Frames that it does not resize are processed on the model's device, with the same result: a GPU resizes a little
+        differently than a CPU, by which a token may be kept or not.
+        """
         if (height, width) in self._sizes:
             return
-        blank = torch.zeros(self.frames_per_grid, 3, height, width, dtype=torch.uint8)
-        self._processed([blank])
-        self._sizes = {*self._sizes, (height, width)} if len(self._sizes) < 64 else {(height, width)}
+        made = self._processed([torch.zeros(self.frames_per_grid, 3, height, width, dtype=torch.uint8)])
+        kept: Any = tuple(made["pixel_values_videos"].shape[-2:])
+        if self.qwen:
+            kept = tuple(int(n) * self.processor.video_processor.patch_size for n in made["video_grid_thw"][0, 1:])
+        known = self._sizes if len(self._sizes) < 64 else {}
+        self._sizes = {**known, (height, width): kept == (height, width)}
 
     def frame_size(self, frames: int, height: int, width: int) -> tuple[int, int]:
         """(height, width) that the processor scales a frame of a stream to, its own where there is no such rule.
@@ -187,11 +197,15 @@ class VisionEncoder:
         return found or (height, width)
 
     def _processed(self, clips: list[Tensor]) -> Any:
-        """What the model's video processor makes of clips (T, 3, H, W), on the model's device where it can. UserError
-        for frames that it does not take."""
-        options = media.video_options(self.processor) | media.device_option(self.model, self.processor)
+        """What the model's video processor makes of clips (T, 3, H, W), on their device. UserError for frames that it
+        does not take."""
+        options: dict[str, Any] = media.video_options(self.processor)
+        if clips[0].device.type != "cpu":
+            options |= {"device": clips[0].device}
         try:
             return self.processor.video_processor(videos=clips, return_tensors="pt", **options)
+        except torch.OutOfMemoryError:
+            raise
         except (ValueError, RuntimeError, ArithmeticError) as e:
             height, width = clips[0].shape[-2:]
             raise UserError(f"{self.type} does not take frames of {width} x {height} pixels: {reason(e)}") from None
