@@ -22,6 +22,7 @@ from vlmfast.encode.downsample import Downsample
 from vlmfast.plan import Plan, resolve
 from vlmfast.preconditions import MARK, check_model, refuse_call, refuse_copy, unwrap
 from vlmfast.report import Report, why_all_kept
+from vlmfast.runtime.clock import in_milliseconds
 from vlmfast.runtime.compat import cache_in, option
 from vlmfast.runtime.compiled import checked, observed, refuse_compiled
 from vlmfast.runtime.downsample import Downsampled
@@ -96,6 +97,7 @@ class Accelerated:
         self._reuse = MediaCache(self.model, self.family, limit) if limit is not None else None
         self._patch = Patch()
         self.kv: Any = None
+        self.prefills: engine.PrefillGraphs | None = None
         try:
             self._install()
         except BaseException:
@@ -162,6 +164,10 @@ class Accelerated:
             refuse_compiled(model)
             patch.call(functools.partial(engine.release, model))
             engine.prepare(model)
+            text, head = engine.decoder(model)
+            if plan.fast_tower and text is not None:
+                self.prefills = engine.PrefillGraphs(text, head, self.family.rope_axes)
+                self.prefills.install(patch)
         self.draft = self._accelerate_draft(draft)
         inner: Any = model.generate
         inner = checked(model, inner) if self.hooked else observed(model, inner, self._observe, self._bare)
@@ -232,6 +238,7 @@ class Accelerated:
         past = int(cache.get_seq_length()) if cache is not None else 0
         self.columns.lay_out(kwargs)
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        request.read_prompt(ids, kwargs.get("attention_mask"))
         put_loop(
             self.model, self.plan, self.requests, args, kwargs, why if rewritten else None,
             draft=None if self.draft is None else self.draft.requests, reuse=self._reuse is not None,
@@ -264,13 +271,16 @@ class Accelerated:
                 notes.append(why_all_kept(self.plan.prune.name, least, request.media, visual))
         new = getattr(out, "sequences", out).shape[1] - (0 if ids is None else ids.shape[1])
         prefill, decode = self.meter.timings(max(0, new))
-        prefill |= cache_counts(request.cache) | request.prefill
+        prefill |= cache_counts(request.cache) | in_milliseconds(request.prefill)
         notes += prefill.pop("notes", [])  # type: ignore[arg-type]
         notes += request.decode.pop("notes", [])
         if request.prefills > 1:
             notes.append("use_cache=False: every step is a prefill; times are of the first")
         if self.plan.fast_tower and next(self.model.parameters()).is_cuda:
             prefill["attention"] = "without cuDNN, which plans every new length"
+        if self.prefills is not None:
+            prefill |= self.prefills.report()
+            notes += self.prefills.notes()
         if self.tower is not None and encode["encode_ms"]:
             encode |= self.tower.report()
             notes += self.tower.notes()

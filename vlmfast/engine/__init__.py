@@ -14,11 +14,23 @@ from torch import Tensor, nn
 from vlmfast import families
 from vlmfast.core import Unsupported
 from vlmfast.engine import pool, weights
+from vlmfast.engine.prefill_graphs import PrefillGraphs
 from vlmfast.engine.slots import STOPS
 from vlmfast.engine.step import Static, forward
 from vlmfast.runtime.fast_decoder import unknown_decoder
 
-__all__ = ["STOPS", "Static", "automatic", "decoder", "forward", "open_static", "prepare", "release", "why_not"]
+__all__ = [
+    "STOPS",
+    "PrefillGraphs",
+    "Static",
+    "automatic",
+    "decoder",
+    "forward",
+    "open_static",
+    "prepare",
+    "release",
+    "why_not",
+]
 
 
 def automatic(text_model: Any) -> bool:

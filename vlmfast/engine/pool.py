@@ -13,7 +13,7 @@ from vlmfast.core import Unsupported
 from vlmfast.engine.graphs import Graphs, Memory
 from vlmfast.engine.slots import Slots, bucket
 from vlmfast.engine.weights import Weights
-from vlmfast.kernels import step_reference
+from vlmfast.kernels import chunks, step_reference
 
 HALF = (torch.float16, torch.bfloat16)
 _POOLS: weakref.WeakKeyDictionary[nn.Module, Pool] = weakref.WeakKeyDictionary()
@@ -27,46 +27,51 @@ class Pool:
         self.device = self.weights.embed.device
         on_cuda = self.device.type == "cuda"
         self.ops: ModuleType = step_reference
+        self.chunk_ops: ModuleType = chunks
         self.processors = 1
         if on_cuda and self.weights.embed.dtype in HALF:
-            from vlmfast.kernels import triton_step
+            from vlmfast.kernels import triton_chunks, triton_step
 
-            self.ops = triton_step
+            self.ops, self.chunk_ops = triton_step, triton_chunks
             self.processors = torch.cuda.get_device_properties(self.device).multi_processor_count
         if on_cuda:
             torch.cuda.empty_cache()  # the parameters' own storages, before anything else grows
         self.memory = Memory()
         self.slots: list[Slots] = []
 
-    def take(self, rows: int, columns: int) -> Slots:
+    def take(self, rows: int, columns: int, int8: bool = False) -> Slots:
         """Slots for at least `columns` columns: the smallest idle ones that are large enough, or new ones.
 
+        int8: of what is stored as such.
         Raises Unsupported, naming the bytes, where there is no memory for them.
         """
         idle_slots = [slots for slots in self.slots if slots.idle]
-        large_enough = [slots for slots in idle_slots if slots.rows == rows and slots.capacity >= columns]
+        large_enough = [
+            slots for slots in idle_slots if slots.rows == rows and slots.capacity >= columns and slots.int8 == int8
+        ]
         if large_enough:
             return min(large_enough, key=lambda slots: slots.capacity)
         self.drop(idle_slots)
         new_slots, capacity, weights = None, bucket(columns), self.weights
         for wanted in (bucket(columns + columns // 8), capacity):  # a longer prompt next time captures nothing anew
             try:
-                new_slots = self._make(rows, wanted)
+                new_slots = self._make(rows, wanted, int8)
                 break
             except torch.OutOfMemoryError:
                 continue
         if new_slots is None:
-            column_bytes = 2 * weights.kv_heads * weights.head_size * weights.embed.dtype.itemsize
+            vector_bytes = weights.head_size + 4 if int8 else weights.head_size * weights.embed.dtype.itemsize
+            column_bytes = 2 * weights.kv_heads * vector_bytes
             num_bytes = len(weights.layers) * rows * capacity * column_bytes
             raise Unsupported(f"no memory for slots of {capacity:,} columns, {num_bytes / 1e9:.1f} GB")
         self.slots.append(new_slots)
         return new_slots
 
-    def _make(self, rows: int, capacity: int) -> Slots:
+    def _make(self, rows: int, capacity: int, int8: bool) -> Slots:
         splits = 1
         if self.ops is not step_reference:
             splits = self.ops.splits_for(rows * self.weights.kv_heads, capacity, self.processors)
-        return Slots(self.weights, rows, capacity, splits, Graphs(self.device, self.memory))
+        return Slots(self.weights, rows, capacity, splits, Graphs(self.device, self.memory), int8)
 
     def drop(self, slots: list[Slots]) -> None:
         """Give these slots back."""

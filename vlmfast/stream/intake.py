@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor
 
 from vlmfast.core import UserError
+from vlmfast.plan import Plan
+from vlmfast.runtime.fast_tower import fresh_lengths
 from vlmfast.runtime.model_lock import model_lock
 from vlmfast.stream.archive.folder import StoreError
 from vlmfast.stream.archive.store import Store
-from vlmfast.stream.blocks import Block, PackedBlock, pack
+from vlmfast.stream.blocks import Block, PackedBlock, pack_all
 from vlmfast.stream.encoder import Checkpoint, Encoder, GridFrames
 from vlmfast.stream.frame_queue import FrameQueue, TimedFrame, Watcher, as_frames, as_times, is_live, open_frames
 from vlmfast.stream.retrievers import External, Retriever
@@ -27,6 +30,7 @@ class Intake:
     """The half of `StreamSession` that takes frames."""
 
     model: Any
+    plan: Plan
     vision: VisionEncoder
     encoder: Encoder
     store: Store
@@ -48,6 +52,10 @@ class Intake:
         self._accepting = threading.RLock()  # held from a frame's acceptance until it is queued or being encoded
         self._watchers: list[Watcher] = []
         self._closed = False
+
+    def _fresh_lengths(self) -> AbstractContextManager[None]:
+        """Around forwards: every answer and every push has lengths not seen before."""
+        return nullcontext() if self.plan.tower == "stock" else fresh_lengths(self.vision.device)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -228,7 +236,7 @@ class Intake:
             return
         checkpoint, newest, interval = self.encoder.checkpoint(), self.newest, self.interval
         try:
-            with torch.inference_mode(False), torch.no_grad(), self._lock:
+            with torch.inference_mode(False), torch.no_grad(), self._lock, self._fresh_lengths():
                 self._store_blocks(self._grid_frames(frames[:whole]))
         except BaseException:
             self.newest, self.interval = newest, interval
@@ -259,18 +267,24 @@ class Intake:
         embeddings: Tensor | None = None
         if isinstance(self.retriever, External) and self.retriever.frames_to is not None:
             embeddings = self.retriever.frames_to(grids.frames[:: self.vision.frames_per_grid])
-        for g, (block, tensors) in enumerate(self.encoder.encode(grids)):
+        count = 0
+        for group in self.encoder.encode(grids):
             if self.store.disk is not None:
                 self.store.disk.began(self.encoder.progress.first, self.encoder.first_extent)
-            tensors.embedding = None if embeddings is None else embeddings[g]
-            packed = pack(tensors, self.store.keep_as)
-            if not self.unstored:
-                try:
-                    self.store.insert(block, packed)
-                    continue
-                except StoreError as e:
-                    self._disk_error = e
-            self.unstored.append((block, packed))
+            for _, tensors in group:
+                tensors.embedding = None if embeddings is None else embeddings[count]
+                count += 1
+            for block, packed in pack_all(group, self.store.keep_as):
+                self._store(block, packed)
+
+    def _store(self, block: Block, packed: PackedBlock) -> None:
+        if not self.unstored:
+            try:
+                self.store.insert(block, packed)
+                return
+            except StoreError as e:
+                self._disk_error = e
+        self.unstored.append((block, packed))
 
     def _roll_back(self, checkpoint: Checkpoint) -> None:
         """Take back the blocks of a chunk that failed."""

@@ -14,22 +14,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmfast import families, media
+from vlmfast import engine, families, media
 from vlmfast.core import Unsupported, UserError
 from vlmfast.families.base import feature_list
 from vlmfast.runtime.fast_tower import fast_modules
-from vlmfast.runtime.model_lock import lock_functions
+from vlmfast.runtime.model_lock import lock_functions, streamed
 from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.template import chat_text
+from vlmfast.runtime.transfers import to_device
 from vlmfast.runtime.weights import reason
 
 
-def prepared(model: Any, fast: bool) -> Callable[[], None]:
-    """Make a model ready for a stream: one `generate` at a time, fast: the fast tower. Returns what undoes both."""
-    patch = Patch()
+def prepared(vision: VisionEncoder, fast: bool) -> Callable[[], None]:
+    """Make a model ready for a stream: one `generate` at a time, fast: the fast tower, on CUDA its weights joined for
+    the engine. Returns what undoes all of it; the engine lives as long as any stream over the model."""
+    patch, model = Patch(), vision.model
+
+    def release() -> None:
+        if not streamed(model):
+            engine.release(model)
+
+    patch.call(release)
     patch.call(lock_functions(model, stream=True))
     if fast:
-        fast_modules(model, families.get(model), patch)
+        vision.host_grids = fast_modules(model, families.get(model), patch) is not None
+    engine.prepare(model)
     return patch.remove
 
 
@@ -133,6 +142,7 @@ class VisionEncoder:
         self.layout = Layout(model)
         self._sizes: set[tuple[int, int]] = set()  # of frames that the processor takes
         self.device = next(model.parameters()).device
+        self.host_grids = False  # may grids come to the tower on the host?
 
     @torch.no_grad()
     def features(self, frames: Tensor) -> GridFeatures:
@@ -142,18 +152,24 @@ class VisionEncoder:
             made = self._processed(list(pixels.split(self.frames_per_grid)))
             grid, merge = made["video_grid_thw"], self.layout.merge
             out = self.base.get_video_features(
-                pixel_values_videos=made["pixel_values_videos"].to(self.device), video_grid_thw=grid.to(self.device)
+                pixel_values_videos=self._pixels(made),
+                video_grid_thw=grid if self.host_grids else grid.to(self.device),
             )
             deepstack = [torch.stack(list(level)) for level in getattr(out, "deepstack_features", None) or []]
             size = (int(grid[0, 1]) // merge, int(grid[0, 2]) // merge)
             return GridFeatures(torch.stack(feature_list(out)), size, deepstack)
         made = self._processed([pixels])
-        out = self.base.get_video_features(made["pixel_values_videos"].to(self.device))
+        out = self.base.get_video_features(self._pixels(made))
         flat = feature_list(out)[0]
         flat = flat[: flat.shape[0] - self.closing().shape[0]]  # OneVision's newline closes a video, not a frame
         features = flat.view(len(frames), -1, flat.shape[-1])
         side = int(features.shape[1] ** 0.5)
         return GridFeatures(features, (side, features.shape[1] // side), [])
+
+    def _pixels(self, made: Any) -> Tensor:
+        """The processor's pixels on the model's device."""
+        pixels = made["pixel_values_videos"]
+        return to_device(pixels.pin_memory() if self.device.type == "cuda" else pixels, self.device)
 
     def check_size(self, height: int, width: int) -> None:
         """Raise UserError for frames of a size that the model's processor does not take; each size is tried once."""
@@ -189,7 +205,7 @@ class VisionEncoder:
 
     def embed(self, ids: list[int]) -> Tensor:
         """(n, D) embeddings of token ids."""
-        return self.text.embed_tokens(torch.tensor(ids, dtype=torch.long, device=self.device)).detach()
+        return self.text.embed_tokens(to_device(torch.tensor(ids, dtype=torch.long), self.device)).detach()
 
     def text_ids(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens."""
