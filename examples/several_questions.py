@@ -7,7 +7,7 @@ import tempfile
 from vlmfast import accelerate
 from vlmfast.loading import load
 from vlmfast.pocket import world
-from vlmfast.video import read_video, write_video
+from vlmfast.video import VideoReader, write_video
 
 if len(sys.argv) > 2:
     video, questions = sys.argv[2], sys.argv[3:] or ["What happens?", "Where does it happen?", "Who is seen?"]
@@ -17,7 +17,7 @@ else:
     questions = [clip.question, "what appears at second 3 ?", "describe the clip ."]
 
 loaded = load(sys.argv[1] if len(sys.argv) > 1 else "pocket")
-frames = read_video(video, select="fps:2")
+frames = loaded.read(VideoReader(video, select="fps:2"))  # at the size that the model asks for, once
 
 with accelerate(loaded.model, reuse="1GiB") as fast:
     for question in questions:

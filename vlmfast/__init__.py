@@ -6,13 +6,23 @@ from typing import TYPE_CHECKING, Any
 
 from vlmfast.version import __version__
 
-__all__ = ["Accelerated", "Plan", "StreamSession", "Unsupported", "UserError", "__version__", "accelerate"]
+__all__ = [
+    "Accelerated",
+    "Plan",
+    "StreamSession",
+    "Unsupported",
+    "UserError",
+    "__version__",
+    "accelerate",
+    "read_inputs",
+]
 
 _HOMES = {
     "accelerate": "vlmfast.api",
     "Accelerated": "vlmfast.api",
     "Plan": "vlmfast.plan",
     "StreamSession": "vlmfast.stream.session",
+    "read_inputs": "vlmfast.media",
     "Unsupported": "vlmfast.core",
     "UserError": "vlmfast.core",
 }
@@ -20,6 +30,7 @@ _HOMES = {
 if TYPE_CHECKING:
     from vlmfast.api import Accelerated, accelerate
     from vlmfast.core import Unsupported, UserError
+    from vlmfast.media import read_inputs
     from vlmfast.plan import Plan
     from vlmfast.stream.session import StreamSession
 

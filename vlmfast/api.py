@@ -22,6 +22,7 @@ from vlmfast.encode.downsample import Downsample
 from vlmfast.plan import Plan, resolve
 from vlmfast.preconditions import MARK, check_model, refuse_call, refuse_copy, unwrap
 from vlmfast.report import Report, why_all_kept
+from vlmfast.runtime.clock import in_milliseconds
 from vlmfast.runtime.compat import cache_in, option
 from vlmfast.runtime.compiled import checked, observed, refuse_compiled
 from vlmfast.runtime.downsample import Downsampled
@@ -32,6 +33,7 @@ from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.prune_between_layers import BetweenLayerPruning
 from vlmfast.runtime.prune_in_tower import InTowerPruning
 from vlmfast.runtime.prune_input import InputPruning
+from vlmfast.runtime.reading import reading_of
 from vlmfast.runtime.request_state import Requests, RequestState
 from vlmfast.runtime.shorten_prompt import PromptShortening, needs
 from vlmfast.runtime.stage_timer import StageTimer, cache_counts
@@ -95,6 +97,7 @@ class Accelerated:
         self._reuse = MediaCache(self.model, self.family, limit) if limit is not None else None
         self._patch = Patch()
         self.kv: Any = None
+        self.prefills: engine.PrefillGraphs | None = None
         try:
             self._install()
         except BaseException:
@@ -161,6 +164,10 @@ class Accelerated:
             refuse_compiled(model)
             patch.call(functools.partial(engine.release, model))
             engine.prepare(model)
+            text, head = engine.decoder(model)
+            if plan.fast_tower and text is not None:
+                self.prefills = engine.PrefillGraphs(text, head, self.family.rope_axes)
+                self.prefills.install(patch)
         self.draft = self._accelerate_draft(draft)
         inner: Any = model.generate
         inner = checked(model, inner) if self.hooked else observed(model, inner, self._observe, self._bare)
@@ -200,6 +207,7 @@ class Accelerated:
                 if self.draft is not None:
                     held.enter_context(model_lock(self.draft.model))
                 request = held.enter_context(self._call())
+                request.reading = reading_of(kwargs.get("input_ids"))
                 self.meter.begin()  # the clock of the first token
                 if self.plan.fast_tower:
                     held.enter_context(fresh_lengths(next(self.model.parameters()).device))
@@ -230,6 +238,7 @@ class Accelerated:
         past = int(cache.get_seq_length()) if cache is not None else 0
         self.columns.lay_out(kwargs)
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        request.read_prompt(ids, kwargs.get("attention_mask"))
         put_loop(
             self.model, self.plan, self.requests, args, kwargs, why if rewritten else None,
             draft=None if self.draft is None else self.draft.requests, reuse=self._reuse is not None,
@@ -262,19 +271,26 @@ class Accelerated:
                 notes.append(why_all_kept(self.plan.prune.name, least, request.media, visual))
         new = getattr(out, "sequences", out).shape[1] - (0 if ids is None else ids.shape[1])
         prefill, decode = self.meter.timings(max(0, new))
-        prefill |= cache_counts(request.cache) | request.prefill
+        prefill |= cache_counts(request.cache) | in_milliseconds(request.prefill)
         notes += prefill.pop("notes", [])  # type: ignore[arg-type]
         notes += request.decode.pop("notes", [])
         if request.prefills > 1:
             notes.append("use_cache=False: every step is a prefill; times are of the first")
         if self.plan.fast_tower and next(self.model.parameters()).is_cuda:
             prefill["attention"] = "without cuDNN, which plans every new length"
+        if self.prefills is not None:
+            prefill |= self.prefills.report()
+            notes += self.prefills.notes()
         if self.tower is not None and encode["encode_ms"]:
             encode |= self.tower.report()
             notes += self.tower.notes()
         elif self.plan.tower == "fast" and not self.family.tower_loops:
             notes.append("tower: one call a layer already, left as it is")
-        self.report = Report(encode, prefill, decode | request.decode, notes)
+        read: dict[str, Any] = {}
+        if request.reading is not None:
+            read, notes = request.reading.json(), request.reading.notes + notes
+            read["first_token_ms"] = read.get("read_ms", 0.0) + read["processor_ms"] + prefill["ttft_ms"]
+        self.report = Report(encode, prefill, decode | request.decode, notes, read)
 
     @property
     def request(self) -> RequestState:

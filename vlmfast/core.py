@@ -135,9 +135,9 @@ class Held:
 
 @dataclass
 class LayerView:
-    """One layer's cache right after its prefill attention, as a KV policy sees it."""
+    """One layer's cache right after its prefill attention, as a KV policy sees it; or several layers' side by side."""
 
-    keys: Tensor  # (B, Hk, L, Dh), RoPE applied
+    keys: Tensor  # (B, Hk, L, Dh), RoPE applied; Hk: of all layers in the view, layer by layer
     values: Tensor  # (B, Hk, L, Dh)
     kinds: Tensor  # (B, L) int8, `Kind`
     window: Tensor | None  # (B, H, W, L) float32 softmax weights of the last W columns' queries, or W = 1: their mean
@@ -149,6 +149,7 @@ class LayerView:
     rank: int | None = None  # this layer's place among those, where some are left alone; None = `layer`
     held: list[Held] | None = None  # per batch row, as the host knows it; None = to be read from `kinds`
     picked: list[Tensor] | None = None  # per batch row, places (n,) int64 of the queries that count, as `queries` says
+    stacked: int = 1  # how many layers, the first of them `layer`; more only for policies with `stacks`
 
 
 @dataclass(frozen=True)
@@ -184,18 +185,7 @@ class CompressedLayer:
     low: list[Tensor] | None = None
     # per row, dynamic heads only: factors of the keys, kept in fast memory in place of the keys in host memory
     low_rank: list[LowRank | None] | None = None
-
-
-@runtime_checkable
-class PlainRows(Protocol):
-    """A cache layer whose (batch row, head) pairs hold different columns, and that may hand them to the engine."""
-
-    ragged: bool  # is it compressed?
-    batch: int
-
-    def plain_rows(self) -> list[tuple[Tensor, Tensor]] | str:
-        """Keys (n, Dh) and values (n, Dv) of every pair, row by row; or, in words, why they are more than that."""
-        ...
+    columns: list[int] | None = None  # per batch row, how many there were; None = to be read from the positions
 
 
 @runtime_checkable
@@ -204,6 +194,7 @@ class Policy(Protocol):
 
     per_query: ClassVar[bool]  # wants every window query by itself; False = their mean (W times less memory)
     spans: ClassVar[bool]  # decides for all layers together: `rate` and `compress_all` instead of `compress`
+    stacks: ClassVar[bool]  # `compress` takes several layers in one view
 
     def window(self) -> int:
         """Number of text queries whose attention it needs (0 = attention-free)."""

@@ -1,7 +1,7 @@
 """Loads a model and its processor by name, and turns media and a question into the model's inputs.
 
     loaded = load("pocket")                                  # or a folder, or a hub id
-    inputs = loaded.inputs("what moves ?", video=read_video("clip.mp4"))
+    inputs = loaded.inputs("what moves ?", video="clip.mp4")
     answer = loaded.decode(loaded.model.generate(**inputs), inputs)
 
 Everything that can be wrong with a name is found from its config, before any weights are read.
@@ -14,17 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlmfast import media
 from vlmfast.core import Unsupported, UserError, shown
 from vlmfast.runtime import dtypes, weights
-from vlmfast.runtime.placeholders import refuse_placeholders
-from vlmfast.runtime.template import chat_text
 from vlmfast.runtime.weights import reason
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
-    from vlmfast.video.read import Video
+    from vlmfast.video.images import Size
+    from vlmfast.video.read import Video, VideoReader
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -51,100 +50,26 @@ class Loaded:
 
     def prompt(self, question: str, images: int, videos: int) -> str:
         """The chat prompt: media first, then the question; the model's own template."""
-        content: list[dict[str, str]] = [{"type": "image"} for _ in range(images)]
-        content += [{"type": "video"} for _ in range(videos)]
-        content.append({"type": "text", "text": question})
-        template = getattr(self.processor, "chat_template", None) or getattr(
-            self.processor.tokenizer, "chat_template", None
-        )
-        if not template:
-            raise UserError(f"{self.name} has no chat template: add chat_template.jinja beside its processor")
-        return chat_text(self.processor, [{"role": "user", "content": content}], chat_template=template)
+        return media.prompt(self.processor, question, images, videos, self.name)
 
-    def inputs(self, question: str | list[str], images: Sequence[np.ndarray] = (), video: Video | None = None) -> Any:
-        """What `generate` takes, on the model's device.
+    def inputs(
+        self,
+        question: str | list[str],
+        images: Sequence[media.Picture] = (),
+        video: media.Clip | None = None,
+        **options: Any,
+    ) -> dict[str, torch.Tensor]:
+        """What `generate` takes, on the model's device; arguments as in `media.read_inputs`."""
+        return media.read_inputs(self.model, self.processor, question, images, video, name=self.name, **options)
 
-        question: one, or several about the same media (one row each, padded on the left). images: (H, W, 3) uint8
-        each. video: chosen frames; the processor samples nothing more, and gets the true timestamps.
-        """
-        questions = [question] if isinstance(question, str) else question
-        if not all(question_text.strip() for question_text in questions):
-            raise UserError("the question is empty: write what you want to know")
-        for question_text in questions:
-            refuse_placeholders(question_text, self.model, self.processor)
-        if video is not None and not self.reads_video():
-            raise Unsupported(
-                f"{self.name} ({self.model_type}) reads pictures only: give --image, or a model that reads video, "
-                "e.g. Qwen2.5-VL or LLaVA-OneVision"
-            )
-        num_rows = len(questions)
-        media: dict[str, Any] = {"padding": True, "padding_side": "left"} if num_rows > 1 else {}
-        if images:
-            pictures = [as_picture(image) for image in images]
-            media["images"] = [pictures] * num_rows if num_rows > 1 else pictures
-        if video is not None:
-            media["videos"] = [as_clip(video.frames)] * num_rows
-            media["video_metadata"] = [video.metadata() for _ in questions]
-            media |= {"do_sample_frames": False} | self._size_rule()
-        texts = [self.prompt(question_text, len(images), int(video is not None)) for question_text in questions]
-        try:
-            inputs = self.processor(text=texts, return_tensors="pt", **media)
-        except (ValueError, RuntimeError, ArithmeticError) as error:  # a picture too slim for it, or too small
-            sizes = [image.shape[:2] for image in images] + ([video.frames.shape[1:3]] if video is not None else [])
-            listed = ", ".join(f"{width} x {height}" for height, width in sizes)
-            raise UserError(
-                f"the processor of {self.name} does not take these media ({listed} pixels): {reason(error)}; "
-                "crop or pad"
-            ) from None
-        if video is not None and "second_per_grid_ts" in inputs:  # HF divides by the rate of the whole file
-            import torch
-
-            frames_merged = self.processor.video_processor.temporal_patch_size
-            inputs["second_per_grid_ts"] = torch.tensor([frames_merged / sampled_fps(video)] * num_rows)
-        dtype = self.model.dtype
-        return {
-            name: tensor.to(
-                self.model.device, dtype if tensor.is_floating_point() and name.startswith("pixel") else None
-            )
-            for name, tensor in inputs.items()
-            if hasattr(tensor, "to")
-        }
-
-    def _size_rule(self) -> dict[str, Any]:
-        """Pass the checkpoint's own rule for frame sizes explicitly: the default is about to change in transformers."""
-        video_processor = self.processor.video_processor
-        if not hasattr(video_processor, "cap_pixels_per_frame"):
-            return {}
-        return {"cap_pixels_per_frame": bool(video_processor.cap_pixels_per_frame)}
+    def read(self, video: Video | VideoReader | None, size: Size = "model") -> Video | None:
+        """The frames of a `VideoReader` at a size as in `media.read_inputs`, for several calls of `inputs`."""
+        return None if video is None else media.read_clip(self.model, self.processor, video, size)
 
     def decode(self, sequences: Any, inputs: Any) -> str:
         """The answer in the first row, without the prompt and special tokens."""
         new_tokens = sequences[0, inputs["input_ids"].shape[1] :]
         return str(self.processor.tokenizer.decode(new_tokens, skip_special_tokens=True)).strip()
-
-
-def as_picture(image: Any) -> Any:
-    """A picture (H, W, 3) uint8 as a PIL image: in an array 1, 3 or 4 pixels high processors take rows for channels."""
-    from PIL import Image
-
-    from vlmfast.video.images import as_frame
-
-    return Image.fromarray(as_frame(image))
-
-
-def as_clip(frames: Any) -> torch.Tensor:
-    """Frames (T, H, W, 3) uint8, an array or tensor, as a tensor (T, 3, H, W), which no processor can misread."""
-    import torch
-
-    if isinstance(frames, torch.Tensor):
-        return frames.permute(0, 3, 1, 2)
-    return torch.from_numpy(frames if frames.flags.writeable else frames.copy()).permute(0, 3, 1, 2)
-
-
-def sampled_fps(video: Video) -> float:
-    """Frames per second of the chosen frames; the file's own rate when there is only one."""
-    duration = float(video.timestamps[-1] - video.timestamps[0])
-    return (len(video) - 1) / duration if duration > 0 else video.fps
 
 
 def load(name: str = "pocket", dtype: str = "auto", device: str | None = None, device_map: str | None = None) -> Loaded:

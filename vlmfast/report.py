@@ -14,10 +14,12 @@ class Report:
     prefill: dict[str, Any] = field(default_factory=dict)
     decode: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    read: dict[str, Any] = field(default_factory=dict)  # of inputs that `read_inputs` made
 
     def json(self) -> dict[str, Any]:
         """Plain-JSON form."""
         return {
+            "read": self.read,
             "encode": self.encode,
             "prefill": self.prefill,
             "decode": self.decode,
@@ -28,7 +30,7 @@ class Report:
         if not (self.encode or self.prefill or self.decode):
             return "no accelerated call yet"
         encode, prefill, decode = self.encode, self.prefill, self.decode
-        lines = []
+        lines = [read_line(self.read)] if self.read else []
         if encode.get("visual_tokens"):
             lines.append(
                 f"encode   {encode['visual_tokens']:,} -> {encode['kept_tokens']:,} visual tokens, "
@@ -53,6 +55,21 @@ class Report:
                     decode_line += f", {decode['graph_captures']} graphs captured in {decode['capture_ms']:,.0f} ms"
             lines.append(decode_line)
         return "\n".join(lines + [f"note     {note}" for note in self.notes])
+
+
+def read_line(read: dict[str, Any]) -> str:
+    """The line of stage 0: frames, their size, milliseconds, and those from the file to the first token."""
+    parts = []
+    if "frames" in read:
+        (height, width), (to_height, to_width) = read["source_size"], read["size"]
+        scaled = "" if (height, width) == (to_height, to_width) else f" -> {to_width}x{to_height}"
+        parts.append(f"{read['frames']} frames of {width}x{height}{scaled}")
+    if "read_ms" in read:
+        parts.append(f"read in {read['read_ms']:,.1f} ms")
+    parts.append(f"processor {read['processor_ms']:,.1f} ms")
+    if "first_token_ms" in read:
+        parts.append(f"first token {read['first_token_ms']:,.1f} ms after the file was opened")
+    return f"read     {', '.join(parts)}"
 
 
 def why_all_kept(name: str, least: int, media: dict[str, list[Any]], tokens: int) -> str:

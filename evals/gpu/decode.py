@@ -1,128 +1,193 @@
-"""The GPU suite's part `decode`: what a token takes, beside the bytes that it must read."""
+"""The GPU suite's parts `decode` and `decode_7b`: what a token takes, beside the bytes that it must read.
+
+Ours is the difference between a call of 129 tokens and one of 33, over 96: what an answer costs once is in neither (33
+and 9 where a token takes more than 10 ms). Stock is timed from its first token to its last, which is the same without a
+second prefill. Every call is over a length not used before, but where a row says otherwise.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from evals.gpu.prefill import planned, ratios
-from evals.gpu.run import (
-    Prompts,
-    Run,
-    accelerated,
-    answered,
-    free,
-    language,
-    memory,
-    model_of,
-    notes,
-    reported,
-    spread,
-    takes_tower,
-)
+from evals.gpu import decode_steps
+from evals.gpu.beside import PLAIN, REPEATED, STOCK, WITHOUT_CUDNN, Group, Pair, PairedRows, Place, peak
+from evals.gpu.run import Run, accelerated, answered, free, language, memory, notes, reported, takes_tower
+from evals.speed.shapes import QWEN_7B
 from vlmfast.bench import timing
+from vlmfast.bench.timing import Sample
 
 REPORTED = (
     "kept_tokens", "visual_tokens", "cached_tokens", "kv_fast_bytes", "kv_host_bytes", "accepted_length",
     "verify_rounds", "drafted",
 )  # fmt: skip
+STOCK_TOKENS = 9  # of a stock call
+FAST, SLOW, DRY = (33, 129), (9, 33), (3, 9)  # new tokens of a short call and of a long one
+REPEATING = "ours, repeating"
 
 
-def arms() -> dict[str, dict[str, Any] | None]:
-    """Name -> what `accelerate` is asked; None: stock. `repeating` in a name: a text that repeats itself."""
+def arms() -> dict[str, dict[str, Any]]:
+    """Name -> what `accelerate` is asked. `repeating` in a name: a text that repeats itself."""
     from vlmfast.decode import PromptLookup, Speculate
     from vlmfast.encode import VidCom2
-    from vlmfast.prefill import HybridKV, SnapKV
+    from vlmfast.prefill import Full, HybridKV, SnapKV
 
     lookup = Speculate(PromptLookup())
     ours: dict[str, Any] = {"tower": "fast"} if takes_tower() else {"speculate": Speculate(otherwise="plain")}
     return {
-        "plain": None,
         "ours": ours,
-        "loop": {"speculate": Speculate(otherwise="plain")},
+        "full": {"kv": Full()},
+        "hybridkv-10": {"kv": HybridKV(keep=0.1)},
         "vidcom2-25": {"prune": VidCom2(keep=0.25)},
         "snapkv-10": {"kv": SnapKV(keep=0.1)},
-        "hybridkv-10": {"kv": HybridKV(keep=0.1)},
         "hybridkv-10 split": {"kv": HybridKV(keep=0.1, split=0.5)},
         "lookup": {"speculate": lookup},
-        "ours, repeating": ours,
-        "lookup 5, repeating": {"speculate": Speculate(PromptLookup(), length=5)},
+        "loop": {"speculate": Speculate(otherwise="plain")},
+        REPEATING: ours,
         "lookup, repeating": {"speculate": lookup},
+        "lookup 5, repeating": {"speculate": Speculate(PromptLookup(), length=5)},
         "hybridkv-10+lookup, repeating": {"kv": HybridKV(keep=0.1), "speculate": lookup},
     }
 
 
-def order(dry: bool, long: bool) -> list[tuple[int, int, str]]:
-    """(visual tokens, rows, arm), what matters most first; those that repeat come last, they change the weights."""
+def order(dry: bool, long: bool) -> list[Group]:
+    """Every row with what runs beside it, what matters most first; those that repeat come last: they change weights."""
     names = list(arms())
-    usual, repeating = [n for n in names if "repeating" not in n], [n for n in names if "repeating" in n]
+    usual, repeating = [n for n in names if "repeating" not in n], [n for n in names if "repeating" in n][1:]
     if dry:
-        return [(128, 1, n) for n in usual[:6]] + [(128, 2, "ours"), (128, 1, "lookup 5, repeating")]
-    rows = [(2048, 1, n) for n in usual[:6]] + [(8192, 1, n) for n in usual[:6]] + [(2048, 8, n) for n in usual[:2]]
-    rows += [(2048, 1, "lookup"), (2048, 1, "hybridkv-10 split"), (2048, 8, "vidcom2-25")]
+        groups = [Group(128, 1, "ours", 1, STOCK), *(Group(128, 1, n, 1) for n in usual[1:3]), Group(128, 2, "ours", 1)]
+        return [*groups, Group(128, 1, "lookup 5, repeating", 1, (REPEATING,))]
+    remedies = (PLAIN, WITHOUT_CUDNN, REPEATED)
+    groups = [Group(2048, 1, "ours", 6, STOCK), Group(8192, 1, "ours", 3, remedies)]
+    groups += [Group(2048, 8, "ours", 3, remedies[:2])] + [Group(2048, 1, n, 3) for n in usual[1:-1]]
+    groups += [Group(8192, 1, n, 3) for n in usual[1:4]]
     if long:
-        rows += [(32768, 1, "plain"), (32768, 1, "ours"), (32768, 1, "hybridkv-10"), (2048, 1, "static")]
-    return rows + [(2048, 1, n) for n in repeating]
+        groups += [Group(2048, 1, usual[-1], 3), Group(2048, 8, "vidcom2-25", 3)]
+        groups += [Group(32768, 1, n, 1) for n in ("ours", "hybridkv-10")]
+    return groups + [Group(2048, 1, n, 3, (REPEATING,)) for n in repeating]
 
 
 def decode(run: Run) -> None:
-    """Milliseconds a token: the time of 1 + n tokens less that of one, over n; every call over fresh lengths."""
+    """Milliseconds a token of every row of `order`."""
+    pair = Pair(run)
+    rows = PairedRows(run, "decode_ms_per_token", functools.partial(floored, run, pair.stock))
+    groups = order(run.dry, run.long)
+    for group in groups:
+        if REPEATING not in group.beside:
+            measure(pair, rows, group)
+    repeating = [group for group in groups if REPEATING in group.beside]
+    if run.late("what repeats", 0 if run.dry else 10):
+        return
+    for model in (pair.stock, pair.ours):
+        echo(model)
+    with accelerated(pair.stock, arms()[REPEATING]) as base:
+        for group in repeating:
+            measure(pair, rows, group, base)
+
+
+def decode_7b(run: Run) -> None:
+    """The same in the shapes of the 7B model: against our own plain step, and its steps alone in many long rows."""
+    run = replace(run, whole=QWEN_7B)
+    pair = Pair(run)
+    rows = PairedRows(run, "decode_ms_per_token", functools.partial(floored, run, pair.stock))
+    visual, rounds = (128, 1) if run.dry else (2048, 3)
+    measure(pair, rows, Group(visual, 1, "ours", rounds))
+    with accelerated(pair.stock, arms()["ours"]) as base:
+        measure(pair, rows, Group(visual, 1, "hybridkv-10", rounds, ("ours",)), base)
+        place = (128, 3) if run.dry else (32768, 8)
+        decode_steps.steps(pair, rows, place, {n: arms()[n] for n in ("ours", "hybridkv-10")})
+        measure(pair, rows, Group(visual, 1, "hybridkv-10 split", rounds, ("ours",)), base)
+
+
+def static(run: Run, name: str) -> None:
+    """A row `name` of part `decode`: transformers' own static cache, whose step it compiles, beside stock. In a process
+    of its own: compiling takes half a minute, and may fail."""
     import torch
 
-    model, prompts, asked = model_of(run), Prompts(run), arms()
-    asked["static"] = None
-    plain: dict[tuple[int, int], list[dict[str, float]]] = {}
-    repeats = False
-    for visual, rows, name in order(run.dry, run.long):
-        what = f"{name}, {visual} visual tokens, {rows} rows"
-        stock = asked[name] is None
-        if run.late(what, 0 if run.dry else 3 + visual * rows / 2000 * (2 if stock else 1)):
-            continue
-        if "repeating" in name and not repeats:
-            repeats = True
-            echo(model)
-        with run.trying(what), torch.no_grad():
-            times = 1 if run.dry or (stock and rows > 1) else 2 if stock and visual > 4096 else 3
-            with accelerated(model, asked[name]) as handle:
-                warm, samples = timed(run, model, handle, prompts, (visual, rows, repeats), times, name == "static")
-                words = {"report": handle.report.json()["decode"], **notes(handle)} if handle is not None else {}
-            metrics = spread(samples, "decode_ms_per_token") | memory(run) | {"warm_ms": warm}
-            metrics |= {k: v for k, v in samples[-1].items() if k == "steady_ms_per_token"}
-            metrics["decode_floor_ms"] = floor(run, model, metrics, rows)
-            if name == "plain":
-                plain[visual, rows] = samples
-            vs = {"plain": ratios(plain[visual, rows], samples)} if name != "plain" and (visual, rows) in plain else {}
-            where = {"visual_tokens": visual, "batch": rows}
-            run.add(name, params=where, plan=planned(handle), metrics=metrics, vs=vs, **words)
-        free(run.device)
+    pair, place = Pair(run, stock_alone=True), (128, 1) if run.dry else (2048, 1)
+    rows = PairedRows(run, "decode_ms_per_token", functools.partial(floored, run, pair.stock))
+    with run.trying(name), torch.no_grad():
+        room = pair.prompts.next(place[0])["input_ids"].shape[1] + 1024  # of one size, so that it is compiled once
+        asked = {"cache_implementation": "static", "max_cache_len": room}
+        call = functools.partial(pair.plain, place, 9 if run.dry else 33, **asked)
+        warm = [call()["total_ms"], call()["total_ms"]]
+        runs = pair.stock_runs(Group(*place, name, 1), STOCK_TOKENS) | {name: call}
+        taken = timing.interleaved(runs, 1 if run.dry else 3, warmup=0)
+        words = {name: {"metrics": {"warm_ms": warm[0], "second_ms": warm[1]}, "report": {"engine": "transformers"}}}
+        rows.add(place, taken, words, write=(name,))
 
 
-def timed(
-    run: Run, model: Any, handle: Any, prompts: Prompts, what: tuple[int, int, bool], times: int, static: bool
-) -> tuple[float, list[dict[str, float]]]:
-    """Milliseconds of a first call, and the samples of those after it. what: visual tokens, rows, a repeating text."""
-    visual, rows, repeats = what
-    new = 8 if run.dry else 32
-    generate = {"cache_implementation": "static"} if static else {}
+def measure(pair: Pair, rows: PairedRows, group: Group, base: Any = None) -> None:
+    """One group. base: the handle of the first model, where what runs beside is no stock model but ours on it."""
+    import torch
 
-    def call(tokens: int, step: int = 0) -> tuple[float, int]:
-        inputs = prompts.next(visual, rows, step=step or tokens + 1, repeats=repeats)
-        return answered(run, model, inputs, tokens, **generate)[0], inputs["input_ids"].shape[1]
+    run, repeats = pair.run, "repeating" in group.name
+    others = [baseline for baseline in group.beside if baseline not in STOCK]
+    tokens = group.visual * group.rows
+    stock, ours = 0.6 + tokens / 8000, 0.6 + tokens / 16000  # seconds of a sample, about
+    needs = (group.rounds + 1) * (stock * (len(group.beside) - len(others)) + ours * (len(others) + 1))
+    if run.late(group.what, 0 if run.dry else needs * (3 if "split" in group.name else 1)):
+        return
+    with run.trying(group.what), torch.no_grad():
+        if base is None and (PLAIN, group.place) not in rows.samples:
+            pair.plain(group.place, 3)  # the first of this size
+        with accelerated(pair.ours, arms()[group.name]) as handle:
+            this = Caller(pair, pair.ours, handle, group.place, repeats)
+            runs: dict[str, Callable[[], Sample]] = pair.stock_runs(group, STOCK_TOKENS)
+            warm = this.warm()
+            for name in others:
+                other = Caller(pair, pair.stock, base, group.place, repeats)
+                other.warm()
+                runs[name] = other.sample
+            taken = timing.interleaved(runs | {group.name: this.sample}, group.rounds, warmup=0)
+            report = {"report": handle.report.json()["decode"], **notes(handle)}
+            words = {group.name: {"metrics": {"warm_ms": warm}, "plan": handle.plan.json(), **report}}
+            for name in others:
+                words[name] = {"report": base.report.json()["decode"], "plan": base.plan.json(), **notes(base)}
+        rows.add(group.place, taken, words)
+    free(run.device)
 
-    memory(run, reset=True)
-    warm, _ = call(1 + new)
-    samples = []
-    for _ in range(times):
-        one, _ = call(1)
-        many, prompt = call(1 + new)
-        sample = {"decode_ms_per_token": (many - one) / new, "ttft_ms": one, "total_ms": many, "prompt_tokens": prompt}
-        own = reported(handle, ("decode_ms_per_token",))
+
+class Caller:
+    """Calls of an accelerated model at one place."""
+
+    def __init__(self, pair: Pair, model: Any, handle: Any, place: Place, repeats: bool) -> None:
+        self.pair, self.model, self.handle, self.place, self.repeats = pair, model, handle, place, repeats
+        self.tokens = DRY if pair.run.dry else FAST
+
+    def warm(self) -> float:
+        """Milliseconds of a first call, which may compile and capture; decides how long samples are."""
+        first, _ = self.call(self.tokens[0])
+        own = reported(self.handle, ("decode_ms_per_token",))
+        if not self.pair.run.dry and own.get("decode_ms_per_token", 0) > 10:
+            self.tokens = SLOW
+        self.call(self.tokens[1])
+        return first
+
+    def call(self, new: int) -> tuple[float, int]:
+        """Milliseconds of one call, and the tokens of its prompt."""
+        visual, rows = self.place
+        inputs = self.pair.prompts.next(visual, rows, repeats=self.repeats)  # our attention plans for no length
+        return answered(self.pair.run, self.model, inputs, new)[0], inputs["input_ids"].shape[1]
+
+    def sample(self) -> Sample:
+        """A short call and a long one."""
+        run, (short, long) = self.pair.run, self.tokens
+        memory(run, reset=True)
+        less, _ = self.call(short)
+        more, prompt = self.call(long)
+        sample = {"decode_ms_per_token": (more - less) / (long - short), "total_ms": more, "prompt_tokens": prompt}
+        own = reported(self.handle, ("decode_ms_per_token",))
         sample |= {"reported_ms_per_token": own["decode_ms_per_token"]} if own else {}
-        samples.append(sample | reported(handle, REPORTED))
-    if handle is not None and (run.dry or samples[-1]["decode_ms_per_token"] < 10):
-        # what an answer costs once is in neither; a step of our own plans for no length
-        short, long = (call(1 + n, step=1)[0] for n in (new, 4 * new))
-        samples[-1]["steady_ms_per_token"] = (long - short) / (3 * new)
-    return warm, samples
+        sample |= {"new_tokens": long, **reported(self.handle, REPORTED)}
+        return sample | (peak(run, self.pair.weights) if self.model is self.pair.ours else {})
+
+
+def floored(run: Run, model: Any, place: Place, metrics: dict[str, float]) -> dict[str, float]:
+    """The floor of a row's step."""
+    return {"decode_floor_ms": floor(run, model, metrics, place[1])}
 
 
 def floor(run: Run, model: Any, metrics: dict[str, float], rows: int) -> float:

@@ -2,101 +2,89 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-from evals.gpu.run import (
-    Prompts,
-    Run,
-    accelerated,
-    answered,
-    free,
-    memory,
-    model_of,
-    notes,
-    reported,
-    spread,
-    staged,
-)
+from evals.gpu.beside import PLAIN, REPEATED, STOCK, WITHOUT_CUDNN, Group, Pair, PairedRows, Place, peak
+from evals.gpu.run import Prompts, Run, accelerated, answered, free, memory, model_of, notes, reported, staged
 from evals.speed.shapes import encode_cost, prefill_cost
 from vlmfast.bench import timing
+from vlmfast.bench.timing import Sample
 
 REPORTED = ("encode_ms", "select_ms", "prefill_ms", "visual_tokens", "kept_tokens")
 GREEDY = ("maxmin", "cdpruner", "mmtok")  # kernels that wait for each other inside: if one hangs, it hangs last
 
 
-def arms(dry: bool) -> dict[str, dict[str, Any] | None]:
-    """Name -> what `accelerate` is asked; None: stock."""
+def arms(dry: bool) -> dict[str, dict[str, Any]]:
+    """Name -> what `accelerate` is asked."""
     from vlmfast.encode import VidCom2
-    from vlmfast.prefill import HybridKV, SnapKV
+    from vlmfast.prefill import Full, HybridKV, SnapKV
 
     block = 1 if dry else 8
     return {
-        "plain": None,
         "tower": {"tower": "fast"},
-        "vidcom2-25": {"prune": VidCom2(keep=0.25)},
         f"vidcom2-25 after block {block}": {"prune": VidCom2(keep=0.25, after_block=block)},
         "balanced": {"plan": "balanced"},
         "fast": {"plan": "fast"},
+        "vidcom2-25": {"prune": VidCom2(keep=0.25)},
+        "full": {"kv": Full()},
         "snapkv-10": {"kv": SnapKV(keep=0.1)},
         "hybridkv-10": {"kv": HybridKV(keep=0.1)},
     }
 
 
-def order(dry: bool) -> list[tuple[int, str]]:
-    """(visual tokens, arm), what matters most first."""
+def order(dry: bool) -> list[Group]:
+    """Every row with what runs beside it, what matters most first."""
     names = list(arms(dry))
     if dry:
-        return [(128, name) for name in names if name not in ("balanced", "snapkv-10")]
-    first, policies = names[:6], names[6:]
-    rows = [(n, name) for n in (8192, 2048) for name in first] + [(n, name) for n in (2048, 8192) for name in policies]
-    return rows + [(256, n) for n in first[:4]] + [(32768, n) for n in (*first[1:4], "plain")]
+        rest = [Group(128, 1, name, 1) for name in names[1:] if name not in ("balanced", "snapkv-10")]
+        return [Group(128, 1, "tower", 1, STOCK), *rest]
+    few, policies = names[1:4], names[4:]
+    groups = [Group(8192, 1, "tower", 3, (PLAIN, WITHOUT_CUDNN, REPEATED)), *(Group(8192, 1, name, 3) for name in few)]
+    groups += [Group(2048, 1, "tower", 6, STOCK), *(Group(2048, 1, name, 6) for name in few)]
+    groups += [Group(2048, 1, name, 3) for name in policies] + [Group(256, 1, name, 6) for name in names[:2]]
+    groups += [Group(8192, 1, name, 3) for name in policies]
+    return groups + [Group(32768, 1, name, 1) for name in names[:2]]
 
 
 def first_token(run: Run) -> None:
-    """Request to first token at every size and arm, every call over a length not used before."""
+    """Request to first token at every size, each call over a length not used before, but where a row says otherwise."""
     import torch
 
-    repeats = 1 if run.dry else 3
-    model, prompts, asked = model_of(run), Prompts(run), arms(run.dry)
-    plain: dict[int, list[dict[str, float]]] = {}
-    for visual, name in order(run.dry):
-        stock = name == "plain"
-        needs = 0 if run.dry else visual / 1000 * (1.2 if stock else 0.5)
-        what = f"{name}, {visual} visual tokens"
-        if run.late(what, needs):
+    pair, asked = Pair(run), arms(run.dry)
+    rows = PairedRows(run, "ttft_ms", lambda place, metrics: floors(run, place[0], metrics, None))
+    warmed: dict[Place, Sample] = {}
+    for group in order(run.dry):
+        stock = 0.25 + group.visual / 1000 * 0.17
+        needs = (len(group.beside) * stock + 0.1 + group.visual / 30_000) * group.rounds + stock
+        if run.late(group.what, 0 if run.dry else needs):
             continue
-        with run.trying(what), torch.no_grad():
-            memory(run, reset=True)
-            with accelerated(model, asked[name]) as handle:
-                warm = {"warm_ms": answered(run, model, prompts.next(visual), 1)[0]}
-                if not stock:  # may capture what the first one compiled
-                    warm["second_ms"], _ = answered(run, model, prompts.next(visual), 1)
-                samples = []
-                for _ in range(1 if visual > 10_000 else repeats):
-                    ttft, _ = answered(run, model, prompts.next(visual), 1)
-                    samples.append({"ttft_ms": ttft, **reported(handle, REPORTED)})
+        with run.trying(group.what), torch.no_grad():
+            if group.place not in warmed and group.visual < 10_000:
+                warmed[group.place] = pair.plain(group.place)
+            with accelerated(pair.ours, asked[group.name]) as handle:
+                own = functools.partial(ours, pair, handle, group.visual)
+                warm, second = own(), own()  # the first may compile, the second capture
+                taken = timing.interleaved(pair.stock_runs(group) | {group.name: own}, group.rounds, warmup=0)
                 more = notes(handle)
-                peak = memory(run)
-                with staged(run, model) as stages:
-                    answered(run, model, prompts.next(visual), 1)
-            if stock:
-                plain[visual] = samples
-            metrics = spread(samples, "ttft_ms") | {**warm, **peak, **stages}
-            if stock:
-                metrics |= {"encode_ms": stages["tower_ms"], "prefill_ms": stages["language_ms"]}
-                metrics |= {"visual_tokens": visual, "kept_tokens": visual}
-            metrics |= floors(run, visual, metrics, handle)
-            vs = {} if stock or visual not in plain else {"plain": ratios(plain[visual], samples)}
-            run.add(
-                name, params={"visual_tokens": visual, "batch": 1}, plan=planned(handle), metrics=metrics, vs=vs, **more
-            )
+                with staged(run, pair.ours) as stages:
+                    answered(run, pair.ours, pair.prompts.next(group.visual), 1)
+            metrics = {"warm_ms": warm["ttft_ms"], "second_ms": second["ttft_ms"], **stages}
+            metrics |= floors(run, group.visual, taken[group.name][-1], handle)
+            words = {group.name: {"metrics": metrics, "plan": planned(handle), **more}}
+            if group.place in warmed:
+                words[PLAIN] = {"metrics": {"warm_ms": warmed[group.place]["ttft_ms"]}}
+            rows.add(group.place, taken, words)
         free(run.device)
 
 
-def ratios(plain: list[dict[str, float]], samples: list[dict[str, float]]) -> dict[str, list[float]]:
-    """Stock over this, call by call."""
-    most = min(len(plain), len(samples))
-    return timing.ratios(plain[:most], samples[:most])
+def ours(pair: Pair, handle: Any, visual: int) -> Sample:
+    """One call of the accelerated model."""
+    inputs = pair.prompts.next(visual)
+    memory(pair.run, reset=True)
+    ttft, _ = answered(pair.run, pair.ours, inputs, 1)
+    own = {"ttft_ms": ttft, "prompt_tokens": inputs["input_ids"].shape[1], **reported(handle, REPORTED)}
+    return own | peak(pair.run, pair.weights)
 
 
 def planned(handle: Any) -> dict[str, Any]:

@@ -33,6 +33,7 @@ class Run:
     ends: float  # of time.monotonic(), which all processes of a machine share
     flops: float = 1e12  # matrix products a second, measured
     bytes: float = 1e11  # bytes copied a second, read and written, measured
+    whole: Shape = QWEN_3B  # of the model; a dry run's is a toy
 
     @property
     def device(self) -> str:
@@ -40,7 +41,7 @@ class Run:
 
     @property
     def shape(self) -> Shape:
-        return TOY if self.dry else QWEN_3B
+        return TOY if self.dry else self.whole
 
     @property
     def machine(self) -> timing.Rates:
@@ -149,7 +150,8 @@ def model_of(run: Run) -> Any:
     inputs = Prompts(run).next(_small(run.shape))
     features = tower(model)(inputs["pixel_values_videos"], inputs["video_grid_thw"]).pooler_output
     zeros = float((features == 0).float().mean())
-    run.add("build", metrics={"seconds": seconds, "zero_features": zeros, "finite": bool(features.isfinite().all())})
+    metrics = {"seconds": seconds, "zero_features": zeros, "finite": bool(features.isfinite().all())}
+    run.add("build", metrics=metrics, shape=run.shape.json())
     if zeros > 0.01:
         raise UserError(f"{zeros:.0%} of the random model's visual features are zero: nothing measured would count")
     return model
@@ -179,6 +181,7 @@ class Prompts:
         self.run = run
         self.clips: dict[int, dict[str, Any]] = {}
         self.used: dict[int, int] = {}
+        self.repeated: dict[tuple[int, int], dict[str, Any]] = {}
 
     def next(self, visual: int, rows: int = 1, step: int = 1, repeats: bool = False) -> dict[str, Any]:
         """A prompt; step: lengths that answering it will use. repeats: its text is one phrase, again and again."""
@@ -202,6 +205,13 @@ class Prompts:
         whole = base | {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
         whole["mm_token_type_ids"] = ((ids == 2).int() * 2)[None]
         return {k: v.repeat(rows, *[1] * (v.ndim - 1)) for k, v in whole.items()} if rows > 1 else whole
+
+    def again(self, visual: int, rows: int = 1, step: int = 1) -> tuple[dict[str, Any], bool]:
+        """The one prompt of this size that is asked again and again, and whether this is its first time."""
+        first = (visual, rows) not in self.repeated
+        if first:
+            self.repeated[visual, rows] = self.next(visual, rows, step)
+        return self.repeated[visual, rows], first
 
 
 def answered(run: Run, model: Any, inputs: dict[str, Any], new: int, **generate: Any) -> tuple[float, Any]:

@@ -1,22 +1,23 @@
-"""The GPU suite: `python -m evals.gpu --out FOLDER [--minutes 8] [--dry] [--parts a,b] [--long]`; no network.
+"""The GPU suite: `python -m evals.gpu --out FOLDER [--minutes 9] [--dry] [--parts a,b] [--long]`; no network.
 
 One command that asks a card everything, what matters most first:
 
 * `methods`: every method's tokens against the CPU's, in float32 on tiny models (needs a checkout);
 * `kernels`: every kernel against its reference;
 * `first_token`: request to first token in Qwen2.5-VL-3B's shapes, stage by stage, beside its bound;
-* `choose`: what every pruner takes to choose a quarter of 8,192 tokens;
 * `decode`: milliseconds a token, one row and eight, beside the bytes that a token must read;
+* `decode_7b`: the same in the shapes of the 7B model, and its steps alone over eight rows of 32,768 tokens;
 * `stream`: frames a second and the wait for an answer;
+* `choose`: what every pruner takes to choose a quarter of 8,192 tokens, then `decode` of transformers' compiled step;
 * `profile`: which kernels the time goes to.
 
 Every part is a process of its own with its own time: a crash, a hang or what this version lacks ends that part alone,
 its last lines go into the record, and the next begins. Checks run side by side, whatever is timed runs alone. The
 record, FOLDER/<device>.json, is written anew with every row. `rows` are as in every record, `params.part` says whose;
-`parts` how each ended; `skipped` what was not measured and why. A time is the median of calls over prompt lengths not
-used before, `*_low_ms` and `*_high_ms` the least and largest of them, `warm_ms` the first call, which may compile;
-`*_floor_ms` is what arithmetic and bytes allow at the rates measured on this card (`config`); `vs.plain` is stock
-over this. `--dry` runs all of it in toy shapes on the CPU.
+`parts` how each ended; `skipped` what was not measured and why. A time is the median of `samples` calls over prompt
+lengths not used before, `*_low_ms` and `*_high_ms` the least and largest of them, `warm_ms` the first call, which may
+compile; `*_floor_ms` is what arithmetic and bytes allow at the rates measured on this card (`config`); `vs` the ratios
+to what ran beside this in every round (`evals.gpu.beside`). `--dry` runs all of it in toy shapes on the CPU.
 """
 
 from __future__ import annotations
@@ -54,11 +55,13 @@ def checks(dry: bool) -> list[Job]:
 
 
 TIMED = [
-    Job("first_token", gpu_prefill.first_token, 110),
-    Job("choose", gpu_prefill.choose, 45),
-    Job("decode", gpu_decode.decode, 130),
+    Job("first_token", gpu_prefill.first_token, 155),
+    Job("decode", gpu_decode.decode, 205),
+    Job("decode_7b", gpu_decode.decode_7b, 85),
     Job("stream", gpu_stream.stream, 45),
-    Job("profile", gpu_profile.profile, 45),
+    Job("choose", gpu_prefill.choose, 25),
+    Job("decode", gpu_decode.static, 75, ("static",)),
+    Job("profile", gpu_profile.profile, 35),
 ]
 PARTS = tuple(dict.fromkeys(job.part for job in [*checks(True), *TIMED]))
 
@@ -91,9 +94,10 @@ def measure(
             suite.together(asked, Path(scratch))
             for part in dict.fromkeys(job.part for job in asked):
                 show(part, record)
-            for job in TIMED:
-                if job.part in parts:
-                    suite.together([job], Path(scratch))
+            asked = [job for job in TIMED if job.part in parts]
+            for at, job in enumerate(asked):
+                suite.together([job], Path(scratch))
+                if job.part not in [later.part for later in asked[at + 1 :]]:
                     show(job.part, record)
     finally:
         signal.signal(signal.SIGTERM, gone)
@@ -121,10 +125,10 @@ def wrong(record: dict[str, Any]) -> list[str]:
 
 def main(
     out: Annotated[Path, typer.Option(help="folder for <device>.json")],
-    minutes: Annotated[float, typer.Option(help="time for the whole suite", min=0)] = 8.0,
+    minutes: Annotated[float, typer.Option(help="time for the whole suite", min=0)] = 9.0,
     dry: Annotated[bool, typer.Option("--dry", help="toy shapes on the CPU: does everything run?")] = False,
     parts: Annotated[str, typer.Option(help="which, joined by commas")] = ",".join(PARTS),
-    long: Annotated[bool, typer.Option("--long", help="32k tokens and transformers' own compiled loop too")] = False,
+    long: Annotated[bool, typer.Option("--long", help="more rows of decode: 32k tokens, eight pruned rows")] = False,
     commit: Annotated[str | None, typer.Option(help="the commit, where the folder has no git")] = None,
     force: Annotated[bool, typer.Option("--force", help="replace an existing record")] = False,
 ) -> None:

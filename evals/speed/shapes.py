@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from vlmfast.bench.shapes import QWEN_3B, QWEN_3B_TWELFTH, Shape, build, clip, fill
+from vlmfast.bench.shapes import QWEN_3B, QWEN_3B_TWELFTH, QWEN_7B, Shape, build, clip, fill
 from vlmfast.roofline import cost as roofline
 
 __all__ = [
-    "QWEN_3B", "QWEN_3B_QUARTER", "QWEN_3B_SIXTH", "QWEN_3B_TWELFTH", "TOY", "Shape", "build", "clip", "encode_cost",
-    "fill", "prefill_cost",
+    "QWEN_3B", "QWEN_3B_QUARTER", "QWEN_3B_SIXTH", "QWEN_3B_TWELFTH", "QWEN_7B", "TOY", "Shape", "build", "clip",
+    "encode_cost", "fill", "prefill_cost",
 ]  # fmt: skip
 
 QWEN_3B_SIXTH = replace(

@@ -1,9 +1,9 @@
 """Speed, stage by stage: `python -m evals.speed --suite NAME [--quick] [--force] --out FILE.json`.
 
-A suite (encode, prefill, decode, stream, presets) is a module `evals/speed/<suite>.py` with `run(quick: bool) -> dict`:
-a record with at least `rows` (see `vlmfast.bench.records`), and `config`, `seed`, `repeats`, `device`, `dtype` for the
-head that is added here. A suite that builds its own head keeps it. Timings come from `vlmfast.bench.timing`: paired,
-interleaved, medians.
+A suite (read, encode, prefill, decode, stream, presets) is a module `evals/speed/<suite>.py` with
+`run(quick: bool) -> dict`: a record with at least `rows` (see `vlmfast.bench.records`), and `config`, `seed`,
+`repeats`, `device`, `dtype` for the head that is added here. A suite that builds its own head keeps it. Timings come
+from `vlmfast.bench.timing`: paired, interleaved, medians.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import typer
 from vlmfast.cli import console
 from vlmfast.core import UserError
 
-SUITES = ("encode", "prefill", "decode", "stream", "presets")
+SUITES = ("read", "encode", "prefill", "decode", "stream", "presets")
 
 
 def available() -> list[str]:

@@ -22,7 +22,7 @@ from evals.speed.shapes import TOY
 from vlmfast import cli, loading
 from vlmfast.bench import shapes
 from vlmfast.plan import Plan
-from vlmfast.video.read import Fps, Uniform, read_image, read_video, write_video
+from vlmfast.video import Fps, Uniform, read_image, read_video, write_video
 
 QUESTION = "what color is the cat ?"
 
@@ -74,7 +74,25 @@ def test_ask_json_on_a_real_video_is_the_record(files: Path, checkpoint: Any) ->
     assert {"prefill_ms", "ttft_ms", "cached_tokens", "kv_fast_bytes", "kv_host_bytes"} <= set(prefill)
     assert {"decode_ms_per_token", "total_ms"} <= set(decode)
     assert record["tokens"] == 5
+    read = record["report"]["read"]
+    assert read["frames"] == 8 and read["read_ms"] > 0 and read["first_token_ms"] > prefill["ttft_ms"]
     assert Plan.from_json(record["plan"]).prune.keep == 0.25
+
+
+def test_ask_reads_frames_at_the_size_of_the_model(files: Path, checkpoint: Any, tmp_path: Path) -> None:
+    waves = (127 + 100 * np.sin(np.arange(320) / 20 + np.arange(12)[:, None, None] / 3)).astype(np.uint8)
+    write_video(tmp_path / "large.mp4", np.repeat(waves.repeat(192, 1)[..., None], 3, 3), fps=4)
+    ask = ("ask", "--model", checkpoint("qwen2_5_vl"), "--video", tmp_path / "large.mp4", "--json", QUESTION)
+    sizes, tokens = {}, set()
+    for size in ("model", "full", "100"):
+        report = json.loads(call(*ask, "--max-new-tokens", 2, "--size", size).stdout)["report"]
+        sizes[size] = report["read"]["size"]
+        tokens |= {report["encode"]["visual_tokens"]} if size != "100" else set()
+    assert sizes["full"] == [192, 320] and sizes["100"] == [60, 100] and 60 < sizes["model"][0] < 192
+    assert len(tokens) == 1, "the same grid"
+    for size in ("0", "large", "-1", "70000"):
+        result = call(*ask, "--size", size)
+        assert result.exit_code == 2 and "--size" in result.stderr and size in result.stderr
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

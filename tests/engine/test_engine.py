@@ -25,7 +25,7 @@ from vlmfast.encode import FastV, Uniform, VidCom2
 from vlmfast.engine import graphs, pool, slots
 from vlmfast.engine.step import SIZES, Static
 from vlmfast.kernels import step_reference
-from vlmfast.prefill import AdaKV, SnapKV
+from vlmfast.prefill import AdaKV, Full, HybridKV, Quantised, RazorAttention, SnapKV
 from vlmfast.runtime.stepper import Stepper
 
 STATIC = [f for f in tiny.FAMILIES if f != "qwen3_vl_moe"]  # experts are not ours
@@ -329,7 +329,7 @@ def test_static_over_a_compressed_cache(policy: Any, monkeypatch: pytest.MonkeyP
             turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": cache}
             said.append((out.sequences.tolist(), held, plain(model, turn, n=5).tolist()))
     assert said[0] == said[1]
-    for word in ("dynamic", "int8", "every token", "several"):
+    for word in ("factors", "int8", "every token", "several"):
         if word in str(report.decode.get("engine_reason")):
             return
     assert report.decode["engine"] == "static" or any("fits" in note for note in report.notes), report
@@ -354,6 +354,51 @@ def test_drafts_and_rows_over_a_compressed_cache(policy: Any) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(engine, "automatic", lambda text: False)
             assert torch.equal(plain(model, rows), got)
+
+
+INT8 = [SnapKV(keep=0.4, sinks=1, recent=2, int8=True), AdaKV(keep=0.3, sinks=1, recent=2, int8=True), Full(int8=True)]
+
+
+@pytest.mark.parametrize("policy", INT8, ids=repr)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_int8_columns_stay_int8(policy: Any, rows: int) -> None:
+    """Read and written as such: the tokens, the bytes and the second turn of the module's step; several at once too."""
+    model, draft = tiny.build("qwen2_5_vl"), draft_of("qwen2_5_vl")
+    batch = tiny.inputs("qwen2_5_vl", media=[("image", "image"), ("image",)][:rows], text=[12, 5][:rows])
+    said = []
+    for static, source in [(False, None), (True, None), (True, ModelDraft(draft, None))][: 4 - rows]:
+        speculate = None if source is None else Speculate(source, length=3)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine, "automatic", lambda text, static=static: static)
+            with vlmfast.accelerate(model, kv=policy, speculate=speculate) as fast:
+                out = plain(model, batch, n=12, return_dict_in_generate=True)
+                assert fast.report.decode.get("engine") == ("static" if static else None), fast.report.notes
+                layers = out.past_key_values.layers
+                held = [(layer.int8.lengths, layer.nbytes()["int8"]) for layer in layers]
+                columns = [layer.int8.segment(0, torch.float32)[1] for layer in layers]
+                ids = torch.cat([out.sequences, torch.tensor([[30, 31, 32]]).expand(rows, -1)], 1)
+                mask = torch.ones_like(ids)
+                mask[:, : batch["input_ids"].shape[1]] = batch["attention_mask"]
+                turn = {"input_ids": ids, "attention_mask": mask, "past_key_values": out.past_key_values}
+                said.append((out.sequences.tolist(), held, plain(model, turn, n=5).tolist(), columns))
+    for got in said[1:]:
+        assert got[:3] == said[0][:3]
+        for mine, theirs in zip(got[3], said[0][3], strict=True):
+            torch.testing.assert_close(mine, theirs, atol=2e-2, rtol=0)  # one step of int8 where rounding is near
+
+
+@pytest.mark.usefixtures("automatic")
+def test_what_is_stored_two_ways_says_why() -> None:
+    batch = tiny.inputs("qwen2_5_vl", media=("image", "image"), text=12)
+    some = {"keep": 0.4, "sinks": 1, "recent": 2}
+    for policy, why in [
+        (HybridKV(split=0.5, int8=True, **some), "some heads are stored as int8, others are not"),
+        (Quantised(**some), "some columns of a head are stored as int8, others are not"),
+        (RazorAttention(**some), "columns stand for several"),
+    ]:
+        with vlmfast.accelerate(tiny.build("qwen2_5_vl"), kv=policy) as fast:
+            plain(fast.model, batch, n=3)
+            assert fast.report.decode["engine_reason"] == why
 
 
 # -- several rows ------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlmfast.kernels import step_reference
+from vlmfast.kernels import quantise, step_reference
 
 CAPACITY = 320
 Errors = dict[str, list[float]]  # per result: the kernel's error against float64, and the largest allowed
@@ -82,6 +82,25 @@ def case(
         step_reference.attend(got[0], *clean, length, n, scale),
         step_reference.attend(got[0].double(), *(x.double() for x in clean), length, n, scale),
     )  # fmt: skip
+    # stored as int8: the same columns, each with a scale; the columns beyond have scales of NaN
+    small, units = zip(*(quantise(c) for c in (keys, values)), strict=True)
+
+    def int8(ops: Any, to: Callable, blank: float) -> list[Tensor]:
+        parts, own = [c.clone() for c in small], [u.masked_fill(beyond[..., 0], blank) for u in units]
+        q = ops.rope(to(qkv), *parts, length, at, to(cos), to(sin), n, *map(to, norms), 1e-6, tuple(own))
+        back = [c.double() * u[..., None] for c, u in zip(parts, own, strict=True)]
+        written = [
+            torch.stack([c[r, h, x : x + n] for r, row in enumerate(held) for h, x in enumerate(row)]) for c in back
+        ]
+        at_once = ops.attend(to(got[0]), *parts, length, n, scale, splits, tuple(own))
+        return [q, *written, at_once, *own]
+
+    truth8, plain8 = int8(step_reference, wide, 0.0), int8(step_reference, same, 0.0)
+    got8 = int8(triton_step, same, float("nan"))
+    for i, name in enumerate(("int8: q", "int8: k", "int8: v", "int8: attend")):
+        judge(errors, name, got8[i], plain8[i].to(got8[0].dtype), truth8[i])
+    untouched = sum(CAPACITY - x - n for row in held for x in row)
+    errors["scales written"] = [max(abs(int(x.isnan().sum()) - untouched) for x in got8[4:]), 0]
     x, y, w, joined = make(n, 9 * head + 1), make(n, 9 * head + 1), make(9 * head + 1), make(n, 10 * head + 2)
     for added in (y, None):
         three = [ops.add_norm(to(x), to(added), to(w), 1e-6)
@@ -116,7 +135,7 @@ def measured() -> list[Errors]:
 
 @pytest.mark.parametrize("i", range(len(CASES)), ids=lambda i: "-".join(map(str, CASES[i])))
 def test_kernels_match_plain_torch(measured: list[Errors], i: int) -> None:
-    assert len(measured[i]) == 10
+    assert len(measured[i]) == 15
     wrong = {name: pair for name, pair in measured[i].items() if not pair[0] <= pair[1]}
     assert not wrong
 
@@ -134,9 +153,10 @@ def test_splits(pairs: int, capacity: int, processors: int, splits: int) -> None
 # -- ahead of time -----------------------------------------------------------------------------------------------------
 
 KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # shared memory of a program
-LONGS = ("length_ptr", "at_ptr", "rows_ptr", "offsets_ptr", "lengths_ptr")
-FLOATS = ("acc_ptr", "top_ptr", "max_ptr")
-NUMBERS = ("CAPACITY", "TABLE", "SPLITS", "N", "WIDTH", "LENGTH", "gate_row", "up_row", "row_stride", "Q", "M")
+LONGS = ("addresses_ptr", "length_ptr", "at_ptr", "rows_ptr", "offsets_ptr", "lengths_ptr")
+FLOATS = ("scores_ptr", "acc_ptr", "top_ptr", "max_ptr")
+WORDS = ("sizes_ptr", "held_ptr", "slot_of_ptr", "moves_ptr")
+NUMBERS = ("MOST", "CAPACITY", "TABLE", "SPLITS", "N", "WIDTH", "LENGTH", "gate_row", "up_row", "row_stride", "Q", "M")
 KINDS = {"eps": "fp32", "scale": "fp32", "scaling": "fp32", **dict.fromkeys(NUMBERS, "i32")}
 Kernel = tuple[str, dict[str, Any], dict[str, Any]]  # module.name, constants, options
 
@@ -162,9 +182,12 @@ def kernels_of(head: int, group: int, n: int, width: int, inner: int) -> list[Ke
         ("triton_ragged._combine", {"DV": head, "BLOCK_DV": block(head), "BLOCK_S": 64}, {"num_warps": 8}),
         ("triton_step._add_norm", {"D": width, "BLOCK": block(width), "ADD": True}, {"num_warps": wide}),
         ("triton_step._gate", {"I": inner, "BLOCK": 512}, {"num_warps": 4}),
-        ("triton_step._rope", {"H": 2 * group, "HK": 2, "D": head, "BLOCK": block(head // 2), "NORM": True},
-         {"num_warps": 1, "enable_fp_fusion": False}),
-        ("triton_step._split", {**shape, **sizes}, options),
+        *(kernel for int8 in (False, True) for kernel in (
+            ("triton_step._rope",
+             {"H": 2 * group, "HK": 2, "D": head, "BLOCK": block(head // 2), "NORM": True, "INT8": int8},
+             {"num_warps": 1, "enable_fp_fusion": False}),
+            ("triton_step._split", {**shape, **sizes, "INT8": int8}, options),
+        )),
         ("triton_step._combine", {**shape, "BLOCK_S": 64, "BLOCK": 64}, {"num_warps": 4}),
         ("triton_vision._rms_norm", {"D": width, "BLOCK": block(width)}, {"num_warps": wide}),
         ("triton_vision._gated", {"BLOCK": 1024}, {"num_warps": 4}),
@@ -191,7 +214,7 @@ def compiled(name: str, constants: dict[str, Any], options: dict[str, Any], dtyp
             signature[argument] = "*i8"
             continue
         floats = floats or (argument in ("ks_ptr", "vs_ptr") and constants.get("INT8"))
-        kind = "*i64" if argument in LONGS else "*fp32" if floats else f"*{dtype}"
+        kind = "*i64" if argument in LONGS else "*i32" if argument in WORDS else "*fp32" if floats else f"*{dtype}"
         signature[argument] = "constexpr" if argument in constants else KINDS.get(argument, kind)
     names = list(signature)
     even: Any = {

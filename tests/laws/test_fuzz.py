@@ -28,7 +28,7 @@ from vlmfast.core import UserError, parse_bytes
 from vlmfast.fields import Options
 from vlmfast.plan import STAGES, Plan, parse, parse_plan
 from vlmfast.stream import retrievers
-from vlmfast.video.read import SELECTIONS, parse_select
+from vlmfast.video.selection import SELECTIONS, parse_select
 
 STAGE_METHODS: dict[str, dict[str, Any]] = {
     "prune": encode.METHODS, "kv": {**prefill.METHODS, **prefill.CONTROLS}, "speculate": decode.METHODS,

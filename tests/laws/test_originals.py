@@ -36,9 +36,9 @@ from vlmfast.core import Kind, LayerView, VisualTokens
 from vlmfast.encode import FastV, VisionZip
 from vlmfast.prefill import H2O, AdaKV, KeyDiff, PyramidKV, SnapKV, StreamingLLM
 from vlmfast.prefill.base import real_columns, row_of
-from vlmfast.runtime.kv_hooks import window_queries
 from vlmfast.runtime.layer_cuts import CutInputs
 from vlmfast.runtime.tower_attention import received
+from vlmfast.runtime.window_queries import window_queries
 
 FOLDER = Path(os.environ.get("ORIGINALS", Path(__file__).parents[2] / ".originals"))
 N, HEADS, DH = 64, 8, 16

@@ -27,7 +27,7 @@ from vlmfast.core import UserError, parse_bytes, shown, to_json
 from vlmfast.fields import Method, checked, fit
 from vlmfast.plan import Plan, build, parse, parse_plan, resolve
 from vlmfast.stream import retrievers
-from vlmfast.video import read as source
+from vlmfast.video import selection as source
 
 NEEDED: dict[str, dict[str, Any]] = {  # fields without a default
     "modeldraft": {"model": "some/model"},

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import methods
+import numpy as np
 import tiny
 import torch
 from pretend_cuda import PretendCuda, to_cuda
@@ -26,6 +28,8 @@ from vlmfast.core import Unsupported, VisualTokens
 from vlmfast.decode import Speculate
 from vlmfast.encode import METHODS, VidCom2
 from vlmfast.prefill import HybridKV, SnapKV
+from vlmfast.stream import StreamSession
+from vlmfast.stream.retrievers import Internal
 
 FILE = Path(__file__).with_suffix(".json")
 KINDS = ("launches", "waits", "copies", "graphed")  # graphed: started inside a captured graph, which is one launch
@@ -115,14 +119,20 @@ def prefills() -> Iterator[tuple[str, Counts]]:
         yield name, less(whole(plan, 4, 1), whole(plan, 2, 1), 2)
 
 
+def policies() -> Iterator[tuple[str, Counts]]:
+    """The same under every KV policy."""
+    for name, policy in {policy.name: policy for policy in methods.POLICIES[::-1]}.items():
+        yield name, less(whole({"kv": policy}, 4, 1), whole({"kv": policy}, 2, 1), 2)
+
+
 def tokens() -> Iterator[tuple[str, Counts]]:
     """What a token more costs, two layers."""
     for name, plan in plans().items():
         span = 8 if "split" in name else 2  # chunks are chosen anew every few tokens
         yield name, less(whole(plan, 2, 2 + span), whole(plan, 2, 2), span)
-    for name in ("loop", "vidcom2"):  # the static step is for half precision
+    for name in ("loop", "vidcom2", "snapkv int8", "hybridkv split"):  # the static step is for half precision
         plan = plans()[name]
-        half = [whole(plan, 2, new, torch.bfloat16) for new in (10, 2)]
+        half = [whole(plan, 2, new, torch.bfloat16) for new in (14, 6)]
         yield f"{name}, bfloat16", less(half[0], half[1], 8)
 
 
@@ -163,9 +173,68 @@ def between() -> Iterator[tuple[str, Counts]]:
             yield name, whole({"prune": method(keep=0.5, **deep)}, 4, 1)
 
 
+def stream_of(dtype: torch.dtype = torch.float32, scope: str = "layer", frames: int = 12, **more: Any) -> Any:
+    """A stream on the device, two layers, that has taken frames in; pairs of frames are chosen three at a time."""
+    given: dict[str, Any] = {"window": 60, "redundancy": 0.2, "retrieve": Internal(frames=3, scope=scope)}
+    s = StreamSession(model_of(2, dtype), tiny.processor("qwen2_5_vl"), **given | more)
+    s.push(clip_of(frames))
+    return s
+
+
+def clip_of(frames: int, seed: int = 0) -> Any:
+    return np.random.default_rng(seed).integers(0, 255, (frames, 16, 24, 3), dtype=np.uint8)
+
+
+def stream_token(dtype: torch.dtype) -> Counts:
+    """A token of an answer."""
+    counts = []
+    for new in (10, 2):
+        with PretendCuda(capability=CARD) as device:
+            s = stream_of(dtype)
+            before = counted(device)
+            assert s.ask("what ?", max_new_tokens=new).report["tokens"] == new
+            counts.append(less(counted(device), before))
+            s.close()
+    return less(counts[0], counts[1], 8)
+
+
+def stream_push(pairs: int) -> Counts:
+    """A push of so many pairs of frames, the second one of its size."""
+    with PretendCuda(capability=CARD) as device:
+        s = stream_of()
+        s.push(clip_of(2 * pairs, 1))
+        before = counted(device)
+        s.push(clip_of(2 * pairs, 2))
+        counts = less(counted(device), before)
+        s.close()
+    return counts
+
+
+def stream_choice(scope: str) -> Counts:
+    """Choosing three of twelve pairs for a question, most of them out of the window, and bringing them back."""
+    with PretendCuda(capability=CARD) as device:
+        s = stream_of(torch.bfloat16, scope, 24)
+        before = counted(device)
+        s.context("what color is it ?")
+        counts = less(counted(device), before)
+        s.close()
+    return counts
+
+
+def streams() -> Iterator[tuple[str, Counts]]:
+    """What a stream costs, two layers."""
+    for dtype in (torch.float32, torch.bfloat16):
+        yield f"token, {str(dtype)[6:]}", stream_token(dtype)
+    for pairs in (1, 3):
+        yield f"push, pairs: {pairs}", stream_push(pairs)
+    for scope in ("layer", "shared"):
+        yield f"choice, {scope}", stream_choice(scope)
+
+
 GROUPS: dict[str, Callable[[], Iterator[tuple[str, Counts]]]] = {
-    "tower call": towers, "prefill, a layer": prefills, "chooser call": choosers,
-    "first token, pruned between layers": between, "token": tokens,
+    "tower call": towers, "prefill, a layer": prefills, "prefill under every policy, a layer": policies,
+    "chooser call": choosers,
+    "first token, pruned between layers": between, "token": tokens, "stream": streams,
 }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ is its body run again: one launch, what it starts is counted in `graphed`; it ra
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import sys
 import time
@@ -35,7 +36,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from vlmfast.kernels import step_reference
+from vlmfast.kernels import chunk_scores, highest, step_reference
 
 CUDA = torch.device("cuda", 0)
 LAYOUTS = ("transposed", "query")  # (B, N, H, D) in memory: flash and memory-efficient; as the query lies: cuDNN
@@ -422,15 +423,17 @@ def _step_add_norm(grid: tuple, x: Tensor, y: Tensor, w: Tensor, total: Tensor, 
     out.copy_(normed)
 
 
-def _step_rope(grid: tuple, qkv: Tensor, q: Tensor, k: Tensor, v: Tensor, length: Tensor, at: Tensor, cos: Tensor,
-               sin: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float, capacity: int, table: int, n: int,
-               **constants: Any) -> None:  # fmt: skip
+def _step_rope(grid: tuple, qkv: Tensor, q: Tensor, k: Tensor, v: Tensor, ks: Tensor, vs: Tensor, length: Tensor,
+               at: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float, capacity: int,
+               table: int, n: int, **constants: Any) -> None:  # fmt: skip
     norms = (q_norm, k_norm) if constants["NORM"] else (None, None)
-    q.copy_(step_reference.rope(qkv, k, v, length, at, cos, sin, n, *norms, eps))
+    scales = (ks, vs) if constants["INT8"] else None
+    q.copy_(step_reference.rope(qkv, k, v, length, at, cos, sin, n, *norms, eps, scales))
 
 
-def _step_split(grid: tuple, q: Tensor, k: Tensor, v: Tensor, length: Tensor, acc: Tensor, top: Tensor, total: Tensor,
-                scale: float, capacity: int, splits: int, n: int, **constants: Any) -> None:  # fmt: skip
+def _step_split(grid: tuple, q: Tensor, k: Tensor, v: Tensor, ks: Tensor, vs: Tensor, length: Tensor, acc: Tensor,
+                top: Tensor, total: Tensor, scale: float, capacity: int, splits: int, n: int,
+                **constants: Any) -> None:  # fmt: skip
     """Everything into the first split, the others left empty."""
     top.fill_(-1.0e30)
     total.zero_()
@@ -440,6 +443,8 @@ def _step_split(grid: tuple, q: Tensor, k: Tensor, v: Tensor, length: Tensor, ac
         row, head = divmod(pair, heads)
         held = int(length[pair])
         keys, values = (x[row, head, : held + n].float() for x in (k, v))
+        if constants["INT8"]:
+            keys, values = keys * ks[row, head, : held + n, None], values * vs[row, head, : held + n, None]
         scores = queries[row, :, head].reshape(n * group, -1).float() @ keys.T * scale
         last = held + torch.arange(n * group) // group
         scores = scores.masked_fill(torch.arange(held + n) > last[:, None], -math.inf)
@@ -459,6 +464,46 @@ def _step_gate(grid: tuple, x: Tensor, out: Tensor, **constants: Any) -> None:
     out.copy_(step_reference.gate(x))
 
 
+def _at(address: Tensor, numel: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    """What lies at an address of memory, the host's or the device's: both are the CPU's here."""
+    size = numel * dtype.itemsize
+    return torch.frombuffer((ctypes.c_char * size).from_address(int(address)), dtype=dtype)
+
+
+def _chunk_score(grid: tuple, q: Tensor, sizes: Tensor, addresses: Tensor, scores: Tensor, n: int, most: int,
+                 **constants: Any) -> None:  # fmt: skip
+    heads, group, size, both = (constants[name] for name in ("HK", "G", "D", "MINMAX"))
+    queries = q.view(-1, n, heads, group, size)[:, 0].reshape(-1, group, size)
+    for pair, count in enumerate(sizes[:, 0].tolist()):
+        if count:
+            own = _at(addresses[pair, 0], count * (1 + both) * size, q.dtype)
+            own = own.view(1, count, 2, size) if both else own.view(1, count, size)
+            scores[pair, :count] = chunk_scores(queries[pair : pair + 1], own)[0]
+
+
+def _chunk_select(grid: tuple, sizes: Tensor, scores: Tensor, slot_of: Tensor, moves: Tensor, most: int,
+                  **constants: Any) -> None:  # fmt: skip
+    for pair, (count, slots, *_) in enumerate(sizes.tolist()):
+        wanted = torch.zeros(count, dtype=torch.bool)
+        wanted[highest(scores[pair, :count], slots)] = True
+        own = slot_of[pair, :count]
+        come, go = (wanted & (own < 0)).nonzero()[:, 0], (~wanted & (own >= 0)).nonzero()[:, 0]
+        moves[pair, 0, : len(come)], moves[pair, 1, : len(go)] = come.to(torch.int32), own[go]
+        own[go] = -1
+        sizes[pair, 3] = len(come)
+
+
+def _chunk_fetch(grid: tuple, sizes: Tensor, addresses: Tensor, held: Tensor, slot_of: Tensor, moves: Tensor, most: int,
+                 **constants: Any) -> None:  # fmt: skip
+    for pair, (count, slots, words, number) in enumerate(sizes.tolist()):
+        for chunk, slot in moves[pair, :, :number].T.tolist():
+            for source, target in ((1, 3), (2, 4)):
+                whole = _at(addresses[pair, source], count * words).view(count, words)
+                _at(addresses[pair, target], slots * words).view(slots, words)[slot] = whole[chunk]
+            held[pair, slot], slot_of[pair, chunk] = chunk, slot
+
+
+CHUNK_TWINS = {"_score": _chunk_score, "_select": _chunk_select, "_fetch": _chunk_fetch}
 STEP_TWINS = {"_add_norm": _step_add_norm, "_rope": _step_rope, "_split": _step_split, "_combine": _step_combine,
               "_gate": _step_gate}  # fmt: skip
 
@@ -499,6 +544,16 @@ class _Readback:
     def read(self, i: int) -> Tensor:
         _wait()
         return self.sent.pop(i)
+
+
+def _read_back(tensors: Any) -> list[Tensor]:
+    """One copy a tensor, one wait."""
+    ours = [x for x in tensors if isinstance(x, CudaTensor)]
+    for _ in ours:
+        _copied()
+    if ours:
+        _wait()
+    return [x.held.clone(memory_format=torch.contiguous_format) if isinstance(x, CudaTensor) else x for x in tensors]
 
 
 # -- the device ------------------------------------------------------------------------------------------------------
@@ -576,6 +631,7 @@ class PretendCuda(contextlib.AbstractContextManager):
         self._patch(F, "scaled_dot_product_attention", _attention)
         self._patch(F, "rms_norm", _rms_norm)
         self._patch(Tensor, "pin_memory", lambda x, *args, **kwargs: x)
+        self._patch(Tensor, "is_pinned", lambda x, *args, **kwargs: True)
         self._patch(torch, "empty", _empty)
         self._patch(torch, "tensor", _tensor)
         # tensors made in inference mode cannot be wrapped
@@ -592,8 +648,11 @@ class PretendCuda(contextlib.AbstractContextManager):
         self._patch(graphs, "capture", _capture)
         self._patch(graphs, "graph_memory", lambda: None)
         self._patch(step, "Readback", _Readback)
+        from vlmfast.runtime import transfers
+
+        self._patch(transfers, "read_back", _read_back)
         with contextlib.suppress(ImportError):
-            from vlmfast.kernels import triton_ragged, triton_step, triton_vision, vision
+            from vlmfast.kernels import triton_chunks, triton_ragged, triton_step, triton_vision, vision
 
             self._patch(triton_vision, "_rms_norm", _Kernel(_rms_norm_kernel))
             self._patch(triton_vision, "_gated", _Kernel(_gated_kernel))
@@ -602,6 +661,8 @@ class PretendCuda(contextlib.AbstractContextManager):
             self._patch(vision, "ragged_pieces", _ragged_pieces)
             for name, twin in STEP_TWINS.items():
                 self._patch(triton_step, name, _Kernel(twin))
+            for name, twin in CHUNK_TWINS.items():
+                self._patch(triton_chunks, name, _Kernel(twin))
             self._patch(triton_ragged, "_split", _Kernel(_split))
             self._patch(triton_ragged, "_combine", _Kernel(_combine))
             import pretend_greedy

@@ -8,6 +8,7 @@ import io
 import socket
 import threading
 import time
+import types
 from fractions import Fraction
 
 import av
@@ -18,6 +19,8 @@ from media_corpus import MATRIX, film, matrix, shown_of
 from PIL import Image
 
 from vlmfast.stream import Fps, Uniform, open_source, read_video
+from vlmfast.video import live_source
+from vlmfast.video.due import DueStamps
 from vlmfast.video.frame_index import read_index
 from vlmfast.video.live_source import Clock
 
@@ -75,6 +78,45 @@ def test_files_give_what_read_video_gives(clips, name):
         assert np.allclose([f.timestamp for f in some], chosen.timestamps, atol=1e-6)
         assert np.array_equal(np.stack([f.image for f in some]), chosen.frames)
     assert np.all(np.diff([f.timestamp for f in some]) > 0) and len(some) <= len(chosen) + 1
+
+
+@pytest.mark.parametrize("name", ["mp4", "mkv", "ts", "open_mp4", "vfr_mp4", "vfr_mkv", "avi", "raw"])
+@pytest.mark.parametrize("rate", [1, 7, 29])
+def test_a_thinned_file_decodes_less_and_gives_the_same(clips, name, rate, monkeypatch):
+    """Frames that are not due and to which no other refers are left out; those that are due are the same."""
+    decoded = []
+
+    def counted(*args):
+        for frame in frames_of(*args):
+            decoded.append(frame.pts)
+            yield frame
+
+    frames_of = live_source.frames_of
+    monkeypatch.setattr(live_source, "frames_of", counted)
+    some = list(open_source(clips[name], sample_fps=rate))
+    fewer = len(decoded)
+    decoded.clear()
+    monkeypatch.setattr(live_source, "can_skip", lambda stream, frame: False)
+    want = list(open_source(clips[name], sample_fps=rate))
+    assert [f.timestamp for f in some] == [f.timestamp for f in want]
+    assert all(np.array_equal(a.image, b.image) for a, b in zip(some, want, strict=True))
+    if name in ("avi", "raw"):  # without stamps
+        assert fewer == len(decoded)
+    elif rate == 1:
+        assert fewer < 0.8 * len(decoded)
+
+
+def test_stamps_that_jump_back_end_the_skipping():
+    """Whatever packets say, each passes once and in order; after a jump every frame counts as due."""
+    stamps = [0, 8, 4, 2, 6, 16, 12, 10, 14] + list(range(100, 200)) + [50] + list(range(51, 60)) + [None]
+    packets = [types.SimpleNamespace(pts=stamp, is_discard=False) for stamp in stamps]
+    due = DueStamps(rate=1, unit=0.25)
+    due.skipping = True
+    passed = [(packet.pts, packet.pts in due) for packet in due.ahead(packets)]
+    assert [stamp for stamp, _ in passed] == stamps
+    before = dict(passed[:40])
+    assert all(before[stamp] == (stamp % 4 == 0) for stamp in before)
+    assert all(wanted for _, wanted in passed[-11:])
 
 
 def test_real_speed(tmp_path):

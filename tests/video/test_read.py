@@ -108,6 +108,54 @@ def test_a_seek_that_lands_too_late_is_noticed(clips, monkeypatch):
     assert all(np.array_equal(g, whole[k]) for g, k in zip(got, (3, 52, 70), strict=True))
 
 
+CODED = {
+    "h264": {"codec": "libx264", "g": 40, "x264-params": "bframes=8:b-pyramid=normal:b-adapt=0"},
+    "open groups": {"codec": "libx264", "g": 24, "x264-params": "open-gop=1:bframes=4"},
+    "hevc": {"codec": "libx265", "g": 30, "x265-params": "bframes=4:log-level=none"},
+    "hevc in layers": {"codec": "libx265", "g": 30, "x265-params": "bframes=8:temporal-layers=3:log-level=none"},
+    "mpeg2": {"codec": "mpeg2video", "g": 30, "bf": 2},
+    "mpeg4": {"codec": "mpeg4", "g": 30, "bf": 2},
+    "vp9": {"codec": "libvpx-vp9", "g": 30},
+}
+
+
+@pytest.mark.parametrize("coded", CODED)
+def test_frames_nobody_refers_to_are_not_decoded(coded, tmp_path, monkeypatch):
+    """What was asked for is exact, also frames that nobody refers to; of the others some are left out."""
+    path = encode(tmp_path / "clip.mp4", pictures(120), **CODED[coded])
+    index, whole, decoded = read_index(path), decode_all(path), []
+
+    def counted(*args):
+        for frame in frames_of(*args):
+            decoded.append(frame.pts)
+            yield frame
+
+    frames_of = backends_module.frames_of
+    monkeypatch.setattr(backends_module, "frames_of", counted)
+    assert index.skips == (coded not in ("hevc in layers", "vp9"))
+    rng = np.random.default_rng(0)
+    for count in (1, 6, 30, 120):
+        wanted = np.sort(rng.choice(120, count, replace=False))
+        assert all(np.array_equal(g, whole[k]) for g, k in zip(fetch(index, wanted), wanted, strict=True))
+    decoded.clear()
+    list(fetch(index, np.arange(0, 120, 10)))
+    assert len(decoded) <= 60 if index.skips else len(decoded) == 111
+
+
+def test_a_frame_lost_by_skipping_is_found_in_turn(clips, monkeypatch):
+    """Should a decoder skip more than it may, every frame is decoded."""
+
+    def too_few(container, stream, path, count=None, wanted=None):
+        frames = frames_of(container, stream, path, count, wanted)
+        return frames if wanted is None else (frame for frame in frames if frame.key_frame)
+
+    frames_of = backends_module.frames_of
+    monkeypatch.setattr(backends_module, "frames_of", too_few)
+    index, whole = read_index(clips["mp4"]), decode_all(clips["mp4"])
+    got = list(fetch(index, np.array([0, 7, 44, 119])))
+    assert all(np.array_equal(g, whole[k]) for g, k in zip(got, (0, 7, 44, 119), strict=True))
+
+
 @pytest.mark.parametrize("degrees", [90, 180, 270])
 @pytest.mark.parametrize("backend", list(BACKENDS))
 def test_rotated_videos_come_out_upright(clips, tmp_path, degrees, backend):

@@ -53,7 +53,7 @@ def load(path: Path, metric: str | None = None, frames: str = "uniform:16") -> T
 
     @functools.lru_cache(maxsize=8)
     def media(kind: str, file: Path) -> Any:
-        from vlmfast.loading import sampled_fps
+        from vlmfast.media import sampled_fps
         from vlmfast.video.read import read_image, read_video
 
         if kind == "image":

@@ -13,9 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from vlmfast import media
 from vlmfast.bench.task import Clip, Sample
 from vlmfast.core import Unsupported, UserError
-from vlmfast.loading import as_clip, as_picture
+from vlmfast.media import as_clip, as_picture
 from vlmfast.plan import Plan
 
 STAGE = ("select_ms", "encode_ms", "prefill_ms", "ttft_ms", "decode_ms_per_token", "total_ms", "cached_tokens",
@@ -51,8 +52,6 @@ class Runner:
         return dict(self._last[1])
 
     def _inputs(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        import torch
-
         texts: list[str] = []
         images: list[Any] = []
         videos: list[Any] = []
@@ -76,21 +75,10 @@ class Runner:
             texts.append(self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
         media_inputs: dict[str, Any] = {"images": images} if images else {}
         if videos:
-            media_inputs |= {"videos": videos, "videos_kwargs": {"video_metadata": metadata, "do_sample_frames": False}}
-        batch = self.processor(text=texts, padding=True, return_tensors="pt", **media_inputs)
-        if "second_per_grid_ts" in batch:  # HF divides by the rate of the whole file, not by that of these frames
-            frame_rates = [item.fps for sample in samples for item in sample.media if isinstance(item, Clip)]
-            batch["second_per_grid_ts"] = torch.tensor(
-                [self.processor.video_processor.temporal_patch_size / frame_rate for frame_rate in frame_rates]
-            )
-        moved_inputs = {}
-        for name, value in batch.items():
-            if hasattr(value, "to"):
-                value = value.to(self.device)
-                if value.is_floating_point() and name.startswith("pixel"):
-                    value = value.to(self.model.dtype)
-            moved_inputs[name] = value
-        return moved_inputs
+            media_inputs |= {"videos": videos, "video_metadata": metadata} | media.video_options(self.processor)
+        media_inputs |= {"padding": True} | media.device_option(self.model, self.processor)
+        frame_rates = [item.fps for sample in samples for item in sample.media if isinstance(item, Clip)]
+        return media.processed(self.model, self.processor, texts, media_inputs, frame_rates)
 
     def ask(self, samples: Sequence[Sample], plan: Plan, method: str, tokens: int) -> list[dict[str, Any]]:
         """One record per question, in order."""

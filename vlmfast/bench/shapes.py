@@ -43,6 +43,10 @@ class Shape:
 QWEN_3B = Shape(
     "Qwen2.5-VL-3B", 36, 2048, 11008, 16, 2, 151936, 32, 1280, 3420, 16, (7, 15, 23, 31), (8, 16, 16)
 )  # fmt: skip
+QWEN_7B = Shape(
+    "Qwen2.5-VL-7B", 28, 3584, 18944, 28, 4, 152064, 32, 1280, 3420, 16, (7, 15, 23, 31), (8, 16, 16),
+    note="embedding and output head share their weights here, unlike the checkpoint; a step reads the head alone",
+)  # fmt: skip
 QWEN_3B_TWELFTH = replace(
     QWEN_3B,
     name="Qwen2.5-VL-3B, a twelfth of its layers",

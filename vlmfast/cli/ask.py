@@ -26,6 +26,7 @@ def ask(
     fps: options.Fps = None,
     select: options.Select = None,
     backend: options.Backend = "pyav",
+    size: options.Size = "model",
     max_new_tokens: options.NewTokens = 128,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
@@ -37,12 +38,12 @@ def ask(
 
     chosen_plan = options.plan(preset, plan, prune, kv, speculate, tower)
     pictures = options.images(image)
-    video_clip = options.video(video, frames, fps, select, backend)
+    video_clip, wanted_size = options.video(video, frames, fps, select, backend), options.frame_size(size)
     if not pictures and video_clip is None:
         raise UserError("nothing to look at: give --image or --video")
 
     loaded = options.load(model, dtype, device, device_map)
-    inputs = loaded.inputs(question, pictures, video_clip)
+    inputs = loaded.inputs(question, pictures, video_clip, size=wanted_size)
     record = answer(loaded, inputs, chosen_plan, max_new_tokens, stream=not as_json)
     if as_json:
         print(json.dumps(record | {"notes": loaded.notes}, indent=1))

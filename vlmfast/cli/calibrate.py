@@ -50,11 +50,12 @@ def calibrate(
 
         tasks.get(task)  # says what is wrong with its name
     AdaptInfer(keep=keep)  # says what is wrong with keep before anything is loaded
-    media = (options.images(image), options.video(video, frames, fps, select, backend))
+    pictures, video_clip = options.images(image), options.video(video, frames, fps, select, backend)
 
     from vlmfast.encode import inflection
 
     loaded = options.load(model, dtype, device, device_map)
+    media = (pictures, loaded.read(video_clip))
     prompts = (
         of_task(loaded, task, limit)
         if task is not None

@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from vlmfast.loading import Loaded
     from vlmfast.plan import Plan
-    from vlmfast.video.read import Video
+    from vlmfast.video import VideoReader
 
 Model = Annotated[str, typer.Option("--model", help="'pocket', a checkpoint folder, or a hub id")]
 Images = Annotated[list[Path] | None, typer.Option("--image", help="a picture; may be given several times")]
@@ -35,6 +35,8 @@ Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ... (de
 DeviceMap = Annotated[
     str | None, typer.Option("--device-map", help="auto, balanced, ...: spread the model over GPUs (needs accelerate)")
 ]
+Size = Annotated[str, typer.Option("--size", help="frames: model (as its processor scales), full, or longer side")]
+MOST_PIXELS = 65_536  # of a side
 MOST_TOKENS = 1_000_000
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, max=MOST_TOKENS, help="longest answer")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON record instead")]
@@ -82,7 +84,7 @@ def images(paths: list[Path] | None) -> list[Any]:
 
     from PIL.Image import DecompressionBombWarning
 
-    from vlmfast.video.read import read_image
+    from vlmfast.video import read_image
 
     warnings.filterwarnings("ignore", category=DecompressionBombWarning)  # too large is an error here, said once
     return [read_image(path) for path in paths or ()]
@@ -94,10 +96,10 @@ def video(
     fps: float | None = None,
     select: str | None = None,
     backend: str = "pyav",
-) -> Video | None:
-    """The chosen frames of the video, None without one."""
+) -> VideoReader | None:
+    """The chosen frames of the video, still to be decoded; None without one."""
     from vlmfast.core import UserError
-    from vlmfast.video import read
+    from vlmfast.video import Fps, Uniform, VideoReader
 
     given_options = [
         option_name
@@ -110,7 +112,16 @@ def video(
         if given_options:
             raise UserError(f"{given_options[0]} chooses frames of a video: give --video too")
         return None
-    selection: Any = select if select is not None else read.Fps(fps) if fps is not None else read.Uniform(frames or 16)
-    if frames is not None:
-        selection = read.Uniform(frames)
-    return read.read_video(path, select=selection, backend=backend)
+    selection: Any = select if select is not None else Fps(fps) if fps is not None else Uniform(frames or 16)
+    return VideoReader(path, selection, backend)
+
+
+def frame_size(text: str) -> Any:
+    """`--size`: "model", "full", or the longer side in pixels."""
+    from vlmfast.core import UserError
+
+    if text in ("model", "full"):
+        return text
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= MOST_PIXELS):
+        raise UserError(f"--size {text!r}: give model, full, or the longer side in pixels (1 to {MOST_PIXELS})")
+    return int(text)

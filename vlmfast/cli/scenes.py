@@ -57,7 +57,7 @@ def _questions(sample: Any, kinds: list[str], most: int) -> list[tuple[str, str]
 
 
 def _clip(path: Path, sample: Any, turns: list[tuple[str, str]]) -> Medium:
-    from vlmfast.video.read import Uniform, read_video, write_video
+    from vlmfast.video import Uniform, read_video, write_video
 
     write_video(path, sample.frames, fps=sample.fps)
     video = read_video(path, select=Uniform(len(sample.frames)))
@@ -67,7 +67,7 @@ def _clip(path: Path, sample: Any, turns: list[tuple[str, str]]) -> Medium:
 def _picture(path: Path, sample: Any, turns: list[tuple[str, str]]) -> Medium:
     from PIL import Image
 
-    from vlmfast.video.read import read_image
+    from vlmfast.video import read_image
 
     save(Image.fromarray(sample.frames[0].numpy()), path)
     picture = read_image(path)

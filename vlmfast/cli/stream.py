@@ -38,7 +38,7 @@ def stream(
     disk_limit: Annotated[str | None, typer.Option("--disk-limit", help="most bytes in --save")] = None,
     redundancy: Annotated[float, typer.Option("--redundancy", help="cosine distance of tokens to drop; 0: none")] = 0.2,
     sample_fps: Annotated[float, typer.Option("--fps", help="frames taken per second")] = 2.0,
-    size: Annotated[int | None, typer.Option("--size", min=1, max=65536, help="longer side in pixels")] = None,
+    size: Annotated[str | None, typer.Option("--size", help="model (default of files), full, or longer side")] = None,
     realtime: Annotated[bool, typer.Option("--realtime", help="play a file at its own speed")] = False,
     prune: options.Prune = None,
     speculate: options.Speculation = None,
@@ -65,6 +65,7 @@ def stream(
         raise UserError(
             "nothing is asked and nothing kept: give --ask, or --save to keep the stream, or type in a terminal"
         )
+    frame_size = None if size is None else options.frame_size(size)
     chosen_plan = options.plan(prune=prune, speculate=speculate, tower=tower)
     from vlmfast.stream.session import StreamSession
 
@@ -82,7 +83,7 @@ def stream(
         session = StreamSession(loaded.model, loaded.processor, chosen_plan, **session_options)
     conversation = Talk(session, max_new_tokens, as_json)
     with session:
-        source_options = {"sample_fps": sample_fps, "size": size}
+        source_options = {"sample_fps": sample_fps, "size": frame_size}
         if interactive:
             live = source is None or realtime
             conversation.interactively(
@@ -165,12 +166,11 @@ class Talk:
         self, source: Any, source_options: dict[str, Any], timed_questions: list[tuple[float | None, str]]
     ) -> Iterator[Any]:
         """Frames of the source; a question is asked before the first frame after its second, everything encoded."""
-        from vlmfast.video.live_source import open_source
+        from vlmfast.stream.frame_queue import open_frames
 
         start = self.session.stats()["seconds"]
-        for image, seconds in open_source(
-            source, **{name: value for name, value in source_options.items() if value is not None}
-        ):
+        given = {name: value for name, value in source_options.items() if value is not None}
+        for image, seconds in open_frames(source, given, self.session.vision.frame_size):
             while timed_questions and seconds + start > (timed_questions[0][0] or 0.0):
                 second, question = timed_questions.pop(0)
                 self.session.drain()

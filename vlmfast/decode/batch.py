@@ -89,12 +89,15 @@ def decode(
         continued = cache is not None and cache.get_seq_length() > 0
         request: Request | None = request_of(dict(call.kwargs), eos)
         target = call.prefill(speculate.most + 2)
-        if target.engine == "static":
+        if target.engine == "static" and reads_host_memory(target):
+            reason = "heads that read host memory choose for all rows at the same token"
+        elif target.engine == "static":
             if continued and not speculate.draft.blind:
                 counters.notes.append("speculate: the draft did not see the turns before, decoded without it")
                 request = None
             return _drafted(call, speculate, tokenizer, target, counters, request, continued)
-        reason = f"no static step, which takes several rows: {target.reason}"
+        else:
+            reason = f"no static step, which takes several rows: {target.reason}"
     if speculate.otherwise == "refuse":
         raise Unsupported(
             f"{len(call.ids)} rows cannot be drafted together ({reason}): call generate per row, drop speculate=, or "
@@ -102,6 +105,12 @@ def decode(
         )
     counters.notes.append(f"speculate: not for these rows ({reason}), decoded without drafts")
     return _plain(call, target or call.prefill(2), counters)
+
+
+def reads_host_memory(target: Stepper) -> bool:
+    """Do dynamic heads of the static step choose chunks in host memory?"""
+    target.open()
+    return target.decoder.choices is not None
 
 
 def _drafted(

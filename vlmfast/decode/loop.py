@@ -37,6 +37,7 @@ from vlmfast.runtime.clock import clock
 from vlmfast.runtime.compat import CACHE, cache_in
 from vlmfast.runtime.request_state import Requests
 from vlmfast.runtime.stepper import Stepper
+from vlmfast.runtime.working_set_prompt import read_prompt
 
 __all__ = ["build", "check"]
 
@@ -142,9 +143,13 @@ class _Run:
         continued = cache is not None and cache.get_seq_length() > 0
         before = dict(kwargs)
         room = 256 if out.limit is None else min(4096, out.limit - out.start + self.speculate.most + 2)
-        target = Stepper.prefill(
-            self.model, out.ids, self.config, kwargs, self._layer(), self.steps, room, engine.open_static
-        )
+        target = None
+        if self._layer() is None and self.steps == "auto":
+            target = read_prompt(self.model, out.ids, kwargs, room, engine.open_static)
+        if target is None:
+            target = Stepper.prefill(
+                self.model, out.ids, self.config, kwargs, self._layer(), self.steps, room, engine.open_static
+            )
         try:
             rows = VerifiedLogits(choice, out.ids, None, target.logits)
             out.emit(rows.pick(0), partial(rows.kept, 0))  # the first token waits for no draft

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vlmfast import families
 from vlmfast.core import Unsupported, UserError
 from vlmfast.engine import pool, weights
+from vlmfast.engine.prefill_graphs import PrefillGraphs
 from vlmfast.engine.shared import SharedSlots
 from vlmfast.engine.slots import STOPS
 from vlmfast.engine.step import Static, forward
@@ -21,6 +22,7 @@ from vlmfast.runtime.fast_decoder import unknown_decoder
 
 __all__ = [
     "STOPS",
+    "PrefillGraphs",
     "SharedSlots",
     "Static",
     "automatic",

@@ -13,7 +13,7 @@ from vlmfast.core import Unsupported
 from vlmfast.engine.graphs import Graphs, Memory
 from vlmfast.engine.slots import Slots, bucket
 from vlmfast.engine.weights import Weights
-from vlmfast.kernels import step_reference
+from vlmfast.kernels import chunks, step_reference
 from vlmfast.runtime import dtypes
 
 HALF = (torch.float16, torch.bfloat16)
@@ -28,49 +28,53 @@ class Pool:
         self.device = self.weights.embed.device
         on_cuda = self.device.type == "cuda"
         self.ops: ModuleType = step_reference
+        self.chunk_ops: ModuleType = chunks
         self.processors = 1
         if on_cuda and self.weights.embed.dtype in HALF:
-            from vlmfast.kernels import triton_step
+            from vlmfast.kernels import triton_chunks, triton_step
 
-            self.ops = triton_step
+            self.ops, self.chunk_ops = triton_step, triton_chunks
             self.processors = torch.cuda.get_device_properties(self.device).multi_processor_count
         if on_cuda:
             torch.cuda.empty_cache()  # the parameters' own storages, before anything else grows
         self.memory = Memory()
         self.slots: list[Slots] = []
 
-    def take(self, rows: int, columns: int) -> Slots:
+    def take(self, rows: int, columns: int, int8: bool = False) -> Slots:
         """Slots for at least `columns` columns: the smallest idle ones that are large enough, or new ones.
 
+        int8: of what is stored as such.
         Raises Unsupported, naming the bytes and what fits, where there is no memory for them: before they are taken.
         """
         idle_slots = [slots for slots in self.slots if slots.idle]
-        large_enough = [slots for slots in idle_slots if slots.rows == rows and slots.capacity >= columns]
+        large_enough = [
+            slots for slots in idle_slots if slots.rows == rows and slots.capacity >= columns and slots.int8 == int8
+        ]
         if large_enough:
             return min(large_enough, key=lambda slots: slots.capacity)
         self.drop(idle_slots)
         new_slots, capacity, free = None, bucket(columns), self._free()
         for wanted in (bucket(columns + columns // 8), capacity):  # a longer prompt next time captures nothing anew
-            if free is not None and self._bytes(rows, wanted) > free:
+            if free is not None and self._bytes(rows, wanted, int8) > free:
                 continue
             try:
-                new_slots = self._make(rows, wanted)
+                new_slots = self._make(rows, wanted, int8)
                 break
             except torch.OutOfMemoryError:
                 continue
         if new_slots is None:
-            needed, one = self._bytes(rows, capacity), self._bytes(1, capacity)
+            needed, one = self._bytes(rows, capacity, int8), self._bytes(1, capacity, int8)
             shape = f"{rows} rows of {capacity:,} columns" if rows > 1 else f"{capacity:,} columns"
             fits = "" if free is None else f": {free / 1e9:.1f} GB are free, {free // one} rows of them fit"
             raise Unsupported(f"no memory for slots of {shape}, {needed / 1e9:.1f} GB{fits}")
         self.slots.append(new_slots)
         return new_slots
 
-    def _bytes(self, rows: int, capacity: int) -> int:
+    def _bytes(self, rows: int, capacity: int, int8: bool) -> int:
         """Bytes of keys and values of slots."""
         weights = self.weights
-        column_bytes = 2 * weights.kv_heads * weights.head_size * weights.embed.dtype.itemsize
-        return len(weights.layers) * rows * capacity * column_bytes
+        vector_bytes = weights.head_size + 4 if int8 else weights.head_size * weights.embed.dtype.itemsize
+        return len(weights.layers) * rows * capacity * 2 * weights.kv_heads * vector_bytes
 
     def _free(self) -> int | None:
         """Bytes that may still be taken on the device, None = not known."""
@@ -79,11 +83,11 @@ class Pool:
         cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return torch.cuda.mem_get_info(self.device)[0] + cached
 
-    def _make(self, rows: int, capacity: int) -> Slots:
+    def _make(self, rows: int, capacity: int, int8: bool) -> Slots:
         splits = 1
         if self.ops is not step_reference:
             splits = self.ops.splits_for(rows * self.weights.kv_heads, capacity, self.processors)
-        return Slots(self.weights, rows, capacity, splits, Graphs(self.device, self.memory))
+        return Slots(self.weights, rows, capacity, splits, Graphs(self.device, self.memory), int8)
 
     def drop(self, slots: list[Slots]) -> None:
         """Give these slots back."""

@@ -70,6 +70,9 @@ class SharedSlots:
                 f"{came} came in ({prefilled.reason or 'no reason known'}): a row joins by itself, prefilled with the "
                 "static step"
             )
+        if source.choices is not None or source.int8:
+            what = "its heads read host memory" if source.choices is not None else "it is stored as int8"
+            raise Unsupported(f"a row came in that shares no slots: {what}; prefill it with another kv policy")
         if source.pool is not static.pool:
             raise Unsupported("a row of another model came in, or the weights have changed since: open new slots")
         if not self.free:

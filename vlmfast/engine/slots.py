@@ -31,17 +31,27 @@ class Slots:
     head of a row holds (rows * Hk,), and `at` (rows,), the next row of the rotary tables; cos, sin (rows, TABLE, Dh),
     the first half of sin negated.
 
+    int8: keys and values are int8, with `scales`: per layer those of keys and values (rows, Hk, capacity) float32;
     fed: per row the tokens after its prefill that the counters stand for, None = not known; splits: of the attention.
     """
 
-    def __init__(self, weights: Weights, rows: int, capacity: int, splits: int, graphs: Graphs) -> None:
-        self.rows, self.capacity, self.splits, self.graphs = rows, capacity, splits, graphs
+    def __init__(
+        self, weights: Weights, rows: int, capacity: int, splits: int, graphs: Graphs, int8: bool = False
+    ) -> None:
+        self.rows, self.capacity, self.splits, self.graphs, self.int8 = rows, capacity, splits, graphs, int8
         dtype, device = weights.embed.dtype, weights.embed.device
+        stored = torch.int8 if int8 else dtype
         slot_shape = (rows, weights.kv_heads, capacity, weights.head_size)
         num_layers = len(weights.layers)
         with torch.inference_mode(False), torch.no_grad():  # ordinary tensors: they are changed in place for ever
-            self.keys = [torch.zeros(slot_shape, dtype=dtype, device=device) for _ in range(num_layers)]
-            self.values = [torch.zeros(slot_shape, dtype=dtype, device=device) for _ in range(num_layers)]
+            self.keys = [torch.zeros(slot_shape, dtype=stored, device=device) for _ in range(num_layers)]
+            self.values = [torch.zeros(slot_shape, dtype=stored, device=device) for _ in range(num_layers)]
+            self.scales: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
+            if int8:
+                self.scales = [
+                    (torch.zeros(slot_shape[:3], device=device), torch.zeros(slot_shape[:3], device=device))
+                    for _ in range(num_layers)
+                ]
             num_pairs = rows * weights.kv_heads
             self.stride = num_pairs + num_pairs % 2  # a multiple of 16 bytes, for which kernels are specialised
             counter_pair = torch.zeros(2, num_layers * self.stride + rows, dtype=torch.long, device=device)
@@ -57,6 +67,7 @@ class Slots:
             # ids that end an answer, then the id that pads it
             self.stop = torch.full((1, STOPS + 1), -1, dtype=torch.long, device=device)
         self.inputs: dict[int, Tensor] = {}
+        self.tables: dict[Any, Any] = {}  # of heads that read host memory: `choices.Tables` by their key
         self.fed: list[int] | None = None
         self.owner: weakref.ref[Any] | None = None
 
@@ -72,9 +83,13 @@ class Slots:
                 self.inputs[num_tokens] = self.counters.new_zeros(self.rows, num_tokens)
         return self.inputs[num_tokens]
 
+    def buffers(self, layer: int) -> tuple[Tensor, ...]:
+        """Keys and values of a layer, and their scales where they have some."""
+        return self.keys[layer], self.values[layer], *(self.scales[layer] or ())
+
     def nbytes(self) -> int:
         """Bytes of keys and values."""
-        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+        return sum(tensor.nbytes for layer in range(len(self.keys)) for tensor in self.buffers(layer))
 
     def begin(self, columns: list[list[int]], table_starts: list[int]) -> None:
         """Set how many columns every head of each layer holds before the first token (rows * Hk per layer), and which

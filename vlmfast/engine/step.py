@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -17,33 +17,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmfast.core import PlainRows, Unsupported
+from vlmfast.core import Unsupported
+from vlmfast.engine.choices import Choices
 from vlmfast.engine.graphs import Readback
 from vlmfast.engine.pool import Pool
 from vlmfast.engine.slots import BEFORE, TABLE, Slots
 from vlmfast.engine.weights import Weights
 from vlmfast.runtime.fast_decoder import SteppingDecoder, append
+from vlmfast.runtime.stepped_layer import PlainRows
 
+Read = Callable[[int, Tensor, int], None]
 SIZES = (1, 2, 4, 6, 8, 12, 17)  # tokens of a step that graphs are captured for; other numbers are rounded up
 
 
-def forward(weights: Weights, slots: Slots, ops: ModuleType, tokens: Tensor) -> Tensor:
-    """tokens (B, n) int64 -> logits (B * n, V) in the model's dtype; n columns more in every row. Nothing is read."""
+def forward(weights: Weights, slots: Slots, ops: ModuleType, tokens: Tensor, read: Read | None = None) -> Tensor:
+    """tokens (B, n) int64 -> logits (B * n, V) in the model's dtype; n columns more in every row, nothing is read.
+
+    read: what brings columns from host memory for the queries of a layer, see `choices.Tables.read`.
+    """
     num_tokens, eps = tokens.shape[1], weights.eps
     residual, mlp_output = F.embedding(tokens.reshape(-1), weights.embed), None
-    for layer, keys, values, length in zip(weights.layers, slots.keys, slots.values, slots.lengths, strict=True):
+    buffers = zip(weights.layers, slots.keys, slots.values, slots.lengths, slots.scales, strict=True)
+    for index, (layer, keys, values, length, scales) in enumerate(buffers):
         residual, normed = ops.add_norm(residual, mlp_output, layer.norm, eps)
         qkv = F.linear(normed, layer.qkv, layer.qkv_bias)
         tables, norms = (slots.at, slots.cos, slots.sin), (layer.q_norm, layer.k_norm)
-        queries = ops.rope(qkv, keys, values, length, *tables, num_tokens, *norms, eps)
-        attended = ops.attend(queries, keys, values, length, num_tokens, layer.scale, slots.splits)
+        queries = ops.rope(qkv, keys, values, length, *tables, num_tokens, *norms, eps, scales)
+        if read is not None:
+            read(index, queries, num_tokens)
+        attended = ops.attend(queries, keys, values, length, num_tokens, layer.scale, slots.splits, scales)
         residual, normed = ops.add_norm(residual, F.linear(attended, layer.out, layer.out_bias), layer.second_norm, eps)
         mlp_output = F.linear(ops.gate(F.linear(normed, layer.gate_up)), layer.down)
     slots.counters.add_(num_tokens)
     return F.linear(ops.add_norm(residual, mlp_output, weights.final, eps)[1], weights.head, weights.head_bias)
 
 
-def _plain(layer: Any) -> list[tuple[Tensor, Tensor]]:
+def _plain(layer: Any) -> list[tuple[Tensor, ...]]:
     """The columns of a compressed layer, pair by pair."""
     pairs = layer.plain_rows()
     if isinstance(pairs, str):
@@ -53,9 +62,9 @@ def _plain(layer: Any) -> list[tuple[Tensor, Tensor]]:
 
 def _copy_columns(source: Slots, target: Slots) -> None:
     """Copy all keys and values into slots of at least the same capacity."""
-    buffers = zip((*source.keys, *source.values), (*target.keys, *target.values), strict=True)
-    for old_buffer, new_buffer in buffers:
-        new_buffer[:, :, : source.capacity] = old_buffer
+    for layer in range(len(source.keys)):
+        for old_buffer, new_buffer in zip(source.buffers(layer), target.buffers(layer), strict=True):
+            new_buffer[:, :, : source.capacity] = old_buffer
 
 
 class Static(SteppingDecoder):
@@ -75,7 +84,7 @@ class Static(SteppingDecoder):
     ) -> None:
         self.pool, self.text = pool, text
         self.captures, self.seconds = 0, 0.0
-        self.hidden = None
+        self.hidden, self.int8 = None, False
         self.start = position if position.shape[0] != 4 or position.ndim == 2 else position[1:]
         layers = cache.layers[: len(pool.weights.layers)]
         first_layer, num_heads = layers[0], pool.weights.kv_heads
@@ -85,7 +94,11 @@ class Static(SteppingDecoder):
         self.prompt: list[list[int]]  # columns per layer and (row, head) that the prefill left
         if ragged:
             plain_layers = [_plain(layer) for layer in layers]
-            self.prompt = [[len(keys) for keys, _ in pairs] for pairs in plain_layers]
+            self.prompt = [[len(parts[0]) for parts in pairs] for pairs in plain_layers]
+            stored = {len(parts) for pairs in plain_layers for parts in pairs}
+            if len(stored) > 1:
+                raise Unsupported("some heads are stored as int8, others are not")
+            self.int8 = stored == {4}
         elif valid is None:
             self.prompt = [[layer.keys.shape[-2]] * self.rows * num_heads for layer in layers]
         else:
@@ -96,9 +109,9 @@ class Static(SteppingDecoder):
         self.slots = self._take(self.longest + room + SIZES[-1])
         for index, (layer, keys, values) in enumerate(zip(layers, self.slots.keys, self.slots.values, strict=True)):
             if ragged:
-                for pair_index, (some_keys, some_values) in enumerate(plain_layers[index]):
-                    keys[pair_index // num_heads, pair_index % num_heads, : len(some_keys)] = some_keys
-                    values[pair_index // num_heads, pair_index % num_heads, : len(some_keys)] = some_values
+                for pair_index, parts in enumerate(plain_layers[index]):
+                    for buffer, part in zip(self.slots.buffers(index), parts, strict=True):
+                        buffer[pair_index // num_heads, pair_index % num_heads, : len(part)] = part
                 continue
             if valid is None:
                 prompt = slice(layer.keys.shape[-2])
@@ -108,6 +121,7 @@ class Static(SteppingDecoder):
                 columns = valid_first[:, :, : self.longest].expand(-1, keys.shape[1], -1, keys.shape[3])
                 keys[:, :, : self.longest] = layer.keys.gather(2, columns)
                 values[:, :, : self.longest] = layer.values.gather(2, columns)
+        self.choices = Choices.of(layers, self.slots, self.pool.chunk_ops) if ragged else None
         self._turn()
 
     @property
@@ -125,10 +139,14 @@ class Static(SteppingDecoder):
         fed = [before - taken for before, taken in zip(self.fed, back, strict=True)]
         if min(fed) < 0:
             raise ValueError(f"rewind({n}) after {self.fed} tokens would reach into the prompt")
+        if self.choices is not None:
+            if len(set(fed)) > 1:
+                raise Unsupported("heads that read host memory choose for all rows at the same token")
+            self.choices.rewind(fed[0])
         self.fed = fed
 
     def _take(self, columns: int) -> Slots:
-        slots = self.pool.take(self.rows, columns)
+        slots = self.pool.take(self.rows, columns, self.int8)
         slots.owner = weakref.ref(self)
         return slots
 
@@ -139,7 +157,7 @@ class Static(SteppingDecoder):
         offsets = torch.arange(first, first + TABLE, device=self.start.device)
         if not even:
             offsets = offsets + torch.tensor(self.bases, device=offsets.device)[:, None] - self.bases[0]
-        cos, sin = self.text.rotary_emb(slots.keys[0], self.start + offsets)
+        cos, sin = self.text.rotary_emb(slots.cos, self.start + offsets)
         half_size = cos.shape[-1] // 2
         slots.cos.copy_(cos)
         slots.sin.copy_(torch.cat([-sin[..., :half_size], sin[..., half_size:]], -1))
@@ -154,6 +172,8 @@ class Static(SteppingDecoder):
                 self.slots.tokens(step_size).copy_(tokens)
             self.slots.done.copy_(old_slots.done)
             self.slots.stop.copy_(old_slots.stop)
+            if self.choices is not None:
+                self.choices.move(self.slots)
             self.pool.drop([old_slots])
             self._turn()
         elif not all(
@@ -167,19 +187,21 @@ class Static(SteppingDecoder):
         self._reserve(size)
         slots, weights, ops = self.slots, self.pool.weights, self.pool.ops
         tokens = slots.tokens(size)
+        tables = None if self.choices is None else self.choices.prepare(self.n)
+        key, read = ((size, greedy), None) if tables is None else ((size, greedy, tables.key), tables.read)
 
         def body() -> Tensor:
-            logits = forward(weights, slots, ops, tokens)
+            logits = forward(weights, slots, ops, tokens, read)
             if greedy:
                 chosen = logits.argmax(-1, keepdim=True)
                 tokens.copy_(chosen if slots.rows == 1 else slots.ended(chosen))
             return logits
 
         captures_before, seconds_before, saved_tokens = slots.graphs.captures, slots.graphs.seconds, None
-        if token is None and (size, greedy) not in slots.graphs.held:
+        if token is None and key not in slots.graphs.held:
             saved_tokens = tokens.clone()  # a capture runs the step once
         slots.set_fed(self.fed)  # also for a capture: what it writes lies behind what is held
-        run_step, captured = slots.graphs.get((size, greedy), body)
+        run_step, captured = slots.graphs.get(key, body)
         self.captures += slots.graphs.captures - captures_before
         self.seconds += slots.graphs.seconds - seconds_before
         if captured:
@@ -194,15 +216,22 @@ class Static(SteppingDecoder):
         slots.fed = None  # an interrupted step may have moved the counters or not
         logits = run_step()
         slots.fed = [before + size for before in self.fed]
+        if tables is not None and self.choices is not None:
+            self.choices.chosen(self.n)
         self.fed = [before + num_counted for before in self.fed]
         return logits.view(self.rows, size, -1)[:, :num_counted]
 
     def step_rows(self, tokens: Tensor) -> Tensor:
         """tokens (B, n) -> logits (B, n, V) in the model's dtype, valid until the next step."""
-        num_tokens, max_tokens = tokens.shape[1], SIZES[-1]
-        if num_tokens > max_tokens:
-            return torch.cat([self.step_rows(part).clone() for part in tokens.split(max_tokens, 1)], 1)
-        return self._run(next(size for size in SIZES if size >= num_tokens), num_tokens, False, tokens)
+        parts: list[Tensor] = []
+        while True:
+            most = SIZES[-1] if self.choices is None else min(SIZES[-1], self.choices.left(self.n))
+            piece, tokens = tokens[:, :most], tokens[:, most:]
+            size = next(size for size in SIZES if size >= piece.shape[1])
+            logits = self._run(size, piece.shape[1], False, piece)
+            if tokens.shape[1] == 0:
+                return torch.cat([*parts, logits], 1) if parts else logits
+            parts.append(logits.clone())
 
     def step(self, tokens: Tensor, hidden_layer: int | None = None) -> Tensor:
         """tokens (n,) int64 of the one row -> logits (n, V) in the model's dtype, valid until the next step."""
@@ -237,6 +266,8 @@ class Static(SteppingDecoder):
         """Append everything stepped so far to the cache's own layers, which then hold what is theirs; spent after."""
         slots = self.slots
         columns = [self._stepped(i) for i in range(len(slots.keys))] if self.n else []
+        if columns and self.choices is not None:
+            self.choices.give(cache.layers)
         append(cache, columns)
         slot_storages = {tensor.untyped_storage().data_ptr() for tensor in slots.keys}
         for layer in cache.layers[: len(slots.keys)]:
@@ -246,8 +277,10 @@ class Static(SteppingDecoder):
         slots.owner, self.n = None, 0
 
     def _stepped(self, layer_index: int) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, Hk, n, Dh) of a layer that came after the prompt."""
-        keys, values = self.slots.keys[layer_index], self.slots.values[layer_index]
+        """Keys and values (B, Hk, n, Dh) of a layer that came after the prompt, int8 ones as float32."""
+        keys, values, *scales = self.slots.buffers(layer_index)
+        if scales:
+            keys, values = (part * own[..., None] for part, own in zip((keys, values), scales, strict=True))
         if len(set(self.prompt[layer_index])) == 1:
             start = self.prompt[layer_index][0]
             return keys[:, :, start : start + self.n], values[:, :, start : start + self.n]
@@ -262,5 +295,7 @@ class Static(SteppingDecoder):
         copied.__dict__.update(self.__dict__)
         copied.slots = copied._take(self.slots.capacity)
         _copy_columns(self.slots, copied.slots)
+        if self.choices is not None:
+            copied.choices = self.choices.fork(copied.slots)
         copied._turn()
         return copied

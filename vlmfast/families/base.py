@@ -63,6 +63,14 @@ class Family:
         """Layouts of the items that one `get_{kind}_features(**call)` returned; features: list of (n, D)."""
         raise NotImplementedError
 
+    def frame_size(
+        self, video_processor: Any, frames: int, height: int, width: int, **options: Any
+    ) -> tuple[int, int] | None:
+        """(height, width) that the video processor scales so many frames of this size to; None = it has no rule that
+        leaves frames of that size alone. options: of its call. Raises what it raises for frames that it does not take.
+        """
+        return None
+
     def tower(self, model: nn.Module) -> nn.Module:
         return self.base(model).vision_tower  # type: ignore[return-value]
 

@@ -24,6 +24,15 @@ class Qwen(Family):
     def stamped(self, model: nn.Module) -> bool:
         return str(model.config.model_type).startswith("qwen3_vl")  # type: ignore[union-attr]
 
+    def frame_size(
+        self, video_processor: Any, frames: int, height: int, width: int, **options: Any
+    ) -> tuple[int, int] | None:
+        """The processor's own rule (`smart_resize`, within its limits of pixels), asked with frames without data."""
+        shapes = torch.empty(frames, 3, height, width, dtype=torch.uint8, device="meta")
+        made = video_processor([shapes], return_tensors="pt", **options)
+        _, rows, columns = made["video_grid_thw"][0].tolist()
+        return rows * video_processor.patch_size, columns * video_processor.patch_size
+
     def items(self, model: nn.Module, kind: str, call: dict[str, Any], features: list[Tensor]) -> list[Item]:
         grids = call[f"{kind}_grid_thw"]
         merge = int(self.tower(model).spatial_merge_size)  # type: ignore[arg-type]

@@ -1,8 +1,9 @@
 """The parts of a decoder step of static shape, in plain torch: the specification of `triton_step`.
 
 Rounded where a module or operator of transformers rounds. Shapes: B rows, n new tokens a row, R = B * n; the cache of
-one layer is keys and values (B, Hk, capacity, Dh); `length` (B * Hk,) int64 counts the columns that each head of a row
-holds and lies on the device. No shape depends on data, nothing is read on the host.
+one layer is keys and values (B, Hk, capacity, Dh), or both as int8 with float32 scales (B, Hk, capacity) each, see
+`reference.quantise`; `length` (B * Hk,) int64 counts the columns that each head of a row holds and lies on the device.
+No shape depends on data, nothing is read on the host.
 """
 
 from __future__ import annotations
@@ -10,6 +11,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from vlmfast.kernels.reference import quantise
+
+Scales = tuple[Tensor, Tensor] | None  # of keys and values that are stored as int8
 
 
 def norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -26,7 +31,7 @@ def add_norm(residual: Tensor, added: Tensor | None, weight: Tensor, eps: float)
 
 def rope(
     qkv: Tensor, keys: Tensor, values: Tensor, length: Tensor, at: Tensor, cos: Tensor, sin: Tensor, n: int,
-    q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
+    q_norm: Tensor | None, k_norm: Tensor | None, eps: float, scales: Scales = None,
 ) -> Tensor:  # fmt: skip
     """Norm and rotate queries and keys; write keys and values to columns length .. length + n - 1 of the cache.
 
@@ -43,12 +48,18 @@ def rope(
     half = head_size // 2
     queries, new_keys = (heads * row_cos + torch.roll(heads, half, -1) * row_sin for heads in (queries, new_keys))
     columns = (length.view(batch, num_kv_heads, 1) + steps)[..., None].expand(batch, num_kv_heads, n, head_size)
-    keys.scatter_(2, columns, new_keys.transpose(1, 2))
-    values.scatter_(2, columns, new_values.transpose(1, 2))
+    for i, (buffer, new_columns) in enumerate(((keys, new_keys.transpose(1, 2)), (values, new_values.transpose(1, 2)))):
+        if scales is not None:
+            new_columns, new_scales = quantise(new_columns)
+            scales[i].scatter_(2, columns[..., 0], new_scales)
+        buffer.scatter_(2, columns, new_columns)
     return queries.reshape(batch * n, num_heads * head_size)
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, length: Tensor, n: int, scale: float, splits: int = 1) -> Tensor:
+def attend(
+    q: Tensor, keys: Tensor, values: Tensor, length: Tensor, n: int, scale: float, splits: int = 1,
+    scales: Scales = None,
+) -> Tensor:  # fmt: skip
     """q (R, H Dh): the j-th new token of a row attends to columns 0 .. length + j of each head -> (R, H Dh).
 
     splits: in how many parts a kernel reads the columns; of no account here.
@@ -58,7 +69,12 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, length: Tensor, n: int, scal
     last_column = length.view(batch, num_kv_heads, 1) + torch.arange(n, device=q.device)
     visible = torch.arange(capacity, device=q.device) <= last_column[..., None]
     mask, queries = visible.repeat(1, 1, packed.shape[2], 1), packed.reshape(batch, num_kv_heads, -1, head_size)
-    attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+    if scales is not None:
+        queries = queries if q.dtype == torch.float64 else queries.float()
+        keys, values = (
+            part * own[..., None].to(queries.dtype) for part, own in zip((keys, values), scales, strict=True)
+        )
+    attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale).to(q.dtype)
     return attended.reshape(packed.shape).permute(0, 3, 1, 2, 4).reshape(batch * n, -1)
 
 

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vlmfast.kernels.step_reference import Scales
+
 QUERIES = 64  # grouped queries that one program of the attention holds at most
 
 
@@ -25,6 +27,12 @@ def _round(values, like):  # type: ignore[no-untyped-def]
 def _halves(pointer, half, inside):  # type: ignore[no-untyped-def]
     first = tl.load(pointer, mask=inside, other=0.0).to(tl.float32)
     return first, tl.load(pointer + half, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _whole(values):  # type: ignore[no-untyped-def]
+    """The nearest whole numbers within int8's, even ones where two are as near: what added 1.5 * 2 ** 23 leaves."""
+    return tl.minimum(tl.maximum((values + 12582912.0) - 12582912.0, -127.0), 127.0)
 
 
 @triton.jit
@@ -46,8 +54,9 @@ def _add_norm(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["N", "TABLE"])
 def _rope(  # type: ignore[no-untyped-def]
-    qkv_ptr, q_ptr, k_ptr, v_ptr, length_ptr, at_ptr, cos_ptr, sin_ptr, qn_ptr, kn_ptr, eps, CAPACITY, TABLE, N,
-    H: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
+    qkv_ptr, q_ptr, k_ptr, v_ptr, ks_ptr, vs_ptr, length_ptr, at_ptr, cos_ptr, sin_ptr, qn_ptr, kn_ptr, eps, CAPACITY,
+    TABLE, N, H: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
+    INT8: tl.constexpr,
 ):  # fmt: skip
     """One program a (token, head of q, k or v), in two halves: normed, rotated; q to its buffer, k, v to the cache."""
     token, head = tl.program_id(0), tl.program_id(1)
@@ -72,22 +81,32 @@ def _rope(  # type: ignore[no-untyped-def]
             _round(first * first_cos, q_ptr) + _round(second * first_sin, q_ptr),
             _round(second * second_cos, q_ptr) + _round(first * second_sin, q_ptr),
         )
-    target = q_ptr + (token * H + head) * D
-    if head >= H:
+    if head < H:
+        query_target = q_ptr + (token * H + head) * D + columns
+        tl.store(query_target, first, mask=in_range)
+        tl.store(query_target + half, second, mask=in_range)
+    else:
         column = tl.load(length_ptr + row * HK + (head - H) % HK) + step
         in_range = in_range & (column < CAPACITY)
-        cache_cell = ((row * HK + (head - H) % HK).to(tl.int64) * CAPACITY + column) * D
-        target = k_ptr + cache_cell
+        cache_cell = (row * HK + (head - H) % HK).to(tl.int64) * CAPACITY + column
+        target, scale_target = k_ptr, ks_ptr
         if head >= H + HK:
-            target = v_ptr + cache_cell
-    tl.store(target + columns, first, mask=in_range)
-    tl.store(target + half + columns, second, mask=in_range)
+            target, scale_target = v_ptr, vs_ptr
+        if INT8:
+            first, second = _round(first, q_ptr), _round(second, q_ptr)
+            largest = tl.maximum(tl.max(tl.abs(first), 0), tl.max(tl.abs(second), 0))
+            unit = tl.div_rn(tl.maximum(largest, 1e-12), 127.0)
+            first, second = _whole(tl.div_rn(first, unit)), _whole(tl.div_rn(second, unit))
+            tl.store(scale_target + cache_cell, unit, mask=column < CAPACITY)
+        cells = target + cache_cell * D + columns
+        tl.store(cells, first.to(k_ptr.dtype.element_ty), mask=in_range)
+        tl.store(cells + half, second.to(k_ptr.dtype.element_ty), mask=in_range)
 
 
 @triton.jit(do_not_specialize=["SPLITS", "N"])
 def _split(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, v_ptr, length_ptr, acc_ptr, top_ptr, sum_ptr, scale, CAPACITY, SPLITS, N,
-    G: tl.constexpr, HK: tl.constexpr, D: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, ks_ptr, vs_ptr, length_ptr, acc_ptr, top_ptr, sum_ptr, scale, CAPACITY, SPLITS, N,
+    G: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, INT8: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program a ((row, kv head), split, BLOCK_M of the N * G queries): its columns for those queries."""
@@ -113,12 +132,19 @@ def _split(  # type: ignore[no-untyped-def]
         value_mask = (columns[:, None] < end_column) & (dims[None, :] < D)
         values = tl.load(v_ptr + cache_start + columns[:, None] * D + dims[None, :], mask=value_mask, other=0.0)
         visible = (columns[None, :] < end_column) & (columns[None, :] <= length + query_rows[:, None] // G)
-        scores = tl.where(visible, tl.dot(queries, keys, input_precision="ieee") * scale, -1.0e30)
+        scores = tl.dot(queries, keys.to(queries.dtype), input_precision="ieee") * scale
+        if INT8:
+            scales = pair.to(tl.int64) * CAPACITY + columns
+            scores *= tl.load(ks_ptr + scales, mask=columns < end_column, other=0.0)[None, :]
+        scores = tl.where(visible, scores, -1.0e30)
         new_maxima = tl.maximum(maxima, tl.max(scores, 1))
         weights = tl.where(visible, tl.exp(scores - new_maxima[:, None]), 0.0)
         rescale = tl.exp(maxima - new_maxima)
         totals = totals * rescale + tl.sum(weights, 1)
-        accumulator = accumulator * rescale[:, None] + tl.dot(weights.to(queries.dtype), values, input_precision="ieee")
+        if INT8:
+            weights *= tl.load(vs_ptr + scales, mask=columns < end_column, other=0.0)[None, :]
+        weighted = tl.dot(weights.to(queries.dtype), values.to(queries.dtype), input_precision="ieee")
+        accumulator = accumulator * rescale[:, None] + weighted
         maxima = new_maxima
     offsets = (pair * SPLITS + split) * (N * G) + query_rows
     tl.store(top_ptr + offsets, maxima, mask=query_rows < N * G)
@@ -186,7 +212,7 @@ def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> tuple[T
 
 def rope(
     qkv: Tensor, keys: Tensor, values: Tensor, length: Tensor, at: Tensor, cos: Tensor, sin: Tensor, n: int,
-    q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
+    q_norm: Tensor | None, k_norm: Tensor | None, eps: float, scales: Scales = None,
 ) -> Tensor:  # fmt: skip
     """See `step_reference.rope`."""
     _, num_kv_heads, capacity, head_size = keys.shape
@@ -194,15 +220,17 @@ def rope(
     queries = qkv.new_empty(qkv.shape[0], num_heads * head_size)
     # no fusion: it would make one fma.rn.bf16 of a product and the sum, and skip a rounding that transformers has
     _rope[(qkv.shape[0], num_heads + 2 * num_kv_heads)](
-        qkv, queries, keys, values, length, at, cos, sin, queries if q_norm is None else q_norm,
-        queries if k_norm is None else k_norm, eps, capacity, cos.shape[1], n,
-        H=num_heads, HK=num_kv_heads, D=head_size, BLOCK=block(head_size // 2), NORM=q_norm is not None, num_warps=1,
-        enable_fp_fusion=False,
+        qkv, queries, keys, values, *(scales or (queries, queries)), length, at, cos, sin,
+        queries if q_norm is None else q_norm, queries if k_norm is None else k_norm, eps, capacity, cos.shape[1], n,
+        H=num_heads, HK=num_kv_heads, D=head_size, BLOCK=block(head_size // 2), NORM=q_norm is not None,
+        INT8=scales is not None, num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
     return queries
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, length: Tensor, n: int, scale: float, splits: int) -> Tensor:
+def attend(
+    q: Tensor, keys: Tensor, values: Tensor, length: Tensor, n: int, scale: float, splits: int, scales: Scales = None
+) -> Tensor:
     """See `step_reference.attend`."""
     batch, num_kv_heads, capacity, head_size = keys.shape
     group_size, attended = q.shape[1] // (num_kv_heads * head_size), torch.empty_like(q)
@@ -210,8 +238,8 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, length: Tensor, n: int, scal
     maxima, totals = q.new_empty(2, batch * num_kv_heads, splits, n * group_size, dtype=torch.float32).unbind(0)
     block_sizes = tile(head_size, n * group_size)
     _split[(batch * num_kv_heads, splits, triton.cdiv(n * group_size, block_sizes["BLOCK_M"]))](
-        q, keys, values, length, partials, maxima, totals, scale, capacity, splits, n, G=group_size, HK=num_kv_heads,
-        D=head_size, **block_sizes,
+        q, keys, values, *(scales or (q, q)), length, partials, maxima, totals, scale, capacity, splits, n,
+        G=group_size, HK=num_kv_heads, D=head_size, INT8=scales is not None, **block_sizes,
     )  # fmt: skip
     _combine[(batch * n * num_kv_heads * group_size, triton.cdiv(head_size, 64))](
         partials, maxima, totals, attended, splits, n, G=group_size, HK=num_kv_heads, D=head_size,

@@ -16,11 +16,11 @@ from vlmfast.prefill.base import Choice, KVPolicy, Row, best_of_heads, protect, 
 
 @dataclass
 class Rated:
-    """Scores of one batch row in one layer, stored until the budgets are known."""
+    """Scores of one batch row in the layers of a view, stored until the budgets are known."""
 
     scores: Tensor  # (Hk, n) float32, protected columns +inf
     tiebreak: Tensor | None  # (Hk, n), orders columns of equal score
-    weight: Any  # the input of `spread` for this layer
+    weights: list[Any]  # the input of `spread` for each layer
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,13 @@ class AcrossLayers(KVPolicy):
     """Base of policies that decide for all layers together. Subclasses implement `score`, `weigh` and `spread`."""
 
     spans: ClassVar[bool] = True
+    stacks: ClassVar[bool] = True
 
-    def weigh(self, row: Row, scores: Tensor) -> Any:
-        """What `spread` needs to know of this layer's row. scores (Hk, n) float32, not protected."""
+    def weigh(self, row: Row, scores: Tensor) -> list[Any]:
+        """What `spread` needs to know of each layer in the row, not yet read by the host.
+
+        scores (Hk, n) float32, not protected.
+        """
         raise NotImplementedError
 
     def spread(self, weights: list[Any], n: int) -> list[Any]:
@@ -38,7 +42,7 @@ class AcrossLayers(KVPolicy):
         raise NotImplementedError
 
     def rate(self, view: LayerView) -> list[Rated | None]:
-        """Scores and weights of every row right after this layer's attention; None = the row fits."""
+        """Scores and weights of every row right after the attention of its last layer; None = the row fits."""
         row_ratings: list[Rated | None] = []
         for batch_index, columns in enumerate(real_columns(view)):
             if self.fits(len(columns)):
@@ -51,7 +55,7 @@ class AcrossLayers(KVPolicy):
         return row_ratings
 
     def compress_all(self, views: list[LayerView], rated: list[list[Rated | None]]) -> list[CompressedLayer]:
-        """Budgets for every row over all layers, then one `CompressedLayer` per layer. views have no window."""
+        """Budgets for every row over all layers, then one `CompressedLayer` per view. views have no window."""
         choices: list[list[Choice | None]] = [[] for _ in views]
         for batch_index, columns in enumerate(real_columns(views[0])):
             row_ratings = [layer_ratings[batch_index] for layer_ratings in rated]
@@ -59,15 +63,19 @@ class AcrossLayers(KVPolicy):
                 for layer_choices in choices:
                     layer_choices.append(None)
                 continue
-            layer_shares = self.spread([rating.weight for rating in row_ratings if rating is not None], len(columns))
-            for layer_choices, view, rating, layer_share in zip(choices, views, row_ratings, layer_shares, strict=True):
+            weights = [weight for rating in row_ratings if rating is not None for weight in rating.weights]
+            shares = iter(self.spread(weights, len(columns)))
+            for layer_choices, view, rating in zip(choices, views, row_ratings, strict=True):
                 assert rating is not None
-                layer_choices.append(self.pick(row_of(view, batch_index, columns), rating, layer_share))
+                layer_shares = [next(shares) for _ in range(view.stacked)]
+                layer_choices.append(self.pick(row_of(view, batch_index, columns), rating, layer_shares))
         return [self.gather(view, layer_choices) for view, layer_choices in zip(views, choices, strict=True)]
 
-    def pick(self, row: Row, rated: Rated, share: Any) -> Choice:
-        """What a row of one layer keeps, given what `spread` gave the layer. The row has no window."""
-        return Choice(best_of_heads(rated.scores, [share] * len(rated.scores), rated.tiebreak))
+    def pick(self, row: Row, rated: Rated, shares: list[Any]) -> Choice:
+        """What a row keeps, given what `spread` gave its layers. The row has no window."""
+        heads_per_layer = len(rated.scores) // row.stacked
+        head_counts = [share for share in shares for _ in range(heads_per_layer)]
+        return Choice(best_of_heads(rated.scores, head_counts, rated.tiebreak))
 
     def compress(self, view: LayerView) -> CompressedLayer | None:
         """Score and compress one layer, for a model that has only this one. None when all rows fit."""

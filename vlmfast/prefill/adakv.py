@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from vlmfast.fields import Fraction
@@ -42,12 +43,22 @@ class AdaKV(KVPolicy):
     def tiebreak(self, row: Row) -> Tensor | None:
         return under(self, self.scorer).tiebreak(row)
 
-    def counts(self, scores: Tensor, total: int, tiebreak: Tensor | None = None) -> list[int]:
-        num_heads, num_columns = scores.shape
+    @property
+    def stacks(self) -> bool:  # type: ignore[override]
+        return self.scorer.stacks
+
+    def counts(self, scores: Tensor, totals: list[int], tiebreak: Tensor | None = None) -> list[int]:
+        total, num_layers = totals[0], len(totals)  # the same for every layer
+        num_heads, num_columns = len(scores) // num_layers, scores.shape[1]
         head_minimum = max(self.least(), int(self.floor * total))
-        remaining_scores = scores.scatter(1, highest(scores, head_minimum, tiebreak), -float("inf")).flatten()
-        num_extra = min(num_heads * (total - head_minimum), remaining_scores.numel() - num_heads * head_minimum)
-        extra_heads = (
-            highest(remaining_scores, num_extra, None if tiebreak is None else tiebreak.flatten()) // num_columns
+        remaining_scores = scores.scatter(1, highest(scores, head_minimum, tiebreak), -float("inf"))
+        by_layer, ties_by_layer = (
+            None if heads is None else heads.view(num_layers, num_heads * num_columns)
+            for heads in (remaining_scores, tiebreak)
         )
-        return (extra_heads.bincount(minlength=num_heads) + head_minimum).tolist()
+        assert by_layer is not None
+        num_extra = min(num_heads * (total - head_minimum), num_heads * (num_columns - head_minimum))
+        extra_heads = highest(by_layer, num_extra, ties_by_layer) // num_columns
+        extra_columns = torch.zeros(num_layers, num_heads, dtype=torch.int64, device=scores.device)
+        extra_columns.scatter_add_(1, extra_heads, torch.ones_like(extra_heads))
+        return (extra_columns + head_minimum).flatten().tolist()  # the one wait

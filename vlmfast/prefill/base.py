@@ -19,11 +19,12 @@ from vlmfast.core import CompressedLayer, Kind, LayerView, LowRank, Retrieval, R
 from vlmfast.fields import Fraction, Method, NonNegativeInt
 from vlmfast.kernels import highest, ranking
 from vlmfast.prefill.ragged_layer import KVLayer
+from vlmfast.runtime.packed_pieces import to_device
 
 
 @dataclass
 class Row:
-    """One batch row of a `LayerView` without its padding; n columns."""
+    """One batch row of a `LayerView` without its padding; n columns. Hk: key heads of all its layers."""
 
     keys: Tensor  # (Hk, n, Dh), RoPE applied
     values: Tensor  # (Hk, n, Dh)
@@ -33,6 +34,7 @@ class Row:
     layers: int
     rotation: Rotation | None = None  # of this row: cos and sin (n, Dh)
     rank: int | None = None  # as in `LayerView`
+    stacked: int = 1  # as in `LayerView`
 
     @property
     def n(self) -> int:
@@ -53,7 +55,7 @@ class Choice:
     keep: list[Tensor]
     dynamic: Tensor | None = None  # (Hk,) bool
     budget: Tensor | None = None  # (Hk,) int64
-    stats: dict[str, Any] = field(default_factory=dict)
+    stats: Any = field(default_factory=dict)  # a dict, or one for each layer
     merged: list[tuple[Tensor, Tensor] | None] | None = None  # per head, keys and values of what is kept
     mass: list[Tensor | None] | None = None  # per head, how many columns each kept one stands for
     low: list[Tensor] | None = None  # per head, columns that stay besides, as int8
@@ -74,6 +76,7 @@ class KVPolicy(Method):
     name: ClassVar[str]
     per_query: ClassVar[bool] = False  # the mean over the window's queries is enough
     spans: ClassVar[bool] = False  # each layer is decided by itself, see `across.AcrossLayers`
+    stacks: ClassVar[bool] = False  # a view of several layers gives what a view of each would
     queries = 0  # text queries whose attention is needed; a field of the policies that read any
     keep: Fraction = 0.10
     budget: int | None = None
@@ -165,7 +168,7 @@ class KVPolicy(Method):
         return CompressedLayer(
             kept_columns, dynamic_heads, head_budgets, stored_as_int8, self.retrieval(), statistics,
             _given(merged_vectors), _given(column_masses), low_columns if any(map(len, low_columns)) else None,
-            _given(key_factors),
+            _given(key_factors), [len(columns) for columns in real_columns(view)],
         )  # fmt: skip
 
     def _too_small(self, budget: int) -> str:
@@ -188,19 +191,24 @@ class KVPolicy(Method):
         """(Hk, n) float that orders columns of equal score, such as the score before pooling; None = earlier first."""
         return None
 
-    def counts(self, scores: Tensor, total: int, tiebreak: Tensor | None = None) -> list[int]:
-        """Columns each head keeps; their mean is at most `total`. scores (Hk, n), protected columns +inf."""
-        return [total] * scores.shape[0]
+    def counts(self, scores: Tensor, totals: list[int], tiebreak: Tensor | None = None) -> list[int]:
+        """Columns each head keeps; their mean over a layer is at most its total.
 
-    def allowance(self, row: Row) -> int:
-        """Columns a head of this row's layer may keep on average; at least `least()`, at most `row.n`."""
+        scores and tiebreak (Hk, n), protected columns +inf; totals: of each layer in the row.
+        """
+        return [total for total in totals for _ in range(len(scores) // len(totals))]
+
+    def allowance(self, row: Row, depth: int = 0) -> int:
+        """Columns a head may keep on average in a layer of this row, the one at `depth` of those stacked; at least
+        `least()`, at most `row.n`."""
         return self.total(row.n)
 
     def choose(self, row: Row) -> Choice:
         """Score, protect sinks and recent columns, keep the best of every head."""
         scores = protect(self.score(row).float(), self.sinks, self.recent)
         tie_scores = self.tiebreak(row)
-        head_counts = self.counts(scores, self.allowance(row), tie_scores)
+        totals = [self.allowance(row, depth) for depth in range(row.stacked)]
+        head_counts = self.counts(scores, totals, tie_scores)
         return Choice(best_of_heads(scores, head_counts, tie_scores))
 
 
@@ -224,10 +232,13 @@ def best(scores: Tensor, count: int, tiebreak: Tensor | None = None) -> Tensor:
 
 def best_of_heads(scores: Tensor, counts: Sequence[int], tiebreak: Tensor | None = None) -> list[Tensor]:
     """`best` of every head: scores and tiebreak (Hk, n), counts per head."""
-    column_order = ranking(scores, tiebreak)
-    if len(set(counts)) == 1:
-        return list(column_order[:, : counts[0]].sort(1).values)
-    return [head_order[:count].sort().values for head_order, count in zip(column_order, counts, strict=True)]
+    column_order = ranking(scores, tiebreak)[:, : max(counts)]
+    if len(set(counts)) > 1:  # what a head does not keep is sorted behind what it does
+        places = torch.arange(max(counts), device=scores.device)
+        is_dropped = places >= to_device(torch.tensor(counts), scores.device)[:, None]
+        column_order = column_order.masked_fill(is_dropped, scores.shape[1])
+    kept_columns = column_order.sort(1).values
+    return [head_columns[:count] for head_columns, count in zip(kept_columns, counts, strict=True)]
 
 
 def under(policy: KVPolicy, scorer: KVPolicy) -> KVPolicy:
@@ -273,6 +284,7 @@ def row_of(view: LayerView, i: int, columns: Tensor) -> Row:
         view.layer,
         view.layers,
         rank=view.rank,
+        stacked=view.stacked,
     )
     if view.rotation is not None:
         cosines, sines = (table[min(i, len(table) - 1)][places] for table in (view.rotation.cos, view.rotation.sin))

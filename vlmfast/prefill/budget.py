@@ -35,6 +35,9 @@ def by_head(columns: int, weights: Tensor, least: int, most: int) -> list[int]:
     """
     num_heads = len(weights)
     columns = min(columns, num_heads * most)
+    if bool((weights == weights[0]).all()):  # the usual case needs no rounds
+        share, rest = divmod(columns, num_heads)
+        return [share + 1] * rest + [share] * (num_heads - rest)
     proportions = weights.double().clamp(min=1e-9)
     allotted = torch.full((num_heads,), float(least), dtype=torch.float64)
     unspent, is_open = float(columns - num_heads * least), torch.ones(num_heads, dtype=torch.bool)

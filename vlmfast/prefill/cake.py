@@ -51,18 +51,24 @@ class CAKE(AcrossLayers):
         indicator = row.window.mean(1) + self.gamma * row.window.var(1, correction=0)
         return indicator.view(row.keys.shape[0], -1, row.n).mean(1)
 
-    def weigh(self, row: Row, scores: Tensor) -> float:
-        """The logarithm of the layer's preference: a power of 1 / tau overflows where tau is small."""
+    def weigh(self, row: Row, scores: Tensor) -> list[Any]:
+        """Of each layer (2,) float32: dispersion and temporal shift."""
         assert row.window is not None
         mean_attention = row.window.mean(1)
-        dispersion = -(mean_attention * mean_attention.clamp(min=1e-12).log()).sum(-1).mean()
-        temporal_shift = row.window.var(1, correction=0).sum(-1).mean()
+        dispersion = -(mean_attention * mean_attention.clamp(min=1e-12).log()).sum(-1)
+        temporal_shift = row.window.var(1, correction=0).sum(-1)
+        per_layer = [statistic.view(row.stacked, -1).mean(1) for statistic in (dispersion, temporal_shift)]
+        return list(torch.stack(per_layer, 1))
+
+    def preference(self, statistics: list[float]) -> float:
+        """The logarithm of a layer's preference: a power of 1 / tau overflows where tau is small."""
         log_terms = (
-            math.log(max(1e-12, float(statistic))) / temperature
-            for statistic, temperature in ((dispersion, self.tau1), (temporal_shift, self.tau2))
+            math.log(max(1e-12, statistic)) / temperature
+            for statistic, temperature in zip(statistics, (self.tau1, self.tau2), strict=True)
         )
         return sum(min(1e300, max(-1e300, log_term)) for log_term in log_terms)
 
     def spread(self, weights: list[Any], n: int) -> list[int]:
-        log_preferences = torch.tensor(weights, dtype=torch.float64)
+        statistics = torch.stack(weights).tolist()  # the one wait
+        log_preferences = torch.tensor([self.preference(layer) for layer in statistics], dtype=torch.float64)
         return by_head(self.total(n) * len(weights), (log_preferences - log_preferences.max()).exp(), self.least(), n)

@@ -63,6 +63,7 @@ class ElasticCache(KVPolicy):
     """
 
     name: ClassVar[str] = "elasticcache"
+    stacks: ClassVar[bool] = True
     queries: PositiveInt = 64
     distance: PositiveInt | None = None
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vlmfast.core import CompressedLayer, Unsupported
 from vlmfast.prefill.ragged_layer import KVLayer
+from vlmfast.runtime.stacked_layers import Gathered
 
 
 class EvictingLayer(KVLayer):
@@ -39,15 +40,21 @@ class EvictingLayer(KVLayer):
             self.decoded += num_tokens
         return super().update(key_states, value_states, *args, **kwargs)
 
-    def compress(self, kept: CompressedLayer | None, positions: Tensor | None = None) -> None:
+    def compress(
+        self, kept: CompressedLayer | None, positions: Tensor | None = None, rows: Gathered | None = None
+    ) -> None:
         assert self.keys is not None
         batch_size, num_heads, num_columns, _ = self.keys.shape
-        real_lengths = [num_columns] * batch_size if positions is None else (positions >= 0).sum(1).tolist()
+        real_lengths = [num_columns] * batch_size
+        if kept is not None and kept.columns is not None:
+            real_lengths = kept.columns
+        elif positions is not None:
+            real_lengths = (positions >= 0).sum(1).tolist()
         self.cut = [
             kept is not None and len(kept.keep[row_index]) < real_lengths[row_index // num_heads]
             for row_index in range(batch_size * num_heads)
         ]
-        super().compress(kept, positions)
+        super().compress(kept, positions, rows)
 
     def rows_of(self, indices: Tensor) -> list[int]:
         """The rows that belong to some batch rows (int64, or a bool mask), in order."""

@@ -26,6 +26,7 @@ class H2O(KVPolicy):
     """
 
     name: ClassVar[str] = "h2o"
+    stacks: ClassVar[bool] = True
     sinks: NonNegativeInt = 0
     queries: PositiveInt = 64
     heavy: Share = 0.5

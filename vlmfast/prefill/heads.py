@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,7 @@ class HeadTable:
 class _Observe(HybridKV):
     """HybridKV that classifies and keeps everything."""
 
+    stacks: ClassVar[bool] = False
     seen: list = dataclasses.field(default_factory=list)
 
     def fits(self, columns: int) -> bool:

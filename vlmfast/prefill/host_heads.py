@@ -8,8 +8,6 @@ chunk bounds as in Quest, arXiv 2406.10774).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,154 +15,14 @@ from torch import Tensor
 from vlmfast import kernels
 from vlmfast.core import LowRank, Retrieval
 from vlmfast.kernels import Ragged
+from vlmfast.prefill.host_groups import Group, LowRankGroup
 from vlmfast.prefill.ragged_store import Segment, Store
-from vlmfast.runtime.late_rope import rotate
-
-SLOTS = 4  # least number of chunks in a budget: a small budget gets shorter chunks
-
-
-class Group:
-    """Dynamic rows of one prefill length and budget: dense host tensors, chunk representatives, slot tables."""
-
-    def __init__(self, rows: list[int], keys: Tensor, values: Tensor, positions: Tensor, budget: int, how: Retrieval):
-        """keys (R, n, D), values (R, n, Dv), positions (R, n) of the rows; budget = columns each holds fast."""
-        self.rows, self.budget, self.how = rows, budget, how
-        num_rows, num_columns, head_size = keys.shape
-        self.n = num_columns
-        self.chunk = max(1, min(how.chunk, (budget - how.sinks - how.recent + 1) // SLOTS))
-        self.chunks = max(0, (num_columns - how.sinks - how.recent) // self.chunk)
-        num_unchunked = num_columns - self.chunks * self.chunk  # sinks, recent and what does not fill a chunk
-        self.slots = min(self.chunks, max(1, (budget - num_unchunked) // self.chunk))
-        self.host_keys, self.host_values = _to_host(keys), _to_host(values)
-        self.host_positions = positions.to("cpu", torch.int32)
-        chunked_keys = keys[:, how.sinks : how.sinks + self.chunks * self.chunk].view(
-            num_rows, self.chunks, self.chunk, head_size
-        )
-        if how.bound == "mean":
-            self.representatives = chunked_keys.mean(2, dtype=torch.float32).to(keys.dtype)
-        else:
-            self.representatives = torch.stack([chunked_keys.amin(2), chunked_keys.amax(2)], 2)
-        self.held = torch.arange(self.slots).expand(num_rows, -1).clone()  # (R, slots) chunk in each slot, on the host
-        self.history = [(-1, self.held.clone())]  # (position, held) at past refreshes, grows when refresh > 1
-        self.moved = 0  # chunks copied into fast memory since the prefill
-
-    def segments(self) -> list[Segment]:
-        """The fast rows with the slots as they stand."""
-        chunks_end = self.how.sinks + self.chunks * self.chunk
-        row_segments: list[Segment] = []
-        for index, row in enumerate(self.rows):
-            places = self._columns(self.held[index])
-            places = torch.cat(
-                [torch.arange(min(self.how.sinks, self.n)), places, torch.arange(min(chunks_end, self.n), self.n)]
-            )
-            device = self.representatives.device
-            row_keys, row_values, row_positions = self.columns(index, places)
-            row_segments.append((row, row_keys.to(device), row_values.to(device), row_positions.to(device)))
-        return row_segments
-
-    def columns(self, i: int, at: Tensor | slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys, values and positions of row i at some columns, on the device that stores them."""
-        return self.host_keys[i][at], self.host_values[i][at], self.host_positions[i][at]
-
-    def blocks(self, i: int, chunks: Tensor) -> Iterator[Tensor]:
-        """Keys, values and positions of row i, some chunks (S,) of them: (S, chunk * D) each."""
-        chunk_range = slice(self.how.sinks, self.how.sinks + self.chunks * self.chunk)
-        for host_tensor in (self.host_keys, self.host_values, self.host_positions):
-            yield host_tensor[i, chunk_range].view(self.chunks, -1)[chunks]
-
-    def before(self, i: int, n: int) -> LowRank | None:
-        """Factors of the first n columns of row i, for keys that are kept as such."""
-        return None
-
-    def pick(self, rows: list[int], index: Tensor) -> Group:
-        """A group of some of these rows: index (int64, repeats allowed) selects them, `rows` are their new numbers."""
-        picked_group = object.__new__(type(self))
-        picked_group.__dict__.update(self.__dict__)
-        picked_group.rows = rows
-        for attribute in ("host_keys", "host_values", "host_positions", "held"):
-            setattr(picked_group, attribute, getattr(self, attribute)[index])
-        picked_group.representatives = self.representatives[index.to(self.representatives.device)]
-        picked_group.history = [(position, held_chunks[index]) for position, held_chunks in self.history]
-        return picked_group
-
-    def nbytes(self) -> tuple[int, int]:
-        """Bytes apart from the fast rows: in fast memory, in host memory (slot tables included)."""
-        host_tensors = (self.host_keys, self.host_values, self.host_positions, self.held)
-        return _bytes(self.representatives), sum(map(_bytes, host_tensors))
-
-    def shared(self) -> list[Tensor]:
-        """Further tensors in fast memory, which several rows or groups may share."""
-        return []
-
-    def _columns(self, chunks: Tensor) -> Tensor:
-        """Host columns of some chunks (S,) -> (S * chunk,)."""
-        return (self.how.sinks + chunks[:, None] * self.chunk + torch.arange(self.chunk)).reshape(-1)
-
-    def choose(self, query: Tensor) -> Tensor:
-        """(R, slots) chunks that score best for the queries (R, G, D), on the host."""
-        bound_scores = kernels.chunk_scores(query, self.representatives)
-        return kernels.highest(bound_scores, self.slots).cpu()
-
-    def load(self, wanted: Tensor, store: Store) -> None:
-        """Make the slots hold `wanted` (R, slots), copying only chunks that are not there yet."""
-        for i, row in enumerate(self.rows):
-            loaded, wanted_row = self.held[i].tolist(), wanted[i].tolist()
-            present, needed = set(loaded), set(wanted_row)
-            missing = [chunk for chunk in wanted_row if chunk not in present]  # as many as there are slots to free
-            if not missing:
-                continue
-            new_chunks = torch.tensor(missing)
-            free_slots = torch.tensor([slot for slot, chunk in enumerate(loaded) if chunk not in needed])
-            start = store.offsets[store.rows.index(row)] + self.how.sinks
-            device_slots = free_slots.to(store.keys.device, non_blocking=True)
-            for blocks, fast_buffer in zip(
-                self.blocks(i, new_chunks), (store.keys, store.values, store.positions), strict=True
-            ):
-                slot_view = fast_buffer[start : start + self.slots * self.chunk].view(self.slots, -1)
-                slot_view.index_copy_(0, device_slots, blocks.to(fast_buffer.device, non_blocking=True))
-            self.held[i, free_slots] = new_chunks
-            self.moved += len(new_chunks)
-
-
-class LowRankGroup(Group):
-    """Rows whose keys are factors in fast memory, multiplied and rotated when columns are read (ShadowKV)."""
-
-    def __init__(self, *args: Any, factors: list[LowRank]) -> None:
-        super().__init__(*args)
-        self.factors = factors
-        self.host_keys = self.host_keys[:, :0].clone()
-
-    def columns(self, i: int, at: Tensor | slice) -> tuple[Tensor, Tensor, Tensor]:
-        factor = self.factors[i]
-        device_columns = at.to(factor.left.device) if isinstance(at, Tensor) else at
-        row_keys = rotate(
-            factor.left[device_columns] @ factor.right, factor.cos[device_columns], factor.sin[device_columns]
-        )
-        return row_keys, self.host_values[i][at], self.host_positions[i][at]
-
-    def blocks(self, i: int, chunks: Tensor) -> Iterator[Tensor]:
-        for column_data in self.columns(i, self._columns(chunks)):
-            yield column_data.reshape(len(chunks), -1)
-
-    def before(self, i: int, n: int) -> LowRank:
-        factor = self.factors[i]
-        return replace(factor, left=factor.left[:n], cos=factor.cos[:n], sin=factor.sin[:n])
-
-    def pick(self, rows: list[int], index: Tensor) -> Group:
-        picked_group: Any = super().pick(rows, index)
-        picked_group.factors = [self.factors[row_index] for row_index in index.tolist()]
-        return picked_group
-
-    def shared(self) -> list[Tensor]:
-        return [
-            tensor
-            for factor in self.factors
-            for tensor in (factor.left, factor.right, *((factor.cos, factor.sin) if factor.owner else ()))
-        ]
 
 
 class HostHeads:
     """All dynamic rows of one layer: a fast `Store` and the host groups behind it."""
+
+    pending: tuple[list[int], Tensor] | None = None  # see `hold`
 
     def __init__(
         self,
@@ -196,6 +54,23 @@ class HostHeads:
                 self.groups.append(Group(row_numbers, keys, values, positions, budget, how))
         self.store = Store.build([member for group in self.groups for member in group.segments()], total)
 
+    def hold(self, at: list[int], held: Tensor) -> None:
+        """What the engine chose at logical positions `at`, and what it held in the end: held (len(at) + 1, rows of the
+        layer, m) int chunks by slot, on the host. Loaded when the rows are next used."""
+        self.settle()
+        self.pending = at, held
+
+    def settle(self) -> None:
+        """Load what `hold` was told."""
+        if self.pending is None:
+            return
+        (at, held), self.pending = self.pending, None
+        for group in self.groups:
+            if 0 < group.slots < group.chunks:
+                own = held[:, group.rows, : group.slots].long()
+                group.history += zip(at, own, strict=False)
+                group.load(own[-1], self.store)
+
     def attend(self, query: Tensor, scaling: float, out: Tensor, length: int, turn: bool) -> None:
         """Attention of the last q tokens (already appended; logical length `length` with them) into `out`.
 
@@ -203,6 +78,7 @@ class HostHeads:
         answer starts from: what was chosen for the question before has little to do with it. Otherwise every token
         chooses its own chunks, so a verified draft reads exactly what one-by-one decoding would.
         """
+        self.settle()
         num_tokens = query.shape[2]
         row_queries = query.reshape(self.store.total, -1, num_tokens, query.shape[-1])
         if turn:
@@ -261,6 +137,7 @@ class HostHeads:
 
     def crop(self, length: int, removed: int) -> None:
         """Go back to logical `length`, removing `removed` columns; columns of the prefill may go too."""
+        self.settle()
         if length >= self.base:
             self.store.drop_last(removed)
             for group in self.groups:
@@ -282,6 +159,7 @@ class HostHeads:
 
     def take(self, batch: list[int], heads: int) -> None:
         """Keep (and repeat) batch rows in the given order."""
+        self.settle()
         groups = []
         for old_group in self.groups:
             places = {row: index for index, row in enumerate(old_group.rows)}
@@ -308,14 +186,3 @@ class HostHeads:
         storages = [tensor.untyped_storage() for group in self.groups for tensor in group.shared()]
         beside += sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
         return {"fast": used_bytes + beside, "fast_allocated": allocated_bytes + beside, "host": host_bytes}
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    """A contiguous copy in host memory, pinned when it comes from a GPU."""
-    if tensor.is_cuda:
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
-    return tensor.clone(memory_format=torch.contiguous_format)

@@ -15,9 +15,10 @@ from torch import Tensor
 from vlmfast.core import Kind, Retrieval
 from vlmfast.fields import Fraction, OddInt, Options, PositiveFloat, PositiveInt, Share
 from vlmfast.kernels import ranking
-from vlmfast.prefill.base import Choice, KVPolicy, Row, best, max_pool, protect
+from vlmfast.prefill.base import Choice, KVPolicy, Row, best_of_heads, max_pool, protect
 from vlmfast.prefill.budget import by_head, by_type
 from vlmfast.prefill.keydiff import distinctness
+from vlmfast.runtime.packed_pieces import to_device
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class HybridKV(KVPolicy):
     """
 
     name: ClassVar[str] = "hybridkv"
+    stacks: ClassVar[bool] = True
     dynamic: Literal["concentrated", "diffuse"] = "concentrated"
     split: Share | None = None
     advanced: HybridAdvanced = HybridAdvanced()
@@ -131,9 +133,31 @@ class HybridKV(KVPolicy):
         ), tie_scores
 
     def choose(self, row: Row) -> Choice:
-        concentration_per_head = self.concentration(row).cpu()  # the one wait of a layer
+        concentration_per_head = self.concentration(row).cpu()  # the one wait
+        by_layer = concentration_per_head.view(row.stacked, -1)
+        budgets = [self._budgets(layer_heads, row.n) for layer_heads in by_layer]
+        is_dynamic, head_budgets = (torch.cat(parts) for parts in zip(*budgets, strict=True))
+        scores, tie_scores = self._scores(row)
+        scores = protect(scores, self.sinks, self.recent)
+        static_heads, all_columns = (~is_dynamic).nonzero()[:, 0], torch.arange(row.n, device=scores.device)
+        kept_columns = [all_columns] * len(is_dynamic)
+        if len(static_heads) < len(is_dynamic):
+            picked = to_device(static_heads, scores.device)
+            scores, tie_scores = scores[picked], tie_scores[picked]
+        if len(static_heads):
+            kept_static = best_of_heads(scores, head_budgets[static_heads].tolist(), tie_scores)
+            for head_index, columns in zip(static_heads.tolist(), kept_static, strict=True):
+                kept_columns[head_index] = columns
+        statistics = [
+            {"concentration": layer_heads.tolist(), "dynamic": dynamic.tolist(), "budget": budget.tolist()}
+            for layer_heads, (dynamic, budget) in zip(by_layer, budgets, strict=True)
+        ]
+        return Choice(kept_columns, is_dynamic, head_budgets, statistics if row.stacked > 1 else statistics[0])
+
+    def _budgets(self, concentration_per_head: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
+        """Which of a layer's heads are dynamic, and how many columns each reads, (Hk,) bool and int64 on the host."""
         is_dynamic = self.classify(concentration_per_head)
-        num_heads, mean_budget = len(concentration_per_head), self.total(row.n)
+        num_heads, mean_budget = len(concentration_per_head), self.total(num_columns)
         num_dynamic = int(is_dynamic.sum())
         static_columns, dynamic_columns = by_type(
             mean_budget, num_heads, num_dynamic, self.advanced.ratio, self.sinks + self.recent, self.least()
@@ -145,25 +169,11 @@ class HybridKV(KVPolicy):
         }[self.advanced.share]
         head_budgets = torch.zeros(num_heads, dtype=torch.int64)
         if num_dynamic:
-            head_budgets[is_dynamic] = min(row.n, dynamic_columns // num_dynamic)
+            head_budgets[is_dynamic] = min(num_columns, dynamic_columns // num_dynamic)
         if num_dynamic < num_heads:
-            static_budgets = by_head(static_columns, head_weights[~is_dynamic], self.sinks + self.recent, row.n)
+            static_budgets = by_head(static_columns, head_weights[~is_dynamic], self.sinks + self.recent, num_columns)
             head_budgets[~is_dynamic] = torch.tensor(static_budgets)
-        scores, tie_scores = self._scores(row)
-        scores = protect(scores, self.sinks, self.recent)
-        all_columns = torch.arange(row.n, device=scores.device)
-        kept_columns = [
-            all_columns
-            if is_dynamic[head_index]
-            else best(scores[head_index], int(head_budgets[head_index]), tie_scores[head_index])
-            for head_index in range(num_heads)
-        ]
-        statistics = {
-            "concentration": concentration_per_head.tolist(),
-            "dynamic": is_dynamic.tolist(),
-            "budget": head_budgets.tolist(),
-        }
-        return Choice(kept_columns, is_dynamic, head_budgets, statistics)
+        return is_dynamic, head_budgets
 
 
 def _rank(scores: Tensor, tiebreak: Tensor | None = None) -> Tensor:

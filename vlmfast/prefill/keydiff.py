@@ -22,6 +22,7 @@ class KeyDiff(KVPolicy):
     """Score = how unlike the mean key of its head a key is (`distinctness`)."""
 
     name: ClassVar[str] = "keydiff"
+    stacks: ClassVar[bool] = True
 
     def score(self, row: Row) -> Tensor:
         return distinctness(row.keys)

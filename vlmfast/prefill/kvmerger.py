@@ -66,13 +66,14 @@ def merge_runs(keys: Tensor, values: Tensor, score: Tensor, runs: int) -> tuple[
     float_keys = keys.float()
     similarity = cosine_similarity(float_keys[1:], float_keys[:-1], dim=-1)
     run_index = torch.zeros(num_columns, dtype=torch.int64, device=keys.device)
-    run_index[highest(-similarity, runs - 1) + 1] = 1
+    run_index.index_fill_(0, highest(-similarity, runs - 1) + 1, 1)
     run_index = run_index.cumsum(0)
     score_rank = ranking(score).argsort()
     best_rank = score_rank.new_full((runs,), num_columns).scatter_reduce(0, run_index, score_rank, "amin")
-    pivots = (score_rank == best_rank[run_index]).nonzero()[:, 0]
+    is_other = score_rank != best_rank[run_index]
+    pivots = is_other.to(torch.uint8).argsort(stable=True)[:runs]
     distance = (float_keys - float_keys[pivots][run_index]).norm(dim=-1)
-    run_sizes = run_index.bincount(minlength=runs)
+    run_sizes = run_index.new_zeros(runs).index_add_(0, run_index, torch.ones_like(run_index))
     mean_distance = float_keys.new_zeros(runs).index_add_(0, run_index, distance) / (run_sizes - 1).clamp(min=1)
     merge_weights = torch.exp(-((distance / mean_distance[run_index].clamp(min=1e-12)) ** 2))
     merge_weights = merge_weights / merge_weights.new_zeros(runs).index_add_(0, run_index, merge_weights)[run_index]

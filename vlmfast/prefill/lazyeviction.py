@@ -15,6 +15,7 @@ from vlmfast.fields import PositiveInt, Range
 from vlmfast.prefill.base import best, protect
 from vlmfast.prefill.evict import EvictingLayer
 from vlmfast.prefill.snapkv import SnapKV
+from vlmfast.runtime.stacked_layers import Gathered
 
 
 class LaggedLayer(EvictingLayer):
@@ -26,8 +27,10 @@ class LaggedLayer(EvictingLayer):
         self.evicted = 0  # `decoded` at the last eviction
         self.last = self.interval = torch.empty(0)  # (B * Hk, M) float32 by place: last use, longest gap between uses
 
-    def compress(self, kept: CompressedLayer | None, positions: Tensor | None = None) -> None:
-        super().compress(kept, positions)
+    def compress(
+        self, kept: CompressedLayer | None, positions: Tensor | None = None, rows: Gathered | None = None
+    ) -> None:
+        super().compress(kept, positions, rows)
         held_lengths = self.lengths().flatten()
         self.limits = [
             max(self.rule["least"], self.rule["budget"] or row_length) for row_length in held_lengths.tolist()

@@ -9,9 +9,9 @@ from torch.nn.functional import normalize
 
 def others(kept: Tensor, n: int) -> Tensor:
     """Columns out of n that are not in kept (m,): (n - m,) int64, ascending."""
-    is_evicted = torch.ones(n, dtype=torch.bool, device=kept.device)
-    is_evicted[kept] = False
-    return is_evicted.nonzero()[:, 0]
+    is_kept = torch.zeros(n, dtype=torch.uint8, device=kept.device)
+    is_kept.index_fill_(0, kept, 1)
+    return is_kept.argsort(stable=True)[: n - len(kept)]
 
 
 def nearest_key(keys: Tensor, kept: Tensor, gone: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ class MixKV(KVPolicy):
     """
 
     name: ClassVar[str] = "mixkv"
+    stacks: ClassVar[bool] = True
     queries: PositiveInt = 32
 
     def redundancy(self, keys: Tensor) -> Tensor:

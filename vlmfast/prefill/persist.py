@@ -14,7 +14,8 @@ from transformers import DynamicCache
 
 from vlmfast.core import LowRank, Retrieval, UserError, shown
 from vlmfast.prefill.elasticcache import FixedPointLayer
-from vlmfast.prefill.host_heads import Group, HostHeads, LowRankGroup
+from vlmfast.prefill.host_groups import Group, LowRankGroup
+from vlmfast.prefill.host_heads import HostHeads
 from vlmfast.prefill.lazyeviction import LaggedLayer
 from vlmfast.prefill.ragged_layer import KVLayer
 from vlmfast.prefill.ragged_store import Store
@@ -69,6 +70,8 @@ def save(cache: Any, path: str | Path) -> None:
                 f"layer {layer_index} of this cache is a {type(cache_layer).__name__}: only compressed caches are "
                 "saved, and pruned ones (a context within the budget is not compressed; use kv=Full() to hold it all)"
             )
+        if isinstance(cache_layer, KVLayer) and cache_layer.dynamic is not None:
+            cache_layer.dynamic.settle()
     tensors: dict[str, Tensor] = {}
     object_tree = _pack({"layers": list(cache.layers), "state": remembered}, "", tensors)
     save_file(tensors, str(path), metadata={"vlmfast_cache": json.dumps(object_tree)})

@@ -32,14 +32,17 @@ class PrefixKV(AcrossLayers):
     def score(self, row: Row) -> Tensor:
         return row.relevance()
 
-    def weigh(self, row: Row, scores: Tensor) -> Tensor:
-        """(m,) float64: the share of the layer's importance that its best 1, 2, ... m of the free columns hold."""
-        free_scores = scores[:, self.sinks : row.n - self.recent].double().cpu()
-        cumulative_scores = free_scores.sort(dim=1, descending=True).values.cumsum(1)
+    def weigh(self, row: Row, scores: Tensor) -> list[Any]:
+        """Of each layer (Hk, m) float32: the importance of its free columns."""
+        return list(scores[:, self.sinks : row.n - self.recent].unflatten(0, (row.stacked, -1)))
+
+    def curve(self, free_scores: Tensor) -> Tensor:
+        """(m,) float64: the share of a layer's importance that its best 1, 2, ... m of the free columns hold."""
+        cumulative_scores = free_scores.double().sort(dim=1, descending=True).values.cumsum(1)
         return (cumulative_scores / cumulative_scores[:, -1:].clamp(min=1e-12)).mean(0)
 
     def spread(self, weights: list[Any], n: int) -> list[int]:
-        share_curves = torch.stack(weights)
+        share_curves = torch.stack([self.curve(layer) for layer in torch.stack(weights).cpu()])  # the one wait
         lower_bound, upper_bound = 0.0, 1.0 + 1e-6
         for _ in range(50):
             attention_share = (lower_bound + upper_bound) / 2

@@ -24,13 +24,13 @@ class PyramidKV(SnapKV):
     name: ClassVar[str] = "pyramidkv"
     beta: Annotated[float, Range(1)] = 20.0
 
-    def allowance(self, row: Row) -> int:
+    def allowance(self, row: Row, depth: int = 0) -> int:
         mean_free, minimum = self.total(row.n) - self.least(), self.least()
         first_layer_free = min(2 * mean_free - mean_free / self.beta, row.n - minimum)
         slope = 2 * (first_layer_free - mean_free) / max(1, row.layers - 1)
         free_columns = (
-            [first_layer_free - slope * depth for depth in range(row.layers)] if row.layers > 1 else [float(mean_free)]
+            [first_layer_free - slope * place for place in range(row.layers)] if row.layers > 1 else [float(mean_free)]
         )
         # rounding the running sum, not the layers, keeps the sum over the layers exact
-        layer_index = row.layer if row.rank is None else row.rank
+        layer_index = (row.layer if row.rank is None else row.rank) + depth
         return minimum + round(sum(free_columns[: layer_index + 1])) - round(sum(free_columns[:layer_index]))

@@ -36,6 +36,10 @@ class Quantised(KVPolicy):
             )
         check_scorer(self, self.scorer)
 
+    @property
+    def stacks(self) -> bool:  # type: ignore[override]
+        return self.scorer.stacks
+
     def window(self) -> int:
         return self.scorer.window()
 

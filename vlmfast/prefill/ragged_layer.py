@@ -16,10 +16,13 @@ from transformers.cache_utils import CacheLayerMixin
 
 from vlmfast import kernels
 from vlmfast.core import CompressedLayer, Unsupported
+from vlmfast.prefill import engine_rows
 from vlmfast.prefill.host_heads import HostHeads
 from vlmfast.prefill.ragged_store import Store
 from vlmfast.runtime.attention import tag
 from vlmfast.runtime.pruned_layer import RaggedLayer
+from vlmfast.runtime.stacked_layers import Gathered, gathered
+from vlmfast.runtime.stepped_layer import HostRows
 
 
 class KVLayer(RaggedLayer, CacheLayerMixin):
@@ -152,10 +155,13 @@ class KVLayer(RaggedLayer, CacheLayerMixin):
         all_stores = (self.exact, self.int8, self.dynamic.store if self.dynamic else None)
         return [s for s in all_stores if s is not None]
 
-    def compress(self, kept: CompressedLayer | None, positions: Tensor | None = None) -> None:
+    def compress(
+        self, kept: CompressedLayer | None, positions: Tensor | None = None, rows: Gathered | None = None
+    ) -> None:
         """Turn the held prefill into ragged storage: what `kept` names, or every column when None.
 
         positions (B, L): logical column of each held one, -1 on padding (then dropped); None = in order, no padding.
+        rows: what `kept` names, where it was gathered before.
         """
         all_keys, all_values = self.keys, self.values
         assert all_keys is not None and all_values is not None, "compress() needs the prefill that update() was given"
@@ -173,7 +179,7 @@ class KVLayer(RaggedLayer, CacheLayerMixin):
         is_int8 = kept.int8.tolist() if kept.int8 is not None else [False] * (batch_size * num_heads)
         tiers: dict[str, list] = {"exact": [], "int8": [], "dynamic": []}
         positions = positions.to(torch.int32)
-        joined_rows = _joined(kept, all_keys, all_values, positions)
+        joined_rows = gathered(kept, all_keys, all_values, positions) if rows is None else rows
         for row, columns in enumerate(kept.keep if joined_rows is None else []):
             batch_row, head = divmod(row, num_heads)
             places = slice(None) if len(columns) == num_columns else columns
@@ -246,19 +252,22 @@ class KVLayer(RaggedLayer, CacheLayerMixin):
         low_share = torch.sigmoid(low_sums - sums)[..., None]
         return torch.lerp(output.float(), low_output.float(), low_share).to(output.dtype)
 
-    def plain_rows(self) -> list[tuple[Tensor, Tensor]] | str:
-        """Keys and values of every (batch row, head), where they are nothing but columns in fast memory."""
+    # -- the engine, see `runtime.stepped_layer` --------------------------------------------------------------------
+
+    def tiers(self) -> tuple[str, ...]:
+        return tuple(tier for tier in ("exact", "int8", "low", "dynamic") if getattr(self, tier) is not None)
+
+    def plain_rows(self) -> list[tuple[Tensor, ...]] | str:
         if type(self) is not KVLayer:
             return f"a {type(self).__name__} acts on every token"
-        if self.exact is None or self.dynamic is not None or len(self.exact) < self.exact.total:
-            return "dynamic heads read host memory" if self.dynamic is not None else "heads are stored as int8"
-        if self.low is not None or self.exact.bias is not None:
-            return "columns stand for several, or are stored as int8"
-        stored = self.exact
-        places = sorted(zip(stored.rows, stored.offsets, stored.lengths, strict=True))
-        return [
-            (stored.keys[start : start + length], stored.values[start : start + length]) for _, start, length in places
-        ]
+        return engine_rows.plain_rows(self)
+
+    def host_rows(self) -> HostRows | None:
+        return engine_rows.host_rows(self)
+
+    def hold(self, fed: list[int], held: Tensor) -> None:
+        if self.dynamic is not None:
+            self.dynamic.hold([self.get_seq_length() + number for number in fed], held)
 
     # -- accounts --------------------------------------------------------------------------------------------------
 
@@ -299,24 +308,3 @@ class KVLayer(RaggedLayer, CacheLayerMixin):
     def fork(self) -> KVLayer:
         """An independent copy."""
         return copy.deepcopy(self)
-
-
-def _joined(
-    kept: CompressedLayer, keys: Tensor, values: Tensor, positions: Tensor
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Keys (R, m, D), values (R, m, Dv) and positions (R, m) of what stays, gathered at once; None where rows differ in
-    length or in kind, or hold other vectors than their own. keys, values (B, Hk, n, D); positions (B, n)."""
-    batch_size, num_heads = keys.shape[:2]
-    same_length = len({len(indices) for indices in kept.keep}) == 1 and kept.merged is None
-    same_kind = kept.int8 is None or len(set(kept.int8.tolist())) == 1
-    if not same_length or not same_kind or (kept.dynamic is not None and bool(kept.dynamic.any())):
-        return None
-    indices, head_index = (
-        torch.stack(kept.keep).view(batch_size, num_heads, -1),
-        torch.arange(num_heads, device=keys.device)[:, None],
-    )
-    gathered = [
-        (keys[index][head_index, places], values[index][head_index, places], positions[index][places])
-        for index, places in enumerate(indices)
-    ]
-    return gathered[0] if batch_size == 1 else tuple(torch.cat(parts) for parts in zip(*gathered, strict=True))  # type: ignore[return-value]

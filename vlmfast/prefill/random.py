@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vlmfast.fields import NonNegativeInt
 from vlmfast.prefill.base import KVPolicy, Row
+from vlmfast.runtime.packed_pieces import to_device
 
 
 @dataclass(frozen=True)
@@ -24,4 +25,5 @@ class Random(KVPolicy):
 
     def score(self, row: Row) -> Tensor:
         random_state = torch.Generator().manual_seed(self.seed * 10_007 + row.layer)
-        return torch.rand(row.keys.shape[0], row.n, generator=random_state).to(row.keys.device)
+        drawn = torch.rand(row.keys.shape[0], row.n, generator=random_state)
+        return to_device(drawn, row.keys.device)

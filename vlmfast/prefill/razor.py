@@ -31,6 +31,7 @@ class RazorAttention(AcrossLayers):
     """
 
     name: ClassVar[str] = "razorattention"
+    stacks: ClassVar[bool] = False
     keep: Fraction = 0.32
     share: Share = 0.15
     heads: tuple[tuple[int, int], ...] | None = None
@@ -63,12 +64,14 @@ class RazorAttention(AcrossLayers):
             return torch.zeros(row.keys.shape[:2], device=row.keys.device)
         return row.relevance()
 
-    def weigh(self, row: Row, scores: Tensor) -> tuple[int, Tensor]:
+    def weigh(self, row: Row, scores: Tensor) -> list[Any]:
         """The layer, and how far each of its heads looks: (Hk,) attention outside sinks and recent columns."""
-        return row.layer, scores[:, self.sinks : row.n - self.recent].sum(1).cpu()
+        return [(row.layer, scores[:, self.sinks : row.n - self.recent].sum(1))]
 
     def spread(self, weights: list[Any], n: int) -> list[list[int]]:
         """Columns of every head of every layer: n for retrieval heads, the rest of the budget for the others alike."""
+        reach = torch.stack([head_reach for _, head_reach in weights]).cpu()  # the one wait
+        weights = [(layer_index, layer_reach) for (layer_index, _), layer_reach in zip(weights, reach, strict=True)]
         head_pairs = [
             (layer_index, head_index) for layer_index, head_reach in weights for head_index in range(len(head_reach))
         ]
@@ -100,7 +103,8 @@ class RazorAttention(AcrossLayers):
             for layer_index, head_reach in weights
         ]
 
-    def pick(self, row: Row, rated: Rated, share: Any) -> Choice:
+    def pick(self, row: Row, rated: Rated, shares: list[Any]) -> Choice:
+        (share,) = shares
         choice = Choice([], merged=[], mass=[], stats={"retrieval": [num_kept == row.n for num_kept in share]})
         assert choice.merged is not None and choice.mass is not None
         for head_keys, head_values, num_kept in zip(row.keys, row.values, share, strict=True):
@@ -116,7 +120,7 @@ class RazorAttention(AcrossLayers):
             new_keys[self.sinks] = head_keys[self.sinks : first_recent].float().mean(0).to(head_keys.dtype)
             new_values[self.sinks] = head_values[self.sinks : first_recent].float().mean(0).to(head_values.dtype)
             column_mass = torch.ones(num_kept, device=head_keys.device)
-            column_mass[self.sinks] = first_recent - self.sinks
+            column_mass[self.sinks : self.sinks + 1].fill_(first_recent - self.sinks)
             choice.keep.append(kept_columns)
             choice.merged.append((new_keys, new_values))
             choice.mass.append(column_mass)

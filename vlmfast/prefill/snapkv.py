@@ -25,6 +25,7 @@ class SnapKV(KVPolicy):
     """
 
     name: ClassVar[str] = "snapkv"
+    stacks: ClassVar[bool] = True
     queries: PositiveInt = 32
     pool: OddInt = 7
 

@@ -16,6 +16,7 @@ class StreamingLLM(KVPolicy):
     """Attention sinks plus the most recent columns; reads neither keys nor attention."""
 
     name: ClassVar[str] = "streamingllm"
+    stacks: ClassVar[bool] = True
 
     def score(self, row: Row) -> Tensor:
         return torch.arange(row.n, device=row.keys.device).float().expand(row.keys.shape[0], -1)

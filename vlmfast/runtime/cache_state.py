@@ -27,10 +27,12 @@ class Columns:
     index: Tensor  # (B, P) int64, logical column of each physical one; -1 on padding
     logical: int  # logical length of the sequence so far
     padded: bool  # does any row hold padding?
+    host: Tensor | None = None  # `kinds` on the host, where they are known without waiting for the device
 
     def grow(self, length: int) -> None:
         """Append text columns up to logical `length`, or drop trailing ones beyond it."""
         num_added = length - self.logical
+        self.host = self.host if num_added == 0 else None
         if num_added > 0:
             batch_size = self.kinds.shape[0]
             new_columns = torch.arange(self.logical, length, device=self.index.device).expand(batch_size, -1)

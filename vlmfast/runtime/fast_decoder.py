@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
+from vlmfast.runtime import late_rope
 from vlmfast.runtime.pruned_layer import AnnouncedColumns, PrunedLayer
 from vlmfast.runtime.rewind import fixed_rotation
+from vlmfast.runtime.stream_cache import WorkLayer
 
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "rotary_emb"}
@@ -37,7 +39,7 @@ def why_not(text: Any, head: nn.Module, cache: Any, rows: int = 1) -> str | None
     if len(layers) < len(text.layers):
         return "the cache is not filled"
     for cache_layer in layers:
-        if type(cache_layer) not in (DynamicLayer, PrunedLayer) or cache_layer.keys.shape[0] != rows:
+        if type(cache_layer) not in (DynamicLayer, PrunedLayer, WorkLayer) or cache_layer.keys.shape[0] != rows:
             return f"cache layers of type {type(cache_layer).__name__} are not dense rows"
     return None
 
@@ -47,7 +49,7 @@ def unknown_decoder(text: Any, head: Any) -> str | None:
     config = text.config
     if text.training:
         return "the model is in training mode"
-    if config._attn_implementation not in ("sdpa", "eager"):
+    if config._attn_implementation not in ("sdpa", "eager", late_rope.NAME):
         return f"attention {config._attn_implementation!r} is not torch's own"
     if not fixed_rotation(text):
         return "the rotation depends on the sequence length"

@@ -7,7 +7,6 @@ and later turns are appended. Where the whole context fits the budget, the cache
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +21,8 @@ from transformers.cache_utils import (
 
 from vlmfast import kernels
 from vlmfast.core import CompressedLayer, LayerView, Policy, Rotation, StageDidNotFire, Unsupported
-from vlmfast.families.base import attentions, queries
+from vlmfast.families.base import attentions
+from vlmfast.runtime import stacked_layers
 from vlmfast.runtime.attention import AttentionSwitch
 from vlmfast.runtime.cache_state import cache_state
 from vlmfast.runtime.clock import Stopwatch
@@ -30,6 +30,7 @@ from vlmfast.runtime.compat import QuantizedLayerBase, cache_in, put_cache
 from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.prompt_facts import PromptFacts
 from vlmfast.runtime.pruned_layer import AnnouncedColumns, RaggedLayer, counting
+from vlmfast.runtime.window_queries import projected_queries, rotated_queries
 
 FITS = "kv: the context fits the budget, bypassed"
 NO_WEIGHTS = (
@@ -41,8 +42,8 @@ NO_WEIGHTS = (
 class KVHooks:
     """Installs a policy on one text model.
 
-    report_sink receives, once per prefill, a dict with `compress_ms`, `window_ms` (of it, recomputed attention),
-    `kv_layers` (what the policy says of each layer) and `notes`.
+    report_sink receives, once per prefill, a dict with the stopwatches `compress_ms` and `window_ms` (of it, recomputed
+    attention), `kv_layers` (what the policy says of each layer) and `notes`.
     """
 
     def __init__(
@@ -60,7 +61,9 @@ class KVHooks:
         self.notes: list[str] = []
         self.stats: list[dict[str, Any]] = []
         self.rotation: Rotation | None = None
-        self.rated: list[tuple[LayerView, Any]] = []  # layers that wait for the last one
+        self.rated: list[tuple[list[LayerView], Any]] = []  # layers that wait for the last one
+        self.waiting: list[tuple[LayerView, Tensor | None]] = []  # with their window's queries, before the rotation
+        self.position_embeddings: tuple[Tensor, Tensor] | None = None
         self.facts: PromptFacts | None = None
         self.queries: tuple[int, Tensor, list[Tensor]] | None = None  # those of the window, see `PromptFacts`
         self.choosing, self.window = Stopwatch(self.text_model), Stopwatch(self.text_model)
@@ -112,8 +115,7 @@ class KVHooks:
 
     def _report(self) -> None:
         self.sink({
-            "compress_ms": self.choosing.seconds() * 1e3, "window_ms": self.window.seconds() * 1e3,
-            "kv_layers": self.stats, "notes": self.notes,
+            "compress_ms": self.choosing, "window_ms": self.window, "kv_layers": self.stats, "notes": self.notes,
         })  # fmt: skip
 
     def _layers(self, cache: Any) -> list[Any]:
@@ -207,33 +209,44 @@ class KVHooks:
             )
         start_mark = self.choosing.now()
         if self.facts is None:
-            self.facts = PromptFacts(columns.kinds)
+            self.facts = PromptFacts(columns.kinds, columns.host)
             if self.facts.right_padded:
                 raise Unsupported("padding on the right of a prompt: pad on the left (padding_side='left') to generate")
             self.fits = self.policy.fits(self.facts.longest)
         if not self.fits:
-            window, counted = self._window(module, args, kwargs, cache_layer.keys, self.facts)
             layer_indices = sorted(self.originals)
             layer_view = LayerView(
-                cache_layer.keys, cache_layer.values, columns.kinds, window, module.layer_idx, len(layer_indices),
-                columns.index, counted, self._rotation(kwargs, num_held), layer_indices.index(module.layer_idx),
-                self.facts.held, None if self.queries is None else self.queries[2],
+                cache_layer.keys, cache_layer.values, columns.kinds, None, module.layer_idx, len(layer_indices),
+                columns.index, None, self._rotation(kwargs, num_held), layer_indices.index(module.layer_idx),
+                self.facts.held,
             )  # fmt: skip
-            if not self.policy.spans:
-                compressed = self.policy.compress(layer_view)
-                if compressed is not None:
-                    self._store(layer_view, compressed)
-            else:
-                self.rated.append((layer_view, self.policy.rate(layer_view)))
-                layer_view.window = None
-                if layer_view.layer == max(self.originals):
-                    waiting_views, ratings = [list(column) for column in zip(*self.rated, strict=True)]
-                    for waiting_view, compressed in zip(
-                        waiting_views, self.policy.compress_all(waiting_views, ratings), strict=True
-                    ):
-                        self._store(waiting_view, compressed)
-                    self.rated = []
+            self.waiting.append((layer_view, self._queries(module, args, kwargs, num_held)))
+            is_last = module.layer_idx == layer_indices[-1]
+            if is_last or not self.policy.stacks or stacked_layers.is_full(layer_view, len(self.waiting)):
+                self._compress(module, is_last)
         self.choosing.add(start_mark)
+
+    def _compress(self, module: Any, is_last: bool) -> None:
+        """Compress the layers that wait; those of a policy that decides for all layers at once after the last one."""
+        views, layer_queries = [list(column) for column in zip(*self.waiting, strict=True)]
+        self.waiting = []
+        view = stacked_layers.side_by_side(views)
+        self._look(module, view, layer_queries)
+        if self.policy.spans:
+            self.rated.append((views, self.policy.rate(view)))
+            for layer_view in (view, *views):
+                layer_view.window = None
+            if is_last:
+                groups, ratings = [list(column) for column in zip(*self.rated, strict=True)]
+                rated_views = [stacked_layers.side_by_side(group) for group in groups]
+                compressed = self.policy.compress_all(rated_views, ratings)
+                for group, rated_view, kept_columns in zip(groups, rated_views, compressed, strict=True):
+                    self._store(group, rated_view, kept_columns)
+                self.rated = []
+            return
+        found = self.policy.compress(view)
+        if found is not None:
+            self._store(views, view, found)
 
     def _rotation(self, kwargs: dict, num_held: int) -> Rotation | None:
         """The rotation this layer's attention was given, where it covers all columns."""
@@ -242,49 +255,52 @@ class KVHooks:
             self.rotation = Rotation(tables[0], tables[1], min(self.originals))
         return self.rotation
 
-    def _store(self, layer_view: LayerView, kept_columns: CompressedLayer) -> None:
-        self.cache.layers[layer_view.layer].compress(kept_columns, layer_view.positions)
-        self.compressed += 1
-        self.stats.append({"layer": layer_view.layer, **kept_columns.stats})
+    def _store(self, views: list[LayerView], view: LayerView, kept_columns: CompressedLayer) -> None:
+        """Store what is kept of some layers; view: the same side by side."""
+        assert view.positions is not None
+        positions = view.positions.to(torch.int32)
+        rows = stacked_layers.gathered(kept_columns, view.keys, view.values, positions)
+        each = (len(views), len(view.keys))
+        kept_by_layer = stacked_layers.by_layer(kept_columns, *each)
+        rows_by_layer = stacked_layers.gathered_by_layer(rows, *each)
+        for layer_view, kept_layer, layer_rows in zip(views, kept_by_layer, rows_by_layer, strict=True):
+            self.cache.layers[layer_view.layer].compress(kept_layer, positions, layer_rows)
+            self.compressed += 1
+            self.stats.append({"layer": layer_view.layer, **kept_layer.stats})
 
-    def _window(
-        self, module: Any, args: tuple, kwargs: dict, keys: Tensor, prompt_facts: PromptFacts
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Attention of the last text queries: weights (B, H, W, L) float32, and which of them count (B, W) bool."""
-        num_queries = min(self.policy.window(), keys.shape[2])
+    def _queries(self, module: Any, args: tuple, kwargs: dict, num_held: int) -> Tensor | None:
+        """Queries (B, H, W, Dh) of the last text columns before their rotation, None where none are asked for."""
+        num_queries = min(self.policy.window(), num_held)
         if num_queries == 0:
-            return None, None
+            return None
         start_mark = self.window.now()
         if self.queries is None:
-            self.queries = prompt_facts.queries(num_queries)
-        num_queries, counted_queries, picked_queries = self.queries
+            assert self.facts is not None
+            self.queries = self.facts.queries(num_queries)
+        self.position_embeddings = kwargs["position_embeddings"]
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        window_query = window_queries(module, hidden[:, -num_queries:], kwargs["position_embeddings"])
+        found = projected_queries(module, hidden[:, -self.queries[0] :])
+        self.window.add(start_mark)
+        return found
+
+    def _look(self, module: Any, view: LayerView, layer_queries: list[Tensor | None]) -> None:
+        """Put the attention of the last text queries into a view: weights (B, H, W, L) float32, and which count."""
+        if self.queries is None or self.position_embeddings is None or self.facts is None:
+            return
+        start_mark = self.window.now()
+        _, counted_queries, picked_queries = self.queries
+        stacked_queries = torch.cat([layer for layer in layer_queries if layer is not None], 1)
+        window_query = rotated_queries(module, stacked_queries, self.position_embeddings)
         if self.policy.per_query:
-            weights = kernels.window_attention(window_query, keys, module.scaling, prompt_facts.visible)
-            weights.masked_fill_(~counted_queries[:, None, :, None], 0.0)
+            view.window = kernels.window_attention(window_query, view.keys, module.scaling, self.facts.visible)
+            view.window.masked_fill_(~counted_queries[:, None, :, None], 0.0)
         else:
-            weights = kernels.window_mean(
-                window_query, keys, module.scaling, prompt_facts.visible, counted_queries, picked_queries
+            view.window = kernels.window_mean(
+                window_query, view.keys, module.scaling, self.facts.visible, counted_queries, picked_queries
             )
             counted_queries = counted_queries[:, -1:] | True
+        view.queries, view.picked = counted_queries, picked_queries
         self.window.add(start_mark)
-        return weights, counted_queries
-
-
-def window_queries(module: Any, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotated queries (B, H, W, Dh) of the last W columns, as the attention module itself makes them.
-
-    hidden (B, W, D) is what the module received; position_embeddings its full-length cos and sin.
-    """
-    num_queries = hidden.shape[1]
-    window_query = queries(module, hidden)
-    if hasattr(module, "q_norm"):
-        window_query = module.q_norm(window_query)
-    window_query = window_query.transpose(1, 2)
-    cos, sin = (table[..., -num_queries:, :] for table in position_embeddings)
-    apply_rotation = sys.modules[type(module).__module__].apply_rotary_pos_emb  # the family's own
-    return apply_rotation(window_query, window_query[:, :1], cos, sin)[0]
 
 
 def _ranges(numbers: list[int]) -> str:

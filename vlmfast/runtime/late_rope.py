@@ -24,6 +24,7 @@ from vlmfast.core import Unsupported
 from vlmfast.runtime.model_lock import model_lock
 from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.rewind import fixed_rotation
+from vlmfast.runtime.transfers import to_device
 
 NAME = "vlmfast_stream"
 
@@ -64,7 +65,7 @@ def _identity(module: nn.Module, args: Any, cos_and_sin: tuple[Tensor, Tensor]) 
 def cos_sin(text: Any, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """The model's own rotation (n, Dh) each for positions (A, n) int64, in the dtype of `like`."""
     position_ids = positions[:, None] if positions.shape[0] > 1 else positions
-    cos, sin = text.rotary_emb.forward(like, position_ids.to(like.device))
+    cos, sin = text.rotary_emb.forward(like, to_device(position_ids, like.device))
     return cos[0], sin[0]
 
 

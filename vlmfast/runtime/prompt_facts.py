@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from vlmfast.core import Held, Kind
-from vlmfast.runtime.packed_pieces import to_device
+from vlmfast.runtime.packed_pieces import on_host, to_device
 
 
 class PromptFacts:
@@ -15,9 +15,10 @@ class PromptFacts:
     visible (B, L) bool on the device, None where nothing is padded.
     """
 
-    def __init__(self, kinds: Tensor) -> None:
+    def __init__(self, kinds: Tensor, known: Tensor | None = None) -> None:
+        """known: `kinds` on the host, where they are there already."""
         self.device = kinds.device
-        self.kinds = kinds.cpu()
+        self.kinds = on_host(kinds, known)
         real_mask = self.kinds != Kind.PAD
         self.right_padded = not bool(real_mask[:, -1].all())
         self.longest = int(real_mask.sum(1).max())

@@ -19,7 +19,6 @@ from vlmfast.families import Family
 from vlmfast.runtime.cache_state import CutColumns, cache_state, put_cache_state
 from vlmfast.runtime.clock import Stopwatch
 from vlmfast.runtime.compat import cache_in
-from vlmfast.runtime.kv_hooks import window_queries
 from vlmfast.runtime.layer_cuts import (
     CutInputs,
     LayerMethod,
@@ -30,6 +29,7 @@ from vlmfast.runtime.layer_cuts import (
 from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.pruned_layer import prunable
 from vlmfast.runtime.request_state import Requests
+from vlmfast.runtime.window_queries import window_queries
 
 
 def deep_layers(model: nn.Module) -> int:

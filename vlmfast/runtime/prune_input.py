@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicCache
 from vlmfast.core import Kind, Unsupported
 from vlmfast.families import Family
 from vlmfast.families.base import feature_list
+from vlmfast.runtime import unneeded_waits
 from vlmfast.runtime.cache_state import (
     Columns,
     cache_state,
@@ -32,6 +33,7 @@ from vlmfast.runtime.compat import cache_in, put_cache
 from vlmfast.runtime.compiled import is_compiled, refuse_compiled
 from vlmfast.runtime.media_cache import MediaCache
 from vlmfast.runtime.model_lock import model_lock
+from vlmfast.runtime.packed_pieces import on_host, to_device
 from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.pruned_layer import count_skipped
 from vlmfast.runtime.request_state import Requests, RequestState
@@ -56,6 +58,7 @@ class InputPruning:
         base_model, text_model = self.family.base(self.model), self.family.text(self.model)
         for media_kind in self.ids:
             self._tap_features(patch, base_model, media_kind)
+        unneeded_waits.install(patch, self.model, base_model, self.requests)
         patch.hook(self.model.register_forward_pre_hook(self._refuse, with_kwargs=True))
         patch.hook(base_model.register_forward_pre_hook(self._see, with_kwargs=True))
         patch.hook(text_model.register_forward_pre_hook(self._enter, with_kwargs=True))
@@ -139,7 +142,7 @@ class InputPruning:
         if ids is None or embeds is None or ids.shape != embeds.shape[:2]:
             return
         for media_kind, placeholder_mask in self._placeholders(embeds).items():
-            id_mask = (ids == self.ids[media_kind]).to(placeholder_mask.device)
+            id_mask = (ids == self.ids[media_kind]).cpu()
             if bool((id_mask & ~placeholder_mask).any()):
                 raise Unsupported(
                     f"inputs_embeds came in with the {media_kind} features already in them, whose layout is not known: "
@@ -157,17 +160,18 @@ class InputPruning:
                 return
             request.seen = self._placeholders(embeddings)
         elif input_ids.shape[1] > 1:
-            request.seen = {media_kind: input_ids == visual_id for media_kind, visual_id in self.ids.items()}
+            host_ids = on_host(input_ids, request.prompt_ids)
+            request.seen = {media_kind: host_ids == visual_id for media_kind, visual_id in self.ids.items()}
         self.lay_out(kwargs)
 
     def _placeholders(self, embeddings: Tensor) -> dict[str, Tensor]:
-        """Per kind of media (B, L) bool, where embeddings (B, L, D) are a placeholder's."""
+        """Per kind of media (B, L) bool on the host, where embeddings (B, L, D) are a placeholder's."""
         embedding_table: Any = self.family.base(self.model).get_input_embeddings()  # type: ignore[operator]
         id_tensors = {
             kind: torch.tensor(visual_id, device=embedding_table.weight.device) for kind, visual_id in self.ids.items()
         }
         return {
-            kind: (embeddings == embedding_table(visual_id).to(embeddings)).all(-1)
+            kind: (embeddings == embedding_table(visual_id).to(embeddings)).all(-1).cpu()
             for kind, visual_id in id_tensors.items()
         }
 
@@ -200,14 +204,15 @@ class InputPruning:
                 kwargs["attention_mask"] = columns.mask(kwargs.get("attention_mask"), past_length + embeddings.shape[1])
             return args, kwargs
         request.prefills += 1
-        self._prefill(request, kwargs, placeholder_masks, has_media, past_length, columns)
+        prompt_mask, request.prompt_ids, request.prompt_mask = request.prompt_mask, None, None
+        self._prefill(request, kwargs, placeholder_masks, prompt_mask, past_length, columns)
         return args, kwargs
 
     def _prefill(
-        self, request: RequestState, kwargs: dict, seen_masks: dict[str, Tensor], has_media: bool,
+        self, request: RequestState, kwargs: dict, seen_masks: dict[str, Tensor], prompt_mask: Tensor | None,
         past_length: int, columns: Columns | None,
     ) -> None:  # fmt: skip
-        embeddings, attention_mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
+        embeddings, attention_mask, has_media = kwargs["inputs_embeds"], kwargs.get("attention_mask"), request.has_media
         batch_size, num_columns, _ = embeddings.shape
         if attention_mask is not None and (isinstance(attention_mask, dict) or attention_mask.ndim != 2):
             if not request.active:
@@ -217,32 +222,28 @@ class InputPruning:
                 "a prebuilt attention mask cannot follow pruned columns: pass a 2-D mask and a dynamic cache, "
                 "or call generate(), which rewrites its inputs for a static one"
             )
-        valid_mask = torch.ones(batch_size, num_columns, dtype=torch.bool, device=embeddings.device)
+        valid_mask = torch.ones(batch_size, past_length + num_columns, dtype=torch.bool)  # on the host
         if attention_mask is not None:
-            valid_mask = attention_mask[:, -num_columns:].bool()
+            valid_mask = on_host(attention_mask, prompt_mask).bool()
+        valid_before, valid_mask = valid_mask[:, :past_length], valid_mask[:, -num_columns:]
         is_padded = attention_mask is not None and not bool(valid_mask.all())
         if past_length and columns is None:  # the cache was filled before we saw it: nothing was dropped from it
-            valid_before = (
-                valid_mask.new_ones(batch_size, past_length)
-                if attention_mask is None
-                else attention_mask[:, :past_length].bool()
-            )
             columns = Columns(
-                column_kinds(torch.zeros_like(valid_before), valid_before, False),
-                torch.arange(past_length, device=valid_before.device)
-                .expand(batch_size, past_length)
-                .masked_fill(~valid_before, -1),
+                to_device(column_kinds(torch.zeros_like(valid_before), valid_before, False), embeddings.device),
+                to_device(
+                    torch.arange(past_length).expand(batch_size, past_length).masked_fill(~valid_before, -1),
+                    embeddings.device,
+                ),
                 past_length,
                 not bool(valid_before.all()),
             )
         elif columns is not None:
             columns.grow(past_length)
         visual_mask = functools.reduce(torch.logical_or, seen_masks.values(), torch.zeros_like(valid_mask))
-        kind_codes = column_kinds(visual_mask, valid_mask, past_length > 0)
-        logical_index = torch.arange(past_length, past_length + num_columns, device=embeddings.device).expand(
-            batch_size, num_columns
-        )
-        logical_index = logical_index.masked_fill(~valid_mask, -1)
+        host_kinds = column_kinds(visual_mask, valid_mask, past_length > 0)
+        logical_index = torch.arange(past_length, past_length + num_columns).expand(batch_size, num_columns)
+        logical_index = to_device(logical_index.masked_fill(~valid_mask, -1), embeddings.device)
+        kind_codes = to_device(host_kinds, embeddings.device)
         kept_rows = self.rows(kwargs, seen_masks, visual_mask, valid_mask) if has_media else None
         if not request.running:  # a forward by itself: what it encoded says nothing about the next one's media
             request.media, request.tower_kept = {}, None
@@ -257,6 +258,7 @@ class InputPruning:
             logical_index = torch.cat([columns.index, logical_index], 1)
             is_padded = is_padded or columns.padded
         entered_columns = Columns(kind_codes, logical_index, past_length + num_columns, is_padded)
+        entered_columns.host = host_kinds if kept_rows is None and columns is None else None
         request.entered = entered_columns if has_media else None
         cache = cache_in(kwargs)
         if cache is None and kwargs.get("use_cache") and kept_rows is not None:
@@ -278,7 +280,7 @@ class InputPruning:
             kwargs["attention_mask"] = attention_mask
 
     def rows(self, kw: dict, seen: dict[str, Tensor], visual: Tensor, valid: Tensor) -> list[Tensor] | None:
-        """Kept column indices of every row, ascending; None when nothing is dropped."""
+        """Kept column indices of every row, ascending; None when nothing is dropped. The masks are on the host."""
         request = self.requests.current
         if not request.active:
             _bypass(request, seen)
@@ -289,7 +291,7 @@ class InputPruning:
         selection = Selection(self.model, self.family, request, self.attention, kw, visual, valid)
         num_kept = sum(selection.select(media_kind, where_mask) for media_kind, where_mask in seen.items())
         request.kept_tokens += num_kept
-        kept_rows = [row_kept.nonzero()[:, 0] for row_kept in selection.keep]
+        kept_rows = selection.rows()
         request.selecting.add(start_mark)
         return None if num_kept == num_visual else kept_rows
 

@@ -19,6 +19,7 @@ from vlmfast.core import TokenPruner
 from vlmfast.families import Item
 from vlmfast.runtime.cache_state import Columns
 from vlmfast.runtime.clock import Stopwatch
+from vlmfast.runtime.reading import Reading
 
 
 @dataclass
@@ -77,7 +78,12 @@ class RequestState:
     draft: bool = False  # is it the second prefill of a draft that is the target itself?
     cache: Any = None  # the cache of this call: the first that came, since streamers may bring others
 
+    # the prompt on the host, until its prefill has begun
+    prompt_ids: Tensor | None = None  # (B, L) int64
+    prompt_mask: Tensor | None = None  # (B, L), as the caller gave it
+
     # media
+    reading: Reading | None = None  # how the inputs were made, where that is known
     media: dict[str, list[Item]] = field(default_factory=dict)  # by kind: layout of what was encoded
     given: set[str] = field(default_factory=set)  # kinds that came already encoded
     kind: str | None = None  # being encoded right now
@@ -86,7 +92,7 @@ class RequestState:
     tower_seen: dict[int, Tensor] = field(default_factory=dict)  # by layer: attention received, until it is collected
 
     # columns
-    seen: dict[str, Tensor] = field(default_factory=dict)  # by kind (B, q) bool: placeholders of the coming forward
+    seen: dict[str, Tensor] = field(default_factory=dict)  # by kind (B, q) bool on the host: the coming placeholders
     kept: dict[str, list[Tensor]] = field(default_factory=dict)  # by kind, per item: kept indices; {} = all
     entered: Columns | None = None  # the columns of the forward now running, when it brings new media
     has_media: bool = False  # does the forward now running bring new media?
@@ -102,6 +108,13 @@ class RequestState:
     prefill: dict[str, Any] = field(default_factory=dict)  # what a KV policy says
     decode: dict[str, Any] = field(default_factory=dict)  # what the decoding loop says
     notes: list[str] = field(default_factory=list)
+
+    def read_prompt(self, ids: Any, mask: Any) -> None:
+        """Copy the prompt's ids (B, L) and mask to the host before the device has work, so that nothing waits later."""
+        if isinstance(ids, Tensor) and ids.ndim == 2:
+            self.prompt_ids = ids.cpu()
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            self.prompt_mask = mask.cpu()
 
     @property
     def active(self) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vlmfast.core import TokenPruner, Unsupported, UserError, VisualTokens
 from vlmfast.families import Family, Item
+from vlmfast.runtime.packed_pieces import to_device, true_places
 from vlmfast.runtime.request_state import RequestState
 from vlmfast.runtime.tower_attention import TowerAttention, attention_of, rotation_means
 
@@ -36,24 +37,30 @@ class Selection:
     request: RequestState  # says what was encoded, and receives what was kept of it
     attention: TowerAttention | None  # where tower attention comes from
     kw: dict  # arguments of the text model; a pruner that merges changes the embeddings
-    visual: Tensor  # (B, q) bool, of any kind
-    valid: Tensor  # (B, q) bool, not padding
-    keep: Tensor = field(init=False)  # (B, q) bool, what is left so far
+    visual: Tensor  # (B, q) bool on the host, of any kind
+    valid: Tensor  # (B, q) bool on the host, not padding
+    keep: Tensor = field(init=False)  # (B, q) bool on the device, what is left so far
+    left: list[int] = field(init=False)  # per row, how many that are
 
     def __post_init__(self) -> None:
-        self.keep = self.valid.clone()
+        self.left = self.valid.sum(1).tolist()
+        self.keep = to_device(self.valid.clone(), self.kw["inputs_embeds"].device)
+
+    def rows(self) -> list[Tensor]:
+        """Per row the columns that are left, ascending int64."""
+        return [true_places(row_kept, count) for row_kept, count in zip(self.keep, self.left, strict=True)]
 
     def select(self, kind: str, where: Tensor) -> int:
-        """Clear from `keep` the columns of one kind, at `where` (B, q), that are dropped; returns how many stay."""
+        """Clear from `keep` the columns of one kind, at `where` (B, q) on the host, that are dropped; returns how many
+        stay."""
         counts = where.sum(1).tolist()
         if not any(counts):
             return 0
         num_kept = 0
         for row_index, item_number, item, columns in self._items(kind, where, counts):
             chosen = self._choose(kind, item_number, item, row_index, columns)
-            dropped_mask = torch.ones(item.n, dtype=torch.bool, device=self.keep.device)
-            dropped_mask[chosen] = False
-            self.keep[row_index, columns[dropped_mask]] = False
+            self.keep[row_index].index_fill_(0, columns, False).index_fill_(0, columns[chosen], True)
+            self.left[row_index] -= item.n - chosen.shape[0]
             self.request.kept.setdefault(kind, []).append(chosen)
             num_kept += chosen.shape[0]
         return num_kept
@@ -88,7 +95,7 @@ class Selection:
                     raise UserError(
                         f"row {row_index} has {counts[row_index]} {kind} tokens: not a whole number of items"
                     )
-            columns = placeholder_mask[row_index].nonzero()[:, 0]
+            columns = to_device(placeholder_mask[row_index].nonzero()[:, 0], self.keep.device)
             first_token = 0
             for item_number in range(first_item, next_item):
                 item = media_items[item_number]
@@ -105,7 +112,9 @@ class Selection:
         question = None
         if "question" in pruner.needs:
             last_visual = int(self.visual[row_index].nonzero()[-1])
-            question = embeddings[row_index, last_visual + 1 :][self.valid[row_index, last_visual + 1 :]]
+            after_media = self.valid[row_index].nonzero()[:, 0]
+            after_media = to_device(after_media[after_media > last_visual], embeddings.device)
+            question = embeddings[row_index, after_media]
             if question.shape[0] == 0:
                 raise UserError(
                     f"{type(pruner).__name__} needs a question after the media and there is none: "
@@ -119,7 +128,7 @@ class Selection:
             rotation = rotation_means(self.family.text(self.model), embeddings, positions)
         visual_tokens = VisualTokens(
             features=embeddings[row_index, columns],
-            frame=item.frame.to(columns.device),
+            frame=to_device(item.frame, columns.device),
             grid=item.grid,
             video=item.video,
             protected=item.protected,

@@ -211,7 +211,8 @@ class PromptShortening:
         text_inputs: dict[str, Any] = {"inputs_embeds": embeddings, "position_ids": positions.to(device)}
         encoded_media = {kind: output for kind in masks if (output := self._encode(kind, inputs)) is not None}
         self._merge(text_inputs, encoded_media, masks, visual_mask)
-        kept_rows = self.columns.rows(text_inputs, masks, visual_mask, valid_mask)
+        host_masks = {kind: where_mask.cpu() for kind, where_mask in masks.items()}
+        kept_rows = self.columns.rows(text_inputs, host_masks, visual_mask.cpu(), valid_mask.cpu())
         if kept_rows is None:  # the pruner kept everything there is
             kept_rows = [row_valid.nonzero()[:, 0] for row_valid in valid_mask]
         source, filled = left_padded(kept_rows, device)

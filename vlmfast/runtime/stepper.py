@@ -18,15 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from vlmfast import families
-from vlmfast.core import Kind, PlainRows, Unsupported, brief
+from vlmfast.core import Kind, Unsupported, brief
 from vlmfast.runtime.cache_state import cache_state
 from vlmfast.runtime.compat import CACHE, cache_of
 from vlmfast.runtime.fast_decoder import FastDecoder, why_not
 from vlmfast.runtime.pruned_layer import RaggedLayer
+from vlmfast.runtime.stepped_layer import PlainRows
 
 Maker = Callable[..., Any]  # see `engine.open_static`
 _CHECKED: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
-_STATIC: weakref.WeakKeyDictionary[nn.Module, dict[bool, str | None]] = weakref.WeakKeyDictionary()  # ragged or not
+_STATIC: weakref.WeakKeyDictionary[nn.Module, dict[frozenset[str], str | None]] = weakref.WeakKeyDictionary()
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 
@@ -103,12 +104,16 @@ class Stepper:
         if seen:
             self.hidden = torch.cat(seen, 1)
         if engine == "auto":
-            self._opens = functools.partial(self._go_functional, room, static, False)  # one token needs none
+            self.open_later(room, static)  # an answer of one token needs none
         elif engine != "module":
             self._go_functional(room, None if engine == "functional" else static, engine == "static")
             if engine != self.engine:
                 raise Unsupported(f"the {engine} step cannot run here: {self.reason}; use engine='auto'")
         return self
+
+    def open_later(self, room: int, static: Maker | None) -> None:
+        """Make the engine when the first token is fed. room, static: see `prefill`."""
+        self._opens = functools.partial(self._go_functional, room, static, False)
 
     def open(self) -> None:
         """Make the engine, unless it is there."""
@@ -158,15 +163,16 @@ class Stepper:
         """Take the static step where there is one. ragged: the cache is compressed, every head by itself."""
         if static is None:
             return
-        checked = _STATIC.setdefault(self.model, {})
-        made: Any = checked.get(ragged)  # why it was found wrong before
+        checked, layers = _STATIC.setdefault(self.model, {}), self.cache.layers[: len(self.text.layers)]
+        kind = frozenset(tier for layer in layers for tier in layer.tiers()) if ragged else frozenset()
+        made: Any = checked.get(kind)  # why it was found wrong before
         if made is None:
             hidden = self.hidden_layer is not None
             made = static(self.text, self.head, self.cache, valid, self.position, room, hidden, forced)
         if made is not None and not isinstance(made, str):
-            if ragged not in checked:
-                checked[ragged] = self._differs(made, valid, ragged)
-            made = checked[ragged] or made
+            if kind not in checked:
+                checked[kind] = self._differs(made, valid, ragged)
+            made = checked[kind] or made
         if isinstance(made, str):
             self.reason = made
         else:

@@ -16,6 +16,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 from vlmfast.core import Unsupported
 from vlmfast.runtime.compat import CACHE
 from vlmfast.runtime.late_rope import attend, cos_sin, mark, rotate, running
+from vlmfast.runtime.transfers import to_device
 
 
 class _Layer(CacheLayerMixin):
@@ -102,7 +103,7 @@ class WindowCache(DynamicCache):
             with running(model, self.text, late=True):
                 out = self.text(
                     inputs_embeds=embeds,
-                    position_ids=ids.to(embeds.device),
+                    position_ids=to_device(ids, embeds.device),
                     **{CACHE: self},
                     use_cache=True,
                     **deep,
@@ -139,14 +140,34 @@ class WindowCache(DynamicCache):
 
 
 class WorkLayer(_Layer):
-    """One layer's working set for an answer: rotated keys and values with room to grow; the model rotates by itself."""
+    """One layer's working set for an answer: rotated keys and values with room to grow; the model rotates by itself.
+
+    keys, values (1, Hk, n, Dh): the columns in use. Whoever steps without the model's modules may put them elsewhere.
+    """
 
     def __init__(self, keys: Tensor, values: Tensor, logical: int, room: int) -> None:
+        self.k, self.v = _roomy(keys, room), _roomy(values, room)  # (Hk, capacity, Dh)
         super().__init__()
         self.is_initialized = True
         self.n, self.skipped = keys.shape[1], logical - keys.shape[1]
-        self.k, self.v = _roomy(keys, room), _roomy(values, room)
-        self.keys, self.values = self.k[None, :, : self.n], self.v[None, :, : self.n]
+
+    @property
+    def keys(self) -> Tensor:
+        return self.k[None, :, : self.n]
+
+    @keys.setter
+    def keys(self, keys: Tensor | None) -> None:
+        if keys is not None:  # the base class begins with none
+            self.k = keys[0]
+
+    @property
+    def values(self) -> Tensor:
+        return self.v[None, :, : self.n]
+
+    @values.setter
+    def values(self, values: Tensor | None) -> None:
+        if values is not None:
+            self.v = values[0]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kw: Any) -> tuple[Tensor, Tensor]:
         b = self.n + key_states.shape[2]
@@ -174,12 +195,19 @@ class WorkLayer(_Layer):
         return 2 * self.k.numel() * self.k.element_size()
 
 
-def work_cache(layers: list[tuple[Tensor, Tensor]], dense: bool, room: int = 256) -> DynamicCache:
+class WorkingSetCache(DynamicCache):
+    """Everything before an answer's text. prefilled: seconds of the clock when all of its prompt had been read, where
+    that was left to the decoding loop."""
+
+    prefilled: float | None = None
+
+
+def work_cache(layers: list[tuple[Tensor, Tensor]], dense: bool, room: int = 256) -> WorkingSetCache:
     """A cache of rotated keys and values (Hk, n_l, Dh) per layer, whose logical length is the longest layer's.
 
     dense: stock `DynamicLayer`s, read by whatever attention the model has; needs layers of one length.
     """
-    cache = DynamicCache()
+    cache = WorkingSetCache()
     longest = max(k.shape[1] for k, _ in layers)
     if dense:
         if any(k.shape[1] != longest for k, _ in layers):
@@ -207,7 +235,7 @@ class ProbeLayer(_Layer):
         hk = k.shape[1]
         queries = q[0].reshape(hk, q.shape[1] // hk, q.shape[2], -1)
         past_k, past_v, positions = self.owner.fetch(self.index, queries)
-        cos, sin = cos_sin(self.owner.text, positions, q)
+        cos, sin = self.owner.rotation(positions, q)
         k = torch.cat([past_k[None], rotate(k, cos, sin)], 2)
         return attend(rotate(q, cos, sin), k, torch.cat([past_v[None], v], 2), scaling)
 
@@ -223,6 +251,13 @@ class ProbeCache(DynamicCache):
         super().__init__()
         self.text, self.fetch = text, fetch
         self.layers = [ProbeLayer(self, i) for i in range(len(text.layers))]
+        self._rotation: tuple[Tensor, tuple[Tensor, Tensor]] | None = None  # of the layer before, and its positions
+
+    def rotation(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """`cos_sin` of the question's positions (A, q), which most layers share."""
+        if self._rotation is None or not torch.equal(self._rotation[0], positions):
+            self._rotation = positions, cos_sin(self.text, positions, like)
+        return self._rotation[1]
 
     def forward(self, model: nn.Module, embeds: Tensor, axes: int) -> Tensor:
         """embeds (1, q, D) -> last hidden states (1, q, D)."""

@@ -11,11 +11,11 @@ from vlmfast.core import Kind
 from vlmfast.families import Family
 from vlmfast.families.base import attentions
 from vlmfast.runtime.compat import cache_in
-from vlmfast.runtime.kv_hooks import window_queries
 from vlmfast.runtime.layer_cuts import all_keys
 from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.prompt_facts import text_queries
 from vlmfast.runtime.request_state import Requests
+from vlmfast.runtime.window_queries import window_queries
 
 
 class TextAttentionRecorder:

@@ -6,12 +6,15 @@ A temporal grid is one frame, or the pair of frames that Qwen reads as one. Its 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from vlmfast.runtime import transfers
 
 FORMATS = ("int8", "bf16", "model")
 
@@ -59,12 +62,25 @@ class Block:
 @dataclass
 class BlockTensors:
     """A block's tensors as the model made them: keys (un-rotated) and values (L, Hk, n, Dh); representative
-    (L, Hk, Dh), the mean key that retrieval compares with; embedding (E,) of an external encoder, or None."""
+    (L, Hk, Dh), the mean key that retrieval compares with; embedding (E,) of an external encoder, or None; norms (n,)
+    of the values, the mean over layers and heads."""
 
     keys: Tensor
     values: Tensor
     representative: Tensor
     embedding: Tensor | None = None
+    norms: Tensor | None = None
+
+
+class PackedLayer(NamedTuple):
+    """One layer of a block as it is stored: keys, values (Hk, n, Dh); scales (Hk, 1, Dh) or (Hk, n, 1); representative
+    (Hk, Dh)."""
+
+    keys: Tensor
+    values: Tensor
+    key_scale: Tensor | None
+    value_scale: Tensor | None
+    representative: Tensor
 
 
 @dataclass
@@ -84,11 +100,11 @@ class PackedBlock:
         tensors = (self.keys, self.values, self.key_scale, self.value_scale)
         return sum(x.numel() * x.element_size() for x in tensors if x is not None)
 
-    def layer(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """One layer's keys and values (Hk, n, Dh) in `dtype`."""
+    def layer(self, layer: int) -> PackedLayer:
+        """What `unpack` makes one layer's keys and values of."""
         key_scale = None if self.key_scale is None else self.key_scale[layer]
         value_scale = None if self.value_scale is None else self.value_scale[layer]
-        return unpack(self.keys[layer], self.values[layer], key_scale, value_scale, self.representative[layer], dtype)
+        return PackedLayer(self.keys[layer], self.values[layer], key_scale, value_scale, self.representative[layer])
 
     def tensors(self) -> dict[str, Tensor]:
         """By their names in a segment file."""
@@ -103,25 +119,43 @@ class PackedBlock:
 
 
 def pack(block: BlockTensors, keep_as: str) -> PackedBlock:
-    """A block's tensors on the CPU (pinned, if they come from a GPU) in a format of `FORMATS`.
+    """A block's tensors in a format of `FORMATS`, made where they lie, then on the CPU (pinned, if a GPU made them).
 
     "model": the model's dtype. "bf16". "int8": symmetric, one scale per channel or per token of every (layer, head),
     whichever needs fewer of them; a quarter of float32, half of bf16. Keys are quantised as their difference to the
     block's representative, so that large constant channels (key biases, KIVI arXiv 2402.02750) cost no precision.
     """
-    pinned = block.keys.is_cuda
-    representative = block.representative.half().cpu()
-    embedding = None if block.embedding is None else block.embedding.half().cpu()
+    return _on_host([_pack(block, keep_as)], [])[0][0]
+
+
+def pack_all(blocks: Sequence[tuple[Block, BlockTensors]], keep_as: str) -> list[tuple[Block, PackedBlock]]:
+    """`pack` of several blocks with one wait for a GPU; sets the `norm` of those whose tensors tell it."""
+    told = [(block, tensors.norms) for block, tensors in blocks if tensors.norms is not None]
+    packed, norms = _on_host([_pack(tensors, keep_as) for _, tensors in blocks], [norms for _, norms in told])
+    for (block, _), of_tokens in zip(told, norms, strict=True):
+        block.norm = float(of_tokens.mean())
+    return [(block, stored) for (block, _), stored in zip(blocks, packed, strict=True)]
+
+
+def _on_host(blocks: list[PackedBlock], more: list[Tensor]) -> tuple[list[PackedBlock], list[Tensor]]:
+    """Blocks, and more tensors, brought to the host at once."""
+    fields = [[getattr(block, field.name) for field in dataclasses.fields(block)] for block in blocks]
+    there = transfers.read_back([*(x for tensors in fields for x in tensors if x is not None), *more])
+    here = iter(there)
+    packed = [PackedBlock(*(x if x is None else next(here) for x in tensors)) for tensors in fields]  # type: ignore[arg-type]
+    return packed, list(here)
+
+
+def _pack(block: BlockTensors, keep_as: str) -> PackedBlock:
+    """A block in its format, where it lies."""
+    representative = block.representative.half()
+    embedding = None if block.embedding is None else block.embedding.half()
     if keep_as == "int8":
-        keys, key_scale = _int8(block.keys.float().cpu() - representative[:, :, None].float())
-        values, value_scale = _int8(block.values.float().cpu())
-        if pinned:
-            keys, values, key_scale, value_scale = (x.pin_memory() for x in (keys, values, key_scale, value_scale))
+        keys, key_scale = _int8(block.keys.float() - representative[:, :, None].float())
+        values, value_scale = _int8(block.values.float())
         return PackedBlock(keys, values, key_scale, value_scale, representative, embedding)
     dtype = torch.bfloat16 if keep_as == "bf16" else block.keys.dtype
-    keys, values = (x.to("cpu", dtype, copy=True).contiguous() for x in (block.keys, block.values))
-    if pinned:
-        keys, values = keys.pin_memory(), values.pin_memory()
+    keys, values = (x.to(dtype, copy=True).contiguous() for x in (block.keys, block.values))
     return PackedBlock(keys, values, None, None, representative, embedding)
 
 

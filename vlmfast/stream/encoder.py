@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmfast.core import Unsupported, VisualTokens
+from vlmfast.runtime import transfers
+from vlmfast.runtime.transfers import columns, to_device
 from vlmfast.stream.archive.representatives import LastKeys
 from vlmfast.stream.blocks import Block, BlockTensors
 from vlmfast.stream.sliding_window import SlidingWindow, WindowCheckpoint
@@ -67,9 +69,9 @@ class BlockInput:
 
     block: Block
     embeddings: Tensor  # (n, D)
-    visual: Tensor  # (n,) bool
+    visual: slice  # which of its tokens are visual
     deepstack: list[Tensor]  # DeepStack features of its visual tokens, one tensor a level
-    kept: Tensor  # (P,) bool, the positions of the grid whose tokens it kept
+    kept: Tensor  # (P,) bool on the host, the positions of the grid whose tokens it kept
     new_size: bool  # the first grid of its size
 
 
@@ -80,10 +82,13 @@ def not_redundant(features: Tensor, last: Tensor, redundancy: float) -> tuple[Te
     features, last (P, D) -> kept (P,) bool, at least one; distance (P,) float32.
     """
     distance = 1 - F.cosine_similarity(features.float(), last.float(), dim=-1)
-    kept = distance > redundancy
-    if not bool(kept.any()):
-        kept[distance.argmax()] = True
-    return kept, distance
+    return _at_least_one(distance > redundancy, distance), distance
+
+
+def _at_least_one(kept: Tensor, distance: Tensor) -> Tensor:
+    """The mask kept (P,), or the token of the largest distance where it keeps none; nothing is read from a device."""
+    farthest = torch.arange(len(kept), device=kept.device) == distance.argmax()
+    return kept | (farthest & ~kept.any())
 
 
 class Encoder:
@@ -112,12 +117,15 @@ class Encoder:
         return len(self.window.cache.layers)
 
     @torch.no_grad()
-    def encode(self, grids: GridFrames) -> Iterator[tuple[Block, BlockTensors]]:
-        """The blocks of some grids, in order, each as soon as it went through the language model."""
+    def encode(self, grids: GridFrames) -> Iterator[list[tuple[Block, BlockTensors]]]:
+        """The blocks of some grids, in order, those that went through the language model together at a time."""
         features = self.vision.features(grids.frames)
+        new_size = [self.last_features is None or features.size != self.grid_size] + [False] * (len(grids) - 1)
+        # all of them before the language model runs: a GPU is read once
+        (kept,) = transfers.read_back([torch.stack([self._kept(grid, features.size) for grid in features.features])])
         group: list[BlockInput] = []
         for g in range(len(grids)):
-            made = self._block_input(features, g, grids)
+            made = self._block_input(features, g, grids, kept[g], new_size[g])
             n = made.block.num_tokens
             if self.window.starts_segment(n):
                 yield from self._forward(group)
@@ -130,20 +138,20 @@ class Encoder:
             group.append(made)
         yield from self._forward(group)
 
-    def _block_input(self, features: GridFeatures, g: int, grids: GridFrames) -> BlockInput:
-        """What grid g gives to the language model: redundancy dropped, its time stamp (Qwen3-VL) around it."""
+    def _block_input(
+        self, features: GridFeatures, g: int, grids: GridFrames, kept: Tensor, new_size: bool
+    ) -> BlockInput:
+        """What grid g gives to the language model: the tokens kept, its time stamp (Qwen3-VL) around them."""
         progress, layout, (h, w), grid = self.progress, self.layout, features.size, features.features[g]
         start, last = grids.times[g]
         progress.first = start if progress.first is None else progress.first
         self.first_extent = self.first_extent or layout.extent(h, w)
-        new_size = self.last_features is None or (h, w) != self.grid_size
-        kept = self._kept(grid, (h, w))
-        num_kept = int(kept.sum())
+        num_kept, chosen = int(kept.sum()), columns(kept, grid.device)
         progress.visual += grid.shape[0]
         progress.kept += num_kept
         stamp = self.vision.timestamp_ids(start - progress.first, last - progress.first)
-        positions = [torch.arange(len(stamp)).expand(layout.axes, -1), layout.grid(h, w)[:, kept.cpu()] + len(stamp)]
-        parts = [self.vision.embed(stamp), grid[kept]]
+        positions = [torch.arange(len(stamp)).expand(layout.axes, -1), layout.grid(h, w)[:, kept] + len(stamp)]
+        parts = [self.vision.embed(stamp), grid[chosen]]
         extent = layout.extent(h, w) + len(stamp)
         if stamp:
             positions.append(torch.full((layout.axes, 1), extent))
@@ -164,10 +172,9 @@ class Encoder:
         block = Block(progress.blocks, start, end, origin, advance, relative, self.vision.frames_per_grid, novelty)
         self.window.check(block.num_tokens)
         progress.blocks += 1
-        visual = torch.zeros(block.num_tokens, dtype=torch.bool, device=grid.device)
-        visual[len(stamp) : len(stamp) + num_kept] = True
+        visual = slice(len(stamp), len(stamp) + num_kept)
         embeddings = torch.cat([part.to(parts[0]) for part in parts])
-        return BlockInput(block, embeddings, visual, [level[g][kept] for level in features.deepstack], kept, new_size)
+        return BlockInput(block, embeddings, visual, [level[g][chosen] for level in features.deepstack], kept, new_size)
 
     def _kept(self, grid: Tensor, size: tuple[int, int]) -> Tensor:
         """Which of a grid's features (P, D) go on, (P,) bool: redundancy, then the plan's pruner; at least one does."""
@@ -182,31 +189,31 @@ class Encoder:
             frame = torch.zeros(grid.shape[0], dtype=torch.long, device=grid.device)
             chosen = torch.zeros_like(kept)
             chosen[self.pruner.select(VisualTokens(grid, frame, (1, *size), video=True))] = True
-            both = kept & chosen
-            if not bool(both.any()):
-                both[(distance * kept).argmax()] = True
-            kept = both
+            kept = _at_least_one(kept & chosen, distance * kept)
         return kept
 
-    def _forward(self, group: list[BlockInput]) -> Iterator[tuple[Block, BlockTensors]]:
+    def _forward(self, group: list[BlockInput]) -> Iterator[list[tuple[Block, BlockTensors]]]:
         """The language model on a group of blocks, at most `MOST_TOKENS` tokens."""
         if not group:
             return
         deepstack: dict[str, Any] = {}
         if group[0].deepstack:
             levels = zip(*(made.deepstack for made in group), strict=True)
-            deepstack["visual_pos_masks"] = torch.cat([made.visual for made in group])[None]
+            masks = [torch.zeros(made.block.num_tokens, dtype=torch.bool) for made in group]
+            for made, mask in zip(group, masks, strict=True):
+                mask[made.visual] = True
+            deepstack["visual_pos_masks"] = to_device(torch.cat(masks)[None], self.vision.device)
             deepstack["deepstack_visual_embeds"] = [torch.cat(level) for level in levels]
         done = self.window.forward(
             [made.block for made in group], torch.cat([made.embeddings for made in group]), **deepstack
         )
         out = []
-        for made, (block, keys, values) in zip(group, done, strict=True):
+        for made, (keys, values, norms) in zip(group, done, strict=True):
             if made.new_size:
                 self.last_keys.forget()
             representative = self.last_keys.representative(keys[:, :, made.visual], made.kept)
-            out.append((block, BlockTensors(keys, values, representative)))
-        yield from out
+            out.append((made.block, BlockTensors(keys, values, representative, norms=norms)))
+        yield out
 
     # -- going back, saving --------------------------------------------------------------------------------------------
 

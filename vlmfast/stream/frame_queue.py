@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.core import UserError
+from vlmfast.video.images import SizeRule
 
 TimedFrame = tuple[Tensor, float]  # (H, W, 3) uint8 RGB, and its seconds
 
@@ -109,12 +110,16 @@ class FrameQueue:
                 self._changed.wait(seconds)
 
 
-def open_frames(source: Any, options: dict[str, Any]) -> Iterable[Any]:
-    """(frame, seconds) pairs of a file, folder, URL or camera by `open_source(**options)`, or an iterable as it is."""
+def open_frames(source: Any, options: dict[str, Any], frame_size: SizeRule) -> Iterable[Any]:
+    """(frame, seconds) pairs of a file, folder, URL or camera by `open_source(**options)`, or an iterable as it is.
+
+    frame_size: what size="model" means, which is the default of files and folders.
+    """
     from vlmfast.video.live_source import open_source
 
     if isinstance(source, (str, int)) or hasattr(source, "__fspath__"):
-        return open_source(source, **options)
+        size = options.get("size", "full" if is_live(source) else "model")
+        return open_source(source, **options | {"size": frame_size if size == "model" else size})
     if options:
         raise UserError(f"{', '.join(options)}: options are for files, cameras and URLs; frames came in ready")
     return iter(source)

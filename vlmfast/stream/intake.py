@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor
 
 from vlmfast.core import UserError
+from vlmfast.plan import Plan
+from vlmfast.runtime.fast_tower import fresh_lengths
 from vlmfast.runtime.model_lock import model_lock
 from vlmfast.stream.archive.folder import StoreError
 from vlmfast.stream.archive.store import Store
-from vlmfast.stream.blocks import Block, PackedBlock, pack
+from vlmfast.stream.blocks import Block, PackedBlock, pack_all
 from vlmfast.stream.encoder import Checkpoint, Encoder, GridFrames
 from vlmfast.stream.frame_queue import FrameQueue, TimedFrame, Watcher, as_frames, as_times, is_live, open_frames
 from vlmfast.stream.retrievers import External, Retriever
@@ -27,6 +30,7 @@ class Intake:
     """The half of `StreamSession` that takes frames."""
 
     model: Any
+    plan: Plan
     vision: VisionEncoder
     encoder: Encoder
     store: Store
@@ -48,6 +52,10 @@ class Intake:
         self._accepting = threading.RLock()  # held from a frame's acceptance until it is queued or being encoded
         self._watchers: list[Watcher] = []
         self._closed = False
+
+    def _fresh_lengths(self) -> AbstractContextManager[None]:
+        """Around forwards: every answer and every push has lengths not seen before."""
+        return nullcontext() if self.plan.tower == "stock" else fresh_lengths(self.vision.device)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -143,7 +151,8 @@ class Intake:
         background: return at once and read in a thread (`.wait()`, `.stop()`; `close()` stops all of them). drop: True
         drops the oldest frames when the model is slower than the source (the default for cameras and URLs), False lets
         the source wait.
-        options: those of `open_source` (sample_fps, size, realtime, ...).
+        options: those of `open_source` (sample_fps, realtime, ...); size may also be "model": frames come at the size
+        that the model's processor would scale them to, which is the default of files and folders.
         """
         self._check_open()
         dropping = drop if drop is not None else is_live(source) or bool(options.get("realtime"))
@@ -164,7 +173,7 @@ class Intake:
             self.drain(2 * CHUNK)
             self._beat()
 
-        watcher = Watcher(open_frames(source, options), self.queue, offer, encode)
+        watcher = Watcher(open_frames(source, options, self.vision.frame_size), self.queue, offer, encode)
         self._watchers = [w for w in self._watchers if w.running] + [watcher]
         watcher.start()
         if not background:
@@ -227,7 +236,7 @@ class Intake:
             return
         checkpoint, newest, interval = self.encoder.checkpoint(), self.newest, self.interval
         try:
-            with torch.inference_mode(False), torch.no_grad(), self._lock:
+            with torch.inference_mode(False), torch.no_grad(), self._lock, self._fresh_lengths():
                 self._store_blocks(self._grid_frames(frames[:whole]))
         except BaseException:
             self.newest, self.interval = newest, interval
@@ -258,18 +267,24 @@ class Intake:
         embeddings: Tensor | None = None
         if isinstance(self.retriever, External) and self.retriever.frames_to is not None:
             embeddings = self.retriever.frames_to(grids.frames[:: self.vision.frames_per_grid])
-        for g, (block, tensors) in enumerate(self.encoder.encode(grids)):
+        count = 0
+        for group in self.encoder.encode(grids):
             if self.store.disk is not None:
                 self.store.disk.began(self.encoder.progress.first, self.encoder.first_extent)
-            tensors.embedding = None if embeddings is None else embeddings[g]
-            packed = pack(tensors, self.store.keep_as)
-            if not self.unstored:
-                try:
-                    self.store.insert(block, packed)
-                    continue
-                except StoreError as e:
-                    self._disk_error = e
-            self.unstored.append((block, packed))
+            for _, tensors in group:
+                tensors.embedding = None if embeddings is None else embeddings[count]
+                count += 1
+            for block, packed in pack_all(group, self.store.keep_as):
+                self._store(block, packed)
+
+    def _store(self, block: Block, packed: PackedBlock) -> None:
+        if not self.unstored:
+            try:
+                self.store.insert(block, packed)
+                return
+            except StoreError as e:
+                self._disk_error = e
+        self.unstored.append((block, packed))
 
     def _roll_back(self, checkpoint: Checkpoint) -> None:
         """Take back the blocks of a chunk that failed."""

@@ -11,7 +11,6 @@ import contextlib
 import os
 import time
 import weakref
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,14 +20,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlmfast import families
-from vlmfast.api import Accelerated
+from vlmfast import engine, families
 from vlmfast.core import Unsupported, UserError
+from vlmfast.decode_loop import put_loop
 from vlmfast.plan import Plan, resolve
 from vlmfast.preconditions import MARK, check_model, unwrap
+from vlmfast.runtime.clock import clock
 from vlmfast.runtime.late_rope import check
 from vlmfast.runtime.placeholders import refuse_placeholders
+from vlmfast.runtime.request_state import Requests
 from vlmfast.runtime.working_set_kv import WorkingSetCompression
+from vlmfast.runtime.working_set_prompt import MOST
 from vlmfast.stream.archive.folder import StoreError
 from vlmfast.stream.archive.store import Store
 from vlmfast.stream.blocks import Block
@@ -121,7 +123,9 @@ class StreamSession(SavedIntake):
         self.turns = []
         self.lost_seconds = 0.0
         self.working_peak = 0
-        self._unlock = prepared(self.model, self.plan.tower != "stock")
+        self._requests = Requests(self.model)
+        self._answering = Plan(speculate=self.plan.speculate, tower="fast")  # what decodes an answer
+        self._unlock = prepared(self.vision, self.plan.tower != "stock")
         weakref.finalize(self, self._unlock)
 
     # -- questions -----------------------------------------------------------------------------------------------------
@@ -143,31 +147,36 @@ class StreamSession(SavedIntake):
         The conversation so far is part of the prompt (`new_conversation()` ends it). The stream is not touched.
         """
         options = check_generate(self.model, {"max_new_tokens": max_new_tokens, **generate})
-        clock = time.perf_counter()
-        with self._lock:
+        began = time.perf_counter()
+        with self._lock, self._fresh_lengths():
             working_set = self.context(question, at, between, retrieve)
             built = time.perf_counter()
             kv = None if self.plan.kv is None else WorkingSetCompression(self.vision.text, self.plan.kv)
             with reading(self.vision, self.plain_cache):
-                with nullcontext() if kv is None else kv.watching():
-                    self.builder.prefill(working_set)
+                if not self._prompt_in_steps(working_set):
+                    with nullcontext() if kv is None else kv.watching():
+                        self.builder.prefill(working_set)
                 if kv is not None:
                     kv.compress(working_set.cache, self.encoder.window.num_init, len(working_set.ids) - 1)
                     working_set.stats |= {k: v for k, v in kv.stats.items() if not isinstance(v, list)}
                     working_set.notes += kv.notes
                 inputs = self.builder.inputs(working_set)
-                prefilled = time.perf_counter()
-                with nullcontext() if kv is None else kv.reading(), self._speculating() as drafting:
-                    out = self.model.generate(**inputs, **options)  # type: ignore[operator]
+                prefilled = clock(self.model)
+                with nullcontext() if kv is None else kv.reading(), self._requests.call() as request:
+                    asked = inputs | options
+                    put_loop(self.model, self._answering, self._requests, (), asked, None, None, False)
+                    out = self.model.generate(**asked)  # type: ignore[operator]
             new = out[0, inputs["input_ids"].shape[1] :]
             text = self.vision.tokenizer.decode(new, skip_special_tokens=True).strip()
             self.turns.append((question, text))
             self.counts["questions"] += 1
             done = time.perf_counter()
+            prefilled = working_set.cache.prefilled or prefilled
             self.working_peak = max(self.working_peak, cache_bytes(working_set.cache))
+            working_set.notes += request.decode.pop("notes", [])
             report = {
-                **working_set.stats, **drafting, "tokens": len(new), "prefill_ms": (prefilled - built) * 1e3,
-                "decode_ms_per_token": (done - prefilled) * 1e3 / max(1, len(new)), "total_ms": (done - clock) * 1e3,
+                **working_set.stats, **request.decode, "tokens": len(new), "prefill_ms": (prefilled - built) * 1e3,
+                "decode_ms_per_token": (done - prefilled) * 1e3 / max(1, len(new)), "total_ms": (done - began) * 1e3,
                 "kv_fast_bytes": self.fast_bytes, "kv_host_bytes": self.store.ram_bytes,
                 "kv_disk_bytes": self.store.disk_bytes, "notes": working_set.notes,
             }  # fmt: skip
@@ -210,16 +219,14 @@ class StreamSession(SavedIntake):
         """Forget earlier questions and answers; the stream stays."""
         self.turns = []
 
-    @contextlib.contextmanager
-    def _speculating(self) -> Iterator[dict[str, Any]]:
-        """The plan's speculation on the model's generate, for one answer."""
-        figures: dict[str, Any] = {}
-        if self.plan.speculate is None:
-            yield figures
-            return
-        with Accelerated(self.model, Plan(speculate=self.plan.speculate, tower="stock")) as fast:
-            yield figures
-            figures |= {k: v for k, v in fast.report.decode.items() if k != "tokens"}
+    def _prompt_in_steps(self, working_set: WorkingSet) -> bool:
+        """Is the prompt left to the engine? A policy watches a forward over it, and a newline of OneVision's is none of
+        its tokens."""
+        text, head = engine.decoder(self.model)
+        return (
+            self.plan.kv is None and len(working_set.ids) <= MOST and not len(self.vision.closing())
+            and engine.automatic(text) and engine.why_not(text, head) is None
+        )  # fmt: skip
 
     @staticmethod
     def _by_layer(retriever: Retriever | None) -> bool:

@@ -7,7 +7,6 @@ block gets the position of the first block of a video, and positions stay in the
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,10 +110,11 @@ class SlidingWindow:
             self.first_column[block.id] = column
             column += block.num_tokens
 
-    def forward(self, blocks: list[Block], embeddings: Tensor, **deepstack: Any) -> list[tuple[Block, Tensor, Tensor]]:
+    def forward(self, blocks: list[Block], embeddings: Tensor, **deepstack: Any) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Append blocks by one forward of the language model over their embeddings (n, D), n tokens in all.
 
-        Returns every block, its `norm` set, with its un-rotated keys and values (L, Hk, n, Dh).
+        Returns for every block its un-rotated keys and values (L, Hk, n, Dh) and the mean norm of each token's values
+        (n,) float32.
         """
         begin = self.num_columns
         positions = torch.cat([self.positions(block) for block in blocks], 1)
@@ -122,14 +122,13 @@ class SlidingWindow:
         end = self.num_columns
         keys = torch.stack([layer.raw[:, begin:end] for layer in self.cache.layers])
         values = torch.stack([layer.val[:, begin:end] for layer in self.cache.layers])
-        norms = values.float().norm(dim=-1).mean((0, 1)).cpu()
+        norms = values.float().norm(dim=-1).mean((0, 1))
         first, out = 0, []
-        for made in blocks:
-            last = first + made.num_tokens
-            block = dataclasses.replace(made, norm=float(norms[first:last].mean()))
+        for block in blocks:
+            last = first + block.num_tokens
             self.first_column[block.id] = begin + first
             self.blocks.append(block)
-            out.append((block, keys[:, :, first:last], values[:, :, first:last]))
+            out.append((keys[:, :, first:last], values[:, :, first:last], norms[first:last]))
             first = last
         return out
 

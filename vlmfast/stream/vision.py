@@ -14,22 +14,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmfast import families
+from vlmfast import engine, families, media
 from vlmfast.core import Unsupported, UserError
 from vlmfast.families.base import feature_list
 from vlmfast.runtime.fast_tower import fast_modules
-from vlmfast.runtime.model_lock import lock_functions
+from vlmfast.runtime.model_lock import lock_functions, streamed
 from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.template import chat_text
+from vlmfast.runtime.transfers import to_device
 from vlmfast.runtime.weights import reason
 
 
-def prepared(model: Any, fast: bool) -> Callable[[], None]:
-    """Make a model ready for a stream: one `generate` at a time, fast: the fast tower. Returns what undoes both."""
-    patch = Patch()
+def prepared(vision: VisionEncoder, fast: bool) -> Callable[[], None]:
+    """Make a model ready for a stream: one `generate` at a time, fast: the fast tower, on CUDA its weights joined for
+    the engine. Returns what undoes all of it; the engine lives as long as any stream over the model."""
+    patch, model = Patch(), vision.model
+
+    def release() -> None:
+        if not streamed(model):
+            engine.release(model)
+
+    patch.call(release)
     patch.call(lock_functions(model, stream=True))
     if fast:
-        fast_modules(model, families.get(model), patch)
+        vision.host_grids = fast_modules(model, families.get(model), patch) is not None
+    engine.prepare(model)
     return patch.remove
 
 
@@ -133,41 +142,57 @@ class VisionEncoder:
         self.layout = Layout(model)
         self._sizes: set[tuple[int, int]] = set()  # of frames that the processor takes
         self.device = next(model.parameters()).device
+        self.host_grids = False  # may grids come to the tower on the host?
 
     @torch.no_grad()
     def features(self, frames: Tensor) -> GridFeatures:
         """frames (G * frames_per_grid, H, W, 3) uint8 -> features of G grids, every grid encoded by itself."""
         pixels = frames.permute(0, 3, 1, 2)
-        options: dict[str, Any] = {"do_sample_frames": False, "return_tensors": "pt"}
         if self.qwen:
-            made = self._processed(list(pixels.split(self.frames_per_grid)), options)
+            made = self._processed(list(pixels.split(self.frames_per_grid)))
             grid, merge = made["video_grid_thw"], self.layout.merge
             out = self.base.get_video_features(
-                pixel_values_videos=made["pixel_values_videos"].to(self.device), video_grid_thw=grid.to(self.device)
+                pixel_values_videos=self._pixels(made),
+                video_grid_thw=grid if self.host_grids else grid.to(self.device),
             )
             deepstack = [torch.stack(list(level)) for level in getattr(out, "deepstack_features", None) or []]
             size = (int(grid[0, 1]) // merge, int(grid[0, 2]) // merge)
             return GridFeatures(torch.stack(feature_list(out)), size, deepstack)
-        made = self._processed([pixels], options)
-        out = self.base.get_video_features(made["pixel_values_videos"].to(self.device))
+        made = self._processed([pixels])
+        out = self.base.get_video_features(self._pixels(made))
         flat = feature_list(out)[0]
         flat = flat[: flat.shape[0] - self.closing().shape[0]]  # OneVision's newline closes a video, not a frame
         features = flat.view(len(frames), -1, flat.shape[-1])
         side = int(features.shape[1] ** 0.5)
         return GridFeatures(features, (side, features.shape[1] // side), [])
 
+    def _pixels(self, made: Any) -> Tensor:
+        """The processor's pixels on the model's device."""
+        pixels = made["pixel_values_videos"]
+        return to_device(pixels.pin_memory() if self.device.type == "cuda" else pixels, self.device)
+
     def check_size(self, height: int, width: int) -> None:
         """Raise UserError for frames of a size that the model's processor does not take; each size is tried once."""
         if (height, width) in self._sizes:
             return
         blank = torch.zeros(self.frames_per_grid, 3, height, width, dtype=torch.uint8)
-        self._processed([blank], {"do_sample_frames": False, "return_tensors": "pt"})
+        self._processed([blank])
         self._sizes = {*self._sizes, (height, width)} if len(self._sizes) < 64 else {(height, width)}
 
-    def _processed(self, clips: list[Tensor], options: dict[str, Any]) -> Any:
-        """What the model's video processor makes of clips (T, 3, H, W). UserError for frames that it does not take."""
+    def frame_size(self, frames: int, height: int, width: int) -> tuple[int, int]:
+        """(height, width) that the processor scales a frame of a stream to, its own where there is no such rule.
+
+        frames: is not looked at, since a stream is processed grid by grid. To be given as `size` to a source.
+        """
+        found = media.frame_size(self.model, self.processor, self.frames_per_grid, height, width)
+        return found or (height, width)
+
+    def _processed(self, clips: list[Tensor]) -> Any:
+        """What the model's video processor makes of clips (T, 3, H, W), on the model's device where it can. UserError
+        for frames that it does not take."""
+        options = media.video_options(self.processor) | media.device_option(self.model, self.processor)
         try:
-            return self.processor.video_processor(videos=clips, **options)
+            return self.processor.video_processor(videos=clips, return_tensors="pt", **options)
         except (ValueError, RuntimeError, ArithmeticError) as e:
             height, width = clips[0].shape[-2:]
             raise UserError(f"{self.type} does not take frames of {width} x {height} pixels: {reason(e)}") from None
@@ -180,7 +205,7 @@ class VisionEncoder:
 
     def embed(self, ids: list[int]) -> Tensor:
         """(n, D) embeddings of token ids."""
-        return self.text.embed_tokens(torch.tensor(ids, dtype=torch.long, device=self.device)).detach()
+        return self.text.embed_tokens(to_device(torch.tensor(ids, dtype=torch.long), self.device)).detach()
 
     def text_ids(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens."""

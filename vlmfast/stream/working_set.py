@@ -16,14 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmfast.runtime import transfers
 from vlmfast.runtime.compat import CACHE
 from vlmfast.runtime.late_rope import cos_sin, rotate, running
 from vlmfast.runtime.stream_cache import ProbeCache, work_cache
 from vlmfast.stream.archive.segments import BlockLost
 from vlmfast.stream.archive.store import Store
-from vlmfast.stream.blocks import Block, block_positions, text_position
+from vlmfast.stream.blocks import Block, PackedLayer, block_positions, text_position, unpack
 from vlmfast.stream.encoder import Encoder
 from vlmfast.stream.retrievers import Candidates, Internal, Retriever, best
+from vlmfast.stream.unpack_on_device import unpack_on_device
 
 
 @dataclass
@@ -35,10 +37,11 @@ class WorkingSet:
     cache: Any
     ids: list[int]
     start: int
-    past: int  # logical columns in the cache before the prompt
+    past: int  # logical columns in the cache
     weights: dict[int, float]
     stats: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    fed: int = 0  # of `ids`, those in the cache
 
 
 class _Enough(Exception):
@@ -84,7 +87,8 @@ class WorkingSetBuilder:
             return [self._choose(retriever, candidates, retriever.combine(scores))] * layers
 
         def choose(layer: int, queries: Tensor) -> list[Block]:
-            chosen.append(self._choose(retriever, candidates, retriever.layer_scores(candidates, layer, queries)))
+            (here,) = transfers.read_back([queries])  # once a layer: what it attends to decides the next one's queries
+            chosen.append(self._choose(retriever, candidates, retriever.layer_scores(candidates, layer, here)))
             return chosen[-1]
 
         self._probe(question, choose)
@@ -92,18 +96,19 @@ class WorkingSetBuilder:
 
     def scores(self, retriever: Internal, candidates: Candidates, question: str, layers: list[int]) -> list[Tensor]:
         """(N,) scores of the bare question, alone before the video, at each of `layers` (ascending)."""
-        out: list[Tensor] = []
+        seen: list[Tensor] = []
 
-        def score(layer: int, queries: Tensor) -> list[Block]:
+        def see(layer: int, queries: Tensor) -> list[Block]:
             if layer in layers:
-                out.append(retriever.layer_scores(candidates, layer, queries))
+                seen.append(queries)
             if layer == layers[-1]:
                 raise _Enough
             return []
 
         with suppress(_Enough):
-            self._probe(question, score)
-        return out
+            self._probe(question, see)
+        here = zip(layers, transfers.read_back(seen), strict=True)
+        return [retriever.layer_scores(candidates, layer, queries) for layer, queries in here]
 
     def _probe(self, question: str, choose: Callable[[int, Tensor], list[Block]]) -> None:
         """Run the bare question through the layers; each reads the blocks that `choose` gives it for its queries."""
@@ -132,19 +137,25 @@ class WorkingSetBuilder:
         extent = self.encoder.first_extent
         return text_position(blocks, origin, self.contiguous, layout.timed, self.after_max, extent)
 
-    def _stored(self, layer: int, block: Block, like: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Un-rotated keys and values of a block: exact from the window, else from the store; None when it is lost."""
-        exact = self.encoder.window.block_layer(block, layer)
-        if exact is not None:
-            return exact
-        if block.id not in self.store.blocks:
-            return None
-        try:
-            keys, values = self.store.layer(block.id, layer, like.dtype)
-        except BlockLost as e:
-            self.lost.append(str(e))
-            return None
-        return keys.to(like.device), values.to(like.device)
+    def _stored(self, layer: int, blocks: list[Block], like: Tensor) -> list[tuple[Block, Tensor, Tensor]]:
+        """Un-rotated keys and values of blocks: exact from the window, else from the store; without those lost."""
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        packed: dict[int, PackedLayer] = {}
+        for block in blocks:
+            exact = self.encoder.window.block_layer(block, layer)
+            if exact is not None:
+                found[block.id] = exact
+            elif block.id in self.store.blocks:
+                try:
+                    packed[block.id] = self.store.packed_layer(block.id, layer)
+                except BlockLost as e:
+                    self.lost.append(str(e))
+        if packed and like.is_cuda:
+            unpacked = unpack_on_device(list(packed.values()), like.dtype, like.device)
+        else:
+            unpacked = [unpack(*one, like.dtype) for one in packed.values()]
+        found |= zip(packed, unpacked, strict=True)
+        return [(block, *found[block.id]) for block in blocks if block.id in found]
 
     def gather(self, layer: int, blocks: list[Block]) -> tuple[Tensor, Tensor]:
         """Rotated keys and values (Hk, n, Dh) of [init tokens, blocks] at one layer; made once per question."""
@@ -153,13 +164,9 @@ class WorkingSetBuilder:
             return self._gathered[wanted]
         window = self.encoder.window
         init_keys, init_values = window.init_layer(layer)
-        all_keys, all_values, there = [init_keys], [init_values], []
-        for block in blocks:
-            stored = self._stored(layer, block, init_keys)
-            if stored is not None:
-                all_keys.append(stored[0])
-                all_values.append(stored[1])
-                there.append(block)
+        stored = self._stored(layer, blocks, init_keys)
+        there = [block for block, _, _ in stored]
+        all_keys, all_values = [init_keys, *(k for _, k, _ in stored)], [init_values, *(v for _, _, v in stored)]
         keys = torch.cat(all_keys, 1)
         ids = tuple(block.id for block in there)
         if ids not in self._rotations:
@@ -206,6 +213,7 @@ class WorkingSetBuilder:
     def prefill(self, working_set: WorkingSet) -> None:
         """Feed all of the prompt but its last token, OneVision's newline first."""
         embeds = torch.cat([self.vision.closing(), self.vision.embed(working_set.ids[:-1])])[None]
+        working_set.fed = len(working_set.ids) - 1
         if not embeds.shape[1]:
             return
         n, axes = embeds.shape[1], self.encoder.layout.axes
@@ -217,12 +225,14 @@ class WorkingSetBuilder:
         working_set.past += n
 
     def inputs(self, working_set: WorkingSet) -> dict[str, Any]:
-        """Keyword arguments for `model.generate` that continue with the last token of the prompt."""
+        """Keyword arguments for `model.generate` that continue with what the cache lacks of the prompt."""
         device = self.vision.device
         pad = self.vision.tokenizer.pad_token_id or 0
-        tail = working_set.ids[-min(len(working_set.ids), working_set.past + 1) :]
-        ids = torch.tensor([[pad] * (working_set.past + 1 - len(tail)) + tail], device=device)
+        left = len(working_set.ids) - working_set.fed
+        tail = working_set.ids[-min(len(working_set.ids), working_set.past + left) :]
+        ids = torch.tensor([[pad] * (working_set.past + left - len(tail)) + tail], device=device)
         positions = torch.full(ids.shape, working_set.start, dtype=torch.long, device=device)
+        positions[:, -left:] += torch.arange(left, device=device)
         axes = self.encoder.layout.axes
         return {
             "input_ids": ids, "attention_mask": torch.ones_like(ids), CACHE: working_set.cache,

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vlmfast.video.images import read_image
     from vlmfast.video.live_source import Frame, open_source
-    from vlmfast.video.read import Fps, SceneChange, Uniform, Video, parse_select, read_video, write_video
+    from vlmfast.video.read import Video, VideoReader, read_video, write_video
+    from vlmfast.video.selection import Fps, SceneChange, Uniform, parse_select
 
 __all__ = [
-    "Fps", "Frame", "SceneChange", "Uniform", "Video", "open_source", "parse_select", "read_image", "read_video",
-    "write_video",
+    "Fps", "Frame", "SceneChange", "Uniform", "Video", "VideoReader", "open_source", "parse_select",
+    "read_image", "read_video", "write_video",
 ]  # fmt: skip
 
 _HOMES = {"Frame": "live_source", "open_source": "live_source", "read_image": "images"}
+_HOMES |= dict.fromkeys(("Fps", "SceneChange", "Uniform", "parse_select"), "selection")
 
 
 def __getattr__(name: str) -> Any:

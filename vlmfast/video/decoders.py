@@ -10,11 +10,13 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlmfast.core import UserError
+from vlmfast.video.conversion import Conversion
 from vlmfast.video.frame_index import Index, frames_of, open_video
 
 BACKENDS = {"pyav": "av", "decord": "decord", "opencv": "cv2"}
@@ -34,15 +36,34 @@ def require(backend: str) -> None:
         )
 
 
-def fetch(index: Index, wanted: NDArray[np.int64], backend: str = "pyav") -> Iterator[NDArray[np.uint8]]:
-    """Yields the frames numbered `wanted` (ascending, distinct), upright, each (H, W, 3) uint8 RGB.
+def fetch(
+    index: Index,
+    wanted: NDArray[np.int64],
+    backend: str = "pyav",
+    size: tuple[int, int] | None = None,
+    any_size: bool = False,
+) -> Iterator[NDArray[np.uint8]]:
+    """Yields the frames numbered `wanted` (ascending, distinct), upright, each (height, width, 3) uint8 RGB.
 
+    size: (height, width) they are scaled to; None = as stored. any_size: take frames of another size than the first.
     Raises UserError when the backend is missing or cannot deliver exactly these frames.
     """
     require(backend)
-    decode_frames = {"pyav": _pyav, "decord": _decord, "opencv": _opencv}[backend]
-    for frame in decode_frames(index, wanted):
-        yield index.orientation.apply(frame)
+    decode_frames: Any = {"pyav": _pyav, "decord": _decord, "opencv": _opencv}[backend]
+    convert = Conversion(index.orientation)
+
+    def checked() -> Iterator[Any]:
+        for frame in decode_frames(index, wanted):
+            height, width = convert.upright_size(frame)
+            if (height, width) != index.upright_size and not any_size:
+                first_height, first_width = index.upright_size
+                raise UserError(
+                    f"frames of {index.path} change size from {first_height}x{first_width} to {height}x{width}; "
+                    "pass size=(height, width)"
+                )
+            yield frame
+
+    yield from convert.all(checked(), size)
 
 
 def thumbnails(index: Index, side: int) -> Iterator[NDArray[np.uint8]]:
@@ -54,7 +75,7 @@ def thumbnails(index: Index, side: int) -> Iterator[NDArray[np.uint8]]:
                 yield frame.to_ndarray(format="rgb24", width=side, height=side, interpolation="AREA")
 
 
-def _pyav(index: Index, wanted: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
+def _pyav(index: Index, wanted: NDArray[np.int64]) -> Iterator[Any]:
     stamps = index.pts
     if stamps is None:
         remaining = iter(wanted.tolist())
@@ -64,21 +85,24 @@ def _pyav(index: Index, wanted: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]
                 if target is None:
                     return
                 if number == target:
-                    yield frame.to_ndarray(format="rgb24")
+                    yield frame
                     target = next(remaining, None)
         return
     targets = stamps[wanted]
     num_done = 0
-    for without_seeks in (False, True):  # a second time without seeking, should a seek ever land behind its target
+    # a second time every frame in turn, should a seek ever land behind its target, or a frame be missed by skipping
+    for in_turn in (False, True):
+        skipping = frozenset(targets.tolist()) if index.skips and not in_turn else None
         with open_video(index.path) as (container, stream):
-            frames, decoded = frames_of(container, stream, index.path), -1  # the number of the last decoded frame
+            frames = frames_of(container, stream, index.path, None, skipping)
+            decoded = -1  # the number of the last decoded frame
             for target in targets[num_done:].tolist():
                 key_index = np.searchsorted(index.keys, target, side="right") - 1
                 start_number = int(np.searchsorted(stamps, index.keys[key_index])) if key_index >= 0 else 0
-                if not without_seeks and start_number - decoded > _SEEK_PAYS:
+                if not in_turn and start_number - decoded > _SEEK_PAYS:
                     frames.close()
                     container.seek(int(index.keys[key_index]), stream=stream, backward=True)
-                    frames = frames_of(container, stream, index.path)
+                    frames = frames_of(container, stream, index.path, None, skipping)
                 shown_frame = next(
                     (candidate for candidate in frames if candidate.pts is not None and candidate.pts >= target), None
                 )
@@ -86,7 +110,7 @@ def _pyav(index: Index, wanted: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]
                     break
                 decoded = int(wanted[num_done])
                 num_done += 1
-                yield shown_frame.to_ndarray(format="rgb24")
+                yield shown_frame
         if num_done == len(targets):
             return
     raise UserError(

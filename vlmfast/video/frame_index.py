@@ -6,7 +6,7 @@ backend decodes, and is the only authority on frame numbers and timestamps.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Container, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmfast.core import UserError
+from vlmfast.video.due import DueStamps
 from vlmfast.video.images import Orientation, frame_orientation
 from vlmfast.video.limits import MOST_PIXELS, check_pixels, regular
 
@@ -40,6 +41,7 @@ class Index:
     fps: average frames per second; duration in seconds, last frame included
     size: (height, width) of the decoded frames; orientation: what sets them upright
     container: libav's name of the file format, such as "mov,mp4,m4a,3gp,3g2,mj2"
+    skips: can the decoder leave out just those frames to which no other refers (see `can_skip`)?
     """
 
     path: Path
@@ -51,6 +53,7 @@ class Index:
     size: tuple[int, int]
     orientation: Orientation
     container: str
+    skips: bool = False
 
     def __len__(self) -> int:
         return len(self.timestamps)
@@ -96,7 +99,8 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
         if not streams or name == "tty":  # libav takes any .txt for terminal art
             raise UserError(f"{path} is not a video (it has no video track); give a file such as mp4, mkv or webm")
         limit_decoder(streams[0], path)
-        streams[0].thread_type = "AUTO"
+        streams[0].thread_type = "AUTO"  # by frames and by slices, on all cores
+        streams[0].codec_context.thread_count = 0
         yield container, streams[0]
 
 
@@ -156,18 +160,38 @@ class PacketCount:
         )
 
 
-def frames_of(container: Any, stream: Any, path: Path, count: PacketCount | None = None) -> Generator[Any, None, None]:
+def can_skip(stream: Any, frame: Any) -> bool:
+    """Can the stream's decoder leave out just those frames to which no other refers? frame: a decoded one of it.
+
+    In H.264, MPEG-2 and MPEG-4 every picture says whether others refer to it. In HEVC that holds within one temporal
+    layer, and the header in mp4 and mkv says how many there are. Fields of interlaced video may come as two packets.
+    """
+    context = stream.codec_context
+    if frame.interlaced_frame:
+        return False
+    header = context.extradata or b""
+    one_layer = len(header) > 21 and header[0] == 1 and (header[21] >> 3) & 7 == 1  # numTemporalLayers of an hvcC
+    return context.name in ("h264", "mpeg2video", "mpeg4") or (context.name == "hevc" and one_layer)
+
+
+def frames_of(
+    container: Any, stream: Any, path: Path, count: PacketCount | None = None, wanted: Container[int] | None = None
+) -> Generator[Any, None, None]:
     """Decoded av.VideoFrame objects from where the container stands. UserError where decoding fails.
 
     count: of the packets on the way, for a reader that goes from the beginning to the end.
+    wanted: stamps of the frames that must come; of the others, those to which no frame refers are not decoded.
     """
     import av
 
     last: float | None = None
+    packets = container.demux(stream)
     try:
-        for packet in container.demux(stream):
+        for packet in wanted.ahead(packets) if isinstance(wanted, DueStamps) else packets:
             if count is not None:
                 count.add(packet)
+            if wanted is not None:  # holds for this packet alone, also with several decoding threads
+                stream.codec_context.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in wanted else "NONREF"
             for frame in packet.decode():
                 last = frame.time
                 yield frame
@@ -177,6 +201,11 @@ def frames_of(container: Any, stream: Any, path: Path, count: PacketCount | None
             f"{path} is damaged {location} ({reason(e)}); copy it again, or repair it with: "
             f"ffmpeg -err_detect ignore_err -i {path.name} repaired.mp4"
         ) from None
+
+
+def stamped(container: Any) -> bool:
+    """Do its packets carry true presentation stamps?"""
+    return bool(_STAMPED & set(container.format.name.split(",")))
 
 
 def timestamp_of(container: Any, frame: Any) -> float | None:
@@ -196,17 +225,17 @@ def read_index(path: Path) -> Index:
         if first is None:
             raise UserError(f"{path} has no frames; check that it plays, or record it again")
         size, upright = (first.height, first.width), frame_orientation(first, stream, path)
+        skips = can_skip(stream, first)
         rate = float(stream.guessed_rate or stream.average_rate or 0)
         average, unit = float(stream.average_rate or 0), float(stream.time_base)
-        name = container.format.name
-        stamped = bool(_STAMPED & set(name.split(",")))
+        name, exact = container.format.name, stamped(container)
     pts, keys, count = [], [], PacketCount()
     with open_video(path) as (container, stream):
         try:
             for packet in container.demux(stream):
                 if not count.add(packet):
                     continue
-                stamped &= packet.pts is not None
+                exact &= packet.pts is not None
                 if packet.pts is None or packet.is_discard:
                     continue  # decoded for others to refer to, never shown
                 pts.append(packet.pts)
@@ -216,7 +245,7 @@ def read_index(path: Path) -> Index:
             raise UserError(f"{path} is damaged after {count.packets} frames ({reason(e)}); copy it again") from None
         count.check(path, container, stream)
     order = np.unique(np.asarray(pts, np.int64))
-    if stamped and len(order) == len(pts) and first.pts == order[0]:
+    if exact and len(order) == len(pts) and first.pts == order[0]:
         times = (order - order[0]) * unit
         return Index(
             path,
@@ -227,6 +256,7 @@ def read_index(path: Path) -> Index:
             size,
             upright,
             name,
+            skips,
         )
     with open_video(path) as (container, stream):
         stamps = [timestamp_of(container, frame) for frame in frames_of(container, stream, path)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -18,24 +18,32 @@ from numpy.typing import NDArray
 from vlmfast.core import UserError
 from vlmfast.video.limits import MOST_PICTURE_BYTES, check_pixels, regular
 
-Size = tuple[int, int] | int | None
+SizeRule = Callable[[int, int, int], tuple[int, int]]  # (frames, height, width) upright -> (height, width)
+Size = tuple[int, int] | int | str | SizeRule | None
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "PPM")  # others reach for programs, or are seldom meant
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"}
 
 
 def check_size(size: Size) -> None:
-    """Raises UserError unless `size` is None, a positive integer or two of them."""
+    """Raises UserError unless `size` is None, "full", a function, a positive integer or two of them."""
     sides = size if isinstance(size, (tuple, list)) else (size,)
-    if size is None:
+    if size is None or size == "full" or callable(size):
         return
+    if size == "model":
+        raise UserError(
+            "size='model' asks the processor of a model for its size: read with vlmfast.read_inputs, or watch in a "
+            "session"
+        )
     if len(sides) > 2 or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides):
         raise UserError(f"size must be (height, width) or one integer for the longer side, got {size!r}")
 
 
-def target(upright: tuple[int, int], size: Size) -> tuple[int, int]:
-    """(height, width) that an image of `upright` (height, width) is scaled to; an integer never scales up."""
-    if size is None:
+def target(upright: tuple[int, int], size: Size, frames: int = 1) -> tuple[int, int]:
+    """(height, width) that `frames` images of `upright` (height, width) are scaled to; an integer never scales up."""
+    if size is None or isinstance(size, str):
         return upright
+    if callable(size):
+        return size(frames, *upright)
     if not isinstance(size, int):
         return size[0], size[1]
     scale = min(1.0, size / max(upright))
@@ -132,10 +140,10 @@ def image_size(path: Path) -> tuple[int, int]:
         return (file.width, file.height) if sideways else (file.height, file.width)
 
 
-def folder_images(path: Path, size: Size = None) -> list[Path]:
+def folder_images(path: Path) -> list[Path]:
     """The images in a folder in natural order (frame2 before frame10); hidden and other files are left out.
 
-    Raises UserError for a folder without images, and for mixed sizes unless `size` is (height, width).
+    Raises UserError for a folder without images.
     """
     files = [file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
     if not files:
@@ -145,15 +153,18 @@ def folder_images(path: Path, size: Size = None) -> list[Path]:
             (int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", file.name.lower())
         ]
     )
-    if not isinstance(size, tuple):
-        first_size = image_size(files[0])
-        for file in files[1:]:
-            if (other_size := image_size(file)) != first_size:
-                raise UserError(
-                    f"the pictures in {path} differ in size: {files[0].name} is {first_size[0]}x{first_size[1]}, "
-                    f"{file.name} is {other_size[0]}x{other_size[1]}; pass size=(height, width) to scale them all"
-                )
     return files
+
+
+def check_one_size(files: list[Path]) -> None:
+    """Raises UserError for images of a folder that differ in size, from their headers."""
+    first_size = image_size(files[0])
+    for file in files[1:]:
+        if (other_size := image_size(file)) != first_size:
+            raise UserError(
+                f"the pictures in {file.parent} differ in size: {files[0].name} is {first_size[0]}x{first_size[1]}, "
+                f"{file.name} is {other_size[0]}x{other_size[1]}; pass size=(height, width) to scale them all"
+            )
 
 
 # -- which way up ------------------------------------------------------------------------------------------------------
@@ -177,7 +188,10 @@ class Orientation:
         """The upright frame of a stored one (H, W, ...); the same array where there is nothing to do."""
         if not self:
             return frame
-        frame = resize(frame, self._square((frame.shape[0], frame.shape[1])))
+        return self.turn(resize(frame, self._square((frame.shape[0], frame.shape[1]))))
+
+    def turn(self, frame: NDArray[Any]) -> NDArray[Any]:
+        """`apply` without the stretch, for a frame whose pixels are square already."""
         if self.transposed:
             frame = frame.swapaxes(0, 1)
         return np.ascontiguousarray(frame[:: -1 if self.upside_down else 1, :: -1 if self.mirrored else 1])

@@ -3,32 +3,32 @@
     video = read_video("clip.mp4", select=Uniform(16), size=448)
     video.frames, video.timestamps            # (16, H, W, 3) uint8 RGB, (16,) seconds since the first frame
 
-All frames are upright RGB uint8. Which frames are taken is decided here, from the timestamps in the file, and is the
-same for every backend.
+All frames are upright RGB uint8. Which frames are taken is decided by `selection`, from the timestamps in the file, and
+is the same for every backend.
 """
 
 from __future__ import annotations
 
-import math
 import os
+import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmfast import spec
 from vlmfast.core import UserError
-from vlmfast.fields import Method, NonNegativeFloat, PositiveFloat, PositiveInt, Range, checked
+from vlmfast.fields import PositiveFloat, PositiveInt, checked
 from vlmfast.video import decoders
 from vlmfast.video.frame_index import read_index, reason
 from vlmfast.video.images import (
     Size,
     as_frame,
+    check_one_size,
     check_size,
     folder_images,
     image_size,
@@ -36,103 +36,10 @@ from vlmfast.video.images import (
     resize,
     target,
 )  # fmt: skip
+from vlmfast.video.selection import Select, Uniform, parse_select
 
 _MOST_BYTES = 8 << 30
 _THUMBNAIL_SIDE = 24
-_SAME = 6e-4  # seconds; containers round stamps (mkv to 1 ms), so instants this close are one
-
-
-# ------------------------------------------------------------------------------------- which frames
-
-
-class Select(Protocol):
-    """Chooses frames: `pick` gets the timestamps (N,) of all frames, ascending, and (only if it asks for the next
-    one) thumbnails (24, 24, 3) uint8 of one frame after the other; returns ascending distinct numbers (K,) int64."""
-
-    def pick(self, times: NDArray[np.float64], thumbs: Iterator[NDArray[np.uint8]]) -> NDArray[np.int64]: ...
-
-
-@dataclass(frozen=True)
-class Uniform(Method):
-    """`frames` frames evenly spaced in time, first and last included (one: the middle one); all, if there are fewer."""
-
-    frames: PositiveInt = 16
-    name: ClassVar[str] = "uniform"
-
-    def pick(self, times: NDArray[np.float64], thumbs: Iterator[NDArray[np.uint8]]) -> NDArray[np.int64]:
-        total, count = len(times), self.frames
-        if count >= total:
-            return np.arange(total)
-        wanted = np.linspace(times[0], times[-1], count) if count > 1 else (times[:1] + times[-1:]) / 2
-        right = np.clip(np.searchsorted(times, wanted), 1, total - 1)
-        near = right - (wanted - times[right - 1] <= times[right] - wanted)
-        # Where frames are sparse two instants share a frame: give each its own, pushing forward, then back.
-        step = np.arange(count)
-        near = np.maximum.accumulate(near - step) + step
-        near = np.minimum(near, total - count + step)
-        return near.astype(np.int64)
-
-
-@dataclass(frozen=True)
-class Fps(Method):
-    """The frame on show at every 1/`rate` seconds from the first one on; each frame at most once."""
-
-    rate: PositiveFloat = 2.0
-    name: ClassVar[str] = "fps"
-
-    def pick(self, times: NDArray[np.float64], thumbs: Iterator[NDArray[np.uint8]]) -> NDArray[np.int64]:
-        span = times[-1] - times[0]
-        if span * self.rate > 64 * len(times):  # far more instants than frames: every frame is on show at one
-            return np.arange(len(times))
-        ticks = times[0] + np.arange(math.floor((span + _SAME) * self.rate) + 1) / self.rate
-        return np.unique(np.searchsorted(times, ticks + _SAME, side="right") - 1)
-
-
-@dataclass(frozen=True)
-class SceneChange(Method):
-    """The first frame, then every frame that differs from the last one kept by more than `threshold`.
-
-    threshold: mean absolute difference of the thumbnails, 0 to 1 (about 0.02: something moved; 0.1: another shot)
-    min_gap: seconds that two kept frames are apart at least
-    max_gap: seconds after which a frame is kept anyway; None = never
-
-    Decodes every frame once, small.
-    """
-
-    threshold: Annotated[float, Range(0, 1, "both")] = 0.08
-    min_gap: NonNegativeFloat = 0.2
-    max_gap: PositiveFloat | None = None
-    name: ClassVar[str] = "scene"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.max_gap is not None and self.max_gap <= self.min_gap:
-            raise UserError(f"max_gap={self.max_gap} in scene must be longer than min_gap={self.min_gap}")
-
-    def pick(self, times: NDArray[np.float64], thumbs: Iterator[NDArray[np.uint8]]) -> NDArray[np.int64]:
-        kept, last_kept = [0], next(thumbs).astype(np.int16)
-        longest = math.inf if self.max_gap is None else self.max_gap
-        for number, thumb in enumerate(thumbs, start=1):
-            interval = times[number] - times[kept[-1]]
-            if interval < self.min_gap - 1e-6:
-                continue
-            thumbnail = thumb.astype(np.int16)
-            if interval >= longest or np.abs(thumbnail - last_kept).mean() / 255 > self.threshold:
-                kept.append(number)
-                last_kept = thumbnail
-        return np.asarray(kept, np.int64)
-
-
-SELECTIONS: dict[str, type[Method]] = {kind.name: kind for kind in (Uniform, Fps, SceneChange)}
-
-
-def parse_select(text: str) -> Select:
-    """`uniform:16`, `fps:rate=2`, `scene:0.1,max_gap=10` as a selection; see `spec`."""
-    select: Select = spec.read("frame selection", text, SELECTIONS)
-    return select
-
-
-# ------------------------------------------------------------------------------------- videos
 
 
 @dataclass(frozen=True)
@@ -169,6 +76,81 @@ class Video:
         }
 
 
+class VideoReader:
+    """The chosen frames of a video file or of a folder of images, before they are decoded.
+
+    Arguments as in `read_video`. Opens the file, lists its frames and chooses; `read` decodes. T chosen frames of N:
+    len() is T; timestamps, indices, fps, duration, total, size: as in `Video`. index: of a file's
+    frames; a folder has none. opening_ms: what making this took.
+    Raises UserError for bad files and bad arguments.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        select: Select | str | None = None,
+        backend: str = "pyav",
+        max_frames: int | None = None,
+        fps: float | None = None,
+    ) -> None:
+        start = time.perf_counter()
+        self.path, self.backend = Path(path), backend
+        select = parse_select(select) if isinstance(select, str) else select or Uniform()
+        if isinstance(select, type) or not hasattr(select, "pick"):
+            raise UserError(f"select must be Uniform, Fps, SceneChange or text such as 'uniform:16', got {select!r}")
+        decoders.require(backend)
+        if max_frames is not None:
+            checked("max_frames", max_frames, PositiveInt, "read_video")
+        if fps is not None:
+            checked("fps", fps, PositiveFloat, "read_video")
+        self._folder = os.path.isdir(self.path)
+        if self._folder:
+            self.fps = 1.0 if fps is None else fps
+            self._files = folder_images(self.path)
+            times = np.arange(len(self._files)) / self.fps
+            self.duration, self.size = len(times) / self.fps, image_size(self._files[0])
+            small = (_THUMBNAIL_SIDE, _THUMBNAIL_SIDE)
+            thumbnails: Iterator[NDArray[np.uint8]] = (resize(read_image(file), small) for file in self._files)
+        else:
+            if fps is not None:
+                raise UserError(
+                    f"fps= is for folders of pictures; {path} has its own timestamps (choose by select=Fps(...))"
+                )
+            self.index = read_index(self.path)
+            times, self.fps, self.duration = self.index.timestamps, self.index.fps, self.index.duration
+            self.size = self.index.upright_size
+            thumbnails = decoders.thumbnails(self.index, _THUMBNAIL_SIDE)
+        self.indices = _thin(select.pick(times, thumbnails), max_frames)
+        self.timestamps, self.total = times[self.indices], len(times)
+        self.opening_ms = (time.perf_counter() - start) * 1e3
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, size: Size = None) -> Video:
+        """Decodes the chosen frames, at `size` as in `read_video`."""
+        check_size(size)
+        if self._folder and not isinstance(size, tuple):
+            check_one_size(self._files)
+        height, width = target(self.size, size, len(self))
+        if len(self) * height * width * 3 > _MOST_BYTES:
+            raise UserError(
+                f"{len(self)} frames of {height}x{width} from {self.path} would take "
+                f"{len(self) * height * width * 3 / 2**30:.0f} GiB of memory; select fewer, or pass max_frames= or a "
+                "smaller size="
+            )
+        frames = np.empty((len(self), height, width, 3), np.uint8)
+        for position, frame in enumerate(self._decoded((height, width), any_size=isinstance(size, tuple))):
+            frames[position] = frame
+        return Video(frames, self.timestamps, self.indices, self.fps, self.duration, self.total, self.size)
+
+    def _decoded(self, size: tuple[int, int], any_size: bool) -> Iterator[NDArray[np.uint8]]:
+        """The chosen frames, each scaled to (height, width). any_size: also those of another size than the first."""
+        if self._folder:
+            return (resize(read_image(self._files[number]), size) for number in self.indices)
+        return decoders.fetch(self.index, self.indices, self.backend, size, any_size)
+
+
 def read_video(
     path: str | os.PathLike[str],
     select: Select | str | None = None,
@@ -180,66 +162,22 @@ def read_video(
     """Reads the selected frames of a video file or of a folder of images.
 
     select: Uniform (default, 16 frames), Fps or SceneChange, or the same as text ("fps:2")
-    backend: "pyav", "decord" or "opencv": who decodes; frames and timestamps are the same
+    backend: "pyav", "decord" or "opencv": who decodes. Frames and timestamps are the same, and the pixels too where
+    frames keep their size; PyAV makes smaller ones in the decoder's own colour conversion, which rounds otherwise
     max_frames: thins the selection evenly to at most that many
-    size: (height, width), or an integer: the longer side is scaled down to it; None = as stored
+    size: (height, width), or an integer: the longer side is scaled down to it; None or "full" = as stored; or a
+    function (frames, height, width) -> (height, width), which is asked once, with the number of selected frames
     fps: of a folder only: images per second, default 1
     Raises UserError for bad files and bad arguments. Only the selected frames are kept in memory.
     """
-    path = Path(path)
-    select = parse_select(select) if isinstance(select, str) else select or Uniform()
-    if isinstance(select, type) or not hasattr(select, "pick"):
-        raise UserError(f"select must be Uniform, Fps, SceneChange or text such as 'uniform:16', got {select!r}")
-    decoders.require(backend)
     check_size(size)
-    if max_frames is not None:
-        checked("max_frames", max_frames, PositiveInt, "read_video")
-    if fps is not None:
-        checked("fps", fps, PositiveFloat, "read_video")
-    if os.path.isdir(path):
-        return _read_folder(path, select, max_frames, size, 1.0 if fps is None else fps)
-    if fps is not None:
-        raise UserError(f"fps= is for folders of pictures; {path} has its own timestamps (choose by select=Fps(...))")
-    index = read_index(path)
-    indices = _thin(select.pick(index.timestamps, decoders.thumbnails(index, _THUMBNAIL_SIDE)), max_frames)
-    frames = _collect(path, decoders.fetch(index, indices, backend), len(indices), index.upright_size, size)
-    return Video(frames, index.timestamps[indices], indices, index.fps, index.duration, len(index), index.upright_size)
-
-
-def _read_folder(path: Path, select: Select, max_frames: int | None, size: Size, fps: float) -> Video:
-    files = folder_images(path, size)
-    times = np.arange(len(files)) / fps
-    thumbnails = (resize(read_image(file), (_THUMBNAIL_SIDE, _THUMBNAIL_SIDE)) for file in files)
-    indices = _thin(select.pick(times, thumbnails), max_frames)
-    upright = image_size(files[0])
-    frames = _collect(path, (read_image(files[number]) for number in indices), len(indices), upright, size)
-    return Video(frames, times[indices], indices, fps, len(files) / fps, len(files), upright)
+    return VideoReader(path, select, backend, max_frames, fps).read(size)
 
 
 def _thin(indices: NDArray[np.int64], max_frames: int | None) -> NDArray[np.int64]:
     if max_frames is None or len(indices) <= max_frames:
         return indices
     return indices[Uniform(max_frames).pick(np.arange(len(indices), dtype=np.float64), iter(()))]
-
-
-def _collect(
-    path: Path, frames: Iterable[NDArray[np.uint8]], count: int, upright: tuple[int, int], size: Size
-) -> NDArray[np.uint8]:
-    height, width = target(upright, size)
-    if count * height * width * 3 > _MOST_BYTES:
-        raise UserError(
-            f"{count} frames of {height}x{width} from {path} would take {count * height * width * 3 / 2**30:.0f} GiB "
-            "of memory; select fewer, or pass max_frames= or a smaller size="
-        )
-    collected = np.empty((count, height, width, 3), np.uint8)
-    for position, frame in enumerate(frames):
-        if frame.shape != (*upright, 3) and not isinstance(size, tuple):
-            raise UserError(
-                f"frames of {path} change size from {upright[0]}x{upright[1]} to {frame.shape[0]}x{frame.shape[1]}; "
-                "pass size=(height, width)"
-            )
-        collected[position] = resize(frame, (height, width))
-    return collected
 
 
 def write_video(path: str | os.PathLike[str], frames: Any, fps: float, crf: int = 12) -> Path:

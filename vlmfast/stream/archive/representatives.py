@@ -13,6 +13,8 @@ from bisect import bisect_right
 import torch
 from torch import Tensor
 
+from vlmfast.runtime.transfers import columns
+
 FIRST_SLAB = 64  # slots of the first slab
 LARGEST_SLAB = 512  # slots of any slab
 
@@ -20,7 +22,7 @@ LARGEST_SLAB = 512  # slots of any slab
 class LastKeys:
     """Last stored key per image position; supplies keys for dropped tokens.
 
-    keys (L, Hk, P, Dh) un-rotated, of the P positions of an image; known (P,) bool: those that had a key so far.
+    keys (L, Hk, P, Dh) un-rotated, of the P positions of an image; known (P,) bool, on the host: those that had a key.
     """
 
     def __init__(self) -> None:
@@ -38,7 +40,8 @@ class LastKeys:
         return out
 
     def representative(self, keys: Tensor, kept: Tensor) -> Tensor:
-        """Take in a block's visual keys (L, Hk, n, Dh), of the n image positions where kept (P,) bool is True.
+        """Take in a block's visual keys (L, Hk, n, Dh), of the n image positions where kept (P,) bool, on the host, is
+        True.
 
         Returns its representative (L, Hk, Dh) float32: the mean of the last keys of all positions seen so far.
         """
@@ -46,20 +49,20 @@ class LastKeys:
             layers, heads, _, width = keys.shape
             self.keys = keys.new_zeros(layers, heads, len(kept), width)
             self.known = torch.zeros_like(kept)
-        self.keys[:, :, kept] = keys
+        self.keys[:, :, columns(kept, keys.device)] = keys
         self.known = self.known | kept
-        return self.keys[:, :, self.known].float().mean(2)
+        return self.keys[:, :, columns(self.known, keys.device)].float().mean(2)
 
     def snapshot(self) -> dict[str, Tensor]:
         """Tensors for a saved session."""
         if self.keys is None:
             return {}
-        return {"standing": self.keys.cpu().contiguous(), "standing.known": self.known.cpu()}
+        return {"standing": self.keys.cpu().contiguous(), "standing.known": self.known}
 
     def restore(self, tensors: dict[str, Tensor], device: torch.device) -> None:
         """Take up a saved state; one of an older version has none."""
         if "standing" in tensors:
-            self.keys, self.known = tensors["standing"].to(device), tensors["standing.known"].to(device)
+            self.keys, self.known = tensors["standing"].to(device), tensors["standing.known"]
 
     def nbytes(self) -> int:
         return 0 if self.keys is None else self.keys.numel() * self.keys.element_size()

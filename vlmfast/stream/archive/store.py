@@ -21,7 +21,7 @@ from vlmfast.stream.archive.folder import NoRoom, StoreError
 from vlmfast.stream.archive.representatives import RepresentativeTable
 from vlmfast.stream.archive.segment_file import bytes_in_file
 from vlmfast.stream.archive.segments import BlockLost, Segments
-from vlmfast.stream.blocks import FORMATS, Block, BlockTensors, PackedBlock, pack, unpack
+from vlmfast.stream.blocks import FORMATS, Block, BlockTensors, PackedBlock, PackedLayer, pack, unpack
 
 RECORD_BYTES = 600  # bytes that a block's own record takes in RAM, about
 SEGMENT_BYTES = 8 << 20
@@ -275,12 +275,13 @@ class Store:
     # -- out -----------------------------------------------------------------------------------------------------------
 
     def layer(self, block_id: int, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Un-rotated keys and values (Hk, n, Dh) of one layer of a block, in `dtype` on the CPU.
+        """Un-rotated keys and values (Hk, n, Dh) of one layer of a block, in `dtype` on the CPU; see `packed_layer`."""
+        return unpack(*self.packed_layer(block_id, layer), dtype)
 
-        Raises BlockLost when the disk no longer has it: its segment is then forgotten and named in `lost`.
-        """
+    def packed_layer(self, block_id: int, layer: int) -> PackedLayer:
+        """One layer of a block as it is kept; BlockLost when the disk lost it: `lost` then names its segment."""
         if block_id in self.in_ram:
-            return self.in_ram[block_id].layer(layer, dtype)
+            return self.in_ram[block_id].layer(layer)
         representative = self.representatives.of_layer(block_id, layer)
         assert self.disk is not None
         file = self.disk.file_of[block_id]
@@ -289,7 +290,7 @@ class Store:
         except BlockLost as e:
             self._forget(file, e)
             raise
-        return unpack(stored["k"], stored["v"], stored.get("ks"), stored.get("vs"), representative, dtype)
+        return PackedLayer(stored["k"], stored["v"], stored.get("ks"), stored.get("vs"), representative)
 
     def _forget(self, file: str, error: Exception) -> None:
         """Drop a damaged segment; its blocks that are in RAM too are written again."""

@@ -1,0 +1,238 @@
+"""From a question and media, by path or ready, to what `generate` takes, on the model's device.
+
+    inputs = read_inputs(model, processor, "what moves ?", video="clip.mp4", select="fps:2")
+    output = model.generate(**inputs, max_new_tokens=128)
+
+Frames are read at the size that the model's processor would scale them to, and the processor works on the GPU where the
+model does.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from vlmfast import families
+from vlmfast.core import Unsupported, UserError
+from vlmfast.runtime.clock import Stopwatch
+from vlmfast.runtime.placeholders import refuse_placeholders
+from vlmfast.runtime.reading import Reading, put_reading
+from vlmfast.runtime.template import chat_text
+from vlmfast.runtime.weights import reason
+from vlmfast.video.read import Video, VideoReader
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from vlmfast.video.images import Size
+    from vlmfast.video.selection import Select
+
+    Picture = np.ndarray | str | os.PathLike[str]
+    Clip = Video | VideoReader | str | os.PathLike[str]
+
+
+def read_inputs(
+    model: Any,
+    processor: Any,
+    question: str | list[str],
+    images: Sequence[Picture] = (),
+    video: Clip | None = None,
+    *,
+    select: Select | str | None = None,
+    size: Size = "model",
+    backend: str = "pyav",
+    max_frames: int | None = None,
+    name: str | None = None,
+) -> dict[str, torch.Tensor]:
+    """What `generate` takes for a question about media: ids (B, L), masks, pixel values, on the model's device.
+
+    question: one, or several about the same media (one row each, padded on the left). images: paths, or arrays
+    (H, W, 3) uint8. video: a path to a file or a folder of pictures, a `VideoReader`, or a `Video`, whose frames are
+    taken as they are; the processor samples nothing more, and gets the true timestamps.
+    select, backend, max_frames: as in `read_video`, for a path. size: "model" (the size that the processor would scale
+    to; "full" where it has no such rule, or where frames are smaller), or as in `read_video`. name: of the checkpoint,
+    for messages.
+    The report of the call says what this took, as stage `read`. Raises UserError and Unsupported for bad input.
+    """
+    name = name or str(model.config.model_type)
+    questions = [question] if isinstance(question, str) else question
+    if not all(question_text.strip() for question_text in questions):
+        raise UserError("the question is empty: write what you want to know")
+    for question_text in questions:
+        refuse_placeholders(question_text, model, processor)
+    if video is not None and "video" not in families.get(model).visual_ids(model):
+        raise Unsupported(
+            f"{name} ({model.config.model_type}) reads pictures only: give --image, or a model that reads video, "
+            "e.g. Qwen2.5-VL or LLaVA-OneVision"
+        )
+    reading = Reading(Stopwatch(model))
+    start = time.perf_counter()
+    pictures = [_picture(image) for image in images]
+    clip = None
+    if video is not None:
+        opened = _opened(video, select, backend, max_frames)
+        clip = read_clip(model, processor, opened, size, reading, name)
+    if reading.frames or any(isinstance(image, (str, os.PathLike)) for image in images):
+        opened_before = video.opening_ms if isinstance(video, VideoReader) else 0.0
+        reading.read_ms = opened_before + (time.perf_counter() - start) * 1e3
+    begun = reading.processing.now()
+    num_rows = len(questions)
+    media: dict[str, Any] = {"padding": True, "padding_side": "left"} if num_rows > 1 else {}
+    if pictures:
+        shown = [as_picture(image) for image in pictures]
+        media["images"] = [shown] * num_rows if num_rows > 1 else shown
+    if clip is not None:
+        media["videos"] = [as_clip(clip.frames)] * num_rows
+        media["video_metadata"] = [clip.metadata() for _ in questions]
+        media |= video_options(processor)
+    media |= device_option(model, processor, reading.notes)
+    texts = [
+        prompt(processor, question_text, len(pictures), int(clip is not None), name) for question_text in questions
+    ]
+    try:
+        inputs = processed(model, processor, texts, media, [] if clip is None else [sampled_fps(clip)] * num_rows)
+    except (ValueError, RuntimeError, ArithmeticError) as error:  # a picture too slim for it, or too small
+        sizes = [image.shape[:2] for image in pictures] + ([clip.frames.shape[1:3]] if clip is not None else [])
+        listed = ", ".join(f"{width} x {height}" for height, width in sizes)
+        raise UserError(
+            f"the processor of {name} does not take these media ({listed} pixels): {reason(error)}; crop or pad"
+        ) from None
+    reading.processing.add(begun)
+    put_reading(inputs["input_ids"], reading)
+    return inputs
+
+
+def processed(
+    model: Any, processor: Any, texts: list[str], media: dict[str, Any], rates: list[float]
+) -> dict[str, torch.Tensor]:
+    """What the processor makes of prompts and media, on the model's device, pixel values in its dtype.
+
+    media: of the processor's call. rates: frames per second of the chosen frames of every video in it.
+    """
+    inputs = processor(text=texts, return_tensors="pt", **media)
+    if rates and "second_per_grid_ts" in inputs:  # HF divides by the rate of the whole file
+        import torch
+
+        frames_merged = processor.video_processor.temporal_patch_size
+        inputs["second_per_grid_ts"] = torch.tensor([frames_merged / rate for rate in rates])
+    return {
+        key: tensor.to(model.device, model.dtype if tensor.is_floating_point() and key.startswith("pixel") else None)
+        for key, tensor in inputs.items()
+        if hasattr(tensor, "to")
+    }
+
+
+def _picture(image: Picture) -> np.ndarray:
+    from vlmfast.video.images import read_image
+
+    return read_image(image) if isinstance(image, (str, os.PathLike)) else image
+
+
+def _opened(video: Clip, select: Select | str | None, backend: str, max_frames: int | None) -> Video | VideoReader:
+    ready = isinstance(video, (Video, VideoReader))
+    return video if ready else VideoReader(video, select, backend, max_frames)  # type: ignore[return-value, arg-type]
+
+
+def read_clip(
+    model: Any,
+    processor: Any,
+    video: Video | VideoReader,
+    size: Size = "model",
+    reading: Reading | None = None,
+    name: str = "this model",
+) -> Video:
+    """The frames of a `VideoReader`, size as in `read_inputs`; a ready `Video` as it is. Fills `reading`."""
+    if isinstance(video, Video):
+        return video
+    if isinstance(size, str) and size == "model":
+        height, width = video.size
+        found = frame_size(model, processor, len(video), height, width)
+        if found is None and reading is not None:
+            kind = type(processor.video_processor).__name__
+            reading.notes.append(f"read: {kind} of {name} has no size of its own for {width}x{height}: full size")
+        size = found or "full"
+    clip = video.read(size)
+    if reading is not None:
+        reading.frames, reading.source_size, reading.size = len(clip), clip.size, clip.frames.shape[1:3]
+    return clip
+
+
+def frame_size(model: Any, processor: Any, frames: int, height: int, width: int) -> tuple[int, int] | None:
+    """(height, width) at which frames of a video may come to the processor, so that it makes the same grid of them.
+
+    frames: how many it gets at once. The frames' own size where the processor would not make them smaller; None where
+    it has no such rule, or does not take frames of this size.
+    """
+    rule = families.get(model).frame_size
+    try:
+        size = rule(processor.video_processor, frames, height, width, **video_options(processor))
+        if size is None or size[0] * size[1] >= height * width:
+            return None if size is None else (height, width)
+        again = rule(processor.video_processor, frames, *size, **video_options(processor))
+    except (ValueError, RuntimeError, ArithmeticError):  # it says what is wrong when it gets the frames
+        return None
+    return size if again == size else None
+
+
+def video_options(processor: Any) -> dict[str, Any]:
+    """Options of a video processor for frames that are chosen already, its own rule for their size given explicitly:
+    the default is about to change in transformers."""
+    video_processor, options = processor.video_processor, {"do_sample_frames": False}
+    if hasattr(video_processor, "cap_pixels_per_frame"):
+        options["cap_pixels_per_frame"] = bool(video_processor.cap_pixels_per_frame)
+    return options
+
+
+def device_option(model: Any, processor: Any, notes: list[str] | None = None) -> dict[str, Any]:
+    """`device` for a processor that can work where the model does; {} on a CPU. notes: gets a line where it cannot."""
+    if model.device.type == "cpu":
+        return {}
+    parts = [getattr(processor, part, None) for part in ("image_processor", "video_processor")]
+    without = [type(part).__name__ for part in parts if part is not None and not _has_device(part)]
+    if without:
+        if notes is not None:
+            notes.append(f"read: {' and '.join(without)} has no device of its own: pixels are processed on the CPU")
+        return {}
+    return {"device": model.device}
+
+
+def _has_device(part: Any) -> bool:
+    return "device" in getattr(getattr(part, "valid_kwargs", None), "__annotations__", {})
+
+
+def prompt(processor: Any, question: str, images: int, videos: int, name: str) -> str:
+    """The chat prompt: media first, then the question; the model's own template."""
+    content: list[dict[str, str]] = [{"type": "image"} for _ in range(images)]
+    content += [{"type": "video"} for _ in range(videos)]
+    content.append({"type": "text", "text": question})
+    template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
+    if not template:
+        raise UserError(f"{name} has no chat template: add chat_template.jinja beside its processor")
+    return chat_text(processor, [{"role": "user", "content": content}], chat_template=template)
+
+
+def as_picture(image: Any) -> Any:
+    """A picture (H, W, 3) uint8 as a PIL image: in an array 1, 3 or 4 pixels high processors take rows for channels."""
+    from PIL import Image
+
+    from vlmfast.video.images import as_frame
+
+    return Image.fromarray(as_frame(image))
+
+
+def as_clip(frames: Any) -> torch.Tensor:
+    """Frames (T, H, W, 3) uint8, an array or tensor, as a tensor (T, 3, H, W), which no processor can misread."""
+    import torch
+
+    if isinstance(frames, torch.Tensor):
+        return frames.permute(0, 3, 1, 2)
+    return torch.from_numpy(frames if frames.flags.writeable else frames.copy()).permute(0, 3, 1, 2)
+
+
+def sampled_fps(video: Video) -> float:
+    """Frames per second of the chosen frames; the file's own rate when there is only one."""
+    duration = float(video.timestamps[-1] - video.timestamps[0])
+    return (len(video) - 1) / duration if duration > 0 else video.fps

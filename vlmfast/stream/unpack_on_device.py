@@ -1,0 +1,55 @@
+"""Unpacks one layer of many stored blocks on a GPU: a few copies and launches for all, none that the host waits for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmfast.runtime.transfers import to_device
+from vlmfast.stream.blocks import PackedLayer
+
+
+def unpack_on_device(
+    blocks: Sequence[PackedLayer], dtype: torch.dtype, device: torch.device
+) -> list[tuple[Tensor, Tensor]]:
+    """What `blocks.unpack` makes of each: keys and values (Hk, n, Dh) in `dtype`, on the device; at least one block."""
+    counts = [block.keys.shape[1] for block in blocks]
+    keys, values = (
+        _joined([block.keys for block in blocks], device),
+        _joined([block.values for block in blocks], device),
+    )
+    if blocks[0].key_scale is not None:
+        block_of = to_device(torch.repeat_interleave(torch.tensor(counts)), device)  # (n,) which block a token is of
+        representative = _joined([block.representative[:, None] for block in blocks], device)[:, block_of].float()
+        key_scale = _scale([block.key_scale for block in blocks], blocks[0], counts, block_of)
+        keys = torch.addcmul(representative, keys.float(), key_scale)
+        values = values.float() * _scale([block.value_scale for block in blocks], blocks[0], counts, block_of)
+    return list(zip(keys.to(dtype).split(counts, 1), values.to(dtype).split(counts, 1), strict=True))
+
+
+def _scale(scales: Sequence[Any], like: PackedLayer, counts: list[int], block_of: Tensor) -> Tensor:
+    """The scales of all tokens, float32, (Hk, n, Dh) or, where no block has them by channel, (Hk, n, 1)."""
+    heads, _, width = like.keys.shape
+    by_channel = [scale.shape[1] == 1 and scale.shape[2] == width for scale in scales]
+    one = torch.ones(heads, 1, 1, dtype=torch.float16)
+    out: Tensor | None = None
+    if any(by_channel):
+        chosen = [scale if so else one.expand(-1, -1, width) for scale, so in zip(scales, by_channel, strict=True)]
+        out = _joined(chosen, block_of.device)[:, block_of].float()
+    if not all(by_channel):
+        each = zip(scales, by_channel, counts, strict=True)
+        of_tokens = _joined([one.expand(-1, n, -1) if so else scale for scale, so, n in each], block_of.device).float()
+        out = of_tokens if out is None else out * of_tokens
+    assert out is not None
+    return out
+
+
+def _joined(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Host tensors (Hk, ., .) one after the other along dimension 1, sent to the device from pinned memory."""
+    first = tensors[0]
+    shape = (first.shape[0], sum(tensor.shape[1] for tensor in tensors), first.shape[2])
+    pinned = torch.empty(shape, dtype=first.dtype, pin_memory=True)
+    return to_device(torch.cat(list(tensors), 1, out=pinned), device)
