@@ -13,6 +13,7 @@ from vlmfast.core import UserError
 FILES = (  # (file of tests/, which of its tests: pytest's -k, "" for all)
     ("engine/test_kernels.py", "triton"),
     ("engine/test_step_kernels.py", "match_plain_torch"),
+    ("engine/test_chunk_kernels.py", "plain_torch"),
     ("encode/test_greedy.py", "kernels_pick"),
     ("runtime/test_fast_tower.py", "triton"),
     ("engine/test_engine.py", "captured_steps_on_a_card"),
