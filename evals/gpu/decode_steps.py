@@ -12,7 +12,8 @@ from evals.gpu.beside import Pair, PairedRows, Place
 from evals.gpu.run import accelerated, notes
 from vlmfast.bench import timing
 from vlmfast.bench.timing import Sample
-from vlmfast.core import PlainRows, UserError
+from vlmfast.core import UserError
+from vlmfast.runtime.stepped_layer import PlainRows
 
 LENGTH = 64  # steps of a sample
 
@@ -25,9 +26,21 @@ class HeldRows:
     def __init__(self, layer: Any, batch: int) -> None:
         self.layer, self.batch = layer, batch
 
-    def plain_rows(self) -> list[tuple[Any, Any]] | str:
+    def tiers(self) -> tuple[str, ...]:
+        """Where columns lie."""
+        return self.layer.tiers() if isinstance(self.layer, PlainRows) else ("exact",)
+
+    def host_rows(self) -> None:
+        """Nothing is read from host memory, see `plain_rows`."""
+
+    def hold(self, fed: list[int], held: Any) -> None:
+        """Nothing was chosen."""
+
+    def plain_rows(self) -> list[Any] | str:
         """Keys and values of every row and head."""
         if isinstance(self.layer, PlainRows) and self.layer.ragged:
+            if self.layer.host_rows() is not None:
+                return "heads read host memory, which lies there once"
             pairs = self.layer.plain_rows()
         else:
             pairs = list(zip(self.layer.keys[0], self.layer.values[0], strict=True))

@@ -305,6 +305,28 @@ def test_rows_on_a_card_say_what_the_cpu_says(source: str, monkeypatch: pytest.M
         assert waits - few_waits <= rounds - few_rounds, device.waits
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("source", ["lookup", "model", "self"])
+def test_rows_on_a_real_card(source: str) -> None:
+    """In bf16: drafted rows run captured, greedy and sampling, and a second call captures nothing."""
+    model, draft = (m.to("cuda", torch.bfloat16) for m in (tiny.build(FAMILY), draft_of(FAMILY)))
+    batch = {k: v.to("cuda", torch.bfloat16 if v.is_floating_point() else None) for k, v in three().items()}
+    start = batch["input_ids"].shape[1]
+    with vlmfast.accelerate(model, speculate=Speculate(sources(draft)[source], Lossless(), length=5)) as fast:
+        said = plain(model, batch, n=40)
+        assert torch.equal(plain(model, batch, n=40), said)
+        decode = fast.report.decode
+        assert decode["engine"] == "static" and decode["graph_captures"] == 0 and decode["drafted"] > 0
+        assert source != "model" or decode["accepted_length"] > 1
+        eos = [int(said[0, start + 9]), int(said[1, start + 20])]
+        ended = plain(model, batch, n=40, eos_token_id=eos)
+        assert torch.equal(ended[2, start : start + 5], said[2, start : start + 5])
+        torch.manual_seed(0)
+        assert plain(model, batch, n=20, do_sample=True, temperature=1.5, repetition_penalty=1.1).shape[0] == 3
+        assert fast.report.decode["engine"] == "static"
+
+
 # ---------------------------------------------------------------- bad input
 
 

@@ -275,3 +275,24 @@ def test_what_cannot_join_is_said() -> None:
         engine.open_slots(model, rows=0, columns=10)
     with pytest.raises(Unsupported, match="has no static step"):
         engine.open_slots(tiny.build("qwen3_vl_moe"), rows=1, columns=10)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_rows_join_and_leave_on_a_real_card() -> None:
+    """In bf16: every token said is among the best of the functional step, whoever ran beside the row."""
+    model = tiny.build(FAMILY).to("cuda", torch.bfloat16)
+    rows = [
+        {k: v.to("cuda", torch.bfloat16 if v.is_floating_point() else None) for k, v in row.items()}
+        for row in tiny.rows(FAMILY, media=MEDIA, text=TEXT)
+    ]
+    wanted = [alone(model, row, 12) for row in rows]
+    shared = engine.open_slots(model, rows=3, columns=200)
+    requests = [Request(prefilled(model, row), said) for row, said in zip(rows, wanted, strict=True)]
+    serve(shared, requests, 1, 0.5, lambda tokens: tokens.cuda())
+    for row, request in zip(rows, requests, strict=True):
+        single = prefilled(model, row, "functional")
+        said = torch.tensor([request.said], device="cuda")
+        logits = torch.cat([single.logits, single.step(said[:, :-1])[0]])
+        chosen = logits.gather(1, said[0, :, None])[:, 0]
+        assert (logits.amax(1) - chosen).max() <= 0.1 * logits.abs().max()

@@ -25,8 +25,8 @@ from vlmfast.decode.speculate import Speculate
 from vlmfast.decode.strict_tokens import strict_tokens
 from vlmfast.decode.verification import BY_ROW, TokenChooser, VerifiedLogits
 from vlmfast.runtime.clock import clock
-from vlmfast.runtime.packed_pieces import to_device
 from vlmfast.runtime.stepper import Stepper
+from vlmfast.runtime.transfers import to_device
 
 
 def why_not(processors: Any, criteria: list[Any], eos: frozenset[int]) -> str | None:

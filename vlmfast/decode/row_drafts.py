@@ -10,8 +10,8 @@ from torch import Tensor
 
 from vlmfast.core import NO_STOP, DraftStop
 from vlmfast.decode.proposers import NgramProposer
-from vlmfast.runtime.packed_pieces import to_device
 from vlmfast.runtime.stepper import Stepper
+from vlmfast.runtime.transfers import to_device
 
 Pick = Callable[[int, Tensor, Tensor], tuple[int, Tensor | None]]  # of the row named first, see `core.Draft.propose`
 Proposal = tuple[Tensor, Tensor | None]  # tokens (k,) int64 on the host and their probabilities, see `core.Draft`

@@ -44,15 +44,14 @@ class Tables:
 
     def fill(self, pairs: list[HostPair | None]) -> None:
         """Set what every (layer, row, head) reads."""
-        sizes = torch.zeros(len(pairs), 4, dtype=torch.int32)
-        addresses = torch.zeros(len(pairs), ADDRESSES, dtype=torch.long)
+        sizes, addresses = [[0] * 4 for _ in pairs], [[0] * ADDRESSES for _ in pairs]
         for number, pair in enumerate(pairs):
             if pair is not None:
                 words = pair.keys.shape[1] * pair.keys.element_size() // 4
-                sizes[number, :3] = torch.tensor([len(pair.keys), len(pair.fast_keys), words])
-                addresses[number, :5] = torch.tensor([tensor.data_ptr() for tensor in pair.tensors()])
-        self.all.sizes.copy_(sizes)
-        self.all.addresses.copy_(addresses)
+                sizes[number][:3] = len(pair.keys), len(pair.fast_keys), words
+                addresses[number][:5] = [tensor.data_ptr() for tensor in pair.tensors()]
+        self.all.sizes.copy_(torch.tensor(sizes, dtype=torch.int32))
+        self.all.addresses.copy_(torch.tensor(addresses))
         self.all.pairs = pairs
         names = ("sizes", "addresses", "held", "slot_of", "moves", "scores")
         for index in range(self.num_layers):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlmfast.engine.graphs import Graphs
 from vlmfast.engine.weights import Weights
-from vlmfast.runtime.packed_pieces import to_device
+from vlmfast.runtime.transfers import to_device
 
 TABLE = 1024  # positions in the rotary tables
 STOPS = 15  # ids that may end an answer

@@ -19,7 +19,7 @@ from vlmfast.core import CompressedLayer, Kind, LayerView, LowRank, Retrieval, R
 from vlmfast.fields import Fraction, Method, NonNegativeInt
 from vlmfast.kernels import highest, ranking
 from vlmfast.prefill.ragged_layer import KVLayer
-from vlmfast.runtime.packed_pieces import to_device
+from vlmfast.runtime.transfers import to_device
 
 
 @dataclass

@@ -18,7 +18,7 @@ from vlmfast.kernels import ranking
 from vlmfast.prefill.base import Choice, KVPolicy, Row, best_of_heads, max_pool, protect
 from vlmfast.prefill.budget import by_head, by_type
 from vlmfast.prefill.keydiff import distinctness
-from vlmfast.runtime.packed_pieces import to_device
+from vlmfast.runtime.transfers import to_device
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.kernels import Ragged, dequantise, quantise
-from vlmfast.runtime.packed_pieces import to_device
+from vlmfast.runtime.transfers import to_device
 
 _BUFFERS = ("keys", "values", "positions", "key_scale", "value_scale", "bias")  # one slot each per column
 Segment = tuple[int, Tensor, Tensor, Tensor]  # row, keys (n, D), values (n, Dv), positions (n,) logical columns

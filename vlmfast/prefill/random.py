@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlmfast.fields import NonNegativeInt
 from vlmfast.prefill.base import KVPolicy, Row
-from vlmfast.runtime.packed_pieces import to_device
+from vlmfast.runtime.transfers import to_device
 
 
 @dataclass(frozen=True)

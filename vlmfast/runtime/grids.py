@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import vision_utils
 
 from vlmfast.core import UserError, shown
-from vlmfast.runtime.packed_pieces import Pieces, to_device
+from vlmfast.runtime.packed_pieces import Pieces
+from vlmfast.runtime.transfers import to_device
 
 KEPT = 16  # grids
 

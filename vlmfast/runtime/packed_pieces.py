@@ -7,21 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmfast.kernels import vision
-
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on the device, without waiting for it; one that is there already as it is."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x
-
-
-def on_host(x: Tensor, known: Tensor | None = None) -> Tensor:
-    """A tensor on the host; known: the same, if it was read before: then nothing waits for the device."""
-    return known if known is not None and known.shape == x.shape and x.is_cuda else x.cpu()
-
-
-def true_places(mask: Tensor, count: int) -> Tensor:
-    """(count,) int64: where mask (n,) bool is True, ascending; the count is known, so nothing waits for the device."""
-    return (~mask).to(torch.uint8).argsort(stable=True)[:count] if mask.is_cuda else mask.nonzero()[:, 0]
+from vlmfast.runtime.transfers import to_device
 
 
 class Pieces:

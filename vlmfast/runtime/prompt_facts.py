@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from vlmfast.core import Held, Kind
-from vlmfast.runtime.packed_pieces import on_host, to_device
+from vlmfast.runtime.transfers import on_host, to_device
 
 
 class PromptFacts:

@@ -16,9 +16,9 @@ from vlmfast.core import StageDidNotFire, Unsupported, VisualTokens, tower_block
 from vlmfast.families import Family
 from vlmfast.families.qwen import Qwen, grid_items, group_mean, kept_seqlens
 from vlmfast.runtime.fast_tower import FastTower
-from vlmfast.runtime.packed_pieces import to_device
 from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.request_state import Requests
+from vlmfast.runtime.transfers import to_device
 
 
 class InTowerPruning:

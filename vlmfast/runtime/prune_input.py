@@ -33,12 +33,12 @@ from vlmfast.runtime.compat import cache_in, put_cache
 from vlmfast.runtime.compiled import is_compiled, refuse_compiled
 from vlmfast.runtime.media_cache import MediaCache
 from vlmfast.runtime.model_lock import model_lock
-from vlmfast.runtime.packed_pieces import on_host, to_device
 from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.pruned_layer import count_skipped
 from vlmfast.runtime.request_state import Requests, RequestState
 from vlmfast.runtime.selection import Selection, drop, left_padded
 from vlmfast.runtime.tower_attention import TowerAttention
+from vlmfast.runtime.transfers import on_host, to_device
 
 
 class InputPruning:

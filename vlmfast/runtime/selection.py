@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from vlmfast.core import TokenPruner, Unsupported, UserError, VisualTokens
 from vlmfast.families import Family, Item
-from vlmfast.runtime.packed_pieces import to_device, true_places
 from vlmfast.runtime.request_state import RequestState
 from vlmfast.runtime.tower_attention import TowerAttention, attention_of, rotation_means
+from vlmfast.runtime.transfers import to_device, true_places
 
 
 @runtime_checkable

@@ -10,7 +10,19 @@ from torch import Tensor
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on the device; the host goes on at once."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def on_host(tensor: Tensor, known: Tensor | None = None) -> Tensor:
+    """The tensor on the host; known: the same, if it was read before: then nothing waits for the device."""
+    return known if known is not None and known.shape == tensor.shape and tensor.is_cuda else tensor.cpu()
+
+
+def true_places(mask: Tensor, count: int) -> Tensor:
+    """(count,) int64: where mask (n,) bool is True, ascending; the count is known, so nothing waits for the device."""
+    return (~mask).to(torch.uint8).argsort(stable=True)[:count] if mask.is_cuda else mask.nonzero()[:, 0]
 
 
 def columns(mask: Tensor, device: torch.device) -> Tensor:

@@ -171,8 +171,7 @@ class VisionEncoder:
 
     def _pixels(self, made: Any) -> Tensor:
         """The processor's pixels on the model's device."""
-        pixels = made["pixel_values_videos"]
-        return pixels if pixels.device == self.device else to_device(pixels, self.device)
+        return to_device(made["pixel_values_videos"], self.device)
 
     def check_size(self, height: int, width: int) -> None:
         """Raise UserError for frames of a size that the model's processor does not take; each size is tried once.

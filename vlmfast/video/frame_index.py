@@ -163,7 +163,7 @@ class PacketCount:
 def can_skip(stream: Any, frame: Any) -> bool:
     """Can the stream's decoder leave out just those frames to which no other refers? frame: a decoded one of it.
 
-    In H.264, MPEG-2 and MPEG-4 every picture says whether others refer to it. In HEVC that holds within one temporal
+    In H.264 and MPEG-2 every picture says whether others refer to it. In HEVC that holds within one temporal
     layer, and the header in mp4 and mkv says how many there are. Fields of interlaced video may come as two packets.
     """
     context = stream.codec_context
@@ -171,7 +171,7 @@ def can_skip(stream: Any, frame: Any) -> bool:
         return False
     header = context.extradata or b""
     one_layer = len(header) > 21 and header[0] == 1 and (header[21] >> 3) & 7 == 1  # numTemporalLayers of an hvcC
-    return context.name in ("h264", "mpeg2video", "mpeg4") or (context.name == "hevc" and one_layer)
+    return context.name in ("h264", "mpeg2video") or (context.name == "hevc" and one_layer)
 
 
 def frames_of(
