@@ -124,7 +124,7 @@ def test_the_engine_lives_as_long_as_any_session_over_the_model() -> None:
     [
         ({}, CARD, torch.float32, "not float32"),
         ({}, (7, 5), torch.bfloat16, "compute capability 8.0"),
-        ({"kv": LazyEviction(keep=0.4)}, CARD, torch.bfloat16, ""),
+        ({"kv": LazyEviction(keep=0.4)}, CARD, torch.bfloat16, "acts on every token"),
     ],
 )
 def test_what_the_engine_does_not_take_is_decoded_otherwise_and_says_why(

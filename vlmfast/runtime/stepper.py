@@ -138,11 +138,7 @@ class Stepper:
         if valid is not None and rows > 1 and columns is not None and self.mask is not None:
             later = columns.logical - self.mask.shape[1]  # of turns that brought no media: they dropped nothing
             valid = torch.cat([valid, self.mask[:, later:].bool()], 1) if later < 0 else valid
-        if (
-            self.reason is None
-            and valid is not None
-            and any(layer.keys.shape[-2] != valid.shape[1] for layer in self.cache.layers)
-        ):
+        if self.reason is None and valid is not None and {layer.keys.shape[-2] for layer in layers} != {valid.shape[1]}:
             self.reason = "a padded row whose layers hold different columns"
         if self.reason is None and rows == 1:
             if self.model not in _CHECKED:
@@ -173,10 +169,7 @@ class Stepper:
             if kind not in checked:
                 checked[kind] = self._differs(made, valid, ragged)
             made = checked[kind] or made
-        if isinstance(made, str):
-            self.reason = made
-        else:
-            self.decoder = made
+        self.reason, self.decoder = (made, self.decoder) if isinstance(made, str) else (self.reason, made)
 
     def _differs(self, static: Any, valid: Tensor | None, ragged: bool) -> str | None:
         """Once per model and kind of cache: two tokens through the static step and the functional one, of several rows

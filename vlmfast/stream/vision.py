@@ -149,7 +149,7 @@ class VisionEncoder:
         """frames (G * frames_per_grid, H, W, 3) uint8 -> features of G grids, every grid encoded by itself."""
         height, width = frames.shape[1:3]
         if self._sizes.get((height, width)) and media.device_option(self.model, self.processor):
-            frames = to_device(frames.pin_memory(), self.device)
+            frames = to_device(frames, self.device)
         pixels = frames.permute(0, 3, 1, 2)
         if self.qwen:
             made = self._processed(list(pixels.split(self.frames_per_grid)))
