@@ -32,7 +32,7 @@ from vlmfast.decode import (
 )
 from vlmfast.encode import FastV, Uniform, VidCom2
 from vlmfast.engine import pool
-from vlmfast.prefill import AdaKV, SnapKV
+from vlmfast.prefill import AdaKV, HybridKV, SnapKV
 
 STATIC = [f for f in tiny.FAMILIES if f != "qwen3_vl_moe"]  # experts have no static step
 MEDIA, TEXT = [("image",), ("image", "image"), ()], [5, 9, 12]
@@ -380,12 +380,20 @@ def test_a_model_without_a_static_step_is_refused() -> None:
         plain(model, tiny.inputs("qwen3_vl_moe", batch=2))
 
 
-def test_a_cache_without_a_static_step_is_refused_or_said() -> None:
+@pytest.mark.parametrize(
+    ("plan", "says"),
+    [
+        ({"prune": FastV(keep=0.5)}, "no static step, which takes several rows: a padded row whose layers"),
+        ({"kv": HybridKV(keep=0.4, split=0.5, sinks=1, recent=2)}, "heads that read host memory choose for all rows"),
+    ],
+    ids=["pruned between layers", "dynamic heads"],
+)
+def test_a_cache_without_a_static_step_is_refused_or_said(plan: dict[str, Any], says: str) -> None:
     """Known only after the prefill."""
-    model, batch, plan = tiny.build(FAMILY), three(), {"prune": FastV(keep=0.5)}
+    model, batch = tiny.build(FAMILY), three()
     with vlmfast.accelerate(model, **plan):
         expected = plain(model, batch)
-    says = "3 rows cannot be drafted together .no static step, which takes several rows: a padded row whose layers"
+    says = f"3 rows cannot be drafted together .{says}"
     with vlmfast.accelerate(model, **plan, speculate=Speculate(PromptLookup())), pytest.raises(Unsupported, match=says):
         plain(model, batch)
     with vlmfast.accelerate(model, **plan, speculate=Speculate(PromptLookup(), otherwise="plain")) as fast:

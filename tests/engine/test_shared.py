@@ -17,7 +17,7 @@ from vlmfast import engine, families
 from vlmfast.core import Unsupported, UserError
 from vlmfast.encode import VidCom2
 from vlmfast.engine import SharedSlots, pool, slots, step
-from vlmfast.prefill import AdaKV
+from vlmfast.prefill import AdaKV, HybridKV, SnapKV
 from vlmfast.runtime.stepper import Stepper
 
 STATIC = [f for f in tiny.FAMILIES if f != "qwen3_vl_moe"]
@@ -34,6 +34,21 @@ def prefilled(model: Any, batch: dict[str, Any], steps: str = "static", room: in
             model, batch["input_ids"], model.generation_config, kwargs, engine=steps, room=room,
             static=engine.open_static,
         )  # fmt: skip
+
+
+def prefilled_within(model: Any, row: dict[str, Any]) -> Stepper:
+    """The same inside `generate`, where the hooks of an accelerated model act."""
+    held: list[Stepper] = []
+
+    def custom(
+        model: Any, ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **kwargs: Any
+    ) -> Tensor:
+        static = engine.open_static
+        held.append(Stepper.prefill(model, ids, generation_config, kwargs, engine="static", static=static))
+        return ids
+
+    model.generate(**row, max_new_tokens=12, do_sample=False, custom_generate=custom)
+    return held[0]
 
 
 def alone(model: Any, row: dict[str, Any], n: int) -> list[int]:
@@ -153,29 +168,12 @@ def test_a_row_says_the_same_under_many_schedules(seed: int) -> None:
 
 @pytest.mark.parametrize("plan", [{"prune": VidCom2(keep=0.5)}, {"kv": AdaKV(keep=0.3, sinks=1, recent=2)}], ids=repr)
 def test_pruned_and_compressed_rows_join(plan: dict[str, Any]) -> None:
-    """Every head at its own length; prefilled inside `generate`, where the hooks are."""
+    """Every head at its own length."""
     model, rows = tiny.build(FAMILY), tiny.rows(FAMILY, media=MEDIA, text=TEXT)
     with vlmfast.accelerate(model, **plan):
         wanted = [alone(model, row, 12) for row in rows]
-
-        def prefill(model: Any, ids: Tensor, *_: Any, generation_config: Any = None, **kwargs: Any) -> Stepper:
-            config = generation_config or model.generation_config
-            return Stepper.prefill(model, ids, config, kwargs, engine="static", static=engine.open_static)
-
-        def request(row: dict[str, Any], said: list[int]) -> Request:
-            held: list[Stepper] = []
-
-            def custom(model: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-                for name in ("logits_processor", "stopping_criteria"):
-                    kwargs.pop(name, None)
-                held.append(prefill(model, input_ids, **kwargs))
-                return input_ids
-
-            model.generate(**row, max_new_tokens=12, do_sample=False, custom_generate=custom)
-            return Request(held[0], said)
-
         shared = engine.open_slots(model, rows=2, columns=200)
-        requests = [request(row, said) for row, said in zip(rows, wanted, strict=True)]
+        requests = [Request(prefilled_within(model, row), said) for row, said in zip(rows, wanted, strict=True)]
         serve(shared, requests, 3, 0.5)
         assert [request.said for request in requests] == wanted
 
@@ -275,6 +273,21 @@ def test_what_cannot_join_is_said() -> None:
         engine.open_slots(model, rows=0, columns=10)
     with pytest.raises(Unsupported, match="has no static step"):
         engine.open_slots(tiny.build("qwen3_vl_moe"), rows=1, columns=10)
+
+
+@pytest.mark.parametrize(
+    ("policy", "says"),
+    [(HybridKV(keep=0.4, split=0.5, sinks=1, recent=2), "its heads read host memory"),
+     (SnapKV(keep=0.4, sinks=1, recent=2, int8=True), "it is stored as int8")],
+    ids=["dynamic heads", "int8"],
+)  # fmt: skip
+def test_rows_that_share_no_slots_are_refused(policy: Any, says: str) -> None:
+    model, row = tiny.build(FAMILY), tiny.inputs(FAMILY, media=("image", "image"), text=20)
+    with vlmfast.accelerate(model, kv=policy):
+        shared = engine.open_slots(model, rows=1, columns=128)
+        with pytest.raises(Unsupported, match=says):
+            shared.join(prefilled_within(model, row))
+        assert shared.free == [0]
 
 
 @pytest.mark.gpu

@@ -25,6 +25,7 @@ LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "rotary_emb"}
 MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 TABLE = 128  # positions rotated at once
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 
 def why_not(text: Any, head: nn.Module, cache: Any, rows: int = 1) -> str | None:
@@ -75,6 +76,12 @@ def unknown_decoder(text: Any, head: Any) -> str | None:
         if any(projection.bias is not None for projection in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)):
             return "the MLP has biases"
     return None
+
+
+def difference(got: Tensor, expected: Tensor, dtype: torch.dtype) -> str | None:
+    """How far logits are from those expected, relative to the largest; None where a step in `dtype` rounds so far."""
+    error = float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+    return None if error <= TOLERANCE.get(dtype, 1e-1) else f"{error:.1e}"
 
 
 def _children(module: nn.Module) -> set[str]:

@@ -21,14 +21,13 @@ from vlmfast import families
 from vlmfast.core import Kind, Unsupported, brief
 from vlmfast.runtime.cache_state import cache_state
 from vlmfast.runtime.compat import CACHE, cache_of
-from vlmfast.runtime.fast_decoder import FastDecoder, why_not
+from vlmfast.runtime.fast_decoder import FastDecoder, difference, why_not
 from vlmfast.runtime.pruned_layer import RaggedLayer
 from vlmfast.runtime.stepped_layer import PlainRows
 
 Maker = Callable[..., Any]  # see `engine.open_static`
 _CHECKED: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
 _STATIC: weakref.WeakKeyDictionary[nn.Module, dict[frozenset[str], str | None]] = weakref.WeakKeyDictionary()
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 
 def _padding(mask: Tensor | None) -> Tensor | None:
@@ -190,25 +189,20 @@ class Stepper:
             except Exception as e:  # a compiler or driver that does not take the kernels or their capture
                 return f"the static step failed, {type(e).__name__}: {brief(str(e))}"
         static.rewind(static.n)
-        error = self._error(got, expected)
+        error = difference(got, expected, self.text.dtype)
         return error and f"logits of the static step differ from the functional step's by {error}"
 
     def _disagreement(self, valid: Tensor | None) -> str | None:
         """Once per model: two tokens through both engines. None when they agree."""
-        token = self.logits.argmax(-1, keepdim=True)
-        tokens = torch.cat([token, token], 1)
+        tokens = self.logits.argmax(-1, keepdim=True).repeat(1, 2)
         hidden, self.hidden = self.hidden, None
         expected = self.step(tokens)[0]
         self.rewind(2)
         self.hidden = hidden
         functional = self._functional(copy.copy(self.cache), valid, 4)
         got = torch.cat([functional.step(tokens[0, :1]), functional.step(tokens[0, 1:])]).float()
-        error = self._error(got, expected)
+        error = difference(got, expected, self.text.dtype)
         return error and f"its logits differ from the model's by {error}"
-
-    def _error(self, got: Tensor, expected: Tensor) -> str | None:
-        error = float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
-        return None if error <= TOLERANCE.get(self.text.dtype, 1e-1) else f"{error:.1e}"
 
     @property
     def engine(self) -> str:
