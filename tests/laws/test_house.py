@@ -23,7 +23,7 @@ DOCUMENTS = [
     ROOT / "evals" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-INTERNALS = ("runtime/", "families/", "prefill/ragged_layer.py", "decode/loop.py")
+INTERNALS = ("runtime/", "families/", "engine/", "prefill/ragged_layer.py", "decode/loop.py")
 TRAINS = ("pocket/",)  # the one place that builds models of its own
 
 

@@ -27,6 +27,7 @@ from vlmfast.decode import Exact, ModelDraft, PromptLookup, Speculate
 from vlmfast.encode import Uniform, VidCom2
 from vlmfast.prefill import HybridAdvanced, HybridKV, KVLayer, SnapKV
 from vlmfast.runtime.cache_state import cache_state
+from vlmfast.runtime.transfers import to_device
 from vlmfast.stream.retrievers import METHODS as RETRIEVERS
 from vlmfast.stream.retrievers import Internal
 
@@ -403,3 +404,11 @@ def test_every_policy_on_every_family(family: str, kv: Any) -> None:
 def test_every_loop_on_every_family(family: str, speculate: Any, layout: str) -> None:
     check(family, lambda place: {"speculate": speculate}, new=10, layout=layout, turn=True)
     check(family, lambda place: {"speculate": speculate, "kv": PLANS["split"]["kv"]}, new=10, layout=layout)
+
+
+def test_an_expanded_tensor_is_sent_but_not_pinned() -> None:
+    with PretendCuda():
+        expanded = torch.arange(3).expand(2, 3)
+        with pytest.raises(RuntimeError, match="single memory location"):
+            expanded.pin_memory()
+        assert to_host(to_device(expanded, torch.device("cuda"))).tolist() == [[0, 1, 2]] * 2

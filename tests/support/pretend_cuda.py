@@ -582,6 +582,13 @@ def _tensor(data: Any, *, dtype: Any = None, device: Any = None, requires_grad: 
     return CudaTensor(out)
 
 
+def _pinned(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The tensor itself; refused where a real device refuses it."""
+    if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise RuntimeError("more than one element of the written-to tensor refers to a single memory location")
+    return tensor
+
+
 def _empty(*size: Any, pin_memory: bool = False, **more: Any) -> Tensor:
     return _EMPTY(*size, **more)
 
@@ -630,7 +637,7 @@ class PretendCuda(contextlib.AbstractContextManager):
             self._patch(torch.cuda, name, lambda device=None: 0)
         self._patch(F, "scaled_dot_product_attention", _attention)
         self._patch(F, "rms_norm", _rms_norm)
-        self._patch(Tensor, "pin_memory", lambda x, *args, **kwargs: x)
+        self._patch(Tensor, "pin_memory", _pinned)
         self._patch(Tensor, "is_pinned", lambda x, *args, **kwargs: True)
         self._patch(torch, "empty", _empty)
         self._patch(torch, "tensor", _tensor)
