@@ -314,8 +314,6 @@ class Event:
 def test_what_only_a_card_runs_runs_on_the_pretend_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Card("x", True, False, tmp_path / "x.jsonl", time.monotonic() + 60)
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *args: 10**9)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *args: 10**9 + 7)
     for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda *args: None)
     monkeypatch.setattr(gpu_run, "build", lambda shape, device: to_cuda(build(shape)))
@@ -323,7 +321,9 @@ def test_what_only_a_card_runs_runs_on_the_pretend_one(tmp_path: Path, monkeypat
     monkeypatch.setattr(gpu_prefill, "order", lambda dry: groups)
     monkeypatch.setattr(gpu_decode, "order", lambda dry, long: [Group(128, 1, "ours", 1)])
     gpu.preload()
-    with PretendCuda():
+    with PretendCuda(), monkeypatch.context() as inside:
+        inside.setattr(torch.cuda, "memory_allocated", lambda *args: 10**9)
+        inside.setattr(torch.cuda, "max_memory_allocated", lambda *args: 10**9 + 7)
         gpu_prefill.first_token(run)
         gpu_decode.decode(run)
     lines = [json.loads(line) for line in run.lines.read_text().splitlines()]
