@@ -109,6 +109,22 @@ def test_what_sits_on_a_layer_is_run() -> None:
         assert "forward" not in vars(model.model.language_model)
 
 
+@pytest.mark.parametrize("by", ["call", "config"])
+def test_hidden_states_are_given_where_they_are_asked_for(by: str) -> None:
+    with PretendCuda(capability=budgets.CARD):
+        model = to_cuda(tiny.build("qwen2_5_vl").to(torch.bfloat16))
+        inputs = prompt("qwen2_5_vl", 20)
+        with vlmfast.accelerate(model, tower="fast") as handle:
+            for _ in range(3):
+                model.generate(**to_cuda(dict(inputs)), max_new_tokens=1, do_sample=False)
+            assert "graph" in handle.report.json()["prefill"]
+            options: dict[str, Any] = {"output_hidden_states": True} if by == "call" else {}
+            text = model.model.language_model
+            text.config.output_hidden_states = by == "config"
+            model.generate(**to_cuda(dict(inputs)), max_new_tokens=1, do_sample=False, **options)
+            assert "graph" not in handle.report.json()["prefill"]
+
+
 def test_a_graph_that_differs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     body = prefill_graphs.PrefillGraphs._body
     monkeypatch.setattr(prefill_graphs.PrefillGraphs, "_body", lambda self, *a: body(self, *a) * 1.5)

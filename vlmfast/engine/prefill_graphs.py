@@ -110,6 +110,8 @@ class PrefillGraphs:
         """Is this a prefill of one row into an empty cache, with nothing asked that a graph does not give?"""
         if not embeddings.is_cuda or embeddings.dtype not in HALF or torch.is_grad_enabled() or self.failed:
             return False
+        if self.text.config.output_attentions or self.text.config.output_hidden_states:
+            return False
         asked = {k for k, v in kwargs.items() if v is not None and v is not False and k not in KNOWN}
         cache = cache_in(kwargs)
         if asked or kwargs.get("attention_mask") is not None or kwargs.get("return_dict") is False or cache is None:
