@@ -93,8 +93,11 @@ def finite(x: Any) -> Any:
 
 def said(error: BaseException) -> str:
     """An error in one line, with the innermost place in our code."""
-    ours = re.compile(r"/(vlmfast|evals)/(?!gpu/run)")
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if ours.search(f.filename)]
+    import vlmfast
+
+    ours = (Path(vlmfast.__file__).parent, Path(__file__).parents[1])
+    files = ((f, Path(f.filename)) for f in traceback.extract_tb(error.__traceback__))
+    frames = [f for f, file in files if file != Path(__file__) and any(map(file.is_relative_to, ours))]
     at = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:240]}{at}"
 
