@@ -46,6 +46,7 @@ GENERIC = {
     "fields.py": "checks the type and range of every field of every method",
     "cli/errors.py": "runs a command and prints its error",
     "report.py": "writes numbers down",
+    "runtime/transfers.py": "moves whatever tensor it is given between host and device",
 }
 GATHER = "drop"  # the function of runtime/ that shrinks embeddings and positions to the kept columns
 FAMILY = "qwen2_5_vl"
@@ -54,6 +55,8 @@ FAMILY = "qwen2_5_vl"
 def content(value: Any, depth: int = 6) -> str:
     """A text that differs when the content of a value does; the class alone for what is no carrier."""
     kind = type(value).__name__
+    if isinstance(value, torch.Tensor) and value.is_meta:
+        return f"{value.dtype}{tuple(value.shape)}"
     if isinstance(value, torch.Tensor):
         flat = value.detach().cpu().contiguous()
         return f"{flat.dtype}{tuple(flat.shape)}" + _sum(flat.reshape(-1).view(torch.uint8).numpy().tobytes())
