@@ -65,7 +65,9 @@ def content(value: Any, depth: int = 6) -> str:
     if isinstance(value, (str, bytes, int, float, bool, type(None), torch.dtype)):
         return repr(value)
     if hasattr(value, "to_ndarray"):
-        return content(value.to_ndarray(format="rgb24"))
+        from av.video.reformatter import VideoReformatter  # a frame's own is used by the thread that converts it
+
+        return content(VideoReformatter().reformat(value, format="rgb24", threads=1).to_ndarray())
     if depth and isinstance(value, functools.partial):
         return kind + content([value.args, value.keywords], depth - 1)
     if depth and dataclasses.is_dataclass(value) and not isinstance(value, type):
