@@ -112,11 +112,12 @@ class Accelerated:
         if self.hooked:
             patch.call(lock_functions(model))
         self.tower: FastTower | None = fast_modules(model, self.family, patch) if plan.fast_tower else None
-        between = plan.prune if isinstance(plan.prune, LayerPruner) else None  # may hold a first pruner
+        layer_pruner = plan.prune if isinstance(plan.prune, LayerPruner) else None  # may hold a first pruner
         resizes = isinstance(plan.prune, Downsample)
         self.smaller = Downsampled.of(model, self.family, plan.prune, self.always) if resizes else None
-        outer = between.prune if between is not None else None if self.smaller is not None else plan.prune
-        self.requests = requests = Requests(model, outer)
+        media_pruner = None if self.smaller is not None else plan.prune
+        media_pruner = media_pruner if layer_pruner is None else layer_pruner.prune
+        self.requests = requests = Requests(model, media_pruner)
         self.columns = InputPruning(model, self.family, requests)
         self.columns.reuse = self._reuse
         self.columns.host_grids = self.tower is not None
@@ -124,13 +125,14 @@ class Accelerated:
         self.rewrite = PromptShortening(model, self.family, self.columns, patch, self.meter)
         recorder: TextAttentionRecorder | None = None
         draft: DraftMethod | None = None if plan.speculate is None else plan.speculate.draft
-        guide = None if draft is None else draft.pruner
-        if isinstance(guide, TargetAttention):
+        draft_pruner = None if draft is None else draft.pruner
+        if isinstance(draft_pruner, TargetAttention):
             if self._reuse is not None:
                 raise Unsupported(
-                    f"{guide.name} reads the prefill that reuse= may skip: leave reuse= away, or use another pruner"
+                    f"{draft_pruner.name} reads the prefill that reuse= may skip: leave reuse= away, or use another "
+                    "pruner"
                 )
-            recorder = TextAttentionRecorder(model, self.family, requests, guide.queries)
+            recorder = TextAttentionRecorder(model, self.family, requests, draft_pruner.queries)
             recorder.watch(patch)
         if plan.kv is not None:
             from vlmfast.runtime.kv_hooks import KVHooks
@@ -142,20 +144,21 @@ class Accelerated:
             self.columns.install(patch)
         if recorder is not None:
             recorder.install(patch)
-        if between is not None:
+        if layer_pruner is not None:
             if plan.kv is not None or self._reuse is not None:
                 raise Unsupported(
-                    f"{between.name} leaves every layer with columns of its own, "
+                    f"{layer_pruner.name} leaves every layer with columns of its own, "
                     "which kv= and reuse= cannot follow: use one or the other"
                 )
-            BetweenLayerPruning(model, self.family, requests, between).install(patch)
-        second = None if isinstance(draft, ModelDraft) else guide  # the pruner of a second prefill of this model
-        layers = tuple(sorted({*wanted_layers(outer), *wanted_layers(second)}))
-        if layers:
-            self.columns.attention = TowerAttention(model, self.family, requests, layers)
+            BetweenLayerPruning(model, self.family, requests, layer_pruner).install(patch)
+        # the pruner of a second prefill of this model
+        second_pruner = None if isinstance(draft, ModelDraft) else draft_pruner
+        attention_layers = tuple(sorted({*wanted_layers(media_pruner), *wanted_layers(second_pruner)}))
+        if attention_layers:
+            self.columns.attention = TowerAttention(model, self.family, requests, attention_layers)
             self.columns.attention.install(patch)
-        block = None if outer is None else outer.after_block
-        if block is not None and (block != "auto" or self.family.tower_pruning):
+        tower_block = None if media_pruner is None else media_pruner.after_block
+        if tower_block is not None and (tower_block != "auto" or self.family.tower_pruning):
             tower = InTowerPruning(model, self.family, requests, self.tower)
             tower.install(patch)
             tower.check()
@@ -164,14 +167,17 @@ class Accelerated:
             refuse_compiled(model)
             patch.call(functools.partial(engine.release, model))
             engine.prepare(model)
-            text, head = engine.decoder(model)
-            if plan.fast_tower and text is not None:
-                self.prefills = engine.PrefillGraphs(text, head, self.family.rope_axes)
+            text_model, output_head = engine.decoder(model)
+            if plan.fast_tower and text_model is not None:
+                self.prefills = engine.PrefillGraphs(text_model, output_head, self.family.rope_axes)
                 self.prefills.install(patch)
         self.draft = self._accelerate_draft(draft)
-        inner: Any = model.generate
-        inner = checked(model, inner) if self.hooked else observed(model, inner, self._observe, self._bare)
-        patch.set(model, "generate", self._wrap(inner))
+        original_generate: Any = model.generate
+        if self.hooked:
+            original_generate = checked(model, original_generate)
+        else:
+            original_generate = observed(model, original_generate, self._observe, self._bare)
+        patch.set(model, "generate", self._wrap(original_generate))
 
     def _observe(self, patch: Patch) -> None:
         """The hooks of the report alone."""
@@ -187,32 +193,32 @@ class Accelerated:
         """A draft that is a model of its own gets its own pruner."""
         if not isinstance(draft, ModelDraft):
             return None
-        model = draft.load()
-        if unwrap(model) is self.model:
+        draft_model = draft.load()
+        if unwrap(draft_model) is self.model:
             raise Unsupported("the draft is the target itself: use SelfDraft(prune=...) instead of ModelDraft")
         guided = isinstance(draft.pruner, TargetAttention)  # told what to keep by the target, prompt by prompt
-        handle = Accelerated(model, resolve(None, prune=None if guided else draft.prune), always=True)
+        handle = Accelerated(draft_model, resolve(None, prune=None if guided else draft.prune), always=True)
         self._patch.call(handle.remove)
         return handle
 
     # -- the call ----------------------------------------------------------------------------------------------------
 
-    def _wrap(self, inner: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(inner)
+    def _wrap(self, original_generate: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original_generate)
         def generate(*args: Any, **kwargs: Any) -> Any:
-            with ExitStack() as held:
-                held.enter_context(model_lock(self.model))
+            with ExitStack() as contexts:
+                contexts.enter_context(model_lock(self.model))
                 if vars(self.model).get(MARK) is not self:  # removed while this thread waited for its turn
                     return self.model.generate(*args, **kwargs)  # type: ignore[operator]
                 if self.draft is not None:
-                    held.enter_context(model_lock(self.draft.model))
-                request = held.enter_context(self._call())
+                    contexts.enter_context(model_lock(self.draft.model))
+                request = contexts.enter_context(self._call())
                 request.reading = reading_of(kwargs.get("input_ids"))
                 self.meter.begin()  # the clock of the first token
                 if self.plan.fast_tower:
-                    held.enter_context(fresh_lengths(next(self.model.parameters()).device))
-                run = self._generate if self.smaller is None else self.smaller.around(self)
-                return run(request, inner, args, kwargs)
+                    contexts.enter_context(fresh_lengths(next(self.model.parameters()).device))
+                run_call = self._generate if self.smaller is None else self.smaller.around(self)
+                return run_call(request, original_generate, args, kwargs)
 
         return generate
 
@@ -227,70 +233,78 @@ class Accelerated:
                     self.kv.abandon()
                 raise
 
-    def _generate(self, request: RequestState, inner: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        asked = functools.partial(option, self.model, kwargs)
-        why = needs(asked, cache_in(kwargs))
-        refuse_call(self.model, self.plan, self.columns, asked, why, args, kwargs)
-        rewritten = why is not None and request.active
+    def _generate(
+        self, request: RequestState, original_generate: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
+    ) -> Any:
+        option_of = functools.partial(option, self.model, kwargs)
+        rewrite_reason = needs(option_of, cache_in(kwargs))
+        refuse_call(self.model, self.plan, self.columns, option_of, rewrite_reason, args, kwargs)
+        rewritten = rewrite_reason is not None and request.active
         if self._reuse is not None:
-            self._reuse.find(request, kwargs, asked, self.plan.kv)
+            self._reuse.find(request, kwargs, option_of, self.plan.kv)
         cache = cache_in(kwargs)
-        past = int(cache.get_seq_length()) if cache is not None else 0
+        cached_columns = int(cache.get_seq_length()) if cache is not None else 0
         self.columns.lay_out(kwargs)
-        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-        request.read_prompt(ids, kwargs.get("attention_mask"))
+        input_ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        request.read_prompt(input_ids, kwargs.get("attention_mask"))
         put_loop(
-            self.model, self.plan, self.requests, args, kwargs, why if rewritten else None,
+            self.model, self.plan, self.requests, args, kwargs, rewrite_reason if rewritten else None,
             draft=None if self.draft is None else self.draft.requests, reuse=self._reuse is not None,
         )  # fmt: skip
         if rewritten:
-            out = self.rewrite.run(inner, args, kwargs, asked, str(why))
+            generated = self.rewrite.run(original_generate, args, kwargs, option_of, str(rewrite_reason))
         else:
-            out = inner(*args, **kwargs)
+            generated = original_generate(*args, **kwargs)
         if self._reuse is not None:
             self._reuse.store(request)
             request.notes += request.lookup.notes
-        self._fill(request, ids, out, past)
-        return out
+        self._fill(request, input_ids, generated, cached_columns)
+        return generated
 
-    def _fill(self, request: RequestState, ids: Tensor | None, out: Any, past: int) -> None:
+    def _fill(self, request: RequestState, input_ids: Tensor | None, generated: Any, cached_columns: int) -> None:
         """Write the report; raise when a stage had work and did not run."""
-        encode, notes = request.encode_report(), list(request.notes)
-        visual, kept = request.visual_tokens, request.kept_tokens
-        new_ids = ids[:, past:] if ids is not None and past and ids.shape[1] > past else ids
-        has_media = new_ids is not None and any(bool((new_ids == t).any()) for t in self.columns.ids.values())
+        encode_numbers, notes = request.encode_report(), list(request.notes)
+        num_visual, num_kept = request.visual_tokens, request.kept_tokens
+        prompt_length = 0 if input_ids is None else input_ids.shape[1]
+        new_ids = input_ids
+        if input_ids is not None and 0 < cached_columns < prompt_length:
+            new_ids = input_ids[:, cached_columns:]
+        has_media = new_ids is not None and any(
+            bool((new_ids == media_id).any()) for media_id in self.columns.ids.values()
+        )
         if self.plan.prune is not None:
-            if not has_media and not visual:
+            if not has_media and not num_visual:
                 notes.append("prune: no new visual tokens in this call, bypassed")
             elif self.plan.prune.keep >= 1:
-                notes += [] if visual else ["prune: keep=1 keeps every visual token, bypassed"]
-            elif not visual:
+                notes += [] if num_visual else ["prune: keep=1 keeps every visual token, bypassed"]
+            elif not num_visual:
                 raise StageDidNotFire("visual tokens were in the prompt but the pruner never saw them")
-            elif kept == visual and self.smaller is None:
-                least = self.plan.prune.least if isinstance(self.plan.prune, Pruner) else 0
-                notes.append(why_all_kept(self.plan.prune.name, least, request.media, visual))
-        new = getattr(out, "sequences", out).shape[1] - (0 if ids is None else ids.shape[1])
-        prefill, decode = self.meter.timings(max(0, new))
-        prefill |= cache_counts(request.cache) | in_milliseconds(request.prefill)
-        notes += prefill.pop("notes", [])  # type: ignore[arg-type]
+            elif num_kept == num_visual and self.smaller is None:
+                least_kept = self.plan.prune.least if isinstance(self.plan.prune, Pruner) else 0
+                notes.append(why_all_kept(self.plan.prune.name, least_kept, request.media, num_visual))
+        num_generated = getattr(generated, "sequences", generated).shape[1] - prompt_length
+        prefill_numbers, decode_numbers = self.meter.timings(max(0, num_generated))
+        prefill_numbers |= cache_counts(request.cache) | in_milliseconds(request.prefill)
+        notes += prefill_numbers.pop("notes", [])  # type: ignore[arg-type]
         notes += request.decode.pop("notes", [])
         if request.prefills > 1:
             notes.append("use_cache=False: every step is a prefill; times are of the first")
         if self.plan.fast_tower and next(self.model.parameters()).is_cuda:
-            prefill["attention"] = "without cuDNN, which plans every new length"
+            prefill_numbers["attention"] = "without cuDNN, which plans every new length"
         if self.prefills is not None:
-            prefill |= self.prefills.report()
+            prefill_numbers |= self.prefills.report()
             notes += self.prefills.notes()
-        if self.tower is not None and encode["encode_ms"]:
-            encode |= self.tower.report()
+        if self.tower is not None and encode_numbers["encode_ms"]:
+            encode_numbers |= self.tower.report()
             notes += self.tower.notes()
         elif self.plan.tower == "fast" and not self.family.tower_loops:
             notes.append("tower: one call a layer already, left as it is")
-        read: dict[str, Any] = {}
+        read_numbers: dict[str, Any] = {}
         if request.reading is not None:
-            read, notes = request.reading.json(), request.reading.notes + notes
-            read["first_token_ms"] = read.get("read_ms", 0.0) + read["processor_ms"] + prefill["ttft_ms"]
-        self.report = Report(encode, prefill, decode | request.decode, notes, read)
+            read_numbers, notes = request.reading.json(), request.reading.notes + notes
+            before_prefill = read_numbers.get("read_ms", 0.0) + read_numbers["processor_ms"]
+            read_numbers["first_token_ms"] = before_prefill + prefill_numbers["ttft_ms"]
+        self.report = Report(encode_numbers, prefill_numbers, decode_numbers | request.decode, notes, read_numbers)
 
     @property
     def request(self) -> RequestState:

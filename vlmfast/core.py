@@ -26,17 +26,17 @@ class UserError(ValueError):
     MOST = 800
 
     def __init__(self, message: object = "") -> None:
-        text = re.sub(r"(\w+)\(\n(?: +.*\n)+\)", r"\1", str(message))
-        super().__init__(brief(text, self.MOST))
+        without_tree = re.sub(r"(\w+)\(\n(?: +.*\n)+\)", r"\1", str(message))
+        super().__init__(brief(without_tree, self.MOST))
 
 
 def brief(text: str, most: int = 200) -> str:
     """The text on one line, cut in its middle where it is longer than `most` characters."""
-    line = " ".join(text.split())
-    if len(line) <= most:
-        return line
-    half = (most - 5) // 2
-    return f"{line[:half]} ... {line[-half:]}"
+    one_line = " ".join(text.split())
+    if len(one_line) <= most:
+        return one_line
+    half_length = (most - 5) // 2
+    return f"{one_line[:half_length]} ... {one_line[-half_length:]}"
 
 
 class Unsupported(UserError):
@@ -49,12 +49,12 @@ class StageDidNotFire(RuntimeError):
 
 def shown(value: Any, most: int = 80) -> str:
     """What came in, for an error: its repr, one line of `most` characters, cut in its middle; a model by its class."""
-    kind = type(value).__name__
+    class_name = type(value).__name__
     try:
-        text = f"a {kind}" if isinstance(value, (torch.nn.Module, Tensor)) else " ".join(repr(value).split())
+        printed = f"a {class_name}" if isinstance(value, (torch.nn.Module, Tensor)) else " ".join(repr(value).split())
     except (ValueError, RecursionError):  # thousands of digits, or lists inside lists without end
-        text = f"a {kind} too long to print"
-    return brief(text, most)
+        printed = f"a {class_name} too long to print"
+    return brief(printed, most)
 
 
 class Kind:
@@ -223,7 +223,7 @@ class Policy(Protocol):
 
 @dataclass(frozen=True)
 class DraftStop:
-    """Where a draft that knows its own probabilities ends a proposal before it has k tokens."""
+    """Where a draft that knows its own probabilities ends a proposal before it has as many tokens as asked."""
 
     floor: float = 0.0  # once everything so far passes with a probability below this
     refusal: float = 1.0  # by which a token passes with 1 - refusal * (1 - the draft's own probability of it)
@@ -242,45 +242,47 @@ class Draft(Protocol):
     @property
     def decoder(self) -> Any: ...  # a `SteppingDecoder` that it runs, None without one
 
-    def propose(self, ids: Tensor, k: int, pick: Any = None, stop: DraftStop = NO_STOP) -> tuple[Tensor, Tensor | None]:
-        """Guess up to k tokens after `ids` (1, L) int64, which holds everything emitted so far.
+    def propose(
+        self, ids: Tensor, max_tokens: int, pick_token: Any = None, draft_stop: DraftStop = NO_STOP
+    ) -> tuple[Tensor, Tensor | None]:
+        """Guess up to `max_tokens` tokens after `ids` (1, L) int64, which holds everything emitted so far.
 
         Returns tokens (k',) int64, k' = 0 when it has no guess, and what they were chosen from, (k', V) float32
-        probabilities, or None when `pick` gave none. pick: (ids (1, L'), logits (1, V)) -> (token, its (V,)
+        probabilities, or None when `pick_token` gave none. pick_token: (ids (1, L'), logits (1, V)) -> (token, its (V,)
         probabilities or None), the choice under the request's logits processors; None = argmax.
         """
         ...
 
-    def rewind(self, n: int) -> None:
-        """Forget the last n tokens of the last proposal (they were refused)."""
+    def rewind(self, num_refused: int) -> None:
+        """Forget the last `num_refused` tokens of the last proposal (they were refused)."""
         ...
 
 
-def to_json(obj: Any) -> Any:
+def to_json(value: Any) -> Any:
     """Plain-JSON form of a method object: {"method": name, field: value, ...}; nested objects likewise, options without
     a name."""
-    if obj is None or isinstance(obj, (bool, int, float, str)):
-        return obj
-    if isinstance(obj, (list, tuple)):
-        return [to_json(x) for x in obj]
-    if isinstance(obj, dict):
-        return {str(k): to_json(v) for k, v in obj.items()}
-    if isinstance(obj, torch.nn.Module):
-        name = getattr(getattr(obj, "config", None), "_name_or_path", "") or ""
-        if not name:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [to_json(element) for element in value]
+    if isinstance(value, dict):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, torch.nn.Module):
+        model_name = getattr(getattr(value, "config", None), "_name_or_path", "") or ""
+        if not model_name:
             raise UserError(
-                f"a {type(obj).__name__} without a name cannot be saved in a plan: load it with from_pretrained, "
+                f"a {type(value).__name__} without a name cannot be saved in a plan: load it with from_pretrained, "
                 "or name it by its path or id instead of passing the object"
             )
-        return name
-    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
-        name = getattr(type(obj), "name", type(obj).__name__.lower())
-        out: dict[str, Any] = {"method": name} if name else {}  # options have no name
-        for f in dataclasses.fields(obj):
-            if f.init:
-                out[f.name] = to_json(getattr(obj, f.name))
-        return out
-    raise UserError(f"{type(obj).__name__} cannot be written to JSON: use numbers, strings, lists or method objects")
+        return model_name
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        method_name = getattr(type(value), "name", type(value).__name__.lower())
+        json_object: dict[str, Any] = {"method": method_name} if method_name else {}  # options have no name
+        for field in dataclasses.fields(value):
+            if field.init:
+                json_object[field.name] = to_json(getattr(value, field.name))
+        return json_object
+    raise UserError(f"{type(value).__name__} cannot be written to JSON: use numbers, strings, lists or method objects")
 
 
 AUTO_DEPTH = 0.25  # share of the tower's blocks that see every token when after_block="auto"
@@ -292,10 +294,10 @@ def tower_block(after_block: int | float | str | None, depth: int) -> int | None
     after_block: a block's index; a float below 1 is a share of the depth; "auto" is `AUTO_DEPTH` of it (and the output
     where a tower cannot run short).
     """
-    share = AUTO_DEPTH if after_block == "auto" else after_block
-    if share is None or isinstance(share, int):
-        return share
-    return max(1, round(float(share) * depth))
+    depth_share = AUTO_DEPTH if after_block == "auto" else after_block
+    if depth_share is None or isinstance(depth_share, int):
+        return depth_share
+    return max(1, round(float(depth_share) * depth))
 
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -305,13 +307,13 @@ def parse_bytes(name: str, value: int | float | str | None) -> int | None:
     """A byte limit: a number, or text such as "512MB" or "2GiB" (powers of 1000 and of 1024); None is no limit."""
     if value is None:
         return None
-    size: Any = value
+    num_bytes: Any = value
     if isinstance(value, str):
-        match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([kmgt]i?)?b?\s*", value.lower(), re.ASCII)
-        if match is None:
+        size_match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([kmgt]i?)?b?\s*", value.lower(), re.ASCII)
+        if size_match is None:
             raise UserError(f'{name}={shown(value)} is not a size: give bytes, or text such as "512MB" or "2GiB"')
-        size = float(match[1]) * _UNITS[match[2] or ""]
-    number = isinstance(size, numbers.Real) and not isinstance(size, bool)
-    if not (number and 1 <= size < 2**63):
+        num_bytes = float(size_match[1]) * _UNITS[size_match[2] or ""]
+    is_number = isinstance(num_bytes, numbers.Real) and not isinstance(num_bytes, bool)
+    if not (is_number and 1 <= num_bytes < 2**63):
         raise UserError(f"{name}={shown(value)} is no number of bytes from 1 on: it is the most that tier may hold")
-    return int(size)
+    return int(num_bytes)

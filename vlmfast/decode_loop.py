@@ -58,16 +58,16 @@ def put_loop(
 def _no_engine(model: Any, plan: Plan, reuse: bool, nested: bool) -> str | None:
     """Why a call without speculate= is not decoded by our loop, None = it is; empty where there is no question: on a
     CPU, and where nothing was asked."""
-    text, head = engine.decoder(model)
-    asked = reuse or replace(plan, tower=None) != Plan() or plan.tower == "fast"
-    if text is None or not engine.automatic(text) or not asked:
+    text_model, output_head = engine.decoder(model)
+    anything_asked = reuse or replace(plan, tower=None) != Plan() or plan.tower == "fast"
+    if text_model is None or not engine.automatic(text_model) or not anything_asked:
         return ""
     if nested:
         return "a call inside a call"
-    return engine.why_not(text, head)
+    return engine.why_not(text_model, output_head)
 
 
 def _engine_alone(stage: dict[str, Any], numbers: dict[str, Any]) -> None:
     """What the report keeps of the loop's numbers where nothing was drafted or asked to be."""
-    stage.update({k: v for k, v in numbers.items() if k.startswith(("engine", "graph", "capture"))})
+    stage.update({name: value for name, value in numbers.items() if name.startswith(("engine", "graph", "capture"))})
     stage["notes"] = [*stage.get("notes", []), *numbers.get("notes", [])]

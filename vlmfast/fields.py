@@ -23,7 +23,7 @@ from torch import nn
 from vlmfast.core import UserError, shown
 
 MOST = 2**53  # whole numbers beyond are not exact as floats, and no count or seed needs them
-WRONG = object()  # what a value that does not fit becomes
+WRONG = object()  # what `fit` returns for a value that does not fit
 WORDS = {
     int: "a whole number",
     float: "a finite number",
@@ -44,17 +44,18 @@ class Range:
     odd: bool = False
 
     def holds(self, value: Any) -> bool:
-        low = self.least is None or value > self.least or (value == self.least and self.open not in ("least", "both"))
-        high = self.most is None or value < self.most or (value == self.most and self.open not in ("most", "both"))
-        return low and high and not (self.odd and value % 2 == 0)
+        low_end, high_end = self.open not in ("least", "both"), self.open not in ("most", "both")  # do they belong?
+        above = self.least is None or value > self.least or (value == self.least and low_end)
+        below = self.most is None or value < self.most or (value == self.most and high_end)
+        return above and below and not (self.odd and value % 2 == 0)
 
     def __str__(self) -> str:
-        parts = []
+        phrases = []
         if self.least is not None:
-            parts.append(f"{'above' if self.open in ('least', 'both') else 'at least'} {self.least:g}")
+            phrases.append(f"{'above' if self.open in ('least', 'both') else 'at least'} {self.least:g}")
         if self.most is not None:
-            parts.append(f"{'below' if self.open in ('most', 'both') else 'at most'} {self.most:g}")
-        return ", ".join([*parts, *(["odd"] if self.odd else [])])
+            phrases.append(f"{'below' if self.open in ('most', 'both') else 'at most'} {self.most:g}")
+        return ", ".join([*phrases, *(["odd"] if self.odd else [])])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,14 +83,14 @@ class Method:
     """Base of every method object. Raises UserError naming the field when a value is not what its annotation says."""
 
     def __post_init__(self) -> None:
-        kind = type(self)
-        where = getattr(kind, "name", "") or getattr(kind, "title", "") or kind.__name__
-        hints = field_types(type(self))
+        method_class = type(self)
+        method_name = getattr(method_class, "name", "") or getattr(method_class, "title", "") or method_class.__name__
+        annotations = field_types(type(self))
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             if field.init:
-                value = getattr(self, field.name)
-                fitted = checked(field.name, value, hints[field.name], where, field.default)
-                if fitted is not value:
+                given = getattr(self, field.name)
+                fitted = checked(field.name, given, annotations[field.name], method_name, field.default)
+                if fitted is not given:
                     object.__setattr__(self, field.name, fitted)
 
     def check_model(self, layers: int, heads: int, axes: int) -> None:
@@ -126,28 +127,30 @@ def checked(name: str, value: Any, hint: Any, where: str = "", example: Any = No
     fitted = fit(value, hint)
     if fitted is not WRONG:
         return fitted
-    place = f" in {where}" if where else ""
-    good = isinstance(example, (int, float, str)) or (isinstance(example, tuple) and example)
-    hope = f", e.g. {name}={str(example).lower() if isinstance(example, bool) else example}" if good else ""
-    raise UserError(f"{name}={shown(value)}{place}: {name} must be {words(hint)}{hope}")
+    given_to = f" in {where}" if where else ""
+    has_example = isinstance(example, (int, float, str)) or (isinstance(example, tuple) and example)
+    example_text = str(example).lower() if isinstance(example, bool) else str(example)
+    suggestion = f", e.g. {name}={example_text}" if has_example else ""
+    raise UserError(f"{name}={shown(value)}{given_to}: {name} must be {words(hint)}{suggestion}")
 
 
 def fit(value: Any, hint: Any) -> Any:
     """The value in the type that `hint` names, or WRONG. No text becomes a number, and true is none either."""
     if hint is Any:
         return value
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        fitted = fit(value, inner[0])
-        return fitted if fitted is not WRONG and inner[1].holds(fitted) else WRONG
+        fitted = fit(value, arguments[0])
+        return fitted if fitted is not WRONG and arguments[1].holds(fitted) else WRONG
     if origin in (Union, types.UnionType):
-        fitted = [f for part in inner if (f := fit(value, part)) is not WRONG]
-        exact = [f for f in fitted if type(f) is type(value)]  # 1 stays 1 where both int and float are allowed
-        return (exact or fitted or [WRONG])[0]
+        fitted = [candidate for argument in arguments if (candidate := fit(value, argument)) is not WRONG]
+        # 1 stays 1 where both int and float are allowed
+        same_type = [candidate for candidate in fitted if type(candidate) is type(value)]
+        return (same_type or fitted or [WRONG])[0]
     if origin is Literal:
-        return value if any(type(value) is type(known) and value == known for known in inner) else WRONG
+        return value if any(type(value) is type(allowed) and value == allowed for allowed in arguments) else WRONG
     if origin is tuple:
-        return _fit_tuple(value, inner)
+        return _fit_tuple(value, arguments)
     if origin is collections.abc.Callable:
         return value if callable(value) else WRONG
     if hint is bool:
@@ -157,49 +160,49 @@ def fit(value: Any, hint: Any) -> Any:
     return value if isinstance(value, hint) else WRONG
 
 
-def _fit_number(value: Any, kind: type) -> Any:
+def _fit_number(value: Any, number_type: type) -> Any:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return WRONG
     if isinstance(value, numbers.Integral):
-        return kind(value) if abs(int(value)) <= MOST else WRONG
-    return float(value) if kind is float and math.isfinite(value) else WRONG
+        return number_type(value) if abs(int(value)) <= MOST else WRONG
+    return float(value) if number_type is float and math.isfinite(value) else WRONG
 
 
-def _fit_tuple(value: Any, inner: tuple[Any, ...]) -> Any:
+def _fit_tuple(value: Any, arguments: tuple[Any, ...]) -> Any:
     if not isinstance(value, (list, tuple)):
         return WRONG
-    endless = len(inner) == 2 and inner[1] is Ellipsis
-    if not endless and len(value) != len(inner):
+    endless = len(arguments) == 2 and arguments[1] is Ellipsis
+    if not endless and len(value) != len(arguments):
         return WRONG
-    parts = tuple(fit(v, inner[0] if endless else inner[i]) for i, v in enumerate(value))
-    return WRONG if any(p is WRONG for p in parts) else parts
+    fitted = tuple(fit(element, arguments[0] if endless else arguments[index]) for index, element in enumerate(value))
+    return WRONG if any(element_fitted is WRONG for element_fitted in fitted) else fitted
 
 
 def words(hint: Any) -> str:
     """What an annotation takes, in plain words."""
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        return f"{words(inner[0])} {inner[1]}"
+        return f"{words(arguments[0])} {arguments[1]}"
     if origin in (Union, types.UnionType):
-        return " or ".join(words(part) for part in inner)
+        return " or ".join(words(argument) for argument in arguments)
     if origin is Literal:
-        return f"one of {', '.join(map(str, inner))}" if len(inner) > 1 else repr(inner[0])
+        return f"one of {', '.join(map(str, arguments))}" if len(arguments) > 1 else repr(arguments[0])
     if origin is tuple:
-        nested = typing.get_origin(inner[0]) is tuple
-        return f"a list of {'pairs of numbers' if nested else words(inner[0]).removeprefix('a ') + 's'}"
+        holds_pairs = typing.get_origin(arguments[0]) is tuple
+        return f"a list of {'pairs of numbers' if holds_pairs else words(arguments[0]).removeprefix('a ') + 's'}"
     if origin is collections.abc.Callable:
         return "a function"
     return WORDS.get(hint) or f"a {getattr(hint, '__name__', hint)}"
 
 
-def field_types(kind: type) -> dict[str, Any]:
+def field_types(dataclass_type: type) -> dict[str, Any]:
     """The annotation of every field of a class."""
-    return _types(kind)  # type: ignore[arg-type]
+    return _types(dataclass_type)  # type: ignore[arg-type]
 
 
 @functools.cache
-def _types(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind, include_extras=True)
+def _types(dataclass_type: type) -> dict[str, Any]:
+    return typing.get_type_hints(dataclass_type, include_extras=True)
 
 
 def options_of(hint: Any) -> Any:
@@ -209,20 +212,19 @@ def options_of(hint: Any) -> Any:
 
 def takes_list(hint: Any) -> bool:
     """Does a field of this annotation hold a list?"""
-    parts = () if typing.get_origin(hint) is tuple else typing.get_args(hint)
-    return typing.get_origin(hint) is tuple or any(takes_list(part) for part in parts)
+    alternatives = () if typing.get_origin(hint) is tuple else typing.get_args(hint)
+    return typing.get_origin(hint) is tuple or any(takes_list(alternative) for alternative in alternatives)
 
 
-def unknown(what: str, name: Any, known: collections.abc.Iterable[str], text: str = "") -> UserError:
-    """The error for a name that is none of those known, with the closest of them. text: where it stands."""
-    names = list(known)
-    close = difflib.get_close_matches(name, names, 1) if isinstance(name, str) else []
-    hope = f", did you mean {close[0]}?" if close else ""
-    return UserError(
-        f"unknown {what} {shown(name)}{place(text) if text != name else ''}{hope}; known: {', '.join(names)}"
-    )
+def unknown(what: str, name: Any, known: collections.abc.Iterable[str], source: str = "") -> UserError:
+    """The error for a name that is none of those known, with the closest of them. source: the text it stands in."""
+    known_names = list(known)
+    closest = difflib.get_close_matches(name, known_names, 1) if isinstance(name, str) else []
+    suggestion = f", did you mean {closest[0]}?" if closest else ""
+    location = place(source) if source != name else ""
+    return UserError(f"unknown {what} {shown(name)}{location}{suggestion}; known: {', '.join(known_names)}")
 
 
-def place(text: str) -> str:
+def place(source: str) -> str:
     """Where in what came in an error lies, for its message."""
-    return f" in {shown(text)}" if text else ""
+    return f" in {shown(source)}" if source else ""

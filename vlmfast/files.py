@@ -29,13 +29,13 @@ def claim(path: str | Path, force: bool = False, endings: tuple[str, ...] = (), 
             raise UserError(f"{option} {path} is a folder: name a file in it")
         if path.exists() and not force:
             raise UserError(f"{path} exists: choose another {option}, or pass --force to replace it")
-        home = path.parent
-        while not home.exists() and home != home.parent:
-            home = home.parent
-        if not home.is_dir():
-            raise UserError(f"{option} {path}: {home} is a file, not a folder")
-        if not os.access(home, os.W_OK | os.X_OK):
-            raise UserError(f"{option} {path}: the folder {home} cannot be written to")
+        folder = path.parent
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        if not folder.is_dir():
+            raise UserError(f"{option} {path}: {folder} is a file, not a folder")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"{option} {path}: the folder {folder} cannot be written to")
     except OSError as e:
         raise UserError(f"{option} {brief(str(path))}: {e.strerror or e}") from None
 
@@ -48,21 +48,21 @@ def write_text(path: str | Path, text: str) -> None:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".part")
+        descriptor, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".part")
         try:
-            with open(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(part, 0o666 & ~mask)
-            os.replace(part, path)
+            with open(descriptor, "w", encoding="utf-8") as text_file:
+                text_file.write(text)
+            creation_mask = os.umask(0)
+            os.umask(creation_mask)
+            os.chmod(unfinished, 0o666 & ~creation_mask)
+            os.replace(unfinished, path)
         except BaseException:
             with contextlib.suppress(OSError):
-                os.unlink(part)
+                os.unlink(unfinished)
             raise
     except (OSError, ValueError) as e:  # ValueError: text that UTF-8 cannot hold, a zero byte in the path
-        why = e.strerror if isinstance(e, OSError) else "text that UTF-8 cannot hold"
-        raise UserError(f"{shown(str(path))} cannot be written ({why}): give another path") from None
+        problem = e.strerror if isinstance(e, OSError) else "text that UTF-8 cannot hold"
+        raise UserError(f"{shown(str(path))} cannot be written ({problem}): give another path") from None
 
 
 def loads(text: str, where: str) -> Any:
@@ -70,15 +70,15 @@ def loads(text: str, where: str) -> Any:
     numbers that are none, digits without end, lists inside lists without end."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        out = dict(pairs)
-        if len(out) < len(pairs):
-            keys = [k for k, _ in pairs]
-            twice = next(k for i, k in enumerate(keys) if k in keys[:i])
-            raise UserError(f"{where}: the key {shown(twice)} is given twice")
-        return out
+        json_object = dict(pairs)
+        if len(json_object) < len(pairs):
+            keys = [key for key, _ in pairs]
+            repeated = next(key for index, key in enumerate(keys) if key in keys[:index])
+            raise UserError(f"{where}: the key {shown(repeated)} is given twice")
+        return json_object
 
-    def refuse(word: str) -> None:
-        raise UserError(f"{where}: {word} is no number of JSON")
+    def refuse(constant: str) -> None:
+        raise UserError(f"{where}: {constant} is no number of JSON")
 
     try:
         return json.loads(text, object_pairs_hook=once, parse_constant=refuse)
@@ -92,25 +92,25 @@ def loads(text: str, where: str) -> Any:
         raise UserError(f"{where} is not usable: a number in it has thousands of digits") from None
 
 
-def read_text(path: str | os.PathLike[str], what: str, most: int = SIZE) -> str:
+def read_text(path: str | os.PathLike[str], what: str, max_bytes: int = SIZE) -> str:
     """The UTF-8 text of a regular file of at most `most` bytes. Raises UserError, which calls the file `what`."""
-    name = shown(os.fspath(path))
+    shown_path = shown(os.fspath(path))
     try:
-        held = Path(path).stat()
-        if stat.S_ISDIR(held.st_mode):
-            raise UserError(f"{name} is a folder: give {what}")
-        if not stat.S_ISREG(held.st_mode):
-            raise UserError(f"{name} is not a regular file: give {what}")
-        if held.st_size > most:
-            raise UserError(f"{name} has {held.st_size} bytes, more than {what} may have ({most})")
+        file_status = Path(path).stat()
+        if stat.S_ISDIR(file_status.st_mode):
+            raise UserError(f"{shown_path} is a folder: give {what}")
+        if not stat.S_ISREG(file_status.st_mode):
+            raise UserError(f"{shown_path} is not a regular file: give {what}")
+        if file_status.st_size > max_bytes:
+            raise UserError(f"{shown_path} has {file_status.st_size} bytes, more than {what} may have ({max_bytes})")
         return Path(path).read_bytes().decode()
     except UnicodeDecodeError as e:
-        raise UserError(f"{name} is not UTF-8 text (byte {e.start}): give {what}") from None
+        raise UserError(f"{shown_path} is not UTF-8 text (byte {e.start}): give {what}") from None
     except FileNotFoundError:
-        raise UserError(f"no file at {name}: give {what}") from None
+        raise UserError(f"no file at {shown_path}: give {what}") from None
     except OSError as e:
-        raise UserError(f"{name} cannot be read ({e.strerror}): give {what}") from None
+        raise UserError(f"{shown_path} cannot be read ({e.strerror}): give {what}") from None
     except UserError:
         raise
     except ValueError:  # a zero byte in the path
-        raise UserError(f"no file at {name}: give {what}") from None
+        raise UserError(f"no file at {shown_path}: give {what}") from None

@@ -36,29 +36,29 @@ class Plan:
         if self.tower is not None and self.tower not in TOWERS:
             raise UserError(f"tower={shown(self.tower)} is not known; use {' or '.join(map(repr, TOWERS))}")
         for stage in STAGES:
-            value = getattr(self, stage)
-            methods = methods_of(stage) if value is not None else {}
-            if methods and not isinstance(value, tuple(methods.values())):
-                draft = stage == "speculate" and hasattr(value, "generate")
-                example = "Speculate(draft=ModelDraft(small_model))" if draft else _example(methods)
+            method = getattr(self, stage)
+            methods = methods_of(stage) if method is not None else {}
+            if methods and not isinstance(method, tuple(methods.values())):
+                is_model = stage == "speculate" and hasattr(method, "generate")
+                example = "Speculate(draft=ModelDraft(small_model))" if is_model else _example(methods)
                 raise UserError(
-                    f"{stage}={shown(value)} is not a {stage} method; use one of {', '.join(sorted(methods))}, "
+                    f"{stage}={shown(method)} is not a {stage} method; use one of {', '.join(sorted(methods))}, "
                     f"e.g. {stage}={example}"
                 )
-        drafts = None if self.speculate is None else self.speculate.draft
-        drafted = None if drafts is None else drafts.pruner
-        if isinstance(drafted, str):
-            parse("prune", drafted)  # a draft's own pruner may be a spec: wrong ones are refused here, not later
+        draft_method = None if self.speculate is None else self.speculate.draft
+        draft_pruner = None if draft_method is None else draft_method.pruner
+        if isinstance(draft_pruner, str):
+            parse("prune", draft_pruner)  # a draft's own pruner may be a spec: wrong ones are refused here, not later
 
     def __str__(self) -> str:
         """The stages asked for, with the fields that are not at their defaults: `prune vidcom2 keep=0.4`."""
-        stages = [f"{stage} {_summary(value)}" for stage in STAGES if (value := getattr(self, stage)) is not None]
-        stages += [] if self.tower is None else [f"tower {self.tower}"]
-        return ", ".join(stages) or "nothing asked"
+        described = [f"{stage} {_summary(method)}" for stage in STAGES if (method := getattr(self, stage)) is not None]
+        described += [] if self.tower is None else [f"tower {self.tower}"]
+        return ", ".join(described) or "nothing asked"
 
     def json(self) -> dict[str, Any]:
         """Plain-JSON form; `Plan.from_json` reads it back."""
-        return {f.name: to_json(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {field.name: to_json(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
     @property
     def fast_tower(self) -> bool:
@@ -66,12 +66,12 @@ class Plan:
         return self.tower == "fast" or (self.tower is None and any(getattr(self, stage) for stage in STAGES))
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Plan:
+    def from_json(cls, plain_data: dict[str, Any]) -> Plan:
         """Rebuild a plan from `json()`'s form. Raises UserError naming the unknown stage, method or field."""
-        if not isinstance(data, dict):
-            known = ", ".join((*STAGES, "tower"))
-            raise UserError(f"a plan is a JSON object with the keys {known}, not {shown(data)}")
-        return spec.build("plan", {"method": cls.name} | data, {cls.name: cls}, _nested)
+        if not isinstance(plain_data, dict):
+            known_keys = ", ".join((*STAGES, "tower"))
+            raise UserError(f"a plan is a JSON object with the keys {known_keys}, not {shown(plain_data)}")
+        return spec.build("plan", {"method": cls.name} | plain_data, {cls.name: cls}, _nested)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, whole or not at all."""
@@ -80,11 +80,11 @@ class Plan:
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         """Read a plan file. Raises UserError when it is missing or not a plan."""
-        text = read_text(path, "a plan file, as Plan.save or `vlmfast tune` writes it")
-        return cls.from_json(loads(text, f"the plan file {shown(str(path))}"))
+        plan_text = read_text(path, "a plan file, as Plan.save or `vlmfast tune` writes it")
+        return cls.from_json(loads(plan_text, f"the plan file {shown(str(path))}"))
 
 
-def preset(name: str) -> Plan:
+def preset(preset_name: str) -> Plan:
     """The plan behind a preset's name.
 
     "safe" answers as the plain model does: it only looks words up that it may draft, and verifies them losslessly.
@@ -94,29 +94,29 @@ def preset(name: str) -> Plan:
     from vlmfast.decode import Lossless, PromptLookup, Speculate
     from vlmfast.encode import VidCom2
 
-    lookup = Speculate(PromptLookup(), Lossless(), otherwise="plain")
-    if name == "safe":
-        return Plan(speculate=lookup)
-    if name == "balanced":
-        return Plan(prune=VidCom2(keep=0.4, after_block="auto", least=384), speculate=lookup)
-    if name == "fast":
-        return Plan(prune=VidCom2(keep=0.2, after_block="auto", least=384), speculate=lookup)
-    raise unknown("preset", name, PRESETS)
+    prompt_lookup = Speculate(PromptLookup(), Lossless(), otherwise="plain")
+    if preset_name == "safe":
+        return Plan(speculate=prompt_lookup)
+    if preset_name == "balanced":
+        return Plan(prune=VidCom2(keep=0.4, after_block="auto", least=384), speculate=prompt_lookup)
+    if preset_name == "fast":
+        return Plan(prune=VidCom2(keep=0.2, after_block="auto", least=384), speculate=prompt_lookup)
+    raise unknown("preset", preset_name, PRESETS)
 
 
-def parse(stage: str, text: str) -> Any:
+def parse(stage: str, spec_text: str) -> Any:
     """A method from `name:field=value,field=value`, e.g. parse("prune", "vidcom2:keep=0.25"); see `spec`."""
-    return spec.read(f"{stage} method", text, methods_of(stage), _nested)
+    return spec.read(f"{stage} method", spec_text, methods_of(stage), _nested)
 
 
-def build(stage: str, data: dict[str, Any]) -> Any:
+def build(stage: str, plain_data: dict[str, Any]) -> Any:
     """A method from its JSON form, {"method": name, field: value, ...}."""
-    return spec.build(f"{stage} method", data, methods_of(stage), _nested)
+    return spec.build(f"{stage} method", plain_data, methods_of(stage), _nested)
 
 
-def parse_plan(text: str) -> Plan:
+def parse_plan(spec_text: str) -> Plan:
     """A plan from `plan:prune=(vidcom2:keep=0.4),kv=snapkv`; `spec.write` gives a plan this form."""
-    plan: Plan = spec.read("plan", text, {Plan.name: Plan}, _nested)
+    plan: Plan = spec.read("plan", spec_text, {Plan.name: Plan}, _nested)
     return plan
 
 
@@ -126,11 +126,11 @@ def resolve(plan: Plan | str | Path | dict | None, **stages: Any) -> Plan:
     stages: method objects, or their text or JSON form.
     """
     if isinstance(plan, (str, Path)):
-        text, file = str(plan), isinstance(plan, Path) or plan.endswith(".json")
-        name = text.partition(":")[0].strip()
-        if text not in PRESETS and not file:
-            _refuse_method(name, text)
-        plan = Plan.load(plan) if file else parse_plan(text) if name == Plan.name else preset(text)
+        plan_text, is_file = str(plan), isinstance(plan, Path) or plan.endswith(".json")
+        method_name = plan_text.partition(":")[0].strip()
+        if plan_text not in PRESETS and not is_file:
+            _refuse_method(method_name, plan_text)
+        plan = Plan.load(plan) if is_file else parse_plan(plan_text) if method_name == Plan.name else preset(plan_text)
     elif isinstance(plan, dict):
         plan = Plan.from_json(plan)
     elif plan is None:
@@ -140,68 +140,69 @@ def resolve(plan: Plan | str | Path | dict | None, **stages: Any) -> Plan:
         raise UserError(
             f"plan={shown(plan)}: give a Plan, a preset's name ({', '.join(PRESETS)}), a plan file (.json) or a dict"
         )
-    given = {k: _stage(k, v) for k, v in stages.items() if v is not None}
-    return dataclasses.replace(plan, **given) if given else plan
+    replacements = {stage: _stage(stage, method) for stage, method in stages.items() if method is not None}
+    return dataclasses.replace(plan, **replacements) if replacements else plan
 
 
-def _stage(stage: str, value: Any) -> Any:
-    if stage in STAGES and isinstance(value, str):
-        return parse(stage, value)
-    return build(stage, value) if stage in STAGES and isinstance(value, dict) else value
+def _stage(stage: str, method: Any) -> Any:
+    if stage in STAGES and isinstance(method, str):
+        return parse(stage, method)
+    return build(stage, method) if stage in STAGES and isinstance(method, dict) else method
 
 
-def _refuse_method(name: Any, spec: str | None) -> None:
-    """Raise UserError where a method stands in the plan's place: it belongs to a stage. spec: its text, if any."""
+def _refuse_method(name: Any, spec_text: str | None) -> None:
+    """Raise UserError where a method stands in the plan's place: it belongs to a stage. spec_text: its text, if any."""
     stages = [stage for stage in STAGES if name in methods_of(stage)]
     if stages:
-        said = " or ".join(f"{stage}={spec!r}" if spec is not None else f"{stage}=..." for stage in stages)
-        raise UserError(f"{name} is a method of one stage, not a plan: pass it as {said}")
+        shown_method = "..." if spec_text is None else repr(spec_text)
+        arguments = " or ".join(f"{stage}={shown_method}" for stage in stages)
+        raise UserError(f"{name} is a method of one stage, not a plan: pass it as {arguments}")
 
 
 def _summary(method: Any) -> str:
     """A method's name and the plain fields that differ from their defaults."""
-    words = [str(getattr(method, "name", type(method).__name__))]
-    for f in dataclasses.fields(method) if dataclasses.is_dataclass(method) else ():
-        value = getattr(method, f.name, None)
-        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-        if not f.init or value == default:
+    summary = [str(getattr(method, "name", type(method).__name__))]
+    for field in dataclasses.fields(method) if dataclasses.is_dataclass(method) else ():
+        value = getattr(method, field.name, None)
+        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        if not field.init or value == default:
             continue
         if isinstance(value, (bool, int, float, str)):
-            words.append(f"{f.name}={value}")
+            summary.append(f"{field.name}={value}")
         elif isinstance(value, Options):
-            words.append(f"{f.name}=({spec.write(value)})")
-        elif isinstance(name := getattr(value, "name", None), str):
-            words.append(f"{f.name}={name}")
-    return " ".join(words)
+            summary.append(f"{field.name}=({spec.write(value)})")
+        elif isinstance(inner_name := getattr(value, "name", None), str):
+            summary.append(f"{field.name}={inner_name}")
+    return " ".join(summary)
 
 
-def methods_of(field: str) -> dict[str, type]:
+def methods_of(field_name: str) -> dict[str, type]:
     """The methods that a stage, or a field of this name, may hold, by name."""
-    if field in ("prune", "stills"):
+    if field_name in ("prune", "stills"):
         from vlmfast.encode import METHODS as pruners
 
         return dict(pruners)
-    if field in ("kv", "scorer"):
+    if field_name in ("kv", "scorer"):
         from vlmfast.prefill import CONTROLS
         from vlmfast.prefill import METHODS as policies
 
         return {**policies, **CONTROLS}
     from vlmfast import decode
 
-    nested: dict[str, dict[str, type]] = {
+    decode_methods: dict[str, dict[str, type]] = {
         "speculate": {"speculate": decode.Speculate},
         "draft": decode.DRAFTS,
         "accept": decode.ACCEPT,
     }
-    return nested.get(field, {})
+    return decode_methods.get(field_name, {})
 
 
-def _nested(field: str) -> dict[str, type]:
+def _nested(field_name: str) -> dict[str, type]:
     """The same inside another method: a draft's pruner may follow the target."""
     from vlmfast.decode import TargetAttention
 
-    methods = methods_of(field)
-    return methods | {TargetAttention.name: TargetAttention} if field == "prune" else methods
+    methods = methods_of(field_name)
+    return methods | {TargetAttention.name: TargetAttention} if field_name == "prune" else methods
 
 
 def _example(methods: dict[str, type]) -> str:

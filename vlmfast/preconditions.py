@@ -31,10 +31,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def check_model(model: nn.Module, family: families.Family, *holders: Any) -> None:
     """Raise Unsupported where a method in `holders` (plans, methods) asks for what the model lacks."""
-    text: Any = family.text(model).config
+    text_config: Any = family.text(model).config
     for holder in holders:
         for method in nested(holder):
-            method.check_model(len(family.layers(model)), text.num_key_value_heads, family.rope_axes)
+            method.check_model(len(family.layers(model)), text_config.num_key_value_heads, family.rope_axes)
 
 
 def refuse_copy(*_: Any) -> Any:
@@ -64,11 +64,11 @@ def refuse_call(
                 "assistant_model is the model itself: transformers hands an assistant no pixels, and there would "
                 "be nothing to prune; use speculate=Speculate(SelfDraft(...))"
             )
-    between = isinstance(plan.prune, LayerPruner)
+    between_layers = isinstance(plan.prune, LayerPruner)
     kv, prompt = plan.kv, prompt_of(args, kwargs)
-    if why is not None and (between or not (kv is None or prompt is None or kv.fits(int(prompt.shape[1])))):
+    if why is not None and (between_layers or not (kv is None or prompt is None or kv.fits(int(prompt.shape[1])))):
         raise Unsupported(
-            f"{why}: {plan.prune.name if between else 'kv='} lets layers differ in the columns they hold, "
+            f"{why}: {plan.prune.name if between_layers else 'kv='} lets layers differ in the columns they hold, "
             "which static caches and chunked prefill cannot: use the default dynamic cache in one prefill, or a "
             "pruner that acts before the language model"
         )
@@ -81,4 +81,4 @@ def refuse_call(
 def prompt_of(args: tuple, kwargs: dict) -> Any:
     """Ids (B, L) or embeddings (B, L, D) of a `generate` call, under whatever name they came; None without any."""
     named = (kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds"))
-    return next((x for x in (*args[:1], *named) if x is not None), None)
+    return next((candidate for candidate in (*args[:1], *named) if candidate is not None), None)

@@ -42,31 +42,32 @@ Nested = Callable[[str], Mapping[str, type]]  # a field's name -> the methods it
 # ---------------------------------------------------------------- text -> plain data
 
 
-def parse(text: str) -> dict[str, Any]:
+def parse(spec_text: str) -> dict[str, Any]:
     """{"method": name, field: value, ...} of a spec. Raises UserError saying what is wrong with it, and where."""
-    return _whole(text, lambda reader: reader.spec(end=""))
+    return _whole(spec_text, lambda reader: reader.spec(end=""))
 
 
-def fields(text: str) -> dict[Any, Any]:
+def fields(spec_text: str) -> dict[Any, Any]:
     """{field: value, ...} of fields without a method's name: `visual=2000,new=64`."""
-    return _whole(text, lambda reader: reader.fields({}, end=""))
+    return _whole(spec_text, lambda reader: reader.fields({}, end=""))
 
 
-def items(text: str) -> list[Any]:
+def items(list_text: str) -> list[Any]:
     """The values of a list without its brackets: `vidcom2-25,(vidcom2:keep=0.25,least=384)`."""
-    return _whole(f"[{text}]", lambda reader: reader.items())
+    return _whole(f"[{list_text}]", lambda reader: reader.items())
 
 
-def _whole(text: str, read: Callable[[_Reader], Any]) -> Any:
-    if not isinstance(text, str):
-        raise UserError(f"a spec is text such as vidcom2:keep=0.25, not {shown(text)}")
-    if len(text) > LENGTH:
-        raise UserError(f"the spec {shown(text)} has {len(text)} characters, more than {LENGTH}: use a plan file")
-    reader = _Reader(text)
-    out = read(reader)
+def _whole(spec_text: str, read_part: Callable[[_Reader], Any]) -> Any:
+    if not isinstance(spec_text, str):
+        raise UserError(f"a spec is text such as vidcom2:keep=0.25, not {shown(spec_text)}")
+    if len(spec_text) > LENGTH:
+        length = f"{len(spec_text)} characters, more than {LENGTH}"
+        raise UserError(f"the spec {shown(spec_text)} has {length}: use a plan file")
+    reader = _Reader(spec_text)
+    result = read_part(reader)
     if reader.peek():
         raise reader.wrong("unmatched bracket or quote")
-    return out
+    return result
 
 
 class _Reader:
@@ -75,11 +76,11 @@ class _Reader:
     def __init__(self, text: str) -> None:
         self.text, self.at, self.depth = text, 0, 0
 
-    def wrong(self, what: str) -> UserError:
-        rest = f" at {shown(self.text[self.at :], 24)}" if self.at < len(self.text) else ""
+    def wrong(self, problem: str) -> UserError:
+        location = f" at {shown(self.text[self.at :], 24)}" if self.at < len(self.text) else ""
         return UserError(
-            f"{what}{rest} in {shown(self.text)}: write name:field=value,field=value, lists as [1,2], a method with "
-            "fields of its own in round brackets"
+            f"{problem}{location} in {shown(self.text)}: write name:field=value,field=value, lists as [1,2], a method "
+            "with fields of its own in round brackets"
         )
 
     def peek(self) -> str:
@@ -88,9 +89,9 @@ class _Reader:
             self.at += 1
         return self.text[self.at : self.at + 1]
 
-    def take(self, mark: str) -> bool:
+    def take(self, character: str) -> bool:
         """Step over `mark` if it comes next."""
-        if not mark or self.peek() != mark:
+        if not character or self.peek() != character:
             return False
         self.at += 1
         return True
@@ -102,44 +103,44 @@ class _Reader:
 
     def spec(self, end: str) -> dict[Any, Any]:
         """`name` or `name:fields`, up to `end` or the end of the text."""
-        found = re.compile(r"[^:,\[\]()\"=]*").match(self.text, self.at)
-        assert found is not None
-        name, self.at = found[0].strip(), found.end()
+        name_match = re.compile(r"[^:,\[\]()\"=]*").match(self.text, self.at)
+        assert name_match is not None
+        name, self.at = name_match[0].strip(), name_match.end()
         if not name:
             raise self.wrong("a method's name is missing")
-        out: dict[Any, Any] = {"method": name}
-        return self.fields(out, end) if self.take(":") else out
+        plain_data: dict[Any, Any] = {"method": name}
+        return self.fields(plain_data, end) if self.take(":") else plain_data
 
-    def fields(self, out: dict[Any, Any], end: str) -> dict[Any, Any]:
-        """`out` with the fields up to `end`."""
-        named = len(out)
+    def fields(self, plain_data: dict[Any, Any], end: str) -> dict[Any, Any]:
+        """`plain_data` with the fields up to `end` added."""
+        num_before = len(plain_data)
         while self.peek() not in ("", end):
             if self.take(","):  # an empty field says nothing
                 continue
             key: Any = FIRST
-            if found := FIELD.match(self.text, self.at):
-                key, self.at = found[1], found.end()
-            elif len(out) > named or "=" in BARE.match(self.text, self.at)[0]:  # type: ignore[index]
+            if key_match := FIELD.match(self.text, self.at):
+                key, self.at = key_match[1], key_match.end()
+            elif len(plain_data) > num_before or "=" in BARE.match(self.text, self.at)[0]:  # type: ignore[index]
                 raise self.wrong("what follows is not field=value,")
-            if key in out:
+            if key in plain_data:
                 raise self.wrong(f"field {shown(key)} is given twice")
-            out[key] = self.value()
+            plain_data[key] = self.value()
             if self.peek() not in ("", ",", end):
                 raise self.wrong("no comma after a value")
-        return out
+        return plain_data
 
     def value(self) -> Any:
-        mark = self.peek()
-        if mark == '"':
+        first_character = self.peek()
+        if first_character == '"':
             return self.quoted()
-        if mark == "(":
+        if first_character == "(":
             return self.group()
-        if mark == "[":
+        if first_character == "[":
             return self.items()
-        found = BARE.match(self.text, self.at)
-        assert found is not None
-        self.at = found.end()
-        return literal(found[0].strip())
+        value_match = BARE.match(self.text, self.at)
+        assert value_match is not None
+        self.at = value_match.end()
+        return literal(value_match[0].strip())
 
     def quoted(self) -> str:
         try:
@@ -160,104 +161,113 @@ class _Reader:
     def items(self) -> list[Any]:
         self.take("[")
         self.inside()
-        values: list[Any] = []
+        elements: list[Any] = []
         while not self.take("]"):
-            if values and not self.take(","):
+            if elements and not self.take(","):
                 raise self.wrong("a list is not closed")
-            values.append(self.value())
+            elements.append(self.value())
             if self.peek() not in (",", "]"):
                 raise self.wrong("a list is not closed")
         self.depth -= 1
-        return values
+        return elements
 
 
 def literal(text: str) -> Any:
     """A number, a constant, or the text itself. Digits without end stay text: no field takes them."""
     if text.lower() in CONSTANTS:
         return CONSTANTS[text.lower()]
-    if len(text) <= 400 and (found := NUMBER.fullmatch(text)):
-        return float(text) if found[2] or found[3] or text[:1] == "." else int(text)
+    if len(text) <= 400 and (number_match := NUMBER.fullmatch(text)):
+        return float(text) if number_match[2] or number_match[3] or text[:1] == "." else int(text)
     return text
 
 
 # ---------------------------------------------------------------- plain data -> objects
 
 
-def read(what: str, text: str, kinds: Mapping[str, type], nested: Nested = lambda field: {}, depth: int = 0) -> Any:
-    """The object of a spec. what: how errors call it ("retriever"); kinds: what it may be, by name; nested: what the
-    fields of it may hold."""
-    return build(what, parse(text), kinds, nested, text, depth)
+def read(
+    error_name: str, text: str, methods: Mapping[str, type], nested_methods: Nested = lambda field: {}, depth: int = 0
+) -> Any:
+    """The object of a spec. error_name: how errors call it ("retriever"); methods: what it may be, by name;
+    nested_methods: what a field may hold, by name."""
+    return build(error_name, parse(text), methods, nested_methods, text, depth)
 
 
 def build(
-    what: str, data: Any, kinds: Mapping[str, type], nested: Nested = lambda field: {}, text: str = "", depth: int = 0
-) -> Any:
-    """The object of {"method": name, field: value, ...}. text: where the data comes from, for errors.
+    error_name: str, plain_data: Any, methods: Mapping[str, type], nested_methods: Nested = lambda field: {},
+    source: str = "", depth: int = 0,
+) -> Any:  # fmt: skip
+    """The object of {"method": name, field: value, ...}. source: the text that the data comes from, for errors.
 
     Raises UserError for a name or a field that is not known, with the closest one that is.
     """
-    name = data.get("method")
-    if not isinstance(name, str) or name not in kinds:
-        raise unknown(what, name, kinds, text)
+    method_name = plain_data.get("method")
+    if not isinstance(method_name, str) or method_name not in methods:
+        raise unknown(error_name, method_name, methods, source)
     if depth > DEPTH:
-        raise UserError(f"{what}: more than {DEPTH} methods inside each other")
-    return fill(name, kinds[name], {k: v for k, v in data.items() if k != "method"}, nested, text, depth)
+        raise UserError(f"{error_name}: more than {DEPTH} methods inside each other")
+    given = {key: value for key, value in plain_data.items() if key != "method"}
+    return fill(method_name, methods[method_name], given, nested_methods, source, depth)
 
 
 def fill(
-    name: str, kind: type, given: Mapping[Any, Any], nested: Nested = lambda field: {}, text: str = "", depth: int = 0
-) -> Any:
-    """An object of class `kind`, which errors call `name`, from its fields' plain data."""
-    hints = field_types(kind)
-    known = {f.name: f for f in dataclasses.fields(kind) if f.init}
-    first = next(iter(known), "")
-    if FIRST in given and first in given:
-        raise UserError(f"{name}: {first} is given twice, first without its name{place(text)}")
-    given = current({first if key is FIRST else key: value for key, value in given.items()}, hints)
+    name: str, method_class: type, given: Mapping[Any, Any], nested_methods: Nested = lambda field: {},
+    text: str = "", depth: int = 0,
+) -> Any:  # fmt: skip
+    """An object of `method_class`, which errors call `name`, from its fields' plain data."""
+    annotations = field_types(method_class)
+    known_fields = {known.name: known for known in dataclasses.fields(method_class) if known.init}
+    first_field = next(iter(known_fields), "")
+    if FIRST in given and first_field in given:
+        raise UserError(f"{name}: {first_field} is given twice, first without its name{place(text)}")
+    given = current({first_field if key is FIRST else key: value for key, value in given.items()}, annotations)
     for key in given:
-        if key not in known:
-            raise unknown(f"field of {name}", key, known, text)
-    for key, f in known.items():
-        if key not in given and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise UserError(f"{name} needs {key}=: its fields are {', '.join(sorted(known))}")
-    return kind(**{k: _held(k, v, hints[k], nested, text, depth) for k, v in given.items()})
+        if key not in known_fields:
+            raise unknown(f"field of {name}", key, known_fields, text)
+    for key, known_field in known_fields.items():
+        no_default = known_field.default is known_field.default_factory is dataclasses.MISSING
+        if key not in given and no_default:
+            raise UserError(f"{name} needs {key}=: its fields are {', '.join(sorted(known_fields))}")
+    arguments = {key: _built(key, value, annotations[key], nested_methods, text, depth) for key, value in given.items()}
+    return method_class(**arguments)
 
 
-def _held(key: str, value: Any, hint: Any, nested: Nested, text: str, depth: int) -> Any:
-    """What a field is given, with the methods and options in it built."""
-    options = options_of(hint)
+def _built(key: str, value: Any, annotation: Any, nested_methods: Nested, source: str, depth: int) -> Any:
+    """The value of a field, with the methods and options in it built."""
+    options = options_of(annotation)
     if options and isinstance(value, dict) and "method" not in value:
-        return fill(key, options, value, nested, text, depth + 1)
-    kinds = nested(key)
-    if kinds and isinstance(value, dict):
-        return build(f"{key} method", value, kinds, nested, text, depth + 1)
-    if kinds and isinstance(value, str) and by_name(hint):
-        return read(f"{key} method", value, kinds, nested, depth + 1)
+        return fill(key, options, value, nested_methods, source, depth + 1)
+    methods = nested_methods(key)
+    if methods and isinstance(value, dict):
+        return build(f"{key} method", value, methods, nested_methods, source, depth + 1)
+    if methods and isinstance(value, str) and by_name(annotation):
+        return read(f"{key} method", value, methods, nested_methods, depth + 1)
     return value
 
 
-def by_name(hint: Any) -> bool:
+def by_name(annotation: Any) -> bool:
     """Is text in such a field a method's spec, and nothing else?"""
-    return hint is Any or fit("", hint) is WRONG
+    return annotation is Any or fit("", annotation) is WRONG
 
 
-def current(given: dict[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
+def current(given: dict[str, Any], annotations: Mapping[str, Any]) -> dict[str, Any]:
     """The fields as they are spelled today: the one place that knows how plans, records and texts spelled them before.
 
     Fields that are now `advanced` stood beside the others; lists were joined with a plus, or were one number.
     """
-    advanced = options_of(hints.get("advanced"))
-    inner = {f.name for f in dataclasses.fields(advanced)} - set(hints) if advanced else set()
-    out = {key: value for key, value in given.items() if key not in inner}
-    if len(out) < len(given):
-        if not isinstance(held := out.get("advanced", {}), dict):
-            raise UserError(f"advanced={shown(held)}: give its fields in round brackets, advanced=(field=value)")
-        out["advanced"] = {key: value for key, value in given.items() if key in inner} | held
-    for key, value in out.items():
-        parts = [literal(part) for part in str(value).split("+")] if type(value) in (str, int) else []
-        if parts and takes_list(hints.get(key)) and all(type(part) is int for part in parts):
-            out[key] = parts
-    return out
+    advanced = options_of(annotations.get("advanced"))
+    advanced_fields = {field.name for field in dataclasses.fields(advanced)} - set(annotations) if advanced else set()
+    current_fields = {key: value for key, value in given.items() if key not in advanced_fields}
+    if len(current_fields) < len(given):
+        if not isinstance(given_advanced := current_fields.get("advanced", {}), dict):
+            hint = "give its fields in round brackets, advanced=(field=value)"
+            raise UserError(f"advanced={shown(given_advanced)}: {hint}")
+        beside = {key: value for key, value in given.items() if key in advanced_fields}
+        current_fields["advanced"] = beside | given_advanced
+    for key, value in current_fields.items():
+        numbers = [literal(part) for part in str(value).split("+")] if type(value) in (str, int) else []
+        if numbers and takes_list(annotations.get(key)) and all(type(part) is int for part in numbers):
+            current_fields[key] = numbers
+    return current_fields
 
 
 # ---------------------------------------------------------------- objects -> text
@@ -271,15 +281,15 @@ def write(method: Any) -> str:
     return _spec(to_json(method), method)
 
 
-def _spec(data: dict[str, Any], method: Any) -> str:
-    hints = field_types(type(method))
-    usual = {f.name: _usual(f) for f in dataclasses.fields(method)}
-    fields = [
-        f"{key}={_value(value, getattr(method, key), hints[key])}"
-        for key, value in data.items()
-        if key != "method" and getattr(method, key) != usual[key]
+def _spec(plain_data: dict[str, Any], method: Any) -> str:
+    annotations = field_types(type(method))
+    defaults = {field.name: _usual(field) for field in dataclasses.fields(method)}
+    field_texts = [
+        f"{key}={_value(value, getattr(method, key), annotations[key])}"
+        for key, value in plain_data.items()
+        if key != "method" and getattr(method, key) != defaults[key]
     ]
-    return ":".join(filter(None, (data.get("method"), ",".join(fields))))
+    return ":".join(filter(None, (plain_data.get("method"), ",".join(field_texts))))
 
 
 def _usual(field: dataclasses.Field) -> Any:
@@ -287,12 +297,12 @@ def _usual(field: dataclasses.Field) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-def _value(value: Any, source: Any, hint: Any) -> str:
+def _value(value: Any, source: Any, annotation: Any) -> str:
     if isinstance(value, dict):
-        text = _spec(value, source)
-        return text if text == value.get("method") and by_name(hint) else f"({text})"
+        spec_text = _spec(value, source)
+        return spec_text if spec_text == value.get("method") and by_name(annotation) else f"({spec_text})"
     if isinstance(value, list):
-        return "[" + ",".join(_value(v, None, str) for v in value) + "]"
+        return "[" + ",".join(_value(element, None, str) for element in value) + "]"
     if isinstance(value, str):
         return value if PLAIN.fullmatch(value) and value.lower() not in CONSTANTS else json.dumps(value)
     return "none" if value is None else json.dumps(value)

@@ -27,21 +27,21 @@ def chunks(task: tasks.Task, chosen: list[int], batch: int) -> Iterator[list[int
 
 
 def answer(
-    run: runner.Runner,
+    model_runner: runner.Runner,
     task: tasks.Task,
     plans: dict[str, Plan],
-    book: journal.Journal,
+    answer_journal: journal.Journal,
     chosen: list[int],
     batch: int = 1,
     tokens: int | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Ask what has not been asked yet; records go to the journal as they come. False: `stop` said so before the end.
+    """Ask what has not been asked yet; records go to the journal as they come. False: `stop` ended it before.
 
     plans: by method; a method of `floors.ASKED` asks the plain model with other media, whatever its plan.
 
-    Methods take turns at being first, so that none pays for the cold caches of every new question. stop: asked
-    before every method's turn.
+    Methods take turns at being first, so that none pays for the cold caches of every new question. stop: called
+    before every method's turn; True ends the run.
     """
     from tqdm import tqdm
 
@@ -49,24 +49,26 @@ def answer(
     remaining = [
         (chunk_number, numbers)
         for chunk_number, numbers in numbered_chunks
-        if book.missing((task.ids[index], method_name) for index in numbers for method_name in plans)
+        if answer_journal.missing(
+            (task.ids[question_index], method_name) for question_index in numbers for method_name in plans
+        )
     ]
     total, method_names = sum(len(numbers) for _, numbers in remaining) * len(plans), list(plans)
     with tqdm(total=total, desc=task.name, unit="q", disable=None, smoothing=0.05) as progress:
         for chunk_index, chunk in remaining:
-            samples = [task.sample(index) for index in chunk]
+            samples = [task.sample(question_index) for question_index in chunk]
             first_method = chunk_index % len(method_names)
             for method in method_names[first_method:] + method_names[:first_method]:
-                if book.missing((question.id, method) for question in samples):
+                if answer_journal.missing((question.id, method) for question in samples):
                     if stop():
                         return False
                     asked_samples = samples
                     if method in floors.ASKED:
                         asked_samples = [
-                            floors.blinded(question, method, task, index)
-                            for question, index in zip(samples, chunk, strict=True)
+                            floors.blinded(question, method, task, question_index)
+                            for question, question_index in zip(samples, chunk, strict=True)
                         ]
-                    book.add(run.ask(asked_samples, plans[method], method, tokens or task.tokens))
+                    answer_journal.add(model_runner.ask(asked_samples, plans[method], method, tokens or task.tokens))
                 progress.update(len(chunk))
     return True
 
@@ -131,15 +133,15 @@ def evaluate(
         raise UserError(f"{task_name} holds no question for --shard {shard}")
     plans = {"plain": Plan()} | (plans or methods.named(names, draft=draft))
     plans |= {floor: Plan() for floor in floors.ASKED if blind}
-    run = loaded or runner.load(model, device, dtype)
-    identity = identity_of(run, task, weights if loaded else runner.fingerprint(model), batch, tokens)
+    model_runner = loaded or runner.load(model, device, dtype)
+    identity = identity_of(model_runner, task, weights if loaded else runner.fingerprint(model), batch, tokens)
     identity_text = journal.run_name(identity)
     if summary is not None and summary.exists() and not force:
         _same_run(summary, identity_text)
     answer_journal = open_journal(out, identity, plans, force)
     judged_plans = {method: plan for method, plan in plans.items() if method not in floors.ASKED}
-    broken_laws = laws(run, first_readable(task, chosen), judged_plans, tokens or task.tokens, stop)
-    answer(run, task, plans, answer_journal, chosen, batch, tokens, stop)
+    broken_laws = laws(model_runner, first_readable(task, chosen), judged_plans, tokens or task.tokens, stop)
+    answer(model_runner, task, plans, answer_journal, chosen, batch, tokens, stop)
     wanted_ids = [task.ids[question] for question in chosen]
     check_asked(answer_journal.records, wanted_ids)
     wanted_ids = [
@@ -150,7 +152,7 @@ def evaluate(
     if not wanted_ids:
         raise UserError("out of time before every method had answered a question: give more minutes or fewer methods")
     result = records.head(
-        task_name, key="task", seed=0, repeats=1, device=str(run.device), dtype=identity["dtype"],
+        task_name, key="task", seed=0, repeats=1, device=str(model_runner.device), dtype=identity["dtype"],
         config={"run": identity_text, "limit": limit, "shard": shard, "questions": len(wanted_ids), **task.config},
     )  # fmt: skip
     result["rows"] = summarise(answer_journal.records, wanted_ids, plans, task.metric, broken_laws)
@@ -159,13 +161,15 @@ def evaluate(
     return result
 
 
-def first_readable(task: tasks.Task, chosen: list[int], most: int = 16) -> tasks.Sample:
+def first_readable(task: tasks.Task, chosen: list[int], max_tried: int = 16) -> tasks.Sample:
     """The first of the chosen questions whose media can be read, of so many at most."""
-    samples = (task.sample(number) for number in chosen[:most])
+    samples = (task.sample(number) for number in chosen[:max_tried])
     return next((candidate for candidate in samples if not candidate.error), task.sample(chosen[0]))
 
 
-def identity_of(run: runner.Runner, task: tasks.Task, weights: str, batch: int, tokens: int | None) -> dict[str, Any]:
+def identity_of(
+    model_runner: runner.Runner, task: tasks.Task, weights: str, batch: int, tokens: int | None
+) -> dict[str, Any]:
     """What must agree for records to stand in one file."""
     import torch
     import transformers
@@ -174,8 +178,8 @@ def identity_of(run: runner.Runner, task: tasks.Task, weights: str, batch: int, 
 
     return {
         "task": task.name, "questions": task.config.get("sha256") or task.config.get("set", ""),
-        "model": run.name, "weights": weights,
-        "dtype": str(run.model.dtype).removeprefix("torch."), "tokens": tokens or task.tokens, "batch": batch,
+        "model": model_runner.name, "weights": weights,
+        "dtype": str(model_runner.model.dtype).removeprefix("torch."), "tokens": tokens or task.tokens, "batch": batch,
         "vlmfast": vlmfast.__version__, "transformers": transformers.__version__, "torch": torch.__version__,
     }  # fmt: skip
 

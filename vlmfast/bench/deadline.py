@@ -12,7 +12,7 @@ class Watch:
 
     def __init__(self, deadline: float, clock: Callable[[], float], say: Callable[[str], None]) -> None:
         self.deadline, self.clock, self.say = deadline, clock, say
-        self.said, self.asked, self.total = clock(), 0, 0
+        self.last_line, self.asked, self.total = clock(), 0, 0
 
     def expect(self, answers: int) -> None:
         """A round of so many answers begins."""
@@ -23,8 +23,8 @@ class Watch:
         moment = self.clock()
         if moment >= self.deadline:
             return True
-        if moment - self.said >= SAY:
-            self.said = moment
+        if moment - self.last_line >= SAY:
+            self.last_line = moment
             self.say(
                 f"{self.asked} answers of {self.total} in this round, {(self.deadline - moment) / 60:.1f} min left"
             )

@@ -29,9 +29,9 @@ def run_name(fields: dict[str, Any]) -> str:
     return ";".join(f"{field}={value}" for field, value in fields.items())
 
 
-def plan_hash(plan: dict[str, Any]) -> str:
+def plan_hash(plan_json: dict[str, Any]) -> str:
     """Eight hex digits of a plan's JSON."""
-    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(plan_json, sort_keys=True).encode()).hexdigest()[:8]
 
 
 class Journal:
@@ -50,8 +50,8 @@ class Journal:
         except OSError as error:
             raise UserError(f"{shown(str(path))} cannot be a file of answers ({error.strerror}): {WAY_OUT}") from None
 
-    def _read(self, data: bytes) -> None:
-        *lines, unfinished = data.split(b"\n")
+    def _read(self, file_bytes: bytes) -> None:
+        *lines, unfinished = file_bytes.split(b"\n")
         for line_number, line in enumerate(lines, 1):
             record = unsealed(line)
             if record is None:
@@ -77,7 +77,7 @@ class Journal:
         if unfinished:
             self._say("the last line was cut off, as when a run is killed; its question is asked again")
             with self.path.open("r+b") as file:
-                file.truncate(len(data) - len(unfinished))
+                file.truncate(len(file_bytes) - len(unfinished))
 
     def _say(self, message: str) -> None:
         print(f"{self.path}: {message}", file=sys.stderr)
@@ -124,14 +124,16 @@ def unsealed(line: bytes) -> dict[str, Any] | None:
         return None
 
 
-def begins(tail: bytes) -> bool:
+def begins(last_bytes: bytes) -> bool:
     """Could these bytes, which no line end follows, be the beginning of a line of ours?"""
-    return HEAD.encode().startswith(re.sub(rb"[0-9a-f]", b"#", tail[: len(HEAD)]))
+    return HEAD.encode().startswith(re.sub(rb"[0-9a-f]", b"#", last_bytes[: len(HEAD)]))
 
 
-def difference(old: str, new: str) -> str:
+def difference(old_name: str, new_name: str) -> str:
     """The first field in which two run names differ, in words."""
-    old_fields, new_fields = (dict(pair.partition("=")[::2] for pair in run_text.split(";")) for run_text in (old, new))
+    old_fields, new_fields = (
+        dict(pair.partition("=")[::2] for pair in run_text.split(";")) for run_text in (old_name, new_name)
+    )
     for field in [*new_fields, *old_fields]:
         if old_fields.get(field) != new_fields.get(field):
             return f"comes from another run ({field} {old_fields.get(field, '?')}, now {new_fields.get(field, '?')})"

@@ -92,11 +92,11 @@ def keep(plan: Plan) -> dict[str, Any]:
     return params
 
 
-def _written(data: dict[str, Any]) -> Plan:
+def _written(plain_data: dict[str, Any]) -> Plan:
     """The plan of a text: a whole one, or one method, which belongs to the first stage that knows it."""
-    method_name = data["method"]
+    method_name = plain_data["method"]
     if method_name == Plan.name:
-        return Plan.from_json(data)
+        return Plan.from_json(plain_data)
     stage = next((known_stage for known_stage in STAGES if method_name in methods_of(known_stage)), None)
     if stage is None:
         raise unknown(
@@ -104,7 +104,7 @@ def _written(data: dict[str, Any]) -> Plan:
             method_name,
             [Plan.name, *(known_name for known_stage in STAGES for known_name in methods_of(known_stage))],
         )
-    return Plan(**{stage: build(stage, data)})
+    return Plan(**{stage: build(stage, plain_data)})
 
 
 def _text(plan: Plan) -> str:

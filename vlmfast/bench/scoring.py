@@ -78,12 +78,12 @@ def _picked(answer: str, options: list[str]) -> int | None:
 
 
 def _index(expected: str, options: list[str]) -> int | None:
-    forms = [normalise(o) for o in options]
-    if normalise(expected) in forms:
-        return forms.index(normalise(expected))
+    option_forms = [normalise(option) for option in options]
+    if normalise(expected) in option_forms:
+        return option_forms.index(normalise(expected))
     letter = expected.strip().upper().strip("().")
-    at = ord(letter) - 65 if len(letter) == 1 else -1
-    return at if 0 <= at < len(options) else None
+    position = ord(letter) - 65 if len(letter) == 1 else -1
+    return position if 0 <= position < len(options) else None
 
 
 def anls(answer: str, expected: Sequence[str], choices: Sequence[str] | None = None) -> float:
@@ -97,12 +97,12 @@ def anls(answer: str, expected: Sequence[str], choices: Sequence[str] | None = N
     return best_similarity if best_similarity >= 0.5 else 0.0
 
 
-def levenshtein(a: str, b: str) -> int:
+def levenshtein(first: str, second: str) -> int:
     """Edits (insert, delete, replace) between two strings."""
-    distances = list(range(len(b) + 1))
-    for first_index, first_character in enumerate(a, 1):
+    distances = list(range(len(second) + 1))
+    for first_index, first_character in enumerate(first, 1):
         diagonal, distances[0] = distances[0], first_index
-        for second_index, second_character in enumerate(b, 1):
+        for second_index, second_character in enumerate(second, 1):
             diagonal, distances[second_index] = (
                 distances[second_index],
                 min(

@@ -32,8 +32,8 @@ class Shape:
 
     @property
     def visual(self) -> int:
-        t, h, w = self.grid
-        return t * h * w
+        time, height, width = self.grid
+        return time * height * width
 
     def json(self) -> dict[str, Any]:
         """Plain-JSON form for the record."""
@@ -141,21 +141,21 @@ def clip(shape: Shape, seed: int = 0, dtype: str = "bfloat16", busy: float = 0.2
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    t, h, w = shape.grid
+    num_frames, height, width = shape.grid
     word_ids = torch.randint(5, shape.vocab, (shape.text,), generator=generator)
     num_before = shape.text // 4
     input_ids = torch.cat([word_ids[:num_before], torch.tensor([3] + [2] * shape.visual + [4]), word_ids[num_before:]])[
         None
     ]
     pixels = torch.randn(shape.visual, 4, 3 * 2 * shape.patch**2, generator=generator)
-    changing = torch.rand(h * w, generator=generator).argsort() < int(busy * h * w)
-    pixels[~changing.repeat(t)] = 0.1
+    changing = torch.rand(height * width, generator=generator).argsort() < int(busy * height * width)
+    pixels[~changing.repeat(num_frames)] = 0.1
     pixels = pixels.flatten(0, 1)
     return {
         "input_ids": input_ids,
         "attention_mask": torch.ones_like(input_ids),
         "mm_token_type_ids": (input_ids == 2).int() * 2,
         "pixel_values_videos": pixels.to(getattr(torch, dtype)),
-        "video_grid_thw": torch.tensor([[t, 2 * h, 2 * w]]),
+        "video_grid_thw": torch.tensor([[num_frames, 2 * height, 2 * width]]),
         "second_per_grid_ts": torch.tensor([1.0]),
     }

@@ -57,15 +57,17 @@ def _bootstrap(
         raise ValueError("no questions to average")
     _, group_index = np.unique(np.asarray(clusters), return_inverse=True)
     num_groups = int(group_index.max()) + 1
-    sums = np.append(np.bincount(group_index, values), imagined)
+    cluster_sums = np.append(np.bincount(group_index, values), imagined)
     sizes = np.append(np.bincount(group_index).astype(float), (1.0, 1.0))
     generator = np.random.default_rng(seed)
     means = np.empty(RESAMPLES)
-    draws_at_once = max(1, 4_000_000 // len(sums))
-    for start in range(0, RESAMPLES, draws_at_once):
-        num_draws = min(draws_at_once, RESAMPLES - start)
-        weights = generator.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=num_draws)
-        means[start : start + num_draws] = (weights @ sums) / np.maximum(weights @ sizes, 1e-12)
+    draws_at_once = max(1, 4_000_000 // len(cluster_sums))
+    for first_draw in range(0, RESAMPLES, draws_at_once):
+        num_draws = min(draws_at_once, RESAMPLES - first_draw)
+        weights = generator.multinomial(
+            len(cluster_sums), np.full(len(cluster_sums), 1 / len(cluster_sums)), size=num_draws
+        )
+        means[first_draw : first_draw + num_draws] = (weights @ cluster_sums) / np.maximum(weights @ sizes, 1e-12)
     lower, upper = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     centre = float(values.mean())
     return Interval(centre, min(centre, float(lower)), max(centre, float(upper)), len(values), num_groups)
@@ -74,19 +76,19 @@ def _bootstrap(
 def mcnemar(scores: Sequence[float], baseline: Sequence[float]) -> float:
     """Exact two-sided p-value that wins and losses are equally likely; questions are taken as independent."""
     difference = np.asarray(scores, float) - np.asarray(baseline, float)
-    wins, losses = int((difference > 0).sum()), int((difference < 0).sum())
-    return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+    num_wins, losses = int((difference > 0).sum()), int((difference < 0).sum())
+    return float(binomtest(num_wins, num_wins + losses).pvalue) if num_wins + losses else 1.0
 
 
 def clustered_p(scores: Sequence[float], baseline: Sequence[float], clusters: Sequence[str], seed: int = 0) -> float:
     """Two-sided p-value that scores and baseline are alike: signs of the clusters' summed differences are flipped."""
     _, group_index = np.unique(np.asarray(clusters), return_inverse=True)
-    sums = np.bincount(group_index, np.asarray(scores, float) - np.asarray(baseline, float))
-    sums = sums[sums != 0]
-    if len(sums) < 2:
+    cluster_sums = np.bincount(group_index, np.asarray(scores, float) - np.asarray(baseline, float))
+    cluster_sums = cluster_sums[cluster_sums != 0]
+    if len(cluster_sums) < 2:
         return 1.0
     outcome = permutation_test(
-        (sums,), np.mean, permutation_type="samples", vectorized=True, n_resamples=20_000, batch=2_000, rng=seed
+        (cluster_sums,), np.mean, permutation_type="samples", vectorized=True, n_resamples=20_000, batch=2_000, rng=seed
     )
     return float(outcome.pvalue)
 
@@ -126,18 +128,18 @@ def median_ratio(
     Rows of one batch share one measurement: equal pairs count once. clusters: pairs of one clip or picture are not
     independent, and count as one, their geometric mean. The interval: `timing.median_interval`.
     """
-    pairs: dict[tuple[float, float], Any] = {}
+    distinct_pairs: dict[tuple[float, float], Any] = {}
     for index, (baseline_value, this_value) in enumerate(zip(baseline, this, strict=True)):
         if baseline_value > 0 and this_value > 0:
-            pairs.setdefault((baseline_value, this_value), index if clusters is None else clusters[index])
-    logs: dict[Any, list[float]] = {}
-    for (baseline_value, this_value), cluster_name in pairs.items():
-        logs.setdefault(cluster_name, []).append(math.log(baseline_value / this_value))
-    if not logs:
+            distinct_pairs.setdefault((baseline_value, this_value), index if clusters is None else clusters[index])
+    log_ratios: dict[Any, list[float]] = {}
+    for (baseline_value, this_value), cluster_name in distinct_pairs.items():
+        log_ratios.setdefault(cluster_name, []).append(math.log(baseline_value / this_value))
+    if not log_ratios:
         return []
     return [
         float(f"{bound:.4g}")
         for bound in median_interval(
-            [math.exp(sum(cluster_logs) / len(cluster_logs)) for cluster_logs in logs.values()]
+            [math.exp(sum(cluster_logs) / len(cluster_logs)) for cluster_logs in log_ratios.values()]
         )
     ]

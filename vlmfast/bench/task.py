@@ -37,7 +37,7 @@ class Clip:
 
 @dataclass
 class Task:
-    """Questions 0 ... size - 1, of which question i is made by `make(i)`. ids and buckets cost nothing."""
+    """Questions 0 ... size - 1, each made by `make(index)`. ids and buckets cost nothing."""
 
     name: str
     ids: list[str]
@@ -46,19 +46,19 @@ class Task:
     metric: str  # "accuracy" or "f1"
     bucket: Callable[[int], Hashable] = field(default=lambda i: 0)  # only questions of one bucket share a batch
     config: dict[str, Any] = field(default_factory=dict)
-    clusters: Callable[[int], str] | None = None  # of question i, where it is not alone in its own
+    clusters: Callable[[int], str] | None = None  # of a question by its index, where several share one
 
-    def cluster(self, i: int) -> str:
-        """What question i shares with those about the same clip or image; costs nothing."""
-        return self.ids[i] if self.clusters is None else self.clusters(i)
+    def cluster(self, index: int) -> str:
+        """What the question shares with those about the same clip or image; costs nothing."""
+        return self.ids[index] if self.clusters is None else self.clusters(index)
 
-    def sample(self, i: int) -> Sample:
-        """Question i; one whose media cannot be read says why in `error`."""
+    def sample(self, index: int) -> Sample:
+        """The question; one whose media cannot be read says why in `error`."""
         try:
-            return self.make(i)
+            return self.make(index)
         except Exception as problem:
             reason = f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0]}"
-            return Sample(self.ids[i], "", [""], [], lambda text: 0.0, cluster=self.ids[i], error=reason)
+            return Sample(self.ids[index], "", [""], [], lambda text: 0.0, cluster=self.ids[index], error=reason)
 
     def first(self, limit: int | None) -> list[int]:
         """The numbers of the first `limit` questions."""

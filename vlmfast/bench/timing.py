@@ -128,14 +128,14 @@ def ticker(total: int, clock: Callable[[], float] = time.monotonic, every: float
             progress.update()
 
         return tick
-    done, said = 0, clock()
+    num_done, last_line = 0, clock()
 
     def tell(name: str) -> None:
-        nonlocal done, said
-        if clock() - said >= every:
-            said = clock()
-            print(f"{done} of {total} runs, now {name}", file=sys.stderr, flush=True)
-        done += 1
+        nonlocal num_done, last_line
+        if clock() - last_line >= every:
+            last_line = clock()
+            print(f"{num_done} of {total} runs, now {name}", file=sys.stderr, flush=True)
+        num_done += 1
 
     return tell
 

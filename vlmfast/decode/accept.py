@@ -1,6 +1,6 @@
 """Acceptance rules: which drafted tokens the target lets through. One class per rule, each with its paper.
 
-The pieces are pure functions on tensors (`decode.criteria`); a rule puts them together in `judge(round)`. Letters:
+The pieces are pure functions on tensors (`decode.criteria`); a rule puts them together in `judge(verified)`. Letters:
 ``k`` drafted tokens d_1..d_k, ``V`` vocabulary. The target scores k + 1 positions: row i (from 0) predicts d_{i+1},
 row k the token after the draft. A rule accepts a prefix of the draft; the loop then emits one more token of the target.
 """
@@ -55,11 +55,12 @@ class Round:
 
     def picks(self) -> Tensor:
         """(k + 1,) int64, the target's choice at every row."""
-        return torch.tensor([self.pick(i) for i in range(self.draft.shape[0] + 1)], device=self.draft.device)
+        num_rows = self.draft.shape[0] + 1
+        return torch.tensor([self.pick(row) for row in range(num_rows)], device=self.draft.device)
 
     def scores(self) -> Tensor:
         """(k, V) float32, the rows that the draft is compared with."""
-        return torch.stack([self.score(i) for i in range(self.draft.shape[0])])
+        return torch.stack([self.score(position) for position in range(self.draft.shape[0])])
 
 
 @dataclass
@@ -70,17 +71,17 @@ class Verdict:
     next: int
 
 
-def leading(codes: list[int], r: Round) -> Verdict:
+def leading(codes: list[int], verified: Round) -> Verdict:
     """The run of accepted codes from the start, then the target's own token."""
-    n = next((i for i, c in enumerate(codes) if c == REFUSED), len(codes))
-    return Verdict(codes[:n], r.pick(n))
+    num_accepted = next((position for position, code in enumerate(codes) if code == REFUSED), len(codes))
+    return Verdict(codes[:num_accepted], verified.pick(num_accepted))
 
 
-def guarded(r: Round, picks: Tensor) -> Tensor:
+def guarded(verified: Round, target_picks: Tensor) -> Tensor:
     """(k,) bool: neither the drafted nor the target's token is one that is never loosened."""
-    if r.strict is None:
-        return torch.ones_like(r.draft, dtype=torch.bool)
-    return ~(r.strict[r.draft] | r.strict[picks[:-1]])
+    if verified.strict is None:
+        return torch.ones_like(verified.draft, dtype=torch.bool)
+    return ~(verified.strict[verified.draft] | verified.strict[target_picks[:-1]])
 
 
 # ---------------------------------------------------------------- rules
@@ -122,7 +123,7 @@ class Rule(Method):
     visual: ClassVar[bool] = False  # does it need relevance to what is seen?
     draws: ClassVar[bool] = False  # under sampling: does the draft draw its tokens, or take its best?
 
-    def judge(self, r: Round) -> Verdict:
+    def judge(self, verified: Round) -> Verdict:
         """Which of the drafted tokens are let through, and what follows them."""
         raise NotImplementedError
 
@@ -150,14 +151,13 @@ class Exact(Rule):
     name: ClassVar[str] = "exact"
     lossless: ClassVar[bool] = True
 
-    def judge(self, r: Round) -> Verdict:
-        n = 0
-        for n, token in enumerate(r.draft.tolist()):
-            choice = r.pick(n)
-            if choice != token:
-                return Verdict([EXACT] * n, choice)
-        k = r.draft.shape[0]
-        return Verdict([EXACT] * k, r.pick(k))
+    def judge(self, verified: Round) -> Verdict:
+        for position, drafted_token in enumerate(verified.draft.tolist()):
+            target_token = verified.pick(position)
+            if target_token != drafted_token:
+                return Verdict([EXACT] * position, target_token)
+        num_drafted = verified.draft.shape[0]
+        return Verdict([EXACT] * num_drafted, verified.pick(num_drafted))
 
 
 @dataclass(frozen=True)
@@ -172,21 +172,21 @@ class Lossless(Rule):
     lossless: ClassVar[bool] = True
     draws: ClassVar[bool] = True
 
-    def judge(self, r: Round) -> Verdict:
-        if not r.sampling:
-            return Exact().judge(r)
-        for i, token in enumerate(r.draft.tolist()):
-            p = r.score(i).softmax(-1)
-            q = None if r.draft_probs is None else r.draft_probs[i]
-            ratio = p[token] if q is None else p[token] / q[token]
-            if float(torch.rand((), device=p.device)) < float(ratio):
+    def judge(self, verified: Round) -> Verdict:
+        if not verified.sampling:
+            return Exact().judge(verified)
+        for position, token in enumerate(verified.draft.tolist()):
+            target_probs = verified.score(position).softmax(-1)
+            draft_probs = None if verified.draft_probs is None else verified.draft_probs[position]
+            ratio = target_probs[token] if draft_probs is None else target_probs[token] / draft_probs[token]
+            if float(torch.rand((), device=target_probs.device)) < float(ratio):
                 continue
-            if q is None:
-                q = torch.zeros_like(p)
-                q[token] = 1
-            return Verdict([EXACT] * i, int(torch.multinomial(residual(p, q), 1)))
-        k = r.draft.shape[0]
-        return Verdict([EXACT] * k, r.pick(k))
+            if draft_probs is None:
+                draft_probs = torch.zeros_like(target_probs)
+                draft_probs[token] = 1
+            return Verdict([EXACT] * position, int(torch.multinomial(residual(target_probs, draft_probs), 1)))
+        num_drafted = verified.draft.shape[0]
+        return Verdict([EXACT] * num_drafted, verified.pick(num_drafted))
 
 
 @dataclass(frozen=True)
@@ -212,54 +212,57 @@ class Loose(Rule):
     visual: ClassVar[bool] = True
 
     def check_model(self, layers: int, heads: int, axes: int) -> None:
-        layer = self.advanced.layer
-        if not -layers <= layer < layers:
+        read_layer = self.advanced.layer
+        if not -layers <= read_layer < layers:
             raise Unsupported(
-                f"loose: layer={layer}, but this model has layers 0 to {layers - 1} (-1 is the last, and so on)"
+                f"loose: layer={read_layer}, but this model has layers 0 to {layers - 1} (-1 is the last, and so on)"
             )
 
     def seeing(self) -> LooseAdvanced:
         return self.advanced
 
     def words(self) -> tuple[str, ...]:
-        return tuple(w for w in ("digits", "negation", "comparison") if getattr(self, w))
+        return tuple(word_class for word_class in ("digits", "negation", "comparison") if getattr(self, word_class))
 
-    def judge(self, r: Round) -> Verdict:
-        if r.relevance is None:
-            return Exact().judge(r)
+    def judge(self, verified: Round) -> Verdict:
+        if verified.relevance is None:
+            return Exact().judge(verified)
         codes: list[int] = []
-        for i, token in enumerate(r.draft.tolist()):
-            code = EXACT if token == r.pick(i) else self.judge_mismatch(r, i)
+        for position, drafted_token in enumerate(verified.draft.tolist()):
+            code = EXACT if drafted_token == verified.pick(position) else self.judge_mismatch(verified, position)
             if code == REFUSED:
                 break
             codes.append(code)
-        return Verdict(codes, r.pick(len(codes)))
+        return Verdict(codes, verified.pick(len(codes)))
 
-    def judge_mismatch(self, r: Round, i: int) -> int:
-        """What becomes of drafted token i, which is not the target's: LOOSE, SHIFT or REFUSED. Cheap guards first."""
-        draft = r.draft[i : i + 1]
-        if r.strict is not None and bool(r.strict[draft] | r.strict[r.pick(i)]):
+    def judge_mismatch(self, verified: Round, position: int) -> int:
+        """LOOSE, SHIFT or REFUSED for the token drafted at `position`, not the target's own. Cheap guards first."""
+        drafted_token = verified.draft[position : position + 1]
+        strict = verified.strict
+        if strict is not None and bool(strict[drafted_token] | strict[verified.pick(position)]):
             return REFUSED
-        if self.advanced.bigram and bool(repeats_bigram(r.draft[: i + 1], r.committed)[i]):
+        if self.advanced.bigram and bool(repeats_bigram(verified.draft[: position + 1], verified.committed)[position]):
             return REFUSED
-        if self._likely(r.score(i)[None], draft) and bool(self._free(r)[i]):
+        if self._likely(verified.score(position)[None], drafted_token) and bool(self._free(verified)[position]):
             return LOOSE
-        shift = self.advanced.shift
-        return SHIFT if shift and bool(shifted(r.draft, r.picks(), r.committed, shift)[i]) else REFUSED
+        max_shift = self.advanced.shift
+        if max_shift and bool(shifted(verified.draft, verified.picks(), verified.committed, max_shift)[position]):
+            return SHIFT
+        return REFUSED
 
-    def _likely(self, scores: Tensor, draft: Tensor) -> bool:
-        """scores (1, V), draft (1,): do `within` and `ratio` let it pass?"""
-        if self.advanced.within and not bool(within_top(scores, draft, self.advanced.within)):
+    def _likely(self, scores: Tensor, drafted_token: Tensor) -> bool:
+        """scores (1, V), drafted_token (1,): do `within` and `ratio` let it pass?"""
+        if self.advanced.within and not bool(within_top(scores, drafted_token, self.advanced.within)):
             return False
-        return not self.ratio or bool(within_ratio(scores, draft, self.ratio))
+        return not self.ratio or bool(within_ratio(scores, drafted_token, self.ratio))
 
-    def _free(self, r: Round) -> Tensor:
+    def _free(self, verified: Round) -> Tensor:
         """(k,) bool: positions that are not about what is seen."""
         if self.advanced.scope == "window":
-            return least_relevant(r.seen(), self.relax)
+            return least_relevant(verified.seen(), self.relax)
         if self.advanced.scope == "running":
-            return below_quantile(r.seen(), r.past_relevance, self.relax)
-        return r.seen() < self.advanced.threshold
+            return below_quantile(verified.seen(), verified.past_relevance, self.relax)
+        return verified.seen() < self.advanced.threshold
 
 
 @dataclass(frozen=True)
@@ -275,21 +278,22 @@ class FLy(Rule):
     eos: bool = True
     name: ClassVar[str] = "fly"
 
-    def judge(self, r: Round) -> Verdict:
-        k = r.draft.shape[0]
-        if k == 0:
-            return Exact().judge(r)
-        picks = r.picks()
-        equal = r.draft == picks[:-1]
-        if bool(equal.all()):
-            return leading([EXACT] * k, r)
-        unsure = (normalised_entropy(r.scores()) >= self.theta) & guarded(r, picks)
-        match = equal.tolist()
-        codes = [EXACT if m else REFUSED for m in match]
-        for j, gate in enumerate(unsure.tolist()):
-            if not match[j] and gate and j + self.window < k and all(match[j + 1 : j + 1 + self.window]):
-                codes[j] = LOOSE
-        return leading(codes, r)
+    def judge(self, verified: Round) -> Verdict:
+        num_drafted = verified.draft.shape[0]
+        if num_drafted == 0:
+            return Exact().judge(verified)
+        target_picks = verified.picks()
+        matching = verified.draft == target_picks[:-1]
+        if bool(matching.all()):
+            return leading([EXACT] * num_drafted, verified)
+        unsure = (normalised_entropy(verified.scores()) >= self.theta) & guarded(verified, target_picks)
+        matches = matching.tolist()
+        codes = [EXACT if is_match else REFUSED for is_match in matches]
+        for position, is_unsure in enumerate(unsure.tolist()):
+            following = matches[position + 1 : position + 1 + self.window]
+            if not matches[position] and is_unsure and position + self.window < num_drafted and all(following):
+                codes[position] = LOOSE
+        return leading(codes, verified)
 
 
 @dataclass(frozen=True)
@@ -302,11 +306,12 @@ class RandomRelax(Rule):
     eos: bool = True
     name: ClassVar[str] = "randomrelax"
 
-    def judge(self, r: Round) -> Verdict:
-        k = r.draft.shape[0]
-        if k == 0:
-            return Exact().judge(r)
-        picks = r.picks()
-        lucky = (torch.rand(k, generator=r.random) < self.relax).to(r.draft.device) & guarded(r, picks)
-        codes = torch.where(r.draft == picks[:-1], EXACT, torch.where(lucky, LOOSE, REFUSED))
-        return leading(codes.tolist(), r)
+    def judge(self, verified: Round) -> Verdict:
+        num_drafted = verified.draft.shape[0]
+        if num_drafted == 0:
+            return Exact().judge(verified)
+        target_picks = verified.picks()
+        drawn = torch.rand(num_drafted, generator=verified.random) < self.relax
+        loosened = drawn.to(verified.draft.device) & guarded(verified, target_picks)
+        codes = torch.where(verified.draft == target_picks[:-1], EXACT, torch.where(loosened, LOOSE, REFUSED))
+        return leading(codes.tolist(), verified)

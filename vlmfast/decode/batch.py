@@ -17,8 +17,8 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from vlmfast import engine
 from vlmfast.core import Unsupported
-from vlmfast.decode import drafted_rows
 from vlmfast.decode.counters import Counters
+from vlmfast.decode.drafted_rows import DraftedRows, why_not
 from vlmfast.decode.drafts import Request
 from vlmfast.decode.output import Output, split
 from vlmfast.decode.speculate import Speculate
@@ -48,16 +48,16 @@ class Call:
     @property
     def pad(self) -> int:
         """The id that rows go on with which have ended."""
-        pad = getattr(self.config, "_pad_token_tensor", None)
-        return 0 if pad is None else int(pad)
+        pad_id = getattr(self.config, "_pad_token_tensor", None)
+        return 0 if pad_id is None else int(pad_id)
 
     def prefill(self, room: int) -> Stepper:
         """Run the prompts; room: tokens expected after them."""
-        start = self.ids.shape[1]
-        limit, _, _ = split(self.criteria or [])
-        tokens = 256 if limit is None else min(4096, limit - start + room)
+        prompt_length = self.ids.shape[1]
+        length_limit, _, _ = split(self.criteria or [])
+        max_tokens = 256 if length_limit is None else min(4096, length_limit - prompt_length + room)
         return Stepper.prefill(
-            self.model, self.ids, self.config, self.kwargs, None, self.steps, tokens, engine.open_everywhere
+            self.model, self.ids, self.config, self.kwargs, None, self.steps, max_tokens, engine.open_everywhere
         )
 
     def result(self, target: Stepper, counters: Counters, rule: str | None, sequences: Tensor, **kept: Any) -> Any:
@@ -82,12 +82,12 @@ def decode(
     counters = Counters()
     if speculate.draft is None:
         return _plain(call, call.prefill(2), counters)
-    _, eos, rest = split(call.criteria or [])
-    reason, target = drafted_rows.why_not(call.processors, rest, eos), None
+    _, eos_ids, other_criteria = split(call.criteria or [])
+    reason, target = why_not(call.processors, other_criteria, eos_ids), None
     if reason is None:
         cache = cache_in(call.kwargs)
         continued = cache is not None and cache.get_seq_length() > 0
-        request: Request | None = request_of(dict(call.kwargs), eos)
+        request: Request | None = request_of(dict(call.kwargs), eos_ids)
         target = call.prefill(speculate.most + 2)
         if target.engine == "static" and reads_host_memory(target):
             reason = "heads that read host memory choose for all rows at the same token"
@@ -118,78 +118,77 @@ def _drafted(
     continued: bool,
 ) -> Any:  # fmt: skip
     """Draft and verify; target: after the prefill, with the static step."""
-    limit, eos, rest = split(call.criteria or [])
-    rule, sampling = speculate.accept, bool(call.config.do_sample)
+    length_limit, eos_ids, other_criteria = split(call.criteria or [])
+    accept_rule, sampling = speculate.accept, bool(call.config.do_sample)
     choices = [
-        TokenChooser(of_row(call.processors, row), sampling, sampling and rule.draws, rule.graded())
-        for row in range(len(call.ids))
+        TokenChooser(of_row(call.processors, batch_row), sampling, sampling and accept_rule.draws, accept_rule.graded())
+        for batch_row in range(len(call.ids))
     ]
-    outputs = [Output(ids[None], limit, eos, rest, None, False, False) for ids in call.ids.cpu()]
-    pad = call.pad if eos else 0
-    run = drafted_rows.DraftedRows(call.model, speculate, choices, outputs, target, counters, pad, call.streamer)
+    ends = length_limit, eos_ids, other_criteria
+    outputs = [Output(row_ids[None], *ends, None, False, False) for row_ids in call.ids.cpu()]
+    pad_id = call.pad if eos_ids else 0
+    rows_loop = DraftedRows(call.model, speculate, choices, outputs, target, counters, pad_id, call.streamer)
     try:
-        run.guard(tokenizer, eos)
-        run.first()
-        if not run.done:
+        rows_loop.guard(tokenizer, eos_ids)
+        rows_loop.first()
+        if not rows_loop.done:
             counters.engine = target.engine
-            run.go(speculate, request, patient=not (call.goes_on or continued))
+            rows_loop.go(speculate, request, patient=not (call.goes_on or continued))
     except BaseException:
         with suppress(Exception):  # what stopped us is what the caller must hear of
             target.finish()
         raise
     if call.goes_on:
-        run.fill()
+        rows_loop.fill()
     target.finish()
-    sequences = torch.cat([call.ids, run.tokens().to(call.ids.device)], 1)
-    return call.result(target, counters, rule.name, sequences, scores=None, logits=None)
+    sequences = torch.cat([call.ids, rows_loop.tokens().to(call.ids.device)], 1)
+    return call.result(target, counters, accept_rule.name, sequences, scores=None, logits=None)
 
 
 def _plain(call: Call, target: Stepper, counters: Counters) -> Any:
     """One token of every row after the other; target: after the prefill."""
-    limit, eos, rest = split(call.criteria or [])
-    run, start = _Rows(call, eos), call.ids.shape[1]
+    length_limit, eos_ids, other_criteria = split(call.criteria or [])
+    rows, prompt_length = _Rows(call, eos_ids), call.ids.shape[1]
     try:
-        run.say(target.logits)
-        if not run.done:
+        rows.emit(target.logits)
+        if not rows.done:
             counters.engine, counters.reason = target.engine, target.reason
-        asked = rest or run.processors or run.sampling or run.scores is not None or run.logits is not None
-        if counters.engine == "static" and not asked and len(eos) <= engine.STOPS:
-            _follow(run, target, counters, eos, limit)
-        while not run.done:
-            began = time.perf_counter()
-            logits = target.step(run.ids[:, -1:])[:, -1]
-            counters.round(0, [], 0.0, (time.perf_counter() - began) * 1e3)
-            run.say(logits)
+        host_needed = (
+            other_criteria or rows.processors or rows.sampling or rows.scores is not None or rows.logits is not None
+        )
+        if counters.engine == "static" and not host_needed and len(eos_ids) <= engine.STOPS:
+            _follow(rows, target, counters, eos_ids, length_limit)
+        while not rows.done:
+            step_start = time.perf_counter()
+            logits = target.step(rows.ids[:, -1:])[:, -1]
+            counters.round(0, [], 0.0, (time.perf_counter() - step_start) * 1e3)
+            rows.emit(logits)
         counters.captured(target.decoder)
     except BaseException:
         with suppress(Exception):  # what stopped us is what the caller must hear of
-            _settle(target, start, run)
+            _settle(target, prompt_length, rows)
         raise
-    _settle(target, start, run)
-    return call.result(target, counters, None, run.ids, scores=run.scores, logits=run.logits)
+    _settle(target, prompt_length, rows)
+    return call.result(target, counters, None, rows.ids, scores=rows.scores, logits=rows.logits)
 
 
 class _Rows:
-    """What was said so far: ids (B, L), which rows go on, scores and logits where they are kept."""
+    """What was emitted so far: ids (B, L), which rows go on, scores and logits where they are kept."""
 
-    def __init__(self, call: Call, eos: frozenset[int]) -> None:
-        ids, config = call.ids, call.config
-        self.ids, self.criteria, self.streamer, self.sampling = (
-            ids,
-            call.criteria,
-            call.streamer,
-            bool(config.do_sample),
-        )
+    def __init__(self, call: Call, eos_ids: frozenset[int]) -> None:
+        input_ids, config = call.ids, call.config
+        self.ids, self.criteria, self.streamer = input_ids, call.criteria, call.streamer
+        self.sampling = bool(config.do_sample)
         self.processors = call.processors if call.processors is not None and len(call.processors) else None
-        kept = bool(config.return_dict_in_generate)
-        self.scores: tuple[Tensor, ...] | None = () if kept and config.output_scores else None
-        self.logits: tuple[Tensor, ...] | None = () if kept and config.output_logits else None
-        self.pad = call.pad if eos else 0
-        self.ends = bool(eos)
-        self.going = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+        returns_dict = bool(config.return_dict_in_generate)
+        self.scores: tuple[Tensor, ...] | None = () if returns_dict and config.output_scores else None
+        self.logits: tuple[Tensor, ...] | None = () if returns_dict and config.output_logits else None
+        self.pad = call.pad if eos_ids else 0
+        self.ends = bool(eos_ids)
+        self.going = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         self.done = False
 
-    def say(self, logits: Tensor) -> None:
+    def emit(self, logits: Tensor) -> None:
         """Choose the next token of every row from logits (B, V) float32, as transformers chooses it."""
         scores = logits if self.processors is None else self.processors(self.ids, logits.clone())
         if self.scores is not None:
@@ -214,30 +213,33 @@ class _Rows:
         self.done = not bool(self.going.any())
 
 
-def _follow(run: _Rows, target: Stepper, counters: Counters, eos: frozenset[int], limit: int | None) -> None:
-    """Say what the step chooses, until every row has ended; the step may then have run ahead."""
-    if run.done:
+def _follow(
+    rows: _Rows, target: Stepper, counters: Counters, eos_ids: frozenset[int], length_limit: int | None
+) -> None:
+    """Emit what the step chooses, until every row has ended; the step may then have run ahead."""
+    if rows.done:
         return
-    start, said = time.perf_counter(), []
-    going = run.going.tolist()
-    left = None if limit is None else limit - run.ids.shape[1]
-    feed = run.ids[:, -1:].clone()
-    with closing(target.greedy(feed, left, eos=eos, pad=run.pad, ended=~run.going)) as choices:
-        for chosen in choices:
-            now = time.perf_counter()
-            counters.round(0, [], 0.0, (now - start) * 1e3)
-            start = now
-            said.append(chosen.clone())
-            if run.streamer is not None:
-                run.streamer.put(chosen[:, 0].clone())
-            going = [on and token not in eos for on, token in zip(going, chosen[:, 0].tolist(), strict=True)]
-            if not any(going):
+    step_start, step_tokens = time.perf_counter(), []
+    rows_going = rows.going.tolist()
+    tokens_left = None if length_limit is None else length_limit - rows.ids.shape[1]
+    last_tokens = rows.ids[:, -1:].clone()
+    with closing(target.greedy(last_tokens, tokens_left, eos=eos_ids, pad=rows.pad, ended=~rows.going)) as choices:
+        for chosen_tokens in choices:
+            step_end = time.perf_counter()
+            counters.round(0, [], 0.0, (step_end - step_start) * 1e3)
+            step_start = step_end
+            step_tokens.append(chosen_tokens.clone())
+            if rows.streamer is not None:
+                rows.streamer.put(chosen_tokens[:, 0].clone())
+            pairs = zip(rows_going, chosen_tokens[:, 0].tolist(), strict=True)
+            rows_going = [going and token not in eos_ids for going, token in pairs]
+            if not any(rows_going):
                 break
-    run.ids = torch.cat([run.ids, torch.cat(said, 1).to(run.ids.device)], 1)
-    run.done = True
+    rows.ids = torch.cat([rows.ids, torch.cat(step_tokens, 1).to(rows.ids.device)], 1)
+    rows.done = True
 
 
-def _settle(target: Stepper, start: int, run: _Rows) -> None:
-    """Leave in the cache what `generate` would: everything said but the last token."""
-    target.rewind(max(0, target.length - max(start, run.ids.shape[1] - 1)))
+def _settle(target: Stepper, prompt_length: int, rows: _Rows) -> None:
+    """Leave in the cache what `generate` would: everything emitted but the last token."""
+    target.rewind(max(0, target.length - max(prompt_length, rows.ids.shape[1] - 1)))
     target.finish()

@@ -30,11 +30,11 @@ class BiLD(Rule):
     def graded(self) -> bool:
         return self.fallback > 0
 
-    def judge(self, r: Round) -> Verdict:
-        if r.draft.shape[0] == 0:
-            return Exact().judge(r)
-        picks = r.picks()
-        distance = -r.scores().log_softmax(-1).gather(1, r.draft[:, None])[:, 0]
-        near = (distance <= self.rollback) & guarded(r, picks)
-        codes = torch.where(r.draft == picks[:-1], EXACT, torch.where(near, LOOSE, REFUSED))
-        return leading(codes.tolist(), r)
+    def judge(self, verified: Round) -> Verdict:
+        if verified.draft.shape[0] == 0:
+            return Exact().judge(verified)
+        target_picks = verified.picks()
+        distance = -verified.scores().log_softmax(-1).gather(1, verified.draft[:, None])[:, 0]
+        likely_enough = (distance <= self.rollback) & guarded(verified, target_picks)
+        codes = torch.where(verified.draft == target_picks[:-1], EXACT, torch.where(likely_enough, LOOSE, REFUSED))
+        return leading(codes.tolist(), verified)

@@ -47,32 +47,35 @@ class Counters:
 
     def captured(self, *steps: Any) -> None:
         """Count the graphs that these steps captured in this call, and their milliseconds."""
-        found = [s for s in steps if isinstance(s, Static)]
-        if found:
+        static_steps = [step for step in steps if isinstance(step, Static)]
+        if static_steps:
             self.graphs = {
-                "graph_captures": sum(s.captures for s in found), "capture_ms": sum(s.seconds for s in found) * 1e3,
-            }  # fmt: skip
+                "graph_captures": sum(step.captures for step in static_steps),
+                "capture_ms": sum(step.seconds for step in static_steps) * 1e3,
+            }
 
     def numbers(self, rule: str | None) -> dict[str, Any]:
         """Metric names of the result files, plus `engine`, `rule`, `trace`, and `predicted_speedup` over plain steps
         where one was measured in this call. rule: the acceptance rule's name, None without a draft. Of several rows,
         `accepted_length` is per row and round."""
         rounds, verified = max(1, self.counts["verify_rounds"]), max(1, self.verified)
-        accepted = sum(self.counts[name] for name in NAMES.values()) / verified
-        out: dict[str, Any] = {**self.counts, **self.times, "accepted_length": accepted, **self.graphs}
+        accepted = sum(self.counts[count_name] for count_name in NAMES.values()) / verified
+        report_numbers: dict[str, Any] = {**self.counts, **self.times, "accepted_length": accepted, **self.graphs}
         if self.engine:  # an answer of one token has none
-            out["engine"] = self.engine
+            report_numbers["engine"] = self.engine
         if self.reason is not None:
-            out["engine_reason"] = self.reason
+            report_numbers["engine_reason"] = self.reason
         if rule is not None:
-            out |= {"rule": rule, "trace": self.trace}
+            report_numbers |= {"rule": rule, "trace": self.trace}
             drafted = self.counts["drafted"]
             if self.plain and drafted:
-                step = sorted(self.plain)[len(self.plain) // 2]
-                verify = self.times["verify_ms"] / rounds / step
-                each = drafted / verified
-                token = self.times["draft_ms"] / rounds / each / step
-                out["predicted_speedup"] = predicted_speedup(accepted, each, verify, token)
+                plain_step_ms = sorted(self.plain)[len(self.plain) // 2]
+                verification_cost = self.times["verify_ms"] / rounds / plain_step_ms
+                drafted_per_row = drafted / verified
+                drafted_token_cost = self.times["draft_ms"] / rounds / drafted_per_row / plain_step_ms
+                report_numbers["predicted_speedup"] = predicted_speedup(
+                    accepted, drafted_per_row, verification_cost, drafted_token_cost
+                )
         if self.notes:
-            out["notes"] = list(self.notes)
-        return out
+            report_numbers["notes"] = list(self.notes)
+        return report_numbers

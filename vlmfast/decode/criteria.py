@@ -13,67 +13,69 @@ from torch import Tensor
 
 def least_relevant(relevance: Tensor, share: float) -> Tensor:
     """(k,) -> (k,) bool: the floor(share * k) positions of lowest relevance (ties: earlier first)."""
-    n = math.floor(share * relevance.shape[0] + 1e-9)
-    out = torch.zeros_like(relevance, dtype=torch.bool)
-    out[relevance.argsort(stable=True)[:n]] = True
-    return out
+    num_loosened = math.floor(share * relevance.shape[0] + 1e-9)
+    loosened = torch.zeros_like(relevance, dtype=torch.bool)
+    loosened[relevance.argsort(stable=True)[:num_loosened]] = True
+    return loosened
 
 
-def below_quantile(relevance: Tensor, past: Tensor | None, share: float) -> Tensor:
+def below_quantile(relevance: Tensor, past_relevance: Tensor | None, share: float) -> Tensor:
     """(k,) -> (k,) bool: positions under the `share` quantile of all relevances of this request, these included."""
     if share <= 0:
         return torch.zeros_like(relevance, dtype=torch.bool)
-    seen = relevance if past is None else torch.cat([past, relevance])
-    return relevance <= torch.quantile(seen, share, interpolation="lower")
+    all_relevance = relevance if past_relevance is None else torch.cat([past_relevance, relevance])
+    return relevance <= torch.quantile(all_relevance, share, interpolation="lower")
 
 
 def shifted(draft: Tensor, picks: Tensor, committed: list[int], window: int) -> Tensor:
     """(k,) bool: d_i is one of the target's picks at most `window` rows away, or one of the last `window` committed."""
-    k = draft.shape[0]
+    num_drafted = draft.shape[0]
     if window <= 0:
-        return torch.zeros(k, dtype=torch.bool, device=draft.device)
-    near = (torch.arange(k, device=draft.device)[:, None] - torch.arange(k + 1, device=draft.device)).abs() <= window
-    out = ((draft[:, None] == picks) & near).any(1)
+        return torch.zeros(num_drafted, dtype=torch.bool, device=draft.device)
+    positions = torch.arange(num_drafted + 1, device=draft.device)
+    within_window = (positions[:-1, None] - positions).abs() <= window
+    is_shifted = ((draft[:, None] == picks) & within_window).any(1)
     if committed:
-        tail = torch.tensor(committed[-window:], device=draft.device)
-        reach = torch.arange(k, device=draft.device)[:, None] + tail.shape[0] - torch.arange(tail.shape[0]).to(draft)
-        out |= ((draft[:, None] == tail) & (reach <= window)).any(1)
-    return out
+        last_committed = torch.tensor(committed[-window:], device=draft.device)
+        num_committed = last_committed.shape[0]
+        distance = positions[:-1, None] + num_committed - torch.arange(num_committed).to(draft)
+        is_shifted |= ((draft[:, None] == last_committed) & (distance <= window)).any(1)
+    return is_shifted
 
 
 def repeats_bigram(draft: Tensor, committed: list[int]) -> Tensor:
     """(k,) bool: (previous token, d_i) already stands in what was emitted or drafted before it."""
-    ids = committed + draft.tolist()
-    seen, out = set(), []
-    start = len(committed)
-    for i in range(1, len(ids)):
-        pair = (ids[i - 1], ids[i])
-        if i >= start:
-            out.append(pair in seen)
-        seen.add(pair)
-    return torch.tensor([False] * (draft.shape[0] - len(out)) + out, device=draft.device)
+    token_ids = committed + draft.tolist()
+    earlier_bigrams, repeated = set(), []
+    draft_start = len(committed)
+    for position in range(1, len(token_ids)):
+        bigram = (token_ids[position - 1], token_ids[position])
+        if position >= draft_start:
+            repeated.append(bigram in earlier_bigrams)
+        earlier_bigrams.add(bigram)
+    return torch.tensor([False] * (draft.shape[0] - len(repeated)) + repeated, device=draft.device)
 
 
 def within_top(scores: Tensor, draft: Tensor, top: int) -> Tensor:
     """scores (k, V), draft (k,) -> (k,) bool: fewer than `top` tokens score above the drafted one."""
-    own = scores.gather(1, draft[:, None])
-    return (scores > own).sum(1) < top
+    drafted_scores = scores.gather(1, draft[:, None])
+    return (scores > drafted_scores).sum(1) < top
 
 
 def within_ratio(scores: Tensor, draft: Tensor, ratio: float) -> Tensor:
     """(k,) bool: p(d_i) >= ratio * max p."""
-    own = scores.gather(1, draft[:, None])[:, 0]
-    return own - scores.amax(1) >= math.log(max(ratio, 1e-30))
+    drafted_scores = scores.gather(1, draft[:, None])[:, 0]
+    return drafted_scores - scores.amax(1) >= math.log(max(ratio, 1e-30))
 
 
 def normalised_entropy(scores: Tensor) -> Tensor:
     """scores (k, V) -> (k,) float32 in [0, 1]: entropy of the target's distribution over log V."""
-    logp = scores.log_softmax(-1)
-    return -(logp.exp() * logp.clamp(min=-1e4)).sum(-1) / math.log(scores.shape[-1])
+    log_probs = scores.log_softmax(-1)
+    return -(log_probs.exp() * log_probs.clamp(min=-1e4)).sum(-1) / math.log(scores.shape[-1])
 
 
-def residual(p: Tensor, q: Tensor) -> Tensor:
+def residual(target_probs: Tensor, draft_probs: Tensor) -> Tensor:
     """(V,), (V,) -> (V,): max(p - q, 0) normalised; p itself where nothing is left (p = q up to rounding)."""
-    rest = (p - q).clamp(min=0)
-    total = rest.sum()
-    return rest / total if float(total) > 0 else p
+    remaining = (target_probs - draft_probs).clamp(min=0)
+    total = remaining.sum()
+    return remaining / total if float(total) > 0 else target_probs

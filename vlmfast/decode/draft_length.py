@@ -1,4 +1,4 @@
-"""How many tokens to draft next, and whether to draft at all, from what was seen so far. Host arithmetic only."""
+"""How many tokens to draft next, and whether to draft at all, by costs and acceptance so far. Host arithmetic only."""
 
 from __future__ import annotations
 
@@ -8,33 +8,34 @@ import weakref
 from collections import deque
 from typing import Any
 
-FADE = 0.95  # of what earlier rounds say, per round
+FADE = 0.95  # factor per round on the weight of earlier rounds
 OUTLIER = 2.0  # a round that took more than this multiple of what was expected counts as that multiple
 ANSWERS = 32  # whose lengths are remembered
-FEW = 4  # answers before their lengths say anything
+FEW = 4  # answers needed before their lengths are used
 WORTH = 0.02  # of the time of recent answers, what waiting must have saved
-LOOK = 16  # calls that let the draft wait, until one opens it at once, in case its cost has changed
+LOOK = 16  # after so many calls in a row that let the draft wait, one opens it at once: its cost may have changed
 IDLE = 16, 256  # plain rounds between two tries of a draft that does not pay: at first, and at most after doubling
 STEPS = 4, 64  # rounds with drafts between two plain steps: while only one was seen, and later
 
 
 class LinearCost:
-    """Milliseconds of n tokens as base + each * n: least squares over what was seen, earlier rounds fading.
+    """Milliseconds of n tokens as base + each * n: least squares over the rounds so far, earlier ones weighing less.
 
-    share: of the cost of n tokens, what is taken to grow with n as long as only one n was seen.
+    share: of the cost of n tokens, the part taken to grow with n as long as only one n was measured.
     """
 
     def __init__(self, share: float) -> None:
         self.share = share
         self.w = self.x = self.y = self.xx = self.xy = 0.0
 
-    def record_round(self, n: int, ms: float) -> None:
+    def record_round(self, num_tokens: int, elapsed_ms: float) -> None:
         """Record one measurement."""
         if self.w > 3:
-            ms = min(ms, OUTLIER * self.at(n))
+            elapsed_ms = min(elapsed_ms, OUTLIER * self.at(num_tokens))
+        old_sums = self.w, self.x, self.y, self.xx, self.xy
+        new_values = 1, num_tokens, elapsed_ms, num_tokens * num_tokens, num_tokens * elapsed_ms
         self.w, self.x, self.y, self.xx, self.xy = (
-            FADE * old + new
-            for old, new in zip((self.w, self.x, self.y, self.xx, self.xy), (1, n, ms, n * n, n * ms), strict=True)
+            FADE * old_sum + new_value for old_sum, new_value in zip(old_sums, new_values, strict=True)
         )
 
     @property
@@ -46,16 +47,16 @@ class LinearCost:
         """Milliseconds of one more token."""
         if not self.known:
             return 0.0
-        mean_x, mean_y = self.x / self.w, self.y / self.w
-        spread = self.xx / self.w - mean_x**2
-        most = mean_y / max(1.0, mean_x)  # no base below zero
-        if spread < 0.05:
-            return self.share * most
-        return min(most, max(0.0, (self.xy / self.w - mean_x * mean_y) / spread))
+        mean_tokens, mean_ms = self.x / self.w, self.y / self.w
+        token_variance = self.xx / self.w - mean_tokens**2
+        upper_bound = mean_ms / max(1.0, mean_tokens)  # no base below zero
+        if token_variance < 0.05:
+            return self.share * upper_bound
+        return min(upper_bound, max(0.0, (self.xy / self.w - mean_tokens * mean_ms) / token_variance))
 
-    def at(self, n: float) -> float:
-        """Milliseconds of n tokens."""
-        return max(1e-6, (self.y + self.each * (n * self.w - self.x)) / self.w) if self.known else 0.0
+    def at(self, num_tokens: float) -> float:
+        """Milliseconds of `num_tokens` tokens."""
+        return max(1e-6, (self.y + self.each * (num_tokens * self.w - self.x)) / self.w) if self.known else 0.0
 
 
 class DraftLengthController:
@@ -96,21 +97,24 @@ class DraftLengthController:
         the answers so far. Opening costs a prefill of the draft, which an answer of one word never earns back."""
         if self.fixed is not None or len(self.lengths) < FEW or not self.opened or self.ms == 0:
             return 0
-        step, opening = self.verified(1), min(self.opened)
-        drafted = min(step, self.ms / self.tokens)  # an open draft is left idle where it does not pay
+        step_ms, opening_ms = self.verified(1), min(self.opened)
+        drafted_token_ms = min(step_ms, self.ms / self.tokens)  # an open draft is left idle where it does not pay
 
-        def cost(n: int) -> float:
-            return sum(min(said, n) * step + (said > n) * (opening + (said - n) * drafted) for said in self.lengths)
+        def cost(wait: int) -> float:
+            return sum(
+                min(length, wait) * step_ms + (length > wait) * (opening_ms + (length - wait) * drafted_token_ms)
+                for length in self.lengths
+            )
 
-        best = min(self.lengths, key=lambda n: (cost(n), n))
-        if cost(best) >= (1 - WORTH) * cost(0):
-            best = 0
-        self.waited = self.waited + 1 if best else 0
-        return best if self.waited % LOOK else 0
+        best_wait = min(self.lengths, key=lambda wait: (cost(wait), wait))
+        if cost(best_wait) >= (1 - WORTH) * cost(0):
+            best_wait = 0
+        self.waited = self.waited + 1 if best_wait else 0
+        return best_wait if self.waited % LOOK else 0
 
-    def answered(self, said: int, opening_ms: float) -> None:
+    def answered(self, answer_length: int, opening_ms: float) -> None:
         """Record one answer: its tokens after the first, and what opening the draft took (0: it was not opened)."""
-        self.lengths.append(said)
+        self.lengths.append(answer_length)
         self.rest = max(IDLE[0], self.rest // 2)  # the next answer may be of another kind
         if opening_ms > 0:
             self.opened.append(opening_ms)
@@ -123,41 +127,43 @@ class DraftLengthController:
             return 0
         if not self.draft.known:
             return min(5, self.most)
-        best = self._best()
-        if best == 0:
+        best_length = self._best()
+        if best_length == 0:
             self.idle += 1
             if self.idle < self.rest:
                 return 0
             self.idle, self.rest = 0, min(IDLE[1], 2 * self.rest)
             return min(2, self.most)
         self.idle, self.rest = 0, IDLE[0]
-        return min(self.most, 2 * best)  # certainty may carry a draft beyond the average
+        return min(self.most, 2 * best_length)  # certainty may carry a draft beyond the average
 
     def floor(self) -> float:
         """Probability in [0, 0.9] of passing under which a further token does not pay; 0 = go on to `length`."""
         if self.fixed is not None or not self.draft.known or self.ms == 0:
             return 0.0
-        rate = max(self.tokens / self.ms, 1 / self.verified(1))
-        return min(0.9, rate * (self.draft.each + self.verified(2) - self.verified(1)))
+        tokens_per_ms = max(self.tokens / self.ms, 1 / self.verified(1))
+        return min(0.9, tokens_per_ms * (self.draft.each + self.verified(2) - self.verified(1)))
 
-    def verified(self, n: int) -> float:
-        """Milliseconds of a step of the target over n tokens: the line from a plain step to the mean verification."""
+    def verified(self, num_tokens: int) -> float:
+        """Milliseconds of a target step over `num_tokens`: the line from a plain step to the mean verification."""
         if not self.plain:
-            return self.verify.at(n)
-        step = max(1e-6, statistics.median(self.plain))
+            return self.verify.at(num_tokens)
+        plain_step_ms = max(1e-6, statistics.median(self.plain))
         if not self.verify.known:
-            return step
-        mean = self.verify.x / self.verify.w
-        return step + max(0.0, self.verify.y / self.verify.w - step) * (n - 1) / max(1.0, mean - 1)
+            return plain_step_ms
+        mean_tokens = self.verify.x / self.verify.w
+        extra_ms = max(0.0, self.verify.y / self.verify.w - plain_step_ms)
+        return plain_step_ms + extra_ms * (num_tokens - 1) / max(1.0, mean_tokens - 1)
 
     def _best(self) -> int:
         """The fixed draft length that would yield most tokens per millisecond."""
-        gain, tokens, best = 1.0, 1.0, (1 / self.verified(1), 0)
-        for k in range(1, self.most + 1):
-            gain *= self.rate
-            tokens += gain
-            best = max(best, (tokens / (self.verified(k + 1) + self.draft.at(k)), k))
-        return best[1]
+        pass_probability, expected_tokens, best_pair = 1.0, 1.0, (1 / self.verified(1), 0)
+        for draft_length in range(1, self.most + 1):
+            pass_probability *= self.rate
+            expected_tokens += pass_probability
+            round_ms = self.verified(draft_length + 1) + self.draft.at(draft_length)
+            best_pair = max(best_pair, (expected_tokens / round_ms, draft_length))
+        return best_pair[1]
 
     def record_round(
         self, drafted: int, accepted: int, draft_ms: float, verify_ms: float, certainty: list[float] | None = None
@@ -184,11 +190,11 @@ class DraftLengthController:
 
     def _record_row(self, drafted: int, accepted: int, certainty: list[float] | None) -> None:
         """Record which share of one row's drafted tokens passed."""
-        tried = min(drafted, accepted + 1)
-        weight = math.exp(-tried / 16)
-        self.rate = min(0.99, weight * self.rate + (1 - weight) * accepted / tried)
+        num_tried = min(drafted, accepted + 1)
+        weight = math.exp(-num_tried / 16)
+        self.rate = min(0.99, weight * self.rate + (1 - weight) * accepted / num_tried)
         if certainty:
-            self.doubted = 0.98 * self.doubted + sum(1 - p for p in certainty[:tried])
+            self.doubted = 0.98 * self.doubted + sum(1 - probability for probability in certainty[:num_tried])
             self.refused = 0.98 * self.refused + (accepted < drafted)
 
 
@@ -198,14 +204,15 @@ _KEPT: weakref.WeakKeyDictionary[Any, list[tuple[weakref.ref[Any], DraftLengthCo
 )
 
 
-def controller_of(model: Any, plan: Any, rows: int = 1) -> DraftLengthController:
-    """Running acceptance and costs, kept from call to call of one model, plan (`Speculate`) and number of rows when
-    adaptive."""
-    if plan.length != "adaptive":
-        return DraftLengthController(plan.length, plan.most, rows)
-    kept = _KEPT[model] = [entry for entry in _KEPT.get(model, ()) if entry[0]() is not None]
-    controller = next((known for of_plan, known in kept if of_plan() is plan and known.rows == rows), None)
+def controller_of(model: Any, speculate: Any, num_rows: int = 1) -> DraftLengthController:
+    """Running acceptance and costs, kept from call to call of one model, `speculate` and number of rows when
+    the length is adaptive."""
+    if speculate.length != "adaptive":
+        return DraftLengthController(speculate.length, speculate.most, num_rows)
+    controllers = _KEPT[model] = [entry for entry in _KEPT.get(model, ()) if entry[0]() is not None]
+    suitable = (known for plan, known in controllers if plan() is speculate and known.rows == num_rows)
+    controller = next(suitable, None)
     if controller is None:
-        controller = DraftLengthController(plan.length, plan.most, rows)
-        kept.append((weakref.ref(plan), controller))
+        controller = DraftLengthController(speculate.length, speculate.most, num_rows)
+        controllers.append((weakref.ref(speculate), controller))
     return controller

@@ -29,7 +29,7 @@ from vlmfast.runtime.stepper import Stepper
 from vlmfast.runtime.transfers import to_device
 
 
-def why_not(processors: Any, criteria: list[Any], eos: frozenset[int]) -> str | None:
+def why_not(processors: Any, criteria: list[Any], eos_ids: frozenset[int]) -> str | None:
     """Why rows of different lengths cannot be chosen and ended one by one, as a phrase; None = they can.
 
     criteria: stopping criteria beside length and end-of-answer ids.
@@ -40,15 +40,15 @@ def why_not(processors: Any, criteria: list[Any], eos: frozenset[int]) -> str | 
     for criterion in criteria:
         if type(criterion) not in (MaxTimeCriteria, StopStringCriteria):
             return f"a {type(criterion).__name__} is not known to treat every row by itself"
-    if criteria and not eos:
+    if criteria and not eos_ids:
         return "without an end-of-answer id, rows that have stopped go on until the last one stops"
     return None
 
 
 class DraftedRows:
-    """One call. outputs: what was said so far, row by row, on the host; stepper: prefilled, with the static step.
+    """One call. outputs: what was emitted so far, row by row, on the host; stepper: prefilled, with the static step.
 
-    choices: of every row, how it takes its tokens; pad: the id that fills rows up which have ended; streamer: hears a
+    choices: of every row, how it takes its tokens; pad: the id that fills rows up which have ended; streamer: gets a
     token (B,) of all rows once the last one has it.
     """
 
@@ -66,78 +66,79 @@ class DraftedRows:
         # ids and drafts stay on the host unless a processor or a rule reads them beside the logits
         with_logits = choices[0].processors is not None or not self.rule.lossless
         self.place = self.device if with_logits else torch.device("cpu")
-        self.heard = 0  # tokens that the streamer heard
+        self.streamed = 0  # tokens that the streamer was handed
 
     @property
     def done(self) -> bool:
-        return all(out.done for out in self.outputs)
+        return all(output.done for output in self.outputs)
 
-    def guard(self, tokenizer: Any, eos: frozenset[int]) -> None:
+    def guard(self, tokenizer: Any, eos_ids: frozenset[int]) -> None:
         """Find the ids that the rule never loosens."""
-        words, guarded_eos = self.rule.words(), eos if self.rule.eos else frozenset()
-        if not self.rule.lossless and (words or guarded_eos):
+        word_classes, guarded_eos = self.rule.words(), eos_ids if self.rule.eos else frozenset()
+        if not self.rule.lossless and (word_classes or guarded_eos):
             vocabulary = self.stepper.logits.shape[-1]
-            self.strict = strict_tokens(tokenizer, words, guarded_eos, vocabulary).to(self.device)
+            self.strict = strict_tokens(tokenizer, word_classes, guarded_eos, vocabulary).to(self.device)
 
     def first(self) -> None:
-        """Say the first token of every row; it waits for no draft."""
+        """Emit the first token of every row; it waits for no draft."""
         logits = self.stepper.logits[:, None]
-        rows = self._verified(logits, [None] * len(self.outputs), self._best(logits))
-        for verified, out in zip(rows, self.outputs, strict=True):
+        verified_rows = self._verified(logits, [None] * len(self.outputs), self._best(logits))
+        for verified, output in zip(verified_rows, self.outputs, strict=True):
             if verified is not None:
-                out.emit(verified.pick(0), _no_scores)
+                output.emit(verified.pick(0), _no_scores)
         self._stream()
 
     def go(self, speculate: Speculate, request: Request | None, patient: bool) -> None:
         """Decode until all rows have ended. request: of the draft, None = no draft; patient: may it be opened late?"""
         counters, times = self.counters, self.counters.times
-        wait = self.controller.wait() if patient else 0
+        num_waited = self.controller.wait() if patient else 0
         start = time.perf_counter()
         with self.stepper.rows() as decoder:
             try:
                 while not self.done:
-                    if request is not None and max(len(out.emitted) for out in self.outputs) > wait:
-                        began = time.perf_counter()
+                    if request is not None and max(len(output.emitted) for output in self.outputs) > num_waited:
+                        opening_start = time.perf_counter()
                         self.draft, request = speculate.draft.open_rows(request), None
-                        times["draft_prefill_ms"] = (time.perf_counter() - began) * 1e3
+                        times["draft_prefill_ms"] = (time.perf_counter() - opening_start) * 1e3
                     self._round(decoder)
             finally:
                 self._align(decoder)
             counters.captured(decoder, None if self.draft is None else self.draft.decoder)
-        total = (time.perf_counter() - start) * 1e3
-        times["overhead_ms"] = total - times["draft_ms"] - times["verify_ms"] - times["draft_prefill_ms"]
-        self.controller.answered(max(len(out.emitted) for out in self.outputs) - 1, times["draft_prefill_ms"])
-        if wait:
-            counters.notes.append(f"speculate: drafts did not pay in recent answers, none for {wait + 1} tokens")
+        total_ms = (time.perf_counter() - start) * 1e3
+        times["overhead_ms"] = total_ms - times["draft_ms"] - times["verify_ms"] - times["draft_prefill_ms"]
+        self.controller.answered(max(len(output.emitted) for output in self.outputs) - 1, times["draft_prefill_ms"])
+        if num_waited:
+            counters.notes.append(f"speculate: drafts did not pay in recent answers, none for {num_waited + 1} tokens")
 
     def fill(self) -> None:
-        """Feed every row all that `generate` would: what was said but its last token, and padding after its end."""
+        """Feed every row all that `generate` would: what was emitted but its last token, and padding after its end."""
         tokens = self.tokens()[:, self.stepper.length - self.outputs[0].start : -1]
         if tokens.shape[1]:
             self.stepper.step(tokens.to(self.device))
 
     def tokens(self) -> Tensor:
-        """(B, n) int64 on the host: everything said, rows that ended early padded."""
-        longest = max(len(out.emitted) for out in self.outputs)
-        return torch.tensor([out.emitted + [self.pad] * (longest - len(out.emitted)) for out in self.outputs])
+        """(B, n) int64 on the host: everything emitted, rows that ended early padded."""
+        longest = max(len(output.emitted) for output in self.outputs)
+        return torch.tensor([output.emitted + [self.pad] * (longest - len(output.emitted)) for output in self.outputs])
 
     # -- a round ---------------------------------------------------------------------------------------------------
 
     def _propose(self) -> list[Proposal]:
-        """Of every row at most as many tokens as may still be said, the target's own last word excluded."""
-        most = self.controller.length() if self.draft is not None else 0
+        """Of every row at most as many tokens as may still be emitted, less the one that the target itself adds."""
+        max_length = self.controller.length() if self.draft is not None else 0
         lengths = []
-        for out in self.outputs:
-            left = out.left()
-            lengths.append(0 if out.done else max(0, most if left is None else min(most, left - 1)))
+        for output in self.outputs:
+            tokens_left = output.left()
+            length = max_length if tokens_left is None else min(max_length, tokens_left - 1)
+            lengths.append(0 if output.done else max(0, length))
         if self.draft is None or not any(lengths):
             return [(torch.empty(0, dtype=torch.long), None)] * len(self.outputs)
-        stop = DraftStop(self.controller.floor(), self.controller.refusal, self.rule.fallback)
-        pick = None if self.choices[0].plain else self._pick
-        return self.draft.propose([out.ids for out in self.outputs], lengths, pick, stop)
+        draft_stop = DraftStop(self.controller.floor(), self.controller.refusal, self.rule.fallback)
+        pick_token = None if self.choices[0].plain else self._pick
+        return self.draft.propose([output.ids for output in self.outputs], lengths, pick_token, draft_stop)
 
-    def _pick(self, row: int, ids: Tensor, logits: Tensor) -> tuple[int, Tensor | None]:
-        return self.choices[row].for_draft(ids.to(logits.device), logits)
+    def _pick(self, row: int, token_ids: Tensor, logits: Tensor) -> tuple[int, Tensor | None]:
+        return self.choices[row].for_draft(token_ids.to(logits.device), logits)
 
     def _best(self, logits: Tensor) -> list[list[int]] | None:
         """logits (B, n, V) -> the highest of each, read once for all rows; None where the choice is another."""
@@ -145,58 +146,61 @@ class DraftedRows:
         return None if choice.processors is not None or choice.sampling else logits.argmax(-1).tolist()
 
     def _verified(
-        self, logits: Tensor, drafts: list[Tensor | None], best: list[list[int]] | None
+        self, logits: Tensor, drafts: list[Tensor | None], best_tokens: list[list[int]] | None
     ) -> list[VerifiedLogits | None]:
-        """logits (B, n, V) after what was said and drafted -> the verified rows; None where a row has ended."""
+        """logits (B, n, V) after what was emitted and drafted -> the verified rows; None where a row has ended."""
         verified: list[VerifiedLogits | None] = [None] * len(drafts)
-        for row, (out, draft) in enumerate(zip(self.outputs, drafts, strict=True)):
-            size = 1 if draft is None else draft.shape[0] + 1
-            if not out.done:
-                picked = None if best is None else best[row][:size]
-                ids = out.ids.to(self.place)
-                verified[row] = VerifiedLogits(self.choices[row], ids, draft, logits[row, :size], picked)
+        for row, (output, draft) in enumerate(zip(self.outputs, drafts, strict=True)):
+            num_positions = 1 if draft is None else draft.shape[0] + 1
+            if not output.done:
+                picked = None if best_tokens is None else best_tokens[row][:num_positions]
+                token_ids = output.ids.to(self.place)
+                verified[row] = VerifiedLogits(self.choices[row], token_ids, draft, logits[row, :num_positions], picked)
         return verified
 
     def _round(self, decoder: Any) -> None:
-        began = time.perf_counter()
+        round_start = time.perf_counter()
         proposals = self._propose()
         longest = max(tokens.shape[0] for tokens, _ in proposals)
-        fed = torch.full((len(self.outputs), longest + 1), self.pad)
-        for row, (out, (tokens, _)) in enumerate(zip(self.outputs, proposals, strict=True)):
-            fed[row, 0] = out.ids[0, -1]
-            fed[row, 1 : 1 + tokens.shape[0]] = tokens
-        drafted = time.perf_counter()
+        fed_tokens = torch.full((len(self.outputs), longest + 1), self.pad)
+        for row, (output, (tokens, _)) in enumerate(zip(self.outputs, proposals, strict=True)):
+            fed_tokens[row, 0] = output.ids[0, -1]
+            fed_tokens[row, 1 : 1 + tokens.shape[0]] = tokens
+        proposed_at = time.perf_counter()
         with torch.inference_mode():
-            logits = decoder.step_rows(to_device(fed, self.device)).to(torch.float32, copy=True)
-        best = self._best(logits)  # waits for the step
-        if best is None and logits.is_cuda:
+            logits = decoder.step_rows(to_device(fed_tokens, self.device)).to(torch.float32, copy=True)
+        best_tokens = self._best(logits)  # waits for the step
+        if best_tokens is None and logits.is_cuda:
             clock(self.model)  # the choice would wait for the step in any case
-        stepped = time.perf_counter()
-        draft_ms, verify_ms = (drafted - began) * 1e3, (stepped - drafted) * 1e3
+        stepped_at = time.perf_counter()
+        draft_ms, verify_ms = (proposed_at - round_start) * 1e3, (stepped_at - proposed_at) * 1e3
         drafts = [tokens.to(self.place) if tokens.shape[0] else None for tokens, _ in proposals]
         verdicts: list[Verdict | None] = []
-        for row, verified in enumerate(self._verified(logits, drafts, best)):
-            draft, (_, q), out = drafts[row], proposals[row], self.outputs[row]
+        for row, verified in enumerate(self._verified(logits, drafts, best_tokens)):
+            draft, (_, draft_probs), output = drafts[row], proposals[row], self.outputs[row]
             verdict = None
             if verified is not None:
-                verdict = Verdict([], verified.pick(0)) if draft is None else self._judge(row, verified, draft, q)
-                said = [] if draft is None else draft[: len(verdict.kinds)].tolist()
-                for token in (*said, verdict.next):
-                    if out.emit(token, _no_scores):
+                if draft is None:
+                    verdict, accepted_tokens = Verdict([], verified.pick(0)), []
+                else:
+                    verdict = self._judge(row, verified, draft, draft_probs)
+                    accepted_tokens = draft[: len(verdict.kinds)].tolist()
+                for token in (*accepted_tokens, verdict.next):
+                    if output.emit(token, _no_scores):
                         break
             verdicts.append(verdict)
         self._record(proposals, verdicts, draft_ms, verify_ms)
         self._align(decoder)
         self._stream()
 
-    def _judge(self, row: int, verified: VerifiedLogits, draft: Tensor, q: Tensor | None) -> Verdict:
-        size = verified.logits.shape[-1]
-        if q is not None and q.shape[-1] < size:
-            q = torch.nn.functional.pad(q, (0, size - q.shape[-1]))
+    def _judge(self, row: int, verified: VerifiedLogits, draft: Tensor, draft_probs: Tensor | None) -> Verdict:
+        vocabulary_size = verified.logits.shape[-1]
+        if draft_probs is not None and draft_probs.shape[-1] < vocabulary_size:
+            draft_probs = torch.nn.functional.pad(draft_probs, (0, vocabulary_size - draft_probs.shape[-1]))
         return self.rule.judge(
             Round(
-                draft, verified.score, verified.pick, self.choices[row].sampling, q, self.outputs[row].emitted,
-                strict=self.strict, random=self.random[row],
+                draft, verified.score, verified.pick, self.choices[row].sampling, draft_probs,
+                self.outputs[row].emitted, strict=self.strict, random=self.random[row],
             )
         )  # fmt: skip
 
@@ -204,33 +208,34 @@ class DraftedRows:
         self, proposals: list[Proposal], verdicts: list[Verdict | None], draft_ms: float, verify_ms: float
     ) -> None:
         """Count a round, and take refused tokens back from the draft."""
-        drafted = [tokens.shape[0] for tokens, _ in proposals]
+        num_drafted = [tokens.shape[0] for tokens, _ in proposals]
         accepted = [0 if verdict is None else len(verdict.kinds) for verdict in verdicts]
-        going = [row for row, verdict in enumerate(verdicts) if verdict is not None]
-        kinds = [(drafted[row], verdict.kinds) for row, verdict in enumerate(verdicts) if verdict is not None]
-        self.counters.round_of_rows(kinds, draft_ms, verify_ms)
-        certainty = [[]] * len(drafted) if self.draft is None else self.draft.certainty
+        active_rows = [row for row, verdict in enumerate(verdicts) if verdict is not None]
+        judged = [(num_drafted[row], verdict.kinds) for row, verdict in enumerate(verdicts) if verdict is not None]
+        self.counters.round_of_rows(judged, draft_ms, verify_ms)
+        certainty = [[]] * len(num_drafted) if self.draft is None else self.draft.certainty
         self.controller.record_rows(
-            [(drafted[row], accepted[row], certainty[row]) for row in going], draft_ms, verify_ms
+            [(num_drafted[row], accepted[row], certainty[row]) for row in active_rows], draft_ms, verify_ms
         )
-        if self.draft is not None and any(drafted):
-            self.draft.rewind([all_drafted - kept for all_drafted, kept in zip(drafted, accepted, strict=True)])
+        if self.draft is not None and any(num_drafted):
+            pairs = zip(num_drafted, accepted, strict=True)
+            self.draft.rewind([row_drafted - row_accepted for row_drafted, row_accepted in pairs])
 
     def _align(self, decoder: Any) -> None:
-        """Rewind every row to what was said: all but its last token is fed."""
-        pairs = zip(decoder.fed, self.outputs, strict=True)
-        decoder.rewind([max(0, fed - max(0, len(out.emitted) - 1)) for fed, out in pairs])
+        """Rewind every row to what was emitted: all but its last token is fed."""
+        fed_and_output = zip(decoder.fed, self.outputs, strict=True)
+        decoder.rewind([max(0, num_fed - max(0, len(output.emitted) - 1)) for num_fed, output in fed_and_output])
 
     def _stream(self) -> None:
         """Hand the streamer every token that all rows have, (B,) each."""
         if self.streamer is None:
             return
-        ready = max(len(out.emitted) for out in self.outputs)
-        ready = min([ready, *(len(out.emitted) for out in self.outputs if not out.done)])
-        for index in range(self.heard, ready):
+        num_ready = max(len(output.emitted) for output in self.outputs)
+        num_ready = min([num_ready, *(len(output.emitted) for output in self.outputs if not output.done)])
+        for index in range(self.streamed, num_ready):
             column = [out.emitted[index] if index < len(out.emitted) else self.pad for out in self.outputs]
             self.streamer.put(torch.tensor(column))
-        self.heard = max(self.heard, ready)
+        self.streamed = max(self.streamed, num_ready)
 
 
 def _no_scores() -> tuple[Tensor, Tensor]:

@@ -48,9 +48,9 @@ class Request:
     steps: str = "auto"  # the engine, see `Stepper.prefill`
 
 
-def _lengths(name: str, longest: int, shortest: int) -> None:
+def _lengths(draft_name: str, longest: int, shortest: int) -> None:
     if shortest > longest:
-        raise UserError(f"{name}: shortest={shortest} is more than longest={longest}")
+        raise UserError(f"{draft_name}: shortest={shortest} is more than longest={longest}")
 
 
 class DraftMethod(Method):
@@ -115,11 +115,11 @@ class ModelDraft(DraftMethod):
             return self.model
         if not self._loaded:
             try:
-                model = weights.read(self.model, self.model)
+                loaded_model = weights.read(self.model, self.model)
             except UserError as e:
                 raise UserError(f"no draft model at {self.model!r}: {e}") from None
-            dtypes.suited(model)
-            self._loaded.append(model)
+            dtypes.suited(loaded_model)
+            self._loaded.append(loaded_model)
         return self._loaded[0]
 
     def check(self, model: Any, inputs: dict[str, Any]) -> None:
@@ -129,25 +129,25 @@ class ModelDraft(DraftMethod):
                 "mm_encoder_outputs were given: those are the target's features and a draft has its own encoder; "
                 "pass the pixels to generate()"
             )
-        draft = self.load()
-        mine, theirs = families.get(draft), families.get(model)
-        if mine.recurrent:
+        draft_model = self.load()
+        draft_family, target_family = families.get(draft_model), families.get(model)
+        if draft_family.recurrent:
             raise Unsupported(
-                f"layers of the draft, a {draft.config.model_type}, keep a recurrent state that cannot give back "
+                f"layers of the draft, a {draft_model.config.model_type}, keep a recurrent state that cannot give back "
                 "refused tokens: use a draft with attention in every layer"
             )
-        sizes = _vocabulary(draft), _vocabulary(model)
-        if abs(sizes[0] - sizes[1]) > PADDING_ROWS:
+        vocabularies = _vocabulary(draft_model), _vocabulary(model)
+        if abs(vocabularies[0] - vocabularies[1]) > PADDING_ROWS:
             raise Unsupported(
-                f"the draft's vocabulary has {sizes[0]} tokens and the target's {sizes[1]}: "
+                f"the draft's vocabulary has {vocabularies[0]} tokens and the target's {vocabularies[1]}: "
                 "use a draft with the same tokenizer"
             )
-        ids = mine.visual_ids(draft), theirs.visual_ids(model)
-        for kind in ids[1]:
-            if ids[0].get(kind) != ids[1][kind]:
+        draft_ids = draft_family.visual_ids(draft_model)
+        for media_kind, target_id in target_family.visual_ids(model).items():
+            if draft_ids.get(media_kind) != target_id:
                 raise Unsupported(
-                    f"the draft's {kind} placeholder is {ids[0].get(kind)} and the target's {ids[1][kind]}: "
-                    "use a draft with the same tokenizer"
+                    f"the draft's {media_kind} placeholder is {draft_ids.get(media_kind)} and the target's "
+                    f"{target_id}: use a draft with the same tokenizer"
                 )
 
     def open(self, request: Request) -> Draft:
@@ -159,44 +159,45 @@ class ModelDraft(DraftMethod):
         return ModelRows(*self._prefilled(request), self.confidence)
 
     def _prefilled(self, request: Request) -> tuple[Stepper, int, frozenset[int], int]:
-        draft = self.load()
+        draft_model = self.load()
         requests = request.of_draft
         if self.prune is not None and requests is None:
             raise Unsupported(
                 f"{self.name}(prune=...) prunes through vlmfast.accelerate(model, speculate=...): use that call"
             )
-        rows = int(draft.get_input_embeddings().weight.shape[0])
-        ids = request.input_ids.clamp(max=rows - 1)
-        skip = ("input_ids", "inputs", "inputs_embeds", OLD, CACHE, "position_ids", "mm_encoder_outputs")
-        kwargs = {k: v for k, v in request.inputs.items() if k not in skip}
-        kwargs |= {"use_cache": True, "logits_to_keep": 1, CACHE: request.fresh_cache(draft)}
-        guided = (
-            _pruner(self.prune, request) if isinstance(self.prune, TargetAttention) else None
-        )  # else the one it was accelerated with
-        call = nullcontext() if requests is None else requests.call(guided)
-        with call as own, torch.inference_mode():  # nothing of it leaves the draft
+        num_embeddings = int(draft_model.get_input_embeddings().weight.shape[0])
+        draft_ids = request.input_ids.clamp(max=num_embeddings - 1)
+        not_passed_on = ("input_ids", "inputs", "inputs_embeds", OLD, CACHE, "position_ids", "mm_encoder_outputs")
+        kwargs = {argument: value for argument, value in request.inputs.items() if argument not in not_passed_on}
+        kwargs |= {"use_cache": True, "logits_to_keep": 1, CACHE: request.fresh_cache(draft_model)}
+        guided = isinstance(self.prune, TargetAttention)
+        guided_pruner = _pruner(self.prune, request) if guided else None  # None = the one it was accelerated with
+        draft_call = nullcontext() if requests is None else requests.call(guided_pruner)
+        with draft_call as draft_state, torch.inference_mode():  # nothing of it leaves the draft
             stepper = Stepper.prefill(
-                draft, ids, request.generation_config, kwargs, engine=request.steps, static=open_static
+                draft_model, draft_ids, request.generation_config, kwargs, engine=request.steps, static=open_static
             )
-        if own is not None and own.visual_tokens == 0 and _sees(draft, ids):
+        if draft_state is not None and draft_state.visual_tokens == 0 and _sees(draft_model, draft_ids):
             raise StageDidNotFire("visual tokens were in the prompt but the draft's pruner never saw them")
-        return stepper, ids.shape[1], request.stop, min(_vocabulary(draft), _vocabulary(request.model))
+        return stepper, draft_ids.shape[1], request.stop, min(_vocabulary(draft_model), _vocabulary(request.model))
 
 
-def _pruner(prune: Any, request: Request) -> Any:
+def _pruner(pruner: Any, request: Request) -> Any:
     """The draft's pruner for this prompt: one that follows the target is told what the target looked at."""
-    if not isinstance(prune, TargetAttention):
-        return prune
-    ids, requests = request.input_ids[0], request.requests
-    scores = None if requests is None else requests.current.text_attention.scores(ids.shape[0])
+    if not isinstance(pruner, TargetAttention):
+        return pruner
+    token_ids, requests = request.input_ids[0], request.requests
+    scores = None if requests is None else requests.current.text_attention.scores(token_ids.shape[0])
     if scores is None:
-        return prune.guided_by(None)
-    tokens = families.get(request.model).visual_ids(request.model).values()
-    return prune.guided_by(torch.cat([scores[(ids == token).to(scores.device)] for token in tokens]))
+        return pruner.guided_by(None)
+    placeholders = families.get(request.model).visual_ids(request.model).values()
+    per_kind = [scores[(token_ids == placeholder).to(scores.device)] for placeholder in placeholders]
+    return pruner.guided_by(torch.cat(per_kind))
 
 
-def _sees(model: Any, ids: Tensor) -> bool:
-    return any(bool((ids == token).any()) for token in families.get(model).visual_ids(model).values())
+def _sees(model: Any, input_ids: Tensor) -> bool:
+    placeholders = families.get(model).visual_ids(model).values()
+    return any(bool((input_ids == placeholder).any()) for placeholder in placeholders)
 
 
 @dataclass(frozen=True)
@@ -269,9 +270,9 @@ class PromptLookup(DraftMethod):
 
     def open_rows(self, request: Request) -> LookupRows:
         """An index of every row's own prompt."""
-        banned = frozenset(families.get(request.model).visual_ids(request.model).values())
+        placeholders = frozenset(families.get(request.model).visual_ids(request.model).values())
         prompts = request.input_ids.tolist()
-        return LookupRows([NgramProposer(ids, self.longest, self.shortest, banned) for ids in prompts])
+        return LookupRows([NgramProposer(prompt, self.longest, self.shortest, placeholders) for prompt in prompts])
 
 
 @dataclass(frozen=True)
@@ -290,10 +291,10 @@ class LookupThenModel(ModelDraft):
 
     def open(self, request: Request) -> Draft:
         """Open both."""
-        lookup = PromptLookup(self.longest, self.shortest).open(request)
-        proposer = super().open(request)
-        assert isinstance(proposer, ModelProposer)
-        return LookupOrModel(lookup, proposer)
+        ngram_proposer = PromptLookup(self.longest, self.shortest).open(request)
+        model_proposer = super().open(request)
+        assert isinstance(model_proposer, ModelProposer)
+        return LookupOrModel(ngram_proposer, model_proposer)
 
 
 DRAFTS: dict[str, Any] = {d.name: d for d in (ModelDraft, SelfDraft, PromptLookup, LookupThenModel)}

@@ -31,24 +31,25 @@ class Ensemble(Rule):
     def graded(self) -> bool:
         return self.weight < 1
 
-    def judge(self, r: Round) -> Verdict:
+    def judge(self, verified: Round) -> Verdict:
         if self.weight == 1:
-            return Lossless().judge(r)
-        if r.draft.shape[0] == 0:
-            return Exact().judge(r)
-        if r.draft_probs is None:
+            return Lossless().judge(verified)
+        if verified.draft.shape[0] == 0:
+            return Exact().judge(verified)
+        if verified.draft_probs is None:
             raise UserError("ensemble: the draft gave no probabilities to mix; use ModelDraft or SelfDraft")
         kinds: list[int] = []
-        for i, token in enumerate(r.draft.tolist()):
-            p, q = r.score(i).softmax(-1), r.draft_probs[i]
-            if r.sampling:
-                ratio, u = float(p[token] / q[token]), float(torch.rand((), device=p.device))
-                exact, passes = u < ratio, u < 1 - self.weight + self.weight * ratio
-                other = 0 if passes else int(torch.multinomial(residual(p, q), 1))
+        for position, token in enumerate(verified.draft.tolist()):
+            target_probs, draft_probs = verified.score(position).softmax(-1), verified.draft_probs[position]
+            if verified.sampling:
+                ratio = float(target_probs[token] / draft_probs[token])
+                uniform_draw = float(torch.rand((), device=target_probs.device))
+                exact_match, accepted = uniform_draw < ratio, uniform_draw < 1 - self.weight + self.weight * ratio
+                mixture_token = 0 if accepted else int(torch.multinomial(residual(target_probs, draft_probs), 1))
             else:
-                other = int((self.weight * p + (1 - self.weight) * q).argmax())
-                exact, passes = r.pick(i) == token, other == token
-            if not passes:
-                return Verdict(kinds, other)
-            kinds.append(EXACT if exact else LOOSE)
-        return Verdict(kinds, r.pick(len(kinds)))
+                mixture_token = int((self.weight * target_probs + (1 - self.weight) * draft_probs).argmax())
+                exact_match, accepted = verified.pick(position) == token, mixture_token == token
+            if not accepted:
+                return Verdict(kinds, mixture_token)
+            kinds.append(EXACT if exact_match else LOOSE)
+        return Verdict(kinds, verified.pick(len(kinds)))

@@ -68,7 +68,7 @@ def build(
         criterion = StopStringCriteria(tokenizer=inputs["tokenizer"], stop_strings=inputs.pop("stop_strings"))
         inputs["stopping_criteria"] = [*(inputs.get("stopping_criteria") or []), criterion]
     tokenizer = tokenizer_for(model, speculate, inputs)
-    media = {k: v for k, v in inputs.items() if isinstance(v, Tensor) or k == "mm_encoder_outputs"}
+    media = {name: value for name, value in inputs.items() if isinstance(value, Tensor) or name == "mm_encoder_outputs"}
 
     def custom_generate(
         model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any,
@@ -87,27 +87,25 @@ def build(
                 )
 
             return batch.decode(call, speculate, tokenizer, request_of)
-        config, (limit, eos, rest) = generation_config, split(stopping_criteria or [])
-        kept = bool(config.return_dict_in_generate)
-        scores, logits = kept and bool(config.output_scores), kept and bool(config.output_logits)
-        out = Output(input_ids, limit, eos, rest, streamer, scores, logits)
-        run = _Run(model, speculate, config, out, goes_on)
-        run.steps = steps
-        cache = run.go(
-            TokenChooser(logits_processor, run.sampling, run.drawn, run.rule.graded()),
-            tokenizer,
-            (requests, draft),
-            media,
-            kwargs,
-        )
+        generation, (length_limit, eos_ids, other_criteria) = generation_config, split(stopping_criteria or [])
+        returns_dict = bool(generation.return_dict_in_generate)
+        keep_scores = returns_dict and bool(generation.output_scores)
+        keep_logits = returns_dict and bool(generation.output_logits)
+        output = Output(input_ids, length_limit, eos_ids, other_criteria, streamer, keep_scores, keep_logits)
+        row_loop = _Run(model, speculate, generation, output, goes_on)
+        row_loop.steps = steps
+        chooser = TokenChooser(logits_processor, row_loop.sampling, row_loop.drawn, row_loop.rule.graded())
+        cache = row_loop.go(chooser, tokenizer, (requests, draft), media, kwargs)
         if streamer is not None:
             streamer.end()
         if sink is not None:
-            sink(run.counters.numbers(None if speculate.draft is None else speculate.accept.name))
-        ids = out.ids.clone()
-        if not kept:
-            return ids
-        return GenerateDecoderOnlyOutput(sequences=ids, scores=out.scores, logits=out.logits, **{CACHE: cache})
+            sink(row_loop.counters.numbers(None if speculate.draft is None else speculate.accept.name))
+        output_ids = output.ids.clone()
+        if not returns_dict:
+            return output_ids
+        return GenerateDecoderOnlyOutput(
+            sequences=output_ids, scores=output.scores, logits=output.logits, **{CACHE: cache}
+        )
 
     return custom_generate
 
@@ -130,52 +128,48 @@ class _Run:
         self.controller = None if speculate.draft is None else controller_of(model, speculate)
 
     def go(
-        self,
-        choice: TokenChooser,
-        tokenizer: Any,
-        hooks: tuple[Requests | None, Requests | None],
-        media: dict[str, Any],
-        kwargs: dict[str, Any],
-    ) -> Any:
+        self, choice: TokenChooser, tokenizer: Any, call_states: tuple[Requests | None, Requests | None],
+        media: dict[str, Any], kwargs: dict[str, Any],
+    ) -> Any:  # fmt: skip
         """Prefill, decode, and hand back the cache, cropped to what `generate` would leave."""
-        out, self.choice = self.out, choice
+        output, self.choice = self.out, choice
         cache = cache_in(kwargs)
         continued = cache is not None and cache.get_seq_length() > 0
-        before = dict(kwargs)
-        room = 256 if out.limit is None else min(4096, out.limit - out.start + self.speculate.most + 2)
+        kwargs_before = dict(kwargs)
+        max_tokens = 256 if output.limit is None else min(4096, output.limit - output.start + self.speculate.most + 2)
         target = None
         if self._layer() is None and self.steps == "auto":
-            target = read_prompt(self.model, out.ids, kwargs, room, engine.open_static)
+            target = read_prompt(self.model, output.ids, kwargs, max_tokens, engine.open_static)
         if target is None:
             target = Stepper.prefill(
-                self.model, out.ids, self.config, kwargs, self._layer(), self.steps, room, engine.open_static
+                self.model, output.ids, self.config, kwargs, self._layer(), self.steps, max_tokens, engine.open_static
             )
         try:
-            rows = VerifiedLogits(choice, out.ids, None, target.logits)
-            out.emit(rows.pick(0), partial(rows.kept, 0))  # the first token waits for no draft
-            waiting, wait = self.controller is not None, 0
-            if not out.done:
+            first_logits = VerifiedLogits(choice, output.ids, None, target.logits)
+            output.emit(first_logits.pick(0), partial(first_logits.kept, 0))  # the first token waits for no draft
+            draft_waits, num_waited = self.controller is not None, 0
+            if not output.done:
                 self.counters.engine, self.counters.reason = target.engine, target.reason
-            if self.controller is not None and not out.done:
+            if self.controller is not None and not output.done:
                 self._prepare(tokenizer, target)
-                wait = 0 if self.goes_on or continued else self.controller.wait()
+                num_waited = 0 if self.goes_on or continued else self.controller.wait()
             start = time.perf_counter()
-            while not out.done:
-                if waiting and len(out.emitted) > wait:
-                    self._open(*hooks, media, target.cache, before, continued)
-                    waiting = False
+            while not output.done:
+                if draft_waits and len(output.emitted) > num_waited:
+                    self._open(*call_states, media, target.cache, kwargs_before, continued)
+                    draft_waits = False
                 if self._chosen_by_step(target):
                     self._follow(target)
                 else:
                     self._round(target)
-            total, times = (time.perf_counter() - start) * 1e3, self.counters.times
-            times["overhead_ms"] = total - times["draft_ms"] - times["verify_ms"] - times["draft_prefill_ms"]
+            total_ms, times = (time.perf_counter() - start) * 1e3, self.counters.times
+            times["overhead_ms"] = total_ms - times["draft_ms"] - times["verify_ms"] - times["draft_prefill_ms"]
             if self.controller is not None:
-                self.controller.answered(len(out.emitted) - 1, times["draft_prefill_ms"])
+                self.controller.answered(len(output.emitted) - 1, times["draft_prefill_ms"])
             self.counters.captured(target.decoder, None if self.draft is None else self.draft.decoder)
-            if wait:
+            if num_waited:
                 self.counters.notes.append(
-                    f"speculate: drafts did not pay in recent answers, none for {wait + 1} tokens"
+                    f"speculate: drafts did not pay in recent answers, none for {num_waited + 1} tokens"
                 )
         except BaseException:
             with suppress(Exception):  # what stopped us is what the caller must hear of
@@ -197,119 +191,129 @@ class _Run:
         return self.rule.seeing().layer % len(families.get(self.model).layers(self.model))
 
     def _prepare(self, tokenizer: Any, target: Stepper) -> None:
-        """What the rule needs."""
-        rule, ids, stop = self.rule, self.out.prompt, self.out.eos
-        if rule.visual:
-            visual = list(families.get(self.model).visual_ids(self.model).values())
-            self.memory = collect(target.hidden, target.cache, ids, visual, rule.seeing().top, self._layer() or 0)
+        """Make what the rule needs: the memory of visual states, tokens never loosened, random numbers."""
+        accept_rule, prompt_ids, eos_ids = self.rule, self.out.prompt, self.out.eos
+        if accept_rule.visual:
+            placeholders = list(families.get(self.model).visual_ids(self.model).values())
+            self.memory = collect(
+                target.hidden, target.cache, prompt_ids, placeholders, accept_rule.seeing().top, self._layer() or 0
+            )
             if self.memory is None:
-                self.counters.notes.append(f"speculate: no visual tokens, {rule.name} verified strictly")
-        if rule.lossless:
+                self.counters.notes.append(f"speculate: no visual tokens, {accept_rule.name} verified strictly")
+        if accept_rule.lossless:
             return
-        eos = stop if rule.eos else frozenset()
-        if rule.words() or eos:
-            self.strict = strict_tokens(tokenizer, rule.words(), eos, target.logits.shape[-1]).to(ids.device)
-        self.random = torch.Generator().manual_seed(rule.seed)
+        guarded_eos = eos_ids if accept_rule.eos else frozenset()
+        if accept_rule.words() or guarded_eos:
+            vocabulary_size = target.logits.shape[-1]
+            guarded = strict_tokens(tokenizer, accept_rule.words(), guarded_eos, vocabulary_size)
+            self.strict = guarded.to(prompt_ids.device)
+        self.random = torch.Generator().manual_seed(accept_rule.seed)
 
     def _open(
         self, requests: Requests | None, of_draft: Requests | None, media: dict[str, Any], cache: Any,
         kwargs: dict[str, Any], continued: bool,
     ) -> None:  # fmt: skip
         """Make the draft live; on a cache that is continued, the one of the turns before goes on."""
-        config, start = self.speculate.draft, time.perf_counter()
-        kept = _KEPT.get(cache)
-        if continued and kept is not None and kept[0] is config:
-            self.draft = kept[1]
-            if any(v.is_floating_point() for v in media.values() if isinstance(v, Tensor)):
+        draft_config, start = self.speculate.draft, time.perf_counter()
+        kept_draft = _KEPT.get(cache)
+        if continued and kept_draft is not None and kept_draft[0] is draft_config:
+            self.draft = kept_draft[1]
+            if any(value.is_floating_point() for value in media.values() if isinstance(value, Tensor)):
                 self.counters.notes.append("speculate: the draft does not see the new media of this turn")
-        elif continued and not config.blind:
+        elif continued and not draft_config.blind:
             self.counters.notes.append("speculate: the draft did not see the turns before, decoded without it")
         else:
             request = Request(
                 self.model, self.out.prompt, self.config, kwargs, media, requests, _fresh_cache, of_draft,
                 self.out.eos, self.steps,
             )  # fmt: skip
-            self.draft = config.open(request)
-        _KEPT[cache] = (config, self.draft)
+            self.draft = draft_config.open(request)
+        _KEPT[cache] = (draft_config, self.draft)
         self.counters.times["draft_prefill_ms"] = (time.perf_counter() - start) * 1e3
 
     # -- tokens ----------------------------------------------------------------------------------------------------
 
     def _propose(self) -> tuple[Tensor | None, Tensor | None]:
-        """At most as many tokens as may still be said, the target's own last word excluded."""
+        """At most as many tokens as may still be emitted, less the one that the target itself adds."""
         if self.draft is None or self.controller is None:
             return None, None
-        k, left = self.controller.length(), self.out.left()
-        if left is not None:
-            k = min(k, left - 1)
-        if k <= 0:
+        max_tokens, tokens_left = self.controller.length(), self.out.left()
+        if tokens_left is not None:
+            max_tokens = min(max_tokens, tokens_left - 1)
+        if max_tokens <= 0:
             return None, None
-        stop = DraftStop(self.controller.floor(), self.controller.refusal, self.rule.fallback)
-        tokens, q = self.draft.propose(self.out.ids, k, None if self.choice.plain else self.choice.for_draft, stop)
-        return (tokens if tokens.shape[0] else None), q
+        draft_stop = DraftStop(self.controller.floor(), self.controller.refusal, self.rule.fallback)
+        pick_token = None if self.choice.plain else self.choice.for_draft
+        tokens, draft_probs = self.draft.propose(self.out.ids, max_tokens, pick_token, draft_stop)
+        return (tokens if tokens.shape[0] else None), draft_probs
 
     def _chosen_by_step(self, target: Stepper) -> bool:
         """May the step itself choose every token, the host only following it? Nothing but the ids is asked for then."""
-        out = self.out
-        asked = self.controller is not None or self.sampling or self.choice.processors is not None or out.criteria
-        return target.engine == "static" and not asked and out.scores is None and out.logits is None
+        output = self.out
+        host_needed = (
+            self.controller is not None or self.sampling or self.choice.processors is not None or output.criteria
+        )
+        return target.engine == "static" and not host_needed and output.scores is None and output.logits is None
 
     def _follow(self, target: Stepper) -> None:
-        """Say what the step chooses, until the answer ends; the step may then have run ahead."""
-        out, start = self.out, time.perf_counter()
-        with closing(target.greedy(out.emitted[-1], out.left())) as tokens:
+        """Emit what the step chooses, until the answer ends; the step may then have run ahead."""
+        output, step_start = self.out, time.perf_counter()
+        with closing(target.greedy(output.emitted[-1], output.left())) as tokens:
             for token in map(int, tokens):
-                now = time.perf_counter()
-                self.counters.round(0, [], 0.0, (now - start) * 1e3)
-                start = now
-                if out.emit(token, _nothing):
+                step_end = time.perf_counter()
+                self.counters.round(0, [], 0.0, (step_end - step_start) * 1e3)
+                step_start = step_end
+                if output.emit(token, _nothing):
                     break
 
     def _round(self, target: Stepper) -> None:
-        out = self.out
-        t0 = time.perf_counter()
-        draft, q = self._propose()
-        last = out.ids[:, -1:]
-        t1 = time.perf_counter()
-        logits = target.step(last if draft is None else torch.cat([last, draft[None]], 1))[0]
+        output = self.out
+        round_start = time.perf_counter()
+        draft, draft_probs = self._propose()
+        last_id = output.ids[:, -1:]
+        proposed_at = time.perf_counter()
+        logits = target.step(last_id if draft is None else torch.cat([last_id, draft[None]], 1))[0]
         if logits.is_cuda:
             clock(self.model)  # the choice would wait for the step in any case
-        t2 = time.perf_counter()
-        rows = VerifiedLogits(self.choice, out.ids, draft, logits)
-        draft_ms, verify_ms = (t1 - t0) * 1e3, (t2 - t1) * 1e3
+        stepped_at = time.perf_counter()
+        verified = VerifiedLogits(self.choice, output.ids, draft, logits)
+        draft_ms, verify_ms = (proposed_at - round_start) * 1e3, (stepped_at - proposed_at) * 1e3
         if draft is None:
-            out.emit(rows.pick(0), partial(rows.kept, 0))
+            output.emit(verified.pick(0), partial(verified.kept, 0))
             self.counters.round(0, [], draft_ms, verify_ms)
             if self.controller is not None:
                 self.controller.record_round(0, 0, draft_ms, verify_ms)
             return
-        k = draft.shape[0]
-        verdict = self.rule.judge(self._view(rows, draft, q, target))
+        num_drafted = draft.shape[0]
+        verdict = self.rule.judge(self._view(verified, draft, draft_probs, target))
         accepted = len(verdict.kinds)
-        for i, token in enumerate([*draft[:accepted].tolist(), verdict.next]):
-            if out.emit(token, partial(rows.kept, i)):
+        for position, token in enumerate([*draft[:accepted].tolist(), verdict.next]):
+            if output.emit(token, partial(verified.kept, position)):
                 break
-        self.counters.round(k, verdict.kinds, draft_ms, verify_ms)
+        self.counters.round(num_drafted, verdict.kinds, draft_ms, verify_ms)
         assert self.draft is not None and self.controller is not None
-        self.controller.record_round(k, accepted, draft_ms, verify_ms, self.draft.certainty)
-        self.draft.rewind(k - accepted)
-        target.rewind(k - accepted)
+        self.controller.record_round(num_drafted, accepted, draft_ms, verify_ms, self.draft.certainty)
+        self.draft.rewind(num_drafted - accepted)
+        target.rewind(num_drafted - accepted)
 
-    def _view(self, rows: VerifiedLogits, draft: Tensor, q: Tensor | None, target: Stepper) -> rules.Round:
+    def _view(
+        self, verified: VerifiedLogits, draft: Tensor, draft_probs: Tensor | None, target: Stepper
+    ) -> rules.Round:
         relevance: Any = None
-        past = None
-        k, size = draft.shape[0], rows.logits.shape[-1]
+        past_relevance = None
+        num_drafted, vocabulary_size = draft.shape[0], verified.logits.shape[-1]
         if self.memory is not None and target.hidden is not None:
-            first = 1 if self.rule.seeing().offset == "self" else 0
-            relevance = partial(self.memory.score, target.hidden[0, first : first + k])
+            first_position = 1 if self.rule.seeing().offset == "self" else 0
+            relevance = partial(self.memory.score, target.hidden[0, first_position : first_position + num_drafted])
             if self.rule.seeing().scope == "running":
-                relevance, past = relevance(), torch.cat(self.past) if self.past else None
+                relevance, past_relevance = relevance(), torch.cat(self.past) if self.past else None
                 self.past.append(relevance)
-        if q is not None and q.shape[-1] < size:
-            q = torch.nn.functional.pad(q, (0, size - q.shape[-1]))
+        if draft_probs is not None and draft_probs.shape[-1] < vocabulary_size:
+            draft_probs = torch.nn.functional.pad(draft_probs, (0, vocabulary_size - draft_probs.shape[-1]))
         return rules.Round(
-            draft, rows.score, rows.pick, self.sampling, q, self.out.emitted, relevance, past, self.strict, self.random
-        )
+            draft, verified.score, verified.pick, self.sampling, draft_probs, self.out.emitted,
+            relevance, past_relevance, self.strict, self.random,
+        )  # fmt: skip
 
 
 def _nothing() -> tuple[Tensor, Tensor]:

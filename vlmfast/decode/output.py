@@ -1,4 +1,4 @@
-"""What was said so far: ids, streamer, stopping. Every emitted token passes here once, in order."""
+"""What was emitted so far: ids, streamer, stopping. Every emitted token passes here once, in order."""
 
 from __future__ import annotations
 
@@ -44,36 +44,39 @@ class Output:
         """Tokens that may still be emitted."""
         return None if self.limit is None else self.limit - self.length
 
-    def emit(self, token: int, kept: Callable[[], tuple[Tensor, Tensor]]) -> bool:
-        """Say one token; returns (and keeps) whether the answer ends with it. kept: scores and logits, (1, V) each."""
+    def emit(self, token: int, scores_and_logits: Callable[[], tuple[Tensor, Tensor]]) -> bool:
+        """Add one token; returns (and keeps) whether the answer ends with it.
+
+        scores_and_logits: gives the token's scores and logits, (1, V) each; called where one of them is kept.
+        """
         if self.length == self.buffer.shape[1]:
             self.buffer = torch.cat([self.buffer, self.buffer.new_zeros(1, self.length)], 1)
         self.buffer[0, self.length].fill_(token)  # a kernel: an assignment would copy, and wait on a GPU
         self.length += 1
         self.emitted.append(token)
         if self.scores is not None or self.logits is not None:
-            score, logits = kept()
-            self.scores = None if self.scores is None else (*self.scores, score)
+            token_scores, logits = scores_and_logits()
+            self.scores = None if self.scores is None else (*self.scores, token_scores)
             self.logits = None if self.logits is None else (*self.logits, logits)
-        stop = token in self.eos or (self.limit is not None and self.length >= self.limit)
+        is_last = token in self.eos or (self.limit is not None and self.length >= self.limit)
         for criterion in self.criteria:
-            stop = bool(torch.as_tensor(criterion(self.ids, self.scores)).all()) or stop
+            is_last = bool(torch.as_tensor(criterion(self.ids, self.scores)).all()) or is_last
         if self.streamer is not None:
             self.streamer.put(torch.tensor([token]))
-        self.done = stop
-        return stop
+        self.done = is_last
+        return is_last
 
 
 def split(criteria: Any) -> tuple[int | None, frozenset[int], list[Any]]:
     """(length limit, end-of-answer ids, other criteria): the first two need no tensor per token."""
-    limit: int | None = None
-    eos: set[int] = set()
-    rest = []
-    for c in criteria:
-        if type(c) is MaxLengthCriteria:
-            limit = c.max_length if limit is None else min(limit, c.max_length)
-        elif type(c) is EosTokenCriteria:
-            eos |= set(c.eos_token_id.reshape(-1).tolist())
+    length_limit: int | None = None
+    eos_ids: set[int] = set()
+    other_criteria = []
+    for criterion in criteria:
+        if type(criterion) is MaxLengthCriteria:
+            length_limit = criterion.max_length if length_limit is None else min(length_limit, criterion.max_length)
+        elif type(criterion) is EosTokenCriteria:
+            eos_ids |= set(criterion.eos_token_id.reshape(-1).tolist())
         else:
-            rest.append(c)
-    return limit, frozenset(eos), rest
+            other_criteria.append(criterion)
+    return length_limit, frozenset(eos_ids), other_criteria

@@ -1,4 +1,4 @@
-"""What the draft-verify loop cannot honour, said in one line before anything runs."""
+"""Refuses, before anything runs, what the draft-verify loop cannot honour."""
 
 from __future__ import annotations
 
@@ -39,19 +39,24 @@ def check(model: Any, speculate: Speculate, args: tuple, kwargs: dict[str, Any],
             f"layers of a {model.config.model_type} keep a recurrent state that cannot give back refused tokens: "
             "drop speculate= for this model"
         )
-    ask = {name: option(model, kwargs, name) for name in (*REFUSED_OPTIONS, "num_beams", "num_return_sequences")}
-    for name, why in REFUSED_OPTIONS.items():
-        value = ask[name]
-        if value is None or value is False or (name == "guidance_scale" and value == 1):
+    asked_options = {
+        option_name: option(model, kwargs, option_name)
+        for option_name in (*REFUSED_OPTIONS, "num_beams", "num_return_sequences")
+    }
+    for option_name, reason in REFUSED_OPTIONS.items():
+        value = asked_options[option_name]
+        if value is None or value is False or (option_name == "guidance_scale" and value == 1):
             continue
-        if name == "penalty_alpha" and not (value > 0 and (option(model, kwargs, "top_k") or 0) > 1):
+        if option_name == "penalty_alpha" and not (value > 0 and (option(model, kwargs, "top_k") or 0) > 1):
             continue
-        shown = value if isinstance(value, (int, float, str)) else type(value).__name__
-        raise Unsupported(f"{name}={shown}: {why}; drop {name} or speculate=")
-    if (ask["num_beams"] or 1) > 1:
-        raise Unsupported(f"num_beams={ask['num_beams']}: beams cannot be drafted; use num_beams=1 or drop speculate=")
-    ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-    rows = (1 if ids is None else ids.shape[0]) * (ask["num_return_sequences"] or 1)
+        shown_value = value if isinstance(value, (int, float, str)) else type(value).__name__
+        raise Unsupported(f"{option_name}={shown_value}: {reason}; drop {option_name} or speculate=")
+    if (asked_options["num_beams"] or 1) > 1:
+        raise Unsupported(
+            f"num_beams={asked_options['num_beams']}: beams cannot be drafted; use num_beams=1 or drop speculate="
+        )
+    input_ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+    num_rows = (1 if input_ids is None else input_ids.shape[0]) * (asked_options["num_return_sequences"] or 1)
     if option(model, kwargs, "use_cache") is False:
         raise Unsupported("use_cache=False: a draft is verified over the cache; use use_cache=True")
     if option(model, kwargs, "cache_implementation") not in (None, "dynamic"):
@@ -61,75 +66,75 @@ def check(model: Any, speculate: Speculate, args: tuple, kwargs: dict[str, Any],
         )
     if speculate.draft is not None:
         speculate.draft.check(model, kwargs)
-        _check_rewind(model, speculate, kwargs, ids, kv)
-        if rows > 1:
-            _check_rows(model, speculate, kwargs, rows, ask["num_return_sequences"] or 1)
+        _check_rewind(model, speculate, kwargs, input_ids, kv)
+        if num_rows > 1:
+            _check_rows(model, speculate, kwargs, num_rows, asked_options["num_return_sequences"] or 1)
     tokenizer_for(model, speculate, kwargs)
 
 
-def _check_rows(model: Any, speculate: Speculate, kwargs: dict[str, Any], rows: int, sequences: int) -> None:
+def _check_rows(model: Any, speculate: Speculate, kwargs: dict[str, Any], num_rows: int, num_sequences: int) -> None:
     """Several rows are drafted over the static step, whose rows take tokens back by themselves."""
-    draft, rule, why = speculate.draft, speculate.accept, None
-    other = draft.load() if isinstance(draft, ModelDraft) else None
-    if rule.visual:
-        why = f"{rule.name} reads hidden states, which the step of several rows does not give"
+    draft, accept_rule, reason = speculate.draft, speculate.accept, None
+    draft_model = draft.load() if isinstance(draft, ModelDraft) else None
+    if accept_rule.visual:
+        reason = f"{accept_rule.name} reads hidden states, which the step of several rows does not give"
     elif not draft.rows:
-        why = f"{draft.name} drafts one row at a time"
+        reason = f"{draft.name} drafts one row at a time"
     elif isinstance(draft.pruner, TargetAttention):
-        why = f"a draft with prune={draft.pruner.name} follows one row at a time"
-    elif sequences > 1 and other is not None:
-        why = f"num_return_sequences={sequences}, and {draft.name} is given the media of one sequence only"
+        reason = f"a draft with prune={draft.pruner.name} follows one row at a time"
+    elif num_sequences > 1 and draft_model is not None:
+        reason = f"num_return_sequences={num_sequences}, and {draft.name} is given the media of one sequence only"
     for name in ("output_scores", "output_logits"):
-        if why is None and option(model, kwargs, "return_dict_in_generate") and option(model, kwargs, name):
-            why = f"{name}=True, and a row that has ended is not scored while others go on"
-    for name, stepped in (("the model", model), ("the draft", other)):
-        if why is None and stepped is not None:
-            text, head = engine.decoder(stepped)
-            reason = "it has no decoder layers" if text is None else engine.why_not(text, head)
-            why = reason and f"{name} has no static step, which takes several: {reason}"
-    if why is not None:
-        raise Unsupported(f"{rows} rows came in: {why}; call generate per row, or drop speculate=")
+        if reason is None and option(model, kwargs, "return_dict_in_generate") and option(model, kwargs, name):
+            reason = f"{name}=True, and a row that has ended is not scored while others go on"
+    for name, stepped_model in (("the model", model), ("the draft", draft_model)):
+        if reason is None and stepped_model is not None:
+            text_model, output_head = engine.decoder(stepped_model)
+            no_step = "it has no decoder layers" if text_model is None else engine.why_not(text_model, output_head)
+            reason = no_step and f"{name} has no static step, which takes several: {no_step}"
+    if reason is not None:
+        raise Unsupported(f"{num_rows} rows came in: {reason}; call generate per row, or drop speculate=")
 
 
-def _check_rewind(model: Any, speculate: Speculate, kwargs: dict[str, Any], ids: Any, kv: Any) -> None:
+def _check_rewind(model: Any, speculate: Speculate, kwargs: dict[str, Any], input_ids: Any, kv: Any) -> None:
     """Refused tokens must leave no trace in the target, nor in a draft that is a model."""
-    cache, columns = cache_in(kwargs), 1 if ids is None else int(ids.shape[1])
+    cache, columns = cache_in(kwargs), 1 if input_ids is None else int(input_ids.shape[1])
     if cache is not None:
         columns += int(cache.get_seq_length())  # at most: the ids may or may not repeat what the cache holds
-    new = option(model, kwargs, "max_new_tokens") or option(model, kwargs, "max_length") or 20
-    longest = columns + int(new) + speculate.most
+    max_new_tokens = option(model, kwargs, "max_new_tokens") or option(model, kwargs, "max_length") or 20
+    max_columns = columns + int(max_new_tokens) + speculate.most
     draft = speculate.draft
-    pruned = draft.pruner is not None
-    other = draft.load() if isinstance(draft, ModelDraft) else None
-    why = cannot_rewind(model, cache, columns, longest, kv, pruned and other is None)
-    if why is None and other is not None:
-        why = cannot_rewind(other, None, columns, longest, pruned=pruned)
-        why = why and f"the draft: {why}"
-    if why is not None:
-        raise Unsupported(f"refused tokens cannot be given back, {why}: use Speculate() without a draft")
+    draft_pruned = draft.pruner is not None
+    draft_model = draft.load() if isinstance(draft, ModelDraft) else None
+    reason = cannot_rewind(model, cache, columns, max_columns, kv, draft_pruned and draft_model is None)
+    if reason is None and draft_model is not None:
+        reason = cannot_rewind(draft_model, None, columns, max_columns, pruned=draft_pruned)
+        reason = reason and f"the draft: {reason}"
+    if reason is not None:
+        raise Unsupported(f"refused tokens cannot be given back, {reason}: use Speculate() without a draft")
 
 
 def tokenizer_for(model: Any, speculate: Speculate, kwargs: dict[str, Any]) -> Any:
     """The tokenizer that a rule's guards need, None when they need none. Raises UserError when none is found."""
-    words = speculate.accept.words()
-    if not words:
+    word_classes = speculate.accept.words()
+    if not word_classes:
         return None
-    given = speculate.tokenizer or kwargs.get("tokenizer")
-    if given is not None:
-        return getattr(given, "tokenizer", given)
-    found = vars(model).get("_vlmfast_tokenizer")
-    path = getattr(model.config, "_name_or_path", "")
-    if found is None and path:
+    given_tokenizer = speculate.tokenizer or kwargs.get("tokenizer")
+    if given_tokenizer is not None:
+        return getattr(given_tokenizer, "tokenizer", given_tokenizer)
+    model_tokenizer = vars(model).get("_vlmfast_tokenizer")
+    model_path = getattr(model.config, "_name_or_path", "")
+    if model_tokenizer is None and model_path:
         from transformers import AutoTokenizer
 
         try:
-            found = AutoTokenizer.from_pretrained(path, local_files_only=True)
+            model_tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
         except (OSError, ValueError, KeyError):
-            found = None
-    if found is None:
-        off = ", ".join(f"{w}=False" for w in words)
+            model_tokenizer = None
+    if model_tokenizer is None:
+        switched_off = ", ".join(f"{word_class}=False" for word_class in word_classes)
         raise UserError(
             f"{speculate.accept.name}: its guards know words and no tokenizer was found beside the model; "
-            f"pass Speculate(tokenizer=processor.tokenizer, ...), or switch them off: {off}"
+            f"pass Speculate(tokenizer=processor.tokenizer, ...), or switch them off: {switched_off}"
         )
-    return found
+    return model_tokenizer

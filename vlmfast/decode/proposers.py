@@ -24,54 +24,59 @@ class ModelProposer:
         self.last = self.fed_tokens = 0  # tokens of the last proposal, and how many of them the model was fed
 
     def propose(
-        self, ids: Tensor, k: int, pick: Pick | None = None, stop: DraftStop = NO_STOP
+        self, ids: Tensor, max_tokens: int, pick_token: Pick | None = None, draft_stop: DraftStop = NO_STOP
     ) -> tuple[Tensor, Tensor | None]:
         """See `core.Draft`. Stops early at an end-of-answer token, or where it is not certain enough."""
         self._back(self.fed - (ids.shape[1] - 1))  # an answer may end inside an accepted draft
-        new = ids[:, self.fed :].clamp(max=self.rows - 1)
-        logits = self.stepper.step(new)[:, -1, : self.vocab]
+        unfed_ids = ids[:, self.fed :].clamp(max=self.rows - 1)
+        logits = self.stepper.step(unfed_ids)[:, -1, : self.vocab]
         self.fed = ids.shape[1]
         tokens: list[int] = []
-        probs: list[Tensor] = []
-        grown, passes = ids, 1.0
+        token_probs: list[Tensor] = []
+        extended_ids, pass_probability = ids, 1.0
         self.certainty = []
-        graded = bool(self.confidence or stop.floor or stop.fallback)
+        needs_certainty = bool(self.confidence or draft_stop.floor or draft_stop.fallback)
         while True:
-            token, q = (int(logits.argmax()), None) if pick is None else pick(grown, logits)
-            if graded:
-                own = logits[0].softmax(-1)
-                sure = float(own[token])
-                if stop.fallback and float(own.max()) < stop.fallback:
+            distribution: Tensor | None = None
+            if pick_token is None:
+                token = int(logits.argmax())
+            else:
+                token, distribution = pick_token(extended_ids, logits)
+            if needs_certainty:
+                own_probs = logits[0].softmax(-1)
+                probability = float(own_probs[token])
+                if draft_stop.fallback and float(own_probs.max()) < draft_stop.fallback:
                     break
-                if tokens and sure < self.confidence:
+                if tokens and probability < self.confidence:
                     break
-                self.certainty.append(sure)
-                passes *= max(0.0, 1 - stop.refusal * (1 - sure))
+                self.certainty.append(probability)
+                pass_probability *= max(0.0, 1 - draft_stop.refusal * (1 - probability))
             tokens.append(token)
-            if q is not None:
-                probs.append(q)
-            if len(tokens) == k or token in self.stop or passes < stop.floor:
+            if distribution is not None:
+                token_probs.append(distribution)
+            if len(tokens) == max_tokens or token in self.stop or pass_probability < draft_stop.floor:
                 break
-            step = ids.new_full((1, 1), token)  # no copy that a GPU would wait for
-            logits = self.stepper.step(step)[:, -1, : self.vocab]
+            next_id = ids.new_full((1, 1), token)  # no copy that a GPU would wait for
+            logits = self.stepper.step(next_id)[:, -1, : self.vocab]
             self.fed += 1
-            if pick is not None:
-                grown = torch.cat([grown, step], 1)
+            if pick_token is not None:
+                extended_ids = torch.cat([extended_ids, next_id], 1)
         self.last = len(tokens)
         self.fed_tokens = self.fed - ids.shape[1]
-        return torch.tensor(tokens, dtype=torch.long, device=ids.device), torch.stack(probs) if probs else None
+        proposed = torch.tensor(tokens, dtype=torch.long, device=ids.device)
+        return proposed, torch.stack(token_probs) if token_probs else None
 
     @property
     def decoder(self) -> Any:
         return self.stepper.decoder
 
-    def rewind(self, n: int) -> None:
-        """Forget the last n proposed tokens; the very last was never fed to the model."""
-        self._back(self.fed_tokens - (self.last - n))
+    def rewind(self, num_refused: int) -> None:
+        """Forget the last `num_refused` proposed tokens; the very last was never fed to the model."""
+        self._back(self.fed_tokens - (self.last - num_refused))
 
-    def _back(self, n: int) -> None:
-        self.stepper.rewind(max(0, n))
-        self.fed -= max(0, n)
+    def _back(self, num_tokens: int) -> None:
+        self.stepper.rewind(max(0, num_tokens))
+        self.fed -= max(0, num_tokens)
 
 
 class NgramProposer:
@@ -86,30 +91,31 @@ class NgramProposer:
         self.where: dict[tuple[int, ...], int] = {}
         self._extend(ids)
 
-    def _extend(self, new: list[int]) -> None:
-        for token in new:
-            end = len(self.ids)  # n-grams that end right before this token now have a continuation
-            for n in range(self.shortest, min(self.longest, end) + 1):
-                gram = tuple(self.ids[end - n :])
-                if not self.banned.intersection(gram):
-                    self.where[gram] = end
+    def _extend(self, new_tokens: list[int]) -> None:
+        for token in new_tokens:
+            end_index = len(self.ids)  # n-grams that end right before this token now have a continuation
+            for size in range(self.shortest, min(self.longest, end_index) + 1):
+                ngram = tuple(self.ids[end_index - size :])
+                if not self.banned.intersection(ngram):
+                    self.where[ngram] = end_index
             self.ids.append(token)
 
     def propose(
-        self, ids: Tensor, k: int, pick: Pick | None = None, stop: DraftStop = NO_STOP
+        self, ids: Tensor, max_tokens: int, pick_token: Pick | None = None, draft_stop: DraftStop = NO_STOP
     ) -> tuple[Tensor, Tensor | None]:
         """What followed the latest earlier occurrence of the longest n-gram at the end; empty when there is none."""
         self._extend(ids[0, len(self.ids) :].tolist())
-        for n in range(min(self.longest, len(self.ids)), self.shortest - 1, -1):
-            at = self.where.get(tuple(self.ids[-n:]))
-            if at is not None:
-                found = self.ids[at : at + k]
-                n_allowed = next((i for i, t in enumerate(found) if t in self.banned), len(found))
-                if n_allowed:
-                    return torch.tensor(found[:n_allowed], device=ids.device), None
+        for size in range(min(self.longest, len(self.ids)), self.shortest - 1, -1):
+            continuation = self.where.get(tuple(self.ids[-size:]))
+            if continuation is not None:
+                proposed = self.ids[continuation : continuation + max_tokens]
+                banned_at = (index for index, token in enumerate(proposed) if token in self.banned)
+                num_allowed = next(banned_at, len(proposed))
+                if num_allowed:
+                    return torch.tensor(proposed[:num_allowed], device=ids.device), None
         return ids.new_empty(0), None
 
-    def rewind(self, n: int) -> None:
+    def rewind(self, num_refused: int) -> None:
         """Only emitted tokens are remembered: nothing to forget."""
 
 
@@ -128,14 +134,14 @@ class LookupOrModel:
         return self.second.decoder
 
     def propose(
-        self, ids: Tensor, k: int, pick: Pick | None = None, stop: DraftStop = NO_STOP
+        self, ids: Tensor, max_tokens: int, pick_token: Pick | None = None, draft_stop: DraftStop = NO_STOP
     ) -> tuple[Tensor, Tensor | None]:
         """The lookup's tokens; the model's when it has none."""
-        tokens, probs = self.first.propose(ids, k, pick)
+        tokens, token_probs = self.first.propose(ids, max_tokens, pick_token)
         self.used = tokens.shape[0] == 0
-        return self.second.propose(ids, k, pick, stop) if self.used else (tokens, probs)
+        return self.second.propose(ids, max_tokens, pick_token, draft_stop) if self.used else (tokens, token_probs)
 
-    def rewind(self, n: int) -> None:
+    def rewind(self, num_refused: int) -> None:
         """Rewind the model when it made the last proposal."""
         if self.used:
-            self.second.rewind(n)
+            self.second.rewind(num_refused)

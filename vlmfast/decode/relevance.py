@@ -18,31 +18,32 @@ def collect(
     hidden (1, P, D): output of decoder layer `layer` for the columns that reached it in this prefill. A turn without
     new media keeps the memory of the turns before it, which travels on the cache.
     """
-    before = cache_state(cache).visual
+    earlier_memory = cache_state(cache).visual
     if hidden is None:
-        return before
-    logical = _logical(cache, hidden.shape[1], layer).to(input_ids.device)
-    place = logical + input_ids.shape[1] - cache.get_seq_length()  # ids may begin after what the cache held
-    tokens = input_ids[0, place.clamp(min=0)].masked_fill((logical < 0) | (place < 0), -1)
-    visual = torch.isin(tokens, torch.tensor(visual_ids, device=tokens.device))
-    states = hidden[0, visual.to(hidden.device)]
-    if states.shape[0] == 0:
-        return before
-    memory = VisualMemory(states, top)
-    if before is not None and before.states.shape[-1] == states.shape[-1]:
-        memory = VisualMemory(torch.cat([before.states, memory.states]), top)
+        return earlier_memory
+    logical_columns = _logical(cache, hidden.shape[1], layer).to(input_ids.device)
+    # ids may begin after the columns that the cache held before
+    id_columns = logical_columns + input_ids.shape[1] - cache.get_seq_length()
+    column_ids = input_ids[0, id_columns.clamp(min=0)].masked_fill((logical_columns < 0) | (id_columns < 0), -1)
+    is_visual = torch.isin(column_ids, torch.tensor(visual_ids, device=column_ids.device))
+    visual_states = hidden[0, is_visual.to(hidden.device)]
+    if visual_states.shape[0] == 0:
+        return earlier_memory
+    memory = VisualMemory(visual_states, top)
+    if earlier_memory is not None and earlier_memory.states.shape[-1] == visual_states.shape[-1]:
+        memory = VisualMemory(torch.cat([earlier_memory.states, memory.states]), top)
     put_cache_state(cache, visual=memory)
     return memory
 
 
-def _logical(cache: Any, n: int, layer: int) -> Tensor:
-    """(n,) int64, the logical columns of the last n physical ones at a layer; -1 on padding."""
-    cuts = cache_state(cache).cuts  # columns dropped between layers
-    at = max((c for c in cuts if layer < 0 or c <= layer), default=None)
-    if at is not None:
-        return cuts[at].index[0, -n:]
+def _logical(cache: Any, num_columns: int, layer: int) -> Tensor:
+    """(num_columns,) int64, the logical columns of the last `num_columns` physical ones at a layer; -1 on padding."""
+    layer_cuts = cache_state(cache).cuts  # columns dropped between layers
+    last_cut = max((cut_layer for cut_layer in layer_cuts if layer < 0 or cut_layer <= layer), default=None)
+    if last_cut is not None:
+        return layer_cuts[last_cut].index[0, -num_columns:]
     columns = cache_state(cache).columns  # columns dropped before the language model
-    if columns is not None and columns.index.shape[1] >= n:
-        return columns.index[0, -n:]
-    length = cache.get_seq_length()
-    return torch.arange(length - n, length)
+    if columns is not None and columns.index.shape[1] >= num_columns:
+        return columns.index[0, -num_columns:]
+    cache_length = cache.get_seq_length()
+    return torch.arange(cache_length - num_columns, cache_length)

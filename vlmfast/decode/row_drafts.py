@@ -26,7 +26,7 @@ class RowsDraft(Protocol):
     def decoder(self) -> Any: ...  # the `SteppingDecoder` that it runs, None without one
 
     def propose(
-        self, ids: list[Tensor], lengths: list[int], pick: Pick | None = None, stop: DraftStop = NO_STOP
+        self, ids: list[Tensor], lengths: list[int], pick_token: Pick | None = None, draft_stop: DraftStop = NO_STOP
     ) -> list[Proposal]:
         """Guess up to lengths[i] tokens after ids[i] (1, L_i) int64 on the host; no token where the length is 0."""
         ...
@@ -46,13 +46,13 @@ class LookupRows:
         self.certainty: list[list[float]] = [[] for _ in rows]
 
     def propose(
-        self, ids: list[Tensor], lengths: list[int], pick: Pick | None = None, stop: DraftStop = NO_STOP
+        self, ids: list[Tensor], lengths: list[int], pick_token: Pick | None = None, draft_stop: DraftStop = NO_STOP
     ) -> list[Proposal]:
         """See `RowsDraft`."""
         nothing = ids[0].new_empty(0), None
         return [
-            row.propose(row_ids, length) if length else nothing
-            for row, row_ids, length in zip(self.rows, ids, lengths, strict=True)
+            proposer.propose(row_ids, max_tokens) if max_tokens else nothing
+            for proposer, row_ids, max_tokens in zip(self.rows, ids, lengths, strict=True)
         ]
 
     def rewind(self, refused: list[int]) -> None:
@@ -76,48 +76,48 @@ class ModelRows:
         self.certainty: list[list[float]] = [[] for _ in range(num_rows)]
 
     def propose(
-        self, ids: list[Tensor], lengths: list[int], pick: Pick | None = None, stop: DraftStop = NO_STOP
+        self, ids: list[Tensor], lengths: list[int], pick_token: Pick | None = None, draft_stop: DraftStop = NO_STOP
     ) -> list[Proposal]:
         """See `RowsDraft`. A row stops early at an end-of-answer token, or where it is not certain enough."""
-        self._back([fed - (row_ids.shape[1] - 1) for fed, row_ids in zip(self.fed, ids, strict=True)])
-        drafting = [row for row, length in enumerate(lengths) if length]
-        grown, passes = list(ids), [1.0] * len(ids)
+        self._back([num_fed - (row_ids.shape[1] - 1) for num_fed, row_ids in zip(self.fed, ids, strict=True)])
+        drafting = [row for row, max_tokens in enumerate(lengths) if max_tokens]
+        extended_ids, pass_probability = list(ids), [1.0] * len(ids)
         tokens: list[list[int]] = [[] for _ in ids]
         probabilities: list[list[Tensor]] = [[] for _ in ids]
         self.certainty = [[] for _ in ids]
         new_tokens = {row: ids[row][0, self.fed[row] :].tolist() for row in drafting}
-        graded = bool(self.confidence or stop.floor or stop.fallback)
+        needs_certainty = bool(self.confidence or draft_stop.floor or draft_stop.fallback)
         while drafting:
             logits = self._feed(new_tokens)
-            best = None if pick is not None else logits.argmax(-1).tolist()
-            going = {}
-            for place, row in enumerate(drafting):
-                row_logits = logits[place : place + 1]
-                if pick is None:
-                    assert best is not None
-                    token, q = best[place], None
+            best_tokens = None if pick_token is not None else logits.argmax(-1).tolist()
+            still_drafting = {}
+            for logits_row, row in enumerate(drafting):
+                row_logits = logits[logits_row : logits_row + 1]
+                if pick_token is None:
+                    assert best_tokens is not None
+                    token, distribution = best_tokens[logits_row], None
                 else:
-                    token, q = pick(row, grown[row], row_logits)
-                if graded:
-                    own = row_logits[0].softmax(-1)
-                    sure = float(own[token])
-                    if stop.fallback and float(own.max()) < stop.fallback:
+                    token, distribution = pick_token(row, extended_ids[row], row_logits)
+                if needs_certainty:
+                    own_probs = row_logits[0].softmax(-1)
+                    probability = float(own_probs[token])
+                    if draft_stop.fallback and float(own_probs.max()) < draft_stop.fallback:
                         continue
-                    if tokens[row] and sure < self.confidence:
+                    if tokens[row] and probability < self.confidence:
                         continue
-                    self.certainty[row].append(sure)
-                    passes[row] *= max(0.0, 1 - stop.refusal * (1 - sure))
+                    self.certainty[row].append(probability)
+                    pass_probability[row] *= max(0.0, 1 - draft_stop.refusal * (1 - probability))
                 tokens[row].append(token)
-                if q is not None:
-                    probabilities[row].append(q)
-                if len(tokens[row]) == lengths[row] or token in self.stop or passes[row] < stop.floor:
+                if distribution is not None:
+                    probabilities[row].append(distribution)
+                if len(tokens[row]) == lengths[row] or token in self.stop or pass_probability[row] < draft_stop.floor:
                     continue
-                going[row] = [token]
-                if pick is not None:
-                    grown[row] = torch.cat([grown[row], grown[row].new_full((1, 1), token)], 1)
-            drafting, new_tokens = list(going), going
+                still_drafting[row] = [token]
+                if pick_token is not None:
+                    extended_ids[row] = torch.cat([extended_ids[row], extended_ids[row].new_full((1, 1), token)], 1)
+            drafting, new_tokens = list(still_drafting), still_drafting
         self.last = [len(row_tokens) for row_tokens in tokens]
-        self.ahead = [max(0, fed - row_ids.shape[1]) for fed, row_ids in zip(self.fed, ids, strict=True)]
+        self.ahead = [max(0, num_fed - row_ids.shape[1]) for num_fed, row_ids in zip(self.fed, ids, strict=True)]
         return [
             (torch.tensor(row_tokens, dtype=torch.long), torch.stack(row_probs) if row_probs else None)
             for row_tokens, row_probs in zip(tokens, probabilities, strict=True)
@@ -126,25 +126,25 @@ class ModelRows:
     def _feed(self, new_tokens: dict[int, list[int]]) -> Tensor:
         """Feed the rows named their tokens -> the logits (rows named, V) float32 after the last of each."""
         longest = max(map(len, new_tokens.values()))
-        fed = torch.zeros(len(self.fed), longest, dtype=torch.long)
+        fed_tokens = torch.zeros(len(self.fed), longest, dtype=torch.long)
         for row, row_tokens in new_tokens.items():
-            fed[row, : len(row_tokens)] = torch.tensor(row_tokens)
-        fed = to_device(fed.clamp(max=self.num_tokens - 1), self.stepper.logits.device)
+            fed_tokens[row, : len(row_tokens)] = torch.tensor(row_tokens)
+        fed_tokens = to_device(fed_tokens.clamp(max=self.num_tokens - 1), self.stepper.logits.device)
         with torch.inference_mode():
-            logits = self.decoder.step_rows(fed)
-            ends = [(row, len(row_tokens) - 1) for row, row_tokens in new_tokens.items()]
-            logits = torch.stack([logits[row, end, : self.vocab] for row, end in ends])
+            logits = self.decoder.step_rows(fed_tokens)
+            last_indices = [(row, len(row_tokens) - 1) for row, row_tokens in new_tokens.items()]
+            logits = torch.stack([logits[row, last_index, : self.vocab] for row, last_index in last_indices])
         counts = [len(new_tokens.get(row, ())) for row in range(len(self.fed))]
-        self.decoder.rewind([longest - count for count in counts])
-        self.fed = [fed_columns + count for fed_columns, count in zip(self.fed, counts, strict=True)]
+        self.decoder.rewind([longest - row_count for row_count in counts])
+        self.fed = [fed_columns + row_count for fed_columns, row_count in zip(self.fed, counts, strict=True)]
         return logits.to(torch.float32, copy=True)
 
     def rewind(self, refused: list[int]) -> None:
         """Forget refused[i] proposed tokens of row i; the very last one was never fed to the model."""
         counts = zip(self.ahead, self.last, refused, strict=True)
-        self._back([ahead - (last - row_refused) for ahead, last, row_refused in counts])
+        self._back([num_fed - (num_proposed - row_refused) for num_fed, num_proposed, row_refused in counts])
 
     def _back(self, counts: list[int]) -> None:
-        counts = [max(0, count) for count in counts]
+        counts = [max(0, num_tokens) for num_tokens in counts]
         self.decoder.rewind(counts)
-        self.fed = [fed - count for fed, count in zip(self.fed, counts, strict=True)]
+        self.fed = [num_fed - num_tokens for num_fed, num_tokens in zip(self.fed, counts, strict=True)]

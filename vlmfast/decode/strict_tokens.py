@@ -23,8 +23,8 @@ COMPARISON = (
 WORDS = {"digits": NUMBERS.split(), "negation": NEGATION.split(), "comparison": COMPARISON.split()}
 
 
-def strict_tokens(tokenizer: Any, classes: Iterable[str], eos: Iterable[int], size: int) -> Tensor:
-    """(size,) bool over token ids: those in the word `classes` ("digits", "negation", "comparison") or in `eos`.
+def strict_tokens(tokenizer: Any, classes: Iterable[str], eos_ids: Iterable[int], vocabulary_size: int) -> Tensor:
+    """(vocabulary_size,) bool over token ids: those in `eos_ids` or in the word `classes` (keys of `WORDS`).
 
     tokenizer may be None when there are no classes. "digits" holds every token with a digit in it and the number
     words; a word that takes several tokens is recognised by its first one. Raises UserError for an unknown class.
@@ -33,35 +33,39 @@ def strict_tokens(tokenizer: Any, classes: Iterable[str], eos: Iterable[int], si
     unknown = set(classes) - set(WORDS)
     if unknown:
         raise UserError(f"unknown word class {sorted(unknown)[0]!r}; known: {', '.join(WORDS)}")
-    out = torch.zeros(size, dtype=torch.bool)
+    is_strict = torch.zeros(vocabulary_size, dtype=torch.bool)
     if classes:
         tables = _TABLES.setdefault(tokenizer, {})
-        if (classes, size) not in tables:
-            tables[classes, size] = _words(tokenizer, classes, size)
-        out |= tables[classes, size]
-    out[[i for i in eos if 0 <= i < size]] = True
-    return out
+        if (classes, vocabulary_size) not in tables:
+            tables[classes, vocabulary_size] = _words(tokenizer, classes, vocabulary_size)
+        is_strict |= tables[classes, vocabulary_size]
+    is_strict[[token_id for token_id in eos_ids if 0 <= token_id < vocabulary_size]] = True
+    return is_strict
 
 
 _TABLES: weakref.WeakKeyDictionary[Any, dict[tuple, Tensor]] = weakref.WeakKeyDictionary()  # by tokenizer
 
 
-def _words(tokenizer: Any, classes: tuple[str, ...], size: int) -> Tensor:
-    out = torch.zeros(size, dtype=torch.bool)
-    n = min(size, len(tokenizer))
+def _words(tokenizer: Any, classes: tuple[str, ...], vocabulary_size: int) -> Tensor:
+    is_strict = torch.zeros(vocabulary_size, dtype=torch.bool)
+    num_known = min(vocabulary_size, len(tokenizer))
     special = set(tokenizer.all_special_ids)
     if "digits" in classes:
-        tokens = tokenizer.convert_ids_to_tokens(list(range(n)))
-        numeric = [i for i, t in enumerate(tokens) if t and i not in special and any(c.isdigit() for c in t)]
-        out[numeric] = True
-    for name in classes:
-        for word in WORDS[name]:
-            for form in (word, word.capitalize(), " " + word, " " + word.capitalize()):
-                ids = tokenizer(form, add_special_tokens=False)["input_ids"]
-                start = next((i for i in ids if tokenizer.decode([i]).strip()), None)
-                if start is None or start >= size or start in special:
+        tokens = tokenizer.convert_ids_to_tokens(list(range(num_known)))
+        numeric = [
+            token_id
+            for token_id, token in enumerate(tokens)
+            if token and token_id not in special and any(character.isdigit() for character in token)
+        ]
+        is_strict[numeric] = True
+    for word_class in classes:
+        for word in WORDS[word_class]:
+            for spelling in (word, word.capitalize(), " " + word, " " + word.capitalize()):
+                word_ids = tokenizer(spelling, add_special_tokens=False)["input_ids"]
+                first_id = next((token_id for token_id in word_ids if tokenizer.decode([token_id]).strip()), None)
+                if first_id is None or first_id >= vocabulary_size or first_id in special:
                     continue
-                piece = tokenizer.decode([start]).strip().lower()
-                if piece == word or len(piece) >= 3:  # not a bare letter that starts many words
-                    out[start] = True
-    return out
+                decoded_text = tokenizer.decode([first_id]).strip().lower()
+                if decoded_text == word or len(decoded_text) >= 3:  # not a bare letter that starts many words
+                    is_strict[first_id] = True
+    return is_strict

@@ -44,15 +44,16 @@ class TargetAttention(Method):
 
     def choose(self, scores: Tensor) -> Tensor:
         """scores (n,) of one item -> kept indices (K,) int64, strictly ascending, K = max(1, round(keep * n))."""
-        n = scores.shape[0]
-        budget = max(1, round(self.keep * n))
-        order = ranking(scores)
-        held = scores[order].double().cumsum(0)
-        first = int((held < self.share * held[-1]).sum()) + 1 if self.share > 0 else 0
-        first = min(first, budget)
-        rest = order[first:].sort().values
-        steps = torch.arange(budget - first, device=scores.device) * len(rest) // max(1, budget - first)
-        return torch.cat([order[:first], rest[steps]]).sort().values
+        num_tokens = scores.shape[0]
+        budget = max(1, round(self.keep * num_tokens))
+        ranked_indices = ranking(scores)
+        cumulative_score = scores[ranked_indices].double().cumsum(0)
+        num_highest = int((cumulative_score < self.share * cumulative_score[-1]).sum()) + 1 if self.share > 0 else 0
+        num_highest = min(num_highest, budget)
+        remaining = ranked_indices[num_highest:].sort().values
+        num_even = budget - num_highest
+        even_places = torch.arange(num_even, device=scores.device) * len(remaining) // max(1, num_even)
+        return torch.cat([ranked_indices[:num_highest], remaining[even_places]]).sort().values
 
 
 class GuidedPruner:
@@ -72,6 +73,6 @@ class GuidedPruner:
         self.at += tokens.n
         if tokens.protected is None:
             return self.config.choose(scores)
-        body = (~tokens.protected).nonzero()[:, 0]
-        kept = body[self.config.choose(scores[body])]
-        return torch.cat([kept, tokens.protected.nonzero()[:, 0]]).sort().values
+        unprotected = (~tokens.protected).nonzero()[:, 0]
+        kept_indices = unprotected[self.config.choose(scores[unprotected])]
+        return torch.cat([kept_indices, tokens.protected.nonzero()[:, 0]]).sort().values

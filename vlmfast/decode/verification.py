@@ -31,14 +31,14 @@ def of_row(all_rows: Any, row: int) -> Any:
     """The processors of one batch row alone, for ids (1, L); `all_rows`: of types `BY_ROW`, or None."""
     if all_rows is None:
         return None
-    own = processors.LogitsProcessorList()
+    row_processors = processors.LogitsProcessorList()
     for processor in all_rows:
         padding = getattr(processor, "prompt_ignore_length", None)
         if torch.is_tensor(padding):
             processor = copy.copy(processor)
             processor.prompt_ignore_length = padding[row : row + 1]
-        own.append(processor)
-    return own
+        row_processors.append(processor)
+    return row_processors
 
 
 class TokenChooser:
@@ -47,7 +47,9 @@ class TokenChooser:
 
     def __init__(self, logits_processor: Any, sampling: bool, drawn: bool, graded: bool = False) -> None:
         self.processors = logits_processor if logits_processor is not None and len(logits_processor) else None
-        self.row_wise = self.processors is not None and all(isinstance(p, ROW_WISE) for p in self.processors)
+        self.row_wise = self.processors is not None and all(
+            isinstance(processor, ROW_WISE) for processor in self.processors
+        )
         self.sampling, self.drawn, self.graded = sampling, drawn, graded
 
     @property
@@ -55,9 +57,9 @@ class TokenChooser:
         """True when a draft may take its argmax."""
         return self.processors is None and not self.drawn and not self.graded
 
-    def process(self, ids: Tensor, logits: Tensor) -> Tensor:
+    def process(self, token_ids: Tensor, logits: Tensor) -> Tensor:
         """ids (1, L), logits (1, V) -> processed scores (1, V)."""
-        return logits if self.processors is None else self.processors(ids, logits)
+        return logits if self.processors is None else self.processors(token_ids, logits)
 
     def choose(self, scores: Tensor) -> int:
         """scores (V,) -> the target's choice, drawn exactly as `generate` draws it."""
@@ -65,13 +67,13 @@ class TokenChooser:
             return int(torch.multinomial(scores[None].softmax(-1), 1))
         return int(scores.argmax())
 
-    def for_draft(self, ids: Tensor, logits: Tensor) -> tuple[int, Tensor | None]:
+    def for_draft(self, token_ids: Tensor, logits: Tensor) -> tuple[int, Tensor | None]:
         """The draft's choice and its distribution (see `core.Draft`)."""
-        scores = self.process(ids, logits.clone())[0]
-        q = scores.softmax(-1) if self.drawn or self.graded else None
-        if not self.drawn or q is None:
-            return int(scores.argmax()), q
-        return int(torch.multinomial(q, 1)), q
+        scores = self.process(token_ids, logits.clone())[0]
+        draft_probs = scores.softmax(-1) if self.drawn or self.graded else None
+        if not self.drawn or draft_probs is None:
+            return int(scores.argmax()), draft_probs
+        return int(torch.multinomial(draft_probs, 1)), draft_probs
 
 
 class VerifiedLogits:
@@ -96,23 +98,23 @@ class VerifiedLogits:
         elif self.batch is not None and not choice.sampling:
             self.picked = dict(enumerate(self.batch.argmax(-1).tolist()))
 
-    def score(self, i: int) -> Tensor:
+    def score(self, position: int) -> Tensor:
         """Processed scores (V,) float32 of row i, under the ids that lead to it."""
         if self.batch is not None:
-            return self.batch[i]
-        if i not in self.done:
-            ids = self.ids
-            if i and self.draft is not None:
-                ids = torch.cat([ids, self.draft[None, :i]], 1)
-            self.done[i] = self.choice.process(ids, self.logits[i : i + 1].clone())[0]
-        return self.done[i]
+            return self.batch[position]
+        if position not in self.done:
+            token_ids = self.ids
+            if position and self.draft is not None:
+                token_ids = torch.cat([token_ids, self.draft[None, :position]], 1)
+            self.done[position] = self.choice.process(token_ids, self.logits[position : position + 1].clone())[0]
+        return self.done[position]
 
-    def pick(self, i: int) -> int:
+    def pick(self, position: int) -> int:
         """The target's choice at row i."""
-        if i not in self.picked:
-            self.picked[i] = self.choice.choose(self.score(i))
-        return self.picked[i]
+        if position not in self.picked:
+            self.picked[position] = self.choice.choose(self.score(position))
+        return self.picked[position]
 
-    def kept(self, i: int) -> tuple[Tensor, Tensor]:
+    def kept(self, position: int) -> tuple[Tensor, Tensor]:
         """Processed scores and raw logits of row i, (1, V) each, as `generate` returns them."""
-        return self.score(i)[None].clone(), self.logits[i : i + 1].clone()
+        return self.score(position)[None].clone(), self.logits[position : position + 1].clone()

@@ -72,7 +72,7 @@ def of_url(url: str, timeout: float, progress: dict[str, float]) -> Iterator[Sta
     if scheme.startswith("rtsp"):
         options["rtsp_transport"] = "tcp"  # UDP loses packets, and firewalls drop it
     end_time: float | None = None  # media time, where the length is known
-    begun = False
+    frame_received = False
     try:
         with av.open(url, options=options, timeout=(timeout, timeout)) as container:
             if not container.streams.video:
@@ -85,21 +85,21 @@ def of_url(url: str, timeout: float, progress: dict[str, float]) -> Iterator[Sta
             arrival = bool(_UNSTAMPED & set(container.format.name.split(",")))
             convert: Conversion | None = None
             for frame in _tolerant(container, stream):
-                begun = True
+                frame_received = True
                 convert = convert or Conversion(frame_orientation(frame, stream, without_secrets(url)))
-                stamp = None if frame.pts is None else float(frame.pts * stream.time_base)
-                stamp = time.monotonic() if arrival else stamp
-                if end_time is not None and stamp is not None:
-                    if stamp <= progress.get("until", -np.inf):
+                timestamp = None if frame.pts is None else float(frame.pts * stream.time_base)
+                timestamp = time.monotonic() if arrival else timestamp
+                if end_time is not None and timestamp is not None:
+                    if timestamp <= progress.get("until", -np.inf):
                         continue
-                    progress["until"] = stamp
-                yield partial(of_video, convert, frame), stamp
+                    progress["until"] = timestamp
+                yield partial(of_video, convert, frame), timestamp
     except av.error.ExitError:  # what PyAV's timeout looks like
         raise Lost(f"no answer for {timeout:g} s") from None
-    except av.error.FFmpegError as e:
+    except av.error.FFmpegError as av_error:
         # Without a length in its header an HTTP stream's end looks like this to libav: no failure by itself.
-        if not (begun and e.errno in (errno.EIO, errno.ECONNRESET, errno.EPIPE)):
-            raise Lost(reason(e)) from None
+        if not (frame_received and av_error.errno in (errno.EIO, errno.ECONNRESET, errno.EPIPE)):
+            raise Lost(reason(av_error)) from None
     if end_time is not None and progress.get("until", -np.inf) >= end_time - 1.0:
         raise Finished
 
@@ -113,10 +113,10 @@ def _tolerant(container: Any, stream: Any) -> Iterator[Any]:
         for packet in container.demux(stream):
             try:
                 frames = packet.decode()
-            except av.error.InvalidDataError as e:
+            except av.error.InvalidDataError as av_error:
                 num_broken += 1
                 if num_broken > 250:  # ten seconds of nothing but noise
-                    raise Lost(reason(e)) from None
+                    raise Lost(reason(av_error)) from None
                 continue
             for frame in frames:
                 num_broken = 0

@@ -35,9 +35,9 @@ class Conversion:
         """The frames converted, in order: in threads of their own, while the next ones are decoded."""
         workers = min(_MOST_THREADS, os.cpu_count() or 1)
         waiting: deque[Future[NDArray[np.uint8]]] = deque()
-        with ThreadPoolExecutor(workers, "conversion") as pool:
+        with ThreadPoolExecutor(workers, "conversion") as executor:
             for frame in frames:
-                waiting.append(pool.submit(self, frame, size))
+                waiting.append(executor.submit(self, frame, size))
                 if len(waiting) > workers:  # no more decoded frames than that are held
                     yield waiting.popleft().result()
             while waiting:
@@ -63,11 +63,11 @@ class Conversion:
 
         if not hasattr(self._of_thread, "reformatter"):
             self._of_thread.reformatter = VideoReformatter()
-        how = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-        small = self._of_thread.reformatter.reformat(
-            frame, width=size[1], height=size[0], format="rgb24", interpolation=how, threads=1
+        scaling_flags = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+        scaled_frame = self._of_thread.reformatter.reformat(
+            frame, width=size[1], height=size[0], format="rgb24", interpolation=scaling_flags, threads=1
         )
-        pixels: NDArray[np.uint8] = small.to_ndarray()
+        pixels: NDArray[np.uint8] = scaled_frame.to_ndarray()
         return pixels
 
 
@@ -78,5 +78,5 @@ def of_video(convert: Conversion, frame: Any, target: Target) -> NDArray[np.uint
 
 def of_picture(picture: Callable[[], NDArray[np.uint8]], target: Target) -> NDArray[np.uint8]:
     """The pixels that `picture` gives, at the size that `target` says."""
-    image = picture()
-    return resize(image, target((image.shape[0], image.shape[1])))
+    pixels = picture()
+    return resize(pixels, target((pixels.shape[0], pixels.shape[1])))

@@ -29,7 +29,7 @@ def require(backend: str) -> None:
     if backend not in BACKENDS:
         raise UserError(f"unknown video backend {backend!r}; choose one of {', '.join(BACKENDS)}")
     if importlib.util.find_spec(BACKENDS[backend]) is None:
-        installed = [other for other, module in BACKENDS.items() if importlib.util.find_spec(module)]
+        installed = [name for name, module_name in BACKENDS.items() if importlib.util.find_spec(module_name)]
         raise UserError(
             f"the video backend {backend!r} is not installed; pip install {_PIP[backend]}, "
             f"or use {' or '.join(map(repr, installed)) or 'another one'}"
@@ -76,19 +76,19 @@ def thumbnails(index: Index, side: int) -> Iterator[NDArray[np.uint8]]:
 
 
 def _pyav(index: Index, wanted: NDArray[np.int64]) -> Iterator[Any]:
-    stamps = index.pts
-    if stamps is None:
+    shown_stamps = index.pts
+    if shown_stamps is None:
         remaining = iter(wanted.tolist())
-        target = next(remaining, None)
+        next_number = next(remaining, None)
         with open_video(index.path) as (container, stream):
-            for number, frame in enumerate(frames_of(container, stream, index.path)):
-                if target is None:
+            for frame_number, frame in enumerate(frames_of(container, stream, index.path)):
+                if next_number is None:
                     return
-                if number == target:
+                if frame_number == next_number:
                     yield frame
-                    target = next(remaining, None)
+                    next_number = next(remaining, None)
         return
-    targets = stamps[wanted]
+    targets = shown_stamps[wanted]
     num_done = 0
     # a second time every frame in turn, should a seek ever land behind its target, or a frame be missed by skipping
     for in_turn in (False, True):
@@ -96,17 +96,18 @@ def _pyav(index: Index, wanted: NDArray[np.int64]) -> Iterator[Any]:
         with open_video(index.path) as (container, stream):
             frames = frames_of(container, stream, index.path, None, skipping)
             decoded = -1  # the number of the last decoded frame
-            for target in targets[num_done:].tolist():
-                key_index = np.searchsorted(index.keys, target, side="right") - 1
-                start_number = int(np.searchsorted(stamps, index.keys[key_index])) if key_index >= 0 else 0
+            for target_stamp in targets[num_done:].tolist():
+                key_index = np.searchsorted(index.keys, target_stamp, side="right") - 1
+                start_number = int(np.searchsorted(shown_stamps, index.keys[key_index])) if key_index >= 0 else 0
                 if not in_turn and start_number - decoded > _SEEK_PAYS:
                     frames.close()
                     container.seek(int(index.keys[key_index]), stream=stream, backward=True)
                     frames = frames_of(container, stream, index.path, None, skipping)
                 shown_frame = next(
-                    (candidate for candidate in frames if candidate.pts is not None and candidate.pts >= target), None
+                    (candidate for candidate in frames if candidate.pts is not None and candidate.pts >= target_stamp),
+                    None,
                 )
-                if shown_frame is None or shown_frame.pts != target:
+                if shown_frame is None or shown_frame.pts != target_stamp:
                     break
                 decoded = int(wanted[num_done])
                 num_done += 1
@@ -128,18 +129,20 @@ def _decord(index: Index, wanted: NDArray[np.int64]) -> Iterator[NDArray[np.uint
         raise UserError(f"decord misnumbers the frames of {index.path}; use backend='pyav', or convert it to mp4")
     decord.logging.set_level(decord.logging.QUIET)
     try:
-        reader = decord.VideoReader(str(index.path.absolute()), num_threads=2)
-        if len(reader) != len(index):
-            raise UserError(f"decord sees {len(reader)} of {len(index)} frames in {index.path}; use backend='pyav'")
+        video_reader = decord.VideoReader(str(index.path.absolute()), num_threads=2)
+        if len(video_reader) != len(index):
+            num_seen = f"{len(video_reader)} of {len(index)} frames"
+            raise UserError(f"decord sees {num_seen} in {index.path}; use backend='pyav'")
         decoded = 0
-        for number in wanted.tolist():  # its random access is not exact in open groups of pictures, so it walks too
-            while decoded <= number:
-                frame = reader.next()
+        # its random access is not exact in open groups of pictures, so every frame is decoded in turn
+        for frame_number in wanted.tolist():
+            while decoded <= frame_number:
+                frame = video_reader.next()
                 decoded += 1
             yield frame.asnumpy()
     except (decord.DECORDError, RuntimeError, StopIteration) as error:
-        reason = " ".join(str(error).split())[-80:]
-        raise UserError(f"decord cannot decode {index.path} ({reason}); use backend='pyav'") from None
+        error_text = " ".join(str(error).split())[-80:]
+        raise UserError(f"decord cannot decode {index.path} ({error_text}); use backend='pyav'") from None
 
 
 def _opencv(index: Index, wanted: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
@@ -149,10 +152,10 @@ def _opencv(index: Index, wanted: NDArray[np.int64]) -> Iterator[NDArray[np.uint
     try:
         capture.set(cv2.CAP_PROP_ORIENTATION_AUTO, 0)  # we set frames upright ourselves, alike for every backend
         num_passed = 0
-        for number in wanted.tolist():  # its seeks are not frame-exact, so it walks
-            while num_passed < number and capture.grab():
+        for frame_number in wanted.tolist():  # its seeks are not frame-exact
+            while num_passed < frame_number and capture.grab():
                 num_passed += 1
-            delivered, frame = capture.read() if num_passed == number else (False, None)
+            delivered, frame = capture.read() if num_passed == frame_number else (False, None)
             if not delivered or frame is None:
                 raise UserError(f"opencv stops at frame {num_passed} of {index.path}; use backend='pyav'")
             num_passed += 1

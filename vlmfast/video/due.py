@@ -46,18 +46,18 @@ class DueStamps(Container[int]):
     def ahead(self, packets: Iterable[Any]) -> Iterator[Any]:
         """The packets as they come, each when it is decided whether its frame is due."""
         waiting: deque[Any] = deque()
-        shown: list[int] = []
+        shown_stamps: list[int] = []
         for packet in packets:
             waiting.append(packet)
             if packet.pts is not None and not packet.is_discard:
                 self._lost |= packet.pts <= self._decided
-                heapq.heappush(shown, packet.pts)
-            while len(shown) > _AHEAD:
-                self._decide(heapq.heappop(shown))
+                heapq.heappush(shown_stamps, packet.pts)
+            while len(shown_stamps) > _AHEAD:
+                self._decide(heapq.heappop(shown_stamps))
             while waiting and (self._lost or waiting[0].pts is None or waiting[0].pts <= self._decided):
                 yield waiting.popleft()
-        while shown:
-            self._decide(heapq.heappop(shown))
+        while shown_stamps:
+            self._decide(heapq.heappop(shown_stamps))
         yield from waiting
 
     def _decide(self, stamp: int) -> None:

@@ -75,28 +75,28 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
     import av
 
     path = regular(path, "file")
-    with path.open("rb") as file:
-        head = file.read(16).lstrip().lower()
-    if head.startswith((b"#extm3u", b"ffconcat")):
+    with path.open("rb") as video_file:
+        first_bytes = video_file.read(16).lstrip().lower()
+    if first_bytes.startswith((b"#extm3u", b"ffconcat")):
         # A playlist would make libav open files and addresses that the user never named.
         raise UserError(f"{path} is a playlist, not a video; give the video itself, or the stream's URL")
     try:
         # The protocol is spelled out so that a name like "http:x" or "concat:a|b" stays a file name.
         options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS, **LIMITS}
         container = av.open(f"file:{path.absolute()}", options=options)
-    except (av.error.FFmpegError, ValueError) as e:
+    except (av.error.FFmpegError, ValueError) as av_error:
         raise UserError(
-            f"{path} cannot be read as a video ({reason(e)}): it is damaged, cut short or not a video; "
+            f"{path} cannot be read as a video ({reason(av_error)}): it is damaged, cut short or not a video; "
             "check that it plays, or copy it again"
         ) from None
     with container:
         streams = [
             track for track in container.streams.video if not track.disposition & 0x400
         ]  # 0x400: a cover picture
-        name = container.format.name
-        if name == "image2" or name.endswith("_pipe"):
+        format_name = container.format.name
+        if format_name == "image2" or format_name.endswith("_pipe"):
             raise UserError(f"{path} is a picture, not a video; give it as an image")
-        if not streams or name == "tty":  # libav takes any .txt for terminal art
+        if not streams or format_name == "tty":  # libav takes any .txt for terminal art
             raise UserError(f"{path} is not a video (it has no video track); give a file such as mp4, mkv or webm")
         limit_decoder(streams[0], path)
         streams[0].thread_type = "AUTO"  # by frames and by slices, on all cores
@@ -140,23 +140,25 @@ class PacketCount:
         """Raises UserError when the header promises clearly more than the file holds."""
         formats = set(container.format.name.split(","))
         least_shares = {"mp4": 1.0, "avi": 0.9}  # AVI also counts frames that only repeat the one before
-        num_needed = max((part * stream.frames for name, part in least_shares.items() if name in formats), default=0.0)
+        shares = [least_share for format_name, least_share in least_shares.items() if format_name in formats]
+        num_needed = max(shares, default=0.0) * stream.frames
         if self.packets < num_needed:
-            actual = f"{self.packets} of the {stream.frames} frames"
+            what_is_there = f"{self.packets} of the {stream.frames} frames"
         elif "matroska" in formats and self.first is not None and (promised := _promised(container, stream)):
-            unit = float(stream.time_base)
-            span = ((self.last or 0) - self.first + self.last_duration) * unit
+            stamp_seconds = float(stream.time_base)
+            held_seconds = ((self.last or 0) - self.first + self.last_duration) * stamp_seconds
             track_length = (
                 "DURATION" in stream.metadata
             )  # the track's own length, but for how long its last frame is shown
-            if span > promised - (1.5 * self.longest * unit + 0.04 if track_length else max(0.5, 0.02 * promised)):
+            tolerance = 1.5 * self.longest * stamp_seconds + 0.04 if track_length else max(0.5, 0.02 * promised)
+            if held_seconds > promised - tolerance:
                 return
-            actual = f"{span:.1f} of the {promised:.1f} seconds"
+            what_is_there = f"{held_seconds:.1f} of the {promised:.1f} seconds"
         else:
             return
         raise UserError(
-            f"{path} is truncated: it holds {actual} its header announces; copy it again, or keep what is there with: "
-            f"ffmpeg -i {path.name} -c copy whole.mkv"
+            f"{path} is truncated: it holds {what_is_there} its header announces; copy it again, or keep what is there "
+            f"with: ffmpeg -i {path.name} -c copy whole.mkv"
         )
 
 
@@ -169,8 +171,9 @@ def can_skip(stream: Any, frame: Any) -> bool:
     context = stream.codec_context
     if frame.interlaced_frame:
         return False
-    header = context.extradata or b""
-    one_layer = len(header) > 21 and header[0] == 1 and (header[21] >> 3) & 7 == 1  # numTemporalLayers of an hvcC
+    codec_header = context.extradata or b""
+    is_hvcc = len(codec_header) > 21 and codec_header[0] == 1
+    one_layer = is_hvcc and (codec_header[21] >> 3) & 7 == 1  # its numTemporalLayers
     return context.name in ("h264", "mpeg2video") or (context.name == "hevc" and one_layer)
 
 
@@ -184,7 +187,7 @@ def frames_of(
     """
     import av
 
-    last: float | None = None
+    last_seconds: float | None = None
     packets = container.demux(stream)
     try:
         for packet in wanted.ahead(packets) if isinstance(wanted, DueStamps) else packets:
@@ -193,12 +196,12 @@ def frames_of(
             if wanted is not None:  # holds for this packet alone, also with several decoding threads
                 stream.codec_context.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in wanted else "NONREF"
             for frame in packet.decode():
-                last = frame.time
+                last_seconds = frame.time
                 yield frame
-    except av.error.FFmpegError as e:
-        location = "at its start" if last is None else f"after {last:.2f} s"
+    except av.error.FFmpegError as av_error:
+        location = "at its start" if last_seconds is None else f"after {last_seconds:.2f} s"
         raise UserError(
-            f"{path} is damaged {location} ({reason(e)}); copy it again, or repair it with: "
+            f"{path} is damaged {location} ({reason(av_error)}); copy it again, or repair it with: "
             f"ffmpeg -err_detect ignore_err -i {path.name} repaired.mp4"
         ) from None
 
@@ -221,60 +224,53 @@ def read_index(path: Path) -> Index:
     import av
 
     with open_video(path) as (container, stream):
-        first = next(frames_of(container, stream, path), None)
-        if first is None:
+        first_frame = next(frames_of(container, stream, path), None)
+        if first_frame is None:
             raise UserError(f"{path} has no frames; check that it plays, or record it again")
-        size, upright = (first.height, first.width), frame_orientation(first, stream, path)
-        skips = can_skip(stream, first)
-        rate = float(stream.guessed_rate or stream.average_rate or 0)
-        average, unit = float(stream.average_rate or 0), float(stream.time_base)
-        name, exact = container.format.name, stamped(container)
-    pts, keys, count = [], [], PacketCount()
+        stored_size, orientation = (first_frame.height, first_frame.width), frame_orientation(first_frame, stream, path)
+        skippable = can_skip(stream, first_frame)
+        nominal_fps = float(stream.guessed_rate or stream.average_rate or 0)
+        average_fps, stamp_seconds = float(stream.average_rate or 0), float(stream.time_base)
+        format_name, stamps_exact = container.format.name, stamped(container)
+    packet_stamps, key_stamps, packet_count = [], [], PacketCount()
     with open_video(path) as (container, stream):
         try:
             for packet in container.demux(stream):
-                if not count.add(packet):
+                if not packet_count.add(packet):
                     continue
-                exact &= packet.pts is not None
+                stamps_exact &= packet.pts is not None
                 if packet.pts is None or packet.is_discard:
                     continue  # decoded for others to refer to, never shown
-                pts.append(packet.pts)
+                packet_stamps.append(packet.pts)
                 if packet.is_keyframe:
-                    keys.append(packet.pts)
-        except av.error.FFmpegError as e:
-            raise UserError(f"{path} is damaged after {count.packets} frames ({reason(e)}); copy it again") from None
-        count.check(path, container, stream)
-    order = np.unique(np.asarray(pts, np.int64))
-    if exact and len(order) == len(pts) and first.pts == order[0]:
-        times = (order - order[0]) * unit
-        return Index(
-            path,
-            times,
-            order,
-            np.sort(np.asarray(keys, np.int64)),
-            *_rate_and_duration(times, average),
-            size,
-            upright,
-            name,
-            skips,
-        )
+                    key_stamps.append(packet.pts)
+        except av.error.FFmpegError as av_error:
+            location = f"after {packet_count.packets} frames"
+            raise UserError(f"{path} is damaged {location} ({reason(av_error)}); copy it again") from None
+        packet_count.check(path, container, stream)
+    shown_stamps = np.unique(np.asarray(packet_stamps, np.int64))
+    if stamps_exact and len(shown_stamps) == len(packet_stamps) and first_frame.pts == shown_stamps[0]:
+        timestamps = (shown_stamps - shown_stamps[0]) * stamp_seconds
+        keys, rates = np.sort(np.asarray(key_stamps, np.int64)), _rate_and_duration(timestamps, average_fps)
+        return Index(path, timestamps, shown_stamps, keys, *rates, stored_size, orientation, format_name, skippable)
     with open_video(path) as (container, stream):
-        stamps = [timestamp_of(container, frame) for frame in frames_of(container, stream, path)]
-    times = np.asarray([np.nan if stamp is None else stamp for stamp in stamps], np.float64)
-    if not np.all(np.diff(times) > 0):  # stamps missing or not in order: the nominal rate is all there is
-        times = np.arange(len(stamps)) / (rate or 25.0)
-    times = times - times[0]
-    return Index(path, times, None, np.empty(0, np.int64), *_rate_and_duration(times, rate), size, upright, name)
+        frame_seconds = [timestamp_of(container, frame) for frame in frames_of(container, stream, path)]
+    timestamps = np.asarray([np.nan if seconds is None else seconds for seconds in frame_seconds], np.float64)
+    if not np.all(np.diff(timestamps) > 0):  # stamps missing or not in order: the nominal rate is all there is
+        timestamps = np.arange(len(frame_seconds)) / (nominal_fps or 25.0)
+    timestamps = timestamps - timestamps[0]
+    rates = _rate_and_duration(timestamps, nominal_fps)
+    return Index(path, timestamps, None, np.empty(0, np.int64), *rates, stored_size, orientation, format_name)
 
 
-def _rate_and_duration(times: NDArray[np.float64], nominal: float) -> tuple[float, float]:
+def _rate_and_duration(timestamps: NDArray[np.float64], nominal: float) -> tuple[float, float]:
     """(fps, duration). The container's nominal rate is kept where the stamps bear it out (they may be rounded)."""
-    if len(times) == 1:
+    if len(timestamps) == 1:
         fps = nominal or 25.0
         return fps, 1 / fps
-    measured = (len(times) - 1) / times[-1]
+    measured = (len(timestamps) - 1) / timestamps[-1]
     fps = nominal if nominal and abs(nominal / measured - 1) < 0.02 else measured
-    return float(fps), float(times[-1] + np.median(np.diff(times)))
+    return float(fps), float(timestamps[-1] + np.median(np.diff(timestamps)))
 
 
 def _promised(container: Any, stream: Any) -> float | None:

@@ -46,8 +46,8 @@ def target(upright: tuple[int, int], size: Size, frames: int = 1) -> tuple[int, 
         return size(frames, *upright)
     if not isinstance(size, int):
         return size[0], size[1]
-    scale = min(1.0, size / max(upright))
-    return max(1, round(upright[0] * scale)), max(1, round(upright[1] * scale))
+    scale_factor = min(1.0, size / max(upright))
+    return max(1, round(upright[0] * scale_factor)), max(1, round(upright[1] * scale_factor))
 
 
 def resize(frame: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -78,10 +78,10 @@ def _pixels(image: Any) -> NDArray[np.uint8]:
     """A PIL image upright (EXIF honoured) as (H, W, 3) uint8; transparency is dropped, 16 bits become 8."""
     from PIL import ImageOps
 
-    kind = image.format
+    file_format = image.format
     image = ImageOps.exif_transpose(image)
-    deep = image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM"))  # grey, 16 bits
-    if deep:
+    grey_16_bits = image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM"))
+    if grey_16_bits:
         return np.repeat((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
     if image.mode in ("I", "F"):
         raise UserError(
@@ -99,14 +99,15 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
     if path.stat().st_size > MOST_PICTURE_BYTES:
         raise UserError(f"{path} has more than {MOST_PICTURE_BYTES >> 20} MiB; scale the picture down first")
     try:
-        with Image.open(path, formats=FORMATS) as file:
-            check_pixels(path, file.height, file.width)
-            if getattr(file, "is_animated", False) and file.format != "MPO":  # phones hide more pictures in a JPEG
+        with Image.open(path, formats=FORMATS) as picture:
+            check_pixels(path, picture.height, picture.width)
+            animated = getattr(picture, "is_animated", False)
+            if animated and picture.format != "MPO":  # phones hide more pictures in a JPEG
                 raise UserError(
-                    f"{path} holds {getattr(file, 'n_frames', 'several')} pictures; give an animation as a video, "
+                    f"{path} holds {getattr(picture, 'n_frames', 'several')} pictures; give an animation as a video, "
                     "or save the one you mean"
                 )
-            yield file
+            yield picture
     except UserError as error:
         raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
     except Image.DecompressionBombError:
@@ -116,9 +117,9 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
     except MemoryError:
         raise UserError(f"{path} does not fit into memory; scale it down first") from None
     except Exception as error:  # PIL raises OSError, SyntaxError, struct.error, ValueError ... for broken files
-        reason = " ".join(str(error).split()) or type(error).__name__
+        error_text = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"{path} cannot be read as a picture ({reason:.120}); check that it opens, or copy it again"
+            f"{path} cannot be read as a picture ({error_text:.120}); check that it opens, or copy it again"
         ) from None
 
 
@@ -128,16 +129,16 @@ def read_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
     Raises UserError for a missing, broken, truncated, zero-size, huge or animated image, for a kind not in FORMATS
     and for what is no regular file.
     """
-    with _opened(path) as file:
-        return as_frame(file)
+    with _opened(path) as picture:
+        return as_frame(picture)
 
 
 def image_size(path: Path) -> tuple[int, int]:
     """(height, width) upright, from the header alone. Raises UserError as `read_image`."""
-    with _opened(path) as file:
+    with _opened(path) as picture:
         # EXIF orientations 5 to 8 lie on their side; of a TIFF, PIL gives the upright size itself.
-        sideways = file.format != "TIFF" and file.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-        return (file.width, file.height) if sideways else (file.height, file.width)
+        sideways = picture.format != "TIFF" and picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        return (picture.width, picture.height) if sideways else (picture.height, picture.width)
 
 
 def folder_images(path: Path) -> list[Path]:
@@ -145,15 +146,16 @@ def folder_images(path: Path) -> list[Path]:
 
     Raises UserError for a folder without images.
     """
-    files = [file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
-    if not files:
+    visible = [file for file in path.iterdir() if not file.name.startswith(".")]
+    picture_files = [file for file in visible if file.suffix.lower() in SUFFIXES]
+    if not picture_files:
         raise UserError(f"{path} holds no pictures ({', '.join(sorted(SUFFIXES))}); give a folder of frames")
-    files.sort(
+    picture_files.sort(
         key=lambda file: [
             (int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", file.name.lower())
         ]
     )
-    return files
+    return picture_files
 
 
 def check_one_size(files: list[Path]) -> None:
@@ -211,12 +213,12 @@ def matrix_orientation(matrix: tuple[int, ...]) -> Orientation:
     A stored point (x, y), y downwards, is shown at (a x + c y, b x + d y); scale and offset do not matter. Raises
     UserError for anything but quarter turns and mirrors of those.
     """
-    a, b, c, d = matrix[0], matrix[1], matrix[3], matrix[4]
-    straight, quarter = min(abs(a), abs(d)), min(abs(b), abs(c))
-    if 10 * max(abs(b), abs(c)) < straight:
-        return Orientation(False, d < 0, a < 0)
-    if 10 * max(abs(a), abs(d)) < quarter:
-        return Orientation(True, b < 0, c < 0)
+    x_to_x, x_to_y, y_to_x, y_to_y = matrix[0], matrix[1], matrix[3], matrix[4]
+    unturned, turned = min(abs(x_to_x), abs(y_to_y)), min(abs(x_to_y), abs(y_to_x))
+    if 10 * max(abs(x_to_y), abs(y_to_x)) < unturned:
+        return Orientation(False, y_to_y < 0, x_to_x < 0)
+    if 10 * max(abs(x_to_x), abs(y_to_y)) < turned:
+        return Orientation(True, x_to_y < 0, y_to_x < 0)
     raise UserError(
         "it asks to be shown slanted or squeezed to a line (its display matrix is no quarter turn); "
         "re-encode it upright"
@@ -226,12 +228,12 @@ def matrix_orientation(matrix: tuple[int, ...]) -> Orientation:
 def frame_orientation(frame: Any, stream: Any, name: object) -> Orientation:
     """The orientation that a decoded av.VideoFrame carries, with the pixel shape that its stream announces (between a
     quarter and four; what lies beyond is no camera's). Raises UserError, naming the file, as `matrix_orientation`."""
-    shape = Fraction(stream.sample_aspect_ratio or 1)
-    stretch = shape if Fraction(1, 4) <= shape <= 4 else Fraction(1)
-    for data in frame.side_data:
-        if data.type.name == "DISPLAYMATRIX":
+    pixel_aspect = Fraction(stream.sample_aspect_ratio or 1)
+    stretch = pixel_aspect if Fraction(1, 4) <= pixel_aspect <= 4 else Fraction(1)
+    for metadata in frame.side_data:
+        if metadata.type.name == "DISPLAYMATRIX":
             try:
-                orientation = matrix_orientation(struct.unpack("=9i", bytes(data)[:36]))
+                orientation = matrix_orientation(struct.unpack("=9i", bytes(metadata)[:36]))
                 return replace(orientation, stretch=stretch)
             except UserError as error:
                 raise UserError(f"{name} cannot be shown upright: {error}") from None

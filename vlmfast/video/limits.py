@@ -25,8 +25,9 @@ def regular(path: str | os.PathLike[str], kind: str) -> Path:
     except FileNotFoundError:
         raise UserError(f"no such {kind}: {path}; check the name") from None
     except (OSError, ValueError, TypeError) as error:  # a loop of links, a name that is too long or holds a zero byte
-        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
-        raise UserError(f"{os.fspath(path)!r:.200} cannot be opened as a {kind} ({reason}); check the name") from None
+        error_text = " ".join(str(getattr(error, "strerror", None) or error).split())
+        shown_path = f"{os.fspath(path)!r:.200}"
+        raise UserError(f"{shown_path} cannot be opened as a {kind} ({error_text}); check the name") from None
     if stat.S_ISDIR(file_status.st_mode):
         raise UserError(
             f"{path} is a folder, not a {kind}; give one file" + ", or the folder as a video" * (kind == "picture")

@@ -63,8 +63,8 @@ class Clock:
             seconds = self.last + (self.step if self.away is None else max(self.step, self.away))
         else:
             if self.away is not None:  # the same clock, if it moved on by about as long as we were away
-                moved = None if self.stamp is None else stamp - self.stamp
-                if moved is None or not 0 < moved < self.away + 10:
+                stamp_interval = None if self.stamp is None else stamp - self.stamp
+                if stamp_interval is None or not 0 < stamp_interval < self.away + 10:
                     self.offset = self.last + max(self.step, self.away) - stamp
             seconds = stamp + self.offset
             if seconds <= self.last:  # the clock was set back
@@ -101,11 +101,12 @@ def open_source(
     come back. A first connection that fails is not tried again.
     """
     images.check_size(size)
-    for name, value in (("fps", fps), ("sample_fps", sample_fps), ("backoff", backoff), ("timeout", timeout)):
-        if value is not None:
-            checked(name, value, PositiveFloat, "open_source")
+    positive = {"fps": fps, "sample_fps": sample_fps, "backoff": backoff, "timeout": timeout}
+    for option_name, option_value in positive.items():
+        if option_value is not None:
+            checked(option_name, option_value, PositiveFloat, "open_source")
     checked("reconnect", reconnect, NonNegativeInt, "open_source", 5)
-    step = 1.0 if fps is None else 1 / fps
+    frame_interval = 1.0 if fps is None else 1 / fps
     if realtime and (isinstance(source, int) or (isinstance(source, str) and "://" in source)):
         raise UserError("realtime= is for files, folders and iterables; cameras and URLs set their own pace")
     if isinstance(source, int):
@@ -114,39 +115,39 @@ def open_source(
         frames = _reconnecting(f"camera {source}", lambda: of_camera(source), reconnect, backoff)
         return _deliver(frames, sample_fps, size, False)
     if isinstance(source, str) and "://" in source:
-        scheme, _, rest = source.partition("://")
-        url = f"{scheme.lower()}://{rest}"
+        scheme, _, address = source.partition("://")
+        url = f"{scheme.lower()}://{address}"
         if scheme.lower() not in SCHEMES or not well_formed(url):
             raise UserError(
                 f"cannot open {without_secrets(url)}; a URL must begin with {', '.join(SCHEMES)} and name a host"
             )
-        seen: dict[str, float] = {}
-        frames = _reconnecting(without_secrets(url), lambda: of_url(url, timeout, seen), reconnect, backoff)
+        progress: dict[str, float] = {}
+        frames = _reconnecting(without_secrets(url), lambda: of_url(url, timeout, progress), reconnect, backoff)
         return _deliver(frames, sample_fps, size, False)
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         if os.path.isdir(path):
-            files = images.folder_images(path)
+            picture_files = images.folder_images(path)
             if not isinstance(size, tuple):
-                images.check_one_size(files)
-            pairs = (
-                (partial(of_picture, partial(images.read_image, file)), number * step)
-                for number, file in enumerate(files)
+                images.check_one_size(picture_files)
+            timed_frames = (
+                (partial(of_picture, partial(images.read_image, picture_file)), frame_index * frame_interval)
+                for frame_index, picture_file in enumerate(picture_files)
             )
-            return _deliver(pairs, sample_fps, size, realtime)
+            return _deliver(timed_frames, sample_fps, size, realtime)
         if fps is not None:
             raise UserError(f"fps= is for folders and bare frames; {path} has its own timestamps (sample_fps= thins)")
         with open_video(path):
-            pass  # whatever is wrong with it is said now
+            pass  # whatever is wrong with it is raised now
         return _deliver(_file(path, sample_fps), sample_fps, size, realtime)
     if not isinstance(source, Iterable):
         raise UserError(f"a source is a path, a URL, a camera number or an iterable, got {type(source).__name__}")
-    return _deliver(_iterated(source, step), sample_fps, size, realtime)
+    return _deliver(_iterated(source, frame_interval), sample_fps, size, realtime)
 
 
 def _deliver(frames: Iterable[_Timed], max_fps: float | None, size: Size, realtime: bool) -> Iterator[Frame]:
     """Thins, paces, converts and scales."""
-    start, due = time.monotonic(), Due(max_fps)
+    start_time, due = time.monotonic(), Due(max_fps)
     first_target: list[tuple[int, int]] = []
 
     def target(upright: tuple[int, int]) -> tuple[int, int]:
@@ -158,7 +159,7 @@ def _deliver(frames: Iterable[_Timed], max_fps: float | None, size: Size, realti
         if not due(seconds):
             continue
         if realtime:
-            time.sleep(max(0.0, start + seconds - time.monotonic()))
+            time.sleep(max(0.0, start_time + seconds - time.monotonic()))
         yield Frame(decoded(target), float(seconds))
 
 
@@ -166,53 +167,58 @@ def _file(path: Path, max_fps: float | None) -> Iterator[_Timed]:
     with open_video(path) as (container, stream):
         clock = Clock(1 / float(stream.guessed_rate or stream.average_rate or 25))
         convert: Conversion | None = None
-        count = PacketCount()
-        wanted = DueStamps(max_fps, float(stream.time_base)) if max_fps is not None and stamped(container) else None
-        for frame in frames_of(container, stream, path, count, wanted):
-            if convert is None and wanted is not None:
-                wanted.skipping = can_skip(stream, frame)
+        packet_count = PacketCount()
+        due_stamps = DueStamps(max_fps, float(stream.time_base)) if max_fps is not None and stamped(container) else None
+        for frame in frames_of(container, stream, path, packet_count, due_stamps):
+            if convert is None and due_stamps is not None:
+                due_stamps.skipping = can_skip(stream, frame)
             convert = convert or Conversion(frame_orientation(frame, stream, path))
             yield partial(of_video, convert, frame), clock(timestamp_of(container, frame))
         if convert is None:
             raise UserError(f"{path} has no frames; check that it plays, or record it again")
-        count.check(path, container, stream)
+        packet_count.check(path, container, stream)
 
 
-def _iterated(source: Iterable[Any], step: float) -> Iterator[_Timed]:
-    last, number = -np.inf, -1
-    for number, element in enumerate(source):
-        frame, now = element if isinstance(element, tuple) and len(element) == 2 else (element, number * step)
-        if not isinstance(now, (int, float, np.number)) or not last < now < np.inf:
-            raise UserError(f"frame {number} has the timestamp {now!r}; seconds must increase (the last was {last:g})")
-        last = float(now)
-        yield partial(of_picture, partial(images.as_frame, frame)), last
-    if number < 0:
+def _iterated(source: Iterable[Any], frame_interval: float) -> Iterator[_Timed]:
+    last_seconds, frame_number = -np.inf, -1
+    for frame_number, element in enumerate(source):
+        timed = isinstance(element, tuple) and len(element) == 2
+        frame, seconds = element if timed else (element, frame_number * frame_interval)
+        if not isinstance(seconds, (int, float, np.number)) or not last_seconds < seconds < np.inf:
+            order = f"seconds must increase (the last was {last_seconds:g})"
+            raise UserError(f"frame {frame_number} has the timestamp {seconds!r}; {order}")
+        last_seconds = float(seconds)
+        yield partial(of_picture, partial(images.as_frame, frame)), last_seconds
+    if frame_number < 0:
         raise UserError("the source gave no frames")
 
 
-def _reconnecting(name: str, connect: Callable[[], Iterator[Stamped]], tries: int, backoff: float) -> Iterator[_Timed]:
+def _reconnecting(
+    name: str, connect: Callable[[], Iterator[Stamped]], max_tries: int, backoff: float
+) -> Iterator[_Timed]:
     """Frames of one connection after the other, on one clock. `connect` raises Lost, or ends when the stream does."""
-    clock, failed, received = Clock(1 / 25), 0, time.monotonic()
+    clock, num_failed, received = Clock(1 / 25), 0, time.monotonic()
     while True:
-        why = "it ended"
+        reason = "it ended"
         try:
-            for decoded, stamp in connect():
-                if failed:
-                    clock.away, failed = time.monotonic() - received, 0
-                yield decoded, clock(stamp)
+            for decoded, timestamp in connect():
+                if num_failed:
+                    clock.away, num_failed = time.monotonic() - received, 0
+                yield decoded, clock(timestamp)
                 received = time.monotonic()
-            if tries == 0 and clock.last is not None:
+            if max_tries == 0 and clock.last is not None:
                 return
         except Finished:
             return
         except Lost as loss:
-            why = str(loss)
+            reason = str(loss)
         if clock.last is None:
-            raise UserError(f"cannot open {name} ({why}); check the address, that it runs, and the password") from None
-        if failed >= tries:
+            advice = "check the address, that it runs, and the password"
+            raise UserError(f"cannot open {name} ({reason}); {advice}") from None
+        if num_failed >= max_tries:
             raise UserError(
-                f"{name} stopped after {clock.last:.1f} s ({why}) and did not come back in {tries} tries; "
+                f"{name} stopped after {clock.last:.1f} s ({reason}) and did not come back in {max_tries} tries; "
                 "start it again, or raise reconnect="
             ) from None
-        time.sleep(min(_LONGEST_WAIT, backoff * 2**failed))
-        failed += 1
+        time.sleep(min(_LONGEST_WAIT, backoff * 2**num_failed))
+        num_failed += 1

@@ -93,7 +93,7 @@ class VideoReader:
         max_frames: int | None = None,
         fps: float | None = None,
     ) -> None:
-        start = time.perf_counter()
+        start_time = time.perf_counter()
         self.path, self.backend = Path(path), backend
         select = parse_select(select) if isinstance(select, str) else select or Uniform()
         if isinstance(select, type) or not hasattr(select, "pick"):
@@ -107,22 +107,22 @@ class VideoReader:
         if self._folder:
             self.fps = 1.0 if fps is None else fps
             self._files = folder_images(self.path)
-            times = np.arange(len(self._files)) / self.fps
-            self.duration, self.size = len(times) / self.fps, image_size(self._files[0])
-            small = (_THUMBNAIL_SIDE, _THUMBNAIL_SIDE)
-            thumbnails: Iterator[NDArray[np.uint8]] = (resize(read_image(file), small) for file in self._files)
+            all_timestamps = np.arange(len(self._files)) / self.fps
+            self.duration, self.size = len(all_timestamps) / self.fps, image_size(self._files[0])
+            thumbnail_size = (_THUMBNAIL_SIDE, _THUMBNAIL_SIDE)
+            thumbnails: Iterator[NDArray[np.uint8]] = (resize(read_image(file), thumbnail_size) for file in self._files)
         else:
             if fps is not None:
                 raise UserError(
                     f"fps= is for folders of pictures; {path} has its own timestamps (choose by select=Fps(...))"
                 )
             self.index = read_index(self.path)
-            times, self.fps, self.duration = self.index.timestamps, self.index.fps, self.index.duration
+            all_timestamps, self.fps, self.duration = self.index.timestamps, self.index.fps, self.index.duration
             self.size = self.index.upright_size
             thumbnails = decoders.thumbnails(self.index, _THUMBNAIL_SIDE)
-        self.indices = _thin(select.pick(times, thumbnails), max_frames)
-        self.timestamps, self.total = times[self.indices], len(times)
-        self.opening_ms = (time.perf_counter() - start) * 1e3
+        self.indices = _thin(select.pick(all_timestamps, thumbnails), max_frames)
+        self.timestamps, self.total = all_timestamps[self.indices], len(all_timestamps)
+        self.opening_ms = (time.perf_counter() - start_time) * 1e3
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -147,7 +147,7 @@ class VideoReader:
     def _decoded(self, size: tuple[int, int], any_size: bool) -> Iterator[NDArray[np.uint8]]:
         """The chosen frames, each scaled to (height, width). any_size: also those of another size than the first."""
         if self._folder:
-            return (resize(read_image(self._files[number]), size) for number in self.indices)
+            return (resize(read_image(self._files[frame_number]), size) for frame_number in self.indices)
         return decoders.fetch(self.index, self.indices, self.backend, size, any_size)
 
 
@@ -197,27 +197,29 @@ def write_video(path: str | os.PathLike[str], frames: Any, fps: float, crf: int 
     unfinished = path.with_name(f".{uuid.uuid4().hex}.part.mp4")
     try:
         with av.open(unfinished, "w", format="mp4") as container:
-            stream: Any = None
+            video_stream: Any = None
             for frame in frames:
                 picture = as_frame(frame)
-                if stream is None:
-                    h, w = picture.shape[:2]
-                    if h % 2 or w % 2:
-                        raise UserError(f"H.264 needs even sides, got {h}x{w}; crop or pad the frames by one pixel")
-                    stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(100_000))
-                    stream.width, stream.height, stream.pix_fmt = w, h, "yuv420p"
+                if video_stream is None:
+                    first_height, first_width = picture.shape[:2]
+                    if first_height % 2 or first_width % 2:
+                        sides = f"{first_height}x{first_width}"
+                        raise UserError(f"H.264 needs even sides, got {sides}; crop or pad the frames by one pixel")
+                    video_stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(100_000))
+                    video_stream.width, video_stream.height, video_stream.pix_fmt = first_width, first_height, "yuv420p"
                     # With x264's macroblock tree the same frames do not always make the same file.
-                    stream.options = {"crf": str(crf), "x264-params": "mbtree=0"}
-                if picture.shape[:2] != (h, w):
-                    raise UserError(f"frames change size from {h}x{w} to {picture.shape[0]}x{picture.shape[1]}")
+                    video_stream.options = {"crf": str(crf), "x264-params": "mbtree=0"}
+                if picture.shape[:2] != (first_height, first_width):
+                    sides = f"{first_height}x{first_width} to {picture.shape[0]}x{picture.shape[1]}"
+                    raise UserError(f"frames change size from {sides}")
                 converted = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p")
-                container.mux(stream.encode(converted))
-            if stream is None:
+                container.mux(video_stream.encode(converted))
+            if video_stream is None:
                 raise UserError(f"no frames to write to {path}")
-            container.mux(stream.encode(None))
+            container.mux(video_stream.encode(None))
         os.replace(unfinished, path)
-    except (av.error.FFmpegError, OSError) as e:
-        raise UserError(f"cannot write {path} ({reason(e)})") from None
+    except (av.error.FFmpegError, OSError) as av_error:
+        raise UserError(f"cannot write {path} ({reason(av_error)})") from None
     finally:
         unfinished.unlink(missing_ok=True)
     return path

@@ -21,7 +21,7 @@ class Select(Protocol):
     """Chooses frames: `pick` gets the timestamps (N,) of all frames, ascending, and (only if it asks for the next
     one) thumbnails (24, 24, 3) uint8 of one frame after the other; returns ascending distinct numbers (K,) int64."""
 
-    def pick(self, times: NDArray[np.float64], thumbs: Iterator[NDArray[np.uint8]]) -> NDArray[np.int64]: ...
+    def pick(self, times: NDArray[np.float64], thumbnails: Iterator[NDArray[np.uint8]]) -> NDArray[np.int64]: ...
 
 
 @dataclass(frozen=True)
@@ -31,18 +31,18 @@ class Uniform(Method):
     frames: PositiveInt = 16
     name: ClassVar[str] = "uniform"
 
-    def pick(self, times: NDArray[np.float64], thumbs: Iterator[NDArray[np.uint8]]) -> NDArray[np.int64]:
-        total, count = len(times), self.frames
-        if count >= total:
-            return np.arange(total)
-        wanted = np.linspace(times[0], times[-1], count) if count > 1 else (times[:1] + times[-1:]) / 2
-        right = np.clip(np.searchsorted(times, wanted), 1, total - 1)
-        near = right - (wanted - times[right - 1] <= times[right] - wanted)
+    def pick(self, times: NDArray[np.float64], thumbnails: Iterator[NDArray[np.uint8]]) -> NDArray[np.int64]:
+        num_frames, num_wanted = len(times), self.frames
+        if num_wanted >= num_frames:
+            return np.arange(num_frames)
+        instants = np.linspace(times[0], times[-1], num_wanted) if num_wanted > 1 else (times[:1] + times[-1:]) / 2
+        next_frames = np.clip(np.searchsorted(times, instants), 1, num_frames - 1)
+        nearest = next_frames - (instants - times[next_frames - 1] <= times[next_frames] - instants)
         # Where frames are sparse two instants share a frame: give each its own, pushing forward, then back.
-        step = np.arange(count)
-        near = np.maximum.accumulate(near - step) + step
-        near = np.minimum(near, total - count + step)
-        return near.astype(np.int64)
+        frame_places = np.arange(num_wanted)
+        nearest = np.maximum.accumulate(nearest - frame_places) + frame_places
+        nearest = np.minimum(nearest, num_frames - num_wanted + frame_places)
+        return nearest.astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,12 @@ class Fps(Method):
     rate: PositiveFloat = 2.0
     name: ClassVar[str] = "fps"
 
-    def pick(self, times: NDArray[np.float64], thumbs: Iterator[NDArray[np.uint8]]) -> NDArray[np.int64]:
-        span = times[-1] - times[0]
-        if span * self.rate > 64 * len(times):  # far more instants than frames: every frame is on show at one
+    def pick(self, times: NDArray[np.float64], thumbnails: Iterator[NDArray[np.uint8]]) -> NDArray[np.int64]:
+        duration = times[-1] - times[0]
+        if duration * self.rate > 64 * len(times):  # far more instants than frames: every frame is on show at one
             return np.arange(len(times))
-        ticks = times[0] + np.arange(math.floor((span + _SAME) * self.rate) + 1) / self.rate
-        return np.unique(np.searchsorted(times, ticks + _SAME, side="right") - 1)
+        instants = times[0] + np.arange(math.floor((duration + _SAME) * self.rate) + 1) / self.rate
+        return np.unique(np.searchsorted(times, instants + _SAME, side="right") - 1)
 
 
 @dataclass(frozen=True)
@@ -81,18 +81,18 @@ class SceneChange(Method):
         if self.max_gap is not None and self.max_gap <= self.min_gap:
             raise UserError(f"max_gap={self.max_gap} in scene must be longer than min_gap={self.min_gap}")
 
-    def pick(self, times: NDArray[np.float64], thumbs: Iterator[NDArray[np.uint8]]) -> NDArray[np.int64]:
-        kept, last_kept = [0], next(thumbs).astype(np.int16)
+    def pick(self, times: NDArray[np.float64], thumbnails: Iterator[NDArray[np.uint8]]) -> NDArray[np.int64]:
+        kept_numbers, last_kept = [0], next(thumbnails).astype(np.int16)
         longest = math.inf if self.max_gap is None else self.max_gap
-        for number, thumb in enumerate(thumbs, start=1):
-            interval = times[number] - times[kept[-1]]
+        for number, picture in enumerate(thumbnails, start=1):
+            interval = times[number] - times[kept_numbers[-1]]
             if interval < self.min_gap - 1e-6:
                 continue
-            thumbnail = thumb.astype(np.int16)
+            thumbnail = picture.astype(np.int16)
             if interval >= longest or np.abs(thumbnail - last_kept).mean() / 255 > self.threshold:
-                kept.append(number)
+                kept_numbers.append(number)
                 last_kept = thumbnail
-        return np.asarray(kept, np.int64)
+        return np.asarray(kept_numbers, np.int64)
 
 
 SELECTIONS: dict[str, type[Method]] = {kind.name: kind for kind in (Uniform, Fps, SceneChange)}
@@ -100,5 +100,5 @@ SELECTIONS: dict[str, type[Method]] = {kind.name: kind for kind in (Uniform, Fps
 
 def parse_select(text: str) -> Select:
     """`uniform:16`, `fps:rate=2`, `scene:0.1,max_gap=10` as a selection; see `spec`."""
-    select: Select = spec.read("frame selection", text, SELECTIONS)
-    return select
+    selection: Select = spec.read("frame selection", text, SELECTIONS)
+    return selection
