@@ -540,16 +540,39 @@ def test_what_has_no_static_step_says_why() -> None:
         speak(tiny.build("qwen3_vl_moe"), tiny.inputs("qwen3_vl_moe"))
 
 
-@pytest.mark.usefixtures("automatic")
-def test_a_rule_that_reads_hidden_states_takes_the_lean_step() -> None:
+@pytest.mark.parametrize("layer", [-1, 1])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava"])
+def test_a_rule_that_reads_hidden_states_takes_the_static_step(family: str, layer: int) -> None:
+    """And says what it says over the functional step, whose loosened tokens are the same ones."""
     from vlmfast.decode import Loose
+    from vlmfast.decode.accept import LooseAdvanced
 
-    model, draft, batch = tiny.build("qwen2_5_vl"), draft_of("qwen2_5_vl"), tiny.inputs("qwen2_5_vl")
-    rule = Loose(digits=False, negation=False, comparison=False)
-    with vlmfast.accelerate(model, speculate=Speculate(ModelDraft(draft, None), rule, length=4)) as fast:
-        plain(model, batch)
-    assert fast.report.decode["engine"] == "functional"
-    assert "hidden states" in fast.report.decode["engine_reason"]
+    model, draft, batch = tiny.build(family), draft_of(family), tiny.inputs(family)
+    advanced = LooseAdvanced(layer=layer, within=0, bigram=False)
+    rule = Loose(relax=0.7, ratio=0.0, eos=False, digits=False, negation=False, comparison=False, advanced=advanced)
+    given = Speculate(ModelDraft(draft, None), rule, length=6)
+    found = {}
+    for steps in ("static", "functional"):
+        numbers: dict[str, Any] = {}
+        run = loop.build(model, given, inputs=dict(batch), sink=numbers.update, steps=steps)
+        ids = model.generate(**batch, max_new_tokens=40, do_sample=False, custom_generate=run)
+        found[steps] = ids, numbers
+    assert found["static"][1]["engine"] == "static"
+    assert torch.equal(found["static"][0], found["functional"][0])
+    assert found["static"][1]["accepted_loose"] == found["functional"][1]["accepted_loose"] > 0
+
+
+def test_hidden_states_of_many_tokens_come_in_order() -> None:
+    """Steps of 20 tokens take two graphs; a later step without a layer keeps none."""
+    model, batch = tiny.build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl")
+    static, functional = stepper(model, batch).decoder, stepper(model, batch, "functional").decoder
+    tokens = torch.arange(20, 40)
+    for layer in (0, len(model.model.language_model.layers) - 1):
+        for decoder in (static, functional):
+            decoder.step(tokens, layer)
+        torch.testing.assert_close(static.hidden, functional.hidden, atol=1e-4, rtol=1e-4)
+    static.step(tokens[:1])
+    assert static.hidden is None
 
 
 def test_no_memory_for_slots_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -575,7 +598,7 @@ def test_steps_trace_as_one_graph(n: int) -> None:
     counters.clear()
     weights = static.decoder.pool.weights
     step = torch.compile(
-        lambda tokens: engine.forward(weights, held, ops, tokens), fullgraph=True, dynamic=False, backend="eager"
+        lambda tokens: engine.forward(weights, held, ops, tokens)[0], fullgraph=True, dynamic=False, backend="eager"
     )
     held.set_fed([0])
     tokens = torch.arange(20, 20 + n)

@@ -13,8 +13,9 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import methods
 import numpy as np
@@ -25,9 +26,12 @@ from pretend_cuda import PretendCuda, to_cuda
 import vlmfast
 from evals.gpu.run import takes_tower
 from vlmfast.core import Unsupported, VisualTokens
-from vlmfast.decode import Speculate
+from vlmfast.decode import Exact, Loose, Speculate
+from vlmfast.decode.accept import LooseAdvanced
+from vlmfast.decode.drafts import DraftMethod
 from vlmfast.encode import METHODS, VidCom2
 from vlmfast.prefill import HybridKV, SnapKV
+from vlmfast.prefill.hybrid import HybridAdvanced
 from vlmfast.stream import StreamSession
 from vlmfast.stream.retrievers import Internal
 
@@ -231,10 +235,78 @@ def streams() -> Iterator[tuple[str, Counts]]:
         yield f"choice, {scope}", stream_choice(scope)
 
 
+@dataclass(frozen=True)
+class Scripted(DraftMethod):
+    """A draft that proposes what it was told, wrong at every `wrong`-th place of a proposal (0 = never)."""
+
+    tokens: tuple[int, ...]
+    prompt: int
+    wrong: int = 0
+    name: ClassVar[str] = "scripted"
+    blind: ClassVar[bool] = True
+    certainty: ClassVar[list[float]] = []
+    decoder: ClassVar[None] = None
+
+    def open(self, request: Any) -> Any:
+        return self
+
+    def propose(self, ids: torch.Tensor, max_tokens: int, *how: Any) -> tuple[torch.Tensor, None]:
+        start = ids.shape[1] - self.prompt
+        proposed = list(self.tokens[start : start + max_tokens])
+        for place in range(self.wrong - 1, len(proposed), self.wrong) if self.wrong else ():
+            proposed[place] = (proposed[place] + 1) % 90
+        return torch.tensor(proposed, dtype=torch.long, device=ids.device), None
+
+    def rewind(self, num_refused: int) -> None:
+        """Nothing is remembered."""
+
+
+LOOSE = Loose(relax=1.0, ratio=0.0, digits=False, negation=False, comparison=False, eos=False,
+              advanced=LooseAdvanced(within=0, bigram=False))  # fmt: skip
+ROUNDS: dict[str, dict[str, Any]] = {
+    "exact": {}, "exact, one refused": {"wrong": 4}, "loose": {"rule": LOOSE, "wrong": 2},
+    "hybridkv split, exact": {"kv": HybridKV(keep=0.3, split=0.5, advanced=HybridAdvanced(refresh=64), **SMALL)},
+    "sampled": {"sampling": True},
+}  # fmt: skip
+
+
+def round_of(wrong: int = 0, rule: Any = None, kv: Any = None, sampling: bool = False) -> Counts:
+    """A draft of four tokens, verified; two layers, the static step."""
+    counts = []
+    inputs = tiny.inputs("qwen2_5_vl", media=("video",), text=8, **CLIPS["8 frames of 32 x 48"])
+    inputs = {k: v.to(torch.bfloat16) if k.startswith("pixel") else v for k, v in inputs.items()}
+    prompt = inputs["input_ids"].shape[1]
+    plain = {"kv": kv} if kv else {"speculate": Speculate()}
+    with PretendCuda(capability=CARD), vlmfast.accelerate(model_of(2, torch.bfloat16), **plain) as fast:
+        told = fast.model.generate(**to_cuda(inputs), max_new_tokens=60, do_sample=False)
+    tokens = tuple(told[0, prompt:].tolist())
+    for new in (41, 21):
+        with PretendCuda(capability=CARD) as device:
+            model = model_of(2, torch.bfloat16)
+            drafted = Speculate(Scripted(tokens, prompt, wrong), rule or Exact(), length=4)
+            with vlmfast.accelerate(model, speculate=drafted, kv=kv) as fast:
+                how = {"do_sample": sampling, "max_new_tokens": new}
+                for _ in range(2):  # the first call compares and captures
+                    torch.manual_seed(0)
+                    before = counted(device)
+                    model.generate(**to_cuda(inputs), **how)
+            assert fast.report.decode["engine"] == "static", fast.report
+            counts.append((counted(device), before, fast.report.decode["verify_rounds"]))
+    (long, before, many), (short, earlier, few) = counts
+    return less(less(long, before), less(short, earlier), many - few)
+
+
+def rounds() -> Iterator[tuple[str, Counts]]:
+    """A round of drafting and verifying."""
+    for name, case in ROUNDS.items():
+        yield name, round_of(**case)
+
+
 GROUPS: dict[str, Callable[[], Iterator[tuple[str, Counts]]]] = {
     "tower call": towers, "prefill, a layer": prefills, "prefill under every policy, a layer": policies,
     "chooser call": choosers,
-    "first token, pruned between layers": between, "token": tokens, "stream": streams,
+    "first token, pruned between layers": between, "token": tokens, "round": rounds,
+    "stream": streams,
 }  # fmt: skip
 
 

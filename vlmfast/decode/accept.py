@@ -26,6 +26,7 @@ from vlmfast.decode.criteria import (
     within_top,
 )
 from vlmfast.fields import Method, NonNegativeInt, Options, PositiveInt, Share
+from vlmfast.runtime.transfers import to_device
 
 REFUSED, EXACT, LOOSE, SHIFT = 0, 1, 2, 3
 
@@ -34,7 +35,7 @@ REFUSED, EXACT, LOOSE, SHIFT = 0, 1, 2, 3
 class Round:
     """One verification, as a rule sees it. Scores are float32 after the logits processors, made on demand."""
 
-    draft: Tensor  # (k,) int64
+    draft: Tensor  # (k,) int64 on the host
     score: Callable[[int], Tensor]  # row 0..k -> (V,) float32
     pick: Callable[[int], int]  # row 0..k -> the target's own choice there (argmax, or its sample)
     sampling: bool = False
@@ -43,8 +44,11 @@ class Round:
     # (k,) float32, how much each predicting position is about what is seen; or what computes it, when it is asked for
     relevance: Tensor | Callable[[], Tensor] | None = None
     past_relevance: Tensor | None = None  # (m,) float32, of earlier positions of this request
-    strict: Tensor | None = None  # (V,) bool, token ids never loosened
+    strict: Tensor | None = None  # (V,) bool on the host, token ids never loosened
     random: torch.Generator | None = None
+    all_scores: Tensor | None = None  # (k + 1, V) float32, where the scores of all rows are there without being made
+
+    loosened: Tensor | None = None  # (k,) bool, made by a rule when it is first asked for
 
     def seen(self) -> Tensor:
         """The relevance, computed once."""
@@ -54,7 +58,7 @@ class Round:
         return self.relevance
 
     def picks(self) -> Tensor:
-        """(k + 1,) int64, the target's choice at every row."""
+        """(k + 1,) int64 on the host, the target's choice at every row."""
         num_rows = self.draft.shape[0] + 1
         return torch.tensor([self.pick(row) for row in range(num_rows)], device=self.draft.device)
 
@@ -243,26 +247,44 @@ class Loose(Rule):
             return REFUSED
         if self.advanced.bigram and bool(repeats_bigram(verified.draft[: position + 1], verified.committed)[position]):
             return REFUSED
-        if self._likely(verified.score(position)[None], drafted_token) and bool(self._free(verified)[position]):
+        if self._loosened(verified, position):
             return LOOSE
         max_shift = self.advanced.shift
         if max_shift and bool(shifted(verified.draft, verified.picks(), verified.committed, max_shift)[position]):
             return SHIFT
         return REFUSED
 
-    def _likely(self, scores: Tensor, drafted_token: Tensor) -> bool:
-        """scores (1, V), drafted_token (1,): do `within` and `ratio` let it pass?"""
-        if self.advanced.within and not bool(within_top(scores, drafted_token, self.advanced.within)):
-            return False
-        return not self.ratio or bool(within_ratio(scores, drafted_token, self.ratio))
+    def _loosened(self, verified: Round, position: int) -> bool:
+        """Is the token drafted at `position` likely enough, and the position not about what is seen?
 
-    def _free(self, verified: Round) -> Tensor:
-        """(k,) bool: positions that are not about what is seen."""
+        Where all scores are there, all positions are decided at once, so that a GPU is read once a round. Processors
+        that read the ids are asked row by row, and no further than needed.
+        """
+        draft = verified.draft
+        if verified.all_scores is None:
+            likely = self._likely(verified.score(position)[None], draft[position : position + 1])
+            return bool(likely) and bool(self._free(verified.seen().cpu(), verified)[position])
+        if verified.loosened is None:
+            scores, relevance = verified.all_scores[: draft.shape[0]], verified.seen()
+            likely, relevance = torch.stack([self._likely(scores, draft).float(), relevance.float()]).cpu()
+            verified.loosened = (likely > 0) & self._free(relevance, verified)
+        return bool(verified.loosened[position])
+
+    def _likely(self, scores: Tensor, draft: Tensor) -> Tensor:
+        """scores (n, V), draft (n,) on the host -> (n,) bool: do `within` and `ratio` let it pass?"""
+        draft = to_device(draft, scores.device)
+        passes = torch.ones_like(draft, dtype=torch.bool)
+        if self.advanced.within:
+            passes = within_top(scores, draft, self.advanced.within)
+        return passes & within_ratio(scores, draft, self.ratio) if self.ratio else passes
+
+    def _free(self, relevance: Tensor, verified: Round) -> Tensor:
+        """relevance (k,) float32 on the host -> (k,) bool: positions that are not about what is seen."""
         if self.advanced.scope == "window":
-            return least_relevant(verified.seen(), self.relax)
+            return least_relevant(relevance, self.relax)
         if self.advanced.scope == "running":
-            return below_quantile(verified.seen(), verified.past_relevance, self.relax)
-        return verified.seen() < self.advanced.threshold
+            return below_quantile(relevance, verified.past_relevance, self.relax)
+        return relevance < self.advanced.threshold
 
 
 @dataclass(frozen=True)
@@ -286,7 +308,7 @@ class FLy(Rule):
         matching = verified.draft == target_picks[:-1]
         if bool(matching.all()):
             return leading([EXACT] * num_drafted, verified)
-        unsure = (normalised_entropy(verified.scores()) >= self.theta) & guarded(verified, target_picks)
+        unsure = (normalised_entropy(verified.scores()) >= self.theta).cpu() & guarded(verified, target_picks)
         matches = matching.tolist()
         codes = [EXACT if is_match else REFUSED for is_match in matches]
         for position, is_unsure in enumerate(unsure.tolist()):

@@ -9,6 +9,7 @@ import torch
 
 from vlmfast.decode.accept import EXACT, LOOSE, REFUSED, Exact, Round, Rule, Verdict, guarded, leading
 from vlmfast.fields import NonNegativeFloat, Share
+from vlmfast.runtime.transfers import to_device
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class BiLD(Rule):
         if verified.draft.shape[0] == 0:
             return Exact().judge(verified)
         target_picks = verified.picks()
-        distance = -verified.scores().log_softmax(-1).gather(1, verified.draft[:, None])[:, 0]
-        likely_enough = (distance <= self.rollback) & guarded(verified, target_picks)
+        scores = verified.scores()
+        distance = -scores.log_softmax(-1).gather(1, to_device(verified.draft, scores.device)[:, None])[:, 0]
+        likely_enough = (distance <= self.rollback).cpu() & guarded(verified, target_picks)
         codes = torch.where(verified.draft == target_picks[:-1], EXACT, torch.where(likely_enough, LOOSE, REFUSED))
         return leading(codes.tolist(), verified)

@@ -63,9 +63,8 @@ class DraftedRows:
         self.draft: RowsDraft | None = None
         self.strict: Tensor | None = None
         self.random = [torch.Generator().manual_seed(self.rule.seed) for _ in outputs]
-        # ids and drafts stay on the host unless a processor or a rule reads them beside the logits
-        with_logits = choices[0].processors is not None or not self.rule.lossless
-        self.place = self.device if with_logits else torch.device("cpu")
+        # ids and drafts stay on the host unless a processor reads them beside the logits
+        self.place = torch.device("cpu") if choices[0].processors is None else self.device
         self.streamed = 0  # tokens that the streamer was handed
 
     @property
@@ -77,7 +76,7 @@ class DraftedRows:
         word_classes, guarded_eos = self.rule.words(), eos_ids if self.rule.eos else frozenset()
         if not self.rule.lossless and (word_classes or guarded_eos):
             vocabulary = self.stepper.logits.shape[-1]
-            self.strict = strict_tokens(tokenizer, word_classes, guarded_eos, vocabulary).to(self.device)
+            self.strict = strict_tokens(tokenizer, word_classes, guarded_eos, vocabulary)
 
     def first(self) -> None:
         """Emit the first token of every row; it waits for no draft."""
@@ -183,8 +182,8 @@ class DraftedRows:
                 if draft is None:
                     verdict, accepted_tokens = Verdict([], verified.pick(0)), []
                 else:
-                    verdict = self._judge(row, verified, draft, draft_probs)
-                    accepted_tokens = draft[: len(verdict.kinds)].tolist()
+                    verdict = self._judge(row, verified, proposals[row][0], draft_probs)
+                    accepted_tokens = proposals[row][0][: len(verdict.kinds)].tolist()
                 for token in (*accepted_tokens, verdict.next):
                     if output.emit(token, _no_scores):
                         break
@@ -200,7 +199,7 @@ class DraftedRows:
         return self.rule.judge(
             Round(
                 draft, verified.score, verified.pick, self.choices[row].sampling, draft_probs,
-                self.outputs[row].emitted, strict=self.strict, random=self.random[row],
+                self.outputs[row].emitted, strict=self.strict, random=self.random[row], all_scores=verified.batch,
             )
         )  # fmt: skip
 

@@ -37,6 +37,7 @@ from vlmfast.runtime.clock import clock
 from vlmfast.runtime.compat import CACHE, cache_in
 from vlmfast.runtime.request_state import Requests
 from vlmfast.runtime.stepper import Stepper
+from vlmfast.runtime.transfers import to_device
 from vlmfast.runtime.working_set_prompt import read_prompt
 
 __all__ = ["build", "check"]
@@ -205,8 +206,7 @@ class _Run:
         guarded_eos = eos_ids if accept_rule.eos else frozenset()
         if accept_rule.words() or guarded_eos:
             vocabulary_size = target.logits.shape[-1]
-            guarded = strict_tokens(tokenizer, accept_rule.words(), guarded_eos, vocabulary_size)
-            self.strict = guarded.to(prompt_ids.device)
+            self.strict = strict_tokens(tokenizer, accept_rule.words(), guarded_eos, vocabulary_size)
         self.random = torch.Generator().manual_seed(accept_rule.seed)
 
     def _open(
@@ -244,8 +244,8 @@ class _Run:
             return None, None
         draft_stop = DraftStop(self.controller.floor(), self.controller.refusal, self.rule.fallback)
         pick_token = None if self.choice.plain else self.choice.for_draft
-        tokens, draft_probs = self.draft.propose(self.out.ids, max_tokens, pick_token, draft_stop)
-        return (tokens if tokens.shape[0] else None), draft_probs
+        tokens, draft_probs = self.draft.propose(self.out.host_ids, max_tokens, pick_token, draft_stop)
+        return (tokens.cpu() if tokens.shape[0] else None), draft_probs
 
     def _chosen_by_step(self, target: Stepper) -> bool:
         """May the step itself choose every token, the host only following it? Nothing but the ids is asked for then."""
@@ -272,11 +272,12 @@ class _Run:
         draft, draft_probs = self._propose()
         last_id = output.ids[:, -1:]
         proposed_at = time.perf_counter()
-        logits = target.step(last_id if draft is None else torch.cat([last_id, draft[None]], 1))[0]
-        if logits.is_cuda:
+        drafted_ids = None if draft is None else to_device(draft, last_id.device)
+        logits = target.step(last_id if drafted_ids is None else torch.cat([last_id, drafted_ids[None]], 1))[0]
+        verified = VerifiedLogits(self.choice, output.ids, drafted_ids, logits)  # reads the best tokens, in greedy
+        if logits.is_cuda and not verified.picked:
             clock(self.model)  # the choice would wait for the step in any case
         stepped_at = time.perf_counter()
-        verified = VerifiedLogits(self.choice, output.ids, draft, logits)
         draft_ms, verify_ms = (proposed_at - round_start) * 1e3, (stepped_at - proposed_at) * 1e3
         if draft is None:
             output.emit(verified.pick(0), partial(verified.kept, 0))
@@ -306,13 +307,13 @@ class _Run:
             first_position = 1 if self.rule.seeing().offset == "self" else 0
             relevance = partial(self.memory.score, target.hidden[0, first_position : first_position + num_drafted])
             if self.rule.seeing().scope == "running":
-                relevance, past_relevance = relevance(), torch.cat(self.past) if self.past else None
+                relevance, past_relevance = relevance().cpu(), torch.cat(self.past) if self.past else None
                 self.past.append(relevance)
         if draft_probs is not None and draft_probs.shape[-1] < vocabulary_size:
             draft_probs = torch.nn.functional.pad(draft_probs, (0, vocabulary_size - draft_probs.shape[-1]))
         return rules.Round(
             draft, verified.score, verified.pick, self.sampling, draft_probs, self.out.emitted,
-            relevance, past_relevance, self.strict, self.random,
+            relevance, past_relevance, self.strict, self.random, verified.batch,
         )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ class Output:
         self.start = self.length = prompt.shape[1]
         room = 256 if limit is None else max(1, min(limit - self.start, 4096))
         self.buffer = torch.cat([prompt, prompt.new_zeros(1, room)], 1)
+        self.host = self.buffer.cpu()  # the same on the host: a CPU's own buffer
         self.limit, self.eos, self.criteria, self.streamer = limit, eos, criteria, streamer
         self.scores: tuple[Tensor, ...] | None = () if keep_scores else None
         self.logits: tuple[Tensor, ...] | None = () if keep_logits else None
@@ -34,6 +35,11 @@ class Output:
     def ids(self) -> Tensor:
         """(1, L) int64, prompt and everything emitted; a view."""
         return self.buffer[:, : self.length]
+
+    @property
+    def host_ids(self) -> Tensor:
+        """`ids` on the host, where drafts read them without waiting; a view."""
+        return self.host[:, : self.length]
 
     @property
     def prompt(self) -> Tensor:
@@ -50,8 +56,12 @@ class Output:
         scores_and_logits: gives the token's scores and logits, (1, V) each; called where one of them is kept.
         """
         if self.length == self.buffer.shape[1]:
+            shared = self.host is self.buffer
             self.buffer = torch.cat([self.buffer, self.buffer.new_zeros(1, self.length)], 1)
+            self.host = self.buffer if shared else torch.cat([self.host, self.host.new_zeros(1, self.length)], 1)
         self.buffer[0, self.length].fill_(token)  # a kernel: an assignment would copy, and wait on a GPU
+        if self.host is not self.buffer:
+            self.host[0, self.length] = token
         self.length += 1
         self.emitted.append(token)
         if self.scores is not None or self.logits is not None:

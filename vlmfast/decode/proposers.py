@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vlmfast.core import NO_STOP, DraftStop
 from vlmfast.runtime.stepper import Stepper
+from vlmfast.runtime.transfers import to_device
 
 Pick = Callable[[Tensor, Tensor], tuple[int, Tensor | None]]
 
@@ -28,12 +29,13 @@ class ModelProposer:
     ) -> tuple[Tensor, Tensor | None]:
         """See `core.Draft`. Stops early at an end-of-answer token, or where it is not certain enough."""
         self._back(self.fed - (ids.shape[1] - 1))  # an answer may end inside an accepted draft
-        unfed_ids = ids[:, self.fed :].clamp(max=self.rows - 1)
+        device = self.stepper.logits.device
+        unfed_ids = to_device(ids[:, self.fed :].clamp(max=self.rows - 1), device)
         logits = self.stepper.step(unfed_ids)[:, -1, : self.vocab]
         self.fed = ids.shape[1]
         tokens: list[int] = []
         token_probs: list[Tensor] = []
-        extended_ids, pass_probability = ids, 1.0
+        extended_ids, pass_probability = ids if pick_token is None else to_device(ids, device), 1.0
         self.certainty = []
         needs_certainty = bool(self.confidence or draft_stop.floor or draft_stop.fallback)
         while True:
@@ -56,14 +58,14 @@ class ModelProposer:
                 token_probs.append(distribution)
             if len(tokens) == max_tokens or token in self.stop or pass_probability < draft_stop.floor:
                 break
-            next_id = ids.new_full((1, 1), token)  # no copy that a GPU would wait for
+            next_id = torch.full((1, 1), token, device=device)  # no copy that a GPU would wait for
             logits = self.stepper.step(next_id)[:, -1, : self.vocab]
             self.fed += 1
             if pick_token is not None:
                 extended_ids = torch.cat([extended_ids, next_id], 1)
         self.last = len(tokens)
         self.fed_tokens = self.fed - ids.shape[1]
-        proposed = torch.tensor(tokens, dtype=torch.long, device=ids.device)
+        proposed = torch.tensor(tokens, dtype=torch.long)
         return proposed, torch.stack(token_probs) if token_probs else None
 
     @property
@@ -112,7 +114,7 @@ class NgramProposer:
                 banned_at = (index for index, token in enumerate(proposed) if token in self.banned)
                 num_allowed = next(banned_at, len(proposed))
                 if num_allowed:
-                    return torch.tensor(proposed[:num_allowed], device=ids.device), None
+                    return torch.tensor(proposed[:num_allowed]), None
         return ids.new_empty(0), None
 
     def rewind(self, num_refused: int) -> None:

@@ -79,7 +79,7 @@ class TokenChooser:
 class VerifiedLogits:
     """The k + 1 rows of one verification, logits (k + 1, V): scores and choices, made once, when asked for.
 
-    picked: the choices, where they were made for several batch rows together.
+    draft: (k,) on the device of the logits; picked: the choices, where they were made for several batch rows together.
     """
 
     def __init__(

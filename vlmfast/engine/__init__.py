@@ -73,18 +73,14 @@ def open_static(
     valid: Tensor | None,
     position: Tensor,
     room: int,
-    hidden: bool,
     forced: bool,
 ) -> Static | str | None:
     """A static step over a cache that `fast_decoder.why_not` takes, or why there is none; None where none is asked for.
 
-    hidden: must a step give the output of a layer? forced: asked for by name; otherwise on CUDA alone. The others as
-    of `Static`.
+    forced: asked for by name; otherwise on CUDA alone. The others as of `Static`.
     """
     if not forced and not automatic(text_model):
         return None
-    if hidden:
-        return "the rule reads hidden states, which the static step does not give"
     reason = why_not(text_model, lm_head)
     if reason is not None:
         return reason
@@ -95,10 +91,10 @@ def open_static(
 
 
 def open_everywhere(
-    text_model: Any, lm_head: Any, cache: Any, valid: Tensor | None, position: Tensor, room: int, hidden: bool, _: bool
+    text_model: Any, lm_head: Any, cache: Any, valid: Tensor | None, position: Tensor, room: int, _: bool
 ) -> Static | str | None:
     """`open_static` on a CPU too, as several drafted rows need it."""
-    return open_static(text_model, lm_head, cache, valid, position, room, hidden, True)
+    return open_static(text_model, lm_head, cache, valid, position, room, True)
 
 
 def open_slots(model: nn.Module, rows: int, columns: int) -> SharedSlots:

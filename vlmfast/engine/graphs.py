@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Run = Callable[[], Tensor]
+Run = Callable[[], Any]  # a step, or what replays it: its tensors are the same every time
 
 
 class Memory:
@@ -82,7 +82,7 @@ def capture(body: Run, memory: Any) -> Run:
     with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
         output = body()
 
-    def replay() -> Tensor:
+    def replay() -> Any:
         graph.replay()
         return output
 

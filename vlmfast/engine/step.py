@@ -30,16 +30,26 @@ Read = Callable[[int, Tensor, int], None]
 SIZES = (1, 2, 4, 6, 8, 12, 17)  # tokens of a step that graphs are captured for; other numbers are rounded up
 
 
-def forward(weights: Weights, slots: Slots, ops: ModuleType, tokens: Tensor, read: Read | None = None) -> Tensor:
-    """tokens (B, n) int64 -> logits (B * n, V) in the model's dtype; n columns more in every row, nothing is read.
+def forward(
+    weights: Weights,
+    slots: Slots,
+    ops: ModuleType,
+    tokens: Tensor,
+    read: Read | None = None,
+    hidden_layer: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """tokens (B, n) int64 -> logits (B * n, V) in the model's dtype, and the output of `hidden_layer`, (B * n, D).
 
-    read: what brings columns from host memory for the queries of a layer, see `choices.Tables.read`.
+    Every row holds n columns more, nothing is read by the host. read: what brings columns from host memory for the
+    queries of a layer, see `choices.Tables.read`. hidden_layer: from 0; None = no output is kept.
     """
-    num_tokens, eps = tokens.shape[1], weights.eps
+    num_tokens, eps, hidden = tokens.shape[1], weights.eps, None
     residual, mlp_output = F.embedding(tokens.reshape(-1), weights.embed), None
     buffers = zip(weights.layers, slots.keys, slots.values, slots.lengths, slots.scales, strict=True)
     for index, (layer, keys, values, length, scales) in enumerate(buffers):
         residual, normed = ops.add_norm(residual, mlp_output, layer.norm, eps)
+        if hidden_layer == index - 1:
+            hidden = residual
         qkv = F.linear(normed, layer.qkv, layer.qkv_bias)
         tables, norms = (slots.at, slots.cos, slots.sin), (layer.q_norm, layer.k_norm)
         queries = ops.rope(qkv, keys, values, length, *tables, num_tokens, *norms, eps, scales)
@@ -49,7 +59,10 @@ def forward(weights: Weights, slots: Slots, ops: ModuleType, tokens: Tensor, rea
         residual, normed = ops.add_norm(residual, F.linear(attended, layer.out, layer.out_bias), layer.second_norm, eps)
         mlp_output = F.linear(ops.gate(F.linear(normed, layer.gate_up)), layer.down)
     slots.counters.add_(num_tokens)
-    return F.linear(ops.add_norm(residual, mlp_output, weights.final, eps)[1], weights.head, weights.head_bias)
+    residual, normed = ops.add_norm(residual, mlp_output, weights.final, eps)
+    if hidden_layer == len(weights.layers) - 1:
+        hidden = residual
+    return F.linear(normed, weights.head, weights.head_bias), hidden
 
 
 def _plain(layer: Any) -> list[tuple[Tensor, ...]]:
@@ -181,21 +194,23 @@ class Static(SteppingDecoder):
         ):
             self._turn()
 
-    def _run(self, size: int, num_counted: int, greedy: bool, token: int | Tensor | None) -> Tensor:
-        """One step of `size` tokens of which num_counted count -> (B, num_counted, V). token: what to feed, None = what
-        the step before chose."""
+    def _run(
+        self, size: int, num_counted: int, greedy: bool, token: int | Tensor | None, hidden_layer: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """One step of `size` tokens of which num_counted count -> (B, num_counted, V), and the output of `hidden_layer`
+        (B, num_counted, D). token: what to feed, None = what the step before chose."""
         self._reserve(size)
         slots, weights, ops = self.slots, self.pool.weights, self.pool.ops
         tokens = slots.tokens(size)
         tables = None if self.choices is None else self.choices.prepare(self.n)
-        key, read = ((size, greedy), None) if tables is None else ((size, greedy, tables.key), tables.read)
+        key, read = (size, greedy, hidden_layer, tables and tables.key), None if tables is None else tables.read
 
-        def body() -> Tensor:
-            logits = forward(weights, slots, ops, tokens, read)
+        def body() -> tuple[Tensor, Tensor | None]:
+            logits, hidden = forward(weights, slots, ops, tokens, read, hidden_layer)
             if greedy:
                 chosen = logits.argmax(-1, keepdim=True)
                 tokens.copy_(chosen if slots.rows == 1 else slots.ended(chosen))
-            return logits
+            return logits, hidden
 
         captures_before, seconds_before, saved_tokens = slots.graphs.captures, slots.graphs.seconds, None
         if token is None and key not in slots.graphs.held:
@@ -214,28 +229,37 @@ class Static(SteppingDecoder):
             tokens.copy_(saved_tokens)
         slots.set_fed(self.fed)
         slots.fed = None  # an interrupted step may have moved the counters or not
-        logits = run_step()
+        logits, hidden = run_step()
         slots.fed = [before + size for before in self.fed]
         if tables is not None and self.choices is not None:
             self.choices.chosen(self.n)
         self.fed = [before + num_counted for before in self.fed]
-        return logits.view(self.rows, size, -1)[:, :num_counted]
+        counted = logits.view(self.rows, size, -1)[:, :num_counted]
+        return counted, None if hidden is None else hidden.view(self.rows, size, -1)[:, :num_counted]
 
-    def step_rows(self, tokens: Tensor) -> Tensor:
-        """tokens (B, n) -> logits (B, n, V) in the model's dtype, valid until the next step."""
-        parts: list[Tensor] = []
+    def step_rows(self, tokens: Tensor, hidden_layer: int | None = None) -> Tensor:
+        """tokens (B, n) -> logits (B, n, V) in the model's dtype, valid until the next step, as is `hidden`, the output
+        (B, n, D) of `hidden_layer`."""
+        parts: list[tuple[Tensor, Tensor | None]] = []
         while True:
             most = SIZES[-1] if self.choices is None else min(SIZES[-1], self.choices.left(self.n))
             piece, tokens = tokens[:, :most], tokens[:, most:]
             size = next(size for size in SIZES if size >= piece.shape[1])
-            logits = self._run(size, piece.shape[1], False, piece)
+            logits, hidden = self._run(size, piece.shape[1], False, piece, hidden_layer)
             if tokens.shape[1] == 0:
-                return torch.cat([*parts, logits], 1) if parts else logits
-            parts.append(logits.clone())
+                break
+            parts.append((logits.clone(), None if hidden is None else hidden.clone()))
+        if parts and hidden is not None:
+            hidden = torch.cat([*(part[1] for part in parts if part[1] is not None), hidden], 1)
+        self.hidden = hidden
+        return torch.cat([*(part[0] for part in parts), logits], 1) if parts else logits
 
     def step(self, tokens: Tensor, hidden_layer: int | None = None) -> Tensor:
         """tokens (n,) int64 of the one row -> logits (n, V) in the model's dtype, valid until the next step."""
-        return self.step_rows(tokens[None])[0]
+        logits = self.step_rows(tokens[None], hidden_layer)[0]
+        if self.hidden is not None:
+            self.hidden = self.hidden[0]
+        return logits
 
     def greedy(
         self, tokens: int | Tensor, most: int | None = None, eos: frozenset[int] = frozenset(), pad: int = 0,

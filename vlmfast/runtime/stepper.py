@@ -162,8 +162,7 @@ class Stepper:
         kind = frozenset(tier for layer in layers for tier in layer.tiers()) if ragged else frozenset()
         made: Any = checked.get(kind)  # why it was found wrong before
         if made is None:
-            hidden = self.hidden_layer is not None
-            made = static(self.text, self.head, self.cache, valid, self.position, room, hidden, forced)
+            made = static(self.text, self.head, self.cache, valid, self.position, room, forced)
         if made is not None and not isinstance(made, str):
             if kind not in checked:
                 checked[kind] = self._differs(made, valid, ragged)
@@ -176,8 +175,10 @@ class Stepper:
         token = self.logits.argmax(-1, keepdim=True)
         tokens = torch.cat([token, token], 1)
         if len(token) > 1 or ragged:
+            hidden = self.hidden
             expected = self.step(tokens)
             self.rewind(2)
+            self.hidden = hidden  # of the prompt
         with torch.inference_mode():
             if len(token) == 1 and not ragged:
                 functional = self._functional(copy.copy(self.cache), valid, 4)
