@@ -53,6 +53,8 @@ class Report:
                 decode_line += "; static step"
                 if decode.get("graph_captures"):
                     decode_line += f", {decode['graph_captures']} graphs captured in {decode['capture_ms']:,.0f} ms"
+                if decode.get("step_floor_ms"):
+                    decode_line += f", whose bytes take {decode['step_floor_ms']:.2f} ms at least"
             lines.append(decode_line)
         return "\n".join(lines + [f"note     {note}" for note in self.notes])
 

@@ -26,6 +26,7 @@ from vlmfast.engine import graphs, pool, slots
 from vlmfast.engine.step import SIZES, Static
 from vlmfast.kernels import step_reference
 from vlmfast.prefill import AdaKV, Full, HybridKV, Quantised, RazorAttention, SnapKV
+from vlmfast.runtime import devices
 from vlmfast.runtime.stepper import Stepper
 
 STATIC = [f for f in tiny.FAMILIES if f != "qwen3_vl_moe"]  # experts are not ours
@@ -573,6 +574,25 @@ def test_hidden_states_of_many_tokens_come_in_order() -> None:
         torch.testing.assert_close(static.hidden, functional.hidden, atol=1e-4, rtol=1e-4)
     static.step(tokens[:1])
     assert static.hidden is None
+
+
+def test_the_report_says_what_a_step_must_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights but the embedding, every key and value held; on a listed card the milliseconds that takes."""
+    model, batch = tiny.build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl")
+    numbers: dict[str, Any] = {}
+    text, columns = model.model.language_model, batch["input_ids"].shape[1] + 7
+    read = [p for name, p in text.named_parameters() if "embed_tokens" not in name] + [model.lm_head.weight]
+    attention = text.layers[0].self_attn
+    held = 2 * len(text.layers) * columns * attention.k_proj.out_features * 4
+    for name, floor in (("NVIDIA H100 80GB HBM3", 3.35e12), ("some card", None)):
+        monkeypatch.setattr("vlmfast.runtime.devices.torch.cuda.get_device_name", lambda device, n=name: n)
+        monkeypatch.setattr("vlmfast.decode.counters.of_card", lambda device: devices.of_card(torch.device("cuda")))
+        run = loop.build(model, Speculate(), inputs=dict(batch), sink=numbers.update, steps="static")
+        numbers.clear()
+        model.generate(**batch, max_new_tokens=8, do_sample=False, custom_generate=run)
+        assert numbers["step_bytes"] == sum(p.nbytes for p in read) + held
+        found = numbers.get("step_floor_ms")
+        assert (found is None) if floor is None else found == pytest.approx(numbers["step_bytes"] / floor * 1e3)
 
 
 def test_no_memory_for_slots_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -630,7 +630,7 @@ class PretendCuda(contextlib.AbstractContextManager):
         self._undo: list[tuple[Any, str, Any]] = []
         self._patch(torch.cuda, "_lazy_init", lambda: None)
         self._patch(torch.cuda, "get_device_capability", lambda device=None: self.capability)
-        properties = types.SimpleNamespace(multi_processor_count=132)
+        properties = types.SimpleNamespace(multi_processor_count=132, name="NVIDIA H100 80GB HBM3")
         self._patch(torch.cuda, "get_device_properties", lambda device=None: properties)
         self._patch(torch.cuda, "mem_get_info", lambda device=None: (80 * 10**9, 80 * 10**9))
         for name in ("memory_reserved", "memory_allocated"):

@@ -7,6 +7,7 @@ from typing import Any
 from vlmfast.decode.accept import EXACT, LOOSE, SHIFT
 from vlmfast.decode.speculate import predicted_speedup
 from vlmfast.engine import Static
+from vlmfast.runtime.devices import of_card
 
 NAMES = {EXACT: "accepted_exact", LOOSE: "accepted_loose", SHIFT: "accepted_shift"}
 
@@ -46,13 +47,21 @@ class Counters:
                 self.counts[NAMES[code]] += 1
 
     def captured(self, *steps: Any) -> None:
-        """Count the graphs that these steps captured in this call, and their milliseconds."""
+        """Count the graphs that these steps captured in this call, and their milliseconds; steps: the target's first.
+
+        `step_bytes`: what a step of the target must read; `step_floor_ms`: how long that takes a listed card at least.
+        """
         static_steps = [step for step in steps if isinstance(step, Static)]
         if static_steps:
             self.graphs = {
                 "graph_captures": sum(step.captures for step in static_steps),
                 "capture_ms": sum(step.seconds for step in static_steps) * 1e3,
             }
+        if isinstance(steps[0], Static):
+            self.graphs["step_bytes"] = steps[0].step_bytes()
+            card = of_card(steps[0].pool.device)
+            if card is not None:
+                self.graphs["step_floor_ms"] = self.graphs["step_bytes"] / card.bytes * 1e3
 
     def numbers(self, rule: str | None) -> dict[str, Any]:
         """Metric names of the result files, plus `engine`, `rule`, `trace`, and `predicted_speedup` over plain steps

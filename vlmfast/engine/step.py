@@ -313,6 +313,12 @@ class Static(SteppingDecoder):
         columns = columns[..., None].expand(-1, -1, -1, keys.shape[3])
         return keys.gather(2, columns), values.gather(2, columns)
 
+    def step_bytes(self) -> int:
+        """Bytes that the next step must read at least: the weights, and every key and value in the slots."""
+        columns = sum(map(sum, self.prompt)) + sum(self.fed) * self.pool.weights.kv_heads * len(self.prompt)
+        buffers = self.slots.buffers(0)
+        return self.pool.weights.nbytes() + columns * sum(buffer[0, 0, 0].nbytes for buffer in buffers)
+
     def fork(self) -> Static:
         """An independent copy at the same place."""
         copied = object.__new__(Static)

@@ -68,6 +68,12 @@ class Weights:
         self.head, self.head_bias = lm_head.weight, lm_head.bias
         self.seen = _addresses(text_model, lm_head)
 
+    def nbytes(self) -> int:
+        """Bytes that a step reads: all but the embedding, of which it reads a row a token."""
+        tensors = [tensor for layer in self.layers for tensor in vars(layer).values() if isinstance(tensor, Tensor)]
+        tensors += [self.final, self.head, *([] if self.head_bias is None else [self.head_bias])]
+        return sum(tensor.nbytes for tensor in tensors)
+
     def _layer(self, decoder_layer: Any) -> Layer:
         weights = layer_weights(decoder_layer)
         qkv, qkv_bias, gate_up = (self._join(parameters) for parameters in _parts(weights))

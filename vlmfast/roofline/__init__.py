@@ -11,8 +11,9 @@ drafting cost nothing.
 """
 
 from vlmfast.roofline.check import check, read_record
-from vlmfast.roofline.cost import Asked, Cost, Device, Request, Shape, savings, stages
-from vlmfast.roofline.names import DEVICES, SHAPES, device_of, measured, parse, shape_of
+from vlmfast.roofline.cost import Asked, Cost, Request, Shape, savings, stages
+from vlmfast.roofline.names import SHAPES, device_of, measured, parse, shape_of
+from vlmfast.runtime.devices import DEVICES, Device
 
 __all__ = [
     "DEVICES", "SHAPES", "Asked", "Cost", "Device", "Request", "Shape", "check", "device_of", "measured", "parse",

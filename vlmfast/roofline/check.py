@@ -7,8 +7,9 @@ from typing import Any
 
 from vlmfast import files
 from vlmfast.core import UserError
-from vlmfast.roofline.cost import Asked, Device, Request, stages
+from vlmfast.roofline.cost import Asked, Request, stages
 from vlmfast.roofline.names import shape_of
+from vlmfast.runtime.devices import Device
 
 
 def check(record: dict[str, Any]) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vlmfast.fields import NonNegativeInt, Options, PositiveInt
+from vlmfast.runtime.devices import Device
 
 
 @dataclass(frozen=True)
@@ -73,16 +74,6 @@ class Asked:
     kv: float = 1.0
     accepted: float = 0.0
     drafted: int = 0
-
-
-@dataclass(frozen=True)
-class Device:
-    """Peak rates: dense matrix products in FLOP/s, memory in bytes/s."""
-
-    name: str
-    flops: float
-    bytes: float
-    source: str = "data sheet, bf16 dense"
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,8 @@ from typing import Any
 
 from vlmfast import spec
 from vlmfast.core import UserError
-from vlmfast.roofline.cost import Device, Request, Shape
-
-DEVICES = {
-    "h200": Device("H200", 989e12, 4.8e12),
-    "h100": Device("H100 SXM", 989e12, 3.35e12),
-    "a100": Device("A100 80GB", 312e12, 2.04e12),
-    "l4": Device("L4", 121e12, 0.3e12),
-    "rtx4090": Device("RTX 4090", 165e12, 1.01e12),
-}
+from vlmfast.roofline.cost import Request, Shape
+from vlmfast.runtime.devices import DEVICES, Device
 
 SHAPES = {
     "qwen2.5-vl-3b": Shape("Qwen2.5-VL-3B", 36, 2048, 11008, 16, 2, 128, 151936, 32, 1280, 3420, windowed=28),
