@@ -119,6 +119,13 @@ def nested(holder: Any) -> collections.abc.Iterator[Method]:
             yield from nested(getattr(holder, field.name))
 
 
+def check_methods(holders: collections.abc.Iterable[Any], layers: int, heads: int, axes: int) -> None:
+    """Raise Unsupported where a method in the `holders` (plans, methods) asks for what a model of these sizes lacks."""
+    for holder in holders:
+        for method in nested(holder):
+            method.check_model(layers, heads, axes)
+
+
 def checked(name: str, value: Any, hint: Any, where: str = "", example: Any = None) -> Any:
     """The value as the annotation `hint` has it: 1 for a float is 1.0, a list is a tuple. Raises UserError otherwise.
 

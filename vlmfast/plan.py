@@ -61,9 +61,14 @@ class Plan:
         return {field.name: to_json(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
     @property
+    def asks(self) -> bool:
+        """Is a stage or the fast tower asked for?"""
+        return self.tower == "fast" or any(getattr(self, stage) is not None for stage in STAGES)
+
+    @property
     def fast_tower(self) -> bool:
         """Does the fast tower run: asked for, or not refused where a stage is asked for?"""
-        return self.tower == "fast" or (self.tower is None and any(getattr(self, stage) for stage in STAGES))
+        return self.asks and self.tower != "stock"
 
     @classmethod
     def from_json(cls, plain_data: dict[str, Any]) -> Plan:

@@ -44,9 +44,12 @@ def check(
     as_json: options.Json = False,
 ) -> None:
     """Check the laws on your own checkpoint and time it before and after."""
+    from vlmfast.plan import resolve
+
     if all(value is None for value in (preset, plan, prune, kv, speculate, tower)):
         prune, speculate = TIMED  # a preset might leave a small picture alone
-    chosen_plan = options.plan(preset, plan, prune, kv, speculate, tower)
+    whole_plan = options.whole_plan(preset, plan)
+    chosen_plan = resolve(whole_plan, prune=prune, kv=kv, speculate=speculate, tower=tower)
     media: dict[str, Any] = {"images": options.images(image)}
     media["video"] = options.video(video, frames, fps, select, backend)
     if not media["images"] and media["video"] is None:

@@ -51,6 +51,7 @@ def stream(
 ) -> None:
     """Ask questions of endless video: encoded once, kept, and asked about at any time."""
     from vlmfast.core import UserError
+    from vlmfast.plan import resolve
 
     sources = [given for given in (source, camera, url) if given is not None]
     if len(sources) > 1:
@@ -66,7 +67,7 @@ def stream(
             "nothing is asked and nothing kept: give --ask, or --save to keep the stream, or type in a terminal"
         )
     frame_size = None if size is None else options.frame_size(size)
-    chosen_plan = options.plan(prune=prune, speculate=speculate, tower=tower)
+    chosen_plan = resolve(None, prune=prune, speculate=speculate, tower=tower)
     from vlmfast.stream.session import StreamSession
 
     loaded = options.load(model, dtype, device, device_map)
