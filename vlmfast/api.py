@@ -151,8 +151,7 @@ class Accelerated:
                     "which kv= and reuse= cannot follow: use one or the other"
                 )
             BetweenLayerPruning(model, self.family, requests, layer_pruner).install(patch)
-        # the pruner of a second prefill of this model
-        second_pruner = None if isinstance(draft, ModelDraft) else draft_pruner
+        second_pruner = None if isinstance(draft, ModelDraft) else draft_pruner  # of a second prefill of this model
         attention_layers = tuple(sorted({*tower_layers(media_pruner), *tower_layers(second_pruner)}))
         if attention_layers:
             self.columns.attention = TowerAttention(model, self.family, requests, attention_layers)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import ProcessorMixin
+
 from vlmfast import engine, families
 from vlmfast.core import Unsupported, UserError
 from vlmfast.decode.drafts import ModelDraft
@@ -121,7 +123,7 @@ def tokenizer_for(model: Any, speculate: Speculate, kwargs: dict[str, Any]) -> A
         return None
     given_tokenizer = speculate.tokenizer or kwargs.get("tokenizer")
     if given_tokenizer is not None:
-        return getattr(given_tokenizer, "tokenizer", given_tokenizer)
+        return given_tokenizer.tokenizer if isinstance(given_tokenizer, ProcessorMixin) else given_tokenizer
     model_tokenizer = vars(model).get("_vlmfast_tokenizer")
     model_path = getattr(model.config, "_name_or_path", "")
     if model_tokenizer is None and model_path:

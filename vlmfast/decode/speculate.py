@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from vlmfast.core import UserError, shown
 from vlmfast.decode.accept import Exact, Rule
 from vlmfast.decode.drafts import DraftMethod
+from vlmfast.decode.strict_tokens import Tokenizer
 from vlmfast.fields import Method, PositiveInt
 
 
@@ -44,7 +45,7 @@ class Speculate(Method):
                 f"{self.accept.name} reads the draft's own probabilities and {self.draft.name} has none for looked-up "
                 "text: use ModelDraft or SelfDraft"
             )
-        if self.tokenizer is not None and not hasattr(self.tokenizer, "convert_ids_to_tokens"):
+        if self.tokenizer is not None and not isinstance(self.tokenizer, Tokenizer):
             raise UserError(f"tokenizer={shown(self.tokenizer)} is no tokenizer; leave it away, or give the model's")
 
 
