@@ -82,8 +82,8 @@ def read_inputs(
     num_rows = len(questions)
     media: dict[str, Any] = {"padding": True, "padding_side": "left"} if num_rows > 1 else {}
     if pictures:
-        shown_name = [as_picture(image) for image in pictures]
-        media["images"] = [shown_name] * num_rows if num_rows > 1 else shown_name
+        row_images = [as_picture(picture) for picture in pictures]
+        media["images"] = [row_images] * num_rows if num_rows > 1 else row_images
     if clip is not None:
         media["videos"] = [as_clip(clip.frames)] * num_rows
         media["video_metadata"] = [clip.metadata() for _ in questions]
@@ -110,21 +110,17 @@ def processed(
 ) -> dict[str, torch.Tensor]:
     """What the processor makes of prompts and media, on the model's device, pixel values in its dtype.
 
-    media: of the processor's call. rates: frames per second of the chosen frames of every video in it.
+    media: of the processor's call. frame_rates: frames per second of the chosen frames of every video in it.
     """
     inputs = processor(text=texts, return_tensors="pt", **media)
     if frame_rates and "second_per_grid_ts" in inputs:  # HF divides by the rate of the whole file
         import torch
 
         frames_merged = processor.video_processor.temporal_patch_size
-        inputs["second_per_grid_ts"] = torch.tensor(
-            [frames_merged / frames_per_second for frames_per_second in frame_rates]
-        )
+        inputs["second_per_grid_ts"] = torch.tensor([frames_merged / frame_rate for frame_rate in frame_rates])
     return {
-        input_name: tensor.to(
-            model.device, model.dtype if tensor.is_floating_point() and input_name.startswith("pixel") else None
-        )
-        for input_name, tensor in inputs.items()
+        name: tensor.to(model.device, model.dtype if tensor.is_floating_point() and name.startswith("pixel") else None)
+        for name, tensor in inputs.items()
         if hasattr(tensor, "to")
     }
 
@@ -156,9 +152,8 @@ def read_clip(
         wanted_size = frame_size(model, processor, len(video), height, width)
         if wanted_size is None and reading is not None:
             processor_class = type(processor.video_processor).__name__
-            reading.notes.append(
-                f"read: {processor_class} of {name} has no size of its own for {width}x{height}: full size"
-            )
+            no_size = f"{processor_class} of {name} has no size of its own for {width}x{height}"
+            reading.notes.append(f"read: {no_size}: full size")
         size = wanted_size or "full"
     clip = video.read(size)
     if reading is not None:
@@ -196,14 +191,9 @@ def device_option(model: Any, processor: Any, notes: list[str] | None = None) ->
     """`device` for a processor that can work where the model does; {} on a CPU. notes: gets a line where it cannot."""
     if model.device.type == "cpu":
         return {}
-    part_processors = [
-        getattr(processor, part_processor, None) for part_processor in ("image_processor", "video_processor")
-    ]
-    without = [
-        type(part_processor).__name__
-        for part_processor in part_processors
-        if part_processor is not None and not _has_device(part_processor)
-    ]
+    names = ("image_processor", "video_processor")
+    parts = [part for name in names if (part := getattr(processor, name, None)) is not None]
+    without = [type(part).__name__ for part in parts if not _has_device(part)]
     if without:
         if notes is not None:
             notes.append(f"read: {' and '.join(without)} has no device of its own: pixels are processed on the CPU")

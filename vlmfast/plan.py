@@ -1,4 +1,4 @@
-"""A Plan says what each stage does. It is built from method objects, a preset's name, a spec string or JSON."""
+"""A Plan holds one method per stage. It is built from method objects, a preset's name, a spec string or JSON."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOWERS = ("fast", "stock")
 
 @dataclass(frozen=True)
 class Plan:
-    """prune: which visual tokens go on. kv: which keys/values stay. speculate: how tokens are guessed and verified.
+    """prune: which visual tokens go on. kv: which keys/values stay. speculate: how tokens are drafted and verified.
 
     tower: "fast" (the vision tower without its loops, see `runtime.fast_tower`) or "stock" (as transformers has it);
     None is "fast" as soon as anything else is asked.
@@ -99,7 +99,7 @@ class Plan:
 def preset(preset_name: str) -> Plan:
     """The plan behind a preset's name.
 
-    "safe" answers as the plain model does: it only looks words up that it may draft, and verifies them losslessly.
+    "safe" answers as the plain model does: it only drafts by prompt lookup, and verifies losslessly.
     "balanced" and "fast" keep two fifths and a fifth of the visual tokens besides, inside the tower where it allows,
     but 384 of an image or video at least: smaller ones have little to spare (see `docs/benchmarks.md`).
     """

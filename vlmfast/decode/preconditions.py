@@ -118,7 +118,7 @@ def _check_rewind(model: Any, speculate: Speculate, kwargs: dict[str, Any], inpu
 
 def tokenizer_for(model: Any, speculate: Speculate, kwargs: dict[str, Any]) -> Any:
     """The tokenizer that a rule's guards need, None when they need none. Raises UserError when none is found."""
-    word_classes = speculate.accept.words()
+    word_classes = speculate.accept.word_classes()
     if not word_classes:
         return None
     given_tokenizer = speculate.tokenizer or kwargs.get("tokenizer")
