@@ -166,7 +166,7 @@ def can_skip(stream: Any, frame: Any) -> bool:
     """Can the stream's decoder leave out just those frames to which no other refers? frame: a decoded one of it.
 
     In H.264 and MPEG-2 every picture is marked as one that others refer to, or not. In HEVC that holds within one
-    temporal layer, and the header in mp4 and mkv holds their number. Fields of interlaced video may come as two packets.
+    temporal layer, and the header in mp4 and mkv holds their number. Interlaced fields may come as two packets.
     """
     context = stream.codec_context
     if frame.interlaced_frame:
