@@ -21,8 +21,8 @@ class Speculate(Method):
     acceptance and measured costs favour, at most `most`, and none at the start of an answer for as long as recent
     answers ended before a draft's prefill had paid (`decode.draft_length`). tokenizer: for rules that never loosen
     some words; without it the one given to `generate(tokenizer=...)`, or the one beside the model's files. Greedy or
-    sampling. otherwise: what a call that cannot be drafted gets (beams, rows without a static step, ...): "refuse" raises
-    Unsupported, "plain" decodes it without drafts and notes it in the report.
+    sampling. otherwise: what a call that cannot be drafted gets (beams, rows without a static step, ...): "refuse"
+    raises Unsupported, "plain" decodes it without drafts and notes it in the report.
     """
 
     draft: Any = None
