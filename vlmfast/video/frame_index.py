@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmfast.core import UserError
+from vlmfast.video.conversion import Orientation, frame_orientation
 from vlmfast.video.due import DueStamps
-from vlmfast.video.images import Orientation, frame_orientation
 from vlmfast.video.limits import MOST_PIXELS, check_pixels, regular
 
 # What libav may take a file for: containers of video, and sound and pictures in order to say that it is one. Left out
