@@ -11,6 +11,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+pytest.register_assert_rewrite("between_layers", "compressed", "pruning_laws")  # whose asserts are tests'
 
 
 @pytest.fixture(autouse=True)

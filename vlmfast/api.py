@@ -19,8 +19,9 @@ from vlmfast.decode_loop import put_loop
 from vlmfast.encode.base import Pruner
 from vlmfast.encode.between import LayerPruner
 from vlmfast.encode.downsample import Downsample
+from vlmfast.fields import check_methods
 from vlmfast.plan import Plan, resolve
-from vlmfast.preconditions import MARK, check_model, refuse_call, refuse_copy, unwrap
+from vlmfast.preconditions import MARK, decoder_sizes, refuse_call, refuse_copy, unwrap
 from vlmfast.report import Report, why_all_kept
 from vlmfast.runtime.clock import in_milliseconds
 from vlmfast.runtime.compat import cache_in, option
@@ -34,11 +35,11 @@ from vlmfast.runtime.prune_between_layers import BetweenLayerPruning
 from vlmfast.runtime.prune_in_tower import InTowerPruning
 from vlmfast.runtime.prune_input import InputPruning
 from vlmfast.runtime.reading import reading_of
-from vlmfast.runtime.request_state import Requests, RequestState
+from vlmfast.runtime.request_state import Requests, RequestState, tower_layers
 from vlmfast.runtime.shorten_prompt import PromptShortening, needs
 from vlmfast.runtime.stage_timer import StageTimer, cache_counts
 from vlmfast.runtime.text_attention import TextAttentionRecorder
-from vlmfast.runtime.tower_attention import TowerAttention, wanted_layers
+from vlmfast.runtime.tower_attention import TowerAttention
 
 
 def accelerate(
@@ -86,7 +87,7 @@ class Accelerated:
         self.report = Report()
         self.model = unwrap(model)
         self.family = families.get(self.model)
-        check_model(self.model, self.family, plan)
+        check_methods([plan], *decoder_sizes(self.model))
         limit = parse_bytes("reuse", reuse)
         if MARK in vars(self.model):
             if not replace:
@@ -129,8 +130,7 @@ class Accelerated:
         if isinstance(draft_pruner, TargetAttention):
             if self._reuse is not None:
                 raise Unsupported(
-                    f"{draft_pruner.name} reads the prefill that reuse= may skip: leave reuse= away, or use another "
-                    "pruner"
+                    f"{draft_pruner.name} reads the prefill that reuse= may skip: drop reuse=, or use another pruner"
                 )
             recorder = TextAttentionRecorder(model, self.family, requests, draft_pruner.queries)
             recorder.watch(patch)
@@ -151,9 +151,8 @@ class Accelerated:
                     "which kv= and reuse= cannot follow: use one or the other"
                 )
             BetweenLayerPruning(model, self.family, requests, layer_pruner).install(patch)
-        # the pruner of a second prefill of this model
-        second_pruner = None if isinstance(draft, ModelDraft) else draft_pruner
-        attention_layers = tuple(sorted({*wanted_layers(media_pruner), *wanted_layers(second_pruner)}))
+        second_pruner = None if isinstance(draft, ModelDraft) else draft_pruner  # of a second prefill of this model
+        attention_layers = tuple(sorted({*tower_layers(media_pruner), *tower_layers(second_pruner)}))
         if attention_layers:
             self.columns.attention = TowerAttention(model, self.family, requests, attention_layers)
             self.columns.attention.install(patch)
@@ -172,12 +171,12 @@ class Accelerated:
                 self.prefills = engine.PrefillGraphs(text_model, output_head, self.family.rope_axes)
                 self.prefills.install(patch)
         self.draft = self._accelerate_draft(draft)
-        original_generate: Any = model.generate
+        original: Any = model.generate
         if self.hooked:
-            original_generate = checked(model, original_generate)
+            original = checked(model, original)
         else:
-            original_generate = observed(model, original_generate, self._observe, self._bare)
-        patch.set(model, "generate", self._wrap(original_generate))
+            original = observed(model, original, self._observe, self._bare)
+        patch.set(model, "generate", self._wrap(original))
 
     def _observe(self, patch: Patch) -> None:
         """The hooks of the report alone."""
@@ -203,8 +202,8 @@ class Accelerated:
 
     # -- the call ----------------------------------------------------------------------------------------------------
 
-    def _wrap(self, original_generate: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original_generate)
+    def _wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
             with ExitStack() as contexts:
                 contexts.enter_context(model_lock(self.model))
@@ -218,7 +217,7 @@ class Accelerated:
                 if self.plan.fast_tower:
                     contexts.enter_context(fresh_lengths(next(self.model.parameters()).device))
                 run_call = self._generate if self.smaller is None else self.smaller.around(self)
-                return run_call(request, original_generate, args, kwargs)
+                return run_call(request, original, args, kwargs)
 
         return generate
 
@@ -234,44 +233,46 @@ class Accelerated:
                 raise
 
     def _generate(
-        self, request: RequestState, original_generate: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
+        self, request: RequestState, original: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
     ) -> Any:
         option_of = functools.partial(option, self.model, kwargs)
-        rewrite_reason = needs(option_of, cache_in(kwargs))
-        refuse_call(self.model, self.plan, self.columns, option_of, rewrite_reason, args, kwargs)
+        rewrite_reason, plan = needs(option_of, cache_in(kwargs)), self.plan
+        refuse_call(
+            self.model, self.columns, option_of, rewrite_reason, args, kwargs, kv=plan.kv,
+            prunes=plan.prune is not None and plan.prune.keep < 1,
+            layer_pruner=plan.prune.name if isinstance(plan.prune, LayerPruner) else None,
+        )  # fmt: skip
         rewritten = rewrite_reason is not None and request.active
         if self._reuse is not None:
-            self._reuse.find(request, kwargs, option_of, self.plan.kv)
+            self._reuse.find(request, kwargs, option_of, plan.kv)
         cache = cache_in(kwargs)
-        cached_columns = int(cache.get_seq_length()) if cache is not None else 0
+        num_cached = int(cache.get_seq_length()) if cache is not None else 0
         self.columns.lay_out(kwargs)
         input_ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         request.read_prompt(input_ids, kwargs.get("attention_mask"))
         put_loop(
-            self.model, self.plan, self.requests, args, kwargs, rewrite_reason if rewritten else None,
-            draft=None if self.draft is None else self.draft.requests, reuse=self._reuse is not None,
+            self.model, plan.speculate, self.requests, args, kwargs, kv=plan.kv,
+            asked=plan.asks or self._reuse is not None, rewritten=rewrite_reason if rewritten else None,
+            draft=None if self.draft is None else self.draft.requests,
         )  # fmt: skip
         if rewritten:
-            generated = self.rewrite.run(original_generate, args, kwargs, option_of, str(rewrite_reason))
+            generated = self.rewrite.run(original, args, kwargs, option_of, str(rewrite_reason))
         else:
-            generated = original_generate(*args, **kwargs)
+            generated = original(*args, **kwargs)
         if self._reuse is not None:
             self._reuse.store(request)
             request.notes += request.lookup.notes
-        self._fill(request, input_ids, generated, cached_columns)
+        self._fill(request, input_ids, generated, num_cached)
         return generated
 
-    def _fill(self, request: RequestState, input_ids: Tensor | None, generated: Any, cached_columns: int) -> None:
+    def _fill(self, request: RequestState, input_ids: Tensor | None, generated: Any, num_cached: int) -> None:
         """Write the report; raise when a stage had work and did not run."""
         encode_numbers, notes = request.encode_report(), list(request.notes)
         num_visual, num_kept = request.visual_tokens, request.kept_tokens
         prompt_length = 0 if input_ids is None else input_ids.shape[1]
-        new_ids = input_ids
-        if input_ids is not None and 0 < cached_columns < prompt_length:
-            new_ids = input_ids[:, cached_columns:]
-        has_media = new_ids is not None and any(
-            bool((new_ids == media_id).any()) for media_id in self.columns.ids.values()
-        )
+        new_ids = input_ids[:, num_cached:] if input_ids is not None and 0 < num_cached < prompt_length else input_ids
+        media_ids = self.columns.ids.values()
+        has_media = new_ids is not None and any(bool((new_ids == media_id).any()) for media_id in media_ids)
         if self.plan.prune is not None:
             if not has_media and not num_visual:
                 notes.append("prune: no new visual tokens in this call, bypassed")

@@ -135,7 +135,7 @@ class Held:
 
 @dataclass
 class LayerView:
-    """One layer's cache right after its prefill attention, as a KV policy sees it; or several layers' side by side."""
+    """One layer's cache right after its prefill attention, as given to a KV policy; or several layers' side by side."""
 
     keys: Tensor  # (B, Hk, L, Dh), RoPE applied; Hk: of all layers in the view, layer by layer
     values: Tensor  # (B, Hk, L, Dh)
@@ -234,7 +234,7 @@ NO_STOP = DraftStop()
 
 
 class Draft(Protocol):
-    """A live source of guesses for the draft-verify loop (decode), opened for one prompt."""
+    """A proposer of tokens for the draft-verify loop (decode), opened for one prompt."""
 
     @property
     def certainty(self) -> list[float]: ...  # its own probability of each token of the last proposal, [] without any
@@ -245,9 +245,9 @@ class Draft(Protocol):
     def propose(
         self, ids: Tensor, max_tokens: int, pick_token: Any = None, draft_stop: DraftStop = NO_STOP
     ) -> tuple[Tensor, Tensor | None]:
-        """Guess up to `max_tokens` tokens after `ids` (1, L) int64 on the host, which holds everything emitted so far.
+        """Propose up to `max_tokens` tokens after `ids` (1, L) int64 on the host, which holds everything emitted so far.
 
-        Returns tokens (k',) int64, best on the host, k' = 0 when it has no guess, and what they were chosen from, (k',
+        Returns tokens (k',) int64, best on the host, k' = 0 when it has none, and what they were chosen from, (k',
         V) float32 probabilities, or None when `pick_token` gave none. pick_token: (ids (1, L'), logits (1, V)), both
         where the logits are -> (token, its (V,) probabilities or None), the choice under the request's logits
         processors; None = argmax.

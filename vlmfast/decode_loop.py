@@ -3,51 +3,55 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlmfast import engine
 from vlmfast.core import Unsupported
-from vlmfast.plan import Plan
 from vlmfast.runtime.request_state import Requests
+
+if TYPE_CHECKING:
+    from vlmfast.decode import Speculate
 
 
 def put_loop(
-    model: Any, plan: Plan, requests: Requests, args: tuple, kwargs: dict[str, Any], why: str | None,
-    draft: Requests | None, reuse: bool,
+    model: Any, speculate: Speculate | None, requests: Requests, args: tuple, kwargs: dict[str, Any], *,
+    kv: Any = None, asked: bool = True, rewritten: str | None = None, draft: Requests | None = None,
 ) -> None:  # fmt: skip
-    """Put our loop into the arguments of `generate`, unless the call cannot be drafted and the plan allows it.
+    """Put our loop into the arguments of `generate`, unless the call cannot be drafted and speculate= allows it.
 
-    Without speculate= that is so where the engine steps statically, see `engine`, and anything was asked for.
-    requests: of the model, whose current one is this call; why: what makes this call one of rewritten inputs, which
-    transformers' own loop decodes; draft: the calls of an accelerated draft model; reuse: is reuse= on?
+    Without speculate= that is so where the engine steps statically, see `engine`, and anything was `asked` for.
+    requests: of the model, whose current one is this call; kv: the policy that will compress the cache; rewritten: what
+    makes this call one of rewritten inputs, which transformers' own loop decodes; draft: the calls of an accelerated
+    draft model.
     """
     from vlmfast.decode import Speculate, loop
 
     stage = requests.current.decode
 
-    def put(speculate: Speculate, sink: Any) -> None:
-        loop.check(model, speculate, args, kwargs, plan.kv)
-        if why is not None:
-            raise Unsupported(f"{why} with prune= is decoded by transformers' own loop: drop {why} or speculate=")
+    def put(method: Speculate, sink: Any) -> None:
+        loop.check(model, method, args, kwargs, kv)
+        if rewritten is not None:
+            raise Unsupported(
+                f"{rewritten} with prune= is decoded by transformers' own loop: drop {rewritten} or speculate="
+            )
         kwargs["custom_generate"] = loop.build(
-            model, speculate, streamer=kwargs.get("streamer"), requests=requests, draft=draft, inputs=kwargs, sink=sink
+            model, method, streamer=kwargs.get("streamer"), requests=requests, draft=draft, inputs=kwargs, sink=sink
         )
 
     refused = None
-    if plan.speculate is not None:
+    if speculate is not None:
         try:
-            return put(plan.speculate, stage.update)
-        except Unsupported as e:
-            if plan.speculate.otherwise == "refuse":
+            return put(speculate, stage.update)
+        except Unsupported as error:
+            if speculate.otherwise == "refuse":
                 raise
-            refused = f"speculate: not for this call ({e}), decoded "
-    reason = _no_engine(model, plan, reuse, requests.current.nested)
+            refused = f"speculate: not for this call ({error}), decoded "
+    reason = _no_engine(model, requests.current.nested) if asked else ""
     if reason is None:
         try:
             put(Speculate(), functools.partial(_engine_alone, stage))
-        except Unsupported as e:
-            reason = f"not for this call ({e})"
+        except Unsupported as error:
+            reason = f"not for this call ({error})"
     if refused is not None:
         stage["notes"] = [refused + ("without drafts" if reason is None else "by transformers")]
     elif reason:
@@ -55,12 +59,10 @@ def put_loop(
     return None
 
 
-def _no_engine(model: Any, plan: Plan, reuse: bool, nested: bool) -> str | None:
-    """Why a call without speculate= is not decoded by our loop, None = it is; empty where there is no question: on a
-    CPU, and where nothing was asked."""
+def _no_engine(model: Any, nested: bool) -> str | None:
+    """Why a call without speculate= is not decoded by our loop; None = it is, empty on a CPU, where nobody asks."""
     text_model, output_head = engine.decoder(model)
-    anything_asked = reuse or replace(plan, tower=None) != Plan() or plan.tower == "fast"
-    if text_model is None or not engine.automatic(text_model) or not anything_asked:
+    if text_model is None or not engine.automatic(text_model):
         return ""
     if nested:
         return "a call inside a call"

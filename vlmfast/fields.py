@@ -80,11 +80,16 @@ Layers = Annotated[tuple[int, ...], Ascending()]
 
 
 class Method:
-    """Base of every method object. Raises UserError naming the field when a value is not what its annotation says."""
+    """Base of every method object. Raises UserError naming the field when a value is not what its annotation says.
+
+    name: in texts and records; title: what errors call it where it has no name.
+    """
+
+    name: typing.ClassVar[str] = ""
+    title: typing.ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        method_class = type(self)
-        method_name = getattr(method_class, "name", "") or getattr(method_class, "title", "") or method_class.__name__
+        method_name = self.name or self.title or type(self).__name__
         annotations = field_types(type(self))
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             if field.init:
@@ -101,13 +106,7 @@ class Method:
 
 
 class Options(Method):
-    """Base of a group of fields that has no name in texts: what a method calls `advanced`, a task's options.
-
-    title: what errors call it.
-    """
-
-    name: typing.ClassVar[str] = ""
-    title: typing.ClassVar[str] = ""
+    """Base of a group of fields that has no name in texts: what a method calls `advanced`, a task's options."""
 
 
 def nested(holder: Any) -> collections.abc.Iterator[Method]:
@@ -117,6 +116,13 @@ def nested(holder: Any) -> collections.abc.Iterator[Method]:
     if dataclasses.is_dataclass(holder) and not isinstance(holder, type):
         for field in dataclasses.fields(holder):
             yield from nested(getattr(holder, field.name))
+
+
+def check_methods(holders: collections.abc.Iterable[Any], layers: int, heads: int, axes: int) -> None:
+    """Raise Unsupported where a method in the `holders` (plans, methods) asks for what a model of these sizes lacks."""
+    for holder in holders:
+        for method in nested(holder):
+            method.check_model(layers, heads, axes)
 
 
 def checked(name: str, value: Any, hint: Any, where: str = "", example: Any = None) -> Any:

@@ -78,12 +78,12 @@ def read_inputs(
     if reading.frames or any(isinstance(image, (str, os.PathLike)) for image in images):
         opened_before = video.opening_ms if isinstance(video, VideoReader) else 0.0
         reading.read_ms = opened_before + (time.perf_counter() - start) * 1e3
-    begun = reading.processing.now()
+    start_mark = reading.processing.now()
     num_rows = len(questions)
     media: dict[str, Any] = {"padding": True, "padding_side": "left"} if num_rows > 1 else {}
     if pictures:
-        shown = [as_picture(image) for image in pictures]
-        media["images"] = [shown] * num_rows if num_rows > 1 else shown
+        row_images = [as_picture(picture) for picture in pictures]
+        media["images"] = [row_images] * num_rows if num_rows > 1 else row_images
     if clip is not None:
         media["videos"] = [as_clip(clip.frames)] * num_rows
         media["video_metadata"] = [clip.metadata() for _ in questions]
@@ -96,31 +96,31 @@ def read_inputs(
         inputs = processed(model, processor, texts, media, [] if clip is None else [sampled_fps(clip)] * num_rows)
     except (ValueError, RuntimeError, ArithmeticError) as error:  # a picture too slim for it, or too small
         sizes = [image.shape[:2] for image in pictures] + ([clip.frames.shape[1:3]] if clip is not None else [])
-        listed = ", ".join(f"{width} x {height}" for height, width in sizes)
+        listed_sizes = ", ".join(f"{width} x {height}" for height, width in sizes)
         raise UserError(
-            f"the processor of {name} does not take these media ({listed} pixels): {reason(error)}; crop or pad"
+            f"the processor of {name} does not take these media ({listed_sizes} pixels): {reason(error)}; crop or pad"
         ) from None
-    reading.processing.add(begun)
+    reading.processing.add(start_mark)
     put_reading(inputs["input_ids"], reading)
     return inputs
 
 
 def processed(
-    model: Any, processor: Any, texts: list[str], media: dict[str, Any], rates: list[float]
+    model: Any, processor: Any, texts: list[str], media: dict[str, Any], frame_rates: list[float]
 ) -> dict[str, torch.Tensor]:
     """What the processor makes of prompts and media, on the model's device, pixel values in its dtype.
 
-    media: of the processor's call. rates: frames per second of the chosen frames of every video in it.
+    media: of the processor's call. frame_rates: frames per second of the chosen frames of every video in it.
     """
     inputs = processor(text=texts, return_tensors="pt", **media)
-    if rates and "second_per_grid_ts" in inputs:  # HF divides by the rate of the whole file
+    if frame_rates and "second_per_grid_ts" in inputs:  # HF divides by the rate of the whole file
         import torch
 
         frames_merged = processor.video_processor.temporal_patch_size
-        inputs["second_per_grid_ts"] = torch.tensor([frames_merged / rate for rate in rates])
+        inputs["second_per_grid_ts"] = torch.tensor([frames_merged / frame_rate for frame_rate in frame_rates])
     return {
-        key: tensor.to(model.device, model.dtype if tensor.is_floating_point() and key.startswith("pixel") else None)
-        for key, tensor in inputs.items()
+        name: tensor.to(model.device, model.dtype if tensor.is_floating_point() and name.startswith("pixel") else None)
+        for name, tensor in inputs.items()
         if hasattr(tensor, "to")
     }
 
@@ -132,8 +132,8 @@ def _picture(image: Picture) -> np.ndarray:
 
 
 def _opened(video: Clip, select: Select | str | None, backend: str, max_frames: int | None) -> Video | VideoReader:
-    ready = isinstance(video, (Video, VideoReader))
-    return video if ready else VideoReader(video, select, backend, max_frames)  # type: ignore[return-value, arg-type]
+    is_opened = isinstance(video, (Video, VideoReader))
+    return video if is_opened else VideoReader(video, select, backend, max_frames)  # type: ignore[return-value, arg-type]
 
 
 def read_clip(
@@ -149,11 +149,12 @@ def read_clip(
         return video
     if isinstance(size, str) and size == "model":
         height, width = video.size
-        found = frame_size(model, processor, len(video), height, width)
-        if found is None and reading is not None:
-            kind = type(processor.video_processor).__name__
-            reading.notes.append(f"read: {kind} of {name} has no size of its own for {width}x{height}: full size")
-        size = found or "full"
+        wanted_size = frame_size(model, processor, len(video), height, width)
+        if wanted_size is None and reading is not None:
+            processor_class = type(processor.video_processor).__name__
+            no_size = f"{processor_class} of {name} has no size of its own for {width}x{height}"
+            reading.notes.append(f"read: {no_size}: full size")
+        size = wanted_size or "full"
     clip = video.read(size)
     if reading is not None:
         reading.frames, reading.source_size, reading.size = len(clip), clip.size, clip.frames.shape[1:3]
@@ -166,15 +167,15 @@ def frame_size(model: Any, processor: Any, frames: int, height: int, width: int)
     frames: how many it gets at once. The frames' own size where the processor would not make them smaller; None where
     it has no such rule, or does not take frames of this size.
     """
-    rule = families.get(model).frame_size
+    size_rule = families.get(model).frame_size
     try:
-        size = rule(processor.video_processor, frames, height, width, **video_options(processor))
+        size = size_rule(processor.video_processor, frames, height, width, **video_options(processor))
         if size is None or size[0] * size[1] >= height * width:
             return None if size is None else (height, width)
-        again = rule(processor.video_processor, frames, *size, **video_options(processor))
+        second_size = size_rule(processor.video_processor, frames, *size, **video_options(processor))
     except (ValueError, RuntimeError, ArithmeticError):  # it says what is wrong when it gets the frames
         return None
-    return size if again == size else None
+    return size if second_size == size else None
 
 
 def video_options(processor: Any) -> dict[str, Any]:
@@ -190,8 +191,9 @@ def device_option(model: Any, processor: Any, notes: list[str] | None = None) ->
     """`device` for a processor that can work where the model does; {} on a CPU. notes: gets a line where it cannot."""
     if model.device.type == "cpu":
         return {}
-    parts = [getattr(processor, part, None) for part in ("image_processor", "video_processor")]
-    without = [type(part).__name__ for part in parts if part is not None and not _has_device(part)]
+    names = ("image_processor", "video_processor")
+    parts = [part for name in names if (part := getattr(processor, name, None)) is not None]
+    without = [type(part).__name__ for part in parts if not _has_device(part)]
     if without:
         if notes is not None:
             notes.append(f"read: {' and '.join(without)} has no device of its own: pixels are processed on the CPU")
@@ -199,8 +201,8 @@ def device_option(model: Any, processor: Any, notes: list[str] | None = None) ->
     return {"device": model.device}
 
 
-def _has_device(part: Any) -> bool:
-    return "device" in getattr(getattr(part, "valid_kwargs", None), "__annotations__", {})
+def _has_device(part_processor: Any) -> bool:
+    return "device" in getattr(getattr(part_processor, "valid_kwargs", None), "__annotations__", {})
 
 
 def prompt(processor: Any, question: str, images: int, videos: int, name: str) -> str:

@@ -1,4 +1,4 @@
-"""A Plan says what each stage does. It is built from method objects, a preset's name, a spec string or JSON."""
+"""A Plan holds one method per stage. It is built from method objects, a preset's name, a spec string or JSON."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch import nn
+
 from vlmfast import spec
 from vlmfast.core import UserError, shown, to_json
-from vlmfast.fields import Options, unknown
+from vlmfast.fields import Method, Options, unknown
 from vlmfast.files import loads, read_text, write_text
 
 PRESETS = ("safe", "balanced", "fast")
@@ -20,7 +22,7 @@ TOWERS = ("fast", "stock")
 
 @dataclass(frozen=True)
 class Plan:
-    """prune: which visual tokens go on. kv: which keys/values stay. speculate: how tokens are guessed and verified.
+    """prune: which visual tokens go on. kv: which keys/values stay. speculate: how tokens are drafted and verified.
 
     tower: "fast" (the vision tower without its loops, see `runtime.fast_tower`) or "stock" (as transformers has it);
     None is "fast" as soon as anything else is asked.
@@ -35,11 +37,10 @@ class Plan:
     def __post_init__(self) -> None:
         if self.tower is not None and self.tower not in TOWERS:
             raise UserError(f"tower={shown(self.tower)} is not known; use {' or '.join(map(repr, TOWERS))}")
-        for stage in STAGES:
-            method = getattr(self, stage)
-            methods = methods_of(stage) if method is not None else {}
-            if methods and not isinstance(method, tuple(methods.values())):
-                is_model = stage == "speculate" and hasattr(method, "generate")
+        for stage, method in self.stages.items():
+            methods = methods_of(stage)
+            if not isinstance(method, tuple(methods.values())):
+                is_model = stage == "speculate" and isinstance(method, nn.Module)
                 example = "Speculate(draft=ModelDraft(small_model))" if is_model else _example(methods)
                 raise UserError(
                     f"{stage}={shown(method)} is not a {stage} method; use one of {', '.join(sorted(methods))}, "
@@ -52,7 +53,7 @@ class Plan:
 
     def __str__(self) -> str:
         """The stages asked for, with the fields that are not at their defaults: `prune vidcom2 keep=0.4`."""
-        described = [f"{stage} {_summary(method)}" for stage in STAGES if (method := getattr(self, stage)) is not None]
+        described = [f"{stage} {_summary(method)}" for stage, method in self.stages.items()]
         described += [] if self.tower is None else [f"tower {self.tower}"]
         return ", ".join(described) or "nothing asked"
 
@@ -61,9 +62,20 @@ class Plan:
         return {field.name: to_json(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
     @property
+    def stages(self) -> dict[str, Any]:
+        """The methods that are asked for, by stage."""
+        every_stage = {"prune": self.prune, "kv": self.kv, "speculate": self.speculate}
+        return {stage: method for stage, method in every_stage.items() if method is not None}
+
+    @property
+    def asks(self) -> bool:
+        """Is a stage or the fast tower asked for?"""
+        return self.tower == "fast" or bool(self.stages)
+
+    @property
     def fast_tower(self) -> bool:
         """Does the fast tower run: asked for, or not refused where a stage is asked for?"""
-        return self.tower == "fast" or (self.tower is None and any(getattr(self, stage) for stage in STAGES))
+        return self.asks and self.tower != "stock"
 
     @classmethod
     def from_json(cls, plain_data: dict[str, Any]) -> Plan:
@@ -87,7 +99,7 @@ class Plan:
 def preset(preset_name: str) -> Plan:
     """The plan behind a preset's name.
 
-    "safe" answers as the plain model does: it only looks words up that it may draft, and verifies them losslessly.
+    "safe" answers as the plain model does: it only drafts by prompt lookup, and verifies losslessly.
     "balanced" and "fast" keep two fifths and a fifth of the visual tokens besides, inside the tower where it allows,
     but 384 of an image or video at least: smaller ones have little to spare (see `docs/benchmarks.md`).
     """
@@ -136,7 +148,8 @@ def resolve(plan: Plan | str | Path | dict | None, **stages: Any) -> Plan:
     elif plan is None:
         plan = Plan()
     elif not isinstance(plan, Plan):
-        _refuse_method(getattr(plan, "name", ""), None)
+        if isinstance(plan, Method):
+            _refuse_method(plan.name, None)
         raise UserError(
             f"plan={shown(plan)}: give a Plan, a preset's name ({', '.join(PRESETS)}), a plan file (.json) or a dict"
         )
@@ -159,11 +172,11 @@ def _refuse_method(name: Any, spec_text: str | None) -> None:
         raise UserError(f"{name} is a method of one stage, not a plan: pass it as {arguments}")
 
 
-def _summary(method: Any) -> str:
+def _summary(method: Method) -> str:
     """A method's name and the plain fields that differ from their defaults."""
-    summary = [str(getattr(method, "name", type(method).__name__))]
-    for field in dataclasses.fields(method) if dataclasses.is_dataclass(method) else ():
-        value = getattr(method, field.name, None)
+    summary = [method.name]
+    for field in dataclasses.fields(method):  # type: ignore[arg-type]
+        value = getattr(method, field.name)
         default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
         if not field.init or value == default:
             continue
@@ -171,8 +184,8 @@ def _summary(method: Any) -> str:
             summary.append(f"{field.name}={value}")
         elif isinstance(value, Options):
             summary.append(f"{field.name}=({spec.write(value)})")
-        elif isinstance(inner_name := getattr(value, "name", None), str):
-            summary.append(f"{field.name}={inner_name}")
+        elif isinstance(value, Method):
+            summary.append(f"{field.name}={value.name}")
     return " ".join(summary)
 
 

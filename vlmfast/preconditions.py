@@ -9,9 +9,6 @@ from torch import nn
 
 from vlmfast import families
 from vlmfast.core import Unsupported, UserError
-from vlmfast.encode.between import LayerPruner
-from vlmfast.fields import nested
-from vlmfast.plan import Plan
 from vlmfast.runtime.compat import cache_in
 from vlmfast.runtime.prune_input import InputPruning
 
@@ -29,12 +26,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def check_model(model: nn.Module, family: families.Family, *holders: Any) -> None:
-    """Raise Unsupported where a method in `holders` (plans, methods) asks for what the model lacks."""
+def decoder_sizes(model: nn.Module) -> tuple[int, int, int]:
+    """What methods are checked against (`fields.check_methods`): decoder layers, key heads, axes of a position."""
+    family = families.get(model)
     text_config: Any = family.text(model).config
-    for holder in holders:
-        for method in nested(holder):
-            method.check_model(len(family.layers(model)), text_config.num_key_value_heads, family.rope_axes)
+    return len(family.layers(model)), text_config.num_key_value_heads, family.rope_axes
 
 
 def refuse_copy(*_: Any) -> Any:
@@ -45,30 +41,27 @@ def refuse_copy(*_: Any) -> Any:
 
 
 def refuse_call(
-    model: nn.Module,
-    plan: Plan,
-    columns: InputPruning,
-    option: Callable[[str], Any],
-    why: str | None,
-    args: tuple,
-    kwargs: dict[str, Any],
-) -> None:
+    model: nn.Module, columns: InputPruning, option: Callable[[str], Any], reason: str | None, args: tuple,
+    kwargs: dict[str, Any], *, prunes: bool, layer_pruner: str | None, kv: Any,
+) -> None:  # fmt: skip
     """Raise Unsupported for a call of `generate` that the plan cannot honour.
 
-    option: a generation option as `generate` would resolve it; why: what in the call hooks cannot follow, or None.
+    option: a generation option as `generate` would resolve it; reason: what in the call hooks cannot follow, or None.
+    prunes: does the plan drop visual tokens? layer_pruner: the pruner's name where it acts between layers. kv: the
+    plan's policy.
     """
-    if plan.prune is not None and plan.prune.keep < 1:
+    if prunes:
         columns.refuse_merged(kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds"))
         if option("assistant_model") is model:
             raise Unsupported(
                 "assistant_model is the model itself: transformers hands an assistant no pixels, and there would "
                 "be nothing to prune; use speculate=Speculate(SelfDraft(...))"
             )
-    between_layers = isinstance(plan.prune, LayerPruner)
-    kv, prompt = plan.kv, prompt_of(args, kwargs)
-    if why is not None and (between_layers or not (kv is None or prompt is None or kv.fits(int(prompt.shape[1])))):
+    prompt = prompt_of(args, kwargs)
+    compresses = not (kv is None or prompt is None or kv.fits(int(prompt.shape[1])))
+    if reason is not None and (layer_pruner is not None or compresses):
         raise Unsupported(
-            f"{why}: {plan.prune.name if between_layers else 'kv='} lets layers differ in the columns they hold, "
+            f"{reason}: {layer_pruner or 'kv='} lets layers differ in the columns they hold, "
             "which static caches and chunked prefill cannot: use the default dynamic cache in one prefill, or a "
             "pruner that acts before the language model"
         )

@@ -11,6 +11,7 @@ import methods
 import pytest
 import tiny
 import torch
+from drafting import pair, plain, speak
 from torch import Tensor
 from transformers import DynamicCache, StoppingCriteria
 
@@ -41,29 +42,6 @@ from vlmfast.runtime.stepper import Stepper
 
 BLIND = {"digits": False, "negation": False, "comparison": False}  # guards that need no tokenizer
 CASES = [(f, m) for f in tiny.FAMILIES for m in ("image", "video") if m == "image" or f in tiny.VIDEO_FAMILIES]
-
-
-def speak(model: Any, batch: dict[str, Any], speculate: Speculate, n: int = 16, **kwargs: Any) -> tuple[Any, dict]:
-    """`generate` through our loop without accelerate(); returns its output and the numbers of the report."""
-    numbers: dict[str, Any] = {}
-    given = {"max_new_tokens": n, "do_sample": False, **batch, **kwargs}
-    given["custom_generate"] = loop.build(
-        model, speculate, streamer=given.get("streamer"), inputs=given, sink=numbers.update
-    )
-    return model.generate(**given), numbers
-
-
-def plain(model: Any, batch: dict[str, Any], n: int = 16, **kwargs: Any) -> Any:
-    return model.generate(**{"max_new_tokens": n, "do_sample": False, **batch, **kwargs})
-
-
-def pair(family: str = "qwen3_vl", seed: int = 0) -> tuple[Any, Any, dict[str, Any]]:
-    """A target, a draft that mostly agrees with it (the same weights, slightly disturbed), and a prompt."""
-    target, draft = tiny.build(family, seed), tiny.build(family, seed)
-    gen = torch.Generator().manual_seed(5)
-    for p in draft.lm_head.parameters():
-        p.data += 0.08 * p.data.std() * torch.randn(p.shape, generator=gen)
-    return target, draft, tiny.inputs(family)
 
 
 # ---------------------------------------------------------------- law 5

@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from test_decode import pair, speak
+from drafting import pair, speak
 from transformers import DynamicCache
 
 import vlmfast

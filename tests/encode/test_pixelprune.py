@@ -8,7 +8,7 @@ import methods
 import pytest
 import tiny
 import torch
-from test_laws import logits, run
+from generation import logits, run
 from torch import Tensor
 
 import vlmfast

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_step_kernels import KIB, compiled
+from kernel_compilation import KIB, compiled
 from torch import Tensor
 
 from vlmfast.kernels import chunks as reference

@@ -9,37 +9,21 @@ import methods
 import pytest
 import tiny
 import torch
-from test_laws import CASES, NEW, logits, run, short_reference
-from test_prune_between_layers import equals_masked
+from between_layers import equals_masked
+from generation import CASES, NEW, logits, run
+from pruning_laws import pruned_equals_short
 from torch import Tensor
 
 import vlmfast
 from vlmfast import families
-from vlmfast.core import Kind
 from vlmfast.encode import CDPruner, HiRED, IVCPrune, MMTok, PyramidDrop, VCast, VidCom2, VisionZip
 from vlmfast.plan import Plan, parse
-from vlmfast.runtime.cache_state import cache_state
 from vlmfast.runtime.tower_attention import TowerAttention
 
 MIXED = {f: ("image", "video") if f in tiny.VIDEO_FAMILIES else ("image", "image") for f in tiny.FAMILIES}
 
 
 # -- pruned = short, rows alone = padded rows --------------------------------------------------------------------------
-
-
-def pruned_equals_short(family: str, media: tuple, method: Any) -> None:
-    """Two rows of different length, left-padded: each equals its kept columns alone; cache and report agree."""
-    model, inputs = tiny.build(family), tiny.inputs(family, media=media, batch=2)
-    with vlmfast.accelerate(model, prune=method) as fast:
-        out = run(model, inputs)
-    columns = cache_state(out.past_key_values).columns
-    kept = [i[i >= 0] for i in columns.index]
-    torch.testing.assert_close(logits(out), short_reference(model, inputs, kept, NEW), rtol=2e-4, atol=2e-4)
-    width = max(len(k) for k in kept) + NEW - 1
-    held = [layer for layer in out.past_key_values.layers if hasattr(layer, "keys")]  # others have a state alone
-    assert {layer.keys.shape[-2] for layer in held} == {width}
-    assert fast.report.encode["kept_tokens"] == int((columns.kinds == Kind.VISUAL).sum())
-    assert fast.report.encode["kept_tokens"] < fast.report.encode["visual_tokens"] or method.video_only
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -10,9 +10,9 @@ import methods
 import pytest
 import tiny
 import torch
+from generation import state
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_laws import state
 
 import vlmfast
 from vlmfast.decode import Exact, PromptLookup, SelfDraft, Speculate

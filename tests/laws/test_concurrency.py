@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from test_stream import session, video
+from streams import session, video
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import vlmfast

@@ -50,6 +50,15 @@ def test_no_import_circles() -> None:
     assert not circular, sorted(circular)
 
 
+def test_no_test_module_needs_another() -> None:
+    """What several tests use stands in tests/support/."""
+    modules = sorted((ROOT / "tests").rglob("*.py"))
+    assert len(modules) > 80
+    for module in modules:
+        needed = re.findall(r"^\s*(?:from|import) (?:tests\.\w+\.)?(test_\w+)", module.read_text(), re.M)
+        assert not needed, f"{module.relative_to(ROOT)} imports {', '.join(needed)}: move the helper to tests/support/"
+
+
 def test_state_is_explicit() -> None:
     """A cache gets one attribute from us, and the loop, drafts and selection ask for nothing by an attribute's name."""
     for path in SOURCES:

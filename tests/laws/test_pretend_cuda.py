@@ -18,7 +18,7 @@ import pytest
 import tiny
 import torch
 from pretend_cuda import LAYOUTS, PretendCuda, to_cuda, to_host
-from test_stream import Q, session, video
+from streams import Q, session, video
 
 import vlmfast
 from vlmfast import decode, kernels

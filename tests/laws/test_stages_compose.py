@@ -10,7 +10,7 @@ import methods
 import pytest
 import tiny
 import torch
-from test_laws import logits, run, state
+from generation import logits, run, state
 
 import vlmfast
 from vlmfast.decode import Exact, PromptLookup, SelfDraft, Speculate

@@ -9,12 +9,20 @@ from typing import Any
 
 import methods
 import pytest
-import test_breadth
-import test_laws
 import tiny
 import torch
-from test_laws import NEW, logits, run
-from test_prefill import under, walk
+from compressed import under, walk
+from generation import NEW, logits, run
+from pruning_laws import (
+    identity_is_bit_identical,
+    inside_the_tower,
+    padded_row_equals_the_row_alone,
+    pruned_equals_short,
+    removal_restores,
+    second_turn_over_a_kept_cache,
+    streamer_and_stopping_work,
+    text_survives_and_frames_keep_their_floor,
+)
 from transformers.cache_utils import CacheLayerMixin
 from typer.testing import CliRunner
 
@@ -47,53 +55,53 @@ def full_layers(out: Any) -> list[Any]:
 @hybrids
 @every_media
 def test_identity(family: str, media: tuple) -> None:
-    test_laws.test_identity_is_bit_identical(family, media, VidCom2(keep=1.0), 2)
+    identity_is_bit_identical(family, media, VidCom2(keep=1.0), 2)
 
 
 @hybrids
 def test_removal_restores(family: str) -> None:
-    test_laws.test_removal_restores_and_others_are_untouched(family)
+    removal_restores(family)
 
 
 @hybrids
 @every_media
 @pytest.mark.parametrize("method", methods.FIRST, ids=repr)
 def test_pruned_equals_a_hand_built_short_sequence(family: str, media: tuple, method: Any) -> None:
-    test_breadth.pruned_equals_short(family, media, method)
+    pruned_equals_short(family, media, method)
 
 
 @hybrids
 @every_media
 def test_text_survives_and_frames_keep_their_floor(family: str, media: tuple) -> None:
-    test_laws.test_text_and_separators_survive_and_frames_keep_their_floor(family, media)
+    text_survives_and_frames_keep_their_floor(family, media)
 
 
 @hybrids
 @every_media
 def test_padded_rows_equal_single_rows(family: str, media: tuple) -> None:
-    test_laws.test_padded_row_equals_the_row_alone(family, media, VidCom2(keep=0.2))
+    padded_row_equals_the_row_alone(family, media, VidCom2(keep=0.2))
 
 
 @hybrids
 @every_media
 @pytest.mark.parametrize("block", [0, 1])
 def test_inside_the_tower(family: str, media: tuple, block: int) -> None:
-    test_laws.test_inside_the_tower(family, media, block)
+    inside_the_tower(family, media, block)
 
 
 @hybrids
 def test_streamer_and_stopping(family: str) -> None:
-    test_laws.test_streamer_and_stopping(family)
+    streamer_and_stopping_work(family)
 
 
 @hybrids
 def test_a_second_turn(family: str) -> None:
-    test_laws.test_second_turn_over_a_kept_cache(family)
+    second_turn_over_a_kept_cache(family)
 
 
 @pytest.mark.parametrize("method", methods.BREADTH[1::2], ids=repr)
 def test_every_other_pruner_equals_short(method: Any) -> None:
-    test_breadth.pruned_equals_short("qwen3_5", ("image", "video"), method)
+    pruned_equals_short("qwen3_5", ("image", "video"), method)
 
 
 @hybrids

@@ -5,12 +5,12 @@ import dataclasses
 import itertools
 import re
 
+import compressed
 import methods
 import pytest
-import test_prefill
 import tiny
 import torch
-from test_prefill import Accelerated, generate, prompt, same_row, state, steps, under, walk
+from compressed import Accelerated, generate, prompt, same_row, state, steps, under, walk
 
 import vlmfast
 from vlmfast import kernels
@@ -22,7 +22,7 @@ from vlmfast.prefill.base import Row
 from vlmfast.prefill.ragged_layer import KVLayer
 from vlmfast.prefill.ragged_store import Store
 
-ELSEWHERE = {type(policy) for policy in test_prefill.POLICIES}  # whose laws stand there
+ELSEWHERE = {type(policy) for policy in compressed.POLICIES}  # whose laws stand there
 ROWS = [row for row in methods.POLICIES if type(row) not in ELSEWHERE]
 every_policy = pytest.mark.parametrize("policy", ROWS, ids=repr)
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_prefill import SMALL, Accelerated, every_family, generate, prompt, steps, under
+from compressed import SMALL, Accelerated, every_family, generate, prompt, steps, under
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer, QuantizedLayer, StaticCache
 
 import vlmfast

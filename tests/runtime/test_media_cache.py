@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_laws import logits, run
+from generation import logits, run
 from torch import nn
 
 import vlmfast

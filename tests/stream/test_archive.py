@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_stream as stream
+import streams as stream
 import tiny
 import torch
-from test_ragged_store import copy, fill, folder, made, reopened, same
+from archives import copy, fill, folder, made, reopened, same
 
 from vlmfast.core import UserError
 from vlmfast.stream.archive import manifest

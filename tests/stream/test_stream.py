@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from streams import TOLERANCE, Q, close, logits, processor, session, video
 
 from vlmfast.core import Unsupported, UserError
 from vlmfast.decode import PromptLookup, SelfDraft, Speculate
@@ -29,40 +30,6 @@ from vlmfast.stream.retrievers import External, Internal, Oracle, Recency, Unifo
 from vlmfast.stream.session import StreamSession
 
 FAMILIES = tiny.VIDEO_FAMILIES
-Q = "what color is the cat ?"
-PROCESSORS: dict = {}
-TOLERANCE = 2e-4  # fp32 logits of about 10, summed in another order
-
-
-def processor(family):
-    if family not in PROCESSORS:
-        PROCESSORS[family] = tiny.processor(family)
-    return PROCESSORS[family]
-
-
-def video(frames=8, seed=0, still=0.6):
-    """(T, 16, 24, 3) uint8; a share of the pixels stays what it was in the frame before."""
-    rng = np.random.default_rng(seed)
-    out = [rng.integers(0, 255, (16, 24, 3), np.uint8)]
-    for _ in range(frames - 1):
-        fresh = rng.integers(0, 255, (16, 24, 3), np.uint8)
-        keep = rng.random((2, 3, 1)).repeat(8, 0).repeat(8, 1) < still
-        out.append(np.where(keep, out[-1], fresh).astype(np.uint8))
-    return np.stack(out)
-
-
-def session(family, model=None, **kw):
-    kw = {"window": 400, "redundancy": None, "keep_as": "model", "retrieve": None, "fps": 2.0} | kw
-    return StreamSession(model or tiny.build(family), processor(family), **kw)
-
-
-def logits(s, question=Q, **kw):
-    """(V,) after the prompt of a question; the stream is not touched."""
-    return s.builder.logits(s.context(question, **kw), s.plain_cache)
-
-
-def close(a, b):
-    return float((a - b).abs().max()) < TOLERANCE
 
 
 def plain(family, model, frames, messages, fps=2.0):
@@ -746,21 +713,17 @@ def test_a_window_that_does_not_fit_the_limit_is_rebuilt(tmp_path):
 # ---------------------------------------------------------------- kill -9
 
 CHILD = """
-    import sys; sys.path[:0] = [{tests!r}, {support!r}]
-    import test_stream as t
-    s = t.session("qwen2_5_vl", window=64, disk={disk!r}, flush_seconds=3, redundancy=0.2)
+    import sys; sys.path.insert(0, {support!r})
+    import streams
+    s = streams.session("qwen2_5_vl", window=64, disk={disk!r}, flush_seconds=3, redundancy=0.2)
     for i in range(10_000):
-        s.push(t.video(4, seed=i))
+        s.push(streams.video(4, seed=i))
         print(s.newest, flush=True)
 """
 
 
 def test_kill_minus_nine_loses_the_tail_and_says_how_much(tmp_path):
-    code = textwrap.dedent(
-        CHILD.format(
-            tests=str(Path(__file__).parent), support=str(Path(tiny.__file__).parent), disk=str(tmp_path / "s")
-        )
-    )
+    code = textwrap.dedent(CHILD.format(support=str(Path(tiny.__file__).parent), disk=str(tmp_path / "s")))
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     seen = [float(child.stdout.readline()) for _ in range(12)][-1]

@@ -6,7 +6,7 @@ import json
 import random
 
 import pytest
-import test_stream as stream
+import streams as stream
 import tiny
 import torch
 from typer.testing import CliRunner

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from pretend_cuda import CUDA, PretendCuda, to_cuda, to_host
-from test_stream import Q, processor, session, video
+from streams import Q, processor, session, video
 
 from vlmfast.decode import PromptLookup, Speculate
 from vlmfast.engine import pool

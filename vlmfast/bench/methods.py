@@ -11,6 +11,7 @@ whole plan: `plan("vidcom2:keep=0.25,least=384")`, `plan("plan:prune=(vidcom2:ke
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from vlmfast import spec
@@ -33,12 +34,7 @@ def plan(name: str, draft: str | None = None) -> Plan:
                 raise UserError(f"method {name!r} sets {stage} twice: one pruner, one policy, one rule")
             if part.strip() not in PRESETS:  # what stands beside a preset replaces its stage
                 given_stages.add(stage)
-            result = Plan(
-                **{
-                    other_stage: method if other_stage == stage else getattr(result, other_stage)
-                    for other_stage in STAGES
-                }
-            )
+            result = replace(result, **{stage: method})
     return result
 
 
@@ -76,16 +72,15 @@ def label(stage: str, method: Any) -> str:
     """The name of one stage's method: with the kept percentage, or the acceptance rule's name."""
     if stage == "speculate":
         return str(method.accept.name) if method.draft is not None else "plain_loop"
-    kept_fraction = getattr(method, "keep", None)
-    return str(method.name) if kept_fraction is None else f"{method.name}-{100 * kept_fraction:g}"
+    return f"{method.name}-{100 * method.keep:g}"
 
 
 def keep(plan: Plan) -> dict[str, Any]:
     """What a table says about a plan beside its name: kept fractions and the acceptance rule."""
     params: dict[str, Any] = {}
-    if getattr(plan.prune, "keep", None) is not None:
+    if plan.prune is not None:
         params["keep"] = params["prune_keep"] = plan.prune.keep
-    if getattr(plan.kv, "keep", None) is not None:
+    if plan.kv is not None:
         params["keep"] = params["kv_keep"] = plan.kv.keep
     if plan.speculate is not None:
         params["accept"] = plan.speculate.accept.name
@@ -109,7 +104,7 @@ def _written(plain_data: dict[str, Any]) -> Plan:
 
 def _text(plan: Plan) -> str:
     """The text of a plan; of its one stage where it has no more."""
-    stage_methods = [method for stage in STAGES if (method := getattr(plan, stage)) is not None]
+    stage_methods = list(plan.stages.values())
     return spec.write(stage_methods[0] if len(stage_methods) == 1 and plan.tower is None else plan)
 
 
@@ -117,12 +112,7 @@ def _part(text: str, draft: str | None) -> dict[str, Any]:
     if text == "plain":
         return {}
     if text in PRESETS:
-        preset_plan = preset(text)
-        return {
-            candidate_stage: getattr(preset_plan, candidate_stage)
-            for candidate_stage in STAGES
-            if getattr(preset_plan, candidate_stage) is not None
-        }
+        return preset(text).stages
     stage, stage_mark, remainder = text.partition(".")
     if not stage_mark or stage not in STAGES:
         stage, remainder = "", text

@@ -35,8 +35,10 @@ def ask(
 ) -> None:
     """Ask a question of a picture or a video."""
     from vlmfast.core import UserError
+    from vlmfast.plan import resolve
 
-    chosen_plan = options.plan(preset, plan, prune, kv, speculate, tower)
+    whole_plan = options.whole_plan(preset, plan)
+    chosen_plan = resolve(whole_plan, prune=prune, kv=kv, speculate=speculate, tower=tower)
     pictures = options.images(image)
     video_clip, wanted_size = options.video(video, frames, fps, select, backend), options.frame_size(size)
     if not pictures and video_clip is None:

@@ -79,32 +79,34 @@ def calibrate(
     show(record, out)
 
 
-def of_task(loaded: Any, name: str, limit: int) -> Iterator[dict[str, Any]]:
+def of_task(loaded: Any, task_name: str, limit: int) -> Iterator[dict[str, Any]]:
     """The task's first questions as inputs, one row each."""
     from vlmfast.bench import tasks
     from vlmfast.bench.runner import Runner
     from vlmfast.core import UserError
 
-    task = tasks.get(name, questions="tuning")
+    task = tasks.get(task_name, questions="tuning")
     run = Runner(loaded.model, loaded.processor, loaded.name)
     for number in task.first(limit):
         sample = task.sample(number)
         if sample.error:
-            raise UserError(f"question {sample.id} of {name} cannot be asked: {sample.error}")
+            raise UserError(f"question {sample.id} of {task_name} cannot be asked: {sample.error}")
         yield run.inputs([sample])
 
 
 def show(record: dict[str, Any], out: Path | None) -> None:
     """The shift of every layer as a bar, and the cuts between them."""
-    page, prune, layer_shifts = console.out(), record["plan"]["prune"], record["shift"]
-    page.print(f"how far the text's look at the visual tokens moves, layer by layer ({record['prompts']} prompts)\n")
+    terminal, pruner, layer_shifts = console.out(), record["plan"]["prune"], record["shift"]
+    terminal.print(
+        f"how far the text's look at the visual tokens moves, layer by layer ({record['prompts']} prompts)\n"
+    )
     largest_shift = max(*layer_shifts, 1e-9)
-    for layer_index, value in enumerate(layer_shifts):
-        if layer_index in prune["layers"]:
-            page.print("[yellow]       ---- cut ----[/]")
-        page.print(f"[cyan]{layer_index:4}[/]  {value:5.3f}  {'█' * round(40 * value / largest_shift)}")
-    page.print(f"\nadaptinfer keep={prune['keep']:g} layers={prune['layers']}")
+    for layer_index, shift in enumerate(layer_shifts):
+        if layer_index in pruner["layers"]:
+            terminal.print("[yellow]       ---- cut ----[/]")
+        terminal.print(f"[cyan]{layer_index:4}[/]  {shift:5.3f}  {'█' * round(40 * shift / largest_shift)}")
+    terminal.print(f"\nadaptinfer keep={pruner['keep']:g} layers={pruner['layers']}")
     if out is not None:
-        page.print(f'plan written to {out}: vlmfast.accelerate(model, "{out}")', markup=False, soft_wrap=True)
+        terminal.print(f'plan written to {out}: vlmfast.accelerate(model, "{out}")', markup=False, soft_wrap=True)
     else:
-        page.print(json.dumps(record["plan"]), markup=False, soft_wrap=True)
+        terminal.print(json.dumps(record["plan"]), markup=False, soft_wrap=True)

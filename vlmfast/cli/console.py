@@ -22,30 +22,30 @@ def remarks() -> Any:
 
 
 @contextmanager
-def waiting(text: str) -> Iterator[None]:
+def waiting(message: str) -> Iterator[None]:
     """A spinner on stderr while something long happens; nothing where stderr is not a terminal."""
     console = remarks()
     if not console.is_terminal:
         yield
         return
-    with console.status(plain(text)):
+    with console.status(plain(message)):
         yield
 
 
 @contextmanager
-def counting(total: int) -> Iterator[Any]:
+def counting(num_steps: int) -> Iterator[Any]:
     """A progress bar on stderr of `total` steps: call what it yields with a line before each step."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = remarks()
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
+        task_id = bar.add_task("", total=num_steps)
         started = False
 
-        def step(text: str) -> None:
+        def step(message: str) -> None:
             nonlocal started
-            bar.update(task, description=plain(text), advance=1 if started else 0)
+            bar.update(task_id, description=plain(message), advance=1 if started else 0)
             started = True
 
         yield step
@@ -77,12 +77,13 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", 
     widths = [width(column) for column in range(len(heads))]
     room_left = console.width - sum(widths[1:])
     first_width = min(widths[0], room_left if room_left >= 18 else max(18, console.width // 3))
-    parts: list[list[int]] = [[]]
+    column_groups: list[list[int]] = [[]]
     for column in range(1, len(heads)):
-        if parts[-1] and first_width + sum(widths[index] for index in parts[-1]) + widths[column] > console.width:
-            parts.append([])
-        parts[-1].append(column)
-    for number, part_columns in enumerate(parts):
+        group_width = first_width + sum(widths[index] for index in column_groups[-1]) + widths[column]
+        if column_groups[-1] and group_width > console.width:
+            column_groups.append([])
+        column_groups[-1].append(column)
+    for number, part_columns in enumerate(column_groups):
         part_table = Table(
             title=title if not number else "", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD
         )

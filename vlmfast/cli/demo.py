@@ -73,7 +73,7 @@ def configurations(loaded: Any) -> dict[str, Any]:
     from vlmfast.plan import Plan
 
     plans: dict[str, Any] = {"plain": Plan()}
-    plans |= {f"vidcom2 {keep:.0%}": Plan(prune=VidCom2(keep=keep)) for keep in (0.5, 0.25, 0.1)}
+    plans |= {f"vidcom2 {fraction:.0%}": Plan(prune=VidCom2(keep=fraction)) for fraction in (0.5, 0.25, 0.1)}
     if get(loaded.model).tower_pruning:
         plans["vidcom2 25% in tower"] = Plan(prune=VidCom2(keep=0.25, after_block=1))
     plans |= {f"{pruner.name} 25%": Plan(prune=pruner(keep=0.25)) for pruner in (MaxMin, Uniform, Random)}
@@ -86,12 +86,12 @@ def warm_up(loaded: Any, media: list[Any]) -> None:
         loaded.model.generate(**loaded.inputs(medium.turns[0][0], **medium.arguments), max_new_tokens=2)
 
 
-def trial(loaded: Any, medium: Any, name: str, plan: Any, step: Any) -> dict[str, Any]:
+def trial(loaded: Any, medium: Any, label: str, plan: Any, next_step: Any) -> dict[str, Any]:
     """All questions about one medium under one plan: answers, medians of the stages, what was kept."""
     import vlmfast
     from vlmfast.cli.ask import GREEDY
 
-    step(f"{medium.name}: {name}")
+    next_step(f"{medium.name}: {label}")
     answers, reports, kept_indices, media_grid = [], [], None, (1, 1, 1)
     with vlmfast.accelerate(loaded.model, plan) as handle:
         for question, _ in medium.turns:
@@ -99,12 +99,12 @@ def trial(loaded: Any, medium: Any, name: str, plan: Any, step: Any) -> dict[str
             generated = loaded.model.generate(**inputs, max_new_tokens=12, **GREEDY)
             answers.append(loaded.decode(generated, inputs))
             reports.append({**handle.report.encode, **handle.report.prefill, **handle.report.decode})
-            kind = "video" if medium.video else "image"
-            media_grid = handle.request.media[kind][0].grid
-            kept_indices = handle.request.kept[kind][0].tolist() if kind in handle.request.kept else None
+            media_kind = "video" if medium.video else "image"
+            media_grid = handle.request.media[media_kind][0].grid
+            kept_indices = handle.request.kept[media_kind][0].tolist() if media_kind in handle.request.kept else None
     metrics = {metric: statistics.median(r[metric] for r in reports) for metric in METRICS}
     correct = [_right(answer, expected) for answer, (_, expected) in zip(answers, medium.turns, strict=True)]
-    return {"name": name, "plan": plan.json(), "answers": answers, "right": correct, "metrics": metrics,
+    return {"name": label, "plan": plan.json(), "answers": answers, "right": correct, "metrics": metrics,
             "grid": list(media_grid), "kept": kept_indices}  # fmt: skip
 
 
@@ -118,9 +118,9 @@ def _right(answer: str, expected: str) -> bool:
     return " ".join(answer.lower().split()).rstrip(" .") == expected.lower()
 
 
-def _short(answer: str, most: int = 20) -> str:
+def _short(answer: str, max_length: int = 20) -> str:
     answer = answer or "(nothing)"
-    return answer if len(answer) <= most else answer[: most - 3].rstrip() + "..."
+    return answer if len(answer) <= max_length else answer[: max_length - 3].rstrip() + "..."
 
 
 def record(media: list[Any], results: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -137,42 +137,44 @@ def record(media: list[Any], results: list[list[dict[str, Any]]]) -> list[dict[s
 
 def say(*lines: str) -> None:
     """Print lines, wrapped where they are too long, after an empty one."""
-    page = console.out()
-    page.print()
+    terminal = console.out()
+    terminal.print()
     for line in lines:
-        page.print(console.plain(line))
+        terminal.print(console.plain(line))
 
 
 def show(media: list[Any], results: list[list[dict[str, Any]]]) -> None:
     """The questions, one row per method with what was right, and the answers that were not."""
-    page, number = console.out(), 0
-    page.print("[bold]Answers[/bold]")
+    terminal, number = console.out(), 0
+    terminal.print("[bold]Answers[/bold]")
     for medium in media:
-        page.print(f"  {console.plain(medium.name)}")
+        terminal.print(f"  {console.plain(medium.name)}")
         for question, answer in medium.turns:
             number += 1
-            page.print(f"  {number:>3} {console.plain(question)} [dim]{console.plain(answer)}[/dim]")
+            terminal.print(f"  {number:>3} {console.plain(question)} [dim]{console.plain(answer)}[/dim]")
     table_rows, wrong_lines = [], []
     for method in zip(*results, strict=True):  # the same plan on every medium
-        name, correct = method[0]["name"], [is_correct for result in method for is_correct in result["right"]]
+        label, correct = method[0]["name"], [is_correct for result in method for is_correct in result["right"]]
         answers = [answer for result in method for answer in result["answers"]]
         marks = " ".join("".join(MARKS[is_correct] for is_correct in result["right"]) for result in method)
         num_tokens, cache_bytes = (
             sum(result["metrics"][metric] for result in method) for metric in ("kept_tokens", "kv_fast_bytes")
         )
-        count = f"{sum(correct)} of {len(correct)}"
-        table_rows.append([console.plain(name), f"{num_tokens:,.0f}", f"{cache_bytes / 1e3:,.0f}", marks, count])
+        correct_count = f"{sum(correct)} of {len(correct)}"
+        table_rows.append(
+            [console.plain(label), f"{num_tokens:,.0f}", f"{cache_bytes / 1e3:,.0f}", marks, correct_count]
+        )
         wrong_answers = [
-            f"{index + 1} {_short(a)}"
-            for index, (a, is_correct) in enumerate(zip(answers, correct, strict=True))
+            f"{index + 1} {_short(wrong_answer)}"
+            for index, (wrong_answer, is_correct) in enumerate(zip(answers, correct, strict=True))
             if not is_correct
         ]
-        wrong_lines += [f"  {name}: {', '.join(wrong_answers)}"] if wrong_answers else []
+        wrong_lines += [f"  {label}: {', '.join(wrong_answers)}"] if wrong_answers else []
     console.table(("method", "visual\ntokens", "KV\nkB", "questions\nin order", "right"), table_rows)
     if wrong_lines:
-        page.print("Answered otherwise:")
-        for line in wrong_lines:
-            page.print(console.plain(line))
+        terminal.print("Answered otherwise:")
+        for wrong_line in wrong_lines:
+            terminal.print(console.plain(wrong_line))
 
 
 MARKS = {True: "[green]✓[/green]", False: "[red]✗[/red]"}
@@ -205,8 +207,8 @@ def show_speed(timed: dict[str, Any]) -> None:
     """What was timed, stage by stage, with its floor, and what that means in words."""
     from vlmfast.page import figure
 
-    page, shape, stages = console.out(), timed["shape"], timed["stages"]
-    page.print(
+    terminal, shape, stages = console.out(), timed["shape"], timed["stages"]
+    terminal.print(
         f"A clip of {timed['visual_tokens']:,} visual tokens, of which vlmfast keeps {timed['kept_tokens']:,}, chosen "
         f"inside the vision tower. Widths of Qwen2.5-VL-3B, {shape['layers']} of 36 text layers and {shape['depth']} "
         f"of 32 tower blocks, random weights: speed, not answers. {timed['dtype']} on "
@@ -225,16 +227,18 @@ def show_speed(timed: dict[str, Any]) -> None:
         )
     console.table(("milliseconds", "plain", "vlmfast", "faster", "floor\nplain", "floor\nvlmfast"), table_rows)
     first_token, next_token = stages["ttft_ms"], stages["decode_ms_per_token"]
-    page.print(f"The first token {verdict(first_token['ratio'])}.")
+    terminal.print(f"The first token {verdict(first_token['ratio'])}.")
     if timed["busy"]:
-        page.print("[yellow]No floor: the machine was busy while its rates were measured. Run it again when idle.[/]")
+        terminal.print(
+            "[yellow]No floor: the machine was busy while its rates were measured. Run it again when idle.[/]"
+        )
     else:
-        page.print(
+        terminal.print(
             f"Its floor: arithmetic alone takes {figure(first_token['floor']['stock'])} ms for all tokens and "
             f"{figure(first_token['floor']['ours'])} ms for those kept, at the rates reached here just now "
             f"({timed['flops'] / 1e9:,.0f} GFLOP/s, {timed['bytes'] / 1e9:,.0f} GB/s). Pruning lowers the floor."
         )
-    page.print(
+    terminal.print(
         f"Each next token {verdict(next_token['ratio'])}. It reads all weights once, whatever was pruned; guessing "
         "several tokens at a time shortens that: examples/draft_model.py"
     )
@@ -242,9 +246,9 @@ def show_speed(timed: dict[str, Any]) -> None:
 
 def verdict(ratio: list[float]) -> str:
     """What a paired ratio [median, least, largest] of plain over ours says."""
-    median, least, largest = ratio
-    spread = f"{least:.2f} to {largest:.2f} over the rounds"
-    if least > 1.03:
+    median, smallest, largest = ratio
+    spread = f"{smallest:.2f} to {largest:.2f} over the rounds"
+    if smallest > 1.03:
         return f"comes {median:.2f}x sooner ({spread})"
     if largest < 0.97:
         return f"comes {1 / median:.2f}x later ({spread})"

@@ -26,11 +26,11 @@ def say(text: str) -> None:
     """Print an error as one line on stderr."""
     from vlmfast.core import brief
 
-    line = "".join(
+    printable = "".join(
         character if character.isprintable() else " " if character.isspace() else ascii(character)[1:-1]
         for character in text
     )
-    print(f"error: {brief(line, MOST)}", file=sys.stderr)
+    print(f"error: {brief(printable, MOST)}", file=sys.stderr)
 
 
 def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,8 +41,8 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
         from vlmfast.core import UserError
 
         try:
-            for name, value in kwargs.items():
-                _check(name, value)
+            for option_name, option_value in kwargs.items():
+                _check(option_name, option_value)
             return command(*args, **kwargs)
         except UserError as error:
             say(str(error))
@@ -65,15 +65,15 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _check(name: str, value: Any) -> None:
+def _check(option_name: str, option_value: Any) -> None:
     """Refuse what no command can use: numbers that are not finite, text that is not UTF-8."""
     from vlmfast.core import UserError
 
-    for single_value in value if isinstance(value, (list, tuple)) else (value,):
+    for single_value in option_value if isinstance(option_value, (list, tuple)) else (option_value,):
         if isinstance(single_value, float) and not math.isfinite(single_value):
-            raise UserError(f"--{name.strip('_').replace('_', '-')} {single_value}: give a finite number")
+            raise UserError(f"--{option_name.strip('_').replace('_', '-')} {single_value}: give a finite number")
         if isinstance(single_value, str) and any(0xD800 <= ord(character) < 0xE000 for character in single_value):
-            raise UserError(f"{name}: {ascii(single_value)[:80]} is not UTF-8 text")
+            raise UserError(f"{option_name}: {ascii(single_value)[:80]} is not UTF-8 text")
 
 
 class _OneLine:
@@ -86,8 +86,8 @@ class _OneLine:
         try:
             sys.exit(parent.main(*args, standalone_mode=False, **kwargs) or 0)
         except USAGE as error:
-            path = getattr(getattr(error, "ctx", None), "command_path", "")
-            say(error.format_message().rstrip(". ") + (f"; see {path} --help" if path else ""))
+            command_path = getattr(getattr(error, "ctx", None), "command_path", "")
+            say(error.format_message().rstrip(". ") + (f"; see {command_path} --help" if command_path else ""))
             sys.exit(2)
         except typer.Abort:
             print("stopped", file=sys.stderr)

@@ -50,14 +50,14 @@ def heads(
         head_table = observed.classify(loaded.model, inputs, policy)
     if out is not None:
         head_table.draw(out)
-    rows = [
+    head_rows = [
         {field: value for field, value in head_row.items() if field != "row"} for head_row in head_table.rows()
     ]  # one question, one row
     if as_json:
         columns = inputs["input_ids"].shape[1]
-        print(json.dumps({"model": model, "question": question, "columns": columns, "heads": rows}, indent=1))
+        print(json.dumps({"model": model, "question": question, "columns": columns, "heads": head_rows}, indent=1))
         return
-    show(rows, head_table.policy)
+    show(head_rows, head_table.policy)
     if out is not None:
         console.out().print(f"drawn to {out}", markup=False)
 
@@ -74,32 +74,33 @@ def check_picture(path: Path, force: bool) -> None:
         raise UserError("--out needs matplotlib: pip install 'vlmfast[plot]', or leave --out away")
 
 
-def show(rows: list[dict[str, Any]], policy: Any) -> None:
+def show(head_rows: list[dict[str, Any]], policy: Any) -> None:
     """One line per layer, one column per key head, in percent; dynamic heads carry a star."""
-    page = console.out()
-    page.print(f"attention on the top {policy.advanced.top:.0%} of columns, in % of all (* dynamic)")
-    heads = [
-        f"head\n{head}" if head == 0 else f"\n{head}" for head in range(1 + max(head_row["head"] for head_row in rows))
+    terminal = console.out()
+    terminal.print(f"attention on the top {policy.advanced.top:.0%} of columns, in % of all (* dynamic)")
+    headings = [
+        f"head\n{head_index}" if head_index == 0 else f"\n{head_index}"
+        for head_index in range(1 + max(head_row["head"] for head_row in head_rows))
     ]
     table_lines = []
-    for layer in sorted({head_row["layer"] for head_row in rows}):
-        layer_rows = [head_row for head_row in rows if head_row["layer"] == layer]
+    for layer_index in sorted({head_row["layer"] for head_row in head_rows}):
+        layer_rows = [head_row for head_row in head_rows if head_row["layer"] == layer_index]
         num_dynamic = sum(head_row["type"] == "dynamic" for head_row in layer_rows)
         table_lines.append(
             [
-                f"[cyan]{layer}[/cyan]",
+                f"[cyan]{layer_index}[/cyan]",
                 *(_cell(head_row) for head_row in layer_rows),
                 f"{num_dynamic} of {len(layer_rows)}",
             ]
         )
-    console.table(["layer", *heads, "dynamic"], table_lines)
-    dynamic = sum(head_row["type"] == "dynamic" for head_row in rows)
+    console.table(["layer", *headings, "dynamic"], table_lines)
+    dynamic = sum(head_row["type"] == "dynamic" for head_row in head_rows)
     theta, split = policy.advanced.theta, policy.split
-    side, most = ("at least", "most") if policy.dynamic == "concentrated" else ("under", "least")
-    rule = f"{side} {theta:.0%}" if split is None else f"the {most} concentrated {split:.0%} of a layer"
-    page.print(f"{dynamic} of {len(rows)} heads are dynamic ({rule})")
+    comparison, extreme = ("at least", "most") if policy.dynamic == "concentrated" else ("under", "least")
+    rule = f"{comparison} {theta:.0%}" if split is None else f"the {extreme} concentrated {split:.0%} of a layer"
+    terminal.print(f"{dynamic} of {len(head_rows)} heads are dynamic ({rule})")
 
 
-def _cell(row: dict[str, Any]) -> str:
-    percent = f"{100 * row['concentration']:.0f}"
-    return f"[bold yellow]{percent}*[/]" if row["type"] == "dynamic" else f"{percent} "
+def _cell(head_row: dict[str, Any]) -> str:
+    percent = f"{100 * head_row['concentration']:.0f}"
+    return f"[bold yellow]{percent}*[/]" if head_row["type"] == "dynamic" else f"{percent} "

@@ -42,28 +42,16 @@ NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, max=MOST_TOKE
 Json = Annotated[bool, typer.Option("--json", help="print one JSON record instead")]
 
 
-def plan(
-    preset: str | None = None,
-    file: Path | None = None,
-    prune: str | None = None,
-    kv: str | None = None,
-    speculate: str | None = None,
-    tower: str | None = None,
-) -> Plan:
-    """The plan that the options describe: a preset or a plan file, with single stages replaced."""
+def whole_plan(preset: str | None, file: Path | None) -> Plan | None:
+    """The plan of `--preset` or `--plan`, None without either; `plan.resolve` replaces single stages of it."""
+    from vlmfast import plan
     from vlmfast.core import UserError
-    from vlmfast.plan import Plan, parse, resolve
-    from vlmfast.plan import preset as named
 
     if preset is not None and file is not None:
         raise UserError("--preset and --plan exclude each other: give one")
-    base_plan = Plan.load(file) if file is not None else named(preset) if preset is not None else None
-    stages = {"prune": prune, "kv": kv, "speculate": speculate}
-    return resolve(
-        base_plan,
-        **{stage: parse(stage, method_text) for stage, method_text in stages.items() if method_text is not None},
-        tower=tower,
-    )
+    if file is not None:
+        return plan.Plan.load(file)
+    return None if preset is None else plan.preset(preset)
 
 
 def load(model: str, dtype: str, device: str | None, device_map: str | None = None) -> Loaded:

@@ -30,18 +30,18 @@ def media(folder: Path, seed: int) -> list[Medium]:
     from vlmfast.pocket import world
     from vlmfast.pocket.questions import STILL_KINDS
 
-    moves = world.sample("motion", seed, "test", objects=(2, 3))
+    moving = world.sample("motion", seed, "test", objects=(2, 3))
     events = world.sample("order", seed, "test", objects=(2, 3))
-    still = world.sample("location", seed, "test", size=256, objects=(3, 3))
-    kinds = [kind for kind in STILL_KINDS if kind not in ("digits", "relation", "presence")]
+    picture = world.sample("location", seed, "test", size=256, objects=(3, 3))
+    question_kinds = [kind for kind in STILL_KINDS if kind not in ("digits", "relation", "presence")]
     return [
-        _clip(folder / "moves.mp4", moves, _questions(moves, ["motion"], 2)),
+        _clip(folder / "moves.mp4", moving, _questions(moving, ["motion"], 2)),
         _clip(folder / "events.mp4", events, _questions(events, ["what-when", "when"], 3)),
-        _picture(folder / "picture.png", still, _questions(still, kinds, 4)),
+        _picture(folder / "picture.png", picture, _questions(picture, question_kinds, 4)),
     ]
 
 
-def _questions(sample: Any, kinds: list[str], most: int) -> list[tuple[str, str]]:
+def _questions(sample: Any, question_kinds: list[str], max_questions: int) -> list[tuple[str, str]]:
     """The sample's own question, then others about the same scene, of the given kinds in turn."""
     from vlmfast.pocket.questions import ask
     from vlmfast.pocket.scenes import Rng
@@ -49,29 +49,32 @@ def _questions(sample: Any, kinds: list[str], most: int) -> list[tuple[str, str]
     turns = [(sample.question, sample.answer)]
     for attempt in range(SECOND):
         question_pair = ask(
-            kinds[attempt % len(kinds)], sample.meta["scene"], Rng(2, 4242, sample.meta["seed"], attempt), None
+            question_kinds[attempt % len(question_kinds)],
+            sample.meta["scene"],
+            Rng(2, 4242, sample.meta["seed"], attempt),
+            None,
         )
-        if question_pair is not None and question_pair not in turns and len(turns) < most:
+        if question_pair is not None and question_pair not in turns and len(turns) < max_questions:
             turns.append(question_pair)
     return turns
 
 
-def _clip(path: Path, sample: Any, turns: list[tuple[str, str]]) -> Medium:
+def _clip(path: Path, sample: Any, questions: list[tuple[str, str]]) -> Medium:
     from vlmfast.video import Uniform, read_video, write_video
 
     write_video(path, sample.frames, fps=sample.fps)
     video = read_video(path, select=Uniform(len(sample.frames)))
-    return Medium(path.name, turns, video.frames, video.timestamps.tolist(), {"video": video})
+    return Medium(path.name, questions, video.frames, video.timestamps.tolist(), {"video": video})
 
 
-def _picture(path: Path, sample: Any, turns: list[tuple[str, str]]) -> Medium:
+def _picture(path: Path, sample: Any, questions: list[tuple[str, str]]) -> Medium:
     from PIL import Image
 
     from vlmfast.video import read_image
 
     save(Image.fromarray(sample.frames[0].numpy()), path)
     picture = read_image(path)
-    return Medium(path.name, turns, picture[None], [0.0], {"images": [picture]})
+    return Medium(path.name, questions, picture[None], [0.0], {"images": [picture]})
 
 
 def save(image: Any, path: Path) -> None:

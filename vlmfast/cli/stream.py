@@ -51,6 +51,7 @@ def stream(
 ) -> None:
     """Ask questions of endless video: encoded once, kept, and asked about at any time."""
     from vlmfast.core import UserError
+    from vlmfast.plan import resolve
 
     sources = [given for given in (source, camera, url) if given is not None]
     if len(sources) > 1:
@@ -66,7 +67,7 @@ def stream(
             "nothing is asked and nothing kept: give --ask, or --save to keep the stream, or type in a terminal"
         )
     frame_size = None if size is None else options.frame_size(size)
-    chosen_plan = options.plan(prune=prune, speculate=speculate, tower=tower)
+    chosen_plan = resolve(None, prune=prune, speculate=speculate, tower=tower)
     from vlmfast.stream.session import StreamSession
 
     loaded = options.load(model, dtype, device, device_map)
@@ -114,13 +115,13 @@ def parse(text: str) -> tuple[float | None, str]:
 
 def status(stats: dict[str, Any]) -> str:
     """The status line: what was seen, how fast, and what it takes."""
-    parts = [
+    status_parts = [
         f"{stats['seconds']:.0f} s seen", f"{stats['fps']:.1f} fps", f"RAM {stats['kv_host_bytes'] / 1e6:.1f} MB",
         f"disk {stats['kv_disk_bytes'] / 1e6:.1f} MB", f"queue {stats['queue']}",
     ]  # fmt: skip
     if stats["dropped_frames"]:
-        parts.append(f"{stats['dropped_frames']} dropped")
-    return " · ".join(parts)
+        status_parts.append(f"{stats['dropped_frames']} dropped")
+    return " · ".join(status_parts)
 
 
 class Talk:
@@ -151,14 +152,16 @@ class Talk:
             console.remarks().print(f"{cost_line}; looked at {spans or 'nothing'}", style="dim", markup=False)
         return reply
 
-    def through(self, source: Any, feed: dict[str, Any], asked: list[tuple[float | None, str]]) -> None:
+    def through(self, source: Any, source_options: dict[str, Any], questions: list[tuple[float | None, str]]) -> None:
         """Watch to the end, asking on the way what is to be asked at a second."""
-        timed_questions = sorted((pair for pair in asked if pair[0] is not None), key=lambda pair: pair[0] or 0.0)
+        timed_questions = sorted(
+            (timed for timed in questions if timed[0] is not None), key=lambda timed: timed[0] or 0.0
+        )
         if source is not None:
-            self.session.watch(self._until(source, feed, timed_questions), drop=False)
+            self.session.watch(self._until(source, source_options, timed_questions), drop=False)
         for second, question in timed_questions:  # at the very end, or after it
             self.answer(question, second)
-        for second, question in asked:
+        for second, question in questions:
             if second is None:
                 self.answer(question)
 
@@ -177,29 +180,31 @@ class Talk:
                 self.answer(question, second)
             yield image, seconds
 
-    def interactively(self, source: Any, feed: dict[str, Any]) -> None:
+    def interactively(self, source: Any, source_options: dict[str, Any]) -> None:
         """Questions typed while the video goes on; an empty line or end of input ends it."""
         watcher = None
         if source is not None:
-            feed = {name: value for name, value in feed.items() if value is not None and value is not False}
-            watcher = self.session.watch(source, background=True, **feed)
+            source_options = {
+                name: value for name, value in source_options.items() if value is not None and value is not False
+            }
+            watcher = self.session.watch(source, background=True, **source_options)
         print("ask away; '/new' starts another conversation, an empty line ends", file=sys.stderr)
         with self.live_status():
             self.converse(self._lines())
         if watcher is not None:
             watcher.stop()
 
-    def converse(self, lines: Iterable[str]) -> None:
+    def converse(self, typed_lines: Iterable[str]) -> None:
         """Answer line after line until an empty one; what a question gets wrong is said, and the next one is taken."""
         from vlmfast.core import UserError
 
-        for line in lines:
-            if not line.strip():
+        for typed_line in typed_lines:
+            if not typed_line.strip():
                 return
-            if line.strip() == "/new":
+            if typed_line.strip() == "/new":
                 self.session.new_conversation()
                 continue
-            second, question = parse(line)
+            second, question = parse(typed_line)
             self.quiet.set()
             try:
                 self.answer(question, second)
@@ -226,8 +231,8 @@ class Talk:
         def follow() -> None:
             while not finished.wait(every):
                 if not self.quiet.is_set():  # save the cursor, one line up, clear it, write, come back
-                    line = status(self.session.stats())[: shutil.get_terminal_size().columns - 1]
-                    write(f"\x1b7\x1b[1A\r\x1b[2K{line}\x1b8")
+                    status_line = status(self.session.stats())[: shutil.get_terminal_size().columns - 1]
+                    write(f"\x1b7\x1b[1A\r\x1b[2K{status_line}\x1b8")
 
         thread = threading.Thread(target=follow, daemon=True)
         if sys.stderr.isatty():

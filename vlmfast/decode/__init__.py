@@ -1,4 +1,4 @@
-"""Decode: guess several tokens, let through those close enough. `Speculate` is the stage's method object."""
+"""Decode: draft several tokens, accept those close enough. `Speculate` is the stage's method object."""
 
 from typing import Any
 

@@ -41,16 +41,15 @@ class Round:
     sampling: bool = False
     draft_probs: Tensor | None = None  # (k, V) float32, what the draft sampled from; None = it was certain
     committed: list[int] = field(default_factory=list)  # emitted text tokens before the draft, in order
-    # (k,) float32, how much each predicting position is about what is seen; or what computes it, when it is asked for
+    # (k,) float32, relevance of each predicting position to the media; or a function that computes it
     relevance: Tensor | Callable[[], Tensor] | None = None
     past_relevance: Tensor | None = None  # (m,) float32, of earlier positions of this request
     strict: Tensor | None = None  # (V,) bool on the host, token ids never loosened
     random: torch.Generator | None = None
     all_scores: Tensor | None = None  # (k + 1, V) float32, where the scores of all rows are there without being made
-
     loosened: Tensor | None = None  # (k,) bool, made by a rule when it is first asked for
 
-    def seen(self) -> Tensor:
+    def relevance_scores(self) -> Tensor:
         """The relevance, computed once."""
         if callable(self.relevance):
             self.relevance = self.relevance()
@@ -124,7 +123,7 @@ class Rule(Method):
     fallback: float = 0.0  # the draft hands over where its highest probability is below this
     name: ClassVar[str]
     lossless: ClassVar[bool] = False
-    visual: ClassVar[bool] = False  # does it need relevance to what is seen?
+    visual: ClassVar[bool] = False  # does it need relevance to the media?
     draws: ClassVar[bool] = False  # under sampling: does the draft draw its tokens, or take its best?
 
     def judge(self, verified: Round) -> Verdict:
@@ -135,12 +134,12 @@ class Rule(Method):
         """Does it read the draft's own probabilities, also in greedy decoding? Prompt lookup has none to give."""
         return False
 
-    def words(self) -> tuple[str, ...]:
+    def word_classes(self) -> tuple[str, ...]:
         """Classes of words (`decode.strict_tokens`) that are never loosened; non-empty means a tokenizer is needed."""
         return ()
 
-    def seeing(self) -> LooseAdvanced:
-        """How relevance to what is seen is measured, for rules that are `visual`."""
+    def relevance_options(self) -> LooseAdvanced:
+        """How relevance to the media is measured, for rules that are `visual`."""
         return LooseAdvanced()
 
 
@@ -149,7 +148,7 @@ class Exact(Rule):
     """A drafted token passes when it is the target's own choice (Leviathan et al., arXiv 2211.17192, greedy case).
 
     Under sampling the target draws at every position and the draft must match the draw: exact in distribution, and
-    token for token what plain `generate` says from the same random state, at a lower acceptance than `Lossless`.
+    token for token what plain `generate` gives from the same random state, at a lower acceptance than `Lossless`.
     """
 
     name: ClassVar[str] = "exact"
@@ -195,14 +194,14 @@ class Lossless(Rule):
 
 @dataclass(frozen=True)
 class Loose(Rule):
-    """LVSpec (Ji et al., arXiv 2604.05650): strict only where a token is about what is seen. Changes the output.
+    """LVSpec (Ji et al., arXiv 2604.05650): strict only where a token is about the media. Changes the output.
 
     Relevance of a position = mean of the highest cosines between its hidden state in the target and the prompt's visual
-    hidden states. The `relax` share of positions with the lowest relevance passes whatever the draft says.
+    hidden states. The `relax` share of positions with the lowest relevance passes whatever was drafted.
     Guards beyond the paper: ratio (the drafted token's probability is at least this share of the best one's; 0 = off;
     it keeps most facts, see `docs/benchmarks.md`), eos, digits, negation, comparison (words
     never loosened, found through the tokenizer). advanced: everything else, see `LooseAdvanced`; relax=0 and there
-    shift=0 is `Exact`. A prompt without visual tokens is verified strictly, and the report says so.
+    shift=0 is `Exact`. A prompt without visual tokens is verified strictly, and the report notes it.
     """
 
     relax: Share = 0.7
@@ -222,10 +221,10 @@ class Loose(Rule):
                 f"loose: layer={read_layer}, but this model has layers 0 to {layers - 1} (-1 is the last, and so on)"
             )
 
-    def seeing(self) -> LooseAdvanced:
+    def relevance_options(self) -> LooseAdvanced:
         return self.advanced
 
-    def words(self) -> tuple[str, ...]:
+    def word_classes(self) -> tuple[str, ...]:
         return tuple(word_class for word_class in ("digits", "negation", "comparison") if getattr(self, word_class))
 
     def judge(self, verified: Round) -> Verdict:
@@ -255,7 +254,7 @@ class Loose(Rule):
         return REFUSED
 
     def _loosened(self, verified: Round, position: int) -> bool:
-        """Is the token drafted at `position` likely enough, and the position not about what is seen?
+        """Is the token drafted at `position` likely enough, and the position not about the media?
 
         Where all scores are there, all positions are decided at once, so that a GPU is read once a round. Processors
         that read the ids are asked row by row, and no further than needed.
@@ -263,9 +262,9 @@ class Loose(Rule):
         draft = verified.draft
         if verified.all_scores is None:
             likely = self._likely(verified.score(position)[None], draft[position : position + 1])
-            return bool(likely) and bool(self._free(verified.seen().cpu(), verified)[position])
+            return bool(likely) and bool(self._free(verified.relevance_scores().cpu(), verified)[position])
         if verified.loosened is None:
-            scores, relevance = verified.all_scores[: draft.shape[0]], verified.seen()
+            scores, relevance = verified.all_scores[: draft.shape[0]], verified.relevance_scores()
             likely, relevance = torch.stack([self._likely(scores, draft).float(), relevance.float()]).cpu()
             verified.loosened = (likely > 0) & self._free(relevance, verified)
         return bool(verified.loosened[position])
@@ -279,7 +278,7 @@ class Loose(Rule):
         return passes & within_ratio(scores, draft, self.ratio) if self.ratio else passes
 
     def _free(self, relevance: Tensor, verified: Round) -> Tensor:
-        """relevance (k,) float32 on the host -> (k,) bool: positions that are not about what is seen."""
+        """relevance (k,) float32 on the host -> (k,) bool: positions that are not about the media."""
         if self.advanced.scope == "window":
             return least_relevant(relevance, self.relax)
         if self.advanced.scope == "running":
@@ -289,7 +288,7 @@ class Loose(Rule):
 
 @dataclass(frozen=True)
 class FLy(Rule):
-    """FLy (arXiv 2511.22972): a mismatch passes where the target is unsure and the draft finds back. Lossy.
+    """FLy (arXiv 2511.22972): a mismatch passes where the target is unsure and the tokens after it match again. Lossy.
 
     Entropy gate: the target's normalised entropy there is at least `theta`. Deferred window: the next `window` drafted
     tokens all match, and lie within the draft. eos: never loosen the end of the answer.

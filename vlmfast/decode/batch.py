@@ -1,6 +1,6 @@
 """Several rows decoded together: the plain loop of `generate` stepped by the engine, or the drafted one.
 
-Rows that have ended go on with padding until the last one ends, as in transformers' own loop.
+Rows that have ended are padded until the last one ends, as in transformers' own loop.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from vlmfast.runtime.stepper import Stepper
 class Call:
     """One `generate` call of several rows, as transformers hands it to a `custom_generate`; ids (B, L) int64.
 
-    goes_on: does the caller get the cache? sink, steps: see `loop.build`.
+    goes_on: does the caller get the cache, to continue it? sink, steps: see `loop.build`.
     """
 
     model: Any
@@ -47,7 +47,7 @@ class Call:
 
     @property
     def pad(self) -> int:
-        """The id that rows go on with which have ended."""
+        """The id that pads rows which have ended."""
         pad_id = getattr(self.config, "_pad_token_tensor", None)
         return 0 if pad_id is None else int(pad_id)
 
@@ -135,7 +135,7 @@ def _drafted(
             counters.engine = target.engine
             rows_loop.go(speculate, request, patient=not (call.goes_on or continued))
     except BaseException:
-        with suppress(Exception):  # what stopped us is what the caller must hear of
+        with suppress(Exception):  # the caller must get the error that ended the loop
             target.finish()
         raise
     if call.goes_on:
@@ -165,7 +165,7 @@ def _plain(call: Call, target: Stepper, counters: Counters) -> Any:
             rows.emit(logits)
         counters.captured(target.decoder)
     except BaseException:
-        with suppress(Exception):  # what stopped us is what the caller must hear of
+        with suppress(Exception):  # the caller must get the error that ended the loop
             _settle(target, prompt_length, rows)
         raise
     _settle(target, prompt_length, rows)
@@ -173,7 +173,7 @@ def _plain(call: Call, target: Stepper, counters: Counters) -> Any:
 
 
 class _Rows:
-    """What was emitted so far: ids (B, L), which rows go on, scores and logits where they are kept."""
+    """What was emitted so far: ids (B, L), which rows have not ended, scores and logits where they are kept."""
 
     def __init__(self, call: Call, eos_ids: frozenset[int]) -> None:
         input_ids, config = call.ids, call.config

@@ -1,4 +1,4 @@
-"""BiLD: the draft speaks until it is unsure, the target takes back what it finds too unlikely."""
+"""BiLD: the draft proposes until its probability is low, the target takes back what it finds too unlikely."""
 
 from __future__ import annotations
 

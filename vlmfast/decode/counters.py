@@ -30,7 +30,7 @@ class Counters:
         self.round_of_rows([(drafted, kinds)], draft_ms, verify_ms)
 
     def round_of_rows(self, rows: list[tuple[int, list[int]]], draft_ms: float, verify_ms: float) -> None:
-        """Record one forward of the target: of every row that goes on, tokens drafted and kinds of those accepted."""
+        """Record one forward of the target: of every row not yet ended, tokens drafted and kinds of those accepted."""
         self.counts["verify_rounds"] += 1
         self.verified += len(rows)
         self.times["draft_ms"] += draft_ms

@@ -15,7 +15,7 @@ FEW = 4  # answers needed before their lengths are used
 WORTH = 0.02  # of the time of recent answers, what waiting must have saved
 LOOK = 16  # after so many calls in a row that let the draft wait, one opens it at once: its cost may have changed
 IDLE = 16, 256  # plain rounds between two tries of a draft that does not pay: at first, and at most after doubling
-STEPS = 4, 64  # rounds with drafts between two plain steps: while only one was seen, and later
+STEPS = 4, 64  # rounds with drafts between two plain steps: while only one was measured, and later
 
 
 class LinearCost:
@@ -63,8 +63,8 @@ class DraftLengthController:
     """How many tokens to draft next. length: of `Speculate`, a number or "adaptive"; most: the longest adaptive draft;
     rows: drafted together, whose costs these are.
 
-    Fixed length: that many. Adaptive: a draft goes on as long as one more token is worth its cost. Its worth is the
-    probability that everything drafted so far passes; where the draft says how sure it is, a token passes with
+    Fixed length: that many. Adaptive: a draft is extended as long as one more token is worth its cost. Its worth is the
+    probability that everything drafted so far passes; where the draft knows its own probability, a token passes with
     1 - refusal * (1 - its certainty), `refusal` being what was measured of this draft and rule, else with the running
     rate. Its cost is what the milliseconds that one more token adds, to the draft and to the verification, yield at
     the pace reached so far (Dinkelbach's iteration for the best ratio of tokens to time, Management Science 13, 1967).
@@ -94,7 +94,7 @@ class DraftLengthController:
 
     def wait(self) -> int:
         """Tokens after the first to decode plainly before the draft is opened: the number that would have been best for
-        the answers so far. Opening costs a prefill of the draft, which an answer of one word never earns back."""
+        the answers so far. Opening costs a prefill of the draft, which an answer of one token never repays."""
         if self.fixed is not None or len(self.lengths) < FEW or not self.opened or self.ms == 0:
             return 0
         step_ms, opening_ms = self.verified(1), min(self.opened)
@@ -138,7 +138,7 @@ class DraftLengthController:
         return min(self.most, 2 * best_length)  # certainty may carry a draft beyond the average
 
     def floor(self) -> float:
-        """Probability in [0, 0.9] of passing under which a further token does not pay; 0 = go on to `length`."""
+        """Probability in [0, 0.9] of passing under which a further token does not pay; 0 = draft up to `length`."""
         if self.fixed is not None or not self.draft.known or self.ms == 0:
             return 0.0
         tokens_per_ms = max(self.tokens / self.ms, 1 / self.verified(1))

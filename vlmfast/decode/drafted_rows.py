@@ -73,7 +73,7 @@ class DraftedRows:
 
     def guard(self, tokenizer: Any, eos_ids: frozenset[int]) -> None:
         """Find the ids that the rule never loosens."""
-        word_classes, guarded_eos = self.rule.words(), eos_ids if self.rule.eos else frozenset()
+        word_classes, guarded_eos = self.rule.word_classes(), eos_ids if self.rule.eos else frozenset()
         if not self.rule.lossless and (word_classes or guarded_eos):
             vocabulary = self.stepper.logits.shape[-1]
             self.strict = strict_tokens(tokenizer, word_classes, guarded_eos, vocabulary)

@@ -1,6 +1,6 @@
-"""Where guesses come from: a smaller VLM, the target itself on fewer visual tokens, or the text so far.
+"""Sources of drafted tokens: a smaller VLM, the target itself on fewer visual tokens, or the text so far.
 
-A draft is a configuration (frozen dataclass); `open(request)` makes it live for one prompt: an object that follows
+A draft is a configuration (frozen dataclass); `open(request)` gives a proposer for one prompt: an object that follows
 the protocol `core.Draft`. Drafts that run a model hold a `Stepper` and feed whatever was emitted since they last ran.
 """
 
@@ -34,7 +34,7 @@ PADDING_ROWS = 512  # vocabularies of one tokenizer may differ by this many unus
 
 @dataclass
 class Request:
-    """One `generate` call, as a draft sees it when it opens."""
+    """One `generate` call, as given to a draft that is opened for it."""
 
     model: Any  # the target
     input_ids: Tensor  # (B, L) int64
@@ -54,7 +54,7 @@ def _lengths(draft_name: str, longest: int, shortest: int) -> None:
 
 
 class DraftMethod(Method):
-    """What the runtime and the loop ask of a draft's configuration; `open` makes it live for one prompt."""
+    """What the runtime and the loop ask of a draft's configuration; `open` gives its proposer for one prompt."""
 
     name: ClassVar[str]
     graded: ClassVar[bool] = False  # does it give the probabilities of every token it proposes?
@@ -70,11 +70,11 @@ class DraftMethod(Method):
         """Raise Unsupported where it cannot draft for this target, or for this call."""
 
     def open(self, request: Request) -> Draft:
-        """A live draft for one prompt."""
+        """The proposer of one prompt."""
         raise NotImplementedError
 
     def open_rows(self, request: Request) -> RowsDraft:
-        """A live draft for the prompts of several rows. Raises Unsupported where its model has no static step."""
+        """The proposer of several rows. Raises Unsupported where its model has no static step."""
         raise NotImplementedError
 
 
@@ -88,7 +88,7 @@ class ModelDraft(DraftMethod):
     arXiv 2508.16201); survivors keep their original positions.
 
     model: the model, or a path or hub id to load it from; prune: its own pruner or a spec string, applied by
-    `vlmfast.accelerate`, None = it sees everything, "targetattention" = what the target looked at (SpecVLM, see
+    `vlmfast.accelerate`, None = it reads everything, "targetattention" = what the target attended to (SpecVLM, see
     `TargetAttention`); confidence: stop a draft where the model's own probability falls
     under it (0 = never).
     """

@@ -21,7 +21,7 @@ class Ensemble(Rule):
     With p of the target, q of the draft and v = weight p + (1 - weight) q, under the request's processors. Greedy: a
     token passes when it is the best of v, and the best of v follows a refused one. Sampling: it passes with probability
     min(1, v / q), else the token is drawn from max(v - q, 0), which is max(p - q, 0) up to scale. After a whole draft
-    the target speaks. weight in (0, 1]. The draft must know its own probabilities: not prompt lookup.
+    the target chooses. weight in (0, 1]. The draft must know its own probabilities: not prompt lookup.
     """
 
     weight: Fraction = 0.5

@@ -42,7 +42,7 @@ from vlmfast.runtime.working_set_prompt import read_prompt
 
 __all__ = ["build", "check"]
 
-_KEPT: weakref.WeakKeyDictionary[Any, tuple[Any, Draft | None]] = weakref.WeakKeyDictionary()  # live drafts by cache
+_KEPT: weakref.WeakKeyDictionary[Any, tuple[Any, Draft | None]] = weakref.WeakKeyDictionary()  # opened drafts by cache
 
 
 def build(
@@ -112,7 +112,7 @@ def build(
 
 
 class _Run:
-    """One call of one row: the state of the loop. goes_on: the caller gets the cache, for another turn perhaps."""
+    """One call of one row: the state of the loop. goes_on: the caller gets the cache, to continue it."""
 
     def __init__(self, model: Any, speculate: Speculate, config: Any, out: Output, goes_on: bool = False) -> None:
         self.model, self.speculate, self.config, self.out, self.goes_on = model, speculate, config, out, goes_on
@@ -173,7 +173,7 @@ class _Run:
                     f"speculate: drafts did not pay in recent answers, none for {num_waited + 1} tokens"
                 )
         except BaseException:
-            with suppress(Exception):  # what stopped us is what the caller must hear of
+            with suppress(Exception):  # the caller must get the error that ended the loop
                 self._settle(target)
             raise
         self._settle(target)
@@ -189,7 +189,7 @@ class _Run:
     def _layer(self) -> int | None:
         if self.speculate.draft is None or not self.rule.visual:
             return None
-        return self.rule.seeing().layer % len(families.get(self.model).layers(self.model))
+        return self.rule.relevance_options().layer % len(families.get(self.model).layers(self.model))
 
     def _prepare(self, tokenizer: Any, target: Stepper) -> None:
         """Make what the rule needs: the memory of visual states, tokens never loosened, random numbers."""
@@ -197,23 +197,28 @@ class _Run:
         if accept_rule.visual:
             placeholders = list(families.get(self.model).visual_ids(self.model).values())
             self.memory = collect(
-                target.hidden, target.cache, prompt_ids, placeholders, accept_rule.seeing().top, self._layer() or 0
+                target.hidden,
+                target.cache,
+                prompt_ids,
+                placeholders,
+                accept_rule.relevance_options().top,
+                self._layer() or 0,
             )
             if self.memory is None:
                 self.counters.notes.append(f"speculate: no visual tokens, {accept_rule.name} verified strictly")
         if accept_rule.lossless:
             return
         guarded_eos = eos_ids if accept_rule.eos else frozenset()
-        if accept_rule.words() or guarded_eos:
+        if accept_rule.word_classes() or guarded_eos:
             vocabulary_size = target.logits.shape[-1]
-            self.strict = strict_tokens(tokenizer, accept_rule.words(), guarded_eos, vocabulary_size)
+            self.strict = strict_tokens(tokenizer, accept_rule.word_classes(), guarded_eos, vocabulary_size)
         self.random = torch.Generator().manual_seed(accept_rule.seed)
 
     def _open(
         self, requests: Requests | None, of_draft: Requests | None, media: dict[str, Any], cache: Any,
         kwargs: dict[str, Any], continued: bool,
     ) -> None:  # fmt: skip
-        """Make the draft live; on a cache that is continued, the one of the turns before goes on."""
+        """Open the draft; on a cache that is continued, take the one opened in the turns before."""
         draft_config, start = self.speculate.draft, time.perf_counter()
         kept_draft = _KEPT.get(cache)
         if continued and kept_draft is not None and kept_draft[0] is draft_config:
@@ -304,9 +309,9 @@ class _Run:
         past_relevance = None
         num_drafted, vocabulary_size = draft.shape[0], verified.logits.shape[-1]
         if self.memory is not None and target.hidden is not None:
-            first_position = 1 if self.rule.seeing().offset == "self" else 0
+            first_position = 1 if self.rule.relevance_options().offset == "self" else 0
             relevance = partial(self.memory.score, target.hidden[0, first_position : first_position + num_drafted])
-            if self.rule.seeing().scope == "running":
+            if self.rule.relevance_options().scope == "running":
                 relevance, past_relevance = relevance().cpu(), torch.cat(self.past) if self.past else None
                 self.past.append(relevance)
         if draft_probs is not None and draft_probs.shape[-1] < vocabulary_size:

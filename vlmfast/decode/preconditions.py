@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import ProcessorMixin
+
 from vlmfast import engine, families
 from vlmfast.core import Unsupported, UserError
 from vlmfast.decode.drafts import ModelDraft
@@ -116,12 +118,12 @@ def _check_rewind(model: Any, speculate: Speculate, kwargs: dict[str, Any], inpu
 
 def tokenizer_for(model: Any, speculate: Speculate, kwargs: dict[str, Any]) -> Any:
     """The tokenizer that a rule's guards need, None when they need none. Raises UserError when none is found."""
-    word_classes = speculate.accept.words()
+    word_classes = speculate.accept.word_classes()
     if not word_classes:
         return None
     given_tokenizer = speculate.tokenizer or kwargs.get("tokenizer")
     if given_tokenizer is not None:
-        return getattr(given_tokenizer, "tokenizer", given_tokenizer)
+        return given_tokenizer.tokenizer if isinstance(given_tokenizer, ProcessorMixin) else given_tokenizer
     model_tokenizer = vars(model).get("_vlmfast_tokenizer")
     model_path = getattr(model.config, "_name_or_path", "")
     if model_tokenizer is None and model_path:

@@ -1,4 +1,4 @@
-"""Live drafts: what `open` of a draft configuration returns. Each follows the protocol `core.Draft`."""
+"""Proposers: what `open` of a draft configuration returns. Each follows the protocol `core.Draft`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Pick = Callable[[Tensor, Tensor], tuple[int, Tensor | None]]
 
 
 class ModelProposer:
-    """A live model draft: one token after the other."""
+    """Proposes by a model, one token after the other."""
 
     def __init__(self, stepper: Stepper, fed: int, stop: frozenset[int], vocab: int, confidence: float) -> None:
         self.stepper, self.fed, self.stop, self.vocab, self.confidence = stepper, fed, stop, vocab, confidence
@@ -82,7 +82,7 @@ class ModelProposer:
 
 
 class NgramProposer:
-    """A live prompt lookup: remembers where every n-gram of prompt and output last stood. Host only."""
+    """Proposes what followed an n-gram before: knows where every n-gram of prompt and output last stood. Host only."""
 
     decoder = None  # it runs no model
 

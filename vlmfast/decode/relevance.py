@@ -1,4 +1,4 @@
-"""How much a text position is about what is seen: cosine to visual hidden states (LVSpec, arXiv 2604.05650)."""
+"""Relevance of text positions to the media: cosine to visual hidden states (LVSpec, arXiv 2604.05650)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def collect(
     """The memory of this prompt, or None when it holds no visual column.
 
     hidden (1, P, D): output of decoder layer `layer` for the columns that reached it in this prefill. A turn without
-    new media keeps the memory of the turns before it, which travels on the cache.
+    new media keeps the memory of the turns before it, which is kept on the cache.
     """
     earlier_memory = cache_state(cache).visual
     if hidden is None:

@@ -1,4 +1,4 @@
-"""Live drafts of several rows. Each row has a proposal of its own, and takes back what was refused of it."""
+"""Proposers of several rows. Each row has a proposal of its own, and takes back what was refused of it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class RowsDraft(Protocol):
 
 
 class LookupRows:
-    """A live prompt lookup of several rows, every row in its own text."""
+    """Prompt lookup of several rows, every row in its own text."""
 
     decoder = None  # it runs no model
 
@@ -60,7 +60,7 @@ class LookupRows:
 
 
 class ModelRows:
-    """A live model draft of several rows: one token of every row that still drafts, then the next.
+    """Proposes for several rows by a model: one token of every row that still drafts, then the next.
 
     stepper: after the prefill of all rows, with the static step; columns: of the prompt, padding included. The others
     as of `ModelProposer`.

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from vlmfast.core import UserError, shown
 from vlmfast.decode.accept import Exact, Rule
 from vlmfast.decode.drafts import DraftMethod
+from vlmfast.decode.strict_tokens import Tokenizer
 from vlmfast.fields import Method, PositiveInt
 
 
@@ -18,10 +19,10 @@ class Speculate(Method):
     draft: ModelDraft, SelfDraft, PromptLookup or LookupThenModel; None = no drafting, our own loop (`plain_loop`).
     accept: an acceptance rule (`decode.ACCEPT`); length: tokens drafted per round, or "adaptive": as many as running
     acceptance and measured costs favour, at most `most`, and none at the start of an answer for as long as recent
-    answers ended before a draft's prefill had paid (`decode.draft_length`). tokenizer: for rules that guard words;
-    without it the one given to `generate(tokenizer=...)`, or the one beside the model's files. Greedy or sampling.
-    otherwise: what a call that cannot be drafted gets (beams, rows without a static step, ...): "refuse" raises
-    Unsupported, "plain" decodes it without drafts and says so in the report's notes.
+    answers ended before a draft's prefill had paid (`decode.draft_length`). tokenizer: for rules that never loosen
+    some words; without it the one given to `generate(tokenizer=...)`, or the one beside the model's files. Greedy or
+    sampling. otherwise: what a call that cannot be drafted gets (beams, rows without a static step, ...): "refuse"
+    raises Unsupported, "plain" decodes it without drafts and notes it in the report.
     """
 
     draft: Any = None
@@ -44,7 +45,7 @@ class Speculate(Method):
                 f"{self.accept.name} reads the draft's own probabilities and {self.draft.name} has none for looked-up "
                 "text: use ModelDraft or SelfDraft"
             )
-        if self.tokenizer is not None and not hasattr(self.tokenizer, "convert_ids_to_tokens"):
+        if self.tokenizer is not None and not isinstance(self.tokenizer, Tokenizer):
             raise UserError(f"tokenizer={shown(self.tokenizer)} is no tokenizer; leave it away, or give the model's")
 
 

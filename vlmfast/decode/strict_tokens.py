@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,6 +21,20 @@ COMPARISON = (
     "equal before after above below left right over under behind inside outside between older younger faster slower"
 )
 WORDS = {"digits": NUMBERS.split(), "negation": NEGATION.split(), "comparison": COMPARISON.split()}
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What is asked of a tokenizer of transformers."""
+
+    @property
+    def all_special_ids(self) -> list[int]: ...
+
+    def __len__(self) -> int: ...
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]: ...
+
+    def decode(self, token_ids: list[int]) -> str: ...
 
 
 def strict_tokens(tokenizer: Any, classes: Iterable[str], eos_ids: Iterable[int], vocabulary_size: int) -> Tensor:

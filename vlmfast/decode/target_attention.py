@@ -15,7 +15,7 @@ from vlmfast.kernels import ranking
 
 @dataclass(frozen=True)
 class TargetAttention(Method):
-    """The draft sees what the target looked at: `ModelDraft(model, prune=TargetAttention())`, or in `SelfDraft`.
+    """The draft keeps what the target attended to: `ModelDraft(model, prune=TargetAttention())`, or in `SelfDraft`.
 
     A visual token's score is the attention the target's text after the media pays it in the prefill (mean over layers,
     heads and the last `queries` text columns). First the fewest tokens that hold `share` of an item's score are kept,

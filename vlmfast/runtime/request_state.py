@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -134,6 +134,20 @@ class RequestState:
             "visual_tokens": self.visual_tokens, "kept_tokens": self.kept_tokens,
             "encode_ms": encode_seconds * 1e3, "select_ms": self.cut_ms + select_seconds * 1e3,
         } | block_field  # fmt: skip
+
+
+@runtime_checkable
+class ReadsTower(Protocol):
+    """A pruner of the tower's attention, where `needs` asks for it."""
+
+    attention_layers: tuple[int, ...]  # indices into the layers that the language model reads
+
+
+def tower_layers(pruner: TokenPruner | None) -> tuple[int, ...]:
+    """The tower layers whose attention a pruner asks for; () when none."""
+    if pruner is None or "tower_attention" not in pruner.needs:
+        return ()
+    return pruner.attention_layers if isinstance(pruner, ReadsTower) else (-1,)
 
 
 class Requests:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from vlmfast.core import TokenPruner, Unsupported, UserError, VisualTokens
 from vlmfast.families import Family, Item
-from vlmfast.runtime.request_state import RequestState
-from vlmfast.runtime.tower_attention import TowerAttention, attention_of, rotation_means
+from vlmfast.runtime.request_state import RequestState, tower_layers
+from vlmfast.runtime.tower_attention import TowerAttention, rotation_means
 from vlmfast.runtime.transfers import to_device, true_places
 
 
@@ -134,7 +134,7 @@ class Selection:
             protected=item.protected,
             positions=positions,
             question=question,
-            attention=attention_of(self.attention, request, media_kind, item_number),
+            attention=self._tower_attention(media_kind, item_number),
             rope=rotation,
         )
         kept_indices = pruner.select(visual_tokens)
@@ -142,6 +142,17 @@ class Selection:
             kwargs["inputs_embeds"] = embeddings = embeddings.clone()
             embeddings[row_index, columns[kept_indices]] = pruner.merged(visual_tokens, kept_indices)
         return kept_indices
+
+    def _tower_attention(self, media_kind: str, item_number: int) -> Tensor | None:
+        """What the pruner asks for of one item: (n,), (A, n) for several layers, None for none."""
+        pruner: Any = self.request.pruner
+        layers = tower_layers(pruner)
+        if layers and self.attention is None:
+            raise Unsupported(
+                f"{pruner.name} needs tower attention, which is recorded for the plan's own pruner only: "
+                "give the draft a pruner of features (uniform, vidcom2)"
+            )
+        return None if self.attention is None or not layers else self.attention.of_item(media_kind, item_number, layers)
 
 
 def left_padded(rows: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -10,20 +10,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vlmfast.core import StageDidNotFire, TokenPruner, Unsupported
+from vlmfast.core import StageDidNotFire, Unsupported
 from vlmfast.families import Family, Item
 from vlmfast.families.base import feature_list
 from vlmfast.families.llava import Llava
 from vlmfast.families.qwen import Qwen, group_mean
 from vlmfast.runtime.patch import Patch
-from vlmfast.runtime.request_state import Requests, RequestState
+from vlmfast.runtime.request_state import Requests
 
 CHUNK = 512  # queries per product, so that no full map is ever held
 
@@ -115,34 +115,10 @@ class TowerAttention:
             patch.remove()
         return [f[:, :a].T.float() for f in feature_list(out)]
 
-
-def attention_of(source: TowerAttention | None, request: RequestState, kind: str, number: int) -> Tensor | None:
-    """What the pruner of a call asks for of one item: (n,), (A, n) for several layers, None for none."""
-    pruner: Any = request.pruner
-    if "tower_attention" not in pruner.needs:
-        return None
-    if source is None:
-        raise Unsupported(
-            f"{pruner.name} needs tower attention, which is recorded for the plan's own pruner only: "
-            "give the draft a pruner of features (uniform, vidcom2)"
-        )
-    layers = wanted_layers(pruner)
-    rows = request.tower_maps[kind][number][[source.wanted.index(slot) for slot in layers]]
-    return rows if len(layers) > 1 else rows[0]
-
-
-@runtime_checkable
-class ReadsTower(Protocol):
-    """A pruner of the tower's attention, where `needs` asks for it."""
-
-    attention_layers: tuple[int, ...]  # indices into the layers that the language model reads
-
-
-def wanted_layers(pruner: TokenPruner | None) -> tuple[int, ...]:
-    """The tower layers whose attention a pruner asks for; () when none."""
-    if pruner is None or "tower_attention" not in pruner.needs:
-        return ()
-    return pruner.attention_layers if isinstance(pruner, ReadsTower) else (-1,)
+    def of_item(self, kind: str, number: int, layers: tuple[int, ...]) -> Tensor:
+        """What one item's columns received in these tower layers: (n,), or (A, n) of several."""
+        rows = self.requests.current.tower_maps[kind][number][[self.wanted.index(slot) for slot in layers]]
+        return rows if len(layers) > 1 else rows[0]
 
 
 def received(module: Any, hidden: Tensor, cls: bool) -> Tensor:

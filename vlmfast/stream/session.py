@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlmfast import engine, families
+from vlmfast import engine
 from vlmfast.core import Unsupported, UserError
 from vlmfast.decode_loop import put_loop
+from vlmfast.fields import check_methods
 from vlmfast.plan import Plan, resolve
-from vlmfast.preconditions import MARK, check_model, unwrap
+from vlmfast.preconditions import MARK, decoder_sizes, unwrap
 from vlmfast.runtime.clock import clock
 from vlmfast.runtime.late_rope import check
 from vlmfast.runtime.placeholders import refuse_placeholders
@@ -104,7 +105,7 @@ class StreamSession(SavedIntake):
                 f"{type(draft).__name__} drafts from the pixels, which a stream no longer has: use PromptLookup()"
             )
         self.retriever = parse(retrieve)
-        check_model(self.model, families.get(self.model), self.plan, self.retriever)
+        check_methods([self.plan, self.retriever], *decoder_sizes(self.model))
         self.notes = []
         if getattr(self.plan.speculate, "otherwise", "") == "plain" and self._by_layer(self.retriever):
             self.plan = replace(self.plan, speculate=None)
@@ -124,7 +125,6 @@ class StreamSession(SavedIntake):
         self.lost_seconds = 0.0
         self.working_peak = 0
         self._requests = Requests(self.model)
-        self._answering = Plan(speculate=self.plan.speculate, tower="fast")  # what decodes an answer
         self._unlock = prepared(self.vision, self.plan.tower != "stock")
         weakref.finalize(self, self._unlock)
 
@@ -164,7 +164,7 @@ class StreamSession(SavedIntake):
                 prefilled = clock(self.model)
                 with nullcontext() if kv is None else kv.reading(), self._requests.call() as request:
                     asked = inputs | options
-                    put_loop(self.model, self._answering, self._requests, (), asked, None, None, False)
+                    put_loop(self.model, self.plan.speculate, self._requests, (), asked)
                     out = self.model.generate(**asked)  # type: ignore[operator]
             new = out[0, inputs["input_ids"].shape[1] :]
             text = self.vision.tokenizer.decode(new, skip_special_tokens=True).strip()
@@ -201,7 +201,7 @@ class StreamSession(SavedIntake):
             if not self.encoder.progress.blocks and self.pending:
                 self._encode(pad=True)
             retriever = self.retriever if retrieve == "session" else parse(retrieve)
-            check_model(self.model, families.get(self.model), retriever)
+            check_methods([retriever], *decoder_sizes(self.model))
             self._check_same_blocks(retriever)
             blocks = self.encoder.window.blocks if retriever is None else list(self.store.blocks.values())
             if not self.encoder.progress.blocks:

@@ -14,9 +14,8 @@ import numpy as np
 
 from vlmfast.core import UserError
 from vlmfast.video import decoders
-from vlmfast.video.conversion import Conversion, Decoded, of_picture, of_video
+from vlmfast.video.conversion import Conversion, Decoded, frame_orientation, of_picture, of_video
 from vlmfast.video.frame_index import LIMITS, limit_decoder, reason
-from vlmfast.video.images import frame_orientation
 
 # What libav may open for a URL of each scheme: the stream itself and its parts, never a local file.
 _HTTP = "http,https,httpproxy,tls,tcp,crypto,data"
@@ -94,10 +93,10 @@ def of_url(url: str, timeout: float, progress: dict[str, float]) -> Iterator[Sta
                         continue
                     progress["until"] = timestamp
                 yield partial(of_video, convert, frame), timestamp
-    except av.error.ExitError:  # what PyAV's timeout looks like
+    except av.error.ExitError:  # raised by PyAV's timeout
         raise Lost(f"no answer for {timeout:g} s") from None
     except av.error.FFmpegError as av_error:
-        # Without a length in its header an HTTP stream's end looks like this to libav: no failure by itself.
+        # Without a length in its header the end of an HTTP stream gives libav these errors too: no failure by itself.
         if not (frame_received and av_error.errno in (errno.EIO, errno.ECONNRESET, errno.EPIPE)):
             raise Lost(reason(av_error)) from None
     if end_time is not None and progress.get("until", -np.inf) >= end_time - 1.0:

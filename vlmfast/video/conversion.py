@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import struct
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmfast.video.images import Orientation, resize
+from vlmfast.core import UserError
+from vlmfast.video.images import resize
 
 _MOST_THREADS = 4
 Target = Callable[[tuple[int, int]], tuple[int, int]]  # (height, width) of an upright frame -> that it is scaled to
@@ -52,10 +56,10 @@ class Conversion:
         """(height, width, 3) uint8 RGB of an av.VideoFrame or of an array as stored. size: None = as it is."""
         height, width = upright = self.upright_size(frame)
         size = size or upright
-        if isinstance(frame, np.ndarray):
-            return resize(self.orientation.apply(frame), size)
-        if size == upright or size[0] * size[1] > height * width:
-            return resize(self.orientation.apply(frame.to_ndarray(format="rgb24")), size)
+        if isinstance(frame, np.ndarray) or size == upright or size[0] * size[1] > height * width:
+            stored = frame if isinstance(frame, np.ndarray) else frame.to_ndarray(format="rgb24")
+            pixels = self.orientation.apply(stored)
+            return pixels if size == upright else resize(pixels, size)
         return self.orientation.turn(self._scaled(frame, size[::-1] if self.orientation.transposed else size))
 
     def _scaled(self, frame: Any, size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -80,3 +84,74 @@ def of_picture(picture: Callable[[], NDArray[np.uint8]], target: Target) -> NDAr
     """The pixels that `picture` gives, at the size that `target` says."""
     pixels = picture()
     return resize(pixels, target((pixels.shape[0], pixels.shape[1])))
+
+
+# -- which way up ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Orientation:
+    """How a stored frame is set upright: stretch the width by `stretch`, exchange rows and columns (`transposed`), then
+    reverse the rows (`upside_down`) and the columns (`mirrored`)."""
+
+    transposed: bool = False
+    upside_down: bool = False
+    mirrored: bool = False
+    stretch: Fraction = Fraction(1)
+
+    def __bool__(self) -> bool:
+        """Is there anything to do?"""
+        return self != Orientation()
+
+    def apply(self, frame: NDArray[Any]) -> NDArray[Any]:
+        """The upright frame of a stored one (H, W, ...); the same array where there is nothing to do."""
+        if not self:
+            return frame
+        return self.turn(resize(frame, self._square((frame.shape[0], frame.shape[1]))))
+
+    def turn(self, frame: NDArray[Any]) -> NDArray[Any]:
+        """`apply` without the stretch, for a frame whose pixels are square already."""
+        if self.transposed:
+            frame = frame.swapaxes(0, 1)
+        return np.ascontiguousarray(frame[:: -1 if self.upside_down else 1, :: -1 if self.mirrored else 1])
+
+    def _square(self, size: tuple[int, int]) -> tuple[int, int]:
+        return size[0], max(1, round(size[1] * self.stretch))
+
+    def upright_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) of the upright frame of a stored one of `size` (height, width)."""
+        height, width = self._square(size)
+        return (width, height) if self.transposed else (height, width)
+
+
+def matrix_orientation(matrix: tuple[int, ...]) -> Orientation:
+    """The orientation of a display matrix, 9 integers (a, b, u, c, d, v, x, y, w) as libav gives them.
+
+    A stored point (x, y), y downwards, is shown at (a x + c y, b x + d y); scale and offset do not matter. Raises
+    UserError for anything but quarter turns and mirrors of those.
+    """
+    x_to_x, x_to_y, y_to_x, y_to_y = matrix[0], matrix[1], matrix[3], matrix[4]
+    unturned, turned = min(abs(x_to_x), abs(y_to_y)), min(abs(x_to_y), abs(y_to_x))
+    if 10 * max(abs(x_to_y), abs(y_to_x)) < unturned:
+        return Orientation(False, y_to_y < 0, x_to_x < 0)
+    if 10 * max(abs(x_to_x), abs(y_to_y)) < turned:
+        return Orientation(True, x_to_y < 0, y_to_x < 0)
+    raise UserError(
+        "it asks to be shown slanted or squeezed to a line (its display matrix is no quarter turn); "
+        "re-encode it upright"
+    )
+
+
+def frame_orientation(frame: Any, stream: Any, name: object) -> Orientation:
+    """The orientation that a decoded av.VideoFrame carries, with the pixel shape that its stream announces (between a
+    quarter and four; what lies beyond is no camera's). Raises UserError, naming the file, as `matrix_orientation`."""
+    pixel_aspect = Fraction(stream.sample_aspect_ratio or 1)
+    stretch = pixel_aspect if Fraction(1, 4) <= pixel_aspect <= 4 else Fraction(1)
+    for metadata in frame.side_data:
+        if metadata.type.name == "DISPLAYMATRIX":
+            try:
+                orientation = matrix_orientation(struct.unpack("=9i", bytes(metadata)[:36]))
+                return replace(orientation, stretch=stretch)
+            except UserError as error:
+                raise UserError(f"{name} cannot be shown upright: {error}") from None
+    return Orientation(stretch=stretch)

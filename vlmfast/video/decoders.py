@@ -90,7 +90,7 @@ def _pyav(index: Index, wanted: NDArray[np.int64]) -> Iterator[Any]:
         return
     targets = shown_stamps[wanted]
     num_done = 0
-    # a second time every frame in turn, should a seek ever land behind its target, or a frame be missed by skipping
+    # a second pass over every frame in order, should a seek land behind its target, or skipping miss a frame
     for in_turn in (False, True):
         skipping = frozenset(targets.tolist()) if index.skips and not in_turn else None
         with open_video(index.path) as (container, stream):

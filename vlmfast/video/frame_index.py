@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmfast.core import UserError
+from vlmfast.video.conversion import Orientation, frame_orientation
 from vlmfast.video.due import DueStamps
-from vlmfast.video.images import Orientation, frame_orientation
 from vlmfast.video.limits import MOST_PIXELS, check_pixels, regular
 
 # What libav may take a file for: containers of video, and sound and pictures in order to say that it is one. Left out
@@ -26,7 +26,7 @@ _FORMATS = (
     "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,h264,hevc,vvc,obu,av1,ivf,m4v,mpegvideo,mjpeg,gif,apng,nut,mxf,dv,"
     "yuv4mpegpipe,rm,wav,mp3,flac,aac,ac3,aiff,au,png_pipe,jpeg_pipe,bmp_pipe,webp_pipe,tiff_pipe,gif_pipe,image2"
 )
-LIMITS = {"max_pixels": str(MOST_PIXELS)}  # of libav's decoders, also while it looks what is in a file
+LIMITS = {"max_pixels": str(MOST_PIXELS)}  # of libav's decoders, also while it probes a file
 _STAMPED = {"mp4", "matroska", "mpegts"}  # their packets carry true presentation stamps; elsewhere frames are counted
 _STAMPLESS = {"avi", "h264", "hevc", "mpegvideo", "m4v"}  # only a frame rate: what libav makes up is no better
 
@@ -65,7 +65,7 @@ class Index:
 
 
 def reason(error: BaseException) -> str:
-    """The words of a libav error, on one line and without its number and path."""
+    """The message of a libav error, on one line and without its number and path."""
     return " ".join(str(getattr(error, "strerror", None) or error).split()).rstrip(".")
 
 
@@ -165,8 +165,8 @@ class PacketCount:
 def can_skip(stream: Any, frame: Any) -> bool:
     """Can the stream's decoder leave out just those frames to which no other refers? frame: a decoded one of it.
 
-    In H.264 and MPEG-2 every picture says whether others refer to it. In HEVC that holds within one temporal
-    layer, and the header in mp4 and mkv says how many there are. Fields of interlaced video may come as two packets.
+    In H.264 and MPEG-2 every picture is marked as one that others refer to, or not. In HEVC that holds within one
+    temporal layer, and the header in mp4 and mkv holds their number. Interlaced fields may come as two packets.
     """
     context = stream.codec_context
     if frame.interlaced_frame:

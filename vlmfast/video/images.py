@@ -1,14 +1,11 @@
-"""Reads, lists, checks, scales and sets upright images and frames. A frame is (H, W, 3) uint8 RGB."""
+"""Reads, lists, checks and scales images and frames. A frame is (H, W, 3) uint8 RGB."""
 
 from __future__ import annotations
 
 import os
 import re
-import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -167,74 +164,3 @@ def check_one_size(files: list[Path]) -> None:
                 f"the pictures in {file.parent} differ in size: {files[0].name} is {first_size[0]}x{first_size[1]}, "
                 f"{file.name} is {other_size[0]}x{other_size[1]}; pass size=(height, width) to scale them all"
             )
-
-
-# -- which way up ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Orientation:
-    """How a stored frame is set upright: stretch the width by `stretch`, exchange rows and columns (`transposed`), then
-    reverse the rows (`upside_down`) and the columns (`mirrored`)."""
-
-    transposed: bool = False
-    upside_down: bool = False
-    mirrored: bool = False
-    stretch: Fraction = Fraction(1)
-
-    def __bool__(self) -> bool:
-        """Is there anything to do?"""
-        return self != Orientation()
-
-    def apply(self, frame: NDArray[Any]) -> NDArray[Any]:
-        """The upright frame of a stored one (H, W, ...); the same array where there is nothing to do."""
-        if not self:
-            return frame
-        return self.turn(resize(frame, self._square((frame.shape[0], frame.shape[1]))))
-
-    def turn(self, frame: NDArray[Any]) -> NDArray[Any]:
-        """`apply` without the stretch, for a frame whose pixels are square already."""
-        if self.transposed:
-            frame = frame.swapaxes(0, 1)
-        return np.ascontiguousarray(frame[:: -1 if self.upside_down else 1, :: -1 if self.mirrored else 1])
-
-    def _square(self, size: tuple[int, int]) -> tuple[int, int]:
-        return size[0], max(1, round(size[1] * self.stretch))
-
-    def upright_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(height, width) of the upright frame of a stored one of `size` (height, width)."""
-        height, width = self._square(size)
-        return (width, height) if self.transposed else (height, width)
-
-
-def matrix_orientation(matrix: tuple[int, ...]) -> Orientation:
-    """The orientation of a display matrix, 9 integers (a, b, u, c, d, v, x, y, w) as libav gives them.
-
-    A stored point (x, y), y downwards, is shown at (a x + c y, b x + d y); scale and offset do not matter. Raises
-    UserError for anything but quarter turns and mirrors of those.
-    """
-    x_to_x, x_to_y, y_to_x, y_to_y = matrix[0], matrix[1], matrix[3], matrix[4]
-    unturned, turned = min(abs(x_to_x), abs(y_to_y)), min(abs(x_to_y), abs(y_to_x))
-    if 10 * max(abs(x_to_y), abs(y_to_x)) < unturned:
-        return Orientation(False, y_to_y < 0, x_to_x < 0)
-    if 10 * max(abs(x_to_x), abs(y_to_y)) < turned:
-        return Orientation(True, x_to_y < 0, y_to_x < 0)
-    raise UserError(
-        "it asks to be shown slanted or squeezed to a line (its display matrix is no quarter turn); "
-        "re-encode it upright"
-    )
-
-
-def frame_orientation(frame: Any, stream: Any, name: object) -> Orientation:
-    """The orientation that a decoded av.VideoFrame carries, with the pixel shape that its stream announces (between a
-    quarter and four; what lies beyond is no camera's). Raises UserError, naming the file, as `matrix_orientation`."""
-    pixel_aspect = Fraction(stream.sample_aspect_ratio or 1)
-    stretch = pixel_aspect if Fraction(1, 4) <= pixel_aspect <= 4 else Fraction(1)
-    for metadata in frame.side_data:
-        if metadata.type.name == "DISPLAYMATRIX":
-            try:
-                orientation = matrix_orientation(struct.unpack("=9i", bytes(metadata)[:36]))
-                return replace(orientation, stretch=stretch)
-            except UserError as error:
-                raise UserError(f"{name} cannot be shown upright: {error}") from None
-    return Orientation(stretch=stretch)

@@ -96,7 +96,7 @@ class VideoReader:
         start_time = time.perf_counter()
         self.path, self.backend = Path(path), backend
         select = parse_select(select) if isinstance(select, str) else select or Uniform()
-        if isinstance(select, type) or not hasattr(select, "pick"):
+        if isinstance(select, type) or not isinstance(select, Select):
             raise UserError(f"select must be Uniform, Fps, SceneChange or text such as 'uniform:16', got {select!r}")
         decoders.require(backend)
         if max_frames is not None:

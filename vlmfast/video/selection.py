@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Protocol
+from typing import Annotated, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from vlmfast.fields import Method, NonNegativeFloat, PositiveFloat, PositiveInt,
 _SAME = 6e-4  # seconds; containers round stamps (mkv to 1 ms), so instants this close are one
 
 
+@runtime_checkable
 class Select(Protocol):
     """Chooses frames: `pick` gets the timestamps (N,) of all frames, ascending, and (only if it asks for the next
     one) thumbnails (24, 24, 3) uint8 of one frame after the other; returns ascending distinct numbers (K,) int64."""

@@ -1,0 +1,54 @@
+"""Blocks of known content, and archives made of them."""
+
+from __future__ import annotations
+
+import shutil
+
+import torch
+
+from vlmfast.stream.archive.store import Store
+from vlmfast.stream.blocks import Block, BlockTensors
+
+L, HK, DH = 3, 2, 8
+
+
+def made(i, n=6, novelty=1.0, norm=1.0, embedding=None):
+    gen = torch.Generator().manual_seed(i)
+    keys, values = torch.randn(2, L, HK, n, DH, generator=gen)
+    rel = torch.arange(n, dtype=torch.int16)[None]
+    block = Block(i, float(i), i + 1.0, (4 + n * i,), (n,), rel, 1, novelty, norm)
+    return block, BlockTensors(keys, values, keys.mean(2), embedding)
+
+
+def fill(store, count, **kw):
+    for i in range(count):
+        store.add(*made(i, **kw))
+        if store.due():
+            store.flush()
+
+
+def folder(path):
+    return sum(f.stat().st_size for f in path.iterdir())
+
+
+def copy(path, to):
+    shutil.copytree(path, to)
+    return to
+
+
+def reopened(path, ram="1MB"):
+    """The blocks that an archive holds when it is opened anew; nothing is reported lost."""
+    store = Store(ram, path).open()
+    store.close()
+    assert store.lost == []
+    return list(store.blocks)
+
+
+def same(store, i, exact=True):
+    _, payload = made(i)
+    for layer in range(L):
+        k, v = store.layer(i, layer, torch.float32)
+        for got, want in ((k, payload.keys[layer]), (v, payload.values[layer])):
+            if not (torch.equal(got, want) if exact else torch.allclose(got, want, atol=0.05)):
+                return False
+    return True

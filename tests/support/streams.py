@@ -1,0 +1,47 @@
+"""Stream sessions over tiny models, small videos for them, and the logits of a question."""
+
+from __future__ import annotations
+
+import numpy as np
+import tiny
+
+from vlmfast.stream.session import StreamSession
+
+Q = "what color is the cat ?"
+
+
+PROCESSORS: dict = {}
+
+
+def processor(family):
+    if family not in PROCESSORS:
+        PROCESSORS[family] = tiny.processor(family)
+    return PROCESSORS[family]
+
+
+def video(frames=8, seed=0, still=0.6):
+    """(T, 16, 24, 3) uint8; a share of the pixels stays what it was in the frame before."""
+    rng = np.random.default_rng(seed)
+    out = [rng.integers(0, 255, (16, 24, 3), np.uint8)]
+    for _ in range(frames - 1):
+        fresh = rng.integers(0, 255, (16, 24, 3), np.uint8)
+        keep = rng.random((2, 3, 1)).repeat(8, 0).repeat(8, 1) < still
+        out.append(np.where(keep, out[-1], fresh).astype(np.uint8))
+    return np.stack(out)
+
+
+def session(family, model=None, **kw):
+    kw = {"window": 400, "redundancy": None, "keep_as": "model", "retrieve": None, "fps": 2.0} | kw
+    return StreamSession(model or tiny.build(family), processor(family), **kw)
+
+
+def logits(s, question=Q, **kw):
+    """(V,) after the prompt of a question; the stream is not touched."""
+    return s.builder.logits(s.context(question, **kw), s.plain_cache)
+
+
+TOLERANCE = 2e-4  # fp32 logits of about 10, summed in another order
+
+
+def close(a, b):
+    return float((a - b).abs().max()) < TOLERANCE
