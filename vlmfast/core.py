@@ -150,6 +150,7 @@ class LayerView:
     held: list[Held] | None = None  # per batch row, as the host knows it; None = to be read from `kinds`
     picked: list[Tensor] | None = None  # per batch row, places (n,) int64 of the queries that count, as `queries` says
     stacked: int = 1  # how many layers, the first of them `layer`; more only for policies with `stacks`
+    numbers: tuple[int, ...] = ()  # of the layers where there are several, as `layer` is
 
 
 @dataclass(frozen=True)
