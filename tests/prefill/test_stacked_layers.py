@@ -10,7 +10,7 @@ import tiny
 import torch
 
 import vlmfast
-from vlmfast.core import CompressedLayer, Kind, LayerView
+from vlmfast.core import CompressedLayer, Kind, LayerView, Rotation
 from vlmfast.prefill import (
     CAKE,
     AdaKV,
@@ -39,6 +39,8 @@ def views(policy: Any, batch: int) -> list[LayerView]:
     kinds = torch.full((batch, COLUMNS), Kind.TEXT, dtype=torch.int8)
     kinds[:, 6:30], kinds[1:, :5] = Kind.VISUAL, Kind.PAD
     positions = torch.where(kinds != Kind.PAD, torch.arange(COLUMNS), -1)
+    angles = torch.rand(batch, COLUMNS, 4, generator=generator).repeat(1, 1, 2)
+    rotation = Rotation(angles.cos(), angles.sin(), 0)
     out = []
     for layer in range(LAYERS):
         keys, values = (torch.randn(batch, HEADS, COLUMNS, 8, generator=generator) for _ in range(2))
@@ -46,7 +48,8 @@ def views(policy: Any, batch: int) -> list[LayerView]:
         if policy.window():
             window = torch.rand(batch, 2 * HEADS, 4, COLUMNS, generator=generator).softmax(-1)
         queries = torch.ones(batch, 4, dtype=torch.bool)
-        out.append(LayerView(keys, values, kinds, window, layer, LAYERS, positions, queries, rank=layer))
+        view = LayerView(keys, values, kinds, window, layer, LAYERS, positions, queries, rotation, rank=layer)
+        out.append(view)
     return out
 
 
@@ -68,11 +71,12 @@ def plain(kept: CompressedLayer) -> dict[str, Any]:
             value = [None if entry is None else torch.stack(entry).tolist() if isinstance(entry, tuple) else
                      entry.tolist() for entry in value]
         out[name] = value
-    return out | {"stats": kept.stats}
+    factors = [(f.left.tolist(), f.right.tolist(), f.owner) for f in kept.low_rank or [] if f is not None]
+    return out | {"stats": kept.stats, "factors": factors}
 
 
 def test_many_policies_stack() -> None:
-    assert {policy.name for policy in methods.POLICIES if not policy.stacks} <= {"random", "shadowkv"}
+    assert {policy.name for policy in methods.POLICIES if not policy.stacks} <= {"random"}
 
 
 @pytest.mark.parametrize("batch", [1, 2])
