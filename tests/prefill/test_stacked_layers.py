@@ -68,8 +68,10 @@ def plain(kept: CompressedLayer) -> dict[str, Any]:
         if isinstance(value, torch.Tensor):
             value = value.tolist()
         elif value is not None:
-            value = [None if entry is None else torch.stack(entry).tolist() if isinstance(entry, tuple) else
-                     entry.tolist() for entry in value]
+            value = [
+                None if entry is None else torch.stack(entry).tolist() if isinstance(entry, tuple) else entry.tolist()
+                for entry in value
+            ]
         out[name] = value
     factors = [(f.left.tolist(), f.right.tolist(), f.owner) for f in kept.low_rank or [] if f is not None]
     return out | {"stats": kept.stats, "factors": factors}
@@ -112,8 +114,8 @@ def test_side_by_side_equals_one_by_one(policy: Any, batch: int) -> None:
         SnapKV(keep=0.3, **SMALL), SnapKV(keep=0.3, int8=True, **SMALL), AdaKV(keep=0.3, **SMALL),
         PyramidKV(keep=0.5, beta=2, **SMALL), MixKV(keep=0.3, **SMALL), Quantised(keep=0.3, **SMALL),
         HybridKV(keep=0.3, **SMALL), HybridKV(keep=0.3, split=0.5, **SMALL), CAKE(keep=0.3, **SMALL),
-        PrefixKV(keep=0.3, **SMALL), RazorAttention(keep=0.4, share=0.3, **SMALL), LookM(keep=0.3, **SMALL), KVMerger(keep=0.3, **SMALL),
-        ElasticCache(keep=0.3, distance=3, **SMALL),
+        PrefixKV(keep=0.3, **SMALL), RazorAttention(keep=0.4, share=0.3, **SMALL), LookM(keep=0.3, **SMALL),
+        KVMerger(keep=0.3, **SMALL), ElasticCache(keep=0.3, distance=3, **SMALL),
     ],
     ids=repr,
 )  # fmt: skip

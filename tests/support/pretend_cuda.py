@@ -48,7 +48,8 @@ _NO_KERNEL = (*_UNWRITTEN, "aten::new_empty_strided", "aten::detach", "aten::lif
               "prim::device", "aten::_has_compatible_shallow_copy_type", "aten::set_.source_Storage_storage_offset",
               "aten::alias")  # fmt: skip
 _WAITING = ("aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive",
-            "aten::bincount", "aten::equal", "aten::_linalg_svd", "aten::repeat_interleave.Tensor", "aten::histc")  # fmt: skip
+            "aten::bincount", "aten::equal", "aten::_linalg_svd", "aten::repeat_interleave.Tensor",
+            "aten::histc")  # fmt: skip
 _COMPOSITE: dict[str, bool] = {}
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from vlmfast.fields import PositiveInt, Range
-from vlmfast.kernels import highest, ranking
+from vlmfast.kernels import highest, ranking, ranks
 from vlmfast.prefill.base import Choice, KVPolicy, Row, best, protect
 from vlmfast.prefill.merge import add_to, others, taken
 
@@ -45,9 +45,8 @@ class KVMerger(KVPolicy):
         num_exact = num_kept - max(1, round((1 - self.heavy) * (num_kept - self.sinks - self.recent)))
         exact_columns = best(protect(scores, self.sinks, self.recent), num_exact)
         other_columns = others(exact_columns, row.n)
-        pivots, *merged_runs = merge_runs(
-            *(taken(x, other_columns) for x in (row.keys, row.values, scores)), num_kept - num_exact
-        )
+        other_keys, other_values, other_scores = (taken(x, other_columns) for x in (row.keys, row.values, scores))
+        pivots, *merged_runs = merge_runs(other_keys, other_values, other_scores, num_kept - num_exact)
         kept_columns, column_order = torch.cat([exact_columns, other_columns.gather(1, pivots)], 1).sort()
         stored_vectors = [
             taken(torch.cat([taken(x, exact_columns), merged_run], 1), column_order)
@@ -67,7 +66,7 @@ def merge_runs(keys: Tensor, values: Tensor, score: Tensor, runs: int) -> tuple[
     run_index = torch.zeros(num_heads, num_columns, dtype=torch.int64, device=keys.device)
     run_index.scatter_(1, highest(-similarity, runs - 1) + 1, 1)
     run_index = run_index.cumsum(1)
-    score_rank = ranking(score).argsort(1)
+    score_rank = ranks(ranking(score))
     best_rank = score_rank.new_full((num_heads, runs), num_columns).scatter_reduce(1, run_index, score_rank, "amin")
     is_other = score_rank != best_rank.gather(1, run_index)
     pivots = is_other.to(torch.uint8).argsort(dim=1, stable=True)[:, :runs]

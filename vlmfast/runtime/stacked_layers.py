@@ -102,17 +102,19 @@ def by_layer(kept: CompressedLayer, layers: int, batch: int) -> list[CompressedL
         return [kept]
     num_heads = len(kept.keep) // (layers * batch)
 
-    def rows_of(layer: int) -> list[int]:
+    def rows_of(layer: int) -> slice | list[int]:
+        if batch == 1:
+            return slice(layer * num_heads, (layer + 1) * num_heads)
         return [
             (batch_index * layers + layer) * num_heads + head
             for batch_index in range(batch)
             for head in range(num_heads)
         ]
 
-    def pick(values: Any, rows: list[int]) -> Any:
-        if values is None:
-            return None
-        return values[rows] if isinstance(values, Tensor) else [values[row] for row in rows]
+    def pick(values: Any, rows: slice | list[int]) -> Any:
+        if values is None or isinstance(values, Tensor) or isinstance(rows, slice):
+            return None if values is None else values[rows]
+        return [values[row] for row in rows]
 
     per_head = ("keep", "dynamic", "budget", "int8", "merged", "mass", "low", "low_rank")
     out = []
