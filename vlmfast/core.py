@@ -87,6 +87,12 @@ class VisualTokens:
         """Number of frames (video) or tiles (image); host-side, no sync."""
         return self.grid[0]
 
+    @property
+    def frame_size(self) -> int | None:
+        """Tokens of every frame; None where frames may differ. Host-side, no sync."""
+        num_frames, height, width = self.grid
+        return height * width if num_frames * height * width == self.n else None
+
 
 @runtime_checkable
 class TokenPruner(Protocol):
