@@ -89,9 +89,7 @@ class Pruner(Method):
         scores = self.score(tokens).float()
         if scores.shape != (tokens.n,):
             raise RuntimeError(f"{type(self).__name__}.score returned {tuple(scores.shape)} for {tokens.n} tokens")
-        return ranked(
-            scores, tokens.frame, budget, self.floor, self.frame_budgets(tokens, budget), tokens.frame_size
-        )
+        return ranked(scores, tokens.frame, budget, self.floor, self.frame_budgets(tokens, budget), tokens.frame_size)
 
 
 def without_separators(tokens: VisualTokens) -> tuple[VisualTokens, Tensor | None]:
