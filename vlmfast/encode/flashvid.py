@@ -13,7 +13,7 @@ from vlmfast.core import VisualTokens
 from vlmfast.encode.base import Pruner
 from vlmfast.encode.greedy import LATTICE, in_order, unit_rows
 from vlmfast.fields import Fraction
-from vlmfast.kernels import greedy, highest, ranking
+from vlmfast.kernels import greedy, ranking
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ def attended_and_diverse(distance: Tensor, attention: Tensor, num_selected: int)
 def density_peaks(distance: Tensor, left_out: Tensor, num_neighbours: int = 7) -> Tensor:
     """(t, n) density-peak score of a frame's tokens: local density * distance to the nearest denser one.
 
-    distance: (t, n, n) 1 - cosine inside each frame; left_out: (t, n) bool, tokens that are nobody's neighbour and whose
-    own score means nothing.
+    distance: (t, n, n) 1 - cosine inside each frame; left_out: (t, n) bool, tokens that are nobody's neighbour, and
+    whose own score means nothing.
     """
     distance = distance.clamp(0, 2).masked_fill(left_out[:, None, :], 2)
     nearest = distance.topk(min(num_neighbours, distance.shape[1]), -1, largest=False).values
