@@ -87,6 +87,12 @@ class VisualTokens:
         """Number of frames (video) or tiles (image); host-side, no sync."""
         return self.grid[0]
 
+    @property
+    def frame_size(self) -> int | None:
+        """Tokens of every frame; None where frames may differ. Host-side, no sync."""
+        num_frames, height, width = self.grid
+        return height * width if num_frames * height * width == self.n else None
+
 
 @runtime_checkable
 class TokenPruner(Protocol):
@@ -150,6 +156,7 @@ class LayerView:
     held: list[Held] | None = None  # per batch row, as the host knows it; None = to be read from `kinds`
     picked: list[Tensor] | None = None  # per batch row, places (n,) int64 of the queries that count, as `queries` says
     stacked: int = 1  # how many layers, the first of them `layer`; more only for policies with `stacks`
+    numbers: tuple[int, ...] = ()  # of the layers where there are several, as `layer` is
 
 
 @dataclass(frozen=True)

@@ -450,7 +450,8 @@ def test_flashvid_segments_cut_links() -> None:
 
 def test_attended_and_diverse_is_maxmin_under_even_attention() -> None:
     x = normalize(torch.randn(2, 10, D), dim=-1)
-    taken = attended_and_diverse(x, torch.ones(2, 10), 4)
+    distance = 1 - x @ x.transpose(1, 2)
+    taken = attended_and_diverse(distance, torch.ones(2, 10), 4)
     for f in range(2):
         chosen = [0]
         while len(chosen) < 4:
@@ -458,7 +459,7 @@ def test_attended_and_diverse_is_maxmin_under_even_attention() -> None:
             gap[chosen] = -1
             chosen.append(int(gap.argmax()))
         assert taken[f].nonzero()[:, 0].tolist() == sorted(chosen)
-    assert attended_and_diverse(x, torch.eye(10)[:2] + 0.001, 1).nonzero()[:, 1].tolist() == [0, 1]
+    assert attended_and_diverse(distance, torch.eye(10)[:2] + 0.001, 1).nonzero()[:, 1].tolist() == [0, 1]
 
 
 def test_ivcprune_keeps_the_axes_whatever_it_wraps() -> None:

@@ -13,7 +13,7 @@ from pretend_cuda import PretendCuda, to_cuda
 
 import vlmfast
 from vlmfast.encode import CDPruner, MaxMin, Uniform, VidCom2
-from vlmfast.prefill import HybridKV, SnapKV
+from vlmfast.prefill import HybridKV, RazorAttention, ShadowKV, SnapKV
 
 PLANS: dict[str, dict[str, Any]] = {
     "tower": {"tower": "fast"},
@@ -55,8 +55,17 @@ def test_nothing_waits_for_the_tower(name: str) -> None:
     assert waits(PLANS[name]) == Counter()
 
 
-def test_a_policy_with_head_types_waits_once() -> None:
-    assert sum(waits({"kv": HybridKV(keep=0.3, sinks=1, recent=2)}).values()) == 1
+@pytest.mark.parametrize(
+    "policy",
+    [
+        HybridKV(keep=0.3, **budgets.SMALL), HybridKV(keep=0.3, split=0.5, **budgets.SMALL),
+        ShadowKV(keep=0.3, rank=8, **budgets.SMALL), RazorAttention(keep=0.4, share=0.3, **budgets.SMALL),
+    ],
+    ids=lambda policy: policy.name,
+)  # fmt: skip
+def test_a_policy_that_must_read_waits_once(policy: Any) -> None:
+    """For budgets of heads, or for factors; what goes to host memory is not waited for."""
+    assert sum(waits({"kv": policy}).values()) == 1
 
 
 def test_a_mismatch_is_still_found() -> None:

@@ -48,7 +48,8 @@ _NO_KERNEL = (*_UNWRITTEN, "aten::new_empty_strided", "aten::detach", "aten::lif
               "prim::device", "aten::_has_compatible_shallow_copy_type", "aten::set_.source_Storage_storage_offset",
               "aten::alias")  # fmt: skip
 _WAITING = ("aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive",
-            "aten::bincount", "aten::equal", "aten::repeat_interleave.Tensor", "aten::histc")  # fmt: skip
+            "aten::bincount", "aten::equal", "aten::_linalg_svd", "aten::repeat_interleave.Tensor",
+            "aten::histc")  # fmt: skip
 _COMPOSITE: dict[str, bool] = {}
 
 
@@ -556,6 +557,28 @@ def _read_back(tensors: Any) -> list[Tensor]:
     return [x.held.clone(memory_format=torch.contiguous_format) if isinstance(x, CudaTensor) else x for x in tensors]
 
 
+def _send_back(tensors: Any) -> tuple[list[Tensor], Any]:
+    """One copy a tensor; whoever reads them first waits, unless something else has waited since."""
+    from vlmfast.runtime.transfers import Arrival
+
+    for _ in tensors:
+        _copied()
+    copies = [to_host(x).clone(memory_format=torch.contiguous_format) for x in tensors]
+    return copies, Arrival(_Copied())  # type: ignore[arg-type]
+
+
+class _Copied:
+    """The mark behind a copy."""
+
+    def __init__(self) -> None:
+        assert _DEVICE is not None
+        self.device, self.waits = _DEVICE, sum(_DEVICE.waits.values())
+
+    def synchronize(self) -> None:
+        if _DEVICE is self.device and sum(_DEVICE.waits.values()) == self.waits:
+            _wait()
+
+
 # -- the device ------------------------------------------------------------------------------------------------------
 
 
@@ -658,6 +681,7 @@ class PretendCuda(contextlib.AbstractContextManager):
         from vlmfast.runtime import transfers
 
         self._patch(transfers, "read_back", _read_back)
+        self._patch(transfers, "send_back", _send_back)
         with contextlib.suppress(ImportError):
             from vlmfast.kernels import triton_chunks, triton_ragged, triton_step, triton_vision, vision
 

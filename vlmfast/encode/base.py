@@ -89,7 +89,7 @@ class Pruner(Method):
         scores = self.score(tokens).float()
         if scores.shape != (tokens.n,):
             raise RuntimeError(f"{type(self).__name__}.score returned {tuple(scores.shape)} for {tokens.n} tokens")
-        return ranked(scores, tokens.frame, budget, self.floor, self.frame_budgets(tokens, budget))
+        return ranked(scores, tokens.frame, budget, self.floor, self.frame_budgets(tokens, budget), tokens.frame_size)
 
 
 def without_separators(tokens: VisualTokens) -> tuple[VisualTokens, Tensor | None]:
@@ -109,28 +109,36 @@ def without_separators(tokens: VisualTokens) -> tuple[VisualTokens, Tensor | Non
     return unprotected, unprotected_indices
 
 
-def ranked(score: Tensor, frame: Tensor, budget: int, floor: int, per_frame: Tensor | None) -> Tensor:
+def ranked(
+    score: Tensor, frame: Tensor, budget: int, floor: int, per_frame: Tensor | None, frame_size: int | None = None
+) -> Tensor:
     """Indices (budget,) int64 of the highest scores; each frame's best `floor` (or `per_frame` quota) come first.
 
-    score (N,) float; frame (N,) int64; per_frame (t,) int64 or None. No host sync: being among the best of its frame
-    moves a token ahead of all that are not.
+    score (N,) float; frame (N,) int64, ascending; per_frame (t,) int64 or None; frame_size: tokens of every frame where
+    that is known. No host sync: being among the best of its frame moves a token ahead of all that are not.
     """
     best_first = ranking(score)
     num_tokens = len(best_first)
-    by_frame = best_first[frame[best_first].argsort(stable=True)]  # frames ascending, best first within each
-    sorted_frame = frame[by_frame]
-    rank_in_frame = torch.arange(num_tokens, device=score.device).sub_(torch.searchsorted(sorted_frame, sorted_frame))
-    sort_key = best_first.argsort()[by_frame].add_(rank_in_frame < floor, alpha=-2 * num_tokens)
-    if per_frame is None:
-        sort_key.add_(rank_in_frame < floor, alpha=-2 * num_tokens)
-    else:
-        sort_key.add_(rank_in_frame < per_frame.clamp(min=floor)[sorted_frame], alpha=-2 * num_tokens)
-    return by_frame[sort_key.argsort()[:budget]]
+    # places in that order, frames ascending and best first within each
+    sorted_frame, by_frame = frame[best_first].sort(stable=True)
+    if frame_size is not None:
+        by_frame = by_frame.view(-1, frame_size)
+    rank_in_frame = torch.arange(by_frame.shape[-1], device=score.device)
+    if frame_size is None:
+        rank_in_frame.sub_(torch.searchsorted(sorted_frame, sorted_frame))
+    sort_key = torch.add(by_frame, rank_in_frame < floor, alpha=-4 * num_tokens)
+    if per_frame is not None:
+        quota = per_frame if budget >= floor * len(per_frame) else per_frame.clamp(min=floor)
+        quota = quota[sorted_frame] if frame_size is None else quota[:, None]
+        sort_key.add_(rank_in_frame < quota, alpha=-2 * num_tokens)
+    return best_first[by_frame.flatten()[sort_key.flatten().argsort()[:budget]]]
 
 
-def frame_means(features: Tensor, frame: Tensor, num_frames: int) -> Tensor:
-    """(t, D) mean feature of each frame; frames may differ in size. features (N, D), frame (N,) int64."""
+def frame_means(features: Tensor, frame: Tensor, num_frames: int, frame_size: int | None = None) -> Tensor:
+    """(t, D) mean feature of each frame. features (N, D), frame (N,) int64; frame_size as in `ranked`."""
     feature_sums = features.new_zeros(num_frames, features.shape[1]).index_add_(0, frame, features)
+    if frame_size is not None:
+        return feature_sums / frame_size
     token_counts = features.new_zeros(num_frames).index_add_(0, frame, features.new_ones(len(frame)))
     return feature_sums / token_counts.clamp(min=1)[:, None]
 
@@ -138,9 +146,7 @@ def frame_means(features: Tensor, frame: Tensor, num_frames: int) -> Tensor:
 def largest_remainder(shares: Tensor, total: int) -> Tensor:
     """(t,) int64 parts proportional to shares (t,) that sum to total exactly, rounded by largest remainder."""
     exact_parts = shares / shares.sum() * total
-    parts = exact_parts.floor()
+    parts = exact_parts.long()
     num_missing = total - parts.sum()
     largest_first = ranking(exact_parts - parts)
-    rounded_up = torch.zeros_like(parts)
-    rounded_up[largest_first] = (torch.arange(len(parts), device=parts.device) < num_missing).to(parts.dtype)
-    return (parts + rounded_up).long()
+    return parts + (largest_first.argsort() < num_missing)

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vlmfast.core import VisualTokens
-from vlmfast.encode.base import Pruner, frame_means
+from vlmfast.encode.base import Pruner
 from vlmfast.encode.greedy import LATTICE, in_order, unit_rows
 from vlmfast.fields import Fraction
-from vlmfast.kernels import greedy, highest, ranking
+from vlmfast.kernels import greedy, ranking
 
 
 @dataclass(frozen=True)
@@ -39,61 +39,62 @@ class FlashVID(Pruner):
     def select_body(self, tokens: VisualTokens, budget: int) -> Tensor:
         num_frames, frame_size = tokens.frames, tokens.n // tokens.frames
         unit_features = unit_rows(tokens.features).view(num_frames, frame_size, -1)
+        distance = 1 - unit_features @ unit_features.transpose(1, 2)
         picks_per_frame = max(min(self.floor, budget // num_frames), int(self.alpha * budget) // num_frames)
         attention = self.need(tokens, "attention").float().view(num_frames, frame_size)
-        selected = attended_and_diverse(unit_features, attention, picks_per_frame)
-        priority = self._roots_first(unit_features, selected, tokens)
-        priority = torch.where(selected, priority.new_full((), 4.0), priority)
-        return highest(priority.flatten(), budget)
+        selected = attended_and_diverse(distance, attention, picks_per_frame)
+        order = self._roots_first(unit_features, distance, selected, tokens).masked_fill(selected, -4.0)
+        return order.flatten().argsort(stable=True)[:budget]
 
-    def _roots_first(self, unit_features: Tensor, selected: Tensor, tokens: VisualTokens) -> Tensor:
-        """(t, n) rank of the tokens left over: roots by density peak (1 ... 2), then linked ones, least alike first."""
-        frame_size, unselected = unit_features.shape[1], ~selected
-        similarity = unit_features[1:] @ unit_features[:-1].transpose(1, 2)
-        similarity = similarity.masked_fill(~(unselected[1:, :, None] & unselected[:-1, None, :]), -1)
-        similarity = similarity.masked_fill(self._starts(tokens)[1:, None, None], -1)
-        best_match = torch.cat([similarity.new_full((1, frame_size), -1.0), similarity.amax(-1)])
-        is_root = (best_match <= self.threshold) & unselected
-        peak_score = density_peaks(unit_features, is_root).masked_fill(~is_root, -1)
-        peak_rank = ranking(peak_score).argsort(dim=1)
-        peak_rank = peak_rank / is_root.sum(1, keepdim=True).clamp(min=1)
-        return torch.where(is_root, 2 - peak_rank, -best_match)
+    def _roots_first(self, unit_features: Tensor, distance: Tensor, selected: Tensor, tokens: VisualTokens) -> Tensor:
+        """(t, n), the least goes first: roots by density peak (-2 ... -1), then linked tokens, the least alike first.
 
-    def _starts(self, tokens: VisualTokens) -> Tensor:
-        """(t,) bool: does a segment begin at this frame?"""
-        num_frames = tokens.frames
-        mean_features = normalize(frame_means(tokens.features.float(), tokens.frame, num_frames), dim=-1)
+        distance (t, n, n): 1 - cosine inside each frame.
+        """
+        frame_size = unit_features.shape[1]
+        to_previous = unit_features[1:] @ unit_features[:-1].transpose(1, 2)
+        best_match = to_previous.masked_fill(selected[:-1, None, :], -1).amax(-1)
+        best_match = best_match.masked_fill(self._cuts(tokens)[:, None], -1)
+        best_match = torch.cat([best_match.new_full((1, frame_size), -1.0), best_match])
+        is_other = (best_match > self.threshold) | selected
+        peak_score = density_peaks(distance, is_other).masked_fill(is_other, -1)
+        peak_rank = ranking(peak_score).argsort(dim=1) / (~is_other).sum(1, keepdim=True)
+        return torch.where(is_other, best_match, peak_rank - 2)
+
+    def _cuts(self, tokens: VisualTokens) -> Tensor:
+        """(t - 1,) bool: does a segment begin at the second, third ... frame?"""
+        mean_features = normalize(tokens.features.float().unflatten(0, (tokens.frames, -1)).mean(1), dim=-1)
         similarity = (mean_features[1:] * mean_features[:-1]).sum(-1)
         cut_order = similarity.argsort(stable=True).argsort()  # the least alike neighbours are cut first
-        return torch.cat([similarity.new_ones(1).bool(), (similarity < self.cut) | (cut_order < self.segments - 1)])
+        return (similarity < self.cut) | (cut_order < self.segments - 1)
 
 
-def attended_and_diverse(unit_features: Tensor, attention: Tensor, num_selected: int) -> Tensor:
+def attended_and_diverse(distance: Tensor, attention: Tensor, num_selected: int) -> Tensor:
     """(t, n) bool: `num_selected` tokens of every frame by farthest-point selection, gaps weighted by attention.
 
-    unit_features: (t, n, D), of length one; attention: (t, n). The first token of a frame is the most attended; where
-    nothing new is left, the rest goes by attention, then evenly over the frame (`encode/greedy.py`).
+    distance: (t, n, n) 1 - cosine inside each frame; attention: (t, n). The first token of a frame is the most
+    attended; where nothing new is left, the rest goes by attention, then evenly over the frame (`encode/greedy.py`).
     """
-    frame_size = unit_features.shape[1]
+    frame_size = distance.shape[1]
     weights = attention / attention.amax(1, keepdim=True).clamp(min=1e-12)
-    remaining = greedy.farthest(1 - unit_features @ unit_features.transpose(1, 2), weights, weights, num_selected)
+    remaining = greedy.farthest(distance, weights, weights, num_selected)
     device = remaining.device
     if device.type == "cpu" and bool(((remaining < 0).sum(1) == num_selected).all()):  # reading costs nothing there
         return remaining < 0
-    spread = torch.arange(frame_size, device=device, dtype=torch.float64).mul_(LATTICE[1]).frac_()
+    step = LATTICE[1]
+    spread = torch.arange(0, (frame_size - 0.5) * step, step, device=device, dtype=torch.float64).frac_()
     best_first = in_order(remaining, weights, spread)[:, :num_selected]
     return torch.zeros(remaining.shape, dtype=torch.bool, device=device).scatter_(1, best_first, True)
 
 
-def density_peaks(unit_features: Tensor, candidates: Tensor, num_neighbours: int = 7) -> Tensor:
-    """(t, n) density-peak score of the `candidates` (t, n) bool: local density * distance to the nearest denser one.
+def density_peaks(distance: Tensor, left_out: Tensor, num_neighbours: int = 7) -> Tensor:
+    """(t, n) density-peak score of a frame's tokens: local density * distance to the nearest denser one.
 
-    unit_features: (t, n, D).
+    distance: (t, n, n) 1 - cosine inside each frame; left_out: (t, n) bool, tokens that are nobody's neighbour, and
+    whose own score means nothing.
     """
-    far_distance = 1e3
-    distance = (2 - 2 * (unit_features @ unit_features.transpose(1, 2))).clamp(min=0)
-    distance = distance.masked_fill(~candidates[:, None, :], far_distance)
-    nearest = distance.topk(min(num_neighbours, unit_features.shape[1]), -1, largest=False).values
-    density = torch.exp(-nearest.clamp(max=4).mean(-1)).masked_fill(~candidates, 0)
-    denser = density[:, None, :] > density[:, :, None]
-    return distance.masked_fill(~denser, far_distance).amin(-1).clamp(max=4) * density
+    distance = distance.clamp(0, 2).masked_fill(left_out[:, None, :], 2)
+    nearest = distance.topk(min(num_neighbours, distance.shape[1]), -1, largest=False).values
+    density = torch.exp(-2 * nearest.mean(-1))
+    no_denser = density[:, None, :] <= density[:, :, None]
+    return distance.masked_fill(no_denser, 2).amin(-1) * density

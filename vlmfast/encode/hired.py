@@ -38,7 +38,7 @@ class HiRED(Pruner):
         num_base_tokens = tokens.n - height * width
         side = math.isqrt(max(0, num_base_tokens))
         if tokens.video or num_frames != 2 or num_base_tokens <= 0 or side * side != num_base_tokens:
-            return ranked(last_layer, tokens.frame, budget, self.floor, None)
+            return ranked(last_layer, tokens.frame, budget, self.floor, None, tokens.frame_size)
         num_rows, num_columns = math.ceil(height / side), math.ceil(width / side)
         device = last_layer.device
         base_region = parts(side, side, num_rows, num_columns).to(device)

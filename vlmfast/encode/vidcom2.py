@@ -27,30 +27,30 @@ class VidCom2(Pruner):
     temperature: float = 0.01
     name: ClassVar[str] = "vidcom2"
 
-    def _unlike(self, tokens: VisualTokens) -> tuple[Tensor, Tensor]:
-        """(N,) distance-like score to the video's centre, and to the frame's."""
-        features = tokens.features.float()
+    def _like(self, tokens: VisualTokens) -> Tensor:
+        """(2, N) likeness to the video's centre, and to the frame's."""
+        features, frame_size = tokens.features.float(), tokens.frame_size
         num_channels = max(1, int(features.shape[-1] * self.channels))
         features = normalize(features[:, highest(-features.var(0, unbiased=False), num_channels)], dim=-1)
         video_centre = features.mean(0)
-        frame_centre = frame_means(features, tokens.frame, tokens.frames)[tokens.frame]
-        to_video, to_frame = ((features - centre).square().sum(-1) for centre in (video_centre, frame_centre))
-        return -gaussians(to_video), -gaussians(to_frame)
+        frame_centre = frame_means(features, tokens.frame, tokens.frames, frame_size)[tokens.frame]
+        distances = [(features - centre).square().sum(-1) for centre in (video_centre, frame_centre)]
+        return gaussians(torch.stack(distances))
 
     def score(self, tokens: VisualTokens) -> Tensor:
-        return torch.stack(self._unlike(tokens)).sum(0)
+        return -self._like(tokens).sum(0)
 
     def select_body(self, tokens: VisualTokens, budget: int) -> Tensor:
-        to_video, to_frame = self._unlike(tokens)
+        like = self._like(tokens)
         frame_quota = None
         if tokens.frames > 1:
-            uniqueness = frame_means(to_video[:, None], tokens.frame, tokens.frames)[:, 0]
-            frame_share = (uniqueness / self.temperature).softmax(0)
+            likeness = frame_means(like[0][:, None], tokens.frame, tokens.frames, tokens.frame_size)[:, 0]
+            frame_share = (likeness / -self.temperature).softmax(0)
             frame_quota = largest_remainder((1 + frame_share - frame_share.mean()).clamp(min=0), budget)
-        return ranked(to_video + to_frame, tokens.frame, budget, self.floor, frame_quota)
+        return ranked(-like.sum(0), tokens.frame, budget, self.floor, frame_quota, tokens.frame_size)
 
 
 def gaussians(distance: Tensor) -> Tensor:
     """Sum of exp(-d / (2 a)) over widths a = 2^-3 ... 2^1."""
-    widths = torch.arange(-3.0, 2.0, device=distance.device).exp2_()
-    return torch.exp(-distance[..., None] / (2 * widths)).sum(-1)
+    widths = torch.arange(-2.0, 3.0, device=distance.device).exp2_().neg_()  # -2 a
+    return torch.exp(distance[..., None] / widths).sum(-1)

@@ -48,7 +48,8 @@ class VisionZip(Pruner):
     def _dominant(self, tokens: VisualTokens, budget: int) -> Tensor:
         spare_budget = budget - max(1, self.floor * tokens.frames)
         num_contextual = max(0, min(round(self.contextual * budget), spare_budget))
-        return ranked(self.score(tokens).float(), tokens.frame, budget - num_contextual, self.floor, None)
+        scores = self.score(tokens).float()
+        return ranked(scores, tokens.frame, budget - num_contextual, self.floor, None, tokens.frame_size)
 
     def select_body(self, tokens: VisualTokens, budget: int) -> Tensor:
         self.check_model(0, 0, 1 if tokens.positions is None else tokens.positions.shape[0])

@@ -9,7 +9,7 @@ from torch import Tensor
 from vlmfast.core import UserError
 from vlmfast.kernels import cpu, greedy, reference
 from vlmfast.kernels.cpu import chunk_scores, window_attention, window_mean
-from vlmfast.kernels.ranking import highest, ranking
+from vlmfast.kernels.ranking import highest, ranking, ranks
 from vlmfast.kernels.reference import Ragged, dequantise, quantise
 from vlmfast.kernels.vision import fused, gated, rms_norm, rotated, rotated_text
 
@@ -68,6 +68,7 @@ __all__ = [
     "quantise",
     "ragged_attention",
     "ranking",
+    "ranks",
     "rms_norm",
     "rotated",
     "rotated_text",

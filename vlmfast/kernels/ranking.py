@@ -7,6 +7,7 @@ of ours: torch promises the first of equal values on every device.)
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -20,6 +21,12 @@ def ranking(scores: Tensor, tiebreak: Tensor | None = None) -> Tensor:
         return scores.argsort(dim=-1, descending=True, stable=True)
     by_tiebreak = tiebreak.argsort(dim=-1, descending=True, stable=True)
     return by_tiebreak.gather(-1, scores.gather(-1, by_tiebreak).argsort(dim=-1, descending=True, stable=True))
+
+
+def ranks(order: Tensor) -> Tensor:
+    """The inverse of an order (..., n) int64, each place once: where in the order every place stands. No sort."""
+    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places)
 
 
 def highest(scores: Tensor, count: int, tiebreak: Tensor | None = None) -> Tensor:

@@ -35,6 +35,7 @@ class Row:
     rotation: Rotation | None = None  # of this row: cos and sin (n, Dh)
     rank: int | None = None  # as in `LayerView`
     stacked: int = 1  # as in `LayerView`
+    numbers: tuple[int, ...] = ()  # as in `LayerView`
 
     @property
     def n(self) -> int:
@@ -151,12 +152,11 @@ class KVPolicy(Method):
                 continue
             is_unpadded = len(columns) == view.keys.shape[2]  # then a column's place among them is the column
             kept_columns += choice.keep if is_unpadded else [columns[indices] for indices in choice.keep]
+            low_indices = choice.low or [columns[:0]] * num_heads
+            low_columns += low_indices if is_unpadded or choice.low is None else [columns[i] for i in low_indices]
             merged_vectors += choice.merged or [None] * num_heads
             column_masses += choice.mass or [None] * num_heads
             key_factors += choice.low_rank or [None] * num_heads
-            low_columns += (
-                [columns[:0]] * num_heads if choice.low is None else [columns[indices] for indices in choice.low]
-            )
             if choice.dynamic is not None and choice.budget is not None:
                 (
                     dynamic_heads[batch_index * num_heads : (batch_index + 1) * num_heads],
@@ -285,6 +285,7 @@ def row_of(view: LayerView, i: int, columns: Tensor) -> Row:
         view.layers,
         rank=view.rank,
         stacked=view.stacked,
+        numbers=view.numbers,
     )
     if view.rotation is not None:
         cosines, sines = (table[min(i, len(table) - 1)][places] for table in (view.rotation.cos, view.rotation.sin))

@@ -28,6 +28,12 @@ def by_type(
     return all_columns - dynamic_columns, dynamic_columns
 
 
+def evenly(columns: int, heads: int, most: int) -> list[int]:
+    """Level 2 where all heads weigh the same: as many columns each, the first ones one more; at most `most`."""
+    share, rest = divmod(min(columns, heads * most), heads)
+    return [share + 1] * rest + [share] * (heads - rest)
+
+
 def by_head(columns: int, weights: Tensor, least: int, most: int) -> list[int]:
     """Level 2: split `columns` among heads in proportion to weights (S,) >= 0, each within [least, most].
 
@@ -36,8 +42,7 @@ def by_head(columns: int, weights: Tensor, least: int, most: int) -> list[int]:
     num_heads = len(weights)
     columns = min(columns, num_heads * most)
     if bool((weights == weights[0]).all()):  # the usual case needs no rounds
-        share, rest = divmod(columns, num_heads)
-        return [share + 1] * rest + [share] * (num_heads - rest)
+        return evenly(columns, num_heads, most)
     proportions = weights.double().clamp(min=1e-9)
     allotted = torch.full((num_heads,), float(least), dtype=torch.float64)
     unspent, is_open = float(columns - num_heads * least), torch.ones(num_heads, dtype=torch.bool)

@@ -79,14 +79,9 @@ class ElasticCache(KVPolicy):
 
     def choose(self, row: Row) -> Choice:
         choice = super().choose(row)
-        choice.merged = []
-        for head_keys, head_values, kept_indices in zip(row.keys, row.values, choice.keep, strict=True):
-            evicted_indices = others(kept_indices, row.n)
-            targets = nearest_place(kept_indices, evicted_indices)
-            choice.merged.append(
-                (
-                    folded(head_keys, kept_indices, evicted_indices, targets),
-                    folded(head_values, kept_indices, evicted_indices, targets),
-                )
-            )
+        kept = torch.stack(choice.keep)
+        evicted_indices = others(kept, row.n)
+        targets = nearest_place(kept, evicted_indices)
+        merged_vectors = [folded(x, kept, evicted_indices, targets) for x in (row.keys, row.values)]
+        choice.merged = list(zip(*merged_vectors, strict=True))
         return choice

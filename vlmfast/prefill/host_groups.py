@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from vlmfast import kernels
 from vlmfast.core import LowRank, Retrieval
-from vlmfast.prefill.ragged_store import Segment, Store
+from vlmfast.prefill.ragged_store import Store
+from vlmfast.runtime import transfers
 from vlmfast.runtime.late_rope import rotate
 
 SLOTS = 4  # least number of chunks in a budget: a small budget gets shorter chunks
@@ -20,8 +22,13 @@ SLOTS = 4  # least number of chunks in a budget: a small budget gets shorter chu
 class Group:
     """Dynamic rows of one prefill length and budget: dense host tensors, chunk representatives, slot tables."""
 
+    arrival: transfers.Arrival | None = None  # of the host tensors
+
     def __init__(self, rows: list[int], keys: Tensor, values: Tensor, positions: Tensor, budget: int, how: Retrieval):
-        """keys (R, n, D), values (R, n, Dv), positions (R, n) of the rows; budget = columns each holds fast."""
+        """keys (R, n, D), values (R, n, Dv), positions (R, n) int32 of the rows; budget = columns each holds fast.
+
+        The host tensors may be on their way here: `arrived` waits for them.
+        """
         self.rows, self.budget, self.how = rows, budget, how
         num_rows, num_columns, head_size = keys.shape
         self.n = num_columns
@@ -29,8 +36,8 @@ class Group:
         self.chunks = max(0, (num_columns - how.sinks - how.recent) // self.chunk)
         num_unchunked = num_columns - self.chunks * self.chunk  # sinks, recent and what does not fill a chunk
         self.slots = min(self.chunks, max(1, (budget - num_unchunked) // self.chunk))
-        self.host_keys, self.host_values = _to_host(keys), _to_host(values)
-        self.host_positions = positions.to("cpu", torch.int32)
+        host_tensors, self.arrival = transfers.send_back([self._host_part(keys), values, positions])
+        self.host_keys, self.host_values, self.host_positions = host_tensors
         chunked_keys = keys[:, how.sinks : how.sinks + self.chunks * self.chunk].view(
             num_rows, self.chunks, self.chunk, head_size
         )
@@ -42,22 +49,33 @@ class Group:
         self.history = [(-1, self.held.clone())]  # (position, held) at past refreshes, grows when refresh > 1
         self.moved = 0  # chunks copied into fast memory since the prefill
 
-    def segments(self) -> list[Segment]:
-        """The fast rows with the slots as they stand."""
-        chunks_end = self.how.sinks + self.chunks * self.chunk
-        row_segments: list[Segment] = []
-        for index, row in enumerate(self.rows):
-            places = self._columns(self.held[index])
-            places = torch.cat(
-                [torch.arange(min(self.how.sinks, self.n)), places, torch.arange(min(chunks_end, self.n), self.n)]
-            )
-            device = self.representatives.device
-            row_keys, row_values, row_positions = self.columns(index, places)
-            row_segments.append((row, row_keys.to(device), row_values.to(device), row_positions.to(device)))
-        return row_segments
+    def first_rows(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The fast rows (R, m, ...) with the first chunks in their slots, from what `__init__` was given."""
+        return self._first_keys(keys), self._first(values), self._first(positions)
+
+    def _first(self, whole: Tensor, dim: int = 1) -> Tensor:
+        """Of all columns those that are in fast memory at first."""
+        slots_end = min(self.how.sinks + self.slots * self.chunk, self.n)
+        chunks_end = min(self.how.sinks + self.chunks * self.chunk, self.n)
+        return torch.cat([whole.narrow(dim, 0, slots_end), whole.narrow(dim, chunks_end, self.n - chunks_end)], dim)
+
+    def _first_keys(self, keys: Tensor) -> Tensor:
+        return self._first(keys)
+
+    def _host_part(self, keys: Tensor) -> Tensor:
+        """What of the keys is held in host memory."""
+        return keys
+
+    def arrived(self) -> Group:
+        """Itself, once the host may read its tensors."""
+        if self.arrival is not None:
+            self.arrival.wait()
+            self.arrival = None
+        return self
 
     def columns(self, i: int, at: Tensor | slice) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values and positions of row i at some columns, on the device that stores them."""
+        self.arrived()
         return self.host_keys[i][at], self.host_values[i][at], self.host_positions[i][at]
 
     def blocks(self, i: int, chunks: Tensor) -> Iterator[Tensor]:
@@ -67,6 +85,7 @@ class Group:
 
     def chunked(self, i: int) -> list[Tensor]:
         """Keys (C, chunk * D), values and positions of every chunk of row i: views of host memory."""
+        self.arrived()
         chunk_range = slice(self.how.sinks, self.how.sinks + self.chunks * self.chunk)
         host_tensors = (self.host_keys, self.host_values, self.host_positions)
         return [host_tensor[i, chunk_range].view(self.chunks, -1) for host_tensor in host_tensors]
@@ -77,6 +96,7 @@ class Group:
 
     def pick(self, rows: list[int], index: Tensor) -> Group:
         """A group of some of these rows: index (int64, repeats allowed) selects them, `rows` are their new numbers."""
+        self.arrived()
         picked_group = object.__new__(type(self))
         picked_group.__dict__.update(self.__dict__)
         picked_group.rows = rows
@@ -129,11 +149,21 @@ class LowRankGroup(Group):
     """Rows whose keys are factors in fast memory, multiplied and rotated when columns are read (ShadowKV)."""
 
     def __init__(self, *args: Any, factors: list[LowRank]) -> None:
-        super().__init__(*args)
         self.factors = factors
-        self.host_keys = self.host_keys[:, :0].clone()
+        super().__init__(*args)
+
+    def _host_part(self, keys: Tensor) -> Tensor:
+        return keys[:, :0]
+
+    def _first_keys(self, keys: Tensor) -> Tensor:
+        out: list[Tensor] = []
+        for factors in (list(same) for _, same in groupby(self.factors, lambda factor: id(factor.left))):
+            left, cos, sin = (self._first(table, 0) for table in (factors[0].left, factors[0].cos, factors[0].sin))
+            out.append(rotate(torch.stack([left @ factor.right for factor in factors]), cos, sin))
+        return torch.cat(out) if len(out) > 1 else out[0]
 
     def columns(self, i: int, at: Tensor | slice) -> tuple[Tensor, Tensor, Tensor]:
+        self.arrived()
         factor = self.factors[i]
         device_columns = at.to(factor.left.device) if isinstance(at, Tensor) else at
         row_keys = rotate(
@@ -164,10 +194,3 @@ class LowRankGroup(Group):
 
 def num_bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    """A contiguous copy in host memory, pinned when it comes from a GPU."""
-    if tensor.is_cuda:
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
-    return tensor.clone(memory_format=torch.contiguous_format)

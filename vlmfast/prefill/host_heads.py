@@ -43,8 +43,9 @@ class HostHeads:
         for segment, budget in zip(segments, budgets, strict=True):
             by_size.setdefault((segment[1].shape[0], budget), []).append(segment)
         self.groups: list[Group] = []
+        fast_rows: list[tuple[Tensor, Tensor, Tensor]] = []
         for (_, budget), members in by_size.items():
-            keys, values, positions = (torch.stack([entry[i] for entry in members]).to(device) for i in (1, 2, 3))  # type: ignore[misc]
+            keys, values, positions = (_stacked([entry[i] for entry in members]).to(device) for i in (1, 2, 3))  # type: ignore[misc]
             row_numbers = [member[0] for member in members]
             row_factors = [] if factors is None else [factors[number] for number in row_numbers]
             own_factors = [factor for factor in row_factors if factor is not None]
@@ -52,7 +53,14 @@ class HostHeads:
                 self.groups.append(LowRankGroup(row_numbers, keys, values, positions, budget, how, factors=own_factors))
             else:
                 self.groups.append(Group(row_numbers, keys, values, positions, budget, how))
-        self.store = Store.build([member for group in self.groups for member in group.segments()], total)
+            fast_rows.append(self.groups[-1].first_rows(keys, values, positions))
+        fast_segments = [
+            (row, *parts)
+            for group, group_rows in zip(self.groups, fast_rows, strict=True)
+            for row, *parts in zip(group.rows, *group_rows, strict=True)
+        ]
+        joined = fast_rows[0] if len(fast_rows) == 1 else None
+        self.store = Store.build(fast_segments, total, joined=joined)
 
     def hold(self, at: list[int], held: Tensor) -> None:
         """What the engine chose at logical positions `at`, and what it held in the end: held (len(at) + 1, rows of the
@@ -61,7 +69,9 @@ class HostHeads:
         self.pending = at, held
 
     def settle(self) -> None:
-        """Load what `hold` was told."""
+        """Load what `hold` was told, once the host tensors are there."""
+        for group in self.groups:
+            group.arrived()
         if self.pending is None:
             return
         (at, held), self.pending = self.pending, None
@@ -151,7 +161,7 @@ class HostHeads:
         row_factors: list[LowRank | None] = [None] * self.store.total
         for old_group in self.groups:
             for index, row in enumerate(old_group.rows):
-                num_columns = int((old_group.host_positions[index] < length).sum())
+                num_columns = int((old_group.arrived().host_positions[index] < length).sum())
                 segments.append((row, *old_group.columns(index, slice(num_columns))))
                 row_budgets.append(old_group.budget)
                 row_factors[row] = old_group.before(index, num_columns)
@@ -186,3 +196,7 @@ class HostHeads:
         storages = [tensor.untyped_storage() for group in self.groups for tensor in group.shared()]
         beside += sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
         return {"fast": used_bytes + beside, "fast_allocated": allocated_bytes + beside, "host": host_bytes}
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)

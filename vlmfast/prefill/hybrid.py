@@ -14,11 +14,11 @@ from torch import Tensor
 
 from vlmfast.core import Kind, Retrieval
 from vlmfast.fields import Fraction, OddInt, Options, PositiveFloat, PositiveInt, Share
-from vlmfast.kernels import ranking
+from vlmfast.kernels import ranking, ranks
 from vlmfast.prefill.base import Choice, KVPolicy, Row, best_of_heads, max_pool, protect
-from vlmfast.prefill.budget import by_head, by_type
+from vlmfast.prefill.budget import by_head, by_type, evenly
 from vlmfast.prefill.keydiff import distinctness
-from vlmfast.runtime.transfers import to_device
+from vlmfast.runtime import transfers
 
 
 @dataclass(frozen=True)
@@ -98,13 +98,12 @@ class HybridKV(KVPolicy):
         return attention.topk(num_top_columns, dim=1).values.sum(1) / attention.sum(1).clamp(min=1e-12)
 
     def classify(self, sigma: Tensor) -> Tensor:
-        """(Hk,) bool, True = dynamic."""
+        """True = dynamic: (..., Hk) float32 -> (..., Hk) bool."""
         searching = self.dynamic == "concentrated"
         if self.split is None:
             return (sigma >= self.advanced.theta) == searching
-        is_dynamic = torch.zeros_like(sigma, dtype=torch.bool)
-        is_dynamic[sigma.argsort(stable=True, descending=searching)[: round(self.split * len(sigma))]] = True
-        return is_dynamic
+        dynamic_heads = sigma.argsort(stable=True, descending=searching)[..., : round(self.split * sigma.shape[-1])]
+        return torch.zeros_like(sigma, dtype=torch.bool).scatter_(-1, dynamic_heads, True)
 
     # -- stages 2 and 3: budgets, then what each type keeps --------------------------------------------------------
 
@@ -124,7 +123,9 @@ class HybridKV(KVPolicy):
             key_distinctness = distinctness(row.keys)
             uses_attention = self.advanced.static == "both"
             column_scores = tie_scores = (
-                torch.maximum(_rank(column_scores, attention), _rank(key_distinctness))
+                torch.maximum(
+                    _rank(column_scores, attention if self.advanced.pool > 1 else None), _rank(key_distinctness)
+                )
                 if uses_attention
                 else key_distinctness
             )
@@ -133,50 +134,54 @@ class HybridKV(KVPolicy):
         ), tie_scores
 
     def choose(self, row: Row) -> Choice:
-        concentration_per_head = self.concentration(row).cpu()  # the one wait
-        by_layer = concentration_per_head.view(row.stacked, -1)
-        budgets = [self._budgets(layer_heads, row.n) for layer_heads in by_layer]
-        is_dynamic, head_budgets = (torch.cat(parts) for parts in zip(*budgets, strict=True))
-        scores, tie_scores = self._scores(row)
+        (concentration,), arrival = transfers.send_back([self.concentration(row)])
+        scores, tie_scores = self._scores(row)  # started before the host waits
         scores = protect(scores, self.sinks, self.recent)
+        arrival.wait()  # the one wait
+        by_layer = concentration.view(row.stacked, -1)
+        dynamic_by_layer, budgets_by_layer = self._budgets(by_layer, row.n)
+        is_dynamic, head_budgets = dynamic_by_layer.flatten(), torch.tensor(budgets_by_layer).flatten()
         static_heads, all_columns = (~is_dynamic).nonzero()[:, 0], torch.arange(row.n, device=scores.device)
         kept_columns = [all_columns] * len(is_dynamic)
         if len(static_heads) < len(is_dynamic):
-            picked = to_device(static_heads, scores.device)
+            picked = transfers.to_device(static_heads, scores.device)
             scores, tie_scores = scores[picked], tie_scores[picked]
         if len(static_heads):
             kept_static = best_of_heads(scores, head_budgets[static_heads].tolist(), tie_scores)
             for head_index, columns in zip(static_heads.tolist(), kept_static, strict=True):
                 kept_columns[head_index] = columns
         statistics = [
-            {"concentration": layer_heads.tolist(), "dynamic": dynamic.tolist(), "budget": budget.tolist()}
-            for layer_heads, (dynamic, budget) in zip(by_layer, budgets, strict=True)
+            {"concentration": layer_concentration, "dynamic": layer_dynamic, "budget": layer_budgets}
+            for layer_concentration, layer_dynamic, layer_budgets in zip(
+                by_layer.tolist(), dynamic_by_layer.tolist(), budgets_by_layer, strict=True
+            )
         ]
         return Choice(kept_columns, is_dynamic, head_budgets, statistics if row.stacked > 1 else statistics[0])
 
-    def _budgets(self, concentration_per_head: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
-        """Which of a layer's heads are dynamic, and how many columns each reads, (Hk,) bool and int64 on the host."""
-        is_dynamic = self.classify(concentration_per_head)
-        num_heads, mean_budget = len(concentration_per_head), self.total(num_columns)
-        num_dynamic = int(is_dynamic.sum())
-        static_columns, dynamic_columns = by_type(
-            mean_budget, num_heads, num_dynamic, self.advanced.ratio, self.sinks + self.recent, self.least()
-        )
-        head_weights = {
-            "broad": 1 - concentration_per_head,
-            "sparse": concentration_per_head,
-            "equal": torch.ones_like(concentration_per_head),
-        }[self.advanced.share]
-        head_budgets = torch.zeros(num_heads, dtype=torch.int64)
-        if num_dynamic:
-            head_budgets[is_dynamic] = min(num_columns, dynamic_columns // num_dynamic)
-        if num_dynamic < num_heads:
-            static_budgets = by_head(static_columns, head_weights[~is_dynamic], self.sinks + self.recent, num_columns)
-            head_budgets[~is_dynamic] = torch.tensor(static_budgets)
+    def _budgets(self, concentration: Tensor, num_columns: int) -> tuple[Tensor, list[list[int]]]:
+        """Which heads are dynamic, (layers, Hk) bool, and how many columns each reads; concentration (layers, Hk)."""
+        is_dynamic, num_heads = self.classify(concentration), concentration.shape[1]
+        mean_budget, least_static = self.total(num_columns), self.sinks + self.recent
+        head_budgets: list[list[int]] = []
+        for layer_concentration, layer_dynamic in zip(concentration, is_dynamic, strict=True):
+            dynamic_heads = layer_dynamic.tolist()
+            num_dynamic = sum(dynamic_heads)
+            static_columns, dynamic_columns = by_type(
+                mean_budget, num_heads, num_dynamic, self.advanced.ratio, least_static, self.least()
+            )
+            static_budgets: list[int] = []
+            if num_dynamic < num_heads and self.advanced.share == "equal":
+                static_budgets = evenly(static_columns, num_heads - num_dynamic, num_columns)
+            elif num_dynamic < num_heads:
+                weights = layer_concentration if self.advanced.share == "sparse" else 1 - layer_concentration
+                static_budgets = by_head(static_columns, weights[~layer_dynamic], least_static, num_columns)
+            dynamic_budget = min(num_columns, dynamic_columns // max(1, num_dynamic))
+            of_static = iter(static_budgets)
+            head_budgets.append([dynamic_budget if dynamic else next(of_static) for dynamic in dynamic_heads])
         return is_dynamic, head_budgets
 
 
 def _rank(scores: Tensor, tiebreak: Tensor | None = None) -> Tensor:
     """Place of every column in its head's ascending order, the earlier of equals higher, in [0, 1): (Hk, n) float32."""
     num_columns = scores.shape[-1]
-    return (num_columns - 1 - ranking(scores, tiebreak).argsort(dim=-1)).float() / num_columns
+    return (num_columns - 1 - ranks(ranking(scores, tiebreak))).float() / num_columns

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from vlmfast.fields import PositiveInt, Range
-from vlmfast.kernels import highest, ranking
+from vlmfast.kernels import highest, ranking, ranks
 from vlmfast.prefill.base import Choice, KVPolicy, Row, best, protect
-from vlmfast.prefill.merge import others
+from vlmfast.prefill.merge import add_to, others, taken
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class KVMerger(KVPolicy):
     """
 
     name: ClassVar[str] = "kvmerger"
+    stacks: ClassVar[bool] = True
     queries: PositiveInt = 64
     heavy: Annotated[float, Range(0, 1, "most")] = 0.5
 
@@ -42,45 +43,42 @@ class KVMerger(KVPolicy):
     def choose(self, row: Row) -> Choice:
         num_kept, scores = self.allowance(row), self.score(row)
         num_exact = num_kept - max(1, round((1 - self.heavy) * (num_kept - self.sinks - self.recent)))
-        choice = Choice([], merged=[])
-        assert choice.merged is not None
-        for head_keys, head_values, head_scores in zip(row.keys, row.values, scores, strict=True):
-            exact_columns = best(protect(head_scores, self.sinks, self.recent), num_exact)
-            other_columns = others(exact_columns, row.n)
-            pivots, merged_keys, merged_values = merge_runs(
-                head_keys[other_columns], head_values[other_columns], head_scores[other_columns], num_kept - num_exact
-            )
-            kept_columns, column_order = torch.cat([exact_columns, other_columns[pivots]]).sort()
-            choice.keep.append(kept_columns)
-            stored_vectors = (
-                torch.cat([head_keys[exact_columns], merged_keys]),
-                torch.cat([head_values[exact_columns], merged_values]),
-            )
-            choice.merged.append((stored_vectors[0][column_order], stored_vectors[1][column_order]))
-        return choice
+        exact_columns = best(protect(scores, self.sinks, self.recent), num_exact)
+        other_columns = others(exact_columns, row.n)
+        other_keys, other_values, other_scores = (taken(x, other_columns) for x in (row.keys, row.values, scores))
+        pivots, *merged_runs = merge_runs(other_keys, other_values, other_scores, num_kept - num_exact)
+        kept_columns, column_order = torch.cat([exact_columns, other_columns.gather(1, pivots)], 1).sort()
+        stored_vectors = [
+            taken(torch.cat([taken(x, exact_columns), merged_run], 1), column_order)
+            for x, merged_run in zip((row.keys, row.values), merged_runs, strict=True)
+        ]
+        return Choice(list(kept_columns), merged=list(zip(*stored_vectors, strict=True)))
 
 
 def merge_runs(keys: Tensor, values: Tensor, score: Tensor, runs: int) -> tuple[Tensor, Tensor, Tensor]:
-    """n columns cut into runs: pivots (runs,) int64 ascending, merged keys (runs, D) and values (runs, Dv)."""
-    num_columns = len(keys)
+    """n columns of H heads cut into runs: pivots (H, runs) int64 ascending, merged keys (H, runs, D) and values.
+
+    keys (H, n, D), values (H, n, Dv), score (H, n) float32.
+    """
+    num_heads, num_columns = score.shape
     float_keys = keys.float()
-    similarity = cosine_similarity(float_keys[1:], float_keys[:-1], dim=-1)
-    run_index = torch.zeros(num_columns, dtype=torch.int64, device=keys.device)
-    run_index.index_fill_(0, highest(-similarity, runs - 1) + 1, 1)
-    run_index = run_index.cumsum(0)
-    score_rank = ranking(score).argsort()
-    best_rank = score_rank.new_full((runs,), num_columns).scatter_reduce(0, run_index, score_rank, "amin")
-    is_other = score_rank != best_rank[run_index]
-    pivots = is_other.to(torch.uint8).argsort(stable=True)[:runs]
-    distance = (float_keys - float_keys[pivots][run_index]).norm(dim=-1)
-    run_sizes = run_index.new_zeros(runs).index_add_(0, run_index, torch.ones_like(run_index))
-    mean_distance = float_keys.new_zeros(runs).index_add_(0, run_index, distance) / (run_sizes - 1).clamp(min=1)
-    merge_weights = torch.exp(-((distance / mean_distance[run_index].clamp(min=1e-12)) ** 2))
-    merge_weights = merge_weights / merge_weights.new_zeros(runs).index_add_(0, run_index, merge_weights)[run_index]
-    merged_vectors = []
-    for vectors in (keys, values):
-        run_sums = torch.zeros(runs, vectors.shape[1], device=vectors.device)
-        merged_vectors.append(
-            run_sums.index_add_(0, run_index, vectors.float() * merge_weights[:, None]).to(vectors.dtype)
-        )
-    return pivots, merged_vectors[0], merged_vectors[1]
+    similarity = cosine_similarity(float_keys[:, 1:], float_keys[:, :-1], dim=-1)
+    run_index = torch.zeros(num_heads, num_columns, dtype=torch.int64, device=keys.device)
+    run_index.scatter_(1, highest(-similarity, runs - 1) + 1, 1)
+    run_index = run_index.cumsum(1)
+    score_rank = ranks(ranking(score))
+    best_rank = score_rank.new_full((num_heads, runs), num_columns).scatter_reduce(1, run_index, score_rank, "amin")
+    is_other = score_rank != best_rank.gather(1, run_index)
+    pivots = is_other.to(torch.uint8).argsort(dim=1, stable=True)[:, :runs]
+    distance = (float_keys - taken(float_keys, pivots.gather(1, run_index))).norm(dim=-1)
+    run_sizes = torch.zeros_like(best_rank).scatter_add_(1, run_index, torch.ones_like(run_index))
+    run_totals = float_keys.new_zeros(num_heads, runs)
+    mean_distance = add_to(run_totals.clone(), run_index, distance) / (run_sizes - 1).clamp(min=1)
+    merge_weights = torch.exp(-((distance / mean_distance.gather(1, run_index).clamp(min=1e-12)) ** 2))
+    merge_weights = merge_weights / add_to(run_totals, run_index, merge_weights).gather(1, run_index)
+    merged_keys, merged_values = (
+        add_to(vectors.new_zeros(num_heads, runs, vectors.shape[2], dtype=torch.float32), run_index,
+               vectors.float() * merge_weights[..., None]).to(vectors.dtype)
+        for vectors in (keys, values)
+    )  # fmt: skip
+    return pivots, merged_keys, merged_values

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from vlmfast.core import Kind
 from vlmfast.fields import PositiveInt
 from vlmfast.prefill.base import Choice, KVPolicy, Row
-from vlmfast.prefill.merge import folded, nearest_key, others
+from vlmfast.prefill.merge import folded, nearest_key, others, taken
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,14 @@ class LookM(KVPolicy):
     """
 
     name: ClassVar[str] = "lookm"
+    stacks: ClassVar[bool] = True
     queries: PositiveInt = 64
     merge: Literal["averaged", "pivotal", "weighted"] = "pivotal"
 
     def score(self, row: Row) -> Tensor:
         scores = row.relevance()
-        return scores + (row.kinds != Kind.VISUAL) * scores.amax()
+        by_layer = scores.view(row.stacked, -1, row.n)
+        return (by_layer + (row.kinds != Kind.VISUAL) * by_layer.amax((1, 2), keepdim=True)).view_as(scores)
 
     def tiebreak(self, row: Row) -> Tensor:
         """The attention alone: small differences are lost when text is raised."""
@@ -40,24 +43,15 @@ class LookM(KVPolicy):
 
     def choose(self, row: Row) -> Choice:
         choice = super().choose(row)
-        choice.merged = [
-            self.merged(head_keys, head_values, kept_indices)
-            for head_keys, head_values, kept_indices in zip(row.keys, row.values, choice.keep, strict=True)
-        ]
+        choice.merged = list(zip(*self.merged(row.keys, row.values, torch.stack(choice.keep)), strict=True))
         return choice
 
     def merged(self, keys: Tensor, values: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (m, D) to store for the kept columns (m,) of one head; keys and values (n, D)."""
-        evicted_indices = others(kept, len(keys))
+        """Keys and values (H, m, D) to store for the kept columns (H, m); keys and values (H, n, D)."""
+        evicted_indices = others(kept, keys.shape[1])
         targets, cosine = nearest_key(keys, kept, evicted_indices)
-        if self.merge == "weighted":
-            return folded(keys, kept, evicted_indices, targets, cosine), folded(
-                values, kept, evicted_indices, targets, cosine
-            )
-        mean_keys, mean_values = (
-            folded(keys, kept, evicted_indices, targets),
-            folded(values, kept, evicted_indices, targets),
-        )
-        if self.merge == "averaged":
+        weight = cosine if self.merge == "weighted" else None
+        mean_keys, mean_values = (folded(x, kept, evicted_indices, targets, weight) for x in (keys, values))
+        if self.merge != "pivotal":
             return mean_keys, mean_values
-        return (keys[kept] + mean_keys) / 2, (values[kept] + mean_values) / 2
+        return (taken(keys, kept) + mean_keys) / 2, (taken(values, kept) + mean_values) / 2

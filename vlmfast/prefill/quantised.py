@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from vlmfast.core import UserError
@@ -51,5 +52,5 @@ class Quantised(KVPolicy):
 
     def choose(self, row: Row) -> Choice:
         choice = super().choose(row)
-        choice.low = [others(kept_indices, row.n) for kept_indices in choice.keep]
+        choice.low = list(others(torch.stack(choice.keep), row.n))
         return choice

@@ -18,10 +18,10 @@ from vlmfast import kernels
 from vlmfast.core import CompressedLayer, Unsupported
 from vlmfast.prefill import engine_rows
 from vlmfast.prefill.host_heads import HostHeads
-from vlmfast.prefill.ragged_store import Store
+from vlmfast.prefill.ragged_store import Segment, Store
 from vlmfast.runtime.attention import tag
 from vlmfast.runtime.pruned_layer import RaggedLayer
-from vlmfast.runtime.stacked_layers import Gathered, gathered
+from vlmfast.runtime.stacked_layers import Gathered, kept_rows, low_rows
 from vlmfast.runtime.stepped_layer import HostRows
 
 
@@ -179,7 +179,8 @@ class KVLayer(RaggedLayer, CacheLayerMixin):
         is_int8 = kept.int8.tolist() if kept.int8 is not None else [False] * (batch_size * num_heads)
         tiers: dict[str, list] = {"exact": [], "int8": [], "dynamic": []}
         positions = positions.to(torch.int32)
-        joined_rows = gathered(kept, all_keys, all_values, positions) if rows is None else rows
+        whole_layer = (kept, all_keys, all_values, positions)
+        joined_rows = kept_rows(*whole_layer) if rows is None or rows.kept is None else rows.kept
         for row, columns in enumerate(kept.keep if joined_rows is None else []):
             batch_row, head = divmod(row, num_heads)
             places = slice(None) if len(columns) == num_columns else columns
@@ -193,7 +194,7 @@ class KVLayer(RaggedLayer, CacheLayerMixin):
             tiers["dynamic" if is_dynamic[row] else "int8" if is_int8[row] else "exact"].append(segment)
         if joined_rows is not None:
             tiers["int8" if is_int8[0] else "exact"] = list(
-                zip(range(batch_size * num_heads), *joined_rows, strict=True)
+                zip(range(batch_size * num_heads), *joined_rows[:3], strict=True)
             )
         if tiers["exact"]:
             self.exact = Store.build(tiers["exact"], batch_size * num_heads, mass=kept.mass, joined=joined_rows)
@@ -215,17 +216,16 @@ class KVLayer(RaggedLayer, CacheLayerMixin):
             )
         if kept.low is not None:
             assert self.dynamic is None, "dynamic heads hold whole columns"
-            low_rows = [(row, *divmod(row, num_heads), columns) for row, columns in enumerate(kept.low) if len(columns)]
-            low_segments = [
-                (
-                    row,
-                    all_keys[batch_row, head][low_places],
-                    all_values[batch_row, head][low_places],
-                    positions[batch_row][low_places],
-                )
-                for row, batch_row, head, low_places in low_rows
-            ]
-            self.low = Store.build(low_segments, batch_size * num_heads, int8=True).compact()
+            joined_low = low_rows(*whole_layer) if rows is None or rows.low is None else rows.low
+            low_segments: list[Segment] = []
+            if joined_low is not None:
+                low_segments = list(zip(range(batch_size * num_heads), *joined_low[:3], strict=True))
+            for row, columns in enumerate(kept.low if joined_low is None else []):
+                if len(columns):
+                    batch_row, head = divmod(row, num_heads)
+                    low_vectors = (all_keys[batch_row, head][columns], all_values[batch_row, head][columns])
+                    low_segments.append((row, *low_vectors, positions[batch_row][columns]))
+            self.low = Store.build(low_segments, batch_size * num_heads, int8=True, grows=False, joined=joined_low)
         self.keys = self.values = None
         self.stats = kept.stats
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -50,23 +51,25 @@ class Store(Ragged):
         segments: list[Segment],
         total: int,
         int8: bool = False,
-        room: int = 0,
+        grows: bool = True,
         mass: list[Tensor | None] | None = None,
-        joined: tuple[Tensor, Tensor, Tensor] | None = None,
+        joined: tuple[Tensor, ...] | None = None,
     ) -> Store:
-        """Copy segments into a new buffer with at least `room` free slots each. `total` = B * Hk of the layer.
+        """Copy segments into a new buffer, with free slots where it grows. `total` = B * Hk of the layer.
 
         mass: per row of the layer, how many columns each column of its segment stands for (n,), None = one.
-        joined: segments of one length as one tensor each: keys (R, n, D), values (R, n, Dv), positions (R, n).
+        joined: segments of one length as one tensor each: keys (R, n, D), values (R, n, Dv), positions (R, n), and of
+        rows that are int8 already the scales of keys and values (R, n).
         """
         segments = sorted(segments, key=lambda segment: segment[1].shape[0])
         lengths = [segment[1].shape[0] for segment in segments]
-        room = max(room, 32, max(lengths) // 32)
-        capacity = _even([entry_length + room for entry_length in lengths])
-        entry_ends = torch.tensor(capacity).cumsum(0).tolist()
+        room = max(32, max(lengths) // 32) if grows else 0
+        capacity = _even([entry_length + room for entry_length in lengths]) if grows else lengths
+        entry_ends = list(accumulate(capacity))
         offsets = [entry_end - entry_capacity for entry_end, entry_capacity in zip(entry_ends, capacity, strict=True)]
         _, first_keys, first_values, _ = segments[0]
         stored_dtype = torch.int8 if int8 else first_keys.dtype
+        next_slots = [entry_start + length for entry_start, length in zip(offsets, lengths, strict=True)]
         new_store = cls(
             keys=first_keys.new_zeros(entry_ends[-1], first_keys.shape[1], dtype=stored_dtype),
             values=first_values.new_zeros(entry_ends[-1], first_values.shape[1], dtype=stored_dtype),
@@ -78,8 +81,8 @@ class Store(Ragged):
             value_scale=first_keys.new_zeros(entry_ends[-1], dtype=torch.float32) if int8 else None,
             positions=first_keys.new_empty(entry_ends[-1], dtype=torch.int32),
             finite=True,
-            capacity=capacity,
-            cursor=to_device(torch.tensor(offsets) + torch.tensor(lengths), first_keys.device),
+            capacity=list(capacity),
+            cursor=to_device(torch.tensor(next_slots), first_keys.device),
         )
         if joined is not None:
             new_store._write_joined(*joined)
@@ -90,20 +93,20 @@ class Store(Ragged):
             new_store.positions[entry_start : entry_start + keys.shape[0]] = positions
         if mass is not None and any(mass[row_number] is not None for row_number in new_store.rows):
             new_store.bias = first_keys.new_zeros(entry_ends[-1], dtype=torch.float32)
+            written: Tensor | None = None
             for row_number, entry_start, entry_length in zip(new_store.rows, offsets, lengths, strict=True):
                 row_mass = mass[row_number]
-                if row_mass is not None:
-                    new_store.bias[entry_start : entry_start + entry_length] = row_mass.log()
+                if row_mass is None:
+                    continue
+                if row_mass is not written:  # rows often share one
+                    written, log_mass = row_mass, row_mass.log()
+                new_store.bias[entry_start : entry_start + entry_length] = log_mass
         return new_store
 
-    def _write_joined(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        """Into entries of one length: keys (R, n, D), values (R, n, Dv), positions (R, n)."""
-        num_rows, num_columns = positions.shape
-        buffer_values = {"keys": keys, "values": values, "positions": positions}
-        if self.key_scale is not None:
-            buffer_values["keys"], buffer_values["key_scale"] = quantise(keys)
-            buffer_values["values"], buffer_values["value_scale"] = quantise(values)
-        for buffer_name, new_values in buffer_values.items():
+    def _write_joined(self, *parts: Tensor) -> None:
+        """Into entries of one length: the parts as `build` takes them."""
+        num_rows, num_columns = parts[2].shape
+        for buffer_name, new_values in zip(_BUFFERS, parts, strict=False):
             getattr(self, buffer_name).unflatten(0, (num_rows, -1))[:, :num_columns] = new_values
 
     def _write(self, slot_index: slice | Tensor, keys: Tensor, values: Tensor) -> None:

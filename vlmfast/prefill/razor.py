@@ -13,6 +13,7 @@ from vlmfast.fields import Fraction, PositiveInt, Share
 from vlmfast.kernels import ranking
 from vlmfast.prefill.across import AcrossLayers, Rated
 from vlmfast.prefill.base import Choice, Row
+from vlmfast.runtime.transfers import to_device
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,6 @@ class RazorAttention(AcrossLayers):
     """
 
     name: ClassVar[str] = "razorattention"
-    stacks: ClassVar[bool] = False
     keep: Fraction = 0.32
     share: Share = 0.15
     heads: tuple[tuple[int, int], ...] | None = None
@@ -65,8 +65,9 @@ class RazorAttention(AcrossLayers):
         return row.relevance()
 
     def weigh(self, row: Row, scores: Tensor) -> list[Any]:
-        """The layer, and how far each of its heads looks: (Hk,) attention outside sinks and recent columns."""
-        return [(row.layer, scores[:, self.sinks : row.n - self.recent].sum(1))]
+        """Each layer, and how far its heads look: (Hk,) attention outside sinks and recent columns."""
+        head_reach = scores[:, self.sinks : row.n - self.recent].sum(1)
+        return list(zip(row.numbers or (row.layer,), head_reach.view(row.stacked, -1), strict=True))
 
     def spread(self, weights: list[Any], n: int) -> list[list[int]]:
         """Columns of every head of every layer: n for retrieval heads, the rest of the budget for the others alike."""
@@ -104,24 +105,28 @@ class RazorAttention(AcrossLayers):
         ]
 
     def pick(self, row: Row, rated: Rated, shares: list[Any]) -> Choice:
-        (share,) = shares
-        choice = Choice([], merged=[], mass=[], stats={"retrieval": [num_kept == row.n for num_kept in share]})
-        assert choice.merged is not None and choice.mass is not None
-        for head_keys, head_values, num_kept in zip(row.keys, row.values, share, strict=True):
-            all_columns = torch.arange(row.n, device=head_keys.device)
-            if num_kept == row.n:
-                choice.keep.append(all_columns)
-                choice.merged.append(None)
-                choice.mass.append(None)
-                continue
-            first_recent = row.n - (num_kept - self.sinks - 1)  # the first of the recent columns
-            kept_columns = torch.cat([all_columns[: self.sinks + 1], all_columns[first_recent:]])
-            new_keys, new_values = head_keys[kept_columns], head_values[kept_columns]
-            new_keys[self.sinks] = head_keys[self.sinks : first_recent].float().mean(0).to(head_keys.dtype)
-            new_values[self.sinks] = head_values[self.sinks : first_recent].float().mean(0).to(head_values.dtype)
-            column_mass = torch.ones(num_kept, device=head_keys.device)
-            column_mass[self.sinks : self.sinks + 1].fill_(first_recent - self.sinks)
-            choice.keep.append(kept_columns)
-            choice.merged.append((new_keys, new_values))
-            choice.mass.append(column_mass)
+        head_counts = [num_kept for share in shares for num_kept in share]
+        all_columns = torch.arange(row.n, device=row.keys.device)
+        choice = Choice([all_columns] * len(head_counts), merged=[None] * len(head_counts))
+        choice.mass = [None] * len(head_counts)
+        statistics = [{"retrieval": [num_kept == row.n for num_kept in share]} for share in shares]
+        choice.stats = statistics if row.stacked > 1 else statistics[0]
+        cut_heads = [head_index for head_index, num_kept in enumerate(head_counts) if num_kept < row.n]
+        if not cut_heads:
+            return choice
+        num_kept = head_counts[cut_heads[0]]  # the same for all that are cut
+        first_recent = row.n - (num_kept - self.sinks - 1)  # the first of the recent columns
+        kept_columns = torch.cat([all_columns[: self.sinks + 1], all_columns[first_recent:]])
+        head_index = to_device(torch.tensor(cut_heads), row.keys.device)
+        new_vectors = []
+        for vectors in (row.keys[head_index], row.values[head_index]):
+            new_vectors.append(vectors[:, kept_columns])
+            mean_vector = vectors[:, self.sinks : first_recent].float().mean(1)
+            new_vectors[-1][:, self.sinks] = mean_vector.to(vectors.dtype)
+        column_mass = torch.ones(num_kept, device=row.keys.device)
+        column_mass[self.sinks : self.sinks + 1].fill_(first_recent - self.sinks)
+        assert choice.merged is not None
+        for head, *vector_pair in zip(cut_heads, *new_vectors, strict=True):
+            choice.keep[head], choice.mass[head] = kept_columns, column_mass
+            choice.merged[head] = (vector_pair[0], vector_pair[1])
         return choice

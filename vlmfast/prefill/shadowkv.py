@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from vlmfast.core import LowRank, Retrieval, Unsupported, UserError
 from vlmfast.fields import PositiveInt
@@ -27,6 +28,7 @@ class ShadowKV(KVPolicy):
     """
 
     name: ClassVar[str] = "shadowkv"
+    stacks: ClassVar[bool] = True
     rank: PositiveInt = 160
     chunk: PositiveInt = 8
 
@@ -59,28 +61,24 @@ class ShadowKV(KVPolicy):
         unrotated_keys = rotate(row.keys.float(), cosines, -sines) / (
             cosines.square() + sines.square()
         )  # keys before RoPE
+        by_layer = unrotated_keys.view(row.stacked, -1, num_columns, head_size)
         left_vectors, singular_values, right_vectors = torch.linalg.svd(
-            unrotated_keys.transpose(0, 1).reshape(num_columns, num_heads * head_size), full_matrices=False
+            by_layer.transpose(1, 2).reshape(row.stacked, num_columns, -1), full_matrices=False
         )
-        num_factors = min(self.rank, len(singular_values))
-        left_factor = (left_vectors[:, :num_factors] * singular_values[:num_factors]).to(row.keys.dtype)
-        right_factor = right_vectors[:num_factors].view(num_factors, num_heads, head_size).to(row.keys.dtype)
-        is_owner = row.rotation.owner == row.layer
-        factors = [
-            LowRank(
-                left_factor,
-                right_factor[:, head_index].clone(memory_format=torch.contiguous_format),
-                row.rotation.cos,
-                row.rotation.sin,
-                is_owner,
-            )
-            for head_index in range(num_heads)
-        ]
+        num_factors = min(self.rank, singular_values.shape[1])
+        left_factors = left_vectors[:, :, :num_factors] * singular_values[:, None, :num_factors]
+        right_factors = right_vectors[:, :num_factors].unflatten(2, (-1, head_size)).transpose(1, 2)
+        factors: list[LowRank | None] = []
+        for number, left, right in zip(row.numbers or (row.layer,), left_factors, right_factors, strict=True):
+            own_left, own_right = own_copy(left, row.keys.dtype), own_copy(right, row.keys.dtype)
+            is_owner = number == row.rotation.owner
+            factors += [LowRank(own_left, head, row.rotation.cos, row.rotation.sin, is_owner) for head in own_right]
+        head_budgets = torch.full((num_heads,), self.allowance(row))
+        is_dynamic = torch.ones_like(head_budgets, dtype=torch.bool)
         all_columns = torch.arange(num_columns, device=row.keys.device)
-        head_budgets = torch.full((num_heads,), self.allowance(row), device=row.keys.device)
-        return Choice(
-            [all_columns] * num_heads,
-            torch.ones_like(head_budgets, dtype=torch.bool),
-            head_budgets,
-            low_rank=[*factors],
-        )
+        return Choice([all_columns] * num_heads, is_dynamic, head_budgets, low_rank=factors)
+
+
+def own_copy(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A layer's factor in a storage of its own."""
+    return torch.empty(factor.shape, dtype=dtype, device=factor.device).copy_(factor)

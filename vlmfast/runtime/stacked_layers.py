@@ -7,17 +7,27 @@ compressed by itself, which holds one layer at a time.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlmfast.core import CompressedLayer, LayerView
+from vlmfast.kernels import quantise
 
 AT_ONCE = 2**28  # bytes of keys and values that are copied to stand side by side
 
-Gathered = tuple[Tensor, Tensor, Tensor]  # keys (R, m, D), values (R, m, Dv), positions (R, m) of rows of one length
+# keys (R, m, D), values (R, m, Dv), positions (R, m) of rows of one length; of int8 rows scales of keys and values too
+Rows = tuple[Tensor, ...]
+
+
+@dataclass
+class Gathered:
+    """What stays, gathered for all rows at once; None where rows differ in length or in kind."""
+
+    kept: Rows | None
+    low: Rows | None  # what stays besides, as int8
 
 
 def is_full(view: LayerView, waiting: int) -> bool:
@@ -31,24 +41,59 @@ def side_by_side(views: list[LayerView]) -> LayerView:
     if len(views) == 1:
         return views[0]
     keys, values = (torch.cat([getattr(view, name) for view in views], 1) for name in ("keys", "values"))
-    return replace(views[0], keys=keys, values=values, window=None, stacked=len(views))
+    numbers = tuple(view.layer for view in views)
+    return replace(views[0], keys=keys, values=values, window=None, stacked=len(views), numbers=numbers)
 
 
-def gathered(kept: CompressedLayer, keys: Tensor, values: Tensor, positions: Tensor) -> Gathered | None:
-    """What stays of keys (B, Hk, L, D), values (B, Hk, L, Dv) and positions (B, L) int32, gathered at once; None where
-    rows differ in length or in kind, or hold other vectors than their own."""
-    batch_size, num_heads = keys.shape[:2]
-    same_length = len({len(indices) for indices in kept.keep}) == 1 and kept.merged is None
-    same_kind = kept.int8 is None or len(set(kept.int8.tolist())) == 1
-    if not same_length or not same_kind or (kept.dynamic is not None and bool(kept.dynamic.any())):
+def gathered(kept: CompressedLayer, keys: Tensor, values: Tensor, positions: Tensor) -> Gathered:
+    """What stays of keys (B, Hk, L, D), values (B, Hk, L, Dv) and positions (B, L) int32."""
+    return Gathered(kept_rows(kept, keys, values, positions), low_rows(kept, keys, values, positions))
+
+
+def kept_rows(kept: CompressedLayer, keys: Tensor, values: Tensor, positions: Tensor) -> Rows | None:
+    """`Gathered.kept`."""
+    as_int8 = set([False] if kept.int8 is None else kept.int8.tolist())
+    own_vectors = [] if kept.merged is None else [pair is None for pair in kept.merged]
+    is_dynamic = kept.dynamic is not None and bool(kept.dynamic.any())
+    if len({len(indices) for indices in kept.keep}) > 1 or len(as_int8) > 1 or any(own_vectors) or is_dynamic:
         return None
-    indices = torch.stack(kept.keep).view(batch_size, num_heads, -1)
-    head_index = torch.arange(num_heads, device=keys.device)[:, None]
-    parts = [
-        (keys[index][head_index, places], values[index][head_index, places], positions[index][places])
-        for index, places in enumerate(indices)
-    ]
-    return parts[0] if batch_size == 1 else tuple(torch.cat(part) for part in zip(*parts, strict=True))  # type: ignore[return-value]
+    rows = taken(kept.keep, keys, values, positions, kept.merged)
+    return quantised(*rows) if True in as_int8 else rows
+
+
+def low_rows(kept: CompressedLayer, keys: Tensor, values: Tensor, positions: Tensor) -> Rows | None:
+    """`Gathered.low`."""
+    if kept.low is None or len({len(indices) for indices in kept.low}) > 1:
+        return None
+    return quantised(*taken(kept.low, keys, values, positions))
+
+
+def taken(
+    columns: list[Tensor], keys: Tensor, values: Tensor, positions: Tensor, merged: Any = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Columns (m,) of every row as one tensor each; merged: pairs of vectors (m, D) that stand in their place."""
+    batch_size, num_heads = keys.shape[:2]
+    indices = torch.stack(columns).view(batch_size, num_heads, -1)
+    places = [batch_row[batch_indices] for batch_row, batch_indices in zip(positions, indices, strict=True)]
+    if merged is not None:
+        vectors = [torch.stack(row_vectors) for row_vectors in zip(*merged, strict=True)]
+    else:
+        head_index = torch.arange(num_heads, device=keys.device)[:, None]
+        vectors = [
+            _joined([batch_row[head_index, batch_indices] for batch_row, batch_indices in zip(x, indices, strict=True)])
+            for x in (keys, values)
+        ]
+    return vectors[0], vectors[1], _joined(places)
+
+
+def quantised(keys: Tensor, values: Tensor, positions: Tensor) -> Rows:
+    """Rows as int8, with the scales of their keys and values."""
+    (int8_keys, key_scale), (int8_values, value_scale) = quantise(keys), quantise(values)
+    return int8_keys, int8_values, positions, key_scale, value_scale
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def by_layer(kept: CompressedLayer, layers: int, batch: int) -> list[CompressedLayer]:
@@ -57,17 +102,19 @@ def by_layer(kept: CompressedLayer, layers: int, batch: int) -> list[CompressedL
         return [kept]
     num_heads = len(kept.keep) // (layers * batch)
 
-    def rows_of(layer: int) -> list[int]:
+    def rows_of(layer: int) -> slice | list[int]:
+        if batch == 1:
+            return slice(layer * num_heads, (layer + 1) * num_heads)
         return [
             (batch_index * layers + layer) * num_heads + head
             for batch_index in range(batch)
             for head in range(num_heads)
         ]
 
-    def pick(values: Any, rows: list[int]) -> Any:
-        if values is None:
-            return None
-        return values[rows] if isinstance(values, Tensor) else [values[row] for row in rows]
+    def pick(values: Any, rows: slice | list[int]) -> Any:
+        if values is None or isinstance(values, Tensor) or isinstance(rows, slice):
+            return None if values is None else values[rows]
+        return [values[row] for row in rows]
 
     per_head = ("keep", "dynamic", "budget", "int8", "merged", "mass", "low", "low_rank")
     out = []
@@ -79,9 +126,14 @@ def by_layer(kept: CompressedLayer, layers: int, batch: int) -> list[CompressedL
     return out
 
 
-def gathered_by_layer(rows: Gathered | None, layers: int, batch: int) -> list[Gathered | None]:
+def gathered_by_layer(rows: Gathered, layers: int, batch: int) -> list[Gathered]:
     """`gathered` of a view, layer by layer."""
-    if rows is None or layers == 1:
-        return [rows] * layers
-    split = [tensor.unflatten(0, (batch, layers, -1)) for tensor in rows]
-    return [tuple(tensor[:, layer].flatten(0, 1) for tensor in split) for layer in range(layers)]  # type: ignore[misc]
+    if layers == 1:
+        return [rows]
+
+    def part(stacked_rows: Rows | None, layer: int) -> Rows | None:
+        if stacked_rows is None:
+            return None
+        return tuple(tensor.unflatten(0, (batch, layers, -1))[:, layer].flatten(0, 1) for tensor in stacked_rows)
+
+    return [Gathered(part(rows.kept, layer), part(rows.low, layer)) for layer in range(layers)]

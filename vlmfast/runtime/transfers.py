@@ -1,4 +1,4 @@
-"""Copies between the host and a GPU: there without waiting, back with one wait for many tensors."""
+"""Copies between the host and a GPU: there without waiting, back with one wait for many tensors, or later."""
 
 from __future__ import annotations
 
@@ -31,6 +31,34 @@ def columns(mask: Tensor, device: torch.device) -> Tensor:
     A mask on a GPU would have to be read first.
     """
     return mask if device.type == "cpu" else to_device(mask.nonzero()[:, 0], device)
+
+
+class Arrival:
+    """Copies on their way from a GPU to the host, which may read them after `wait`."""
+
+    def __init__(self, event: torch.cuda.Event | None = None) -> None:
+        self.event = event
+
+    def wait(self) -> None:
+        if self.event is not None:
+            self.event.synchronize()
+            self.event = None
+
+    def __deepcopy__(self, memo: dict) -> Arrival:
+        self.wait()
+        return Arrival()
+
+
+def send_back(tensors: Sequence[Tensor]) -> tuple[list[Tensor], Arrival]:
+    """Contiguous copies in host memory, pinned where they come from a GPU; nothing waits for them yet."""
+    if not any(tensor.is_cuda for tensor in tensors):
+        return [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors], Arrival()
+    copies = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
+    for copy, tensor in zip(copies, tensors, strict=True):
+        copy.copy_(tensor, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(tensors[0].device))
+    return copies, Arrival(event)
 
 
 def read_back(tensors: Sequence[Tensor]) -> list[Tensor]:
