@@ -252,7 +252,7 @@ class Draft(Protocol):
     def propose(
         self, ids: Tensor, max_tokens: int, pick_token: Any = None, draft_stop: DraftStop = NO_STOP
     ) -> tuple[Tensor, Tensor | None]:
-        """Propose up to `max_tokens` tokens after `ids` (1, L) int64 on the host, which holds everything emitted so far.
+        """Propose up to `max_tokens` tokens after `ids` (1, L) int64 on the host, with everything emitted so far.
 
         Returns tokens (k',) int64, best on the host, k' = 0 when it has none, and what they were chosen from, (k',
         V) float32 probabilities, or None when `pick_token` gave none. pick_token: (ids (1, L'), logits (1, V)), both
