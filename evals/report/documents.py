@@ -2,25 +2,28 @@
 
 A table is found by its marker (`<!-- measured: encode -->`); its first columns are words and stay, the measured ones
 are written anew, so that no figure in it was typed by hand. A method without a measurement says so. Whole tables
-(`evals.report.tables`) stand behind `<!-- table: NAME -->` in the README, and in `docs/`.
+(`evals.report.tables`) stand behind `<!-- table: NAME -->` in the README, and in `docs/`; sentences with figures
+(`evals.report.sentences`, `evals.report.choosing`) behind `<!-- figures: NAME -->`, up to the next blank line.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from evals.accuracy.tables import KEEPS
-from evals.report import gpu_tables
+from evals.report import choosing, gpu_tables, sentences
 from evals.report import tables as readme_tables
 from evals.report.tables import kv_bytes
 from vlmfast.bench import records, stats, validity
 from vlmfast.bench.bounds import ratio_of
 from vlmfast.cli.errors import application
+from vlmfast.core import UserError
 
 DOCUMENTS = (
     records.ROOT / "README.md",
@@ -28,6 +31,8 @@ DOCUMENTS = (
     records.ROOT / "evals" / "README.md",
 )
 RESULTS = records.ROOT / "evals" / "results"
+FIGURES = "<!-- figures: "
+SENTENCES = sentences.SENTENCES | choosing.SENTENCES
 UNKNOWN = ["not measured yet", "-", "-", "-"]
 WORDS = {"encode": 4, "prefill": 3}  # columns that are not measured
 HEADS = {
@@ -138,8 +143,26 @@ def placed(text: str, name: str, table: str) -> str:
     return before + marker + "\n".join([*table.split("\n"), *lines[rest:]])
 
 
-def build(text: str) -> str:
-    """A whole document, measured columns and tables anew."""
+def written(text: str, width: int) -> str:
+    """The text with every block behind a `<!-- figures: NAME -->` written from the records, in lines of `width`."""
+    before, *blocks = text.split(FIGURES)
+    parts = [before]
+    for block in blocks:
+        name, _, rest = block.partition(" -->\n")
+        if name not in SENTENCES:
+            raise LookupError(f"nothing writes figures: {name}; there are {', '.join(SENTENCES)}")
+        _, blank, after = rest.partition("\n\n")
+        made = SENTENCES[name]()
+        indent = "  " if made.startswith("* ") else ""
+        wrapper = textwrap.TextWrapper(width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+        lines = made if made.startswith("|") else wrapper.fill(made)
+        parts.append(f"{name} -->\n{lines}{blank}{after}")
+    return FIGURES.join(parts)
+
+
+def build(text: str, width: int = 120) -> str:
+    """A whole document, measured columns, tables and sentences anew. width: of lines of prose, letters."""
+    text = written(text, width)
     for stage, cells in (("encode", encode_cells), ("prefill", prefill_cells)):
         if f"<!-- measured: {stage} -->" in text:
             text = filled(text, stage, cells())
@@ -160,7 +183,10 @@ def main(
     """Write (or check) what was measured."""
     for document in DOCUMENTS:
         old = document.read_text()
-        new = build(old)
+        try:
+            new = build(old, 84 if document.name == "README.md" and document.parent == records.ROOT else 120)
+        except LookupError as error:
+            raise UserError(f"{document.name}: {error}") from error
         if check and new != old:
             print(
                 f"error: {document.name} is not what evals/results say: run python -m evals.report.documents",

@@ -120,6 +120,18 @@ def kv(rows: list[Row], contexts: tuple[int, ...] = (8192, 32768, 131072), keep:
     return markdown([h.strip() for h in heads], out)
 
 
+def read(rows: list[Row]) -> str:
+    """From a file to the model's inputs: reading, the processor, and both against decoding every frame alone."""
+    out = []
+    for r in rows:
+        m = r["metrics"]
+        times = [f"{m[k]:,.0f}" if k in m else "-" for k in ("read_ms", "processor_ms", "total_ms")]
+        ratios = [ratio_of(r, "total_ms", rows, base, True) for base in ("full", "decode")]
+        out.append([r["name"], f"{m['decoded_frames']:,}" if "decoded_frames" in m else "-", *times, *ratios])
+    return markdown(["way", "frames decoded", "read ms", "processor ms", "both ms", "against full",
+                     "against decoding alone"], out)  # fmt: skip
+
+
 BYTES = ["fast bytes", "host", "total", "total allocated"]
 
 
@@ -251,6 +263,7 @@ TABLES = {
     "decode": ("cpu-decode.json", decode),
     "luck": ("luck.json", luck),
     "kv": ("cpu-prefill.json", kv),
+    "read": ("cpu-read.json", read),
     "stream": ("cpu-stream.json", stream),
     "sessions": ("cpu-stream.json", sessions),
     "crash": ("stream-crash.json", crash),
