@@ -17,6 +17,7 @@ from typing import Any
 
 from evals.speed.shapes import QWEN_3B_QUARTER, QWEN_3B_TWELFTH, TOY, Shape, build, clip, encode_cost, prefill_cost
 from vlmfast.bench import records, timing
+from vlmfast.bench.sample_store import SampleStore
 
 KEEP = 0.25
 SEED = 0
@@ -63,14 +64,14 @@ def one_run(model: Any, inputs: dict[str, Any], pruner: Any, tower: str | None =
     return run
 
 
-def run(quick: bool = False) -> dict[str, Any]:
-    """Measure; returns the rows and what the head needs."""
+def run(quick: bool = False, store: SampleStore | None = None) -> dict[str, Any]:
+    """Measure; returns the rows and what the head needs. store: of an unfinished run."""
     import torch
 
     groups = ((TOY, deep), (TOY, outside)) if quick else ((QWEN_3B_QUARTER, deep), (QWEN_3B_TWELFTH, outside))
     dtype, rounds = timing.half(), 1 if quick else ROUNDS
     machine = timing.rates("cpu", getattr(torch, dtype))
-    rows = [r for shape, methods in groups for r in group(shape, methods(shape), rounds, machine, dtype, quick)]
+    rows = [r for shape, methods in groups for r in group(shape, methods(shape), rounds, machine, dtype, store)]
     return {
         "config": {"shapes": [s.json() for s, _ in groups], "keep": KEEP, "new_tokens": 1,
                    "matmul_gflops": round(machine.flops / 1e9, 1), "copy_gbytes": round(machine.bytes / 1e9, 2)},
@@ -85,7 +86,12 @@ def run(quick: bool = False) -> dict[str, Any]:
 
 
 def group(
-    shape: Shape, pruners: dict[str, Any], rounds: int, machine: timing.Rates, dtype: str, quick: bool = False
+    shape: Shape,
+    pruners: dict[str, Any],
+    rounds: int,
+    machine: timing.Rates,
+    dtype: str,
+    store: SampleStore | None = None,
 ) -> list[dict[str, Any]]:
     """The rows of one shape: plain and each pruner in turn."""
     import torch
@@ -97,7 +103,7 @@ def group(
     with torch.inference_mode():
         one_run(model, clip(shortest(shape), SEED, dtype), None)()  # touch every weight once
         tick = timing.ticker(timing.beside_runs(len(runs), len(BASELINES), rounds))
-        samples = timing.beside(runs, BASELINES, rounds, warmup=0, progress=tick)
+        samples = timing.beside(runs, BASELINES, rounds, warmup=0, progress=tick, store=store)
     return [summary(name, pruners.get(name), samples, shape, machine, dtype) for name in samples]
 
 

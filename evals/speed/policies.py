@@ -16,6 +16,7 @@ from typing import Any
 from evals.speed import baselines
 from evals.speed.shapes import QWEN_3B, TOY, Shape, build, clip
 from vlmfast.bench import bounds, records, timing, validity
+from vlmfast.bench.sample_store import SampleStore
 from vlmfast.core import UserError
 
 KEEP, NEW, SEED, ROUNDS = 0.10, 17, 0, 6
@@ -59,7 +60,7 @@ def weights_bytes(model: Any) -> int:
     return sum(p.numel() * p.element_size() for p in parts)
 
 
-def rows(split: float, quick: bool = False) -> list[dict[str, Any]]:
+def rows(split: float, quick: bool = False, store: SampleStore | None = None) -> list[dict[str, Any]]:
     """Every policy and baseline, paired ratios to the baselines beside it. Raises UserError where a policy that claims
     heads in host memory held none."""
     import torch
@@ -76,7 +77,7 @@ def rows(split: float, quick: bool = False) -> list[dict[str, Any]]:
     rounds = 1 if quick else ROUNDS
     with torch.inference_mode():
         tick = timing.ticker(timing.beside_runs(len(runs), len(BASELINES), rounds + (not quick)))
-        samples = timing.beside(runs, BASELINES, rounds, warmup=int(not quick), progress=tick)
+        samples = timing.beside(runs, BASELINES, rounds, warmup=int(not quick), progress=tick, store=store)
     weights, found = weights_bytes(model), {n: timing.medians(taken[n]) for n, taken in samples.items()}
     out = []
     for name, taken in samples.items():

@@ -36,6 +36,7 @@ from evals.speed import policies as speed_policies
 from evals.speed.baselines import Masked, Packed
 from vlmfast import kernels
 from vlmfast.bench import bounds, records, timing, validity
+from vlmfast.bench.sample_store import SampleStore
 from vlmfast.core import Kind, LayerView, UserError, to_json
 from vlmfast.prefill import AdaKV, Full, HybridKV, KVLayer, KVPolicy, SnapKV
 from vlmfast.runtime.attention import AttentionSwitch
@@ -236,7 +237,14 @@ def controls(entries: dict[str, Entry], shape: Shape, keys: Tensor, values: Tens
 
 
 def combination(
-    shape: Shape, model: Qwen2Model, context: int, batch: int, split: float, rounds: int, machine: timing.Rates
+    shape: Shape,
+    model: Qwen2Model,
+    context: int,
+    batch: int,
+    split: float,
+    rounds: int,
+    machine: timing.Rates,
+    store: SampleStore | None = None,
 ) -> list[dict[str, Any]]:
     """All rows of one context and batch: every method over the same prefill, between the baselines."""
     keys, values = (torch.randn(batch, shape.kv_heads, context, shape.head).to(DTYPE) for _ in range(2))
@@ -245,7 +253,7 @@ def combination(
     entries |= controls(entries, shape, keys, values)
     runs = {n: competitor(shape, model, entry, batch, context, n in BASELINES) for n, entry in entries.items()}
     tick = timing.ticker(timing.beside_runs(len(runs), len(BASELINES), rounds + 1))
-    samples = timing.beside(runs, BASELINES, rounds, warmup=min(1, rounds - 1), progress=tick)
+    samples = timing.beside(runs, BASELINES, rounds, warmup=min(1, rounds - 1), progress=tick, store=store)
     prefill = shape.prefill_flops(context, batch) / machine.flops * 1e3
     weights, held = DTYPE.itemsize * shape.weights, {n: bytes_of(e.cache)["kv_fast_bytes"] for n, e in entries.items()}
     held[timing.AGAIN] = held["plain"]
@@ -292,8 +300,11 @@ def measured_prefill(model: Qwen2Model, shape: Shape, context: int) -> float:
 
 
 @torch.inference_mode()
-def run(quick: bool = False, shape: Shape | None = None, split: float = SPLIT, rounds: int = 7) -> dict[str, Any]:
-    """Measure every combination that fits; returns the rows and what the head needs."""
+def run(
+    quick: bool = False, shape: Shape | None = None, split: float = SPLIT, rounds: int = 7,
+    store: SampleStore | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure every combination that fits; returns the rows and what the head needs. store: of an unfinished run."""
     shape = shape or (TOY if quick else Shape())
     rounds, threads = 1 if quick else rounds, torch.get_num_threads()
     torch.set_num_threads(1 if quick else threads)  # tiny shapes lose more to waiting threads than they win
@@ -305,7 +316,7 @@ def run(quick: bool = False, shape: Shape | None = None, split: float = SPLIT, r
             if 7 * shape.kv_bytes(context, batch) > LIMIT:
                 skipped.append([context, batch])
                 continue
-            rows += combination(shape, model, context, batch, split, rounds, machine)
+            rows += combination(shape, model, context, batch, split, rounds, machine, store)
             gc.collect()
     first = shape.contexts[0]
     config = {
@@ -316,6 +327,6 @@ def run(quick: bool = False, shape: Shape | None = None, split: float = SPLIT, r
     }  # fmt: skip
     patch.remove()
     del model
-    rows += speed_policies.rows(split, quick)
+    rows += speed_policies.rows(split, quick, store)
     torch.set_num_threads(threads)
     return {"config": config, "seed": SEED, "repeats": rounds, "device": "cpu", "dtype": timing.half(), "rows": rows}

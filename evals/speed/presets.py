@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 from evals.speed import baselines
 from evals.speed.shapes import QWEN_3B, TOY, build, clip, encode_cost, prefill_cost
 from vlmfast.bench import records, timing
+from vlmfast.bench.sample_store import SampleStore
 from vlmfast.core import UserError, tower_block
 from vlmfast.decode.accept import EXACT, Round, Rule, Verdict
 from vlmfast.decode.drafts import DraftMethod
@@ -150,8 +151,8 @@ def replayed(plan: Plan, said: tuple[int, ...], prompt: int, vocab: int, quick: 
     return replace(plan, speculate=replace(plan.speculate, draft=draft, accept=ReplayedAcceptance(draft)))
 
 
-def run(quick: bool = False) -> dict[str, Any]:
-    """Measure; returns the rows and what the head needs."""
+def run(quick: bool = False, store: SampleStore | None = None) -> dict[str, Any]:
+    """Measure; returns the rows and what the head needs. store: of an unfinished run."""
     import torch
 
     import vlmfast
@@ -194,9 +195,12 @@ def run(quick: bool = False) -> dict[str, Any]:
         runs, beside = {n: runner(n) for n in ready}, {}
         for name, rest in rests(wanted).items():  # what a stage gains: the preset beside what has everything else
             near = list(dict.fromkeys(rest.values()))
-            beside[name] = timing.beside({n: runs[n] for n in (*near, name)}, near, rounds, 0)[name]
+            beside[name] = timing.beside({n: runs[n] for n in (*near, name)}, near, rounds, 0, store=store)[name]
         tick = timing.ticker(timing.beside_runs(len(runs), len(BASELINES), rounds))
-        samples = timing.beside(runs, BASELINES, rounds, 0, tick)
+        samples = timing.beside(runs, BASELINES, rounds, 0, tick, store)
+        for name in ready:
+            if name not in answers:  # its samples are those of an earlier start
+                runs[name]()
     machine = timing.rates("cpu", getattr(torch, dtype))
     rows = []
     for name, taken in samples.items():

@@ -22,6 +22,7 @@ import numpy as np
 from evals.speed.shapes import TOY, build
 from evals.speed.stream import processor_for
 from vlmfast.bench import records, timing
+from vlmfast.bench.sample_store import SampleStore
 
 SEED, ROUNDS, FPS = 0, 6, 30
 TOKENS = 256  # of a pair of frames, at most
@@ -30,8 +31,8 @@ WHOLE = {"height": 1080, "width": 1920, "seconds": 30, "frames": 64}
 QUICK = {"height": 240, "width": 320, "seconds": 2, "frames": 8}
 
 
-def run(quick: bool = False) -> dict[str, Any]:
-    """Measure; returns the rows and what the head needs."""
+def run(quick: bool = False, store: SampleStore | None = None) -> dict[str, Any]:
+    """Measure; returns the rows and what the head needs. store: of an unfinished run."""
     clip, rounds = (QUICK, 1) if quick else (WHOLE, ROUNDS)
     shape = replace(TOY, patch=14)
     model = build(shape, SEED, "float32")
@@ -42,7 +43,7 @@ def run(quick: bool = False) -> dict[str, Any]:
         runs = competitors(model, processor, path, clip["frames"])
         runs["model"]()  # what is made once per process
         tick = timing.ticker(timing.beside_runs(len(runs), len(BASELINES), rounds))
-        samples = timing.beside(runs, BASELINES, rounds, warmup=0, progress=tick)
+        samples = timing.beside(runs, BASELINES, rounds, warmup=0, progress=tick, store=store)
         clip_bytes = path.stat().st_size
     rows = [
         records.row(name, params=clip, metrics=timing.medians(taken[name]), vs=timing.ratio_rows(taken, name))

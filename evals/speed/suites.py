@@ -1,9 +1,10 @@
 """Speed, stage by stage: `python -m evals.speed --suite NAME [--quick] [--force] --out FILE.json`.
 
 A suite (read, encode, prefill, decode, stream, presets) is a module `evals/speed/<suite>.py` with
-`run(quick: bool) -> dict`: a record with at least `rows` (see `vlmfast.bench.records`), and `config`, `seed`,
+`run(quick, store) -> dict`: a record with at least `rows` (see `vlmfast.bench.records`), and `config`, `seed`,
 `repeats`, `device`, `dtype` for the head that is added here. A suite that builds its own head keeps it. Timings come
-from `vlmfast.bench.timing`: paired, interleaved, medians.
+from `vlmfast.bench.timing`: paired, interleaved, medians. What a killed suite has measured stays in `--samples`, but
+for decode and stream, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from vlmfast.cli import console
 from vlmfast.core import UserError
 
 SUITES = ("read", "encode", "prefill", "decode", "stream", "presets")
+RESUMED = ("read", "encode", "prefill", "presets")
 
 
 def available() -> list[str]:
@@ -26,11 +28,12 @@ def available() -> list[str]:
     return [s for s in SUITES if importlib.util.find_spec(f"evals.speed.{s}") is not None]
 
 
-def measure(suite: str, quick: bool) -> dict[str, Any]:
-    """Run one suite and return its whole record."""
+def measure(suite: str, quick: bool, store: Any = None) -> dict[str, Any]:
+    """Run one suite and return its whole record. store: a `SampleStore`, for suites that go on."""
     from vlmfast.bench import records
 
-    result = dict(importlib.import_module(f"evals.speed.{suite}").run(quick))
+    run = importlib.import_module(f"evals.speed.{suite}").run
+    result = dict(run(quick, store=store) if suite in RESUMED else run(quick))
     if "hardware" in result:
         return result
     head = records.head(
@@ -48,17 +51,31 @@ def main(
     suite: Annotated[str, typer.Option(help=f"one of {', '.join(SUITES)}")],
     out: Annotated[Path, typer.Option(help="result file (JSON)")],
     quick: Annotated[bool, typer.Option("--quick", help="tiny shapes, under a minute")] = False,
+    samples: Annotated[Path, typer.Option(help="folder of what a killed suite has measured")] = Path("runs/speed"),
     force: Annotated[bool, typer.Option("--force", help="replace an existing result")] = False,
 ) -> None:
     """Measure one suite and write its record."""
     from vlmfast.bench import records
+    from vlmfast.bench.sample_store import open_store
 
     if suite not in available():
         raise UserError(f"no suite {suite!r}: choose one of {', '.join(available())}")
     records.claim(out, force)
-    record = measure(suite, quick)
+    store = open_store(samples / f"{suite}.jsonl", identity(suite, quick), force) if suite in RESUMED else None
+    record = measure(suite, quick, store)
     records.write(out, record, force)
+    if store is not None:
+        store.close()
     show(record)
+
+
+def identity(suite: str, quick: bool) -> dict[str, Any]:
+    """What must be the same for samples to be of one run."""
+    from vlmfast.bench import records, timing
+
+    head = records.head(suite, config={}, seed=0, repeats=1, dtype=timing.half())
+    machine = {k: v for k, v in head["hardware"].items() if k not in ("load", "memory_gb")}
+    return {"suite": suite, "quick": quick, "commit": head["commit"], **head["versions"], **machine}
 
 
 def show(record: dict[str, Any]) -> None:

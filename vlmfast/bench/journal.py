@@ -68,7 +68,7 @@ class Journal:
         if not self.records and (self.damaged or not begins(unfinished)):
             first_damaged = f"line {self.damaged[0]}" if self.damaged else "line 1"
             raise UserError(
-                f"{self.path} {first_damaged} is no record of evals.accuracy with a checksum (a file of an older "
+                f"{self.path} {first_damaged} is no record with a checksum (a file of an older "
                 f"version has none): {WAY_OUT}"
             )
         if self.damaged:

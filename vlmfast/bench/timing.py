@@ -17,7 +17,10 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlmfast.bench.sample_store import SampleStore
 
 Sample = dict[str, float]  # metric name -> value of one run
 
@@ -66,12 +69,13 @@ def beside(
     rounds: int,
     warmup: int = 1,
     progress: Callable[[str], None] | None = None,
+    store: SampleStore | None = None,
 ) -> dict[str, dict[str, list[Sample]]]:
     """Run every competitor between its own baselines, which are names of `runs` too, in every round.
 
     Returns competitor -> (itself and every baseline -> one Sample per round): sample i of all of them come from runs
     next to each other, in an order that turns round from round to round. Baselines are competitors of each other; one
-    that is `AGAIN` is the first baseline once more.
+    that is `AGAIN` is the first baseline once more. store: what it holds is not run again, what is run goes there.
     """
     runs = runs | {AGAIN: runs[baselines[0]]}
     groups = {
@@ -81,18 +85,26 @@ def beside(
         name: {baseline_name: [] for baseline_name in (*others, name)} for name, others in groups.items()
     }
     names = list(groups)
+    call = None if store is None else store.begin(names)
     for round_number in range(warmup + rounds):
         first_run = round_number % len(names)
         for name in names[first_run:] + names[:first_run]:
             others = groups[name]
             order = [*others[: len(others) // 2], name, *others[len(others) // 2 :]]
+            counts, taken = round_number >= warmup, None
+            if store is not None and call is not None and counts:
+                taken = store.find(call, round_number, name)
+            known, taken = taken is not None, taken or {}
             for run_name in order if round_number % 2 else order[::-1]:
                 if progress is not None:
                     progress(run_name)
-                gc.collect()
-                sample = runs[run_name]()
-                if round_number >= warmup:
-                    samples_by_name[name][run_name].append(sample)
+                if not known:
+                    gc.collect()
+                    taken[run_name] = runs[run_name]()
+                if counts:
+                    samples_by_name[name][run_name].append(taken[run_name])
+            if store is not None and call is not None and counts and not known:
+                store.add(call, round_number, name, taken)
     first_samples = [
         first_sample
         for name, competitor_samples in samples_by_name.items()

@@ -1,0 +1,83 @@
+"""A killed speed suite goes on where it stopped: what was measured is not run again, and no pair is torn apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evals.speed import suites
+from vlmfast.bench import timing
+from vlmfast.bench.sample_store import open_store
+from vlmfast.core import UserError
+
+IDENTITY = {"suite": "encode", "commit": "abc"}
+
+
+class Killed(Exception):
+    pass
+
+
+def competitors(calls: list[str], last: int | None = None) -> dict[str, Any]:
+    """Four runs that count themselves; the one numbered `last` is killed."""
+
+    def one(name: str) -> Any:
+        def run() -> timing.Sample:
+            if last is not None and len(calls) == last:
+                raise Killed
+            calls.append(name)
+            return {"x_ms": float(len(calls))}
+
+        return run
+
+    return {name: one(name) for name in ("plain", "tower", "a", "b")}
+
+
+@pytest.mark.parametrize("last", [1, 4, 11, 29])
+def test_a_killed_run_goes_on(tmp_path: Path, last: int) -> None:
+    file, calls = tmp_path / "encode.jsonl", list[str]()
+    with pytest.raises(Killed):
+        timing.beside(competitors(calls, last), ["plain", "tower"], 4, 0, store=open_store(file, IDENTITY, False))
+    before, whole = list(calls), list[str]()
+    store = open_store(file, IDENTITY, False)
+    taken = timing.beside(competitors(calls), ["plain", "tower"], 4, 0, store=store)
+    reference = timing.beside(competitors(whole), ["plain", "tower"], 4, 0)
+    assert {n: {k: len(v) for k, v in t.items()} for n, t in taken.items()} == {
+        n: {k: len(v) for k, v in t.items()} for n, t in reference.items()
+    }
+    assert len(whole) <= len(calls) <= len(whole) + 2, "at most one competitor and its baselines again"
+    for name, samples in taken.items():  # one after the other, in one start
+        for together in zip(*samples.values(), strict=True):
+            numbers = sorted(sample["x_ms"] for sample in together)
+            assert numbers[-1] - numbers[0] == len(numbers) - 1 or name == "plain"
+            assert (numbers[-1] <= len(before)) or (numbers[0] > len(before) - 2)
+    calls.clear()
+    timing.beside(competitors(calls), ["plain", "tower"], 4, 0, store=open_store(file, IDENTITY, False))
+    assert calls == []
+    store.close()
+    assert not file.exists()
+
+
+def test_samples_of_another_run_are_not_mixed_in(tmp_path: Path) -> None:
+    file, calls = tmp_path / "encode.jsonl", list[str]()
+    timing.beside(competitors(calls), ["plain"], 1, 0, store=open_store(file, IDENTITY, False))
+    other = IDENTITY | {"commit": "def"}
+    with pytest.raises(UserError, match=r"encode\.jsonl line 1 comes from another run \(commit abc, now def\)"):
+        open_store(file, other, False)
+    calls.clear()
+    timing.beside(competitors(calls), ["plain"], 1, 0, store=open_store(file, other, True))
+    assert calls
+
+
+def test_a_suite_leaves_no_samples_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from evals.speed import read
+
+    def run(quick: bool, store: Any) -> dict[str, Any]:
+        timing.beside(competitors([]), ["plain"], 1, 0, store=store)
+        assert (tmp_path / "runs" / "read.jsonl").exists()
+        return {"rows": [{"name": "plain", "plan": {}, "params": {}, "metrics": {"x_ms": 1.0}, "vs": {}}]}
+
+    monkeypatch.setattr(read, "run", run)
+    suites.main("read", tmp_path / "read.json", quick=True, samples=tmp_path / "runs")
+    assert (tmp_path / "read.json").exists() and not (tmp_path / "runs" / "read.jsonl").exists()

@@ -1,0 +1,57 @@
+"""The samples of a speed suite on disk: a killed suite goes on where it stopped.
+
+    store = open_store(Path("runs/speed/encode.jsonl"), {"suite": "encode", ...}, force=False)
+    timing.beside(runs, baselines, rounds, store=store)       # asks only for what the file does not hold
+    store.close()                                             # the suite is whole: the file goes
+
+Kept is a competitor with the baselines beside it, in one round, or nothing of them: what is compared ran together.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vlmfast.bench.journal import Journal, plan_hash, run_name
+from vlmfast.core import UserError
+
+Samples = dict[str, dict[str, float]]  # name of a run -> its sample
+
+
+class SampleStore:
+    """Samples by call of `timing.beside`, round and competitor. journal: the file behind it."""
+
+    def __init__(self, journal: Journal) -> None:
+        self.journal, self.num_calls = journal, 0
+
+    def begin(self, names: Sequence[str]) -> str:
+        """The next call of `timing.beside`, over these competitors; a suite always makes its calls in one order."""
+        self.num_calls += 1
+        return f"{self.num_calls} {plan_hash({'names': list(names)})}"
+
+    def find(self, call: str, round_number: int, name: str) -> Samples | None:
+        """What was measured of a competitor and its baselines in that round, None where it was not."""
+        record = self.journal.records.get((f"{call} {round_number}", name))
+        return None if record is None else record["samples"]
+
+    def add(self, call: str, round_number: int, name: str, samples: Samples) -> None:
+        """Keep what was measured."""
+        self.journal.add([{"id": f"{call} {round_number}", "method": name, "samples": samples}])
+
+    def close(self) -> None:
+        """The suite is whole and written: remove the file."""
+        self.journal.path.unlink(missing_ok=True)
+
+
+def open_store(path: Path, identity: dict[str, Any], force: bool) -> SampleStore:
+    """The samples of an unfinished run, or a new file. Those of another run (commit, machine, versions, ...) raise
+    `UserError`, or with `force` make place for a new one."""
+    plans: dict[str, str] = defaultdict(str)
+    try:
+        return SampleStore(Journal(path, run_name(identity), plans))
+    except UserError:
+        if not force:
+            raise
+        return SampleStore(Journal(path, run_name(identity), plans, force=True))
