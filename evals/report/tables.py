@@ -155,9 +155,12 @@ def stream(rows: list[Row]) -> str:
         gap = m.get("diff_vs_internal_past")
         against = "" if gap is None else _points(gap, m["diff_vs_internal_past_ci95"])
         took = f"{m['total_ms']:,.0f} ms" if "total_ms" in m else "-"
-        out.append([length, way, *counts, past, against, percent(m.get("evidence_recall_past"), 0), now, took])
+        present = m.get("diff_vs_internal_now")
+        beside = "" if present is None else _points(present, m["diff_vs_internal_now_ci95"], 1)
+        found = percent(m.get("evidence_recall_past"), 0)
+        out.append([length, way, *counts, past, against, found, now, beside, took])
     heads = ["length", "way", "clips", "past questions", "right, past", "against internal", "evidence", "right, now",
-             "answer"]  # fmt: skip
+             "against internal", "answer"]  # fmt: skip
     return markdown(heads, out)
 
 
@@ -167,8 +170,9 @@ def _within(share: float | None, interval: list[float] | None) -> str:
     return percent(share, 0) + (f" [{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]" if interval else "")
 
 
-def _points(gap: float, interval: list[float]) -> str:
-    return f"{100 * gap:+.0f} [{100 * interval[0]:+.0f}, {100 * interval[1]:+.0f}]"
+def _points(gap: float, interval: list[float], digits: int = 0) -> str:
+    points, low, high = (f"{100 * x:+.{digits}f}" for x in (gap, *interval))
+    return f"{points} [{low}, {high}]"
 
 
 def sessions(rows: list[Row]) -> str:

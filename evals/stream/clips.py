@@ -18,14 +18,14 @@ from vlmfast.files import write_text
 from vlmfast.pocket.clips import clip
 from vlmfast.stream import Internal
 
-OPTIONS = ("redundancy", "window", "ram", "keep_as")  # of a session
+OPTIONS = ("redundancy", "window", "ram", "keep_as", "recent")  # of a session
 AGAIN = 2  # questions a clip of ten minutes that are answered by encoding everything again
-QUICK = ("internal", "recency", "oracle")
+QUICK = ("internal", "recent-only", "recency", "oracle")
 
 
 def measured(config: dict[str, Any], minutes: float, folder: Path, tell: Callable[[str], None]) -> list[dict[str, Any]]:
     """What every clip of one length gave, in the order of seeds: read from `folder`, or streamed now."""
-    clips = runs.clips_of(minutes, config["quick"])
+    clips = runs.clips_of(minutes, config["quick"], config["clips"])
     identity = _identity(config)
     tasks = [(config, minutes, seed, count, folder / identity / f"{minutes:g}-{seed}.json") for seed, count in clips]
     missing = [task for task in tasks if not task[-1].exists()]
@@ -48,7 +48,7 @@ def _identity(config: dict[str, Any]) -> str:
     import vlmfast
     from vlmfast.bench import runner
 
-    facts = {k: v for k, v in config.items() if k not in ("minutes", "jobs")}
+    facts = {k: v for k, v in config.items() if k not in ("minutes", "jobs", "clips")}
     facts |= {"weights": runner.fingerprint(config["model"]), "vlmfast": vlmfast.__version__}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -90,7 +90,7 @@ def streamed(config: dict[str, Any], minutes: float, seed: int, count: int) -> d
     results = {way: runs.Result() for way in (*names, *(("internal-full", "rekv", "reencode") if short else ()))}
     streams = [runs.opened(model, processor, drawn, **{k: config[k] for k in OPTIONS})]
     if short:
-        whole = {"redundancy": None, "keep_as": "bf16", "window": config["window"]}
+        whole = {"redundancy": None, "keep_as": "bf16", "window": config["window"], "recent": config["recent"]}
         streams.append(runs.opened(model, processor, drawn, **whole))
     asked = runs.questions(drawn, name)
     again = {(q.time, q.question) for q in (asked if minutes <= 1 else asked[:: max(1, len(asked) // AGAIN)][:AGAIN])}

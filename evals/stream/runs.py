@@ -16,11 +16,21 @@ import torch
 
 from vlmfast.bench.question_sets import STREAMS
 from vlmfast.bench.scoring import exact_fact
-from vlmfast.stream import External, Internal, Oracle, RandomRetriever, Recency, StreamSession, UniformRetriever
+from vlmfast.stream import (
+    External,
+    Internal,
+    Oracle,
+    RandomRetriever,
+    Recency,
+    RecentOnly,
+    StreamSession,
+    UniformRetriever,
+)
 from vlmfast.stream.recall_by_layer import layer_recall
 from vlmfast.stream.retrievers import Retriever, in_time
 
 TOKENS = 12  # longest answer
+PRESENT = 0.6  # of the best score, from which the present alone is read
 BATCH = 64  # frames per push
 CHOSEN_ON, REPORTED = STREAMS["choosing"], STREAMS["reporting"]  # numbers of held-out clips
 
@@ -82,12 +92,12 @@ class Encoded:
         self.folder.cleanup()
 
 
-def clips_of(minutes: float, quick: bool) -> list[tuple[int, int]]:
-    """(seed, questions) of the reported clips of one length."""
+def clips_of(minutes: float, quick: bool, most: int | None = None) -> list[tuple[int, int]]:
+    """(seed, questions) of the reported clips of one length, at most so many."""
     if quick:
         return [(REPORTED[0], 4)]
     many = 40 if minutes <= 2 else 20 if minutes <= 15 else 10
-    return [(seed, 8 if minutes <= 2 else 16) for seed in REPORTED[:many]]
+    return [(seed, 8 if minutes <= 2 else 16) for seed in REPORTED[: min(many, most or many)]]
 
 
 def questions(clip: Any, name: str) -> list[Asked]:
@@ -198,8 +208,9 @@ def best_layers(model: Any, processor: Any, frames: int, count: int = 2, **optio
 
 
 def internal(frames: int, layers: tuple[int, ...] | None) -> Internal:
-    """The retriever that is put to the test: centred keys, one choice for all layers, made by `layers`."""
-    return Internal(frames=frames, similarity="centred", scope="shared", layers=layers)
+    """The retriever that is put to the test: centred keys, one choice for all layers, made by `layers`; nothing where
+    the present scores high, by a share chosen on clips that are not reported."""
+    return Internal(frames=frames, similarity="centred", scope="shared", layers=layers, present=PRESENT)
 
 
 def methods(frames: int, layers: tuple[int, ...] | None) -> dict[str, Callable[[Asked], Retriever | None]]:
@@ -207,9 +218,12 @@ def methods(frames: int, layers: tuple[int, ...] | None) -> dict[str, Callable[[
     external = by_colour(frames)
     return {
         "internal": lambda q: internal(frames, layers),
+        "internal-always": lambda q: replace(internal(frames, layers), present=None),
+        f"internal-{4 * frames}": lambda q: internal(4 * frames, layers),
         "internal-all-layers": lambda q: internal(frames, None),
         "internal-by-layer": lambda q: Internal(frames=frames),
         "external": lambda q: external,
+        "recent-only": lambda q: RecentOnly(),
         "recency": lambda q: Recency(frames=frames),
         "uniform": lambda q: UniformRetriever(frames=frames),
         "random": lambda q: RandomRetriever(frames=frames, seed=len(q.question)),

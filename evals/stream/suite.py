@@ -3,10 +3,11 @@
 Pocket clips that no setting was chosen on (40 of a minute, 20 of ten, 10 of an hour) are streamed, and every question
 is asked **at its own second while the clip runs**: past events, the needle, and the same asked while it is on screen
 (`now`). All ways of retrieving answer it at the same number of blocks, one block being one temporal grid (two frames,
-one second). Rows:
+one second), and all read the last `--recent` seconds besides, at full resolution. Rows:
 
 * `layers`: evidence recall of every layer on a clip of the train split; the two best choose for `internal`;
-* one per length and way (`internal-by-layer` is ReKV's own rule, `external` knows colours only, `oracle` where the
+* one per length and way (`internal-always` brings back even where the present scores high, `internal-64` four times as
+  many blocks, `internal-by-layer` is ReKV's own rule, `external` knows colours only, `oracle` where the
   evidence lies, `window` retrieves nothing): accuracy, evidence recall, latency, tokens read; past and now apart, with
   intervals over clips;
 * floors: `majority` says the commonest answer to such a question on other clips, `text-only` sees no video;
@@ -14,6 +15,8 @@ one second). Rows:
 * `internal-full` and `rekv` (up to 10 minutes): nothing dropped, two bytes per number, what compression costs; with
   the retriever of `internal`, and with inner products per layer;
 * `reencode` (up to 10 minutes): all frames through the model again for a question, paired with `internal` on it;
+* `rules` and `rules-rate`: watch rules on clips of ten minutes, what they tell and miss, and frames per second with
+  none, one and eight of them;
 * `natural`: decoding, encoding, retrieval and limits on a real clip, whatever the pocket model makes of it.
 
 Clips are shared among `--jobs` processes; what a clip gave is kept in `--answers`, so that a killed run goes on where
@@ -44,6 +47,10 @@ def main(
     redundancy: Annotated[float, typer.Option(help="cosine distance below which a token is dropped", min=0)] = 0.01,
     window: Annotated[int, typer.Option(help="tokens of the sliding window", min=1)] = 1024,
     ram: Annotated[str, typer.Option(help="archive in memory")] = "16MiB",
+    recent: Annotated[
+        float | None, typer.Option(help="seconds that every answer reads whole; four frames by default", min=0)
+    ] = None,
+    clips: Annotated[int | None, typer.Option(help="most clips of a length; all by default", min=1)] = None,
     jobs: Annotated[int, typer.Option(help="processes, each with its share of the cores", min=1)] = 1,
     answers: Annotated[Path, typer.Option(help="folder of what each clip gave")] = Path("runs/stream"),
     force: Annotated[bool, typer.Option("--force", help="replace an existing result")] = False,
@@ -57,7 +64,8 @@ def main(
     parse_bytes("--ram", ram)
     config = {
         "minutes": lengths, "quick": quick, "model": model, "frames": frames, "redundancy": redundancy,
-        "window": window, "ram": ram, "keep_as": "int8", "jobs": jobs,
+        "window": window, "ram": ram, "recent": recent, "keep_as": "int8", "clips": clips,
+        "jobs": jobs,
     }  # fmt: skip
     record = records.head("stream", config=config, seed=runs.REPORTED[0], repeats=1)
     record["rows"] = rows(config, answers)
@@ -82,7 +90,7 @@ def lengths_of(text: str) -> list[float]:
 
 def rows(config: dict[str, Any], answers: Path) -> list[dict[str, Any]]:
     """All rows of a run."""
-    from evals.stream import clips, runs
+    from evals.stream import clips, rules, runs
     from vlmfast import loading
     from vlmfast.bench import records
 
@@ -103,7 +111,10 @@ def rows(config: dict[str, Any], answers: Path) -> list[dict[str, Any]]:
         out += [
             method_row(way, result, results["internal"], minutes, config["frames"]) for way, result in results.items()
         ]
-    return out if config["quick"] else [*out, *natural_rows(loaded, config)]
+    if config["quick"]:
+        return out
+    out.append(rules.accuracy_row(loaded.model, loaded.processor, config, tell))
+    return [*out, rules.rate_row(loaded.model, loaded.processor, config), *natural_rows(loaded, config)]
 
 
 def method_row(way: str, result: Any, base: Any, minutes: float, frames: int) -> dict[str, Any]:

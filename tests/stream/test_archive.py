@@ -875,7 +875,7 @@ def test_the_saved_format_is_the_one_of_earlier_versions(tmp_path):
         s.push(stream.video(5))
     saved = header(next((tmp_path / "s").glob("state-*")))
     meta = json.loads(saved.pop("__metadata__")["state"])
-    assert set(saved) == {"raw", "val", "last", "standing", "standing.known", "pending.0"}
+    assert set(saved) == {"raw", "val", "last", "standing", "standing.known", "pending.0", "recent.0.0", "recent.1.0"}
     assert set(meta) == {
         "state", "size", "span", "resident", "pending", "last", "gap", "accepted", "turns", "counts", "dropped",
         "evicted", "lost_seconds", "beat",

@@ -93,7 +93,7 @@ def test_bfloat16_stays_as_close_as_the_plain_model(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_everything_retrieved_equals_no_retrieval(family, positions):
     """From the archive, block by block, at renumbered or own positions; from the window; with any retriever."""
-    s = session(family, window=40, redundancy=0.05, positions=positions)
+    s = session(family, window=40, redundancy=0.05, positions=positions, recent=0)
     s.push(video(24, still=0.2))
     assert len(s.encoder.window.blocks) < len(s.store.blocks), "part of it should have left the window"
     n = len(s.store.blocks)
@@ -113,7 +113,7 @@ def test_everything_retrieved_equals_no_retrieval(family, positions):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pass_one_queries_are_the_models_own(family):
     """The queries that rank blocks equal q_proj (and q_norm) of the layer's input, taken by a hook."""
-    s = session(family)
+    s = session(family, recent=0)
     s.push(video())
     seen, mine = {}, {}
     norm = "q_norm" if hasattr(s.vision.text.layers[0].self_attn, "q_norm") else "q_proj"
@@ -213,7 +213,7 @@ def test_saving_and_loading_change_nothing(family, how, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_window_never_outgrows_itself(family):
-    s = session(family, window=45, redundancy=0.1)
+    s = session(family, window=45, redundancy=0.1, recent=0)
     fast = None
     for part in np.split(video(80, still=0.3), 10):
         s.push(part)
@@ -487,7 +487,7 @@ def test_questions_about_the_past_see_only_the_past():
 
 
 def test_evidence_is_what_was_brought_back():
-    s = session("llava_onevision", retrieve=Oracle(frames=3, spans=((4.0, 5.4),)), window=30)
+    s = session("llava_onevision", retrieve=Oracle(frames=3, spans=((4.0, 5.4),)), window=30, recent=0)
     s.push(video(30))
     assert s.ask(Q, max_new_tokens=1).evidence == [(4.0, 5.5, 1.0)]
     s.new_conversation()
@@ -506,7 +506,7 @@ def test_external_retrieval_embeds_what_is_pushed():
         return torch.stack([f.float().mean((1, 2, 3)), torch.full((len(f),), 100.0)], 1)
 
     find = External(frames=1, frames_to=brightness, text_to=lambda q: torch.tensor([240.0, 100.0]))
-    s = session("qwen2_vl", retrieve=find)
+    s = session("qwen2_vl", retrieve=find, recent=0)
     s.push(frames)
     assert s.ask(Q, max_new_tokens=1).evidence == [(3.0, 4.0, 1.0)]
     late = session("qwen2_vl")

@@ -134,7 +134,7 @@ class Screen:
 
 
 def test_answers_are_printed(home):
-    out = run(home, str(home / "clip.mp4"), "--ask", "what now ?", "--retrieve", "recency:frames=2")
+    out = run(home, str(home / "clip.mp4"), "--ask", "what now ?", "--retrieve", "recency:frames=1", "--recent", "1")
     assert out.exit_code == 0, out.output
     assert "looked at 6-8 s" in out.output
 
@@ -145,6 +145,9 @@ def test_answers_are_printed(home):
         ((), "nothing to watch"),
         (("a.mp4", "--camera", "0"), "exclude each other"),
         (("nosuch.mp4", "--ask", "?"), "nosuch.mp4"),
+        (("a.mp4", "--ask", "?", "--recent", "-1"), "--recent"),
+        (("a.mp4", "--when", "  "), "is empty"),
+        (("a.mp4", "--when", "a cat appears", "--cooldown", "-1"), "--cooldown"),
         (("--resume", "nosuch", "--ask", "?"), "holds no stream"),
         (("--resume", "a", "--save", "b"), "leave --save out"),
         (("clip.mp4",), "nothing is asked"),

@@ -78,7 +78,8 @@ def test_recall_counts_the_evidence_brought_back(folder):
     from vlmfast.pocket.clips import clip
 
     loaded = loading.load(str(folder))
-    done = runs.opened(loaded.model, loaded.processor, clip(1, 40, questions=4), redundancy=None, window=512)
+    drawn, options = clip(1, 40, questions=4), {"redundancy": None, "window": 512, "recent": 0}
+    done = runs.opened(loaded.model, loaded.processor, drawn, **options)
     first = runs.Asked("x", 40.0, "location", "where ?", "left", (8.0, 16.0))
     runs.watch([done], [], lambda asked: None)
     for tool, want in (

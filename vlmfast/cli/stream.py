@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,7 @@ from vlmfast.cli import console, errors, options
 
 if TYPE_CHECKING:
     from vlmfast.stream.session import Answer, StreamSession
+    from vlmfast.stream.watch_rules import Alert
 
 Text = Annotated[str | None, typer.Argument(help="a video file or a folder of frames")]
 
@@ -33,6 +35,13 @@ def stream(
     retrieve: Annotated[
         str, typer.Option("--retrieve", help="internal:frames=16, recency:frames=8, none")
     ] = "internal",
+    recent: Annotated[
+        float | None, typer.Option("--recent", min=0, help="seconds that every answer reads whole (default: 4 frames)")
+    ] = None,
+    when: Annotated[
+        list[str] | None, typer.Option("--when", help="tell when it comes true: 'a red circle appears'")
+    ] = None,
+    cooldown: Annotated[float, typer.Option("--cooldown", min=0, help="seconds between two of a --when")] = 10.0,
     window: Annotated[int, typer.Option("--window", min=1, help="tokens a frame sees")] = 4096,
     ram: Annotated[str | None, typer.Option("--ram", help="most memory of the archive (2GiB)")] = None,
     disk_limit: Annotated[str | None, typer.Option("--disk-limit", help="most bytes in --save")] = None,
@@ -61,10 +70,10 @@ def stream(
     if save is not None and resume is not None:
         raise UserError("--resume goes on in its own folder: leave --save out")
     questions = [parse(question_text) for question_text in ask or ()]
-    interactive = not questions and not as_json and sys.stdin.isatty()
-    if not (questions or interactive or as_json) and (save is None and (resume is None or not sources)):
+    interactive = not questions and not when and not as_json and sys.stdin.isatty()
+    if not (questions or when or interactive or as_json) and (save is None and (resume is None or not sources)):
         raise UserError(
-            "nothing is asked and nothing kept: give --ask, or --save to keep the stream, or type in a terminal"
+            "nothing is asked and nothing kept: give --ask or --when, --save to keep the stream, or type in a terminal"
         )
     frame_size = None if size is None else options.frame_size(size)
     chosen_plan = resolve(None, prune=prune, speculate=speculate, tower=tower)
@@ -72,7 +81,8 @@ def stream(
 
     loaded = options.load(model, dtype, device, device_map)
     session_options: dict[str, Any] = {"retrieve": retrieve}
-    session_options |= {name: value for name, value in (("ram", ram), ("disk_limit", disk_limit)) if value is not None}
+    limits = {"ram": ram, "disk_limit": disk_limit, "recent": recent}
+    session_options |= {name: value for name, value in limits.items() if value is not None}
     if resume is not None:
         session = StreamSession.load(resume, loaded.model, loaded.processor, plan=chosen_plan, **session_options)
         for line in (*session.stats()["lost"], *session.notes):
@@ -84,6 +94,8 @@ def stream(
         session = StreamSession(loaded.model, loaded.processor, chosen_plan, **session_options)
     conversation = Talk(session, max_new_tokens, as_json)
     with session:
+        for rule in when or ():
+            session.when(rule, conversation.alert, cooldown)
         source_options = {"sample_fps": sample_fps, "size": frame_size}
         if interactive:
             live = source is None or realtime
@@ -95,12 +107,18 @@ def stream(
             conversation.through(
                 sources[0] if sources else None, source_options | ({"realtime": True} if realtime else {}), questions
             )
-        if not (questions or interactive or as_json):
+        if not (questions or interactive or as_json) and (save or resume) is not None:
             print(f"{status(session.stats())}; kept in {save or resume}")
         if as_json:
             print(
                 json.dumps(
-                    {"answers": conversation.answers, "stats": session.stats(), "plan": chosen_plan.json()}, indent=1
+                    {
+                        "answers": conversation.answers,
+                        "alerts": conversation.alerts,
+                        "stats": session.stats(),
+                        "plan": chosen_plan.json(),
+                    },
+                    indent=1,
                 )
             )
 
@@ -130,6 +148,7 @@ class Talk:
     def __init__(self, session: StreamSession, max_new_tokens: int, silent: bool) -> None:
         self.session, self.max_new_tokens, self.silent = session, max_new_tokens, silent
         self.answers: list[dict[str, Any]] = []
+        self.alerts: list[dict[str, Any]] = []
         self.quiet = threading.Event()  # set while an answer is being written
 
     def answer(self, question: str, at: float | None = None) -> Answer:
@@ -151,6 +170,12 @@ class Talk:
             cost_line = f"{reply.report['total_ms']:.0f} ms over {reply.report['context_tokens']:.0f} tokens"
             console.remarks().print(f"{cost_line}; looked at {spans or 'nothing'}", style="dim", markup=False)
         return reply
+
+    def alert(self, alert: Alert) -> None:
+        """Print, remember."""
+        self.alerts.append(asdict(alert))
+        if not self.silent:
+            print(alert, flush=True)
 
     def through(self, source: Any, source_options: dict[str, Any], questions: list[tuple[float | None, str]]) -> None:
         """Watch to the end, asking on the way what is to be asked at a second."""

@@ -221,6 +221,14 @@ def work_cache(layers: list[tuple[Tensor, Tensor]], dense: bool, room: int = 256
     return cache
 
 
+class PlainCache(DynamicCache):
+    """A cache of stock layers of as many rows as are put into it, read by the model's own attention."""
+
+    def repeat(self, times: int) -> None:
+        """Every row becomes so many, one after the other."""
+        self.batch_repeat_interleave(times)
+
+
 class ProbeLayer(_Layer):
     """Pass 1 of retrieval: hands the layer's queries to `fetch`, attends to what came back, keeps nothing."""
 

@@ -8,15 +8,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vlmfast.stream.archive.store import Store
     from vlmfast.stream.recall_by_layer import layer_recall
-    from vlmfast.stream.retrievers import External, Internal, Oracle, RandomRetriever, Recency, UniformRetriever
+    from vlmfast.stream.retrievers import (
+        External,
+        Internal,
+        Oracle,
+        RandomRetriever,
+        Recency,
+        RecentOnly,
+        UniformRetriever,
+    )
     from vlmfast.stream.session import Answer, StreamSession
+    from vlmfast.stream.watch_rules import Alert
 
 __all__ = [
-    "Answer", "External", "Internal", "Oracle", "RandomRetriever", "Recency", "Store", "StreamSession",
-    "UniformRetriever", "layer_recall",
+    "Alert", "Answer", "External", "Internal", "Oracle", "RandomRetriever", "Recency", "RecentOnly", "Store",
+    "StreamSession", "UniformRetriever", "layer_recall",
 ]  # fmt: skip
 
-_HOMES = {"Answer": "session", "Store": "archive.store", "StreamSession": "session", "layer_recall": "recall_by_layer"}
+_HOMES = {
+    "Alert": "watch_rules", "Answer": "session", "Store": "archive.store", "StreamSession": "session",
+    "layer_recall": "recall_by_layer",
+}  # fmt: skip
 _EARLIER = {"Anywhere": "RandomRetriever", "Evenly": "UniformRetriever"}
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.runtime import transfers
+from vlmfast.runtime.transfers import to_device
 
 FORMATS = ("int8", "bf16", "model")
 
@@ -57,6 +58,32 @@ class Block:
         positions = torch.tensor(data.pop("rel"), dtype=torch.int16)
         sides = {"origin": tuple(data["origin"]), "advance": tuple(data["advance"])}
         return cls(**data | sides, relative_positions=positions)
+
+
+@dataclass
+class BlockInput:
+    """What a block gives to the language model: embeddings (n, D) of its tokens; visual: which of them are of the
+    picture; deepstack: DeepStack features of those (v, D), one tensor a level."""
+
+    block: Block
+    embeddings: Tensor
+    visual: slice
+    deepstack: list[Tensor]
+
+
+def joined(inputs: Sequence[BlockInput], device: torch.device) -> tuple[Tensor, dict[str, Any]]:
+    """Embeddings (n, D) of several blocks, one after the other, and the DeepStack arguments of their forward."""
+    embeddings = torch.cat([made.embeddings for made in inputs])
+    if not inputs[0].deepstack:
+        return embeddings, {}
+    masks = [torch.zeros(made.block.num_tokens, dtype=torch.bool) for made in inputs]
+    for made, mask in zip(inputs, masks, strict=True):
+        mask[made.visual] = True
+    levels = zip(*(made.deepstack for made in inputs), strict=True)
+    return embeddings, {
+        "visual_pos_masks": to_device(torch.cat(masks)[None], device),
+        "deepstack_visual_embeds": [torch.cat(level) for level in levels],
+    }
 
 
 @dataclass

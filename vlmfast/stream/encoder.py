@@ -18,9 +18,10 @@ from torch import Tensor
 
 from vlmfast.core import Unsupported, VisualTokens
 from vlmfast.runtime import transfers
-from vlmfast.runtime.transfers import columns, to_device
+from vlmfast.runtime.transfers import columns
 from vlmfast.stream.archive.representatives import LastKeys
-from vlmfast.stream.blocks import Block, BlockTensors
+from vlmfast.stream.blocks import Block, BlockInput, BlockTensors, joined
+from vlmfast.stream.recent_grids import RecentGrids
 from vlmfast.stream.sliding_window import SlidingWindow, WindowCheckpoint
 from vlmfast.stream.vision import GridFeatures, VisionEncoder
 
@@ -60,19 +61,18 @@ class Checkpoint:
     grid_size: tuple[int, int] | None
     first_extent: int
     last_keys: LastKeys
+    recent: list[BlockInput]
     window: WindowCheckpoint
 
 
 @dataclass
-class BlockInput:
-    """One block on its way through the language model."""
+class EncodedGrid:
+    """A grid on its way through the language model: what it gives; kept (P,) bool, on the host, the positions of its
+    tokens; new_size: is it the first of its size?"""
 
-    block: Block
-    embeddings: Tensor  # (n, D)
-    visual: slice  # which of its tokens are visual
-    deepstack: list[Tensor]  # DeepStack features of its visual tokens, one tensor a level
-    kept: Tensor  # (P,) bool on the host, the positions of the grid whose tokens it kept
-    new_size: bool  # the first grid of its size
+    made: BlockInput
+    kept: Tensor
+    new_size: bool
 
 
 def not_redundant(features: Tensor, last: Tensor, redundancy: float) -> tuple[Tensor, Tensor]:
@@ -96,11 +96,13 @@ class Encoder:
 
     init_ids: the prompt before the video. window: tokens that a grid sees besides them. redundancy: cosine distance
     below which a token is dropped, None keeps every token. pruner: of the plan, applied to every grid by itself.
+    recent: seconds of the stream whose grids are held whole, see `RecentGrids`.
     """
 
     def __init__(
-        self, vision: VisionEncoder, init_ids: list[int], window: int, redundancy: float | None, pruner: Any
-    ) -> None:
+        self, vision: VisionEncoder, init_ids: list[int], window: int, redundancy: float | None, pruner: Any,
+        recent: float | None = None,
+    ) -> None:  # fmt: skip
         if pruner is not None:
             _check_pruner(pruner)
         self.vision, self.layout = vision, vision.layout
@@ -109,6 +111,7 @@ class Encoder:
         self.progress = Progress(cursor=len(init_ids))
         self.last_features: Tensor | None = None  # (P, D) last kept feature of every position of a grid
         self.last_keys = LastKeys()
+        self.recent = RecentGrids(recent, vision.frames_per_grid)
         self.grid_size: tuple[int, int] | None = None  # of `last_features`
         self.first_extent = 0  # spatial extent of the first grid: where text begins under the timed rule
 
@@ -122,41 +125,44 @@ class Encoder:
         features = self.vision.features(grids.frames)
         new_size = [self.last_features is None or features.size != self.grid_size] + [False] * (len(grids) - 1)
         # all of them before the language model runs: a GPU is read once
-        (kept,) = transfers.read_back([torch.stack([self._kept(grid, features.size) for grid in features.features])])
-        group: list[BlockInput] = []
+        masks = [self._kept(grid, features.size) for grid in features.features]
+        kept, whole = transfers.read_back([torch.stack(of_all) for of_all in zip(*masks, strict=True)])
+        ends = [last + interval for (_, last), interval in zip(grids.times, grids.interval, strict=True)]
+        first_held = self.recent.first(ends)
+        group: list[EncodedGrid] = []
+        waiting = 0  # tokens of `group`
         for g in range(len(grids)):
-            made = self._block_input(features, g, grids, kept[g], new_size[g])
+            made = self._block_input(features, g, grids, kept[g], whole[g] if g >= first_held else None)
             n = made.block.num_tokens
             if self.window.starts_segment(n):
                 yield from self._forward(group)
-                group = []
+                group, waiting = [], 0
                 self.window.slide(n)
-            elif sum(made.block.num_tokens for made in group) + n > MOST_TOKENS:
+            elif waiting + n > MOST_TOKENS:
                 yield from self._forward(group)
-                group = []
+                group, waiting = [], 0
             self.window.segment += n
-            group.append(made)
+            waiting += n
+            group.append(EncodedGrid(made, kept[g], new_size[g]))
         yield from self._forward(group)
+        if not self.recent.watched:
+            self.recent.trim()
 
     def _block_input(
-        self, features: GridFeatures, g: int, grids: GridFrames, kept: Tensor, new_size: bool
+        self, features: GridFeatures, g: int, grids: GridFrames, kept: Tensor, whole: Tensor | None
     ) -> BlockInput:
-        """What grid g gives to the language model: the tokens kept, its time stamp (Qwen3-VL) around them."""
-        progress, layout, (h, w), grid = self.progress, self.layout, features.size, features.features[g]
+        """What grid g gives to the language model: the tokens kept, its time stamp (Qwen3-VL) around them.
+
+        whole: its tokens (P,) bool that are held as part of the present, None for an older grid.
+        """
+        progress, layout, (h, w) = self.progress, self.layout, features.size
         start, last = grids.times[g]
         progress.first = start if progress.first is None else progress.first
         self.first_extent = self.first_extent or layout.extent(h, w)
-        num_kept, chosen = int(kept.sum()), columns(kept, grid.device)
-        progress.visual += grid.shape[0]
-        progress.kept += num_kept
+        progress.visual += len(kept)
+        progress.kept += int(kept.sum())
         stamp = self.vision.timestamp_ids(start - progress.first, last - progress.first)
-        positions = [torch.arange(len(stamp)).expand(layout.axes, -1), layout.grid(h, w)[:, kept] + len(stamp)]
-        parts = [self.vision.embed(stamp), grid[chosen]]
-        extent = layout.extent(h, w) + len(stamp)
-        if stamp:
-            positions.append(torch.full((layout.axes, 1), extent))
-            parts.append(self.vision.embed([self.vision.end]))
-            extent += 1
+        extent = layout.extent(h, w) + len(stamp) + bool(stamp)
         end = last + grids.interval[g]
         if layout.timed:
             tick = layout.ticks(start - progress.first, progress.blocks)
@@ -167,19 +173,42 @@ class Encoder:
             origin = (progress.cursor,) * layout.axes
             progress.cursor += extent
             advance = (extent,) * layout.axes
-        relative = torch.cat(positions, 1).to(torch.int16)
         novelty = float(kept.float().mean())
+        relative = self._relative_positions(features.size, stamp, kept)
         block = Block(progress.blocks, start, end, origin, advance, relative, self.vision.frames_per_grid, novelty)
         self.window.check(block.num_tokens)
         progress.blocks += 1
-        visual = slice(len(stamp), len(stamp) + num_kept)
-        embeddings = torch.cat([part.to(parts[0]) for part in parts])
-        return BlockInput(block, embeddings, visual, [level[g][chosen] for level in features.deepstack], kept, new_size)
+        made = self._tokens(block, features, g, stamp, kept)
+        if whole is not None:
+            every = self._relative_positions(features.size, stamp, whole)
+            whole_block = dataclasses.replace(block, relative_positions=every)
+            self.recent.grids.append(self._tokens(whole_block, features, g, stamp, whole))
+        return made
 
-    def _kept(self, grid: Tensor, size: tuple[int, int]) -> Tensor:
-        """Which of a grid's features (P, D) go on, (P,) bool: redundancy, then the plan's pruner; at least one does."""
+    def _relative_positions(self, size: tuple[int, int], stamp: list[int], kept: Tensor) -> Tensor:
+        """Positions (A, n) int16, less the grid's origin, of its stamp, its tokens kept (P,) bool, and what ends it."""
+        layout = self.layout
+        positions = [torch.arange(len(stamp)).expand(layout.axes, -1), layout.grid(*size)[:, kept] + len(stamp)]
+        if stamp:
+            positions.append(torch.full((layout.axes, 1), layout.extent(*size) + len(stamp)))
+        return torch.cat(positions, 1).to(torch.int16)
+
+    def _tokens(self, block: Block, features: GridFeatures, g: int, stamp: list[int], kept: Tensor) -> BlockInput:
+        """The tokens kept (P,) bool of grid g, copied, its stamp before and what ends it after them."""
+        grid = features.features[g]
+        chosen = columns(kept, grid.device)
+        parts = [self.vision.embed(stamp), grid[chosen]]
+        if stamp:
+            parts.append(self.vision.embed([self.vision.end]))
+        embeddings = torch.cat([part.to(parts[0]) for part in parts])
+        visual = slice(len(stamp), len(stamp) + int(kept.sum()))
+        return BlockInput(block, embeddings, visual, [level[g][chosen] for level in features.deepstack])
+
+    def _kept(self, grid: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Which of a grid's features (P, D) go on, (P,) bool: redundancy, then the plan's pruner; at least one does.
+        And which would without redundancy."""
         kept = torch.ones(grid.shape[0], dtype=torch.bool, device=grid.device)
-        distance = torch.ones(grid.shape[0], device=grid.device)
+        distance, whole = torch.ones(grid.shape[0], device=grid.device), kept
         if self.last_features is None or size != self.grid_size:  # the first grid, or a new size: all of it is new
             self.last_features, self.grid_size = grid.clone(), size
         elif self.redundancy is not None:
@@ -187,32 +216,24 @@ class Encoder:
             self.last_features = torch.where(kept[:, None], grid, self.last_features)
         if self.pruner is not None and self.pruner.keep < 1:
             frame = torch.zeros(grid.shape[0], dtype=torch.long, device=grid.device)
-            chosen = torch.zeros_like(kept)
-            chosen[self.pruner.select(VisualTokens(grid, frame, (1, *size), video=True))] = True
-            kept = _at_least_one(kept & chosen, distance * kept)
-        return kept
+            whole = torch.zeros_like(kept)
+            whole[self.pruner.select(VisualTokens(grid, frame, (1, *size), video=True))] = True
+            kept = _at_least_one(kept & whole, distance * kept)
+        return kept, whole
 
-    def _forward(self, group: list[BlockInput]) -> Iterator[list[tuple[Block, BlockTensors]]]:
+    def _forward(self, group: list[EncodedGrid]) -> Iterator[list[tuple[Block, BlockTensors]]]:
         """The language model on a group of blocks, at most `MOST_TOKENS` tokens."""
         if not group:
             return
-        deepstack: dict[str, Any] = {}
-        if group[0].deepstack:
-            levels = zip(*(made.deepstack for made in group), strict=True)
-            masks = [torch.zeros(made.block.num_tokens, dtype=torch.bool) for made in group]
-            for made, mask in zip(group, masks, strict=True):
-                mask[made.visual] = True
-            deepstack["visual_pos_masks"] = to_device(torch.cat(masks)[None], self.vision.device)
-            deepstack["deepstack_visual_embeds"] = [torch.cat(level) for level in levels]
-        done = self.window.forward(
-            [made.block for made in group], torch.cat([made.embeddings for made in group]), **deepstack
-        )
+        blocks = [grid.made.block for grid in group]
+        embeddings, deepstack = joined([grid.made for grid in group], self.vision.device)
+        done = self.window.forward(blocks, embeddings, **deepstack)
         out = []
-        for made, (keys, values, norms) in zip(group, done, strict=True):
-            if made.new_size:
+        for grid, (keys, values, norms) in zip(group, done, strict=True):
+            if grid.new_size:
                 self.last_keys.forget()
-            representative = self.last_keys.representative(keys[:, :, made.visual], made.kept)
-            out.append((made.block, BlockTensors(keys, values, representative, norms=norms)))
+            representative = self.last_keys.representative(keys[:, :, grid.made.visual], grid.kept)
+            out.append((grid.made.block, BlockTensors(keys, values, representative, norms=norms)))
         yield out
 
     # -- going back, saving --------------------------------------------------------------------------------------------
@@ -221,7 +242,7 @@ class Encoder:
         """Remember everything, until `forget_checkpoint`."""
         return Checkpoint(
             dataclasses.replace(self.progress), self.last_features, self.grid_size, self.first_extent,
-            self.last_keys.copy(), self.window.checkpoint(),
+            self.last_keys.copy(), list(self.recent.grids), self.window.checkpoint(),
         )  # fmt: skip
 
     def forget_checkpoint(self) -> None:
@@ -231,17 +252,19 @@ class Encoder:
         """Be as at the checkpoint again."""
         self.progress, self.last_features, self.last_keys = to.progress, to.last_features, to.last_keys
         self.grid_size, self.first_extent = to.grid_size, to.first_extent
+        self.recent.grids = to.recent
         self.window.roll_back(to.window)
 
     def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that `restore` needs: tensors, the window at full precision, and what JSON can hold."""
-        tensors = self.window.snapshot() | self.last_keys.snapshot()
+        recent, held = self.recent.snapshot()
+        tensors = self.window.snapshot() | self.last_keys.snapshot() | recent
         if self.last_features is not None:
             tensors["last"] = self.last_features.cpu().contiguous()
         state = dataclasses.asdict(self.progress) | {"shift": self.window.shift, "segment": self.window.segment}
         return tensors, {
             "state": state, "size": self.grid_size, "span": self.first_extent,
-            "resident": [block.json() for block in self.window.blocks],
+            "resident": [block.json() for block in self.window.blocks], "recent": held,
         }  # fmt: skip
 
     def restore(self, tensors: dict[str, Tensor], saved: dict[str, Any]) -> None:
@@ -254,6 +277,7 @@ class Encoder:
         if "last" in tensors:
             self.last_features = tensors["last"].to(self.vision.device)
         self.last_keys.restore(tensors, self.vision.device)
+        self.recent.restore(tensors, saved.get("recent", []), self.vision.device)
         blocks = [Block.from_json(block) for block in saved["resident"]]
         window.fill(blocks, tensors["raw"][:, :, window.num_init :], tensors["val"][:, :, window.num_init :])
 

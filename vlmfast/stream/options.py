@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from vlmfast.core import Unsupported, UserError
-from vlmfast.fields import PositiveFloat, PositiveInt, Range, checked
+from vlmfast.fields import NonNegativeFloat, PositiveFloat, PositiveInt, Range, checked
 from vlmfast.runtime.compat import option
 
 INPUTS = ("input_ids", "inputs", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "cache")
@@ -35,7 +35,7 @@ def check_session(config: dict[str, Any]) -> None:
     for name, hint in (
         ("window", PositiveInt), ("queue", int), ("fps", PositiveFloat), ("flush_seconds", float), ("keep_as", str),
         ("redundancy", Annotated[float, Range(0, 2, "most")] | None), ("positions", Literal["contiguous", "own"]),
-        ("text_after", Literal["model", "max"]),
+        ("text_after", Literal["model", "max"]), ("recent", NonNegativeFloat | None),
     ):  # fmt: skip
         checked(name, config[name], hint, "a stream session")
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vlmfast import spec
 from vlmfast.core import UserError, shown
-from vlmfast.fields import Method, NonNegativeInt, PositiveInt
+from vlmfast.fields import Method, NonNegativeInt, PositiveInt, Share
 from vlmfast.kernels import ranking
 from vlmfast.stream.archive.representatives import RepresentativeTable
 from vlmfast.stream.blocks import Block
@@ -145,7 +145,10 @@ class Internal(Retriever):
     candidates, so that what all blocks share counts for none. query: "mean" of the question's tokens (ReKV), or "each"
     token by itself, standardised over the candidates, the best one counting. smooth: see `smoothed`. scope: "layer"
     chooses for every layer by itself; "shared" standardises the scores of `layers` (None: all; negative numbers from
-    the end), averages them, and chooses once.
+    the end), averages them, and chooses once. present: in that scope, where the best block of the session's last
+    `recent` seconds has at least this share of the best score, the question is about the present and nothing else is
+    brought back, since old blocks that resemble the present mislead the answer (0.6 where `layers` find what they
+    should, see `layer_recall`); None always brings back.
     """
 
     similarity: Literal["cosine", "inner", "centred"] = "cosine"
@@ -153,6 +156,7 @@ class Internal(Retriever):
     smooth: NonNegativeInt = 0
     scope: Literal["layer", "shared"] = "layer"
     layers: tuple[int, ...] | None = None
+    present: Share | None = None
 
     name: ClassVar[str] = "internal"
     per_layer: ClassVar[bool] = True
@@ -184,6 +188,12 @@ class Internal(Retriever):
         if wrong or not wanted:
             raise UserError(f"layers={shown(self.layers)} in internal: this model's layers are 0 to {count - 1}")
         return sorted({i % count for i in wanted})
+
+    def about_present(self, scores: Tensor, recent: int) -> bool:
+        """Do scores (N,) say that the question is about the last `recent` of their blocks?"""
+        if self.present is None or not 0 < recent < len(scores):
+            return False
+        return float(scores[-recent:].max()) >= self.present * float(scores.max())
 
     def combine(self, scores: list[Tensor]) -> Tensor:
         """(N,) from the scores of the layers that were asked: mean of the standardised ones."""
@@ -230,6 +240,19 @@ class Recency(Retriever):
 
     def scores(self, candidates: Candidates, question: str) -> Tensor:
         return torch.arange(len(candidates), dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class RecentOnly(Retriever):
+    """The last `recent` seconds and nothing else ("recent-only"; SimpleStream, arXiv 2604.02317): a control."""
+
+    name: ClassVar[str] = "recent-only"
+
+    def fits(self, candidates: Candidates) -> bool:
+        return False
+
+    def select(self, candidates: Candidates, question: str) -> Tensor:
+        return torch.zeros(0, dtype=torch.long)
 
 
 @dataclass(frozen=True)
@@ -284,7 +307,7 @@ class Oracle(Retriever):
 
 
 METHODS: dict[str, type[Retriever]] = {
-    kind.name: kind for kind in (Internal, External, Recency, UniformRetriever, RandomRetriever, Oracle)
+    kind.name: kind for kind in (Internal, External, Recency, RecentOnly, UniformRetriever, RandomRetriever, Oracle)
 }
 
 

@@ -37,9 +37,10 @@ from vlmfast.stream.archive.store import Store
 from vlmfast.stream.blocks import Block
 from vlmfast.stream.encoder import Encoder
 from vlmfast.stream.options import check_generate, check_session
-from vlmfast.stream.retrievers import Internal, Retriever, in_time, intervals, parse
-from vlmfast.stream.snapshot import SavedIntake, head, open_archive
+from vlmfast.stream.retrievers import Internal, RecentOnly, Retriever, in_time, intervals, parse
+from vlmfast.stream.snapshot import head, open_archive
 from vlmfast.stream.vision import VisionEncoder, prepared
+from vlmfast.stream.watch_rules import WatchedIntake
 from vlmfast.stream.working_set import WorkingSet, WorkingSetBuilder, cache_bytes, reading
 
 
@@ -52,7 +53,7 @@ class Answer:
     report: dict[str, Any] = field(default_factory=dict)
 
 
-class StreamSession(SavedIntake):
+class StreamSession(WatchedIntake):
     """One stream over one model.
 
     window: tokens a new frame sees besides the prompt before the video. ram: most bytes of the archive in memory (keys,
@@ -61,7 +62,9 @@ class StreamSession(SavedIntake):
     redundancy: cosine distance to the last kept feature at its position below which a token is dropped before the
     language model (EfficientReKV), None keeps all. keep_as: "int8", "bf16" or "model". positions: "contiguous" or
     "own"; text_after: "model" (its own rule) or "max". queue: frames that may wait while an answer is generated; the
-    oldest is dropped and counted when it is full. fps: of frames without timestamps.
+    oldest is dropped and counted when it is full. fps: of frames without timestamps. recent: seconds, ending with the
+    newest frame, that every answer reads besides what is retrieved, every token of them; None is the span of the last
+    four frames, 0 none.
     plan: `prune` acts on every grid, `kv` on the working set of every answer, `speculate` on the answer.
     """
 
@@ -83,6 +86,7 @@ class StreamSession(SavedIntake):
         queue: int = 256,
         fps: float = 2.0,
         flush_seconds: float = 30.0,
+        recent: float | None = None,
         _store: Store | None = None,
     ) -> None:
         self.model = unwrap(model)
@@ -93,10 +97,10 @@ class StreamSession(SavedIntake):
         config = {
             "window": window, "ram": ram, "disk_limit": disk_limit, "redundancy": redundancy, "keep_as": keep_as,
             "positions": positions, "text_after": text_after, "queue": queue, "fps": fps,
-            "flush_seconds": flush_seconds,
+            "flush_seconds": flush_seconds, "recent": recent,
         }  # fmt: skip
         check_session(config)
-        SavedIntake.__init__(self, fps, queue)
+        WatchedIntake.__init__(self, fps, queue)
         self.config = config
         self.plan = resolve(plan)
         draft = getattr(self.plan.speculate, "draft", None)
@@ -115,7 +119,7 @@ class StreamSession(SavedIntake):
         self.vision = VisionEncoder(self.model, processor)
         check(self.vision.text)
         init_ids, _ = self.vision.prompt(self.vision.messages([], "?"))
-        self.encoder = Encoder(self.vision, init_ids, window, redundancy, self.plan.prune)
+        self.encoder = Encoder(self.vision, init_ids, window, redundancy, self.plan.prune, recent)
         if _store is None:
             made_by = {} if disk is None else head(self.model, config, self.plan.prune)
             _store = Store(ram, disk, disk_limit, keep_as, flush_seconds, made_by).create()
@@ -183,6 +187,7 @@ class StreamSession(SavedIntake):
             blocks: dict[int, Block] = {block.id: block for block in self.encoder.window.blocks} | self.store.blocks
             weights = {i: weight for i, weight in working_set.weights.items() if i in blocks}
             found = intervals(weights, blocks) if evidence else []
+        self._tell()
         return Answer(text, found, report)
 
     def context(
@@ -203,17 +208,22 @@ class StreamSession(SavedIntake):
             retriever = self.retriever if retrieve == "session" else parse(retrieve)
             check_methods([retriever], *decoder_sizes(self.model))
             self._check_same_blocks(retriever)
-            blocks = self.encoder.window.blocks if retriever is None else list(self.store.blocks.values())
             if not self.encoder.progress.blocks:
                 raise UserError("nothing was seen yet: push frames or watch a source before asking")
-            chosen = in_time(blocks, at, between)
-            if not chosen:
+            blocks = self.encoder.window.blocks if retriever is None else list(self.store.blocks.values())
+            chosen, recent = in_time(blocks, at, between), self.encoder.recent.read(blocks, at, between)
+            if not (chosen or recent):
                 stored = f"{blocks[0].start:.1f} to {blocks[-1].end:.1f} s" if blocks else "nothing"
                 raise UserError(f"no stored frame lies at={at}, between={between}: the stream holds {stored}")
+            if isinstance(retriever, RecentOnly) and not recent:
+                raise UserError(
+                    f"retrieve={retriever.name} reads the last seconds alone, and recent={self.config['recent']}, "
+                    f"between={between} leave none: give a larger recent=, or another retriever"
+                )
             before, ids = self.vision.prompt(self.vision.messages(self.turns, question))
             if before != self.encoder.window.init_ids:
                 raise UserError("the chat template puts the question before the video: it cannot be streamed")
-            return self.builder.build(retriever, chosen, question, ids, self.plain_cache)
+            return self.builder.build(retriever, chosen, question, ids, self.plain_cache, recent)
 
     def new_conversation(self) -> None:
         """Forget earlier questions and answers; the stream stays."""
@@ -242,8 +252,9 @@ class StreamSession(SavedIntake):
 
     @property
     def fast_bytes(self) -> int:
-        """Bytes of the window's buffers, of the last keys and of the largest working set so far."""
-        return self.encoder.window.cache.nbytes() + self.encoder.last_keys.nbytes() + self.working_peak
+        """Bytes of the window's buffers, the last keys, the recent grids and the largest working set so far."""
+        encoder = self.encoder
+        return encoder.window.cache.nbytes() + encoder.last_keys.nbytes() + encoder.recent.nbytes() + self.working_peak
 
     def stats(self) -> dict[str, Any]:
         """Counts, bytes per tier, and what was dropped, evicted or lost."""
@@ -296,6 +307,7 @@ class StreamSession(SavedIntake):
             self._closed = True
             self._unlock()
             self.store.close()
+        self._tell()
 
     def __enter__(self) -> StreamSession:
         return self

@@ -28,7 +28,7 @@ COPY_BYTES = 8 << 20  # of a segment, when an archive is copied
 _KINDS: dict[str, tuple[type, ...]] = {
     "window": (int,), "ram": (int, float, str), "disk_limit": (int, float, str, type(None)),
     "redundancy": (int, float, type(None)), "keep_as": (str,), "positions": (str,), "text_after": (str,),
-    "queue": (int,), "fps": (int, float), "flush_seconds": (int, float),
+    "queue": (int,), "fps": (int, float), "flush_seconds": (int, float), "recent": (int, float, type(None)),
 }  # fmt: skip
 
 
@@ -245,6 +245,7 @@ def _head_of(path: Path, body: dict[str, Any]) -> dict[str, Any]:
     began = saved.get("stream")
     config = saved.get("config")
     right = all(isinstance(saved.get(k), dict) for k in ("model", "versions", "config")) and "prune" in saved
+    config = {"recent": None} | config if isinstance(config, dict) else config  # older archives have none
     right = right and set(config) == set(_KINDS) and all(isinstance(config[k], kinds) for k, kinds in _KINDS.items())
     if began is not None or body["segments"]:
         right = right and isinstance(began, dict) and set(began) == {"first", "span"}

@@ -20,10 +20,12 @@ from vlmfast.runtime import transfers
 from vlmfast.runtime.compat import CACHE
 from vlmfast.runtime.late_rope import cos_sin, rotate, running
 from vlmfast.runtime.stream_cache import ProbeCache, work_cache
+from vlmfast.runtime.transfers import to_device
 from vlmfast.stream.archive.segments import BlockLost
 from vlmfast.stream.archive.store import Store
-from vlmfast.stream.blocks import Block, PackedLayer, block_positions, text_position, unpack
+from vlmfast.stream.blocks import Block, BlockInput, PackedLayer, block_positions, joined, text_position, unpack
 from vlmfast.stream.encoder import Encoder
+from vlmfast.stream.recent_grids import Recent
 from vlmfast.stream.retrievers import Candidates, Internal, Retriever, best
 from vlmfast.stream.unpack_on_device import unpack_on_device
 
@@ -65,11 +67,15 @@ class WorkingSetBuilder:
 
     # -- which ---------------------------------------------------------------------------------------------------------
 
-    def choose(self, retriever: Retriever | None, blocks: list[Block], question: str) -> tuple[list[list[Block]], str]:
-        """The blocks of every layer, ascending, and how they were chosen."""
+    def choose(
+        self, retriever: Retriever | None, blocks: list[Block], question: str, recent: Recent
+    ) -> tuple[list[list[Block]], str]:
+        """The blocks of every layer, ascending, and how they were chosen. recent: what is read besides."""
         layers = self.encoder.num_layers
         if retriever is None or not blocks:
-            return [blocks] * layers, "window"
+            return [blocks] * layers, "window" if retriever is None else "everything fits"
+        if isinstance(retriever, Internal) and retriever.scope == "shared" and recent and retriever.present is not None:
+            return self._internal_or_present(retriever, blocks, question, recent)
         candidates = Candidates(blocks, self.store.representatives)
         if retriever.fits(candidates):
             return [blocks] * layers, "everything fits"
@@ -93,6 +99,21 @@ class WorkingSetBuilder:
 
         self._probe(question, choose)
         return chosen
+
+    def _internal_or_present(
+        self, retriever: Internal, blocks: list[Block], question: str, recent: Recent
+    ) -> tuple[list[list[Block]], str]:
+        """As `choose`, with the present's blocks scored among the others: nothing where the question is about them."""
+        layers = self.encoder.num_layers
+        present = [block for block in recent.blocks if block.id in self.store.blocks]
+        together = Candidates([*blocks, *present], self.store.representatives)
+        scores = retriever.combine(self.scores(retriever, together, question, retriever.layers_of(layers)))
+        if retriever.about_present(scores, len(present)):
+            return [[]] * layers, "the present"
+        candidates = Candidates(blocks)
+        if retriever.fits(candidates):
+            return [blocks] * layers, "everything fits"
+        return [self._choose(retriever, candidates, scores[: len(blocks)])] * layers, retriever.name
 
     def scores(self, retriever: Internal, candidates: Candidates, question: str, layers: list[int]) -> list[Tensor]:
         """(N,) scores of the bare question, alone before the video, at each of `layers` (ascending)."""
@@ -177,50 +198,78 @@ class WorkingSetBuilder:
         return self._gathered[wanted]
 
     def build(
-        self, retriever: Retriever | None, blocks: list[Block], question: str, ids: list[int], plain_cache: bool
-    ) -> WorkingSet:
+        self, retriever: Retriever | None, blocks: list[Block], question: str, ids: list[int], plain_cache: bool,
+        recent: Recent | None = None,
+    ) -> WorkingSet:  # fmt: skip
         """The working set of `question`, with prompt tokens `ids`, out of candidates `blocks`. plain_cache: all layers
-        of one length, in stock cache layers."""
+        of one length, in stock cache layers. recent: what it holds besides, in any case."""
         clock = time.perf_counter()
         self.begin()
-        per_layer, how = self.choose(retriever, blocks, question)
+        recent = recent or Recent()
+        anyway = {block.id for block in recent.blocks}
+        per_layer, how = self.choose(retriever, [block for block in blocks if block.id not in anyway], question, recent)
+        per_layer = [[*chosen, *recent.stored] for chosen in per_layer]
         chosen = time.perf_counter()
         layers = [self.gather(i, blocks) for i, blocks in enumerate(per_layer)]
         if self.lost:  # what one layer lost is gone for all of them
             there = self.store.blocks.keys() | self.encoder.window.first_column.keys()
             per_layer = [[block for block in blocks if block.id in there] for blocks in per_layer]
             layers = [self.gather(i, blocks) for i, blocks in enumerate(per_layer)]
-        start = max(self.text_start(blocks) for blocks in per_layer)
+        whole = [grid.block for grid in recent.whole]
+        start = max(self.text_start([*blocks, *whole]) for blocks in per_layer)
         self._gathered, self._rotations = {}, {}
         closing = self.vision.closing().shape[0]
-        cache = work_cache(layers, plain_cache, room=len(ids) + closing + 256)
+        num_recent = sum(block.num_tokens for block in whole)
+        cache = work_cache(layers, plain_cache, room=num_recent + len(ids) + closing + 256)
+        fetched = time.perf_counter()
+        self._prefill_recent(cache, recent.whole, per_layer, plain_cache)
         weights: dict[int, float] = {}
         for of_layer in per_layer:
             for block in of_layer:
                 weights[block.id] = weights.get(block.id, 0.0) + 1 / len(per_layer)
-        lengths = [keys.shape[1] for keys, _ in layers]
+        weights |= {block.id: 1.0 for block in whole}
+        lengths = [keys.shape[1] + num_recent for keys, _ in layers]
         stats = {
             "retrieve": how, "retrieved_blocks": sum(len(block) for block in per_layer) / len(per_layer),
-            "context_tokens": sum(lengths) / len(lengths), "select_ms": (chosen - clock) * 1e3,
-            "fetch_ms": (time.perf_counter() - chosen) * 1e3,
+            "recent_blocks": len(recent), "context_tokens": sum(lengths) / len(lengths),
+            "select_ms": (chosen - clock) * 1e3, "fetch_ms": (fetched - chosen) * 1e3,
+            "recent_ms": (time.perf_counter() - fetched) * 1e3,
         }  # fmt: skip
         notes = [f"skipped: {x}" for x in dict.fromkeys(self.lost)]
         return WorkingSet(cache, ids, start, max(lengths), weights, stats, notes)
+
+    @torch.no_grad()
+    def _prefill_recent(
+        self, cache: Any, grids: list[BlockInput], per_layer: list[list[Block]], plain_cache: bool
+    ) -> None:
+        """Feed grids behind the blocks of every layer, at positions behind those of the layer that reaches farthest."""
+        if not grids:
+            return
+        base, whole = self.encoder.window.origin, [grid.block for grid in grids]
+        placed = (block_positions([*blocks, *whole], base, self.contiguous) for blocks in per_layer)
+        embeddings, deepstack = joined(grids, self.vision.device)
+        behind = [positions[:, -len(embeddings) :] for positions in placed]
+        with reading(self.vision, plain_cache):
+            self._feed(cache, embeddings, max(behind, key=lambda positions: int(positions[0, 0])), **deepstack)
+
+    def _feed(self, cache: Any, embeddings: Tensor, positions: Tensor, **deepstack: Any) -> Tensor:
+        """One forward of the language model over embeddings (n, D) at positions (A, n); last hidden states (n, D)."""
+        ids = to_device(positions[:, None] if positions.shape[0] > 1 else positions, embeddings.device)
+        options = {CACHE: cache, "position_ids": ids, "use_cache": True, **deepstack}
+        return self.vision.text(inputs_embeds=embeddings[None], **options).last_hidden_state[0]
 
     # -- the prompt ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def prefill(self, working_set: WorkingSet) -> None:
         """Feed all of the prompt but its last token, OneVision's newline first."""
-        embeds = torch.cat([self.vision.closing(), self.vision.embed(working_set.ids[:-1])])[None]
+        embeds = torch.cat([self.vision.closing(), self.vision.embed(working_set.ids[:-1])])
         working_set.fed = len(working_set.ids) - 1
-        if not embeds.shape[1]:
+        n = len(embeds)
+        if not n:
             return
-        n, axes = embeds.shape[1], self.encoder.layout.axes
-        positions = torch.arange(working_set.start, working_set.start + n, device=embeds.device)[None]
-        if axes > 1:
-            positions = positions.expand(axes, 1, -1)
-        self.vision.text(inputs_embeds=embeds, position_ids=positions, **{CACHE: working_set.cache}, use_cache=True)  # type: ignore[operator]
+        positions = torch.arange(working_set.start, working_set.start + n).expand(self.encoder.layout.axes, -1)
+        self._feed(working_set.cache, embeds, positions)
         working_set.start += n
         working_set.past += n
 
@@ -245,12 +294,9 @@ class WorkingSetBuilder:
         with reading(self.vision, plain_cache):
             self.prefill(working_set)
             last = self.inputs(working_set)
-            ids = last["input_ids"][:, -1:]
-            out = self.vision.text(  # type: ignore[operator]
-                inputs_embeds=self.vision.embed(ids[0].tolist())[None], position_ids=last["position_ids"][..., -1:],
-                **{CACHE: working_set.cache}, use_cache=True,
-            )  # fmt: skip
-        return self.vision.model.get_output_embeddings()(out.last_hidden_state)[0, -1].float()  # type: ignore[operator]
+            embeds = self.vision.embed(last["input_ids"][0, -1:].tolist())
+            hidden = self._feed(working_set.cache, embeds, last["position_ids"][..., -1:].flatten()[:, None])
+        return self.vision.model.get_output_embeddings()(hidden)[-1].float()  # type: ignore[operator]
 
 
 def reading(vision: Any, plain_cache: bool) -> Any:

@@ -1,0 +1,106 @@
+"""Watch rules on pocket clips: when what a rule names is really there, what was told of it, and what asking costs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from evals.stream import runs
+from vlmfast.bench import records, stats
+from vlmfast.pocket.clips import LongClip, clip
+from vlmfast.stream import StreamSession
+
+Span = tuple[float, float]
+RULES = 8  # watched at once
+COOLDOWN = 4.0  # seconds; a scene lasts 8
+LATE = 1.0  # seconds that a reading may lie behind what it read
+MINUTES, CLIPS = 10, 20
+TIMED = (0, 1, RULES)  # rules, of the rates
+
+
+def watched(drawn: LongClip, count: int) -> list[str]:
+    """The things that rules name: in turn what occurs, the rarest first, each by its colour and shape."""
+    seen = [event.what for event in drawn.events if event.what != "scene" and not event.what.endswith("star")]
+    return sorted(set(seen), key=lambda what: (seen.count(what), what))[:count]
+
+
+def appearances(drawn: LongClip, what: str) -> list[Span]:
+    """The seconds (start, end) in which a thing is to be seen; scenes without a cooldown between them are one."""
+    spans: list[Span] = []
+    for event in sorted((e for e in drawn.events if e.what == what), key=lambda e: e.start):
+        if spans and event.start - spans[-1][1] < COOLDOWN:
+            spans[-1] = spans[-1][0], max(spans[-1][1], event.end)
+        else:
+            spans.append((event.start, event.end))
+    return spans
+
+
+def judged(told: Sequence[float], spans: Sequence[Span]) -> tuple[list[float], list[float]]:
+    """(for every alert, is it within an appearance; for every appearance, was it told of), 1.0 or 0.0 each."""
+    right = [float(any(start < at <= end + LATE for start, end in spans)) for at in told]
+    found = [float(any(start < at <= end + LATE for at in told)) for start, end in spans]
+    return right, found
+
+
+def accuracy_row(model: Any, processor: Any, config: dict[str, Any], tell: Any) -> dict[str, Any]:
+    """Precision and recall of `RULES` rules over the reported clips, with intervals over clips."""
+    right: list[float] = []
+    found: list[float] = []
+    of_right: list[str] = []
+    of_found: list[str] = []
+    delays: list[float] = []
+    seeds = runs.REPORTED[: min(CLIPS, config["clips"] or CLIPS)]
+    for seed in seeds:
+        drawn = clip(seed, MINUTES * 60, questions=16)
+        told: dict[str, list[float]] = {what: [] for what in watched(drawn, RULES)}
+        stream = encoded(model, processor, drawn, told, config)
+        stream.close(discard=True)
+        for what, seconds in told.items():
+            spans = appearances(drawn, what)
+            correct, met = judged(seconds, spans)
+            right, found = right + correct, found + met
+            of_right += [str(seed)] * len(correct)
+            of_found += [str(seed)] * len(met)
+            delays += [min(at - start for at in seconds if start < at <= end + LATE)
+                       for (start, end), was in zip(spans, met, strict=True) if was]  # fmt: skip
+        tell(f"rules, clip {seed}: {len(right)} alerts, {len(found)} appearances so far")
+    precision, recall = stats.mean(right, of_right), stats.mean(found, of_found)
+    metrics = {
+        "minutes": MINUTES, "clips": len(seeds), "alerts": len(right), "appearances": len(found),
+        "precision": precision.mean, "precision_ci95": [precision.low, precision.high],
+        "recall": recall.mean, "recall_ci95": [recall.low, recall.high], "delay_s": sum(delays) / max(1, len(delays)),
+    }  # fmt: skip
+    return records.row("rules", params={"rules": RULES, "cooldown": COOLDOWN}, metrics=metrics)
+
+
+def rate_row(model: Any, processor: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """Frames a second with 0, 1 and `RULES` rules, of one clip pushed in turns; a live camera's pushes, one second
+    each, and a file's."""
+    drawn = clip(runs.REPORTED[0], 120, questions=8)
+    frames = list(drawn.frames())
+    metrics: dict[str, Any] = {}
+    for push, name in ((runs.BATCH, "file"), (round(drawn.fps), "live")):
+        for count in TIMED:
+            told: dict[str, list[float]] = {what: [] for what in watched(drawn, count)}
+            began = time.perf_counter()
+            encoded(model, processor, drawn, told, config, frames, push).close(discard=True)
+            metrics[f"fps_{name}_{count}_rules"] = len(frames) / (time.perf_counter() - began)
+    return records.row("rules-rate", params={"seconds": drawn.seconds}, metrics=metrics)
+
+
+def encoded(
+    model: Any, processor: Any, drawn: LongClip, told: dict[str, list[float]], config: dict[str, Any],
+    frames: Sequence[Any] | None = None, push: int = runs.BATCH,
+) -> StreamSession:  # fmt: skip
+    """A session that has seen a clip, with a rule for everything that `told` names; seconds of alerts go there."""
+    options = {key: config[key] for key in ("redundancy", "window", "ram", "recent")}
+    stream = StreamSession(model, processor, retrieve=None, fps=drawn.fps, **options)
+    for what, seconds in told.items():
+        stream.when(f"a {what} appears", lambda alert, into=seconds: into.append(alert.seconds), COOLDOWN)
+    every = iter(drawn.frames() if frames is None else frames)
+    while some := [pair for _, pair in zip(range(push), every, strict=False)]:
+        stream.push(torch.stack([frame for _, frame in some]), [seconds for seconds, _ in some])
+    return stream

@@ -1,0 +1,273 @@
+"""Watch rules: what is asked of every new second of a stream, and told when the answer turns to yes.
+
+A rule is read as a yes/no question about the last four frames, of all rules and several seconds in one batch: the
+frames are prefilled once, the questions over them; what is compared are the logits of "yes" and "no" as first word of
+the answer. The archive takes no part, so a second costs the same however long the stream.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlmfast.core import Unsupported, UserError
+from vlmfast.fields import NonNegativeFloat, Share, checked
+from vlmfast.runtime.compat import CACHE
+from vlmfast.runtime.placeholders import refuse_placeholders
+from vlmfast.runtime.stream_cache import PlainCache
+from vlmfast.runtime.transfers import to_device
+from vlmfast.stream.blocks import BlockInput, block_positions, joined
+from vlmfast.stream.encoder import MOST_TOKENS, GridFrames
+from vlmfast.stream.snapshot import SavedIntake
+from vlmfast.stream.working_set import WorkingSetBuilder
+
+EVERY = 1.0  # seconds between two readings, or a grid where that is longer
+THERE = re.compile(r"(?:there (?:is|are) )?(.+?)(?: (?:appears?|shows? up|(?:is|are) (?:there|visible)))?[ .!]*", re.I)
+
+
+@dataclass(frozen=True)
+class Alert:
+    """A rule that has come true: at `seconds` of the stream, in the frames of `evidence` (start, end); score: the share
+    of "yes" in the probability of "yes" and "no"."""
+
+    rule: str
+    seconds: float
+    evidence: tuple[float, float]
+    score: float
+
+    def __str__(self) -> str:
+        start, end = self.evidence
+        return f"{self.seconds:.1f} s: {self.rule} (seen {start:.1f} to {end:.1f} s, score {self.score:.2f})"
+
+
+@dataclass
+class WatchRule:
+    """A rule and how it stands. ids: prompt tokens of its question after the video."""
+
+    text: str
+    question: str
+    callback: Callable[[Alert], Any]
+    cooldown: float
+    threshold: float
+    ids: list[int]
+    answered: bool = False  # has the model been found to answer yes or no?
+    told: bool = False  # since it came true
+    last: float = float("-inf")  # seconds of the last alert
+
+    def read(self, seconds: float, score: float) -> bool:
+        """Take in a second's score; is it to be told?"""
+        if score <= self.threshold:
+            self.told = False
+        elif not self.told and seconds - self.last >= self.cooldown:
+            self.told, self.last = True, seconds
+            return True
+        return False
+
+
+def question_of(rule: str) -> str:
+    """The yes/no question that a rule is read as: "a red circle appears" is "is there a red circle ?"."""
+    text = rule.strip()
+    if text.endswith("?"):
+        return text
+    match = THERE.fullmatch(text)
+    if match is not None and match[1] != text.rstrip(" .!"):
+        return f"is there {match[1]} ?"
+    return f"is it true that {text.rstrip(' .!')} ?"
+
+
+class YesNoReader:
+    """Reads the first word of answers to yes/no questions about a few grids."""
+
+    def __init__(self, builder: WorkingSetBuilder) -> None:
+        self.builder, self.encoder, self.vision = builder, builder.encoder, builder.encoder.vision
+        self.yes, self.no = self._ids("yes"), self._ids("no")
+        if not self.yes or not self.no:
+            raise Unsupported(
+                f"the tokenizer of this {self.vision.type} has no token of its own for 'yes' and 'no': it cannot be "
+                "given watch rules; ask() the stream instead"
+            )
+
+    def _ids(self, word: str) -> list[int]:
+        """The tokens that are this word, in whatever way it is written."""
+        written = [before + way for before in ("", " ") for way in (word, word.title(), word.upper())]
+        unknown, found = self.vision.tokenizer.unk_token_id, map(self.vision.text_ids, written)
+        return sorted({ids[0] for ids in found if len(ids) == 1 and ids[0] != unknown})
+
+    def read(self, spans: Sequence[list[BlockInput]], prompts: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+        """Scores (S, N) float32 of N questions about S spans of grids, and the likeliest first token (S, N), on the
+        host."""
+        scores, words = [], []
+        for some in self._batches(spans, sum(map(len, prompts))):
+            logits = self._logits(some, prompts).float()
+            likely = logits.log_softmax(-1)
+            yes, no = (likely[..., ids].logsumexp(-1) for ids in (self.yes, self.no))
+            scores.append(torch.sigmoid(yes - no).cpu())
+            words.append(logits.argmax(-1).cpu())
+        return torch.cat(scores), torch.cat(words)
+
+    def _batches(self, spans: Sequence[list[BlockInput]], asked: int) -> Iterator[list[list[BlockInput]]]:
+        """Runs of spans of one length, of at most `MOST_TOKENS` tokens with the `asked` tokens of their questions."""
+
+        def length(span: list[BlockInput]) -> int:
+            return sum(grid.block.num_tokens for grid in span)
+
+        for num_tokens, run in groupby(spans, length):
+            alike = list(run)
+            most = max(1, MOST_TOKENS // (self.encoder.window.num_init + num_tokens + asked))
+            yield from (alike[i : i + most] for i in range(0, len(alike), most))
+
+    @torch.no_grad()
+    def _logits(self, spans: list[list[BlockInput]], prompts: Sequence[list[int]]) -> Tensor:
+        """(S, N, V) after each of N prompts behind each of S spans of the same length."""
+        window, vision, builder = self.encoder.window, self.vision, self.builder
+        init = torch.arange(window.num_init).expand(window.axes, -1)
+        blocks = [[grid.block for grid in span] for span in spans]
+        embeddings, deepstack = joined([grid for span in spans for grid in span], vision.device)
+        embeddings = embeddings.view(len(spans), -1, embeddings.shape[-1])
+        before = vision.embed(window.init_ids).to(embeddings).expand(len(spans), -1, -1)
+        if deepstack:
+            of_rows = deepstack["visual_pos_masks"].view(len(spans), -1)
+            deepstack["visual_pos_masks"] = F.pad(of_rows, (window.num_init, 0))
+        placed = [torch.cat([init, block_positions(b, window.origin, builder.contiguous)], 1) for b in blocks]
+        cache = PlainCache()
+        self._feed(cache, torch.cat([before, embeddings], 1), torch.stack(placed, 1), **deepstack)
+        cache.repeat(len(prompts))
+        asked = [torch.cat([vision.closing(), vision.embed(ids)]) for ids in prompts]
+        last = [len(prompt) - 1 for prompt in asked] * len(spans)
+        padded = torch.nn.utils.rnn.pad_sequence(asked, batch_first=True)  # what comes after a prompt it does not see
+        starts = torch.tensor([builder.text_start(b) for b in blocks]).repeat_interleave(len(prompts))
+        positions = (starts[:, None] + torch.arange(padded.shape[1])).expand(window.axes, -1, -1)
+        hidden = self._feed(cache, padded.repeat(len(spans), 1, 1), positions)
+        ends = hidden[torch.arange(len(last)), torch.tensor(last)]
+        return vision.model.get_output_embeddings()(ends).view(len(spans), len(prompts), -1)
+
+    def _feed(self, cache: PlainCache, embeddings: Tensor, positions: Tensor, **deepstack: Any) -> Tensor:
+        """Last hidden states (R, n, D) of embeddings (R, n, D) at positions (A, R, n)."""
+        ids = to_device(positions if positions.shape[0] > 1 else positions[0], embeddings.device)
+        options = {CACHE: cache, "position_ids": ids, "use_cache": True, **deepstack}
+        return self.vision.text(inputs_embeds=embeddings, **options).last_hidden_state
+
+
+class WatchedIntake(SavedIntake):
+    """The half of `StreamSession` that takes frames, and asks its rules of every new second."""
+
+    builder: WorkingSetBuilder
+
+    def __init__(self, fps: float, queue: int) -> None:
+        super().__init__(fps, queue)
+        self.rules: list[WatchRule] = []
+        self._reader: YesNoReader | None = None
+        self._read_to = float("-inf")  # end of the last second that the rules were asked of
+        self._due: deque[tuple[WatchRule, Alert | UserError]] = deque()  # what is to be told
+
+    def when(
+        self, rule: str, callback: Callable[[Alert], Any] = print, cooldown: float = 10.0, threshold: float = 0.5
+    ) -> WatchRule:
+        """Call `callback` with an `Alert` when a rule comes true: "a red circle appears", or a yes/no question.
+
+        It is asked of every new second and told when its answer turns to yes: once until it has been no again, and not
+        before `cooldown` seconds are over since the last time. threshold: share of "yes" in the probability of "yes"
+        and "no" that counts as yes. Callbacks run in the thread that encoded the frames, when these are stored.
+        `stop_watching(rule)` ends it; rules are not saved. Raises UserError for a rule that is empty, or to which the
+        model answers neither yes nor no; where nothing was seen yet, the first push does.
+        """
+        self._check_open()
+        if not isinstance(rule, str) or not rule.strip(" ?.!"):
+            raise UserError(f"the rule {rule!r} is empty: give what is to be seen, e.g. 'a red circle appears'")
+        if not callable(callback):
+            raise UserError(f"callback={callback!r} cannot be called: give a function that takes an Alert")
+        checked("cooldown", cooldown, NonNegativeFloat, "a watch rule", 10)
+        checked("threshold", threshold, Share, "a watch rule", 0.5)
+        refuse_placeholders(rule, self.model, self.vision.processor)
+        with self._lock:
+            self._reader = self._reader or YesNoReader(self.builder)
+            question = question_of(rule)
+            ids = self.vision.prompt(self.vision.messages([], question))[1]
+            made = WatchRule(rule.strip(), question, callback, float(cooldown), float(threshold), ids)
+            recent = self.encoder.recent
+            if recent.grids:
+                _, words = self._reader.read([recent.grids[-recent.num_grids :]], [ids])
+                self._check_answer(made, int(words[0, 0]))
+                self._read_to = self._read_to if self.rules else recent.grids[-1].block.end
+            self.rules.append(made)
+            recent.watched = True
+        return made
+
+    def stop_watching(self, rule: WatchRule) -> None:
+        """Ask a rule no longer."""
+        with self._lock:
+            self.rules = [other for other in self.rules if other is not rule]
+            self.encoder.recent.watched = bool(self.rules)
+
+    def _check_answer(self, rule: WatchRule, word: int) -> None:
+        reader = self._reader
+        assert reader is not None
+        if word not in (*reader.yes, *reader.no):
+            begins = self.vision.tokenizer.decode([word]).strip()
+            raise UserError(
+                f"the rule {rule.text!r} cannot be watched: to {rule.question!r} the model answers {begins!r}, neither "
+                "yes nor no; say what is to be seen ('a red circle appears'), or ask what has yes or no for an answer"
+            )
+        rule.answered = True
+
+    def _store_blocks(self, grids: GridFrames) -> None:
+        super()._store_blocks(grids)
+        if self.rules:
+            self._read_rules()
+            self.encoder.recent.trim()
+
+    def _read_rules(self) -> None:
+        """Ask all rules of every second that is new."""
+        recent, spans = self.encoder.recent, []
+        read_to = self._read_to
+        for i, grid in enumerate(recent.grids):
+            if grid.block.end >= read_to + EVERY - 1e-6:
+                read_to = grid.block.end
+                spans.append(recent.grids[max(0, i + 1 - recent.num_grids) : i + 1])
+        if not spans:
+            return
+        assert self._reader is not None
+        scores, words = self._reader.read(spans, [rule.ids for rule in self.rules])
+        self._read_to = read_to
+        for j, rule in enumerate(list(self.rules)):
+            try:
+                if not rule.answered:
+                    self._check_answer(rule, int(words[0, j]))
+            except UserError as e:
+                self._due.append((rule, e))
+                self.stop_watching(rule)
+                continue
+            for span, score in zip(spans, scores[:, j].tolist(), strict=True):
+                start, end = span[0].block.start, span[-1].block.end
+                if rule.read(end, score):
+                    self._due.append((rule, Alert(rule.text, end, (start, end), round(score, 4))))
+
+    def _tell(self) -> None:
+        """Call back for what has come true; outside of all locks."""
+        while self._due:
+            rule, due = self._due.popleft()
+            if isinstance(due, UserError):
+                raise due
+            rule.callback(due)
+
+    def push(self, frames: Any, timestamps: Any = None) -> int:
+        taken = super().push(frames, timestamps)
+        self._tell()
+        return taken
+
+    def drain(self, most: int | None = None) -> int:
+        done = super().drain(most)
+        self._tell()
+        return done
+
+    def flush(self) -> None:
+        super().flush()
+        self._tell()
