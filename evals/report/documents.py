@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from evals.accuracy.tables import KEEPS
-from evals.report import gpu_tables
+from evals.report import gpu_tables, serving_tables
 from evals.report import tables as readme_tables
 from evals.report.tables import kv_bytes
 from vlmfast.bench import records, stats, validity
@@ -143,7 +143,7 @@ def build(text: str) -> str:
     for stage, cells in (("encode", encode_cells), ("prefill", prefill_cells)):
         if f"<!-- measured: {stage} -->" in text:
             text = filled(text, stage, cells())
-    for name, (file, table) in (readme_tables.TABLES | gpu_tables.TABLES).items():
+    for name, (file, table) in (readme_tables.TABLES | gpu_tables.TABLES | serving_tables.TABLES).items():
         rows = rows_of(file)
         if rows:
             text = placed(text, name, table(rows))
