@@ -17,10 +17,11 @@ HERE = {  # one process, one thread, no network, little memory
 
 @dataclass
 class Answer:
-    """text; prompt_tokens; logprobs of the new tokens."""
+    """text; prompt_tokens; ids and logprobs of the new tokens."""
 
     text: str
     prompt_tokens: int
+    ids: list[int]
     logprobs: list[float]
 
 
@@ -77,14 +78,14 @@ def video_of(clip: Clip) -> tuple[Any, dict[str, Any]]:
     return clip.frames, known
 
 
-def ask(llm: Any, prompts: Sequence[dict[str, Any]], tokens: int = 12) -> list[Answer]:
-    """Greedy answers, all prompts at once."""
+def ask(llm: Any, prompts: Sequence[dict[str, Any]], tokens: int = 12, whole: bool = False) -> list[Answer]:
+    """Greedy answers, all prompts at once. whole: of exactly so many tokens."""
     from vllm import SamplingParams
 
-    greedy = SamplingParams(temperature=0, max_tokens=tokens, logprobs=0)
+    greedy = SamplingParams(temperature=0, max_tokens=tokens, logprobs=0, ignore_eos=whole)
     answers = []
     for made in llm.generate(list(prompts), greedy, use_tqdm=False):
         first = made.outputs[0]
         logprobs = [next(iter(each.values())).logprob for each in first.logprobs]
-        answers.append(Answer(first.text.strip(), len(made.prompt_token_ids), logprobs))
+        answers.append(Answer(first.text.strip(), len(made.prompt_token_ids), list(first.token_ids), logprobs))
     return answers

@@ -29,4 +29,4 @@ def test_tokens_are_those_of_the_library(family: str, tmp_path: Path) -> None:
             assert all(
                 pruned < whole for pruned, whole in zip(row["tokens"], answers["none"]["tokens"], strict=True)
             ), spec
-    assert len({tuple(row["ours"]) for row in answers.values()}) > 2  # what is kept matters
+    assert len({str(row["ours"]) for row in answers.values()}) > 2  # what is kept matters

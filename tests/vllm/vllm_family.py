@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import tiny
 import torch
 
@@ -29,13 +30,20 @@ SPECS = ["none", "vidcom2:keep=0.5", "maxmin:keep=0.3", "uniform:keep=0.25", "ev
 HEAD = {"num_attention_heads": 2, "num_key_value_heads": 1}  # heads of 32, the smallest that vLLM has on a CPU
 
 
-def build(family: str, folder: Path) -> None:
-    """A tiny checkpoint that vLLM's kernels take."""
+def build(family: str, folder: Path) -> Any:
+    """A tiny checkpoint that vLLM's kernels take, as the library loads it."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
     if family == "qwen3_vl":
         rope |= {"mrope_section": [8, 4, 4], "mrope_interleaved": True}
     text: dict[str, Any] = HEAD | ({"rope_parameters": rope} if family in tiny.MROPE else {})
     tiny.save(family, folder, **text | ({"head_dim": 32} if family == "qwen3_vl" else {}))
+    loaded = loading.load(str(folder), "float32", "cpu")
+    if family == "llava_onevision":  # vLLM reads the names that published checkpoints have
+        file = folder / "model.safetensors"
+        weights = safetensors.torch.load_file(file)
+        renamed = {name.replace("vision_tower.", "vision_tower.vision_model."): weights[name] for name in weights}
+        safetensors.torch.save_file(renamed, file, metadata={"format": "pt"})
+    return loaded
 
 
 def media(family: str) -> list[list[Any]]:
@@ -49,16 +57,18 @@ def media(family: str) -> list[list[Any]]:
     return out + ([[picture, other], [clip, picture]] if family in tiny.MROPE else [])
 
 
-def kept_in_place(runner: Runner, sample: Sample, rule: Any) -> str:
-    """The answer of the library, every token at its place in the unpruned prompt."""
+def kept_in_place(runner: Runner, sample: Sample, rule: Any) -> list[int]:
+    """The new tokens of the library, every token at its place in the unpruned prompt."""
     inputs = runner.inputs([sample])
     with vlmfast.accelerate(runner.model, Plan(prune=rule)):
         made = runner.model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
-    return decoded(runner, made[0, inputs["input_ids"].shape[1] :])
+    new_tokens: list[int] = made[0, inputs["input_ids"].shape[1] :].tolist()
+    return new_tokens
 
 
-def kept_moved_up(runner: Runner, sample: Sample, rule: Any) -> str:
-    """The answer where what stays moves together: the library's rows, positions counted without gaps."""
+@torch.inference_mode()
+def kept_moved_up(runner: Runner, sample: Sample, rule: Any) -> list[int]:
+    """The new tokens where what stays moves together: the library's rows, positions counted without gaps."""
     model, inputs, seen = runner.model, runner.inputs([sample]), {}
     text = model.model.language_model
     hook = text.register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True)
@@ -85,16 +95,12 @@ def kept_moved_up(runner: Runner, sample: Sample, rule: Any) -> str:
     made = model.generate(
         inputs_embeds=short, attention_mask=torch.ones(short.shape[:2]), max_new_tokens=TOKENS, do_sample=False
     )
-    return decoded(runner, made[0])
-
-
-def decoded(runner: Runner, ids: Any) -> str:
-    return str(runner.processor.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+    new_tokens: list[int] = made[0].tolist()
+    return new_tokens
 
 
 def main(family: str, folder: Path) -> None:
-    build(family, folder)
-    loaded = loading.load(str(folder), "float32", "cpu")
+    loaded = build(family, folder)
     runner = Runner(loaded.model, loaded.processor, family)
     samples = [
         Sample(str(i), "what color is it ?", [""], items, lambda _: 0.0) for i, items in enumerate(media(family))
@@ -103,19 +109,15 @@ def main(family: str, folder: Path) -> None:
     specs = [*SPECS, *(["downsample:keep=0.5"] if family in ("qwen2_vl", "qwen2_5_vl") else [])]
     rules = {spec: None if spec == "none" else parse("prune", spec) for spec in specs}
     theirs = {spec: [expected(runner, sample, rule) for sample in samples] for spec, rule in rules.items()}
-    llm = engine.start(str(folder), "none", max_num_batched_tokens=512)
+    # the tiny processors normalise pictures and clips by different means, which vLLM's models cannot
+    llm = engine.start(str(folder), "none", max_num_batched_tokens=512, mm_device_do_normalize=False)
     out = {}
     for spec in specs:
         request = {"method": None} if spec == "none" else engine.plain(rules[spec])
-        prompts = [
-            engine.prompt(loaded.processor, sample, {**request, "positions": "transformers"}) for sample in samples
-        ]
-        ours = engine.ask(llm, prompts, TOKENS)
-        out[spec] = {
-            "ours": [each.text for each in ours],
-            "theirs": theirs[spec],
-            "tokens": [a.prompt_tokens for a in ours],
-        }
+        request["positions"] = "transformers"
+        ours = engine.ask(llm, [engine.prompt(loaded.processor, sample, request) for sample in samples], TOKENS, True)
+        tokens = [answer.prompt_tokens for answer in ours]
+        out[spec] = {"ours": [answer.ids for answer in ours], "theirs": theirs[spec], "tokens": tokens}
     print(json.dumps(out))
 
 

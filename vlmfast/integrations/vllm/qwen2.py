@@ -43,7 +43,11 @@ class QwenProcessor(processor.PlacedProcessor):
             grids = [tuple(grid) for grid in made[f"{modality}_grid_thw"].tolist()]
             smaller = [layout.smaller(grid, settings.rule.keep) for grid in grids]
             parts = made[pixels].split([t * h * w for t, h, w in grids])
-            made[pixels] = torch.cat([layout.resized(*item) for item in zip(parts, grids, smaller, strict=True)])
+            resized = torch.cat(
+                [layout.resized(part.float(), *to) for part, *to in zip(parts, grids, smaller, strict=True)]
+            )
+            whole = not made[pixels].is_floating_point()  # vLLM may leave pixels to the model as they are, 0 to 255
+            made[pixels] = (resized.round() if whole else resized).to(made[pixels].dtype)
             made[f"{modality}_grid_thw"] = torch.tensor(smaller)
 
     def _get_prompt_updates(
