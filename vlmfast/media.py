@@ -157,6 +157,8 @@ def read_clip(
         size = wanted_size or "full"
     clip = video.read(size)
     if reading is not None:
+        if (why := video.decodes_more()) is not None:
+            reading.notes.append(f"read: {video.path.name}: {why}")
         reading.frames, reading.source_size, reading.size = len(clip), clip.size, clip.frames.shape[1:3]
     return clip
 

@@ -125,7 +125,8 @@ def summary(
 
     medians = timing.medians(samples[name][name])
     kept, block = int(medians["kept_tokens"]), getattr(pruner, "after_block", None)
-    encode = timing.floor_ms(*encode_cost(shape, kept, block), machine, dtype)
+    resized = bool(getattr(pruner, "resizes", False))
+    encode = timing.floor_ms(*encode_cost(shape, kept, block, resized), machine, dtype)
     cuts = pruner.cuts(shape.layers) if hasattr(pruner, "cuts") else ()
     prefill = timing.floor_ms(*prefill_cost(shape, kept, cuts), machine, dtype)
     plain_prefill = timing.medians(samples["plain"]["plain"])["prefill_ms"]

@@ -33,9 +33,13 @@ QWEN_3B_QUARTER = replace(
 TOY = Shape("toy", 3, 256, 512, 4, 2, 1000, 3, 128, 256, 4, (2,), (2, 8, 8), 16)
 
 
-def encode_cost(shape: Shape, kept: int, after_block: int | None) -> tuple[float, float]:
-    """FLOPs and bytes (bf16 weights) of the tower when blocks from `after_block` on see `kept` of the tokens."""
-    cost = roofline.encode(_counted(shape), _request(shape), kept, after_block)
+def encode_cost(shape: Shape, kept: int, after_block: int | None, resized: bool = False) -> tuple[float, float]:
+    """FLOPs and bytes (bf16 weights) of the tower when blocks from `after_block` on see `kept` of the tokens.
+
+    resized: the pixels of `kept` tokens are all that it sees.
+    """
+    request = replace(_request(shape), visual=kept) if resized else _request(shape)
+    cost = roofline.encode(_counted(shape), request, kept, after_block)
     return cost.flops, cost.bytes
 
 

@@ -80,12 +80,12 @@ def test_rates_are_measured() -> None:
 # -- shapes and their costs --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("keep", "block"), [(None, None), (0.25, None), (0.25, 1), (0.5, 2)])
-def test_the_costs_are_what_torch_counts(keep: float | None, block: int | None) -> None:
+@pytest.mark.parametrize(("keep", "block"), [(None, None), (0.25, None), (0.25, 1), (0.5, 2), (0.25, "pixels")])
+def test_the_costs_are_what_torch_counts(keep: float | None, block: Any) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     import vlmfast
-    from vlmfast.encode import Uniform
+    from vlmfast.encode import Downsample, Uniform
 
     def attention(q: Any, k: Any, *_: Any, **__: Any) -> int:
         return 4 * q[0] * q[1] * q[2] * k[2] * q[3]
@@ -94,11 +94,14 @@ def test_the_costs_are_what_torch_counts(keep: float | None, block: int | None) 
     shape = shapes.TOY
     model, inputs = shapes.build(shape), shapes.clip(shape)
     kept = shape.visual if keep is None else round(keep * shape.visual)
-    with vlmfast.accelerate(model, prune=keep and Uniform(keep=keep, after_block=block)) as fast:
+    resized = block == "pixels"
+    block = None if resized else block
+    prune = Downsample(keep=keep) if resized else keep and Uniform(keep=keep, after_block=block)
+    with vlmfast.accelerate(model, prune=prune) as fast:
         with FlopCounterMode(display=False, custom_mapping=fused) as counter:
             model.generate(**inputs, max_new_tokens=1)
         assert fast.report.encode["kept_tokens"] == kept
-    ours = shapes.encode_cost(shape, kept, block)[0] + shapes.prefill_cost(shape, kept)[0]
+    ours = shapes.encode_cost(shape, kept, block, resized)[0] + shapes.prefill_cost(shape, kept)[0]
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.06)
 
 
@@ -189,6 +192,8 @@ def test_the_quick_encode_suite_writes_the_record(tmp_path: Path) -> None:
         if r["name"] not in ("plain", "tower", timing.AGAIN, "evs", *THRESHOLD):
             assert r["metrics"]["kept_tokens"] == r["metrics"]["visual_tokens"] / 4
             assert r["vs"]["plain"]["kv_fast_bytes"][0] > 1.1, r
+    floors = {r["name"]: r["metrics"]["encode_floor_ms"] for r in rows}
+    assert floors["downsample"] < floors["pixelprune"] < floors["plain"], "the tower sees fewer pixels"
     assert "vidcom2" in result.stdout
     again = _speed("--suite", "encode", "--quick", "--out", out)
     assert again.exit_code == 2 and "--force" in again.stderr

@@ -179,6 +179,25 @@ def test_the_report_has_a_stage_of_reading(loaded: Any, tmp_path: Path) -> None:
     assert asked(model, by_hand)["read"] == {}, "nothing is known of inputs made elsewhere"
 
 
+@pytest.mark.parametrize(
+    ("name", "codec", "select", "word"),
+    [
+        ("clip.mp4", "libx264", "uniform:3", None),
+        ("clip.mp4", "mpeg4", "uniform:3", "leaves no frame out"),
+        ("clip.mp4", "mpeg4", "uniform:12", None),
+        ("clip.mkv", "mjpeg", "uniform:3", None),
+        ("clip.h264", "libx264", "uniform:3", "can only be counted"),
+    ],
+)
+def test_what_cannot_be_skipped_is_a_line(
+    name: str, codec: str, select: str, word: str | None, loaded: Any, tmp_path: Path
+) -> None:
+    pix = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    model, path = loaded("qwen2_5_vl"), encode(tmp_path / name, pictures(12), codec=codec, pix=pix)
+    notes = asked(model, model.inputs("what ?", video=path, select=select))["notes"]
+    assert notes == [] if word is None else word in notes[0] and name in notes[0] and len(notes) == 1
+
+
 def test_a_processor_without_such_a_rule_gets_full_frames(loaded: Any, tmp_path: Path) -> None:
     model, path = loaded("llava_onevision"), encode(tmp_path / "clip.mp4", pictures(6))
     inputs = model.inputs("what ?", video=path, select="uniform:2")

@@ -91,6 +91,10 @@ class Pruner(Method):
             raise RuntimeError(f"{type(self).__name__}.score returned {tuple(scores.shape)} for {tokens.n} tokens")
         return ranked(scores, tokens.frame, budget, self.floor, self.frame_budgets(tokens, budget), tokens.frame_size)
 
+    def select_bodies(self, tokens: VisualTokens, budgets: list[int]) -> list[Tensor]:
+        """`select_body` for several budgets."""
+        return [self.select_body(tokens, budget) for budget in budgets]
+
 
 def without_separators(tokens: VisualTokens) -> tuple[VisualTokens, Tensor | None]:
     """The tokens without their protected rows, and the indices of those that stay (None: there are no separators)."""

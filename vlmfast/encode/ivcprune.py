@@ -44,11 +44,12 @@ class IVCPrune(Pruner):
         num_coordinates = max(1, min(round(self.coordinates * tokens.n), budget // 2)) // 2 * 2 or 1
         cosines, sines = self.need(tokens, "rope").float()
         priority = torch.zeros(tokens.n, device=cosines.device)
-        priority.index_fill_(0, highest(cosines, (num_coordinates + 1) // 2), 4)
-        priority.index_fill_(0, highest(sines.masked_fill(priority > 0, float("-inf")), num_coordinates // 2), 4)
+        by_cosine = highest(cosines, (num_coordinates + 1) // 2)
+        by_sine = highest(sines.index_fill(0, by_cosine, float("-inf")), num_coordinates // 2)
+        priority.index_fill_(0, by_cosine, 4).index_fill_(0, by_sine, 4)
         # the other pruner's best go next; what it keeps of a whole budget fills up for those it shares with the axes
-        if budget > num_coordinates:
-            priority[self.prune.select_body(tokens, budget - num_coordinates)] += 2
-        priority[self.prune.select_body(tokens, budget)] += 1
+        budgets = [budget, budget - num_coordinates] if budget > num_coordinates else [budget]
+        for worth, chosen in enumerate(self.prune.select_bodies(tokens, budgets), 1):
+            priority.index_add_(0, chosen, priority.new_full((len(chosen),), worth))
         tie_breaker = torch.arange(tokens.n, device=cosines.device, dtype=torch.float64).mul(0.6180339887).frac()
-        return highest(priority + 0.5 * tie_breaker, budget)
+        return highest(torch.add(priority, tie_breaker, alpha=0.5), budget)

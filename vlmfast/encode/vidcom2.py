@@ -41,13 +41,18 @@ class VidCom2(Pruner):
         return -self._like(tokens).sum(0)
 
     def select_body(self, tokens: VisualTokens, budget: int) -> Tensor:
+        return self.select_bodies(tokens, [budget])[0]
+
+    def select_bodies(self, tokens: VisualTokens, budgets: list[int]) -> list[Tensor]:
         like = self._like(tokens)
-        frame_quota = None
+        quotas: dict[int, Tensor | None] = dict.fromkeys(budgets)
         if tokens.frames > 1:
             likeness = frame_means(like[0][:, None], tokens.frame, tokens.frames, tokens.frame_size)[:, 0]
             frame_share = (likeness / -self.temperature).softmax(0)
-            frame_quota = largest_remainder((1 + frame_share - frame_share.mean()).clamp(min=0), budget)
-        return ranked(-like.sum(0), tokens.frame, budget, self.floor, frame_quota, tokens.frame_size)
+            frame_share = (1 + frame_share - frame_share.mean()).clamp(min=0)
+            quotas = {budget: largest_remainder(frame_share, budget) for budget in budgets}
+        scores, frame, frame_size = -like.sum(0), tokens.frame, tokens.frame_size
+        return [ranked(scores, frame, budget, self.floor, quotas[budget], frame_size) for budget in budgets]
 
 
 def gaussians(distance: Tensor) -> Tensor:

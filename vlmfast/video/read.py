@@ -127,6 +127,18 @@ class VideoReader:
     def __len__(self) -> int:
         return len(self.indices)
 
+    def decodes_more(self) -> str | None:
+        """Why frames are decoded that nobody chose and no chosen frame refers to; None where that is not so."""
+        if self._folder or len(self) == self.total:
+            return None
+        if self.backend != "pyav":
+            return f"{self.backend} decodes every frame up to the last chosen one, backend='pyav' need not"
+        if self.index.pts is None:
+            return "its frames can only be counted, so every one up to the last chosen one is decoded"
+        if not self.index.skips and len(self.index.keys) < self.total:
+            return "its codec leaves no frame out, so all from a key frame to a chosen one are decoded"
+        return None
+
     def read(self, size: Size = None) -> Video:
         """Decodes the chosen frames, at `size` as in `read_video`."""
         check_size(size)
