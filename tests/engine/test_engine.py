@@ -546,7 +546,7 @@ def test_what_has_no_static_step_says_why() -> None:
 def test_a_rule_that_reads_hidden_states_takes_the_static_step(family: str, layer: int) -> None:
     """And says what it says over the functional step, whose loosened tokens are the same ones."""
     from vlmfast.decode import Loose
-    from vlmfast.decode.accept import LooseAdvanced
+    from vlmfast.decode.loose import LooseAdvanced
 
     model, draft, batch = tiny.build(family), draft_of(family), tiny.inputs(family)
     advanced = LooseAdvanced(layer=layer, within=0, bigram=False)

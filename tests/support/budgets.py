@@ -27,8 +27,8 @@ import vlmfast
 from evals.gpu.run import takes_tower
 from vlmfast.core import Unsupported, VisualTokens
 from vlmfast.decode import Exact, Loose, Speculate
-from vlmfast.decode.accept import LooseAdvanced
 from vlmfast.decode.drafts import DraftMethod
+from vlmfast.decode.loose import LooseAdvanced
 from vlmfast.encode import METHODS, VidCom2
 from vlmfast.prefill import HybridKV, SnapKV
 from vlmfast.prefill.hybrid import HybridAdvanced

@@ -2,10 +2,13 @@
 
 from typing import Any
 
-from vlmfast.decode.accept import Exact, FLy, Loose, LooseAdvanced, Lossless, RandomRelax
+from vlmfast.decode.accept import Exact, Lossless
 from vlmfast.decode.bild import BiLD
 from vlmfast.decode.drafts import DRAFTS, LookupThenModel, ModelDraft, PromptLookup, SelfDraft
 from vlmfast.decode.ensemble import Ensemble
+from vlmfast.decode.fly import FLy
+from vlmfast.decode.loose import Loose, LooseAdvanced
+from vlmfast.decode.random_relax import RandomRelax
 from vlmfast.decode.speculate import Speculate
 from vlmfast.decode.target_attention import TargetAttention
 

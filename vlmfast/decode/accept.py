@@ -1,4 +1,6 @@
-"""Acceptance rules: which drafted tokens the target lets through. One class per rule, each with its paper.
+"""What an acceptance rule is, and the two lossless ones: which drafted tokens the target lets through.
+
+Rules that change the output have a file each, with its paper: `loose`, `fly`, `bild`, `ensemble`, `random_relax`.
 
 The pieces are pure functions on tensors (`decode.criteria`); a rule puts them together in `judge(verified)`. Letters:
 ``k`` drafted tokens d_1..d_k, ``V`` vocabulary. The target scores k + 1 positions: row i (from 0) predicts d_{i+1},
@@ -9,24 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from vlmfast.core import Unsupported
-from vlmfast.decode.criteria import (
-    below_quantile,
-    least_relevant,
-    normalised_entropy,
-    repeats_bigram,
-    residual,
-    shifted,
-    within_ratio,
-    within_top,
-)
-from vlmfast.fields import Method, NonNegativeInt, Options, PositiveInt, Share
-from vlmfast.runtime.transfers import to_device
+from vlmfast.decode.criteria import residual
+from vlmfast.fields import Method
 
 REFUSED, EXACT, LOOSE, SHIFT = 0, 1, 2, 3
 
@@ -90,26 +81,20 @@ def guarded(verified: Round, target_picks: Tensor) -> Tensor:
 # ---------------------------------------------------------------- rules
 
 
-@dataclass(frozen=True)
-class LooseAdvanced(Options):
-    """What changes nothing measurable in `Loose` on pocket captions (`evals/results/cpu-decode.json`).
+class RelevanceOptions(Protocol):
+    """How relevance to the media is measured, see `loose.LooseAdvanced`."""
 
-    top: cosines that are averaged. layer: whose hidden states; offset: "predict" = the position that predicts the
-    token, "self" = the token's own. scope: "window" ranks inside the round, "running" against all positions of this
-    request, "threshold" loosens below `threshold`. shift: position-shift tolerance, rows to either side (0 = off).
-    Guards beyond the paper: bigram (nothing that makes a bigram repeat), within (the draft token is among the target's
-    `within` best; 0 = off).
-    """
+    @property
+    def top(self) -> int: ...
 
-    title: ClassVar[str] = "loose:advanced"
-    top: PositiveInt = 10
-    layer: int = -1
-    offset: Literal["predict", "self"] = "predict"
-    scope: Literal["window", "running", "threshold"] = "window"
-    threshold: float = 0.3
-    shift: NonNegativeInt = 3
-    bigram: bool = True
-    within: NonNegativeInt = 5
+    @property
+    def layer(self) -> int: ...
+
+    @property
+    def offset(self) -> Literal["predict", "self"]: ...
+
+    @property
+    def scope(self) -> Literal["window", "running", "threshold"]: ...
 
 
 class Rule(Method):
@@ -138,9 +123,9 @@ class Rule(Method):
         """Classes of words (`decode.strict_tokens`) that are never loosened; non-empty means a tokenizer is needed."""
         return ()
 
-    def relevance_options(self) -> LooseAdvanced:
-        """How relevance to the media is measured, for rules that are `visual`."""
-        return LooseAdvanced()
+    def relevance_options(self) -> RelevanceOptions:
+        """How relevance to the media is measured; asked of rules that are `visual`."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -190,149 +175,3 @@ class Lossless(Rule):
             return Verdict([EXACT] * position, int(torch.multinomial(residual(target_probs, draft_probs), 1)))
         num_drafted = verified.draft.shape[0]
         return Verdict([EXACT] * num_drafted, verified.pick(num_drafted))
-
-
-@dataclass(frozen=True)
-class Loose(Rule):
-    """LVSpec (Ji et al., arXiv 2604.05650): strict only where a token is about the media. Changes the output.
-
-    Relevance of a position = mean of the highest cosines between its hidden state in the target and the prompt's visual
-    hidden states. The `relax` share of positions with the lowest relevance passes whatever was drafted.
-    Guards beyond the paper: ratio (the drafted token's probability is at least this share of the best one's; 0 = off;
-    it keeps most facts, see `docs/benchmarks.md`), eos, digits, negation, comparison (words
-    never loosened, found through the tokenizer). advanced: everything else, see `LooseAdvanced`; relax=0 and there
-    shift=0 is `Exact`. A prompt without visual tokens is verified strictly, and the report notes it.
-    """
-
-    relax: Share = 0.7
-    ratio: Share = 0.3
-    eos: bool = True
-    digits: bool = True
-    negation: bool = True
-    comparison: bool = True
-    advanced: LooseAdvanced = LooseAdvanced()
-    name: ClassVar[str] = "loose"
-    visual: ClassVar[bool] = True
-
-    def check_model(self, layers: int, heads: int, axes: int) -> None:
-        read_layer = self.advanced.layer
-        if not -layers <= read_layer < layers:
-            raise Unsupported(
-                f"loose: layer={read_layer}, but this model has layers 0 to {layers - 1} (-1 is the last, and so on)"
-            )
-
-    def relevance_options(self) -> LooseAdvanced:
-        return self.advanced
-
-    def word_classes(self) -> tuple[str, ...]:
-        return tuple(word_class for word_class in ("digits", "negation", "comparison") if getattr(self, word_class))
-
-    def judge(self, verified: Round) -> Verdict:
-        if verified.relevance is None:
-            return Exact().judge(verified)
-        codes: list[int] = []
-        for position, drafted_token in enumerate(verified.draft.tolist()):
-            code = EXACT if drafted_token == verified.pick(position) else self.judge_mismatch(verified, position)
-            if code == REFUSED:
-                break
-            codes.append(code)
-        return Verdict(codes, verified.pick(len(codes)))
-
-    def judge_mismatch(self, verified: Round, position: int) -> int:
-        """LOOSE, SHIFT or REFUSED for the token drafted at `position`, not the target's own. Cheap guards first."""
-        drafted_token = verified.draft[position : position + 1]
-        strict = verified.strict
-        if strict is not None and bool(strict[drafted_token] | strict[verified.pick(position)]):
-            return REFUSED
-        if self.advanced.bigram and bool(repeats_bigram(verified.draft[: position + 1], verified.committed)[position]):
-            return REFUSED
-        if self._loosened(verified, position):
-            return LOOSE
-        max_shift = self.advanced.shift
-        if max_shift and bool(shifted(verified.draft, verified.picks(), verified.committed, max_shift)[position]):
-            return SHIFT
-        return REFUSED
-
-    def _loosened(self, verified: Round, position: int) -> bool:
-        """Is the token drafted at `position` likely enough, and the position not about the media?
-
-        Where all scores are there, all positions are decided at once, so that a GPU is read once a round. Processors
-        that read the ids are asked row by row, and no further than needed.
-        """
-        draft = verified.draft
-        if verified.all_scores is None:
-            likely = self._likely(verified.score(position)[None], draft[position : position + 1])
-            return bool(likely) and bool(self._free(verified.relevance_scores().cpu(), verified)[position])
-        if verified.loosened is None:
-            scores, relevance = verified.all_scores[: draft.shape[0]], verified.relevance_scores()
-            likely, relevance = torch.stack([self._likely(scores, draft).float(), relevance.float()]).cpu()
-            verified.loosened = (likely > 0) & self._free(relevance, verified)
-        return bool(verified.loosened[position])
-
-    def _likely(self, scores: Tensor, draft: Tensor) -> Tensor:
-        """scores (n, V), draft (n,) on the host -> (n,) bool: do `within` and `ratio` let it pass?"""
-        draft = to_device(draft, scores.device)
-        passes = torch.ones_like(draft, dtype=torch.bool)
-        if self.advanced.within:
-            passes = within_top(scores, draft, self.advanced.within)
-        return passes & within_ratio(scores, draft, self.ratio) if self.ratio else passes
-
-    def _free(self, relevance: Tensor, verified: Round) -> Tensor:
-        """relevance (k,) float32 on the host -> (k,) bool: positions that are not about the media."""
-        if self.advanced.scope == "window":
-            return least_relevant(relevance, self.relax)
-        if self.advanced.scope == "running":
-            return below_quantile(relevance, verified.past_relevance, self.relax)
-        return relevance < self.advanced.threshold
-
-
-@dataclass(frozen=True)
-class FLy(Rule):
-    """FLy (arXiv 2511.22972): a mismatch passes where the target is unsure and the tokens after it match again. Lossy.
-
-    Entropy gate: the target's normalised entropy there is at least `theta`. Deferred window: the next `window` drafted
-    tokens all match, and lie within the draft. eos: never loosen the end of the answer.
-    """
-
-    theta: Share = 0.3
-    window: NonNegativeInt = 6
-    eos: bool = True
-    name: ClassVar[str] = "fly"
-
-    def judge(self, verified: Round) -> Verdict:
-        num_drafted = verified.draft.shape[0]
-        if num_drafted == 0:
-            return Exact().judge(verified)
-        target_picks = verified.picks()
-        matching = verified.draft == target_picks[:-1]
-        if bool(matching.all()):
-            return leading([EXACT] * num_drafted, verified)
-        unsure = (normalised_entropy(verified.scores()) >= self.theta).cpu() & guarded(verified, target_picks)
-        matches = matching.tolist()
-        codes = [EXACT if is_match else REFUSED for is_match in matches]
-        for position, is_unsure in enumerate(unsure.tolist()):
-            following = matches[position + 1 : position + 1 + self.window]
-            if not matches[position] and is_unsure and position + self.window < num_drafted and all(following):
-                codes[position] = LOOSE
-        return leading(codes, verified)
-
-
-@dataclass(frozen=True)
-class RandomRelax(Rule):
-    """Every mismatch passes with probability `relax`, drawn from `seed`: the baseline of every loose rule
-    (survey arXiv 2604.05546, App. D.2). Changes the output. eos: never loosen the end of the answer."""
-
-    relax: Share = 0.5
-    seed: NonNegativeInt = 0
-    eos: bool = True
-    name: ClassVar[str] = "randomrelax"
-
-    def judge(self, verified: Round) -> Verdict:
-        num_drafted = verified.draft.shape[0]
-        if num_drafted == 0:
-            return Exact().judge(verified)
-        target_picks = verified.picks()
-        drawn = torch.rand(num_drafted, generator=verified.random) < self.relax
-        loosened = drawn.to(verified.draft.device) & guarded(verified, target_picks)
-        codes = torch.where(verified.draft == target_picks[:-1], EXACT, torch.where(loosened, LOOSE, REFUSED))
-        return leading(codes.tolist(), verified)

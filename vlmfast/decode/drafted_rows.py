@@ -193,12 +193,9 @@ class DraftedRows:
         self._stream()
 
     def _judge(self, row: int, verified: VerifiedLogits, draft: Tensor, draft_probs: Tensor | None) -> Verdict:
-        vocabulary_size = verified.logits.shape[-1]
-        if draft_probs is not None and draft_probs.shape[-1] < vocabulary_size:
-            draft_probs = torch.nn.functional.pad(draft_probs, (0, vocabulary_size - draft_probs.shape[-1]))
         return self.rule.judge(
             Round(
-                draft, verified.score, verified.pick, self.choices[row].sampling, draft_probs,
+                draft, verified.score, verified.pick, self.choices[row].sampling, verified.widened(draft_probs),
                 self.outputs[row].emitted, strict=self.strict, random=self.random[row], all_scores=verified.batch,
             )
         )  # fmt: skip

@@ -307,17 +307,15 @@ class _Run:
     ) -> rules.Round:
         relevance: Any = None
         past_relevance = None
-        num_drafted, vocabulary_size = draft.shape[0], verified.logits.shape[-1]
+        num_drafted = draft.shape[0]
         if self.memory is not None and target.hidden is not None:
             first_position = 1 if self.rule.relevance_options().offset == "self" else 0
             relevance = partial(self.memory.score, target.hidden[0, first_position : first_position + num_drafted])
             if self.rule.relevance_options().scope == "running":
                 relevance, past_relevance = relevance().cpu(), torch.cat(self.past) if self.past else None
                 self.past.append(relevance)
-        if draft_probs is not None and draft_probs.shape[-1] < vocabulary_size:
-            draft_probs = torch.nn.functional.pad(draft_probs, (0, vocabulary_size - draft_probs.shape[-1]))
         return rules.Round(
-            draft, verified.score, verified.pick, self.sampling, draft_probs, self.out.emitted,
+            draft, verified.score, verified.pick, self.sampling, verified.widened(draft_probs), self.out.emitted,
             relevance, past_relevance, self.strict, self.random, verified.batch,
         )  # fmt: skip
 

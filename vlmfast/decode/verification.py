@@ -115,6 +115,12 @@ class VerifiedLogits:
             self.picked[position] = self.choice.choose(self.score(position))
         return self.picked[position]
 
+    def widened(self, draft_probs: Tensor | None) -> Tensor | None:
+        """A draft's probabilities (k, V'), V' <= V, as (k, V): the target may have rows that no tokenizer uses."""
+        if draft_probs is None or draft_probs.shape[-1] >= self.logits.shape[-1]:
+            return draft_probs
+        return torch.nn.functional.pad(draft_probs, (0, self.logits.shape[-1] - draft_probs.shape[-1]))
+
     def kept(self, position: int) -> tuple[Tensor, Tensor]:
         """Processed scores and raw logits of row i, (1, V) each, as `generate` returns them."""
         return self.score(position)[None].clone(), self.logits[position : position + 1].clone()
