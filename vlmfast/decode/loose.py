@@ -110,8 +110,10 @@ class Loose(Rule):
             return bool(likely) and bool(self._free(verified.relevance_scores().cpu(), verified)[position])
         if verified.loosened is None:
             scores, relevance = verified.all_scores[: draft.shape[0]], verified.relevance_scores()
-            likely, relevance = torch.stack([self._likely(scores, draft).float(), relevance.float()]).cpu()
-            verified.loosened = (likely > 0) & self._free(relevance, verified)
+            likely = self._likely(scores, draft).float()
+            if relevance.device == likely.device:  # both in one read; ranked against earlier rounds it is on the host
+                likely, relevance = torch.stack([likely, relevance.float()]).cpu()
+            verified.loosened = (likely.cpu() > 0) & self._free(relevance, verified)
         return bool(verified.loosened[position])
 
     def _likely(self, scores: Tensor, draft: Tensor) -> Tensor:

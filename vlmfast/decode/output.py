@@ -24,7 +24,7 @@ class Output:
         self.start = self.length = prompt.shape[1]
         room = 256 if limit is None else max(1, min(limit - self.start, 4096))
         self.buffer = torch.cat([prompt, prompt.new_zeros(1, room)], 1)
-        self.host = self.buffer.cpu()  # the same on the host: a CPU's own buffer
+        self._on_host: Tensor | None = None  # the prompt and what was emitted since, once it is asked for
         self.limit, self.eos, self.criteria, self.streamer = limit, eos, criteria, streamer
         self.scores: tuple[Tensor, ...] | None = () if keep_scores else None
         self.logits: tuple[Tensor, ...] | None = () if keep_logits else None
@@ -38,8 +38,15 @@ class Output:
 
     @property
     def host_ids(self) -> Tensor:
-        """`ids` on the host, where drafts read them without waiting; a view."""
-        return self.host[:, : self.length]
+        """`ids` on the host, where drafts read them: only the first time waits for a GPU. A view on a CPU."""
+        if not self.buffer.is_cuda:
+            return self.ids
+        if self._on_host is None:
+            self._on_host = self.ids.cpu()
+        missing = self.length - self._on_host.shape[1]
+        if missing:
+            self._on_host = torch.cat([self._on_host, torch.tensor([self.emitted[-missing:]])], 1)
+        return self._on_host
 
     @property
     def prompt(self) -> Tensor:
@@ -56,12 +63,8 @@ class Output:
         scores_and_logits: gives the token's scores and logits, (1, V) each; called where one of them is kept.
         """
         if self.length == self.buffer.shape[1]:
-            shared = self.host is self.buffer
             self.buffer = torch.cat([self.buffer, self.buffer.new_zeros(1, self.length)], 1)
-            self.host = self.buffer if shared else torch.cat([self.host, self.host.new_zeros(1, self.length)], 1)
         self.buffer[0, self.length].fill_(token)  # a kernel: an assignment would copy, and wait on a GPU
-        if self.host is not self.buffer:
-            self.host[0, self.length] = token
         self.length += 1
         self.emitted.append(token)
         if self.scores is not None or self.logits is not None:
