@@ -15,7 +15,7 @@ import pytest
 import streams as stream
 import tiny
 import torch
-from archives import copy, fill, folder, made, reopened, same
+from archives import copy, fill, folder, made, reopened, rewritten, same
 
 from vlmfast.core import UserError
 from vlmfast.stream.archive import manifest
@@ -71,14 +71,6 @@ def archive(path, count=40, limit=None, ram="1MB", seconds=4):
     store.flush()
     store.close()
     return store
-
-
-def rewritten(path, change):
-    """Write both manifests anew, with right checksums, after `change(body)`."""
-    body = manifest.read(path)[0]
-    change(body)
-    for name in manifest.MANIFESTS:
-        (path / name).write_bytes(manifest.dump(body))
 
 
 # ---------------------------------------------------------------- its own files and no others

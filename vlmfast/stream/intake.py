@@ -276,6 +276,10 @@ class Intake:
                 count += 1
             for block, packed in pack_all(group, self.store.keep_as):
                 self._store(block, packed)
+        self._blocks_stored()
+
+    def _blocks_stored(self) -> None:
+        """Called when a chunk's blocks are stored; after an error here the chunk is taken back."""
 
     def _store(self, block: Block, packed: PackedBlock) -> None:
         if not self.unstored:
