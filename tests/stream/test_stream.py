@@ -26,6 +26,7 @@ from vlmfast.prefill import METHODS as POLICIES
 from vlmfast.stream.archive import manifest
 from vlmfast.stream.archive.segments import StoreError
 from vlmfast.stream.recall_by_layer import layer_recall
+from vlmfast.stream.recent_grids import Recent
 from vlmfast.stream.retrievers import External, Internal, Oracle, Recency, UniformRetriever, in_time, standardised
 from vlmfast.stream.session import StreamSession
 
@@ -312,7 +313,7 @@ def test_recall_by_layer_is_what_each_layer_brings_back():
     wanted = {b.id for b in in_time(blocks, None, evidence)}
     for i, share in enumerate(got):
         alone = Internal(frames=5, scope="shared", layers=(i,))
-        chosen = s.builder.choose(alone, blocks, Q)[0][0]
+        chosen = s.builder.choose(alone, blocks, Q, Recent())[0][0]
         assert share == pytest.approx(len(wanted & {b.id for b in chosen}) / len(wanted))
     assert len(got) == 4
     with pytest.raises(UserError, match="evidence"):
