@@ -15,7 +15,7 @@ import pytest
 import streams as stream
 import tiny
 import torch
-from archives import copy, fill, folder, made, reopened, same
+from archives import copy, fill, folder, made, reopened, rewritten, same
 
 from vlmfast.core import UserError
 from vlmfast.stream.archive import manifest
@@ -71,14 +71,6 @@ def archive(path, count=40, limit=None, ram="1MB", seconds=4):
     store.flush()
     store.close()
     return store
-
-
-def rewritten(path, change):
-    """Write both manifests anew, with right checksums, after `change(body)`."""
-    body = manifest.read(path)[0]
-    change(body)
-    for name in manifest.MANIFESTS:
-        (path / name).write_bytes(manifest.dump(body))
 
 
 # ---------------------------------------------------------------- its own files and no others
@@ -878,7 +870,7 @@ def test_the_saved_format_is_the_one_of_earlier_versions(tmp_path):
     assert set(saved) == {"raw", "val", "last", "standing", "standing.known", "pending.0", "recent.0.0", "recent.1.0"}
     assert set(meta) == {
         "state", "size", "span", "resident", "pending", "last", "gap", "accepted", "turns", "counts", "dropped",
-        "evicted", "lost_seconds", "beat",
+        "evicted", "lost_seconds", "beat", "recent",
     }  # fmt: skip
     assert set(meta["state"]) == {"blocks", "first", "cursor", "shift", "segment", "visual", "kept"}
     segment = header(next((tmp_path / "s").glob("segment-*")))

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from streams import TOLERANCE, Q, close, logits, processor, session, video
+from streams import FAMILIES, TOLERANCE, Q, close, logits, plain, plain_logits, processor, session, turn, video
 
 from vlmfast.core import Unsupported, UserError
 from vlmfast.decode import PromptLookup, SelfDraft, Speculate
@@ -26,34 +26,9 @@ from vlmfast.prefill import METHODS as POLICIES
 from vlmfast.stream.archive import manifest
 from vlmfast.stream.archive.segments import StoreError
 from vlmfast.stream.recall_by_layer import layer_recall
+from vlmfast.stream.recent_grids import Recent
 from vlmfast.stream.retrievers import External, Internal, Oracle, Recency, UniformRetriever, in_time, standardised
 from vlmfast.stream.session import StreamSession
-
-FAMILIES = tiny.VIDEO_FAMILIES
-
-
-def plain(family, model, frames, messages, fps=2.0):
-    """What the stock processor makes of the whole clip in one prompt."""
-    proc = processor(family)
-    text = proc.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    meta = {"total_num_frames": len(frames), "fps": fps, "frames_indices": list(range(len(frames)))}
-    clip = torch.from_numpy(frames).permute(0, 3, 1, 2)
-    more = {"fps": fps} if family in ("qwen2_vl", "qwen2_5_vl") else {}
-    return proc(
-        text=[text], videos=[clip], videos_kwargs={"do_sample_frames": False, **more}, video_metadata=[meta],
-        return_tensors="pt",
-    )  # fmt: skip
-
-
-def turn(question, video_too=True):
-    text = {"type": "text", "text": question}
-    return {"role": "user", "content": [{"type": "video"}, text] if video_too else [text]}
-
-
-def plain_logits(model, inputs):
-    positions = model._prepare_position_ids_for_generation(inputs["input_ids"], dict(inputs))
-    return model(**inputs, position_ids=positions).logits[0, -1].float()
-
 
 # ---------------------------------------------------------------- law 10, and the plain model as the reference
 
@@ -338,7 +313,7 @@ def test_recall_by_layer_is_what_each_layer_brings_back():
     wanted = {b.id for b in in_time(blocks, None, evidence)}
     for i, share in enumerate(got):
         alone = Internal(frames=5, scope="shared", layers=(i,))
-        chosen = s.builder.choose(alone, blocks, Q)[0][0]
+        chosen = s.builder.choose(alone, blocks, Q, Recent())[0][0]
         assert share == pytest.approx(len(wanted & {b.id for b in chosen}) / len(wanted))
     assert len(got) == 4
     with pytest.raises(UserError, match="evidence"):

@@ -9,13 +9,12 @@ import sys
 import textwrap
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tiny
 import torch
+from archives import rewritten
 from clips import refused
-from test_archive import rewritten
-from test_stream import FAMILIES, Q, close, logits, plain_logits, processor, session, turn, video
+from streams import FAMILIES, Q, close, logits, plain_logits, processor, session, still, turn, video
 
 from vlmfast.plan import Plan
 from vlmfast.prefill import METHODS as POLICIES
@@ -24,12 +23,6 @@ from vlmfast.stream.retrievers import Internal, Oracle, Recency, RecentOnly, Uni
 from vlmfast.stream.session import StreamSession
 
 EVERY = UniformRetriever(frames=1 << 20)
-
-
-def still(moving=6, after=10, seed=0):
-    """Frames that change, then one that stays: redundancy keeps next to nothing of the end."""
-    frames = video(moving, seed, still=0.2)
-    return np.concatenate([frames, np.repeat(frames[-1:], after, 0)])
 
 
 def whole(s):
@@ -180,9 +173,8 @@ def test_it_is_saved_and_may_be_shortened(family, tmp_path):
 def test_after_a_crash_it_is_what_was_stored_until_it_is_seen_again(tmp_path):
     code = textwrap.dedent(f"""
         import os, signal, sys
-        sys.path[:0] = {[str(Path(__file__).parent), str(Path(tiny.__file__).parent)]!r}
-        from test_stream import session
-        from test_stream_recent import still
+        sys.path.insert(0, {str(Path(tiny.__file__).parent)!r})
+        from streams import session, still
         s = session("qwen2_5_vl", redundancy=0.3, disk={str(tmp_path / "s")!r})
         s.push(still())
         s.flush()

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from clips import refused
-from test_stream import processor, session, video
+from streams import processor, session, video
 
 from evals.stream import rules
 from vlmfast import loading

@@ -6,6 +6,7 @@ import shutil
 
 import torch
 
+from vlmfast.stream.archive import manifest
 from vlmfast.stream.archive.store import Store
 from vlmfast.stream.blocks import Block, BlockTensors
 
@@ -52,3 +53,11 @@ def same(store, i, exact=True):
             if not (torch.equal(got, want) if exact else torch.allclose(got, want, atol=0.05)):
                 return False
     return True
+
+
+def rewritten(path, change):
+    """Write both manifests anew, with right checksums, after `change(body)`."""
+    body = manifest.read(path)[0]
+    change(body)
+    for name in manifest.MANIFESTS:
+        (path / name).write_bytes(manifest.dump(body))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import tiny
+import torch
 
 from vlmfast.stream.session import StreamSession
 
@@ -45,3 +46,35 @@ TOLERANCE = 2e-4  # fp32 logits of about 10, summed in another order
 
 def close(a, b):
     return float((a - b).abs().max()) < TOLERANCE
+
+
+FAMILIES = tiny.VIDEO_FAMILIES
+
+
+def plain(family, model, frames, messages, fps=2.0):
+    """What the stock processor makes of the whole clip in one prompt."""
+    proc = processor(family)
+    text = proc.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    meta = {"total_num_frames": len(frames), "fps": fps, "frames_indices": list(range(len(frames)))}
+    clip = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    more = {"fps": fps} if family in ("qwen2_vl", "qwen2_5_vl") else {}
+    return proc(
+        text=[text], videos=[clip], videos_kwargs={"do_sample_frames": False, **more}, video_metadata=[meta],
+        return_tensors="pt",
+    )  # fmt: skip
+
+
+def turn(question, video_too=True):
+    text = {"type": "text", "text": question}
+    return {"role": "user", "content": [{"type": "video"}, text] if video_too else [text]}
+
+
+def plain_logits(model, inputs):
+    positions = model._prepare_position_ids_for_generation(inputs["input_ids"], dict(inputs))
+    return model(**inputs, position_ids=positions).logits[0, -1].float()
+
+
+def still(moving=6, after=10, seed=0):
+    """Frames that change, then one that stays: redundancy keeps next to nothing of the end."""
+    frames = video(moving, seed, still=0.2)
+    return np.concatenate([frames, np.repeat(frames[-1:], after, 0)])

@@ -31,13 +31,9 @@ SIZES = (1, 2, 4, 6, 8, 12, 17)  # tokens of a step that graphs are captured for
 
 
 def forward(
-    weights: Weights,
-    slots: Slots,
-    ops: ModuleType,
-    tokens: Tensor,
-    read: Read | None = None,
+    weights: Weights, slots: Slots, ops: ModuleType, tokens: Tensor, read: Read | None = None,
     hidden_layer: int | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """tokens (B, n) int64 -> logits (B * n, V) in the model's dtype, and the output of `hidden_layer`, (B * n, D).
 
     Every row holds n columns more, nothing is read by the host. read: what brings columns from host memory for the

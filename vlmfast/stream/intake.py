@@ -45,9 +45,8 @@ class Intake:
         self.counts: dict[str, Any] = {"frames": 0, "questions": 0, "encode_s": 0.0}
         self.unstored: list[tuple[Block, PackedBlock]] = []  # encoded, and the store had no room: at most one chunk
         self._disk_error: StoreError | None = None
-        self._failed: tuple[list[Tensor], Any, int] | None = (
-            None  # of a push that failed: frames, times, how many taken
-        )
+        # of a push that failed: frames, times, how many taken
+        self._failed: tuple[list[Tensor], Any, int] | None = None
         self._lock = model_lock(self.model)  # one for all: a model serves one call at a time
         self._accepting = threading.RLock()  # held from a frame's acceptance until it is queued or being encoded
         self._watchers: list[Watcher] = []
@@ -276,6 +275,10 @@ class Intake:
                 count += 1
             for block, packed in pack_all(group, self.store.keep_as):
                 self._store(block, packed)
+        self._blocks_stored()
+
+    def _blocks_stored(self) -> None:
+        """Called when a chunk's blocks are stored; after an error here the chunk is taken back."""
 
     def _store(self, block: Block, packed: PackedBlock) -> None:
         if not self.unstored:

@@ -25,7 +25,7 @@ from vlmfast.runtime.placeholders import refuse_placeholders
 from vlmfast.runtime.stream_cache import PlainCache
 from vlmfast.runtime.transfers import to_device
 from vlmfast.stream.blocks import BlockInput, block_positions, joined
-from vlmfast.stream.encoder import MOST_TOKENS, GridFrames
+from vlmfast.stream.encoder import MOST_TOKENS
 from vlmfast.stream.snapshot import SavedIntake
 from vlmfast.stream.working_set import WorkingSetBuilder
 
@@ -218,8 +218,7 @@ class WatchedIntake(SavedIntake):
             )
         rule.answered = True
 
-    def _store_blocks(self, grids: GridFrames) -> None:
-        super()._store_blocks(grids)
+    def _blocks_stored(self) -> None:
         if self.rules:
             self._read_rules()
             self.encoder.recent.trim()
