@@ -188,6 +188,18 @@ def sessions(rows: list[Row]) -> str:
     return markdown(heads, out)
 
 
+def rules(rows: list[Row]) -> str:
+    """What watch rules tell and miss, and frames per second by how many there are."""
+    out = []
+    for r in rows:
+        m = r["metrics"]
+        if r["name"] == "rules":
+            right, found = (_within(m[key], m[f"{key}_ci95"]) for key in ("precision", "recall"))
+            out.append([f"{m['alerts']:,} alerts, {m['appearances']:,} appearances, {m['clips']} clips", right, found,
+                        f"{m['delay_s']:.1f} s"])  # fmt: skip
+    return markdown(["of", "alerts that are right", "appearances told", "after"], out)
+
+
 def presets(rows: list[Row], config: Row, asked: list[Row]) -> str:
     """Every preset end to end at 3B shapes, and a second question about the same clip; what such a plan does to answers
     stands beside it only where the record of answers (`asked`) holds one that keeps the same share of the tokens."""
@@ -270,6 +282,8 @@ TABLES = {
     "read": ("cpu-read.json", read),
     "stream": ("cpu-stream.json", stream),
     "sessions": ("cpu-stream.json", sessions),
+    "stream-present": ("cpu-stream-present.json", stream),
+    "stream-rules": ("cpu-stream-present.json", rules),
     "crash": ("stream-crash.json", crash),
     "accuracy-easy-vqa": ("accuracy-easy-vqa.json", accuracy),
     "accuracy-long": ("accuracy-long.json", accuracy),

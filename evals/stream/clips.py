@@ -26,11 +26,11 @@ QUICK = ("internal", "recent-only", "recency", "oracle")
 def measured(config: dict[str, Any], minutes: float, folder: Path, tell: Callable[[str], None]) -> list[dict[str, Any]]:
     """What every clip of one length gave, in the order of seeds: read from `folder`, or streamed now."""
     clips = runs.clips_of(minutes, config["quick"], config["clips"])
-    identity = _identity(config)
-    tasks = [(config, minutes, seed, count, folder / identity / f"{minutes:g}-{seed}.json") for seed, count in clips]
+    named = identity(config)
+    tasks = [(config, minutes, seed, count, folder / named / f"{minutes:g}-{seed}.json") for seed, count in clips]
     missing = [task for task in tasks if not task[-1].exists()]
     if len(missing) < len(tasks):
-        tell(f"{minutes:g} min: {len(tasks) - len(missing)} of {len(tasks)} clips are in {folder / identity}")
+        tell(f"{minutes:g} min: {len(tasks) - len(missing)} of {len(tasks)} clips are in {folder / named}")
     jobs = min(config["jobs"], len(missing))
     if jobs > 1:
         context = multiprocessing.get_context("spawn")
@@ -43,7 +43,7 @@ def measured(config: dict[str, Any], minutes: float, folder: Path, tell: Callabl
     return [_read(task[-1]) for task in tasks]
 
 
-def _identity(config: dict[str, Any]) -> str:
+def identity(config: dict[str, Any]) -> str:
     """A folder name for everything that decides an answer."""
     import vlmfast
     from vlmfast.bench import runner

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from evals.stream import runs
 from vlmfast.bench import records, stats
+from vlmfast.files import write_text
 from vlmfast.pocket.clips import LongClip, clip
 from vlmfast.stream import StreamSession
 
@@ -17,7 +20,7 @@ Span = tuple[float, float]
 RULES = 8  # watched at once
 COOLDOWN = 4.0  # seconds; a scene lasts 8
 LATE = 1.0  # seconds that a reading may lie behind what it read
-MINUTES, CLIPS = 10, 20
+MINUTES = 10.0  # of a clip
 TIMED = (0, 1, RULES)  # rules, of the rates
 
 
@@ -45,28 +48,35 @@ def judged(told: Sequence[float], spans: Sequence[Span]) -> tuple[list[float], l
     return right, found
 
 
-def accuracy_row(model: Any, processor: Any, config: dict[str, Any], tell: Any) -> dict[str, Any]:
-    """Precision and recall of `RULES` rules over the reported clips, with intervals over clips."""
+def watch(model: Any, processor: Any, config: dict[str, Any], seed: int) -> dict[str, Any]:
+    """One clip under `RULES` rules: what -> {"told": seconds of its alerts, "spans": of its appearances}."""
+    drawn = clip(seed, round(MINUTES * 60), questions=16)
+    told: dict[str, list[float]] = {what: [] for what in watched(drawn, RULES)}
+    encoded(model, processor, drawn, told, config).close(discard=True)
+    return {what: {"told": seconds, "spans": appearances(drawn, what)} for what, seconds in told.items()}
+
+
+def accuracy_row(model: Any, processor: Any, config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Precision and recall of `RULES` rules over reported clips, with intervals over clips; what a clip gave is kept in
+    `folder`."""
     right: list[float] = []
     found: list[float] = []
     of_right: list[str] = []
     of_found: list[str] = []
     delays: list[float] = []
-    seeds = runs.REPORTED[: min(CLIPS, config["clips"] or CLIPS)]
+    seeds = [seed for seed, _ in runs.clips_of(MINUTES, False, config["clips"])]
     for seed in seeds:
-        drawn = clip(seed, MINUTES * 60, questions=16)
-        told: dict[str, list[float]] = {what: [] for what in watched(drawn, RULES)}
-        stream = encoded(model, processor, drawn, told, config)
-        stream.close(discard=True)
-        for what, seconds in told.items():
-            spans = appearances(drawn, what)
-            correct, met = judged(seconds, spans)
+        file = folder / f"rules-{seed}.json"
+        if not file.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(file, json.dumps(watch(model, processor, config, seed)))
+        for seen in json.loads(file.read_text()).values():
+            correct, met = judged(seen["told"], seen["spans"])
             right, found = right + correct, found + met
             of_right += [str(seed)] * len(correct)
             of_found += [str(seed)] * len(met)
-            delays += [min(at - start for at in seconds if start < at <= end + LATE)
-                       for (start, end), was in zip(spans, met, strict=True) if was]  # fmt: skip
-        tell(f"rules, clip {seed}: {len(right)} alerts, {len(found)} appearances so far")
+            delays += [min(at - start for at in seen["told"] if start < at <= end + LATE)
+                       for (start, end), was in zip(seen["spans"], met, strict=True) if was]  # fmt: skip
     precision, recall = stats.mean(right, of_right), stats.mean(found, of_found)
     metrics = {
         "minutes": MINUTES, "clips": len(seeds), "alerts": len(right), "appearances": len(found),

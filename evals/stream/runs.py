@@ -92,12 +92,12 @@ class Encoded:
         self.folder.cleanup()
 
 
-def clips_of(minutes: float, quick: bool, most: int | None = None) -> list[tuple[int, int]]:
-    """(seed, questions) of the reported clips of one length, at most so many."""
+def clips_of(minutes: float, quick: bool, most: dict[str, int] | None = None) -> list[tuple[int, int]]:
+    """(seed, questions) of the reported clips of one length. most: length in minutes, as text -> how many at most."""
     if quick:
         return [(REPORTED[0], 4)]
     many = 40 if minutes <= 2 else 20 if minutes <= 15 else 10
-    return [(seed, 8 if minutes <= 2 else 16) for seed in REPORTED[: min(many, most or many)]]
+    return [(seed, 8 if minutes <= 2 else 16) for seed in REPORTED[: min(many, (most or {}).get(f"{minutes:g}", many))]]
 
 
 def questions(clip: Any, name: str) -> list[Asked]:

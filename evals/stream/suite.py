@@ -50,7 +50,7 @@ def main(
     recent: Annotated[
         float | None, typer.Option(help="seconds that every answer reads whole; four frames by default", min=0)
     ] = None,
-    clips: Annotated[int | None, typer.Option(help="most clips of a length; all by default", min=1)] = None,
+    clips: Annotated[str | None, typer.Option(help="most clips of each length, e.g. 8,4,2; all by default")] = None,
     jobs: Annotated[int, typer.Option(help="processes, each with its share of the cores", min=1)] = 1,
     answers: Annotated[Path, typer.Option(help="folder of what each clip gave")] = Path("runs/stream"),
     force: Annotated[bool, typer.Option("--force", help="replace an existing result")] = False,
@@ -64,7 +64,7 @@ def main(
     parse_bytes("--ram", ram)
     config = {
         "minutes": lengths, "quick": quick, "model": model, "frames": frames, "redundancy": redundancy,
-        "window": window, "ram": ram, "recent": recent, "keep_as": "int8", "clips": clips,
+        "window": window, "ram": ram, "recent": recent, "keep_as": "int8", "clips": counts_of(clips, lengths),
         "jobs": jobs,
     }  # fmt: skip
     record = records.head("stream", config=config, seed=runs.REPORTED[0], repeats=1)
@@ -86,6 +86,16 @@ def lengths_of(text: str) -> list[float]:
     if not all(0 < minutes <= 60 * 24 * 7 for minutes in lengths):
         raise UserError(f"--minutes {text!r}: give lengths in minutes, joined by commas, e.g. 1,10,60")
     return lengths
+
+
+def counts_of(text: str | None, lengths: list[float]) -> dict[str, int] | None:
+    """Length in minutes, as text -> how many clips of it at most, from `8,4,2`."""
+    if text is None:
+        return None
+    counts = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
+    if len(counts) != len(lengths) or not all(counts):
+        raise UserError(f"--clips {text!r}: give a whole number for each of the {len(lengths)} lengths, e.g. 8,4,2")
+    return {f"{minutes:g}": count for minutes, count in zip(lengths, counts, strict=True)}
 
 
 def rows(config: dict[str, Any], answers: Path) -> list[dict[str, Any]]:
@@ -113,7 +123,8 @@ def rows(config: dict[str, Any], answers: Path) -> list[dict[str, Any]]:
         ]
     if config["quick"]:
         return out
-    out.append(rules.accuracy_row(loaded.model, loaded.processor, config, tell))
+    kept = answers / clips.identity({**config, "layers": layers})
+    out.append(rules.accuracy_row(loaded.model, loaded.processor, config, kept))
     return [*out, rules.rate_row(loaded.model, loaded.processor, config), *natural_rows(loaded, config)]
 
 

@@ -14,6 +14,7 @@ from evals.stream import suite as stream
 from vlmfast.bench import records
 from vlmfast.bench.scoring import exact_fact
 from vlmfast.cli.errors import application
+from vlmfast.core import UserError
 from vlmfast.stream.retrievers import Oracle, Recency
 
 
@@ -122,3 +123,12 @@ def test_reported_clips_are_many_and_no_others():
     for minutes in (1.0, 10.0, 60.0):
         clips = runs.clips_of(minutes, quick=False)
         assert {seed for seed, _ in clips} <= set(runs.REPORTED) and len(clips) >= (10 if minutes == 60 else 20)
+
+
+def test_fewer_clips_are_a_count_for_each_length():
+    most = stream.counts_of("8,2", [1.0, 60.0])
+    assert most == {"1": 8, "60": 2} and stream.counts_of(None, [1.0]) is None
+    assert [len(runs.clips_of(minutes, False, most)) for minutes in (1.0, 10.0, 60.0)] == [8, 20, 2]
+    for wrong in ("8", "8,2,1", "8,x", "8,0"):
+        with pytest.raises(UserError, match="--clips"):
+            stream.counts_of(wrong, [1.0, 60.0])

@@ -202,10 +202,10 @@ def stream_token(dtype: torch.dtype) -> Counts:
     return less(counts[0], counts[1], 8)
 
 
-def stream_push(pairs: int) -> Counts:
+def stream_push(pairs: int, recent: float | None = 0) -> Counts:
     """A push of so many pairs of frames, the second one of its size."""
     with PretendCuda(capability=CARD) as device:
-        s = stream_of()
+        s = stream_of(recent=recent)
         s.push(clip_of(2 * pairs, 1))
         before = counted(device)
         s.push(clip_of(2 * pairs, 2))
@@ -214,10 +214,12 @@ def stream_push(pairs: int) -> Counts:
     return counts
 
 
-def stream_choice(scope: str) -> Counts:
+def stream_choice(scope: str, recent: float | None = 0) -> Counts:
     """Choosing three of twelve pairs for a question, most of them out of the window, and bringing them back."""
     with PretendCuda(capability=CARD) as device:
-        s = stream_of(torch.bfloat16, scope, 24)
+        s = stream_of(torch.bfloat16, scope, 24, recent=recent)
+        if recent is None:
+            s.context("what ?")  # what fuses modules tries them once
         before = counted(device)
         s.context("what color is it ?")
         counts = less(counted(device), before)
@@ -233,6 +235,8 @@ def streams() -> Iterator[tuple[str, Counts]]:
         yield f"push, pairs: {pairs}", stream_push(pairs)
     for scope in ("layer", "shared"):
         yield f"choice, {scope}", stream_choice(scope)
+    yield "push, pairs: 1, the present held", stream_push(1, None)
+    yield "choice, shared, the present read", stream_choice("shared", None)
 
 
 @dataclass(frozen=True)

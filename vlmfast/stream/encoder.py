@@ -126,13 +126,13 @@ class Encoder:
         new_size = [self.last_features is None or features.size != self.grid_size] + [False] * (len(grids) - 1)
         # all of them before the language model runs: a GPU is read once
         masks = [self._kept(grid, features.size) for grid in features.features]
-        kept, whole = transfers.read_back([torch.stack(of_all) for of_all in zip(*masks, strict=True)])
+        kept, *whole = transfers.read_back([torch.stack(of_all) for of_all in zip(*masks, strict=True)])
         ends = [last + interval for (_, last), interval in zip(grids.times, grids.interval, strict=True)]
         first_held = self.recent.first(ends)
         group: list[EncodedGrid] = []
         waiting = 0  # tokens of `group`
         for g in range(len(grids)):
-            made = self._block_input(features, g, grids, kept[g], whole[g] if g >= first_held else None)
+            made = self._block_input(features, g, grids, kept[g], g >= first_held, whole[0][g] if whole else None)
             n = made.block.num_tokens
             if self.window.starts_segment(n):
                 yield from self._forward(group)
@@ -149,11 +149,11 @@ class Encoder:
             self.recent.trim()
 
     def _block_input(
-        self, features: GridFeatures, g: int, grids: GridFrames, kept: Tensor, whole: Tensor | None
+        self, features: GridFeatures, g: int, grids: GridFrames, kept: Tensor, hold: bool, whole: Tensor | None
     ) -> BlockInput:
         """What grid g gives to the language model: the tokens kept, its time stamp (Qwen3-VL) around them.
 
-        whole: its tokens (P,) bool that are held as part of the present, None for an older grid.
+        hold: keep it as part of the present, with its tokens `whole` (P,) bool, None for all.
         """
         progress, layout, (h, w) = self.progress, self.layout, features.size
         start, last = grids.times[g]
@@ -179,7 +179,8 @@ class Encoder:
         self.window.check(block.num_tokens)
         progress.blocks += 1
         made = self._tokens(block, features, g, stamp, kept)
-        if whole is not None:
+        if hold:
+            whole = torch.ones_like(kept) if whole is None else whole
             every = self._relative_positions(features.size, stamp, whole)
             whole_block = dataclasses.replace(block, relative_positions=every)
             self.recent.grids.append(self._tokens(whole_block, features, g, stamp, whole))
@@ -195,20 +196,24 @@ class Encoder:
 
     def _tokens(self, block: Block, features: GridFeatures, g: int, stamp: list[int], kept: Tensor) -> BlockInput:
         """The tokens kept (P,) bool of grid g, copied, its stamp before and what ends it after them."""
-        grid = features.features[g]
-        chosen = columns(kept, grid.device)
-        parts = [self.vision.embed(stamp), grid[chosen]]
+        levels = [features.features[g], *(level[g] for level in features.deepstack)]
+        if not kept.all():
+            chosen = columns(kept, self.vision.device)
+            levels = [level[chosen] for level in levels]
+        elif features.deepstack:
+            levels = [level.clone() for level in levels]  # not the whole chunk's
+        parts = [self.vision.embed(stamp), levels[0]]
         if stamp:
             parts.append(self.vision.embed([self.vision.end]))
         embeddings = torch.cat([part.to(parts[0]) for part in parts])
         visual = slice(len(stamp), len(stamp) + int(kept.sum()))
-        return BlockInput(block, embeddings, visual, [level[g][chosen] for level in features.deepstack])
+        return BlockInput(block, embeddings, visual, levels[1:])
 
-    def _kept(self, grid: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def _kept(self, grid: Tensor, size: tuple[int, int]) -> tuple[Tensor, ...]:
         """Which of a grid's features (P, D) go on, (P,) bool: redundancy, then the plan's pruner; at least one does.
-        And which would without redundancy."""
+        With a pruner also which it alone keeps."""
         kept = torch.ones(grid.shape[0], dtype=torch.bool, device=grid.device)
-        distance, whole = torch.ones(grid.shape[0], device=grid.device), kept
+        distance = torch.ones(grid.shape[0], device=grid.device)
         if self.last_features is None or size != self.grid_size:  # the first grid, or a new size: all of it is new
             self.last_features, self.grid_size = grid.clone(), size
         elif self.redundancy is not None:
@@ -218,8 +223,8 @@ class Encoder:
             frame = torch.zeros(grid.shape[0], dtype=torch.long, device=grid.device)
             whole = torch.zeros_like(kept)
             whole[self.pruner.select(VisualTokens(grid, frame, (1, *size), video=True))] = True
-            kept = _at_least_one(kept & whole, distance * kept)
-        return kept, whole
+            return _at_least_one(kept & whole, distance * kept), whole
+        return (kept,)
 
     def _forward(self, group: list[EncodedGrid]) -> Iterator[list[tuple[Block, BlockTensors]]]:
         """The language model on a group of blocks, at most `MOST_TOKENS` tokens."""

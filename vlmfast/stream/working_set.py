@@ -68,7 +68,7 @@ class WorkingSetBuilder:
     # -- which ---------------------------------------------------------------------------------------------------------
 
     def choose(
-        self, retriever: Retriever | None, blocks: list[Block], question: str, recent: Recent
+        self, retriever: Retriever | None, blocks: list[Block], question: str, recent: Recent | None = None
     ) -> tuple[list[list[Block]], str]:
         """The blocks of every layer, ascending, and how they were chosen. recent: what is read besides."""
         layers = self.encoder.num_layers
