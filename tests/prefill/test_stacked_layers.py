@@ -31,6 +31,7 @@ LAYERS, HEADS, COLUMNS = 3, 2, 40
 SMALL = {"sinks": 1, "recent": 2}
 STACKED = [policy for policy in methods.POLICIES if policy.stacks]
 STACKED += [HybridKV(keep=0.4, split=split, **SMALL) for split in (0.5, 1.0)]
+STACKED += [RazorAttention(keep=0.6, heads=((1, 0), (2, 1)), **SMALL), LookM(keep=0.3, merge="averaged", **SMALL)]
 
 
 def views(policy: Any, batch: int) -> list[LayerView]:

@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import normalize
 
 from vlmfast.prefill.base import KVPolicy, Row
 
 
 def distinctness(keys: Tensor) -> Tensor:
     """Minus the cosine between a key and the mean of the normalised keys of its head: (Hk, n, D) -> (Hk, n) float32."""
-    keys = keys.float()
-    return -cosine_similarity(keys, normalize(keys, dim=-1).mean(1, keepdim=True), dim=-1)
+    unit_keys = normalize(keys.float(), dim=-1)
+    mean_key = normalize(unit_keys.mean(1, keepdim=True), dim=-1, eps=1e-8)
+    return -(unit_keys * mean_key).sum(-1)
 
 
 @dataclass(frozen=True)
