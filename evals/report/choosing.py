@@ -12,9 +12,9 @@ from evals.report.sentences import FIRST, POOLED, TOKEN, TURNS
 from evals.report.tables import kv_bytes, markdown
 
 
-def results(*names: str) -> str:
-    """The cell that names the records."""
-    return ", ".join(f"`evals/results/{name}.json`" for name in names)
+def results(name: str) -> str:
+    """The cell that names the record."""
+    return f"`evals/results/{name}.json`"
 
 
 def where_time_goes() -> str:
@@ -140,8 +140,9 @@ def what_is_asked() -> str:
             f"{change(TURNS, 'snapkv-10')}, AdaKV {change(TURNS, 'adakv-10')}, "
             f"random columns {change(TURNS, 'kv.random-10')}; SnapKV at a half "
             f"{change(TURNS, 'snapkv-50')}. Of fewer questions: `quantised` {change(policies, 'quantised-10')}, "
-            f"`shadowkv` {change(policies, 'shadowkv-10')}, `keydiff` {change(policies, 'keydiff-10')}",
-            results(TURNS, policies),
+            f"`shadowkv` {change(policies, 'shadowkv-10')}, `keydiff` {change(policies, 'keydiff-10')} "
+            f"(`{policies}.json`)",
+            results(TURNS),
         ],
     ]
     return markdown(["job", "try first", "why", "evidence"], body)

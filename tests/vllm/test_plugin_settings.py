@@ -85,6 +85,12 @@ def test_a_server_without_a_default_prunes_on_request_only() -> None:
         Settings.of_server(" ")
 
 
+def test_a_server_chooses_positions() -> None:
+    assert Settings.of_server("vidcom2", "transformers").with_request({"keep": 0.5}).positions == "transformers"
+    with pytest.raises(UserError, match="unknown positions 'hf'"):
+        Settings.of_server("vidcom2", "hf")
+
+
 # ---------------------------------------------------------------- counts
 
 

@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -30,16 +31,16 @@ ENVIRONMENT = {
 }  # fmt: skip
 
 
-def start(plugin: str | None, *flags: str, port: int | None = None, **more: str) -> Any:
-    """The server's process; its lines go to stderr of the process. plugin: the text of VLMFAST."""
+def start(plugin: str | None, *flags: str, port: int | None = None, errors: Any = subprocess.PIPE) -> Any:
+    """The server's process. plugin: the text of VLMFAST; errors: where its lines go."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("VLMFAST")}
-    environment |= ENVIRONMENT | ({} if plugin is None else {"VLMFAST": plugin}) | more
+    environment |= ENVIRONMENT | ({} if plugin is None else {"VLMFAST": plugin})
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", pocket.path(), "--served-model-name",
         "pocket", "--dtype", "float32", "--max-model-len", "4096", "--enforce-eager", "--host", "127.0.0.1",
         "--port", str(port or free_port()), "--limit-mm-per-prompt", json.dumps({"image": 2, "video": 2}), *flags,
     ]  # fmt: skip
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors, text=True)
 
 
 def free_port() -> int:
@@ -49,29 +50,27 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running(plugin: str | None, *flags: str, port: int | None = None, **more: str) -> Iterator[str]:
+def running(plugin: str | None, *flags: str) -> Iterator[str]:
     """The address of a server that answers."""
-    port = port or free_port()
-    process = start(plugin, *flags, port=port, **more)
+    port = free_port()
     address = f"http://127.0.0.1:{port}"
-    lines: list[str] = []
-    try:
-        os.set_blocking(process.stderr.fileno(), False)
-        end = time.monotonic() + 400
-        while time.monotonic() < end:
-            lines += process.stderr.readlines()  # so that its pipe never fills
-            assert process.poll() is None, "".join(lines)[-3000:]
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=5):
-                break
-            time.sleep(0.5)
-        else:
-            raise AssertionError("the server was not ready\n" + "".join(lines)[-3000:])
-        yield address
-    finally:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.communicate(timeout=60)
-        process.kill()
+    with tempfile.TemporaryFile("w+") as lines:
+        process = start(plugin, *flags, port=port, errors=lines)
+        try:
+            end = time.monotonic() + 500
+            while True:
+                if process.poll() is not None or time.monotonic() > end:
+                    lines.seek(0)
+                    raise AssertionError("the server does not answer: " + lines.read()[-3000:])
+                with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=5):
+                    break
+                time.sleep(0.5)
+            yield address
+        finally:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(60)
+            process.kill()
 
 
 def body(sample: Sample, asked: Any = None, tokens: int = 12) -> dict[str, Any]:
