@@ -1,8 +1,7 @@
 """What compressed keys and values save at decode: the attention op, the whole step, the bytes, and what choosing costs.
 
-Layers of a 7B text decoder with random weights over synthetic keys and values that every method compresses. Random
-weights attend flat, so HybridKV's head types are replayed (`SPLIT` of the heads dynamic). Queries of
-consecutive steps are correlated (`DRIFT`), otherwise every step would swap every chunk.
+Layers of a 7B text decoder with random weights over synthetic keys and values that every method compresses. HybridKV's
+head types are replayed (`SPLIT` dynamic). Queries of consecutive steps are correlated (`DRIFT`), as in use.
 
 Timed are windows of `STEPS` tokens, as many as HybridKV goes between two searches: `attention_ms` and
 `decode_ms_per_token` are means over a window, `attention_worst_ms` its slowest token. What decodes every token alike is
@@ -11,9 +10,8 @@ timed on one. The cache grows as it does in use; bytes are those after compressi
 Rows: `plain` (stock transformers: growing DynamicCache, sdpa), `packed` (the same, a token's query heads as rows of
 one product), `full` (every column, our storage and kernels), `snapkv` and `hybridkv` at several budgets, `snapkv` at
 the fast and at the total bytes that HybridKV's tenth holds (`equal`), `adakv-masked` (AdaKV as most peers have it,
-columns masked and not removed), and `plain again`. The baselines run beside every competitor, and their caches are
-taken back after it.
-`bound_vs_full` is the step ratio that bytes alone would give; `floor_ms` the bytes of a step over the copy rate.
+columns masked and not removed), and `plain again`. The baselines run beside every competitor. `bound_vs_full` is the
+step ratio that bytes alone would give; `floor_ms` the bytes of a step over the copy rate.
 Rows marked `end_to_end` are every policy through `generate` on one prompt (see `evals.speed.policies`).
 """
 

@@ -155,7 +155,7 @@ def test_relative_links_lead_somewhere(document: Path) -> None:
 
 
 def test_files_stay_short() -> None:
-    for path in [*SOURCES, *(ROOT / "evals").glob("*.py")]:
+    for path in [*SOURCES, *(ROOT / "evals").rglob("*.py")]:
         n = len(path.read_text().splitlines())
         assert n <= 330, f"{path.relative_to(ROOT)} has {n} lines: split it"
 
