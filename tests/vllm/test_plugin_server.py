@@ -39,7 +39,7 @@ BAD: list[Any] = [{"method": "nothing"}, {"keep": 0}, "cdpruner:keep=0.5", {"kee
 )
 def test_what_is_wrong_is_said_at_start(plugin: str, flags: list[str], said: str) -> None:
     process = server.start(plugin, *flags)
-    _, lines = process.communicate(timeout=200)
+    _, lines = process.communicate(timeout=500)
     ours = [line for line in lines.splitlines() if "vlmfast:" in line]
     assert process.returncode == 2, lines[-2000:]
     assert len(ours) == 1 and ours[0].startswith(said)
