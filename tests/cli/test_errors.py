@@ -77,6 +77,7 @@ def place(home: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRe
     monkeypatch.setattr(laws, "catalogue", lambda case: {})
     for module, function in (("speed.suites", "measure"), ("gpu.suite", "measure"), ("stream.suite", "rows"),
                              ("accuracy.tables", "run"), ("stream.crash", "rows"),
+                             ("serving.answers", "rows"), ("serving.throughput", "rows"),
                              ("speed.decode", "main_ones"), ("speed.decode_batch", "rows")):  # fmt: skip
         monkeypatch.setattr(importlib.import_module(f"evals.{module}"), function, never)
     return home
@@ -98,8 +99,9 @@ GOOD: dict[str, list[str]] = {  # arguments with which a command would do its wo
     "roofline": ["--model", "qwen2.5-vl-7b", "--device", "h100"],
     "page": ["q.jsonl", "--out", "new.html"],
     "accuracy": ["--task", "q.jsonl", "--out", "new.jsonl", "--model", "model", "--tokens", "2"],
-    "speed": ["--suite", "encode", "--out", "new.json"],
+    "speed": ["--suite", "encode", "--out", "new.json", "--samples", "new"],
     "gpu": ["--out", "new", "--dry"],
+    "serving": ["--suite", "answers", "--out", "new.json"],
     "stream*": ["--out", "new.json", "--quick"],
     "stream.crash": ["--out", "new.json", "--kills", "0"],
     "accuracy.tables": ["--only", "pocket", "--out", "new", "--answers", "new"],
