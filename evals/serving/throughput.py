@@ -195,7 +195,8 @@ def client(folder: str, port: int, asked: str | None, level: int, number: int, r
             str(PICTURES), "--random-mm-limit-mm-per-prompt", json.dumps({"image": PICTURES, "video": 0}),
             "--random-input-len", "32", "--random-output-len", str(run.new_tokens), "--max-concurrency", str(level),
             "--num-prompts", str(run.requests(level)), "--num-warmups", "1", "--seed", str(number), "--disable-tqdm",
-            "--temperature", "0", "--percentile-metrics", "ttft,tpot,e2el", "--save-result", "--result-dir", results,
+            "--temperature", "0", "--percentile-metrics", "ttft,tpot,e2el", "--save-result", "--save-detailed",
+            "--result-dir", results,
             "--result-filename", "result.json",
         ]  # fmt: skip
         if asked is not None:
@@ -205,5 +206,6 @@ def client(folder: str, port: int, asked: str | None, level: int, number: int, r
             raise UserError(f"vLLM's benchmark client failed: {(done.stderr.strip().splitlines() or [''])[-1]}")
         result: dict[str, Any] = json.loads((Path(results) / "result.json").read_text())
     if result["completed"] != run.requests(level):
-        raise UserError(f"{result['completed']} of {run.requests(level)} requests were answered")
+        said = next((error for error in result["errors"] if error), "")
+        raise UserError(f"{result['completed']} of {run.requests(level)} requests were answered: {said}")
     return result
