@@ -138,7 +138,7 @@ def options_of(name: str) -> list[Asked]:
         if info is None or bool in kinds:
             continue
         flags = tuple(info.param_decls or ()) or (f"--{parameter.strip('_').replace('_', '-')}",)
-        found.append(Asked(parameter, () if type(info).__name__ == "ArgumentInfo" else flags, kinds[0]))
+        found.append(Asked(parameter, () if type(info).__name__ == "ArgumentInfo" else flags, (kinds or [str])[0]))
     return found
 
 

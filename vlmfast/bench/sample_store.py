@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vlmfast import files
 from vlmfast.bench.journal import Journal, plan_hash, run_name
 from vlmfast.core import UserError
 
@@ -21,10 +22,18 @@ Samples = dict[str, dict[str, float]]  # name of a run -> its sample
 
 
 class SampleStore:
-    """Samples by call of `timing.beside`, round and competitor. journal: the file behind it."""
+    """Samples by call of `timing.beside`, round and competitor. The file is made with the first of them.
 
-    def __init__(self, journal: Journal) -> None:
-        self.journal, self.num_calls = journal, 0
+    path: of the file; identity: what must be the same for samples to be of one run.
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+        self.path, self.identity, self.num_calls = path, identity, 0
+        self.journal = self._open() if path.exists() else None
+
+    def _open(self, force: bool = False) -> Journal:
+        plans: dict[str, str] = defaultdict(str)
+        return Journal(self.path, run_name(self.identity), plans, force)
 
     def begin(self, names: Sequence[str]) -> str:
         """The next call of `timing.beside`, over these competitors; a suite always makes its calls in one order."""
@@ -33,25 +42,28 @@ class SampleStore:
 
     def find(self, call: str, round_number: int, name: str) -> Samples | None:
         """What was measured of a competitor and its baselines in that round, None where it was not."""
-        record = self.journal.records.get((f"{call} {round_number}", name))
+        record = None if self.journal is None else self.journal.records.get((f"{call} {round_number}", name))
         return None if record is None else record["samples"]
 
     def add(self, call: str, round_number: int, name: str, samples: Samples) -> None:
         """Keep what was measured."""
+        if self.journal is None:
+            self.journal = self._open(force=True)
         self.journal.add([{"id": f"{call} {round_number}", "method": name, "samples": samples}])
 
     def close(self) -> None:
         """The suite is whole and written: remove the file."""
-        self.journal.path.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
 
 
 def open_store(path: Path, identity: dict[str, Any], force: bool) -> SampleStore:
-    """The samples of an unfinished run, or a new file. Those of another run (commit, machine, versions, ...) raise
-    `UserError`, or with `force` make place for a new one."""
-    plans: dict[str, str] = defaultdict(str)
+    """The samples of an unfinished run, or none yet. Those of another run (commit, machine, versions, ...) raise
+    `UserError`, or with `force` make place for new ones."""
+    files.claim(path, True, (".jsonl",), "--samples")
     try:
-        return SampleStore(Journal(path, run_name(identity), plans))
+        return SampleStore(path, identity)
     except UserError:
         if not force:
             raise
-        return SampleStore(Journal(path, run_name(identity), plans, force=True))
+        path.unlink()
+        return SampleStore(path, identity)
