@@ -162,7 +162,7 @@ def present() -> str:
     for minutes in (1.0, 10.0, 60.0):
         clips = row(file, "internal", minutes=minutes)["metrics"]["clips"]
         right = [share(file, name, "accuracy_now", minutes=minutes) for name in ("internal", "recent-only")]
-        counts.append(f"{right[0]} against {right[1]} after {minutes:g} minutes ({clips} clips)")
+        counts.append(f"{right[0]} against {right[1]} after {minutes:g} min ({clips} clips)")
     found = share("cpu-stream", "internal", "evidence_recall_now", minutes=60.0)
     past = [share(file, name, "accuracy_past", minutes=60.0) for name in ("internal", "internal-64", "oracle")]
     return (
