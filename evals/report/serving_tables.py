@@ -27,7 +27,7 @@ def throughput(rows: list[Row]) -> str:
     for row in sorted(rows, key=lambda row: row["params"]["concurrency"]):
         metrics, vs = row["metrics"], row["vs"].get("plain", {})
         out.append([
-            str(row["params"]["concurrency"]), row["name"].partition(",")[0], f"{metrics['prompt_tokens']:,.0f}",
+            str(row["params"]["concurrency"]), row["name"].rpartition(",")[0], f"{metrics['prompt_tokens']:,.0f}",
             f"{metrics['requests_per_second']:.3f}", _ratio(vs.get("request_ms")),
             f"{metrics['ttft_ms'] / 1e3:.2f} s", _ratio(vs.get("ttft_ms")), f"{metrics['total_ms'] / 1e3:.2f} s",
         ])  # fmt: skip

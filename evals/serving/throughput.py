@@ -1,7 +1,9 @@
 """Requests per second and time to first token of vLLM's server, with and without the plugin, by vLLM's own client.
 
-Two servers run side by side and are asked in turns: `plain` is vLLM without the plugin, the other prunes what a request
-asks for. Nothing is cached from request to request. The model has a 3B shape and random weights, on a CPU with a
+Servers run side by side and are asked in turns: `plain` is vLLM without the plugin, the others prune what a request
+asks for. vLLM takes as many tokens into one step as `--max-num-batched-tokens` says, and the vision tower runs for all
+their pictures first. So a pruned request is also asked of a server whose steps are as much shorter as prompts are:
+`shorter steps`. Nothing is cached from request to request. The model has a 3B shape and random weights, on a CPU with a
 twelfth of its layers, of tower and decoder alike.
 """
 
@@ -26,7 +28,8 @@ from vlmfast.core import UserError
 
 SIDE, PICTURES = 896, 2  # pixels; 1,024 visual tokens each
 PATIENCE = 600.0  # seconds for a server to start
-PORTS = {"plain": 8710, "pruned": 8711}
+PORT = 8710  # of the first server; the others follow
+STEP = {"cpu": 2048, "cuda": 8192}  # tokens of one step, as vLLM's server has it (on a GPU, from 70 GiB on)
 SMALL = shapes.Shape("tiny", 2, 256, 512, 4, 2, 400, 2, 128, 256, 4, (1,), (1, 8, 8))  # for --quick
 
 
@@ -62,32 +65,54 @@ def rows(rules: dict[str, Any], run: Run) -> list[dict[str, Any]]:
     """One row per pruner and number of requests at a time. rules: pruners by name."""
     from vlmfast import spec
 
-    asked = {"plain": None, **{name: spec.write(rule) for name, rule in rules.items()}}
+    competitors = listed(rules, run)
+    steps = dict.fromkeys((each.rule is not None, each.step) for each in competitors.values())
+    ports = {key: PORT + number for number, key in enumerate(steps)}
     taken: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as servers:
         checkpoint(run.shape, Path(folder))
-        with server(folder, "plain", None, run), server(folder, "pruned", "none", run):
-            for number in range(run.rounds):
-                for level in run.levels:
-                    for name in list(asked)[:: 1 if number % 2 == 0 else -1]:
-                        port = PORTS["plain" if asked[name] is None else "pruned"]
-                        result = client(folder, port, asked[name], level, number, run)
-                        taken.setdefault((name, level), []).append(sample(result))
-    return [_row(name, level, taken, rules.get(name), run) for name in asked for level in run.levels]
+        for (pruned, step), port in ports.items():
+            servers.enter_context(server(folder, port, "none" if pruned else None, step, run))
+        for number in range(run.rounds):
+            for level in run.levels:
+                for name in list(competitors)[:: 1 if number % 2 == 0 else -1]:
+                    rule, step = competitors[name].rule, competitors[name].step
+                    asked = None if rule is None else spec.write(rule)
+                    result = client(folder, ports[rule is not None, step], asked, level, number, run)
+                    taken.setdefault((name, level), []).append(sample(result))
+    return [_row(name, each, level, taken, run) for name, each in competitors.items() for level in run.levels]
+
+
+@dataclass(frozen=True)
+class Competitor:
+    """rule: the pruner of its requests, None for plain; step: tokens that its server takes into one step."""
+
+    rule: Any
+    step: int
+
+
+def listed(rules: dict[str, Any], run: Run) -> dict[str, Competitor]:
+    """Plain, and each pruner on the two kinds of server."""
+    step = STEP[run.device]
+    named = {"plain": Competitor(None, step)}
+    for name, rule in rules.items():
+        named[name] = Competitor(rule, step)
+        named[f"{name}, shorter steps"] = Competitor(rule, max(1, round(rule.keep * step)))
+    return named
 
 
 def _row(
-    name: str, level: int, taken: dict[tuple[str, int], list[dict[str, Any]]], rule: Any, run: Run
+    name: str, who: Competitor, level: int, taken: dict[tuple[str, int], list[dict[str, Any]]], run: Run
 ) -> dict[str, Any]:
     from vlmfast.plan import Plan
 
     mine, plain = taken[name, level], taken["plain", level]
     metrics = {metric: timing.median_interval([each[metric] for each in mine])[0] for metric in mine[0]}
     vs = {} if name == "plain" else {"plain": timing.ratios(plain, mine)}
-    params = {"concurrency": level, "requests": run.requests(level)} | ({} if rule is None else {"keep": rule.keep})
-    return records.row(
-        f"{name}, {level} at a time", metrics=metrics, plan=Plan(prune=rule).json(), params=params, vs=vs, samples=mine
-    )
+    params = {"concurrency": level, "requests": run.requests(level), "step_tokens": who.step}
+    params |= {} if who.rule is None else {"keep": who.rule.keep}
+    plan = Plan(prune=who.rule).json()
+    return records.row(f"{name}, {level} at a time", metrics=metrics, plan=plan, params=params, vs=vs, samples=mine)
 
 
 def sample(result: dict[str, Any]) -> dict[str, float]:
@@ -142,19 +167,19 @@ def checkpoint(shape: shapes.Shape, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def server(folder: str, name: str, plugin: str | None, run: Run) -> Iterator[None]:
-    """A vLLM server on a port of its own, ready. plugin: the text of VLMFAST, None for vLLM without the plugin."""
-    port = PORTS[name]
+def server(folder: str, port: int, plugin: str | None, step: int, run: Run) -> Iterator[None]:
+    """A vLLM server, ready. plugin: the text of VLMFAST, None for vLLM without the plugin; step: tokens of one."""
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
             raise UserError(f"port {port} is taken: stop what listens there")
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--served-model-name", "shape",
         "--load-format", "dummy", "--dtype", "bfloat16", "--max-model-len", "4096", "--host", "127.0.0.1",
-        "--port", str(port), "--no-enable-prefix-caching", "--mm-processor-cache-gb", "0", "--trust-request-mm-kwargs",
+        "--port", str(port), "--max-num-batched-tokens", str(step), "--no-enable-prefix-caching",
+        "--mm-processor-cache-gb", "0", "--trust-request-mm-kwargs",
         "--limit-mm-per-prompt", json.dumps({"image": PICTURES, "video": 0}),
     ]  # fmt: skip
-    command += ["--enforce-eager"] if run.device == "cpu" else ["--gpu-memory-utilization", "0.4"]
+    command += ["--enforce-eager"] if run.device == "cpu" else ["--gpu-memory-utilization", "0.25"]
     environment = {key: value for key, value in os.environ.items() if key != "VLMFAST"}
     environment |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
     environment |= {} if plugin is None else {"VLMFAST": plugin}
