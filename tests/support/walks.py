@@ -46,6 +46,7 @@ GENERIC = {
     "fields.py": "checks the type and range of every field of every method",
     "cli/errors.py": "runs a command and prints its error",
     "report.py": "writes numbers down",
+    "kernels/ranking.py": "sorts whatever scores it is given",
     "runtime/transfers.py": "moves whatever tensor it is given between host and device",
 }
 GATHER = "drop"  # the function of runtime/ that shrinks embeddings and positions to the kept columns
