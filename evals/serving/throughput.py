@@ -1,10 +1,10 @@
 """Requests per second and time to first token of vLLM's server, with and without the plugin, by vLLM's own client.
 
-Servers run side by side and are asked in turns: `plain` is vLLM without the plugin, the others prune what a request
-asks for. vLLM takes as many tokens into one step as `--max-num-batched-tokens` says, and the vision tower runs for all
-their pictures first. So a pruned request is also asked of a server whose steps are as much shorter as prompts are:
-`shorter steps`. Nothing is cached from request to request. The model has a 3B shape and random weights, on a CPU with a
-twelfth of its layers, of tower and decoder alike.
+Two servers at a time run side by side and are asked in turns: `plain` is vLLM without the plugin, the other prunes what
+a request asks for. vLLM takes as many tokens into one step as `--max-num-batched-tokens` says, and the vision tower
+runs for all their pictures first. So a pruned request is also asked of a server whose steps are as much shorter as
+prompts are: `shorter steps`. Nothing is cached from request to request. The model has a 3B shape and random weights, on
+a CPU with a twelfth of its layers, of tower and decoder alike.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vlmfast import spec
 from vlmfast.bench import records, shapes, timing
 from vlmfast.core import UserError
 
 SIDE, PICTURES = 896, 2  # pixels; 1,024 visual tokens each
 PATIENCE = 600.0  # seconds for a server to start
-PORT = 8710  # of the first server; the others follow
+PORT = 8710  # of the server without the plugin; the other's is the next
 STEP = {"cpu": 2048, "cuda": 8192}  # tokens of one step, as vLLM's server has it (on a GPU, from 70 GiB on)
 SMALL = shapes.Shape("tiny", 2, 256, 512, 4, 2, 400, 2, 128, 256, 4, (1,), (1, 8, 8))  # for --quick
 
@@ -63,24 +64,36 @@ class Run:
 
 def rows(rules: dict[str, Any], run: Run) -> list[dict[str, Any]]:
     """One row per pruner and number of requests at a time. rules: pruners by name."""
-    from vlmfast import spec
-
-    competitors = listed(rules, run)
-    steps = dict.fromkeys((each.rule is not None, each.step) for each in competitors.values())
-    ports = {key: PORT + number for number, key in enumerate(steps)}
-    taken: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as servers:
+    competitors, made, plains = listed(rules, run), [], []
+    with tempfile.TemporaryDirectory() as folder:
         checkpoint(run.shape, Path(folder))
-        for (pruned, step), port in ports.items():
-            servers.enter_context(server(folder, port, "none" if pruned else None, step, run))
+        for step in dict.fromkeys(each.step for each in competitors.values()):
+            group = {name: each.rule for name, each in competitors.items() if each.step == step}
+            plain, others = measured(folder, group, step, run)
+            plains.append(plain)
+            for name, taken in others.items():
+                made += _rows(name, competitors[name], taken, plain, run)
+    every_plain = {level: [each for plain in plains for each in plain[level]] for level in run.levels}
+    return _rows("plain", Competitor(None, STEP[run.device]), every_plain, None, run) + made
+
+
+def measured(folder: str, group: dict[str, Any], step: int, run: Run) -> tuple[Any, dict[str, Any]]:
+    """Plain, and the pruners of one pruning server, in turns: requests at a time -> samples, the latter by name.
+
+    group: pruners by name; step: tokens of one step of their server.
+    """
+    asked = {"plain": None, **{name: spec.write(rule) for name, rule in group.items()}}
+    taken: dict[str, dict[int, list[dict[str, Any]]]] = {name: {level: [] for level in run.levels} for name in asked}
+    with (
+        server(folder, PORT, None, STEP[run.device], run),
+        server(folder, PORT + 1, "none", step, run),
+    ):
         for number in range(run.rounds):
             for level in run.levels:
-                for name in list(competitors)[:: 1 if number % 2 == 0 else -1]:
-                    rule, step = competitors[name].rule, competitors[name].step
-                    asked = None if rule is None else spec.write(rule)
-                    result = client(folder, ports[rule is not None, step], asked, level, number, run)
-                    taken.setdefault((name, level), []).append(sample(result))
-    return [_row(name, each, level, taken, run) for name, each in competitors.items() for level in run.levels]
+                for name in list(asked)[:: 1 if number % 2 == 0 else -1]:
+                    port = PORT if asked[name] is None else PORT + 1
+                    taken[name][level].append(sample(client(folder, port, asked[name], level, number, run)))
+    return taken.pop("plain"), taken
 
 
 @dataclass(frozen=True)
@@ -92,27 +105,33 @@ class Competitor:
 
 
 def listed(rules: dict[str, Any], run: Run) -> dict[str, Competitor]:
-    """Plain, and each pruner on the two kinds of server."""
-    step = STEP[run.device]
-    named = {"plain": Competitor(None, step)}
+    """Each pruner on the two kinds of server."""
+    step, named = STEP[run.device], {}
     for name, rule in rules.items():
         named[name] = Competitor(rule, step)
         named[f"{name}, shorter steps"] = Competitor(rule, max(1, round(rule.keep * step)))
     return named
 
 
-def _row(
-    name: str, who: Competitor, level: int, taken: dict[tuple[str, int], list[dict[str, Any]]], run: Run
-) -> dict[str, Any]:
+def _rows(
+    name: str,
+    who: Competitor,
+    taken: dict[int, list[dict[str, Any]]],
+    plain: dict[int, list[dict[str, Any]]] | None,
+    run: Run,
+) -> list[dict[str, Any]]:
+    """One row per number of requests at a time. plain: what ran beside."""
     from vlmfast.plan import Plan
 
-    mine, plain = taken[name, level], taken["plain", level]
-    metrics = {metric: timing.median_interval([each[metric] for each in mine])[0] for metric in mine[0]}
-    vs = {} if name == "plain" else {"plain": timing.ratios(plain, mine)}
-    params = {"concurrency": level, "requests": run.requests(level), "step_tokens": who.step}
-    params |= {} if who.rule is None else {"keep": who.rule.keep}
-    plan = Plan(prune=who.rule).json()
-    return records.row(f"{name}, {level} at a time", metrics=metrics, plan=plan, params=params, vs=vs, samples=mine)
+    made = []
+    for level, mine in taken.items():
+        metrics = {metric: timing.median_interval([each[metric] for each in mine])[0] for metric in mine[0]}
+        vs = {} if plain is None else {"plain": timing.ratios(plain[level], mine)}
+        params = {"concurrency": level, "requests": run.requests(level), "step_tokens": who.step}
+        params |= {} if who.rule is None else {"keep": who.rule.keep}
+        label, plan = f"{name}, {level} at a time", Plan(prune=who.rule).json()
+        made.append(records.row(label, metrics=metrics, plan=plan, params=params, vs=vs, samples=mine))
+    return made
 
 
 def sample(result: dict[str, Any]) -> dict[str, float]:
@@ -179,7 +198,7 @@ def server(folder: str, port: int, plugin: str | None, step: int, run: Run) -> I
         "--mm-processor-cache-gb", "0", "--trust-request-mm-kwargs",
         "--limit-mm-per-prompt", json.dumps({"image": PICTURES, "video": 0}),
     ]  # fmt: skip
-    command += ["--enforce-eager"] if run.device == "cpu" else ["--gpu-memory-utilization", "0.25"]
+    command += ["--enforce-eager"] if run.device == "cpu" else ["--gpu-memory-utilization", "0.4"]
     environment = {key: value for key, value in os.environ.items() if key != "VLMFAST"}
     environment |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
     environment |= {} if plugin is None else {"VLMFAST": plugin}
