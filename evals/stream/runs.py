@@ -143,7 +143,7 @@ def watch(streams: Sequence[Encoded], asked: Sequence[Asked], ask_now: Callable[
     def push() -> None:
         if frames:
             for stream in streams:
-                stream.session.push(torch.stack(frames), times)
+                stream.session.push(frames, times)
             frames.clear()
             times.clear()
 
