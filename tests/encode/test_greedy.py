@@ -21,7 +21,7 @@ from vlmfast.encode.greedy import even, in_order, kept_set, places
 from vlmfast.kernels import greedy
 
 LAUNCHES, WAITS = 64, 0  # of one choice, at any length
-MORE = {"flashvid": 90, "ivcprune": 190}  # segments and density peaks; two choices of the pruner that it wraps
+MORE = {"flashvid": 90}  # segments and density peaks
 D = 24
 
 

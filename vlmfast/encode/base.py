@@ -121,21 +121,33 @@ def ranked(
     score (N,) float; frame (N,) int64, ascending; per_frame (t,) int64 or None; frame_size: tokens of every frame where
     that is known. No host sync: being among the best of its frame moves a token ahead of all that are not.
     """
-    best_first = ranking(score)
+    quotas = None if per_frame is None else per_frame[None]
+    return ranked_for_each(ranking(score), frame, [budget], floor, quotas, frame_size)[0]
+
+
+def ranked_for_each(
+    best_first: Tensor, frame: Tensor, budgets: list[int], floor: int, quotas: Tensor | None, frame_size: int | None
+) -> list[Tensor]:
+    """`ranked` for several budgets at once.
+
+    best_first: (N,) int64, the indices in the order of their scores. quotas: (budgets, t) int64 per frame or None.
+    """
     num_tokens = len(best_first)
     # places in that order, frames ascending and best first within each
     sorted_frame, by_frame = frame[best_first].sort(stable=True)
     if frame_size is not None:
         by_frame = by_frame.view(-1, frame_size)
-    rank_in_frame = torch.arange(by_frame.shape[-1], device=score.device)
+    rank_in_frame = torch.arange(by_frame.shape[-1], device=best_first.device)
     if frame_size is None:
         rank_in_frame.sub_(torch.searchsorted(sorted_frame, sorted_frame))
-    sort_key = torch.add(by_frame, rank_in_frame < floor, alpha=-4 * num_tokens)
-    if per_frame is not None:
-        quota = per_frame if budget >= floor * len(per_frame) else per_frame.clamp(min=floor)
-        quota = quota[sorted_frame] if frame_size is None else quota[:, None]
-        sort_key.add_(rank_in_frame < quota, alpha=-2 * num_tokens)
-    return best_first[by_frame.flatten()[sort_key.flatten().argsort()[:budget]]]
+    sort_key = torch.add(by_frame, rank_in_frame < floor, alpha=-4 * num_tokens)[None]
+    if quotas is not None:
+        quotas = quotas if min(budgets) >= floor * quotas.shape[1] else quotas.clamp(min=floor)
+        quotas = quotas[:, sorted_frame] if frame_size is None else quotas[..., None]
+        sort_key = torch.add(sort_key, rank_in_frame < quotas, alpha=-2 * num_tokens)
+    in_order = sort_key.flatten(1).argsort()[:, : max(budgets)].expand(len(budgets), -1)
+    chosen = best_first[by_frame.flatten()[in_order]]
+    return [row[:budget] for row, budget in zip(chosen, budgets, strict=True)]
 
 
 def frame_means(features: Tensor, frame: Tensor, num_frames: int, frame_size: int | None = None) -> Tensor:
@@ -147,10 +159,13 @@ def frame_means(features: Tensor, frame: Tensor, num_frames: int, frame_size: in
     return feature_sums / token_counts.clamp(min=1)[:, None]
 
 
-def largest_remainder(shares: Tensor, total: int) -> Tensor:
-    """(t,) int64 parts proportional to shares (t,) that sum to total exactly, rounded by largest remainder."""
+def largest_remainder(shares: Tensor, total: int | Tensor) -> Tensor:
+    """(t,) int64 parts proportional to shares (t,) that sum to total exactly, rounded by largest remainder.
+
+    total: whole numbers (k, 1) give the parts (k, t) of each.
+    """
     exact_parts = shares / shares.sum() * total
     parts = exact_parts.long()
-    num_missing = total - parts.sum()
+    num_missing = total - parts.sum(-1, keepdim=True)
     largest_first = ranking(exact_parts - parts)
     return parts + (largest_first.argsort() < num_missing)

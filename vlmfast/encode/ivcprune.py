@@ -14,6 +14,8 @@ from vlmfast.encode.vidcom2 import VidCom2
 from vlmfast.fields import Fraction
 from vlmfast.kernels import highest
 
+_GOLDEN = 0.6180339887
+
 
 @dataclass(frozen=True)
 class IVCPrune(Pruner):
@@ -43,13 +45,13 @@ class IVCPrune(Pruner):
     def select_body(self, tokens: VisualTokens, budget: int) -> Tensor:
         num_coordinates = max(1, min(round(self.coordinates * tokens.n), budget // 2)) // 2 * 2 or 1
         cosines, sines = self.need(tokens, "rope").float()
-        priority = torch.zeros(tokens.n, device=cosines.device)
         by_cosine = highest(cosines, (num_coordinates + 1) // 2)
         by_sine = highest(sines.index_fill(0, by_cosine, float("-inf")), num_coordinates // 2)
-        priority.index_fill_(0, by_cosine, 4).index_fill_(0, by_sine, 4)
-        # the other pruner's best go next; what it keeps of a whole budget fills up for those it shares with the axes
         budgets = [budget, budget - num_coordinates] if budget > num_coordinates else [budget]
-        for worth, chosen in enumerate(self.prune.select_bodies(tokens, budgets), 1):
-            priority.index_add_(0, chosen, priority.new_full((len(chosen),), worth))
-        tie_breaker = torch.arange(tokens.n, device=cosines.device, dtype=torch.float64).mul(0.6180339887).frac()
-        return highest(torch.add(priority, tie_breaker, alpha=0.5), budget)
+        chosen = self.prune.select_bodies(tokens, budgets)
+        # the axes and the other pruner's best go first; what it keeps of a whole budget fills up for those it shares
+        # with the axes, spread over the item by fractions of multiples of the golden ratio
+        multiples = torch.arange(0, _GOLDEN * (tokens.n - 0.5), _GOLDEN, device=cosines.device, dtype=torch.float64)
+        priority = multiples.frac_().scatter_(0, chosen[0], 1, reduce="add")
+        priority.scatter_(0, torch.cat([by_cosine, by_sine, *chosen[1:]]), 2, reduce="add")
+        return highest(priority, budget)

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vlmfast.core import VisualTokens
-from vlmfast.encode.base import Pruner, frame_means, largest_remainder, ranked
-from vlmfast.kernels import highest
+from vlmfast.encode.base import Pruner, frame_means, largest_remainder, ranked_for_each
+from vlmfast.kernels import lowest_first
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,21 @@ class VidCom2(Pruner):
     temperature: float = 0.01
     name: ClassVar[str] = "vidcom2"
 
+    @torch.no_grad()
     def _like(self, tokens: VisualTokens) -> Tensor:
         """(2, N) likeness to the video's centre, and to the frame's."""
         features, frame_size = tokens.features.float(), tokens.frame_size
         num_channels = max(1, int(features.shape[-1] * self.channels))
-        features = normalize(features[:, highest(-features.var(0, unbiased=False), num_channels)], dim=-1)
-        video_centre = features.mean(0)
-        frame_centre = frame_means(features, tokens.frame, tokens.frames, frame_size)[tokens.frame]
-        distances = [(features - centre).square().sum(-1) for centre in (video_centre, frame_centre)]
-        return gaussians(torch.stack(distances))
+        features = normalize(features[:, lowest_first(features.var(0, unbiased=False))[:num_channels]], dim=-1)
+        frame_centre = frame_means(features, tokens.frame, tokens.frames, frame_size)
+        differences = features.new_empty(2, *features.shape)
+        torch.sub(features, features.mean(0), out=differences[0])
+        if frame_size is None:
+            torch.sub(features, frame_centre[tokens.frame], out=differences[1])
+        else:
+            by_frame = (tokens.frames, frame_size, -1)
+            torch.sub(features.view(by_frame), frame_centre[:, None], out=differences[1].view(by_frame))
+        return gaussians(differences.square_().sum(-1))
 
     def score(self, tokens: VisualTokens) -> Tensor:
         return -self._like(tokens).sum(0)
@@ -44,15 +50,14 @@ class VidCom2(Pruner):
         return self.select_bodies(tokens, [budget])[0]
 
     def select_bodies(self, tokens: VisualTokens, budgets: list[int]) -> list[Tensor]:
-        like = self._like(tokens)
-        quotas: dict[int, Tensor | None] = dict.fromkeys(budgets)
+        like, quotas = self._like(tokens), None
         if tokens.frames > 1:
             likeness = frame_means(like[0][:, None], tokens.frame, tokens.frames, tokens.frame_size)[:, 0]
             frame_share = (likeness / -self.temperature).softmax(0)
             frame_share = (1 + frame_share - frame_share.mean()).clamp(min=0)
-            quotas = {budget: largest_remainder(frame_share, budget) for budget in budgets}
-        scores, frame, frame_size = -like.sum(0), tokens.frame, tokens.frame_size
-        return [ranked(scores, frame, budget, self.floor, quotas[budget], frame_size) for budget in budgets]
+            totals = torch.linspace(budgets[0], budgets[-1], len(budgets), device=like.device)[:, None]
+            quotas = largest_remainder(frame_share, totals)
+        return ranked_for_each(lowest_first(like.sum(0)), tokens.frame, budgets, self.floor, quotas, tokens.frame_size)
 
 
 def gaussians(distance: Tensor) -> Tensor:

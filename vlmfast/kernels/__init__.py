@@ -9,7 +9,7 @@ from torch import Tensor
 from vlmfast.core import UserError
 from vlmfast.kernels import cpu, greedy, reference
 from vlmfast.kernels.cpu import chunk_scores, window_attention, window_mean
-from vlmfast.kernels.ranking import highest, ranking, ranks
+from vlmfast.kernels.ranking import highest, lowest_first, ranking, ranks
 from vlmfast.kernels.reference import Ragged, dequantise, quantise
 from vlmfast.kernels.vision import fused, gated, rms_norm, rotated, rotated_text
 
@@ -65,6 +65,7 @@ __all__ = [
     "gated",
     "greedy",
     "highest",
+    "lowest_first",
     "quantise",
     "ragged_attention",
     "ranking",

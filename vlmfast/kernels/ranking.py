@@ -23,6 +23,11 @@ def ranking(scores: Tensor, tiebreak: Tensor | None = None) -> Tensor:
     return by_tiebreak.gather(-1, scores.gather(-1, by_tiebreak).argsort(dim=-1, descending=True, stable=True))
 
 
+def lowest_first(scores: Tensor) -> Tensor:
+    """`ranking` of -scores: the lowest first, of equal scores the earlier place."""
+    return scores.argsort(dim=-1, stable=True)
+
+
 def ranks(order: Tensor) -> Tensor:
     """The inverse of an order (..., n) int64, each place once: where in the order every place stands. No sort."""
     places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
