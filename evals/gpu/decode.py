@@ -12,10 +12,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from evals.gpu import decode_steps
+from evals.gpu import decode_steps, room
 from evals.gpu.beside import PLAIN, REPEATED, STOCK, WITHOUT_CUDNN, Group, Pair, PairedRows, Place, peak
 from evals.gpu.run import Run, accelerated, answered, free, language, memory, notes, reported, takes_tower
-from evals.speed.shapes import QWEN_7B
+from evals.speed import replay
+from evals.speed.shapes import QWEN_7B, SMALL, TOY, build
 from vlmfast.bench import timing
 from vlmfast.bench.timing import Sample
 
@@ -26,6 +27,8 @@ REPORTED = (
 STOCK_TOKENS = 9  # of a stock call
 FAST, SLOW, DRY = (33, 129), (9, 33), (3, 9)  # new tokens of a short call and of a long one
 REPEATING = "ours, repeating"
+MODELS = {"model": "adaptive", "model 5": 5}  # rows drafted by a small model, and how many tokens it drafts
+LONGEST = 131072  # visual tokens
 
 
 def arms() -> dict[str, dict[str, Any]]:
@@ -52,20 +55,34 @@ def arms() -> dict[str, dict[str, Any]]:
     }
 
 
+def asked(run: Run, name: str) -> dict[str, Any]:
+    """What `accelerate` is asked for a row. A model that drafts has random weights and is made on the device; how often
+    it is right is replayed, see `evals.speed.replay`."""
+    from vlmfast.decode import Speculate
+
+    if name not in MODELS:
+        return arms()[name]
+    small = build(replace(TOY, name="toy draft", layers=1) if run.dry else SMALL, seed=1, device=run.device)
+    shares = replay.DRY if run.dry else replay.measured_shares("lossless", "modeldraft")
+    draft = replay.ReplayedModel(small, prune=None, shares=shares)
+    return {"speculate": Speculate(draft, replay.ReplayedAcceptance(draft), length=MODELS[name])}
+
+
 def order(dry: bool, long: bool) -> list[Group]:
     """Every row with what runs beside it, what matters most first; those that repeat come last: they change weights."""
     names = list(arms())
     usual, repeating = [n for n in names if "repeating" not in n], [n for n in names if "repeating" in n][1:]
     if dry:
         groups = [Group(128, 1, "ours", 1, STOCK), *(Group(128, 1, n, 1) for n in usual[1:3]), Group(128, 2, "ours", 1)]
-        return [*groups, Group(128, 1, "lookup 5, repeating", 1, (REPEATING,))]
+        return [*groups, Group(128, 2, "model 5", 1), Group(128, 1, "lookup 5, repeating", 1, (REPEATING,))]
     remedies = (PLAIN, WITHOUT_CUDNN, REPEATED)
     groups = [Group(2048, 1, "ours", 6, STOCK), Group(8192, 1, "ours", 3, remedies)]
-    groups += [Group(2048, 8, "ours", 3, remedies[:2])] + [Group(2048, 1, n, 3) for n in usual[1:-1]]
+    groups += [Group(2048, 8, "ours", 3, remedies[:2])] + [Group(2048, 1, n, 3) for n in (*usual[1:-1], "model")]
     groups += [Group(8192, 1, n, 3) for n in usual[1:4]]
     if long:
         groups += [Group(2048, 1, usual[-1], 3), Group(2048, 8, "vidcom2-25", 3)]
-        groups += [Group(32768, 1, n, 1) for n in ("ours", "hybridkv-10")]
+        groups += [Group(2048, 1, "model 5", 3), *(Group(2048, 8, n, 3) for n in ("lookup", "model"))]
+        groups += [Group(visual, 1, n, 1) for visual in (32768, LONGEST) for n in ("ours", "hybridkv-10")]
     return groups + [Group(2048, 1, n, 3, (REPEATING,)) for n in repeating]
 
 
@@ -85,6 +102,7 @@ def decode(run: Run) -> None:
     with accelerated(pair.stock, arms()[REPEATING]) as base:
         for group in repeating:
             measure(pair, rows, group, base)
+        steps(pair, rows, (256 if run.dry else LONGEST, 1))
 
 
 def decode_7b(run: Run) -> None:
@@ -96,9 +114,17 @@ def decode_7b(run: Run) -> None:
     measure(pair, rows, Group(visual, 1, "ours", rounds))
     with accelerated(pair.stock, arms()["ours"]) as base:
         measure(pair, rows, Group(visual, 1, "hybridkv-10", rounds, ("ours",)), base)
-        place = (128, 3) if run.dry else (32768, 8)
+        steps(pair, rows, (128, 3) if run.dry else (32768, 8))
+        for name in ("hybridkv-10 split", "model"):
+            measure(pair, rows, Group(visual, 1, name, rounds, ("ours",)), base)
+        if run.long:
+            steps(pair, rows, (LONGEST, 1))
+
+
+def steps(pair: Pair, rows: PairedRows, place: Place) -> None:
+    """Steps alone of our own plain engine and of a compressed cache; the first model is accelerated as `ours` is."""
+    if room.fits(pair.run, f"steps of {place[0]} visual tokens", place[0], 1, kept=place[1]):
         decode_steps.steps(pair, rows, place, {n: arms()[n] for n in ("ours", "hybridkv-10")})
-        measure(pair, rows, Group(visual, 1, "hybridkv-10 split", rounds, ("ours",)), base)
 
 
 def static(run: Run, name: str) -> None:
@@ -130,10 +156,12 @@ def measure(pair: Pair, rows: PairedRows, group: Group, base: Any = None) -> Non
     needs = (group.rounds + 1) * (stock * (len(group.beside) - len(others)) + ours * (len(others) + 1))
     if run.late(group.what, 0 if run.dry else needs * (3 if "split" in group.name else 1)):
         return
+    if not room.fits(run, group.what, *group.place):
+        return
     with run.trying(group.what), torch.no_grad():
         if base is None and (PLAIN, group.place) not in rows.samples:
             pair.plain(group.place, 3)  # the first of this size
-        with accelerated(pair.ours, arms()[group.name]) as handle:
+        with accelerated(pair.ours, asked(run, group.name)) as handle:
             this = Caller(pair, pair.ours, handle, group.place, repeats)
             runs: dict[str, Callable[[], Sample]] = pair.stock_runs(group, STOCK_TOKENS)
             warm = this.warm()

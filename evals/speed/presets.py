@@ -11,19 +11,16 @@ drawn from the shares that the decode suite measured (`accepted_shares` of `eval
 
 from __future__ import annotations
 
-import json
-import random
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any
 
 from evals.speed import baselines
+from evals.speed.replay import DRY, SEED, ReplayedAcceptance, ReplayedDraft, measured_shares
 from evals.speed.shapes import QWEN_3B, TOY, build, clip, encode_cost, prefill_cost
 from vlmfast.bench import records, timing
 from vlmfast.bench.sample_store import SampleStore
-from vlmfast.core import UserError, tower_block
-from vlmfast.decode.accept import EXACT, Round, Rule, Verdict
-from vlmfast.decode.drafts import DraftMethod
+from vlmfast.core import tower_block
 from vlmfast.plan import PRESETS, Plan, preset
 
 SIXTH = replace(
@@ -33,65 +30,9 @@ SIXTH = replace(
 )  # fmt: skip
 NEW = 64
 ROUNDS = 6
-SEED = 0
-DRY = (0.5, 0.3, 0.2)  # stands for the measured shares where shapes are toys
-MEASURED = records.ROOT / "evals" / "results" / "cpu-decode.json"
 STAGES = ("encode_ms", "select_ms", "prefill_ms", "ttft_ms", "decode_ms_per_token", "total_ms")
 COUNTS = ("visual_tokens", "kept_tokens", "cached_tokens", "kv_fast_bytes", "kv_host_bytes")
 SHOWN = (*STAGES, *COUNTS, "accepted_length", "verify_rounds")
-
-
-@dataclass(frozen=True)
-class ReplayedDraft(DraftMethod):
-    """A draft that proposes the known continuation, right for as many tokens as a random draw says; costs no model."""
-
-    tokens: tuple[int, ...]  # what plain says
-    prompt: int  # length of the prompt
-    shares: tuple[float, ...]  # of rounds with 0, 1, 2, ... right tokens
-    vocab: int
-    seed: int = SEED
-    name: ClassVar[str] = "replay"
-    certainty: ClassVar[list[float]] = []
-    decoder: ClassVar[None] = None  # it runs no model
-    good: list[int] = field(default_factory=lambda: [0], init=False, repr=False, compare=False)  # of the last proposal
-    _random: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
-
-    def open(self, request: Any) -> ReplayedDraft:
-        """A fresh random stream per request: every round of the benchmark sees the same."""
-        self._random[:] = [random.Random(self.seed)]
-        return self
-
-    def propose(self, ids: Any, k: int, *how: Any) -> tuple[Any, None]:
-        """The next tokens that plain said, spoilt by chance."""
-        import torch
-
-        drawn = self._random[0]
-        at = ids.shape[1] - self.prompt
-        self.good[0] = good = drawn.choices(range(len(self.shares)), self.shares)[0]
-        next_ = self.tokens[at : at + k]
-        said = [t if i < good else (t + 1) % self.vocab for i, t in enumerate(next_)]
-        return torch.tensor(said, dtype=torch.long, device=ids.device), None
-
-    def rewind(self, n: int) -> None:
-        """Nothing is remembered."""
-
-
-@dataclass(frozen=True)
-class ReplayedAcceptance(Rule):
-    """Lets through as many tokens as the replayed draft got right.
-
-    The tokens themselves do not decide: in bf16 the near ties of random weights fall otherwise when several tokens are
-    verified at once, and after the first such tie nothing that plain said would be right any more.
-    """
-
-    draft: ReplayedDraft
-    name: ClassVar[str] = "replay"
-    lossless: ClassVar[bool] = True
-
-    def judge(self, r: Round) -> Verdict:
-        """The first `draft.good` tokens."""
-        n = min(self.draft.good[0], r.draft.shape[0])
-        return Verdict([EXACT] * n, r.pick(n))
 
 
 BASELINES = ("plain", "packed", "tower", "plain_loop", "full")
@@ -116,30 +57,6 @@ def rests(plans: dict[str, Plan]) -> dict[str, dict[str, str]]:
     named = [n for n in PRESETS if n in plans]
     safe = next(n for n in named if plans[n].prune is None)
     return {n: {"speculate": "plain_loop"} if n == safe else {"prune": safe, "speculate": undrafted(n)} for n in named}
-
-
-def per_round(shares: list[float], accepted: float) -> tuple[float, ...]:
-    """Shares of drafted rounds as shares of all rounds: those without a draft accept none, `accepted` is the mean."""
-    mean = sum(n * s for n, s in enumerate(shares))
-    drafted = min(1.0, accepted / mean) if mean else 0.0
-    return (1 - drafted * (1 - shares[0]), *(drafted * s for s in shares[1:]))
-
-
-def measured_shares(name: str, draft: str) -> tuple[float, ...]:
-    """`accepted_shares` of a rule and draft in the decode record. Raises UserError where it was not measured."""
-    try:
-        rows = json.loads(MEASURED.read_text())["rows"]
-        row = next(
-            r
-            for r in rows
-            if r["name"] == name and r["params"].get("draft") == draft and r["metrics"].get("accepted_shares")
-        )
-        return per_round(row["metrics"]["accepted_shares"], row["metrics"]["accepted_length"])
-    except (OSError, StopIteration):
-        raise UserError(
-            f"how often {name} accepts {draft} was not measured: run python -m evals.speed --suite decode "
-            f"--out {MEASURED.relative_to(records.ROOT)} first"
-        ) from None
 
 
 def replayed(plan: Plan, said: tuple[int, ...], prompt: int, vocab: int, quick: bool = False) -> Plan:

@@ -8,8 +8,8 @@ from vlmfast.bench.shapes import QWEN_3B, QWEN_3B_TWELFTH, QWEN_7B, Shape, build
 from vlmfast.roofline import cost as roofline
 
 __all__ = [
-    "QWEN_3B", "QWEN_3B_QUARTER", "QWEN_3B_SIXTH", "QWEN_3B_TWELFTH", "QWEN_7B", "TOY", "Shape", "build", "clip",
-    "encode_cost", "fill", "prefill_cost",
+    "QWEN_3B", "QWEN_3B_QUARTER", "QWEN_3B_SIXTH", "QWEN_3B_TWELFTH", "QWEN_7B", "SMALL", "TOY", "Shape", "build",
+    "clip", "encode_cost", "fill", "prefill_cost",
 ]  # fmt: skip
 
 QWEN_3B_SIXTH = replace(
@@ -29,6 +29,15 @@ QWEN_3B_QUARTER = replace(
     full_attention=(7,),
     note="text 36 -> 9 layers, vision 32 -> 8 blocks, one of them with full attention: exactly a quarter of both; "
     "patch embedding, merger and output head are not cut",
+)
+SMALL = replace(
+    QWEN_3B,
+    name="a decoder of 0.5B behind the tower of Qwen2.5-VL",
+    layers=24,
+    hidden=896,
+    intermediate=4864,
+    heads=14,
+    note="the widths of Qwen2.5-0.5B, as a draft; no checkpoint of Qwen2.5-VL has them",
 )
 TOY = Shape("toy", 3, 256, 512, 4, 2, 1000, 3, 128, 256, 4, (2,), (2, 8, 8), 16)
 

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,16 +18,18 @@ from evals.gpu import decode as gpu_decode
 from evals.gpu import kernels as gpu_kernels
 from evals.gpu import methods as gpu_methods
 from evals.gpu import prefill as gpu_prefill
-from evals.gpu import processes
+from evals.gpu import processes, room
 from evals.gpu import run as gpu_run
 from evals.gpu import suite as gpu
 from evals.gpu.beside import NULL, PLAIN, REPEATED, STOCK, WITHOUT_CUDNN, Group, Pair, PairedRows
 from evals.gpu.run import Prompts, Run, finite, takes_tower
 from evals.report import documents as readme
 from evals.report import gpu_tables
+from evals.speed import replay
 from evals.speed.shapes import QWEN_7B, TOY, build
 from vlmfast import roofline
 from vlmfast.bench import records
+from vlmfast.decode import Speculate
 
 
 def run_of(tmp_path: Path) -> Run:
@@ -60,6 +63,13 @@ def test_the_whole_suite_runs_dry(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert by_name["decode_7b", "hybridkv-10, steps"]["params"]["batch"] == 3 and held["samples"] == 2
     assert held["decode_floor_ms"] > less["decode_floor_ms"] and held["kv_fast_bytes"] > less["kv_fast_bytes"]
     assert rows["decode"]["lookup 5, repeating"]["accepted_length"] > 0.5
+    for part, name, batch in (("decode", "model 5", 2), ("decode_7b", "model", 1)):
+        drafted = by_name[part, name]
+        assert drafted["params"]["batch"] == batch and drafted["plan"]["speculate"]["draft"]["model"] == "toy draft"
+        assert drafted["report"]["rule"] == "replay" and {"drafted", "accepted_length"} <= set(drafted["metrics"])
+    assert rows["decode"]["model 5"]["accepted_length"] > 0
+    assert by_name["decode_7b", "model"]["beside"] == ["ours"]
+    assert by_name["decode", "ours, steps"]["params"]["visual_tokens"] == 256
     assert rows["decode"]["hybridkv-10"]["decode_floor_ms"] < rows["decode"]["plain"]["decode_floor_ms"]
     assert all(m["select_ms"] > 0 for m in rows["choose"].values())
     assert all(m["fps"] > 0 and m["pairs_fps"] > 0 and m["latency_ms"] > 0 for m in rows["stream"].values())
@@ -136,6 +146,37 @@ def test_without_a_checkout_the_checks_say_so(tmp_path: Path, monkeypatch: pytes
         job.function(run, *job.arguments)
     lines = [json.loads(line).get("skipped", "") for line in run.lines.read_text().splitlines()]
     assert len([line for line in lines if "needs a checkout" in line]) == len(gpu_methods.GROUPS) + 1
+
+
+def test_what_does_not_fit_is_said_before_it_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the long rows that a card runs those that fit; the bytes grow with rows and tokens."""
+    run, rows = run_of(tmp_path), PairedRows(run_of(tmp_path), "x_ms", lambda place, metrics: {})
+    whole = Run("decode", False, True, tmp_path / "whole.jsonl", time.monotonic() + 60)
+    needed = [room.needs(whole, visual, batch) for visual, batch in ((2048, 1), (2048, 8), (gpu_decode.LONGEST, 1))]
+    assert needed[1] == 8 * needed[0] and needed[2] == 64 * needed[0] and 2e10 < needed[2] < 6e10
+    assert room.needs(whole, 32768, 1, kept=8) - room.needs(whole, 32768, 1) == 7 * 32768 * 36 * 1024 * 9 // 8
+    long = {(g.name, g.visual) for g in gpu_decode.order(False, True) if g.visual == gpu_decode.LONGEST}
+    assert {name for name, _ in long} == {"ours", "hybridkv-10"}
+    monkeypatch.setattr(room.dtypes, "available", lambda: 10**6)
+    pair: Any = SimpleNamespace(run=run)  # whoever asks it for more fails
+    gpu_decode.measure(pair, rows, Group(128, 1, "ours", 1))
+    gpu_decode.steps(pair, rows, (256, 2))
+    said = [json.loads(line)["skipped"] for line in run.lines.read_text().splitlines()]
+    assert said[0].startswith("x: ours, 128 visual tokens, 1 row: 0.0 GB needed beside the models, 0.0 GB are free")
+    assert said[1].startswith("x: steps of 256 visual tokens: ") and len(said) == 2
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_small_model_drafts_and_is_let_through_as_often_as_asked(tmp_path: Path, rows: int) -> None:
+    """Every second token drafted is let through, and what is emitted after it is the target's own."""
+    model, inputs = build(TOY), Prompts(run_of(tmp_path)).next(128, rows)
+    draft = replay.ReplayedModel(build(TOY, seed=1), prune=None, shares=(0.0, 0.0, 1.0))
+    asked = {"speculate": Speculate(draft, replay.ReplayedAcceptance(draft), length=4)}
+    with torch.no_grad(), gpu_run.accelerated(model, asked) as handle:
+        model.generate(**inputs, max_new_tokens=13, do_sample=False)
+        decode = handle.report.decode
+    assert decode["trace"] == [(4, 2)] * 3 * rows + [(2, 2)] * rows and decode["verify_rounds"] == 4
+    assert decode["drafted"] == 14 * rows and decode["draft_ms"] > 0
 
 
 def test_no_length_comes_twice(tmp_path: Path) -> None:
@@ -312,16 +353,17 @@ class Event:
 
 
 def test_what_only_a_card_runs_runs_on_the_pretend_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Card("x", True, False, tmp_path / "x.jsonl", time.monotonic() + 60)
+    run = Card("x", True, False, tmp_path / "x.jsonl", time.monotonic() + 600)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda *args: None)
     monkeypatch.setattr(gpu_run, "build", lambda shape, device: to_cuda(build(shape)))
     groups = [Group(128, 1, "tower", 1), Group(128, 1, "vidcom2-25 after block 1", 1, (WITHOUT_CUDNN,))]
     monkeypatch.setattr(gpu_prefill, "order", lambda dry: groups)
-    monkeypatch.setattr(gpu_decode, "order", lambda dry, long: [Group(128, 1, "ours", 1)])
+    monkeypatch.setattr(gpu_decode, "build", lambda shape, seed, device: to_cuda(build(shape, seed)))
+    monkeypatch.setattr(gpu_decode, "order", lambda dry, long: [Group(128, 1, "ours", 1), Group(128, 2, "model 5", 1)])
     gpu.preload()
-    with PretendCuda(), monkeypatch.context() as inside:
+    with PretendCuda(capability=(9, 0)), monkeypatch.context() as inside:
         inside.setattr(torch.cuda, "memory_allocated", lambda *args: 10**9)
         inside.setattr(torch.cuda, "max_memory_allocated", lambda *args: 10**9 + 7)
         gpu_prefill.first_token(run)
@@ -330,9 +372,12 @@ def test_what_only_a_card_runs_runs_on_the_pretend_one(tmp_path: Path, monkeypat
     skipped = [line["skipped"] for line in lines if "skipped" in line]
     assert [s for s in skipped if takes_tower() or "has no tower=" not in s] == []
     rows = [line["row"] for line in lines if "row" in line and line["row"]["name"] != "build"]
-    assert [r["name"] for r in rows] == [PLAIN, "tower", WITHOUT_CUDNN, groups[1].name, PLAIN, "ours"]
+    names = [PLAIN, "tower", WITHOUT_CUDNN, groups[1].name, PLAIN, "ours", PLAIN, "model 5"]
+    assert [r["name"] for r in rows if "steps" not in r["name"]] == names
+    assert {r["name"] for r in rows} >= {"ours, steps", "hybridkv-10, steps"}
+    assert rows[7]["report"]["engine"] == "static" and rows[7]["metrics"]["accepted_length"] > 0
     weights = sum(p.nbytes for p in to_cuda(build(TOY)).parameters())
-    for r in rows:  # of the model that ran alone
+    for r in rows[:8]:  # of the model that ran alone
         assert r["metrics"]["peak_bytes"] == 7 + (weights if r["name"] in STOCK else 10**9 - weights)
     first = [r["metrics"] for r in rows if "ttft_low_ms" in r["metrics"] and r["name"] not in STOCK]
     assert len(first) == 2 and all(m["tower_ms"] > 0 and m["language_ms"] > 0 for m in first)

@@ -243,7 +243,7 @@ def test_presets_suite_replays_drafts_and_keeps_exact_answers(monkeypatch: pytes
 
 
 def test_rounds_without_a_draft_count_in_the_replay() -> None:
-    from evals.speed.presets import per_round
+    from evals.speed.replay import per_round
 
     assert per_round([0.5, 0.25, 0.25], 0.375) == (0.75, 0.125, 0.125), "half of the rounds drafted"
     assert per_round([0.5, 0.5], 0.5) == (0.5, 0.5)

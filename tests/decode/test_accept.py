@@ -216,13 +216,13 @@ def test_relevance_reads_visual_columns_only() -> None:
     hidden = torch.randn(1, 4, 8)
     ids = torch.tensor([[9, 5, 6, 9]])
     cache = types.SimpleNamespace(get_seq_length=lambda: 4)
-    memory = collect(hidden, cache, ids, [5, 6], 10)
+    (memory,) = collect(hidden, cache, ids, [5, 6], 10)
     assert memory is not None and memory.states.shape[0] == 2
     assert memory.score(hidden[0, 1:2]) > memory.score(-hidden[0, 1:2])
-    assert collect(hidden, types.SimpleNamespace(get_seq_length=lambda: 4), ids, [7], 10) is None
+    assert collect(hidden, types.SimpleNamespace(get_seq_length=lambda: 4), ids, [7], 10) == (None,)
     later = types.SimpleNamespace(get_seq_length=lambda: 5)
-    put_cache_state(later, visual=memory)
-    assert collect(hidden[:, :1], later, ids, [5], 10) is memory  # a turn without media
+    put_cache_state(later, visual=(memory,))
+    assert collect(hidden[:, :1], later, ids, [5], 10) == (memory,)  # a turn without media
 
 
 def test_relevance_follows_dropped_columns() -> None:
@@ -232,7 +232,7 @@ def test_relevance_follows_dropped_columns() -> None:
     for known in ({"columns": held}, {"cuts": {2: held}}):
         cache = types.SimpleNamespace(get_seq_length=lambda: 4)
         put_cache_state(cache, **known)
-        memory = collect(hidden, cache, ids, [5], 10, 3)
+        (memory,) = collect(hidden, cache, ids, [5], 10, 3)
         assert memory is not None
         assert torch.allclose(memory.states, torch.nn.functional.normalize(hidden[0, 1:2], dim=-1))
 

@@ -21,7 +21,6 @@ from vlmfast.decode import (
     Exact,
     FLy,
     LookupThenModel,
-    Loose,
     Lossless,
     ModelDraft,
     PromptLookup,
@@ -340,9 +339,7 @@ class Never(StoppingCriteria):
         return torch.zeros(len(ids), dtype=torch.bool)
 
 
-LOOSE = Loose(digits=False, negation=False, comparison=False)
 REFUSED: list[tuple[Any, Any, dict[str, Any], str]] = [
-    ("lookup", LOOSE, {}, "3 rows came in: loose reads hidden states"),
     ("both", Exact(), {}, "3 rows came in: lookupthenmodel drafts one row at a time"),
     ("guided", Exact(), {}, "prune=targetattention follows one row"),
     ("lookup", Exact(), {"return_dict_in_generate": True, "output_scores": True}, "output_scores=True"),

@@ -174,7 +174,7 @@ def test_everything_remembered_of_a_cache_survives_the_disk(tmp_path, stages):
         persist.save(cache, tmp_path / "kv.safetensors")
         loaded = persist.load(tmp_path / "kv.safetensors")
         state = cache_state(cache)
-        assert state.columns is not None and state.visual is not None
+        assert state.columns is not None and state.visual
         assert bool(state.cuts) == isinstance(stages["prune"], FastV)
         assert (state.shortened is not None) == isinstance(stages["prune"], Downsample)
         assert alike(cache_state(loaded), state)

@@ -20,6 +20,7 @@ from vlmfast.decode.criteria import residual
 from vlmfast.fields import Method
 
 REFUSED, EXACT, LOOSE, SHIFT = 0, 1, 2, 3
+Relevance = Tensor | Callable[[], Tensor]  # (k,) float32, or what computes it
 
 
 @dataclass
@@ -32,13 +33,14 @@ class Round:
     sampling: bool = False
     draft_probs: Tensor | None = None  # (k, V) float32, what the draft sampled from; None = it was certain
     committed: list[int] = field(default_factory=list)  # emitted text tokens before the draft, in order
-    # (k,) float32, relevance of each predicting position to the media; or a function that computes it
-    relevance: Tensor | Callable[[], Tensor] | None = None
+    relevance: Relevance | None = None  # of each predicting position to the media
     past_relevance: Tensor | None = None  # (m,) float32, of earlier positions of this request
     strict: Tensor | None = None  # (V,) bool on the host, token ids never loosened
     random: torch.Generator | None = None
     all_scores: Tensor | None = None  # (k + 1, V) float32, where the scores of all rows are there without being made
     loosened: Tensor | None = None  # (k,) bool, made by a rule when it is first asked for
+    # rounds of all rows that one step verified, this one among them: a rule reads a GPU for all of them at once
+    together: list[Round] = field(default_factory=list)
 
     def relevance_scores(self) -> Tensor:
         """The relevance, computed once."""

@@ -21,6 +21,7 @@ from vlmfast.decode.counters import Counters
 from vlmfast.decode.drafted_rows import DraftedRows, why_not
 from vlmfast.decode.drafts import Request
 from vlmfast.decode.output import Output, split
+from vlmfast.decode.relevance import layer_of
 from vlmfast.decode.speculate import Speculate
 from vlmfast.decode.verification import TokenChooser, of_row
 from vlmfast.runtime.compat import CACHE, cache_in
@@ -51,13 +52,13 @@ class Call:
         pad_id = getattr(self.config, "_pad_token_tensor", None)
         return 0 if pad_id is None else int(pad_id)
 
-    def prefill(self, room: int) -> Stepper:
-        """Run the prompts; room: tokens expected after them."""
+    def prefill(self, room: int, hidden_layer: int | None = None) -> Stepper:
+        """Run the prompts; room: tokens expected after them; hidden_layer: as of `Stepper.prefill`."""
         prompt_length = self.ids.shape[1]
         length_limit, _, _ = split(self.criteria or [])
         max_tokens = 256 if length_limit is None else min(4096, length_limit - prompt_length + room)
         return Stepper.prefill(
-            self.model, self.ids, self.config, self.kwargs, None, self.steps, max_tokens, engine.open_everywhere
+            self.model, self.ids, self.config, self.kwargs, hidden_layer, self.steps, max_tokens, engine.open_everywhere
         )
 
     def result(self, target: Stepper, counters: Counters, rule: str | None, sequences: Tensor, **kept: Any) -> Any:
@@ -88,7 +89,7 @@ def decode(
         cache = cache_in(call.kwargs)
         continued = cache is not None and cache.get_seq_length() > 0
         request: Request | None = request_of(dict(call.kwargs), eos_ids)
-        target = call.prefill(speculate.most + 2)
+        target = call.prefill(speculate.most + 2, layer_of(call.model, speculate.accept))
         if target.engine == "static" and reads_host_memory(target):
             reason = "heads that read host memory choose for all rows at the same token"
         elif target.engine == "static":
@@ -104,6 +105,8 @@ def decode(
             "decode such calls without drafts, with Speculate(..., otherwise='plain')"
         )
     counters.notes.append(f"speculate: not for these rows ({reason}), decoded without drafts")
+    if target is not None:
+        target.hidden = target.hidden_layer = None
     return _plain(call, target or call.prefill(2), counters)
 
 
@@ -129,7 +132,7 @@ def _drafted(
     pad_id = call.pad if eos_ids else 0
     rows_loop = DraftedRows(call.model, speculate, choices, outputs, target, counters, pad_id, call.streamer)
     try:
-        rows_loop.guard(tokenizer, eos_ids)
+        rows_loop.guard(tokenizer, eos_ids, call.ids)
         rows_loop.first()
         if not rows_loop.done:
             counters.engine = target.engine

@@ -15,11 +15,12 @@ from transformers import MaxTimeCriteria
 from transformers.generation import StopStringCriteria
 
 from vlmfast.core import DraftStop
-from vlmfast.decode.accept import Round, Verdict
+from vlmfast.decode.accept import Relevance, Round, Verdict
 from vlmfast.decode.counters import Counters
 from vlmfast.decode.draft_length import controller_of
 from vlmfast.decode.drafts import Request
 from vlmfast.decode.output import Output
+from vlmfast.decode.relevance import Relevances, layer_of, open_relevances
 from vlmfast.decode.row_drafts import Proposal, RowsDraft
 from vlmfast.decode.speculate import Speculate
 from vlmfast.decode.strict_tokens import strict_tokens
@@ -62,6 +63,8 @@ class DraftedRows:
         self.controller = controller_of(model, speculate, len(outputs))
         self.draft: RowsDraft | None = None
         self.strict: Tensor | None = None
+        self.relevances: Relevances | None = None
+        self.hidden_layer: int | None = None  # whose output is asked of every step
         self.random = [torch.Generator().manual_seed(self.rule.seed) for _ in outputs]
         # ids and drafts stay on the host unless a processor reads them beside the logits
         self.place = torch.device("cpu") if choices[0].processors is None else self.device
@@ -71,8 +74,11 @@ class DraftedRows:
     def done(self) -> bool:
         return all(output.done for output in self.outputs)
 
-    def guard(self, tokenizer: Any, eos_ids: frozenset[int]) -> None:
-        """Find the ids that the rule never loosens."""
+    def guard(self, tokenizer: Any, eos_ids: frozenset[int], input_ids: Tensor) -> None:
+        """Find what the rule never loosens: ids, and what is about the media of the prompts, input_ids (B, L)."""
+        self.relevances = open_relevances(self.model, self.rule, input_ids, self.stepper, self.counters.notes)
+        self.hidden_layer = None if self.relevances is None else layer_of(self.model, self.rule)
+        self.stepper.hidden = None  # of the whole prompt
         word_classes, guarded_eos = self.rule.word_classes(), eos_ids if self.rule.eos else frozenset()
         if not self.rule.lossless and (word_classes or guarded_eos):
             vocabulary = self.stepper.logits.shape[-1]
@@ -167,38 +173,53 @@ class DraftedRows:
             fed_tokens[row, 1 : 1 + tokens.shape[0]] = tokens
         proposed_at = time.perf_counter()
         with torch.inference_mode():
-            logits = decoder.step_rows(to_device(fed_tokens, self.device)).to(torch.float32, copy=True)
+            logits = decoder.step_rows(to_device(fed_tokens, self.device), self.hidden_layer)
+            logits = logits.to(torch.float32, copy=True)
         best_tokens = self._best(logits)  # waits for the step
         if best_tokens is None and logits.is_cuda:
             clock(self.model)  # the choice would wait for the step in any case
         stepped_at = time.perf_counter()
         draft_ms, verify_ms = (proposed_at - round_start) * 1e3, (stepped_at - proposed_at) * 1e3
         drafts = [tokens.to(self.place) if tokens.shape[0] else None for tokens, _ in proposals]
+        verified_rows = self._verified(logits, drafts, best_tokens)
+        rounds = self._rounds(verified_rows, proposals, decoder.hidden)
         verdicts: list[Verdict | None] = []
-        for row, verified in enumerate(self._verified(logits, drafts, best_tokens)):
-            draft, (_, draft_probs), output = drafts[row], proposals[row], self.outputs[row]
+        for row, (verified, output) in enumerate(zip(verified_rows, self.outputs, strict=True)):
             verdict = None
             if verified is not None:
-                if draft is None:
-                    verdict, accepted_tokens = Verdict([], verified.pick(0)), []
-                else:
-                    verdict = self._judge(row, verified, proposals[row][0], draft_probs)
-                    accepted_tokens = proposals[row][0][: len(verdict.kinds)].tolist()
+                judged, accepted_tokens = rounds.get(row), []
+                verdict = Verdict([], verified.pick(0)) if judged is None else self.rule.judge(judged)
+                if judged is not None:
+                    accepted_tokens = judged.draft[: len(verdict.kinds)].tolist()
                 for token in (*accepted_tokens, verdict.next):
                     if output.emit(token, _no_scores):
                         break
             verdicts.append(verdict)
+        for judged in rounds.values():
+            judged.together.clear()  # they would hold each other, and the logits
         self._record(proposals, verdicts, draft_ms, verify_ms)
         self._align(decoder)
         self._stream()
 
-    def _judge(self, row: int, verified: VerifiedLogits, draft: Tensor, draft_probs: Tensor | None) -> Verdict:
-        return self.rule.judge(
-            Round(
-                draft, verified.score, verified.pick, self.choices[row].sampling, verified.widened(draft_probs),
-                self.outputs[row].emitted, strict=self.strict, random=self.random[row], all_scores=verified.batch,
-            )
-        )  # fmt: skip
+    def _rounds(
+        self, verified_rows: list[VerifiedLogits | None], proposals: list[Proposal], hidden: Tensor | None
+    ) -> dict[int, Round]:
+        """Row -> what the rule judges, of the rows that were drafted. hidden: of the step, (B, n, D)."""
+        relevances: list[tuple[Relevance | None, Tensor | None]] = [(None, None)] * len(proposals)
+        if self.relevances is not None and hidden is not None:
+            relevances = self.relevances.of(hidden, [len(tokens) for tokens, _ in proposals])
+        rounds: dict[int, Round] = {}
+        together: list[Round] = []
+        for row, (verified, (tokens, draft_probs)) in enumerate(zip(verified_rows, proposals, strict=True)):
+            if verified is None or len(tokens) == 0:
+                continue
+            rounds[row] = Round(
+                tokens, verified.score, verified.pick, self.choices[row].sampling, verified.widened(draft_probs),
+                self.outputs[row].emitted, *relevances[row], self.strict, self.random[row], verified.batch,
+                together=together,
+            )  # fmt: skip
+            together.append(rounds[row])
+        return rounds
 
     def _record(
         self, proposals: list[Proposal], verdicts: list[Verdict | None], draft_ms: float, verify_ms: float

@@ -28,11 +28,10 @@ from vlmfast.decode.draft_length import controller_of
 from vlmfast.decode.drafts import Request
 from vlmfast.decode.output import Output, split
 from vlmfast.decode.preconditions import check, tokenizer_for
-from vlmfast.decode.relevance import collect
+from vlmfast.decode.relevance import Relevances, layer_of, open_relevances
 from vlmfast.decode.speculate import Speculate
 from vlmfast.decode.strict_tokens import strict_tokens
 from vlmfast.decode.verification import TokenChooser, VerifiedLogits
-from vlmfast.runtime.cache_state import VisualMemory
 from vlmfast.runtime.clock import clock
 from vlmfast.runtime.compat import CACHE, cache_in
 from vlmfast.runtime.request_state import Requests
@@ -122,8 +121,7 @@ class _Run:
         self.drawn = self.sampling and self.rule.draws
         self.counters = Counters()
         self.draft: Draft | None = None
-        self.memory: VisualMemory | None = None
-        self.past: list[Tensor] = []  # relevance of every position so far, where the rule asks for it
+        self.relevances: Relevances | None = None
         self.strict: Tensor | None = None
         self.random: torch.Generator | None = None
         self.controller = None if speculate.draft is None else controller_of(model, speculate)
@@ -187,25 +185,12 @@ class _Run:
     # -- before the first token ------------------------------------------------------------------------------------
 
     def _layer(self) -> int | None:
-        if self.speculate.draft is None or not self.rule.visual:
-            return None
-        return self.rule.relevance_options().layer % len(families.get(self.model).layers(self.model))
+        return None if self.speculate.draft is None else layer_of(self.model, self.rule)
 
     def _prepare(self, tokenizer: Any, target: Stepper) -> None:
-        """Make what the rule needs: the memory of visual states, tokens never loosened, random numbers."""
-        accept_rule, prompt_ids, eos_ids = self.rule, self.out.prompt, self.out.eos
-        if accept_rule.visual:
-            placeholders = list(families.get(self.model).visual_ids(self.model).values())
-            self.memory = collect(
-                target.hidden,
-                target.cache,
-                prompt_ids,
-                placeholders,
-                accept_rule.relevance_options().top,
-                self._layer() or 0,
-            )
-            if self.memory is None:
-                self.counters.notes.append(f"speculate: no visual tokens, {accept_rule.name} verified strictly")
+        """Make what the rule needs: relevance to the media, tokens never loosened, random numbers."""
+        accept_rule, eos_ids = self.rule, self.out.eos
+        self.relevances = open_relevances(self.model, accept_rule, self.out.prompt, target, self.counters.notes)
         if accept_rule.lossless:
             return
         guarded_eos = eos_ids if accept_rule.eos else frozenset()
@@ -305,15 +290,9 @@ class _Run:
     def _view(
         self, verified: VerifiedLogits, draft: Tensor, draft_probs: Tensor | None, target: Stepper
     ) -> rules.Round:
-        relevance: Any = None
-        past_relevance = None
-        num_drafted = draft.shape[0]
-        if self.memory is not None and target.hidden is not None:
-            first_position = 1 if self.rule.relevance_options().offset == "self" else 0
-            relevance = partial(self.memory.score, target.hidden[0, first_position : first_position + num_drafted])
-            if self.rule.relevance_options().scope == "running":
-                relevance, past_relevance = relevance().cpu(), torch.cat(self.past) if self.past else None
-                self.past.append(relevance)
+        relevance, past_relevance = None, None
+        if self.relevances is not None and target.hidden is not None:
+            ((relevance, past_relevance),) = self.relevances.of(target.hidden, [draft.shape[0]])
         return rules.Round(
             draft, verified.score, verified.pick, self.sampling, verified.widened(draft_probs), self.out.emitted,
             relevance, past_relevance, self.strict, self.random, verified.batch,

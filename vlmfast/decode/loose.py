@@ -101,20 +101,30 @@ class Loose(Rule):
     def _loosened(self, verified: Round, position: int) -> bool:
         """Is the token drafted at `position` likely enough, and the position not about the media?
 
-        Where all scores are there, all positions are decided at once, so that a GPU is read once a round. Processors
-        that read the ids are asked row by row, and no further than needed.
+        Where all scores are there, all positions of all rows are decided at once, so that a GPU is read once a round.
+        Processors that read the ids are asked position by position, and no further than needed.
         """
         draft = verified.draft
         if verified.all_scores is None:
             likely = self._likely(verified.score(position)[None], draft[position : position + 1])
             return bool(likely) and bool(self._free(verified.relevance_scores().cpu(), verified)[position])
         if verified.loosened is None:
-            scores, relevance = verified.all_scores[: draft.shape[0]], verified.relevance_scores()
-            likely = self._likely(scores, draft).float()
-            if relevance.device == likely.device:  # both in one read; ranked against earlier rounds it is on the host
-                likely, relevance = torch.stack([likely, relevance.float()]).cpu()
-            verified.loosened = (likely.cpu() > 0) & self._free(relevance, verified)
+            self._loosen([other for other in verified.together if other.relevance is not None] or [verified])
+        assert verified.loosened is not None
         return bool(verified.loosened[position])
+
+    def _loosen(self, rounds: list[Round]) -> None:
+        """Decide all positions of these rounds."""
+        lengths = [verified.draft.shape[0] for verified in rounds]
+        pairs = zip(rounds, lengths, strict=True)
+        scores = [verified.all_scores[:length] for verified, length in pairs if verified.all_scores is not None]
+        likely = self._likely(_joined(scores), _joined([verified.draft for verified in rounds])).float()
+        relevance = _joined([verified.relevance_scores() for verified in rounds])
+        if relevance.device == likely.device:  # both in one read; ranked against earlier rounds it is on the host
+            likely, relevance = torch.stack([likely, relevance.float()]).cpu()
+        pieces = zip(rounds, (likely.cpu() > 0).split(lengths), relevance.split(lengths), strict=True)
+        for verified, of_round, relevance_of_round in pieces:
+            verified.loosened = of_round & self._free(relevance_of_round, verified)
 
     def _likely(self, scores: Tensor, draft: Tensor) -> Tensor:
         """scores (n, V), draft (n,) on the host -> (n,) bool: do `within` and `ratio` let it pass?"""
@@ -131,3 +141,8 @@ class Loose(Rule):
         if self.advanced.scope == "running":
             return below_quantile(relevance, verified.past_relevance, self.relax)
         return relevance < self.advanced.threshold
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    """The pieces one after the other; one alone is not copied."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

@@ -76,11 +76,9 @@ def check(model: Any, speculate: Speculate, args: tuple, kwargs: dict[str, Any],
 
 def _check_rows(model: Any, speculate: Speculate, kwargs: dict[str, Any], num_rows: int, num_sequences: int) -> None:
     """Several rows are drafted over the static step, whose rows take tokens back by themselves."""
-    draft, accept_rule, reason = speculate.draft, speculate.accept, None
+    draft, reason = speculate.draft, None
     draft_model = draft.load() if isinstance(draft, ModelDraft) else None
-    if accept_rule.visual:
-        reason = f"{accept_rule.name} reads hidden states, which the step of several rows does not give"
-    elif not draft.rows:
+    if not draft.rows:
         reason = f"{draft.name} drafts one row at a time"
     elif isinstance(draft.pruner, TargetAttention):
         reason = f"a draft with prune={draft.pruner.name} follows one row at a time"

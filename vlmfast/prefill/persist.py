@@ -100,7 +100,10 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> DynamicCache:
         json.JSONDecodeError,
     ) as error:
         raise UserError(f"{path} is no saved cache, or a damaged one ({shown(str(error))}): save it again") from None
-    put_cache_state(cache, **vars(remembered))
+    fields = vars(remembered)
+    if isinstance(fields["visual"], VisualMemory):  # of a file from the time when it was one row's
+        fields["visual"] = (fields["visual"],)
+    put_cache_state(cache, **fields | {"visual": fields["visual"] or ()})
     return cache
 
 

@@ -119,7 +119,8 @@ class CacheState:
 
     columns: Columns | None = None  # of the layers before any cut; None = the prefill was not observed
     cuts: dict[int, CutColumns] = field(default_factory=dict)  # by layer: what the layers from it on hold
-    visual: VisualMemory | None = None  # for acceptance rules that score the relevance of a text position to the image
+    # of every row, for acceptance rules that score the relevance of a text position to the media; empty = not asked for
+    visual: tuple[VisualMemory | None, ...] = ()
     shortened: ShortenedPrompt | None = None  # the first turn's; later turns are shortened in the same way
 
 
