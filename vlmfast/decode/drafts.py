@@ -1,12 +1,10 @@
 """Sources of drafted tokens: a smaller VLM, the target itself on fewer visual tokens, or the text so far.
 
-A draft is a configuration (frozen dataclass); `open(request)` gives a proposer for one prompt: an object that follows
-the protocol `core.Draft`. Drafts that run a model hold a `Stepper` and feed whatever was emitted since they last ran.
+Drafts that run a model hold a `Stepper` and feed whatever was emitted since they last ran.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
@@ -16,66 +14,25 @@ from torch import Tensor, nn
 
 from vlmfast import families
 from vlmfast.core import Draft, StageDidNotFire, TokenPruner, Unsupported, UserError, shown
+from vlmfast.decode.draft_method import DraftMethod, Request
 from vlmfast.decode.proposers import LookupOrModel, ModelProposer, NgramProposer
 from vlmfast.decode.row_drafts import LookupRows, ModelRows, RowsDraft
 from vlmfast.decode.target_attention import TargetAttention
 from vlmfast.encode.between import LayerPruner
 from vlmfast.encode.downsample import Downsample
 from vlmfast.engine import open_static
-from vlmfast.fields import Method, PositiveInt, Range
+from vlmfast.fields import PositiveInt, Range
 from vlmfast.runtime import dtypes, weights
 from vlmfast.runtime.compat import CACHE, OLD
-from vlmfast.runtime.request_state import Requests
 from vlmfast.runtime.stepper import Stepper
 
 Confidence = Annotated[float, Range(0, 1, "most")]
 PADDING_ROWS = 512  # vocabularies of one tokenizer may differ by this many unused rows (Qwen: 151936 and 152064)
 
 
-@dataclass
-class Request:
-    """One `generate` call, as given to a draft that is opened for it."""
-
-    model: Any  # the target
-    input_ids: Tensor  # (B, L) int64
-    generation_config: Any
-    model_kwargs: dict[str, Any]  # prepared for the target, before its prefill
-    inputs: dict[str, Any]  # media tensors as the user gave them
-    requests: Requests | None = None  # the target's calls, when it is accelerated
-    fresh_cache: Callable[[Any], Any] = lambda model: None  # model -> an empty cache for it
-    of_draft: Requests | None = None  # those of the accelerated draft model
-    stop: frozenset[int] = frozenset()  # ids that end the answer
-    steps: str = "auto"  # the engine, see `Stepper.prefill`
-
-
 def _lengths(draft_name: str, longest: int, shortest: int) -> None:
     if shortest > longest:
         raise UserError(f"{draft_name}: shortest={shortest} is more than longest={longest}")
-
-
-class DraftMethod(Method):
-    """What the runtime and the loop ask of a draft's configuration; `open` gives its proposer for one prompt."""
-
-    name: ClassVar[str]
-    graded: ClassVar[bool] = False  # does it give the probabilities of every token it proposes?
-    blind: ClassVar[bool] = False  # does it read tokens only, so that it may start on any cache?
-    rows: ClassVar[bool] = True  # does it draft for several rows?
-
-    @property
-    def pruner(self) -> Any:
-        """The pruner of its own prefill, a spec's text where it was not built yet; None = none."""
-        return None
-
-    def check(self, model: Any, inputs: dict[str, Any]) -> None:
-        """Raise Unsupported where it cannot draft for this target, or for this call."""
-
-    def open(self, request: Request) -> Draft:
-        """The proposer of one prompt."""
-        raise NotImplementedError
-
-    def open_rows(self, request: Request) -> RowsDraft:
-        """The proposer of several rows. Raises Unsupported where its model has no static step."""
-        raise NotImplementedError
 
 
 def _vocabulary(model: Any) -> int:
@@ -295,6 +252,3 @@ class LookupThenModel(ModelDraft):
         model_proposer = super().open(request)
         assert isinstance(model_proposer, ModelProposer)
         return LookupOrModel(ngram_proposer, model_proposer)
-
-
-DRAFTS: dict[str, Any] = {d.name: d for d in (ModelDraft, SelfDraft, PromptLookup, LookupThenModel)}
