@@ -178,9 +178,7 @@ def test_lossless_sampling_keeps_the_distribution(target: Any, tokenizer: Any) -
 
 
 @pytest.mark.parametrize("length", [15, 2, "adaptive"])
-def test_a_schema_constrains_the_answer_and_drafts_it(
-    target: Any, tokenizer: Any, length: Any, tmp_path: Path
-) -> None:
+def test_a_schema_constrains_the_answer_and_drafts_it(target: Any, tokenizer: Any, length: Any, tmp_path: Path) -> None:
     pytest.importorskip("llguidance")
     batch = tiny.inputs("qwen2_5_vl", seed=5)
     expected = answer(target, batch, constraint("llguidance", tokenizer))
