@@ -90,7 +90,7 @@ class Masking(transformers.LogitsProcessor):
 
 def constraint(library: str, tokenizer: Any, schema: dict[str, Any] = SCHEMA) -> Any:
     """A logits processor of this library, for one answer."""
-    module = pytest.importorskip(library)
+    pytest.importorskip(library)
     if library == "llguidance":
         return Masking(grammar.processor(schema, tokenizer, SIZE, [tiny.EOS]).matcher)
     from xgrammar.contrib.hf import LogitsProcessor
@@ -286,9 +286,10 @@ def test_a_model_may_not_advance_a_grammar(target: Any, tokenizer: Any, library:
 def test_schemas_that_cannot_be_used_are_named(target: Any, tokenizer: Any, schema: Any, says: str) -> None:
     pytest.importorskip("llguidance")
     with pytest.raises(UserError, match=says) as refused:
-        with vlmfast.accelerate(target, speculate=Speculate(GrammarDraft(schema=schema))):
-            answer(target, tiny.inputs("qwen2_5_vl"), tokenizer=tokenizer)
+        plan = Speculate(GrammarDraft(schema=schema), tokenizer=tokenizer)
+        vlmfast.accelerate(target, speculate=plan, replace=True).model.generate(**tiny.inputs("qwen2_5_vl"))
     assert "\n" not in str(refused.value)
+    vlmfast.accelerate(target, replace=True).remove()
 
 
 def test_what_a_schema_does_not_go_with(target: Any, tokenizer: Any) -> None:

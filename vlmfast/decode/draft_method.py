@@ -3,15 +3,18 @@ object that follows the protocol `core.Draft`."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from vlmfast.core import Draft
 from vlmfast.decode.row_drafts import RowsDraft
 from vlmfast.fields import Method
+from vlmfast.runtime.digest import value_digest
 from vlmfast.runtime.request_state import Requests
 
 
@@ -31,6 +34,17 @@ class Request:
     steps: str = "auto"  # the engine, see `Stepper.prefill`
     processors: Any = None  # the target's logits processors, those of `generate` among them
     tokenizer: Any = None  # where the draft reads text
+
+    @functools.cached_property
+    def media_key(self) -> str | None:
+        """What tells the media of this call from others: a digest of their pixels, made once; None without media."""
+        found_by_reuse = None if self.requests is None else self.requests.current.lookup.key
+        if found_by_reuse is not None:  # its pixels may have left the call
+            return found_by_reuse
+        pixels = {
+            name: value for name, value in self.inputs.items() if torch.is_tensor(value) and value.is_floating_point()
+        }
+        return value_digest(dict(sorted(pixels.items()))) if pixels else None
 
 
 class DraftMethod(Method):
@@ -66,6 +80,9 @@ class DraftMethod(Method):
     def open(self, request: Request) -> Draft:
         """The proposer of one prompt."""
         raise NotImplementedError
+
+    def ended(self, request: Request, answer: list[int]) -> None:
+        """One row's answer has ended, with these tokens; called also where the draft was never opened."""
 
     def open_rows(self, request: Request) -> RowsDraft:
         """The proposer of several rows. Raises Unsupported where its model has no static step."""

@@ -5,6 +5,8 @@ Drafts that run a model hold a `Stepper` and feed whatever was emitted since the
 
 from __future__ import annotations
 
+import weakref
+from collections import OrderedDict, deque
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
@@ -21,12 +23,13 @@ from vlmfast.decode.target_attention import TargetAttention
 from vlmfast.encode.between import LayerPruner
 from vlmfast.encode.downsample import Downsample
 from vlmfast.engine import open_static
-from vlmfast.fields import PositiveInt, Range
+from vlmfast.fields import NonNegativeInt, PositiveInt, Range
 from vlmfast.runtime import dtypes, weights
 from vlmfast.runtime.compat import CACHE, OLD
 from vlmfast.runtime.stepper import Stepper
 
 Confidence = Annotated[float, Range(0, 1, "most")]
+MEDIA, ANSWER = 32, 1024  # whose earlier answers are kept for each model, and tokens kept of an answer
 PADDING_ROWS = 512  # vocabularies of one tokenizer may differ by this many unused rows (Qwen: 151936 and 152064)
 
 
@@ -205,15 +208,22 @@ class SelfDraft(DraftMethod):
         return stepper, request.input_ids.shape[1], request.stop, _vocabulary(request.model)
 
 
+# earlier answers by model and media, each behind the end of its prompt
+_EARLIER: weakref.WeakKeyDictionary[Any, OrderedDict[str, deque[list[int]]]] = weakref.WeakKeyDictionary()
+
+
 @dataclass(frozen=True)
 class PromptLookup(DraftMethod):
     """N-gram lookup over prompt and output (Saxena, prompt lookup decoding; LLMA, arXiv 2304.04487). Costs no model.
 
-    longest, shortest: n-grams tried, longest first.
+    The prompt holds the turns before, so a conversation is searched whole. longest, shortest: n-grams tried, longest
+    first. answers: of calls about the same media, how many of their last answers are searched too (one row at a time,
+    `MEDIA` media a model, `ANSWER` tokens an answer); 0 = none. Media are told apart by a digest of their pixels.
     """
 
     longest: PositiveInt = 3
     shortest: PositiveInt = 1
+    answers: NonNegativeInt = 0
     name: ClassVar[str] = "promptlookup"
     blind: ClassVar[bool] = True
 
@@ -222,14 +232,29 @@ class PromptLookup(DraftMethod):
         _lengths(self.name, self.longest, self.shortest)
 
     def open(self, request: Request) -> NgramProposer:
-        """Index the prompt; visual placeholders are never proposed."""
-        return self.open_rows(request).rows[0]
+        """Index the prompt, and earlier answers about its media; visual placeholders are never proposed."""
+        key = request.media_key if self.answers else None
+        earlier = () if key is None else tuple(_EARLIER.get(request.model, {}).get(key, ()))[-self.answers :]
+        return self._proposer(request, request.input_ids[0].tolist(), earlier)
 
     def open_rows(self, request: Request) -> LookupRows:
         """An index of every row's own prompt."""
+        return LookupRows([self._proposer(request, prompt) for prompt in request.input_ids.tolist()])
+
+    def _proposer(self, request: Request, prompt: list[int], earlier: tuple[list[int], ...] = ()) -> NgramProposer:
         placeholders = frozenset(families.get(request.model).visual_ids(request.model).values())
-        prompts = request.input_ids.tolist()
-        return LookupRows([NgramProposer(prompt, self.longest, self.shortest, placeholders) for prompt in prompts])
+        return NgramProposer(prompt, self.longest, self.shortest, placeholders, earlier)
+
+    def ended(self, request: Request, answer: list[int]) -> None:
+        """Keep the answer, behind the end of its prompt, for later calls about the same media."""
+        if not self.answers or request.media_key is None:
+            return
+        of_model = _EARLIER.setdefault(request.model, OrderedDict())
+        kept = of_model.pop(request.media_key, deque())
+        kept.append(request.input_ids[0, -self.longest :].tolist() + answer[:ANSWER])
+        of_model[request.media_key] = deque(kept, maxlen=self.answers)
+        while len(of_model) > MEDIA:
+            of_model.popitem(last=False)
 
 
 @dataclass(frozen=True)

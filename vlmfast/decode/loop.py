@@ -166,6 +166,7 @@ class _Run:
             times["overhead_ms"] = total_ms - times["draft_ms"] - times["verify_ms"] - times["draft_prefill_ms"]
             if self.controller is not None:
                 self.controller.answered(len(output.emitted) - 1, times["draft_prefill_ms"])
+                self.speculate.draft.ended(request, output.emitted)
             self.counters.captured(target.decoder, None if self.draft is None else self.draft.decoder)
             if num_waited:
                 self.counters.notes.append(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -81,16 +81,28 @@ class ModelProposer:
         self.fed -= max(0, num_tokens)
 
 
+END = -1  # stands behind an earlier answer, where nothing follows
+
+
 class NgramProposer:
-    """Proposes what followed an n-gram before: knows where every n-gram of prompt and output last stood. Host only."""
+    """Proposes what followed an n-gram before: knows where every n-gram of prompt and output last stood. Host only.
+
+    earlier: answers of earlier calls, oldest first; the text of this call goes before them.
+    """
 
     decoder = None  # it runs no model
 
-    def __init__(self, ids: list[int], longest: int, shortest: int, banned: frozenset[int]) -> None:
+    def __init__(
+        self, ids: list[int], longest: int, shortest: int, banned: frozenset[int],
+        earlier: Iterable[list[int]] = (),
+    ) -> None:  # fmt: skip
         self.ids: list[int] = []
         self.certainty: list[float] = []
-        self.longest, self.shortest, self.banned = longest, shortest, banned
+        self.longest, self.shortest, self.banned = longest, shortest, banned | {END}
         self.where: dict[tuple[int, ...], int] = {}
+        for answer in earlier:
+            self._extend([*answer, END])
+        self.before = len(self.ids)  # tokens that are not of this call
         self._extend(ids)
 
     def _extend(self, new_tokens: list[int]) -> None:
@@ -106,7 +118,7 @@ class NgramProposer:
         self, ids: Tensor, max_tokens: int, pick_token: Pick | None = None, draft_stop: DraftStop = NO_STOP
     ) -> tuple[Tensor, Tensor | None]:
         """What followed the latest earlier occurrence of the longest n-gram at the end; empty when there is none."""
-        self._extend(ids[0, len(self.ids) :].tolist())
+        self._extend(ids[0, len(self.ids) - self.before :].tolist())
         for size in range(min(self.longest, len(self.ids)), self.shortest - 1, -1):
             continuation = self.where.get(tuple(self.ids[-size:]))
             if continuation is not None:
