@@ -16,6 +16,7 @@ from vlmfast.decode.row_drafts import RowsDraft
 from vlmfast.fields import Method
 from vlmfast.runtime.digest import value_digest
 from vlmfast.runtime.request_state import Requests
+from vlmfast.runtime.stepper import Stepper
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Request:
     steps: str = "auto"  # the engine, see `Stepper.prefill`
     processors: Any = None  # the target's logits processors, those of `generate` among them
     tokenizer: Any = None  # where the draft reads text
+    target: Stepper | None = None  # after its prefill, where one row is drafted
 
     @functools.cached_property
     def media_key(self) -> str | None:
@@ -54,7 +56,7 @@ class DraftMethod(Method):
     graded: ClassVar[bool] = False  # does it give the probabilities of every token it proposes?
     blind: ClassVar[bool] = False  # does it read tokens only, so that it may start on any cache?
     rows: ClassVar[bool] = True  # does it draft for several rows?
-    of_one_answer: ClassVar[bool] = False  # is it opened anew for every answer on a cache?
+    of_one_answer: ClassVar[bool] = False  # is it opened anew for every answer, whatever the cache holds?
     lossless: ClassVar[bool] = False  # does it go with lossless rules alone?
 
     @property

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vlmfast import families
 from vlmfast.core import Draft, StageDidNotFire, TokenPruner, Unsupported, UserError, shown
 from vlmfast.decode.draft_method import DraftMethod, Request
-from vlmfast.decode.proposers import LookupOrModel, ModelProposer, NgramProposer
+from vlmfast.decode.proposers import EarlyProposer, LookupOrModel, ModelProposer, NgramProposer
 from vlmfast.decode.row_drafts import LookupRows, ModelRows, RowsDraft
 from vlmfast.decode.target_attention import TargetAttention
 from vlmfast.encode.between import LayerPruner
@@ -26,6 +26,7 @@ from vlmfast.engine import open_static
 from vlmfast.fields import NonNegativeInt, PositiveInt, Range
 from vlmfast.runtime import dtypes, weights
 from vlmfast.runtime.compat import CACHE, OLD
+from vlmfast.runtime.early_exit import EarlyExit
 from vlmfast.runtime.stepper import Stepper
 
 Confidence = Annotated[float, Range(0, 1, "most")]
@@ -162,38 +163,72 @@ def _sees(model: Any, input_ids: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class SelfDraft(DraftMethod):
-    """The target itself on pruned visual tokens (self-speculation, LVSpec): pays where visual tokens cost most.
+    """The target itself: on pruned visual tokens, or its own first layers (self-speculation, LVSpec, arXiv 2604.05650;
+    LayerSkip, arXiv 2404.16710).
 
-    prune: the pruner of its second, pruned prefill, which reuses the encoded media; confidence: as in ModelDraft.
+    prune: the pruner of a second, pruned prefill, which reuses the encoded media: pays where visual tokens cost most.
+    layers: decoder layers before the target's own norm and head; they read and write the target's own keys and values,
+    so there is no prefill and no cache of a draft, and one row is drafted at a time. Their guesses are good where the
+    model was trained for early exits. One of the two. confidence: as in ModelDraft.
     """
 
-    prune: TokenPruner
+    prune: TokenPruner | None = None
     confidence: Confidence = 0.0
+    layers: PositiveInt | None = None
     name: ClassVar[str] = "selfdraft"
     graded: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if (self.prune is None) == (self.layers is None):
+            given = "both came" if self.layers is not None else "neither came"
+            raise UserError(
+                f"{self.name} takes prune= or layers=, and {given}: e.g. layers=4, or prune=Uniform(keep=0.1)"
+            )
         if isinstance(self.prune, (LayerPruner, Downsample)):
             raise UserError(
                 f"prune={shown(self.prune)} in {self.name}: it does not act at the tower's output, as "
                 "a draft needs it, e.g. prune=Uniform(keep=0.1)"
             )
-        if self.prune.after_block is not None:
+        if self.prune is not None and self.prune.after_block is not None:
             raise UserError(
                 f"{self.name}: a pruner inside the tower would encode the media again; use after_block=None"
             )
 
     @property
-    def pruner(self) -> TokenPruner:
+    def pruner(self) -> TokenPruner | None:
         return self.prune
 
+    @property
+    def rows(self) -> bool:  # type: ignore[override]
+        return self.layers is None
+
+    @property
+    def of_one_answer(self) -> bool:  # type: ignore[override]
+        return self.layers is not None
+
+    def check_model(self, layers: int, heads: int, axes: int) -> None:
+        """Raise Unsupported where the target has no layer more than the draft."""
+        if self.layers is not None and self.layers >= layers:
+            raise Unsupported(
+                f"layers={self.layers} in {self.name}: the model has {layers} decoder layers and a draft needs fewer, "
+                f"layers=1 to {layers - 1}"
+            )
+
+    def check(self, model: Any, inputs: dict[str, Any]) -> None:
+        """The same, also without `accelerate`."""
+        self.check_model(len(families.get(model).layers(model)), 0, 0)
+
     def open(self, request: Request) -> Draft:
-        """A second prefill of the target over a cache of its own."""
-        return ModelProposer(*self._prefilled(request), self.confidence)
+        """The first layers over the target's own cache, or a second prefill over a cache of its own."""
+        if self.layers is None:
+            return ModelProposer(*self._prefilled(request), self.confidence)
+        assert request.target is not None
+        early_exit = EarlyExit(request.target, self.layers)
+        return EarlyProposer(early_exit, request.stop, _vocabulary(request.model), self.confidence)
 
     def open_rows(self, request: Request) -> RowsDraft:
-        """The same over several rows."""
+        """A second prefill of several rows."""
         return ModelRows(*self._prefilled(request), self.confidence)
 
     def _prefilled(self, request: Request) -> tuple[Stepper, int, frozenset[int], int]:
@@ -234,7 +269,8 @@ class PromptLookup(DraftMethod):
     def open(self, request: Request) -> NgramProposer:
         """Index the prompt, and earlier answers about its media; visual placeholders are never proposed."""
         key = request.media_key if self.answers else None
-        earlier = () if key is None else tuple(_EARLIER.get(request.model, {}).get(key, ()))[-self.answers :]
+        of_model = _EARLIER.get(request.model)
+        earlier = () if key is None or of_model is None else tuple(of_model.get(key, ()))[-self.answers :]
         return self._proposer(request, request.input_ids[0].tolist(), earlier)
 
     def open_rows(self, request: Request) -> LookupRows:

@@ -156,7 +156,7 @@ class _Run:
             start = time.perf_counter()
             while not output.done:
                 if draft_waits and len(output.emitted) > num_waited:
-                    self._open(request, target.cache, continued)
+                    self._open(replace(request, target=target), target.cache, continued)
                     draft_waits = False
                 if self._chosen_by_step(target):
                     self._follow(target)
@@ -222,11 +222,12 @@ class _Run:
             self.draft = kept_draft[1]
             if any(value.is_floating_point() for value in request.inputs.values() if isinstance(value, Tensor)):
                 self.counters.notes.append("speculate: the draft does not see the new media of this turn")
-        elif continued and not draft_config.blind:
+        elif continued and not (draft_config.blind or draft_config.of_one_answer):
             self.counters.notes.append("speculate: the draft did not see the turns before, decoded without it")
         else:
             self.draft = draft_config.open(request)
-        _KEPT[cache] = (draft_config, self.draft)
+        if not draft_config.of_one_answer:
+            _KEPT[cache] = (draft_config, self.draft)
         self.counters.times["draft_prefill_ms"] = (time.perf_counter() - start) * 1e3
 
     # -- tokens ----------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.core import NO_STOP, DraftStop
+from vlmfast.runtime.early_exit import EarlyExit
 from vlmfast.runtime.stepper import Stepper
 from vlmfast.runtime.transfers import to_device
 
@@ -18,7 +19,9 @@ Pick = Callable[[Tensor, Tensor], tuple[int, Tensor | None]]
 class ModelProposer:
     """Proposes by a model, one token after the other."""
 
-    def __init__(self, stepper: Stepper, fed: int, stop: frozenset[int], vocab: int, confidence: float) -> None:
+    def __init__(
+        self, stepper: Stepper | EarlyExit, fed: int, stop: frozenset[int], vocab: int, confidence: float
+    ) -> None:
         self.stepper, self.fed, self.stop, self.vocab, self.confidence = stepper, fed, stop, vocab, confidence
         self.rows = stepper.embed.weight.shape[0]  # a target may have a few more, unused by the tokenizer
         self.certainty: list[float] = []  # the model's own probability of each token of the last proposal
@@ -79,6 +82,32 @@ class ModelProposer:
     def _back(self, num_tokens: int) -> None:
         self.stepper.rewind(max(0, num_tokens))
         self.fed -= max(0, num_tokens)
+
+
+class EarlyProposer(ModelProposer):
+    """Proposes by the target's first layers, which hold the text so far by the target's own steps."""
+
+    def __init__(self, early_exit: EarlyExit, stop: frozenset[int], vocab: int, confidence: float) -> None:
+        super().__init__(early_exit, early_exit.target.length, stop, vocab, confidence)
+        self.early_exit = early_exit
+
+    @property
+    def decoder(self) -> Any:
+        """The target's is counted as the target's."""
+        return None
+
+    def propose(
+        self, ids: Tensor, max_tokens: int, pick_token: Pick | None = None, draft_stop: DraftStop = NO_STOP
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `core.Draft`. Leaves the target as it was."""
+        self.fed = ids.shape[1] - 1
+        try:
+            return super().propose(ids, max_tokens, pick_token, draft_stop)
+        finally:
+            self.early_exit.rewind(self.early_exit.fed)
+
+    def rewind(self, num_refused: int) -> None:
+        """Everything was taken back."""
 
 
 END = -1  # stands behind an earlier answer, where nothing follows
