@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from vlmfast import engine, families
 from vlmfast.core import StageDidNotFire, Unsupported, parse_bytes
-from vlmfast.decode.drafts import DraftMethod, ModelDraft
+from vlmfast.decode.draft_method import DraftMethod
+from vlmfast.decode.drafts import ModelDraft
 from vlmfast.decode.target_attention import TargetAttention
 from vlmfast.decode_loop import put_loop
 from vlmfast.encode.base import Pruner

@@ -27,6 +27,7 @@ def put_loop(
     from vlmfast.decode import Speculate, loop
 
     stage = requests.current.decode
+    loop.constrain(model, speculate, args, kwargs)
 
     def put(method: Speculate, sink: Any) -> None:
         loop.check(model, method, args, kwargs, kv)

@@ -161,10 +161,11 @@ def captions(
     kind: str = "caption",
     dtype: torch.dtype = torch.float32,
     first: int | None = None,
+    question: str | None = None,
 ) -> list[tuple[dict[str, Any], Any]]:
     """n test pictures from `first` on, with the request to describe them: (inputs of generate, world sample).
 
-    first: a picture's number; None = the first that is reported.
+    first: a picture's number; None = the first that is reported. question: in place of the sample's own.
     """
     from vlmfast.pocket import world
 
@@ -172,7 +173,7 @@ def captions(
     first = POCKET["reporting"].start if first is None else first
     for seed in range(first, first + n):
         item = world.sample(kind, seed, "test")
-        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": item.question}]}
+        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question or item.question}]}
         text = processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
         picture = item.frames[0].permute(2, 0, 1)
         inputs = dict(processor(text=[text], images=[picture], return_tensors="pt"))

@@ -19,7 +19,7 @@ from evals.speed.baselines import scope
 from vlmfast.bench.timing import AGAIN, half, interleaved, medians, ratios
 from vlmfast.decode import ModelDraft, Speculate, loop
 from vlmfast.decode.accept import EXACT, Round, Rule, Verdict
-from vlmfast.decode.drafts import Request
+from vlmfast.decode.draft_method import Request
 from vlmfast.decode.speculate import predicted_speedup
 
 WIDTH, MLP, HEADS, KV, VOCAB = 2048, 11008, 16, 2, 32768  # Qwen2.5-VL-3B, with a smaller vocabulary

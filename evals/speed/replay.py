@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 from vlmfast.bench import records
 from vlmfast.core import UserError
 from vlmfast.decode.accept import EXACT, Round, Rule, Verdict
-from vlmfast.decode.drafts import DraftMethod, ModelDraft
+from vlmfast.decode.draft_method import DraftMethod
+from vlmfast.decode.drafts import ModelDraft
 
 SEED = 0
 DRY = (0.5, 0.3, 0.2)  # stands for the measured shares where shapes are toys

@@ -42,6 +42,7 @@ RULES = {
 DRAFTS: dict[str, Callable[[Any], Any]] = {  # of others: the draft's own defaults
     "modeldraft": lambda model: ModelDraft(model, prune=None),
     "selfdraft": lambda model: decode.SelfDraft(Uniform(keep=0.5)),
+    "grammardraft": lambda model: decode.GrammarDraft(schema={"enum": ["red circle", "red square"]}),
     "lookupthenmodel": lambda model: decode.LookupThenModel(model, prune=None),
 }
 RETRIEVE: dict[str, dict[str, Any]] = {  # of others: two frames
@@ -143,8 +144,11 @@ def test_policy(kv: Any) -> None:
 
 @pytest.mark.parametrize("name", decode.DRAFTS)
 def test_draft(name: str) -> None:
-    draft = DRAFTS.get(name, lambda model: decode.DRAFTS[name]())
-    check("qwen2_5_vl", lambda place: {"speculate": Speculate(draft(small(place)), Exact(), length=4)}, new=8)
+    if name == "grammardraft":
+        pytest.importorskip("llguidance")
+    draft, words = DRAFTS.get(name, lambda model: decode.DRAFTS[name]()), tiny.tokenizer("qwen2_5_vl")
+    plan = lambda place: {"speculate": Speculate(draft(small(place)), Exact(), length=4, tokenizer=words)}  # noqa: E731
+    check("qwen2_5_vl", plan, new=8)
 
 
 @pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampling"])

@@ -27,7 +27,7 @@ import vlmfast
 from evals.gpu.run import takes_tower
 from vlmfast.core import Unsupported, VisualTokens
 from vlmfast.decode import Exact, Loose, Speculate
-from vlmfast.decode.drafts import DraftMethod
+from vlmfast.decode.draft_method import DraftMethod
 from vlmfast.decode.loose import LooseAdvanced
 from vlmfast.encode import METHODS, VidCom2
 from vlmfast.prefill import HybridKV, SnapKV

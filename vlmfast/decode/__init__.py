@@ -4,15 +4,19 @@ from typing import Any
 
 from vlmfast.decode.accept import Exact, Lossless
 from vlmfast.decode.bild import BiLD
-from vlmfast.decode.drafts import DRAFTS, LookupThenModel, ModelDraft, PromptLookup, SelfDraft
+from vlmfast.decode.drafts import LookupThenModel, ModelDraft, PromptLookup, SelfDraft
 from vlmfast.decode.ensemble import Ensemble
 from vlmfast.decode.fly import FLy
+from vlmfast.decode.grammar_draft import GrammarDraft
 from vlmfast.decode.loose import Loose, LooseAdvanced
 from vlmfast.decode.random_relax import RandomRelax
 from vlmfast.decode.speculate import Speculate
 from vlmfast.decode.target_attention import TargetAttention
 
 METHODS = {Speculate.name: Speculate}
+DRAFTS: dict[str, Any] = {
+    draft.name: draft for draft in (ModelDraft, SelfDraft, PromptLookup, LookupThenModel, GrammarDraft)
+}
 ACCEPT: dict[str, Any] = {rule.name: rule for rule in (Exact, Lossless, Loose, FLy, BiLD, Ensemble, RandomRelax)}
 
 __all__ = [
@@ -23,6 +27,7 @@ __all__ = [
     "Ensemble",
     "Exact",
     "FLy",
+    "GrammarDraft",
     "LookupThenModel",
     "Loose",
     "LooseAdvanced",

@@ -18,8 +18,8 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from vlmfast import engine
 from vlmfast.core import Unsupported
 from vlmfast.decode.counters import Counters
+from vlmfast.decode.draft_method import Request
 from vlmfast.decode.drafted_rows import DraftedRows, why_not
-from vlmfast.decode.drafts import Request
 from vlmfast.decode.output import Output, split
 from vlmfast.decode.relevance import layer_of
 from vlmfast.decode.speculate import Speculate

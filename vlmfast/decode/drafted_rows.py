@@ -18,7 +18,7 @@ from vlmfast.core import DraftStop
 from vlmfast.decode.accept import Relevance, Round, Verdict
 from vlmfast.decode.counters import Counters
 from vlmfast.decode.draft_length import controller_of
-from vlmfast.decode.drafts import Request
+from vlmfast.decode.draft_method import Request
 from vlmfast.decode.output import Output
 from vlmfast.decode.relevance import Relevances, layer_of, open_relevances
 from vlmfast.decode.row_drafts import Proposal, RowsDraft

@@ -1,12 +1,12 @@
 """Sources of drafted tokens: a smaller VLM, the target itself on fewer visual tokens, or the text so far.
 
-A draft is a configuration (frozen dataclass); `open(request)` gives a proposer for one prompt: an object that follows
-the protocol `core.Draft`. Drafts that run a model hold a `Stepper` and feed whatever was emitted since they last ran.
+Drafts that run a model hold a `Stepper` and feed whatever was emitted since they last ran.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections import OrderedDict, deque
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
@@ -16,66 +16,27 @@ from torch import Tensor, nn
 
 from vlmfast import families
 from vlmfast.core import Draft, StageDidNotFire, TokenPruner, Unsupported, UserError, shown
-from vlmfast.decode.proposers import LookupOrModel, ModelProposer, NgramProposer
+from vlmfast.decode.draft_method import DraftMethod, Request
+from vlmfast.decode.proposers import EarlyProposer, LookupOrModel, ModelProposer, NgramProposer
 from vlmfast.decode.row_drafts import LookupRows, ModelRows, RowsDraft
 from vlmfast.decode.target_attention import TargetAttention
 from vlmfast.encode.between import LayerPruner
 from vlmfast.encode.downsample import Downsample
 from vlmfast.engine import open_static
-from vlmfast.fields import Method, PositiveInt, Range
+from vlmfast.fields import NonNegativeInt, PositiveInt, Range
 from vlmfast.runtime import dtypes, weights
 from vlmfast.runtime.compat import CACHE, OLD
-from vlmfast.runtime.request_state import Requests
+from vlmfast.runtime.early_exit import EarlyExit
 from vlmfast.runtime.stepper import Stepper
 
 Confidence = Annotated[float, Range(0, 1, "most")]
+MEDIA, ANSWER = 32, 1024  # whose earlier answers are kept for each model, and tokens kept of an answer
 PADDING_ROWS = 512  # vocabularies of one tokenizer may differ by this many unused rows (Qwen: 151936 and 152064)
-
-
-@dataclass
-class Request:
-    """One `generate` call, as given to a draft that is opened for it."""
-
-    model: Any  # the target
-    input_ids: Tensor  # (B, L) int64
-    generation_config: Any
-    model_kwargs: dict[str, Any]  # prepared for the target, before its prefill
-    inputs: dict[str, Any]  # media tensors as the user gave them
-    requests: Requests | None = None  # the target's calls, when it is accelerated
-    fresh_cache: Callable[[Any], Any] = lambda model: None  # model -> an empty cache for it
-    of_draft: Requests | None = None  # those of the accelerated draft model
-    stop: frozenset[int] = frozenset()  # ids that end the answer
-    steps: str = "auto"  # the engine, see `Stepper.prefill`
 
 
 def _lengths(draft_name: str, longest: int, shortest: int) -> None:
     if shortest > longest:
         raise UserError(f"{draft_name}: shortest={shortest} is more than longest={longest}")
-
-
-class DraftMethod(Method):
-    """What the runtime and the loop ask of a draft's configuration; `open` gives its proposer for one prompt."""
-
-    name: ClassVar[str]
-    graded: ClassVar[bool] = False  # does it give the probabilities of every token it proposes?
-    blind: ClassVar[bool] = False  # does it read tokens only, so that it may start on any cache?
-    rows: ClassVar[bool] = True  # does it draft for several rows?
-
-    @property
-    def pruner(self) -> Any:
-        """The pruner of its own prefill, a spec's text where it was not built yet; None = none."""
-        return None
-
-    def check(self, model: Any, inputs: dict[str, Any]) -> None:
-        """Raise Unsupported where it cannot draft for this target, or for this call."""
-
-    def open(self, request: Request) -> Draft:
-        """The proposer of one prompt."""
-        raise NotImplementedError
-
-    def open_rows(self, request: Request) -> RowsDraft:
-        """The proposer of several rows. Raises Unsupported where its model has no static step."""
-        raise NotImplementedError
 
 
 def _vocabulary(model: Any) -> int:
@@ -202,38 +163,72 @@ def _sees(model: Any, input_ids: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class SelfDraft(DraftMethod):
-    """The target itself on pruned visual tokens (self-speculation, LVSpec): pays where visual tokens cost most.
+    """The target itself: on pruned visual tokens, or its own first layers (self-speculation, LVSpec, arXiv 2604.05650;
+    LayerSkip, arXiv 2404.16710).
 
-    prune: the pruner of its second, pruned prefill, which reuses the encoded media; confidence: as in ModelDraft.
+    prune: the pruner of a second, pruned prefill, which reuses the encoded media: pays where visual tokens cost most.
+    layers: decoder layers before the target's own norm and head; they read and write the target's own keys and values,
+    so there is no prefill and no cache of a draft, and one row is drafted at a time. Their guesses are good where the
+    model was trained for early exits. One of the two. confidence: as in ModelDraft.
     """
 
-    prune: TokenPruner
+    prune: TokenPruner | None = None
     confidence: Confidence = 0.0
+    layers: PositiveInt | None = None
     name: ClassVar[str] = "selfdraft"
     graded: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if (self.prune is None) == (self.layers is None):
+            given = "both came" if self.layers is not None else "neither came"
+            raise UserError(
+                f"{self.name} takes prune= or layers=, and {given}: e.g. layers=4, or prune=Uniform(keep=0.1)"
+            )
         if isinstance(self.prune, (LayerPruner, Downsample)):
             raise UserError(
                 f"prune={shown(self.prune)} in {self.name}: it does not act at the tower's output, as "
                 "a draft needs it, e.g. prune=Uniform(keep=0.1)"
             )
-        if self.prune.after_block is not None:
+        if self.prune is not None and self.prune.after_block is not None:
             raise UserError(
                 f"{self.name}: a pruner inside the tower would encode the media again; use after_block=None"
             )
 
     @property
-    def pruner(self) -> TokenPruner:
+    def pruner(self) -> TokenPruner | None:
         return self.prune
 
+    @property
+    def rows(self) -> bool:  # type: ignore[override]
+        return self.layers is None
+
+    @property
+    def of_one_answer(self) -> bool:  # type: ignore[override]
+        return self.layers is not None
+
+    def check_model(self, layers: int, heads: int, axes: int) -> None:
+        """Raise Unsupported where the target has no layer more than the draft."""
+        if self.layers is not None and self.layers >= layers:
+            raise Unsupported(
+                f"layers={self.layers} in {self.name}: the model has {layers} decoder layers and a draft needs fewer, "
+                f"layers=1 to {layers - 1}"
+            )
+
+    def check(self, model: Any, inputs: dict[str, Any]) -> None:
+        """The same, also without `accelerate`."""
+        self.check_model(len(families.get(model).layers(model)), 0, 0)
+
     def open(self, request: Request) -> Draft:
-        """A second prefill of the target over a cache of its own."""
-        return ModelProposer(*self._prefilled(request), self.confidence)
+        """The first layers over the target's own cache, or a second prefill over a cache of its own."""
+        if self.layers is None:
+            return ModelProposer(*self._prefilled(request), self.confidence)
+        assert request.target is not None
+        early_exit = EarlyExit(request.target, self.layers)
+        return EarlyProposer(early_exit, request.stop, _vocabulary(request.model), self.confidence)
 
     def open_rows(self, request: Request) -> RowsDraft:
-        """The same over several rows."""
+        """A second prefill of several rows."""
         return ModelRows(*self._prefilled(request), self.confidence)
 
     def _prefilled(self, request: Request) -> tuple[Stepper, int, frozenset[int], int]:
@@ -248,15 +243,22 @@ class SelfDraft(DraftMethod):
         return stepper, request.input_ids.shape[1], request.stop, _vocabulary(request.model)
 
 
+# earlier answers by model and media, each behind the end of its prompt
+_EARLIER: weakref.WeakKeyDictionary[Any, OrderedDict[str, deque[list[int]]]] = weakref.WeakKeyDictionary()
+
+
 @dataclass(frozen=True)
 class PromptLookup(DraftMethod):
     """N-gram lookup over prompt and output (Saxena, prompt lookup decoding; LLMA, arXiv 2304.04487). Costs no model.
 
-    longest, shortest: n-grams tried, longest first.
+    The prompt holds the turns before, so a conversation is searched whole. longest, shortest: n-grams tried, longest
+    first. answers: of calls about the same media, how many of their last answers are searched too (one row at a time,
+    `MEDIA` media a model, `ANSWER` tokens an answer); 0 = none. Media are told apart by a digest of their pixels.
     """
 
     longest: PositiveInt = 3
     shortest: PositiveInt = 1
+    answers: NonNegativeInt = 0
     name: ClassVar[str] = "promptlookup"
     blind: ClassVar[bool] = True
 
@@ -265,14 +267,30 @@ class PromptLookup(DraftMethod):
         _lengths(self.name, self.longest, self.shortest)
 
     def open(self, request: Request) -> NgramProposer:
-        """Index the prompt; visual placeholders are never proposed."""
-        return self.open_rows(request).rows[0]
+        """Index the prompt, and earlier answers about its media; visual placeholders are never proposed."""
+        key = request.media_key if self.answers else None
+        of_model = _EARLIER.get(request.model)
+        earlier = () if key is None or of_model is None else tuple(of_model.get(key, ()))[-self.answers :]
+        return self._proposer(request, request.input_ids[0].tolist(), earlier)
 
     def open_rows(self, request: Request) -> LookupRows:
         """An index of every row's own prompt."""
+        return LookupRows([self._proposer(request, prompt) for prompt in request.input_ids.tolist()])
+
+    def _proposer(self, request: Request, prompt: list[int], earlier: tuple[list[int], ...] = ()) -> NgramProposer:
         placeholders = frozenset(families.get(request.model).visual_ids(request.model).values())
-        prompts = request.input_ids.tolist()
-        return LookupRows([NgramProposer(prompt, self.longest, self.shortest, placeholders) for prompt in prompts])
+        return NgramProposer(prompt, self.longest, self.shortest, placeholders, earlier)
+
+    def ended(self, request: Request, answer: list[int]) -> None:
+        """Keep the answer, behind the end of its prompt, for later calls about the same media."""
+        if not self.answers or request.media_key is None:
+            return
+        of_model = _EARLIER.setdefault(request.model, OrderedDict())
+        kept = of_model.pop(request.media_key, deque())
+        kept.append(request.input_ids[0, -self.longest :].tolist() + answer[:ANSWER])
+        of_model[request.media_key] = deque(kept, maxlen=self.answers)
+        while len(of_model) > MEDIA:
+            of_model.popitem(last=False)
 
 
 @dataclass(frozen=True)
@@ -295,6 +313,3 @@ class LookupThenModel(ModelDraft):
         model_proposer = super().open(request)
         assert isinstance(model_proposer, ModelProposer)
         return LookupOrModel(ngram_proposer, model_proposer)
-
-
-DRAFTS: dict[str, Any] = {d.name: d for d in (ModelDraft, SelfDraft, PromptLookup, LookupThenModel)}

@@ -11,6 +11,7 @@ import time
 import weakref
 from collections.abc import Callable
 from contextlib import closing, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,9 +26,9 @@ from vlmfast.decode import accept as rules
 from vlmfast.decode import batch
 from vlmfast.decode.counters import Counters
 from vlmfast.decode.draft_length import controller_of
-from vlmfast.decode.drafts import Request
+from vlmfast.decode.draft_method import Request
 from vlmfast.decode.output import Output, split
-from vlmfast.decode.preconditions import check, tokenizer_for
+from vlmfast.decode.preconditions import check, constrain, tokenizer_for
 from vlmfast.decode.relevance import Relevances, layer_of, open_relevances
 from vlmfast.decode.speculate import Speculate
 from vlmfast.decode.strict_tokens import strict_tokens
@@ -39,7 +40,7 @@ from vlmfast.runtime.stepper import Stepper
 from vlmfast.runtime.transfers import to_device
 from vlmfast.runtime.working_set_prompt import read_prompt
 
-__all__ = ["build", "check"]
+__all__ = ["build", "check", "constrain"]
 
 _KEPT: weakref.WeakKeyDictionary[Any, tuple[Any, Draft | None]] = weakref.WeakKeyDictionary()  # opened drafts by cache
 
@@ -75,6 +76,10 @@ def build(
         **kwargs: Any,
     ) -> Any:  # fmt: skip
         goes_on = bool(generation_config.return_dict_in_generate) or cache_in(inputs) is not None
+        request = Request(
+            model, input_ids, generation_config, {}, media, requests, _fresh_cache, draft, steps=steps,
+            processors=logits_processor, tokenizer=tokenizer,
+        )  # fmt: skip
         if input_ids.shape[0] != 1:
             call = batch.Call(
                 model, input_ids, logits_processor, stopping_criteria, generation_config, kwargs, streamer, sink, steps,
@@ -82,9 +87,7 @@ def build(
             )  # fmt: skip
 
             def request_of(before: dict[str, Any], eos: frozenset[int]) -> Request:
-                return Request(
-                    model, input_ids, generation_config, before, media, requests, _fresh_cache, draft, eos, "static"
-                )
+                return replace(request, model_kwargs=before, stop=eos, steps="static")
 
             return batch.decode(call, speculate, tokenizer, request_of)
         generation, (length_limit, eos_ids, other_criteria) = generation_config, split(stopping_criteria or [])
@@ -95,7 +98,7 @@ def build(
         row_loop = _Run(model, speculate, generation, output, goes_on)
         row_loop.steps = steps
         chooser = TokenChooser(logits_processor, row_loop.sampling, row_loop.drawn, row_loop.rule.graded())
-        cache = row_loop.go(chooser, tokenizer, (requests, draft), media, kwargs)
+        cache = row_loop.go(chooser, replace(request, model_kwargs=dict(kwargs), stop=eos_ids), kwargs)
         if streamer is not None:
             streamer.end()
         if sink is not None:
@@ -126,15 +129,11 @@ class _Run:
         self.random: torch.Generator | None = None
         self.controller = None if speculate.draft is None else controller_of(model, speculate)
 
-    def go(
-        self, choice: TokenChooser, tokenizer: Any, call_states: tuple[Requests | None, Requests | None],
-        media: dict[str, Any], kwargs: dict[str, Any],
-    ) -> Any:  # fmt: skip
+    def go(self, choice: TokenChooser, request: Request, kwargs: dict[str, Any]) -> Any:
         """Prefill, decode, and hand back the cache, cropped to what `generate` would leave."""
         output, self.choice = self.out, choice
         cache = cache_in(kwargs)
         continued = cache is not None and cache.get_seq_length() > 0
-        kwargs_before = dict(kwargs)
         max_tokens = 256 if output.limit is None else min(4096, output.limit - output.start + self.speculate.most + 2)
         target = None
         if self._layer() is None and self.steps == "auto":
@@ -150,12 +149,12 @@ class _Run:
             if not output.done:
                 self.counters.engine, self.counters.reason = target.engine, target.reason
             if self.controller is not None and not output.done:
-                self._prepare(tokenizer, target)
+                self._prepare(request.tokenizer, target)
                 num_waited = 0 if self.goes_on or continued else self.controller.wait()
             start = time.perf_counter()
             while not output.done:
                 if draft_waits and len(output.emitted) > num_waited:
-                    self._open(*call_states, media, target.cache, kwargs_before, continued)
+                    self._open(replace(request, target=target), target.cache, continued)
                     draft_waits = False
                 if self._chosen_by_step(target):
                     self._follow(target)
@@ -165,6 +164,7 @@ class _Run:
             times["overhead_ms"] = total_ms - times["draft_ms"] - times["verify_ms"] - times["draft_prefill_ms"]
             if self.controller is not None:
                 self.controller.answered(len(output.emitted) - 1, times["draft_prefill_ms"])
+                self.speculate.draft.ended(request, output.emitted)
             self.counters.captured(target.decoder, None if self.draft is None else self.draft.decoder)
             if num_waited:
                 self.counters.notes.append(
@@ -199,26 +199,20 @@ class _Run:
             self.strict = strict_tokens(tokenizer, accept_rule.word_classes(), guarded_eos, vocabulary_size)
         self.random = torch.Generator().manual_seed(accept_rule.seed)
 
-    def _open(
-        self, requests: Requests | None, of_draft: Requests | None, media: dict[str, Any], cache: Any,
-        kwargs: dict[str, Any], continued: bool,
-    ) -> None:  # fmt: skip
+    def _open(self, request: Request, cache: Any, continued: bool) -> None:
         """Open the draft; on a cache that is continued, take the one opened in the turns before."""
         draft_config, start = self.speculate.draft, time.perf_counter()
-        kept_draft = _KEPT.get(cache)
+        kept_draft = None if draft_config.of_one_answer else _KEPT.get(cache)
         if continued and kept_draft is not None and kept_draft[0] is draft_config:
             self.draft = kept_draft[1]
-            if any(value.is_floating_point() for value in media.values() if isinstance(value, Tensor)):
+            if any(value.is_floating_point() for value in request.inputs.values() if isinstance(value, Tensor)):
                 self.counters.notes.append("speculate: the draft does not see the new media of this turn")
-        elif continued and not draft_config.blind:
+        elif continued and not (draft_config.blind or draft_config.of_one_answer):
             self.counters.notes.append("speculate: the draft did not see the turns before, decoded without it")
         else:
-            request = Request(
-                self.model, self.out.prompt, self.config, kwargs, media, requests, _fresh_cache, of_draft,
-                self.out.eos, self.steps,
-            )  # fmt: skip
             self.draft = draft_config.open(request)
-        _KEPT[cache] = (draft_config, self.draft)
+        if not draft_config.of_one_answer:
+            _KEPT[cache] = (draft_config, self.draft)
         self.counters.times["draft_prefill_ms"] = (time.perf_counter() - start) * 1e3
 
     # -- tokens ----------------------------------------------------------------------------------------------------

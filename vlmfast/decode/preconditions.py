@@ -8,6 +8,7 @@ from transformers import ProcessorMixin
 
 from vlmfast import engine, families
 from vlmfast.core import Unsupported, UserError
+from vlmfast.decode import grammar
 from vlmfast.decode.drafts import ModelDraft
 from vlmfast.decode.speculate import Speculate
 from vlmfast.decode.target_attention import TargetAttention
@@ -68,10 +69,32 @@ def check(model: Any, speculate: Speculate, args: tuple, kwargs: dict[str, Any],
         )
     if speculate.draft is not None:
         speculate.draft.check(model, kwargs)
+        _check_grammar(speculate, kwargs)
         _check_rewind(model, speculate, kwargs, input_ids, kv)
         if num_rows > 1:
             _check_rows(model, speculate, kwargs, num_rows, asked_options["num_return_sequences"] or 1)
     tokenizer_for(model, speculate, kwargs)
+
+
+def constrain(model: Any, speculate: Speculate | None, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Hold the answer to what the draft knows of it, also where it is then decoded without drafts."""
+    if speculate is None or speculate.draft is None or not speculate.draft.constrains:
+        return
+    if len(args) > 2:
+        raise Unsupported(f"{speculate.draft.name} adds a logits_processor: give generate() its options by name")
+    speculate.draft.constrain(model, tokenizer_for(model, speculate, kwargs), kwargs)
+
+
+def _check_grammar(speculate: Speculate, kwargs: dict[str, Any]) -> None:
+    """A grammar among the processors is asked once for every token of the answer, in order, and for no other."""
+    draft, accept_rule = speculate.draft, speculate.accept
+    if (draft.blind and accept_rule.lossless) or grammar.find(kwargs.get("logits_processor")) is None:
+        return
+    asked_too = draft.name if accept_rule.lossless else f"accept={accept_rule.name}"
+    raise Unsupported(
+        f"a logits_processor with a grammar follows the answer token by token, and {asked_too} would lead it astray: "
+        "use GrammarDraft() or PromptLookup() with a lossless rule"
+    )
 
 
 def _check_rows(model: Any, speculate: Speculate, kwargs: dict[str, Any], num_rows: int, num_sequences: int) -> None:
@@ -115,9 +138,11 @@ def _check_rewind(model: Any, speculate: Speculate, kwargs: dict[str, Any], inpu
 
 
 def tokenizer_for(model: Any, speculate: Speculate, kwargs: dict[str, Any]) -> Any:
-    """The tokenizer that a rule's guards need, None when they need none. Raises UserError when none is found."""
+    """The tokenizer that a rule's guards or a draft need, None when they need none. Raises UserError when none is
+    found."""
     word_classes = speculate.accept.word_classes()
-    if not word_classes:
+    for_draft = speculate.draft is not None and speculate.draft.reads_text(kwargs)
+    if not word_classes and not for_draft:
         return None
     given_tokenizer = speculate.tokenizer or kwargs.get("tokenizer")
     if given_tokenizer is not None:
@@ -131,6 +156,11 @@ def tokenizer_for(model: Any, speculate: Speculate, kwargs: dict[str, Any]) -> A
             model_tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
         except (OSError, ValueError, KeyError):
             model_tokenizer = None
+    if model_tokenizer is None and for_draft:
+        raise UserError(
+            f"{speculate.draft.name} reads text and no tokenizer was found beside the model: pass "
+            "generate(tokenizer=...) or Speculate(tokenizer=processor.tokenizer, ...)"
+        )
     if model_tokenizer is None:
         switched_off = ", ".join(f"{word_class}=False" for word_class in word_classes)
         raise UserError(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlmfast.core import NO_STOP, DraftStop
+from vlmfast.runtime.early_exit import EarlyExit
 from vlmfast.runtime.stepper import Stepper
 from vlmfast.runtime.transfers import to_device
 
@@ -18,7 +19,9 @@ Pick = Callable[[Tensor, Tensor], tuple[int, Tensor | None]]
 class ModelProposer:
     """Proposes by a model, one token after the other."""
 
-    def __init__(self, stepper: Stepper, fed: int, stop: frozenset[int], vocab: int, confidence: float) -> None:
+    def __init__(
+        self, stepper: Stepper | EarlyExit, fed: int, stop: frozenset[int], vocab: int, confidence: float
+    ) -> None:
         self.stepper, self.fed, self.stop, self.vocab, self.confidence = stepper, fed, stop, vocab, confidence
         self.rows = stepper.embed.weight.shape[0]  # a target may have a few more, unused by the tokenizer
         self.certainty: list[float] = []  # the model's own probability of each token of the last proposal
@@ -81,16 +84,54 @@ class ModelProposer:
         self.fed -= max(0, num_tokens)
 
 
+class EarlyProposer(ModelProposer):
+    """Proposes by the target's first layers, which hold the text so far by the target's own steps."""
+
+    def __init__(self, early_exit: EarlyExit, stop: frozenset[int], vocab: int, confidence: float) -> None:
+        super().__init__(early_exit, early_exit.target.length, stop, vocab, confidence)
+        self.early_exit = early_exit
+
+    @property
+    def decoder(self) -> Any:
+        """The target's is counted as the target's."""
+        return None
+
+    def propose(
+        self, ids: Tensor, max_tokens: int, pick_token: Pick | None = None, draft_stop: DraftStop = NO_STOP
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `core.Draft`. Leaves the target as it was."""
+        self.fed = ids.shape[1] - 1
+        try:
+            return super().propose(ids, max_tokens, pick_token, draft_stop)
+        finally:
+            self.early_exit.rewind(self.early_exit.fed)
+
+    def rewind(self, num_refused: int) -> None:
+        """Everything was taken back."""
+
+
+END = -1  # stands behind an earlier answer, where nothing follows
+
+
 class NgramProposer:
-    """Proposes what followed an n-gram before: knows where every n-gram of prompt and output last stood. Host only."""
+    """Proposes what followed an n-gram before: knows where every n-gram of prompt and output last stood. Host only.
+
+    earlier: answers of earlier calls, oldest first; the text of this call goes before them.
+    """
 
     decoder = None  # it runs no model
 
-    def __init__(self, ids: list[int], longest: int, shortest: int, banned: frozenset[int]) -> None:
+    def __init__(
+        self, ids: list[int], longest: int, shortest: int, banned: frozenset[int],
+        earlier: Iterable[list[int]] = (),
+    ) -> None:  # fmt: skip
         self.ids: list[int] = []
         self.certainty: list[float] = []
-        self.longest, self.shortest, self.banned = longest, shortest, banned
+        self.longest, self.shortest, self.banned = longest, shortest, banned | {END}
         self.where: dict[tuple[int, ...], int] = {}
+        for answer in earlier:
+            self._extend([*answer, END])
+        self.before = len(self.ids)  # tokens that are not of this call
         self._extend(ids)
 
     def _extend(self, new_tokens: list[int]) -> None:
@@ -106,7 +147,7 @@ class NgramProposer:
         self, ids: Tensor, max_tokens: int, pick_token: Pick | None = None, draft_stop: DraftStop = NO_STOP
     ) -> tuple[Tensor, Tensor | None]:
         """What followed the latest earlier occurrence of the longest n-gram at the end; empty when there is none."""
-        self._extend(ids[0, len(self.ids) :].tolist())
+        self._extend(ids[0, len(self.ids) - self.before :].tolist())
         for size in range(min(self.longest, len(self.ids)), self.shortest - 1, -1):
             continuation = self.where.get(tuple(self.ids[-size:]))
             if continuation is not None:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from vlmfast.core import UserError, shown
 from vlmfast.decode.accept import Exact, Rule
-from vlmfast.decode.drafts import DraftMethod
+from vlmfast.decode.draft_method import DraftMethod
 from vlmfast.decode.strict_tokens import Tokenizer
 from vlmfast.fields import Method, PositiveInt
 
@@ -16,7 +16,8 @@ from vlmfast.fields import Method, PositiveInt
 class Speculate(Method):
     """The decode stage of a plan.
 
-    draft: ModelDraft, SelfDraft, PromptLookup or LookupThenModel; None = no drafting, our own loop (`plain_loop`).
+    draft: ModelDraft, SelfDraft, PromptLookup, LookupThenModel or GrammarDraft; None = no drafting, our own loop
+    (`plain_loop`).
     accept: an acceptance rule (`decode.ACCEPT`); length: tokens drafted per round, or "adaptive": as many as running
     acceptance and measured costs favour, at most `most`, and none at the start of an answer for as long as recent
     answers ended before a draft's prefill had paid (`decode.draft_length`). tokenizer: for rules that never loosen
@@ -37,13 +38,18 @@ class Speculate(Method):
         super().__post_init__()
         if self.draft is not None and not isinstance(self.draft, DraftMethod):
             raise UserError(
-                f"draft={shown(self.draft)} is not a draft; use ModelDraft(model), SelfDraft(), PromptLookup() "
-                "or LookupThenModel(model)"
+                f"draft={shown(self.draft)} is not a draft; use ModelDraft(model), SelfDraft(layers=4), "
+                "PromptLookup(), LookupThenModel(model) or GrammarDraft()"
             )
         if self.draft is not None and self.accept.graded() and not self.draft.graded:
             raise UserError(
                 f"{self.accept.name} reads the draft's own probabilities and {self.draft.name} has none for looked-up "
                 "text: use ModelDraft or SelfDraft"
+            )
+        if self.draft is not None and self.draft.lossless and not self.accept.lossless:
+            raise UserError(
+                f"{self.accept.name} lets tokens through that {self.draft.name}'s grammar may forbid: use Exact() "
+                "or Lossless()"
             )
         if self.tokenizer is not None and not isinstance(self.tokenizer, Tokenizer):
             raise UserError(f"tokenizer={shown(self.tokenizer)} is no tokenizer; leave it away, or give the model's")

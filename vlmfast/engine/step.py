@@ -32,17 +32,18 @@ SIZES = (1, 2, 4, 6, 8, 12, 17)  # tokens of a step that graphs are captured for
 
 def forward(
     weights: Weights, slots: Slots, ops: ModuleType, tokens: Tensor, read: Read | None = None,
-    hidden_layer: int | None = None,
+    hidden_layer: int | None = None, early: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """tokens (B, n) int64 -> logits (B * n, V) in the model's dtype, and the output of `hidden_layer`, (B * n, D).
 
     Every row holds n columns more, nothing is read by the host. read: what brings columns from host memory for the
-    queries of a layer, see `choices.Tables.read`. hidden_layer: from 0; None = no output is kept.
+    queries of a layer, see `choices.Tables.read`. hidden_layer: from 0; None = no output is kept. early: of an early
+    exit, the layers that are run; the others get no columns.
     """
     num_tokens, eps, hidden = tokens.shape[1], weights.eps, None
     residual, mlp_output = F.embedding(tokens.reshape(-1), weights.embed), None
     buffers = zip(weights.layers, slots.keys, slots.values, slots.lengths, slots.scales, strict=True)
-    for index, (layer, keys, values, length, scales) in enumerate(buffers):
+    for index, (layer, keys, values, length, scales) in enumerate(itertools.islice(buffers, early)):
         residual, normed = ops.add_norm(residual, mlp_output, layer.norm, eps)
         if hidden_layer == index - 1:
             hidden = residual
@@ -191,18 +192,19 @@ class Static(SteppingDecoder):
             self._turn()
 
     def _run(
-        self, size: int, num_counted: int, greedy: bool, token: int | Tensor | None, hidden_layer: int | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+        self, size: int, num_counted: int, greedy: bool, token: int | Tensor | None, hidden_layer: int | None = None,
+        early: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """One step of `size` tokens of which num_counted count -> (B, num_counted, V), and the output of `hidden_layer`
-        (B, num_counted, D). token: what to feed, None = what the step before chose."""
+        (B, num_counted, D). token: what to feed, None = what the step before chose. early: see `forward`."""
         self._reserve(size)
         slots, weights, ops = self.slots, self.pool.weights, self.pool.ops
         tokens = slots.tokens(size)
         tables = None if self.choices is None else self.choices.prepare(self.n)
-        key, read = (size, greedy, hidden_layer, tables and tables.key), None if tables is None else tables.read
+        key, read = (size, greedy, hidden_layer, early, tables and tables.key), None if tables is None else tables.read
 
         def body() -> tuple[Tensor, Tensor | None]:
-            logits, hidden = forward(weights, slots, ops, tokens, read, hidden_layer)
+            logits, hidden = forward(weights, slots, ops, tokens, read, hidden_layer, early)
             if greedy:
                 chosen = logits.argmax(-1, keepdim=True)
                 tokens.copy_(chosen if slots.rows == 1 else slots.ended(chosen))
@@ -233,15 +235,15 @@ class Static(SteppingDecoder):
         counted = logits.view(self.rows, size, -1)[:, :num_counted]
         return counted, None if hidden is None else hidden.view(self.rows, size, -1)[:, :num_counted]
 
-    def step_rows(self, tokens: Tensor, hidden_layer: int | None = None) -> Tensor:
+    def step_rows(self, tokens: Tensor, hidden_layer: int | None = None, early: int | None = None) -> Tensor:
         """tokens (B, n) -> logits (B, n, V) in the model's dtype, valid until the next step, as is `hidden`, the output
-        (B, n, D) of `hidden_layer`."""
+        (B, n, D) of `hidden_layer`. early: see `forward`."""
         parts: list[tuple[Tensor, Tensor | None]] = []
         while True:
             most = SIZES[-1] if self.choices is None else min(SIZES[-1], self.choices.left(self.n))
             piece, tokens = tokens[:, :most], tokens[:, most:]
             size = next(size for size in SIZES if size >= piece.shape[1])
-            logits, hidden = self._run(size, piece.shape[1], False, piece, hidden_layer)
+            logits, hidden = self._run(size, piece.shape[1], False, piece, hidden_layer, early)
             if tokens.shape[1] == 0:
                 break
             parts.append((logits.clone(), None if hidden is None else hidden.clone()))
@@ -250,9 +252,10 @@ class Static(SteppingDecoder):
         self.hidden = hidden
         return torch.cat([*(part[0] for part in parts), logits], 1) if parts else logits
 
-    def step(self, tokens: Tensor, hidden_layer: int | None = None) -> Tensor:
-        """tokens (n,) int64 of the one row -> logits (n, V) in the model's dtype, valid until the next step."""
-        logits = self.step_rows(tokens[None], hidden_layer)[0]
+    def step(self, tokens: Tensor, hidden_layer: int | None = None, layers: int | None = None) -> Tensor:
+        """tokens (n,) int64 of the one row -> logits (n, V) in the model's dtype, valid until the next step. layers: of
+        an early exit, the first ones alone; such tokens must be taken back before a whole step."""
+        logits = self.step_rows(tokens[None], hidden_layer, layers)[0]
         if self.hidden is not None:
             self.hidden = self.hidden[0]
         return logits

@@ -171,8 +171,11 @@ class FastDecoder(SteppingDecoder):
             hidden.dtype
         )
 
-    def step(self, tokens: Tensor, hidden_layer: int | None = None) -> Tensor:
-        """tokens (n,) int64 -> logits (n, V) in the model's dtype; `.hidden` is then that layer's output (n, D)."""
+    def step(self, tokens: Tensor, hidden_layer: int | None = None, layers: int | None = None) -> Tensor:
+        """tokens (n,) int64 -> logits (n, V) in the model's dtype; `.hidden` is then that layer's output (n, D).
+
+        layers: of an early exit, the first ones alone; such tokens must be taken back before a whole step.
+        """
         length, heads, key_heads, head_size = tokens.shape[0], self.h, self.hk, self.dh
         states = F.embedding(tokens, self.text.embed_tokens.weight)
         cos, sin = self._rotation(length)
@@ -180,7 +183,7 @@ class FastDecoder(SteppingDecoder):
         if length > 1:
             causal_mask = torch.full((length, length), float("-inf"), dtype=states.dtype, device=states.device).triu_(1)
         masks: dict[int, Tensor] = {}
-        for layer_index, tensors in enumerate(self.weights):
+        for layer_index, tensors in enumerate(self.weights[:layers]):
             normed = self._norm(states, tensors[0])
             query_rows = F.linear(normed, tensors[1], tensors[2])
             key_rows = F.linear(normed, tensors[3], tensors[4])
