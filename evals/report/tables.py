@@ -200,6 +200,23 @@ def rules(rows: list[Row]) -> str:
     return markdown(["of", "alerts that are right", "appearances told", "after"], out)
 
 
+def degraded(rows: list[Row]) -> str:
+    """What damaged video costs the answers about a stream, and what arrives of it."""
+    out = []
+    for r in rows:
+        m = r["metrics"]
+        cells = [f"{m['kbit_per_second']:.1f} kbit/s" if "kbit_per_second" in m else "-", percent(m["frames"], 0)]
+        for part in ("past", "now"):
+            gap = m.get(f"diff_vs_clean_{part}")
+            beside = "" if gap is None else _points(gap, m[f"diff_vs_clean_{part}_ci95"], 1)
+            cells += [_within(m[f"accuracy_{part}"], m[f"ci95_{part}"]), beside]
+        kept, size = percent(m["kept"], 0), f"{m['bytes_per_hour'] / 2**20:,.0f} MB"
+        out.append([r["name"], *cells, kept, size, "yes" if m["counters_true"] == 1 else "no"])
+    heads = ["video", "sent", "frames that arrive", "right, past", "against clean", "right, now", "against clean",
+             "tokens kept", "archive per hour", "counters true"]  # fmt: skip
+    return markdown(heads, out)
+
+
 def presets(rows: list[Row], config: Row, asked: list[Row]) -> str:
     """Every preset end to end at 3B shapes, and a second question about the same clip; what such a plan does to answers
     stands beside it only where the record of answers (`asked`) holds one that keeps the same share of the tokens."""
@@ -283,7 +300,8 @@ TABLES = {
     "stream": ("cpu-stream.json", stream),
     "sessions": ("cpu-stream.json", sessions),
     "stream-present": ("cpu-stream-present.json", stream),
-    "stream-rules": ("cpu-stream-present.json", rules),
+    "stream-rules": ("cpu-stream-rules.json", rules),
+    "degraded": ("stream-degraded.json", degraded),
     "crash": ("stream-crash.json", crash),
     "accuracy-easy-vqa": ("accuracy-easy-vqa.json", accuracy),
     "accuracy-long": ("accuracy-long.json", accuracy),

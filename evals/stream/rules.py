@@ -1,4 +1,9 @@
-"""Watch rules on pocket clips: when what a rule names is really there, what was told of it, and what asking costs."""
+"""Watch rules on pocket clips: when what a rule names is really there, what was told of it, and what asking costs.
+
+`python -m evals.stream.rules --clips 6 --out FILE.json` reads rules on clips that are not reported, and says for every
+threshold and every time that an answer must last how many alerts are right, and how many appearances are told. With
+`--reported` it asks the reported clips under the defaults, with intervals, and times 0, 1 and 8 rules.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +11,19 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+from unittest import mock
 
 import torch
+import typer
 
 from evals.stream import runs
 from vlmfast.bench import records, stats
+from vlmfast.cli.errors import application
 from vlmfast.files import write_text
 from vlmfast.pocket.clips import LongClip, clip
 from vlmfast.stream import StreamSession
+from vlmfast.stream.watch_rules import LASTING, THRESHOLD, WatchRule
 
 Span = tuple[float, float]
 RULES = 8  # watched at once
@@ -22,6 +31,8 @@ COOLDOWN = 4.0  # seconds; a scene lasts 8
 LATE = 1.0  # seconds that a reading may lie behind what it read
 MINUTES = 10.0  # of a clip
 TIMED = (0, 1, RULES)  # rules, of the rates
+RULE = "a {} appears"
+THRESHOLDS, LASTINGS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99), (0.0, 1.0, 2.0, 3.0)  # that are tried
 
 
 def watched(drawn: LongClip, count: int) -> list[str]:
@@ -54,6 +65,75 @@ def watch(model: Any, processor: Any, config: dict[str, Any], seed: int) -> dict
     told: dict[str, list[float]] = {what: [] for what in watched(drawn, RULES)}
     encoded(model, processor, drawn, told, config).close(discard=True)
     return {what: {"told": seconds, "spans": appearances(drawn, what)} for what, seconds in told.items()}
+
+
+def scores(model: Any, processor: Any, config: dict[str, Any], seed: int) -> dict[str, dict[str, Any]]:
+    """What the rules of one clip read: what -> {"read": (second, score) of every reading, "spans": appearances}."""
+    drawn = clip(seed, round(MINUTES * 60), questions=16)
+    named = watched(drawn, RULES)
+    found: dict[str, dict[str, Any]] = {what: {"read": [], "spans": appearances(drawn, what)} for what in named}
+    take = WatchRule.read
+
+    def spied(rule: WatchRule, seconds: float, score: float) -> bool:
+        found[next(what for what in named if rule.text == RULE.format(what))]["read"].append((seconds, score))
+        return take(rule, seconds, score)
+
+    with mock.patch.object(WatchRule, "read", spied):
+        encoded(model, processor, drawn, {what: [] for what in named}, config).close(discard=True)
+    return found
+
+
+def alerts(read: Sequence[tuple[float, float]], threshold: float, lasting: float) -> list[float]:
+    """Seconds of the alerts that a rule would have given over these readings."""
+    rule = WatchRule("", "", print, COOLDOWN, threshold, lasting, [])
+    return [seconds for seconds, score in read if rule.read(seconds, score)]
+
+
+def choice_rows(found: Sequence[dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Precision and recall at every threshold and lasting. found: `scores` of every clip."""
+    out = []
+    for lasting in LASTINGS:
+        for threshold in THRESHOLDS:
+            right: list[float] = []
+            met: list[float] = []
+            for seen in (each for clip_found in found for each in clip_found.values()):
+                correct, was_told = judged(alerts(seen["read"], threshold, lasting), seen["spans"])
+                right, met = right + correct, met + was_told
+            precision, recall = sum(right) / max(1, len(right)), sum(met) / max(1, len(met))
+            metrics = {
+                "clips": len(found), "alerts": len(right), "appearances": len(met), "precision": precision,
+                "recall": recall, "f1": 2 * precision * recall / max(1e-9, precision + recall),
+            }  # fmt: skip
+            params = {"threshold": threshold, "lasting": lasting}
+            out.append(records.row("rules", params=params, metrics=metrics))
+    return out
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="result file (JSON)")],
+    clips: Annotated[int, typer.Option(help="how many clips", min=1, max=20)] = 6,
+    reported: Annotated[bool, typer.Option("--reported", help="the reported clips, under the defaults")] = False,
+    answers: Annotated[Path, typer.Option(help="folder of what each reported clip gave")] = Path("runs/rules"),
+    force: Annotated[bool, typer.Option("--force", help="replace an existing result")] = False,
+) -> None:
+    """Read rules on the choosing clips, for every threshold and lasting, or on the reported ones."""
+    from evals.speed.suites import show
+    from vlmfast import loading
+
+    records.claim(out, force)
+    config: dict[str, Any] = {"redundancy": 0.01, "window": 1024, "ram": "16MiB", "recent": None}
+    config |= {"clips": {f"{MINUTES:g}": clips}, "threshold": THRESHOLD, "lasting": LASTING}
+    seeds = runs.REPORTED if reported else runs.CHOSEN_ON
+    record = records.head("rules", config={"reported": reported, **config}, seed=seeds[0], repeats=1)
+    loaded = loading.load("pocket")
+    if reported:
+        row = accuracy_row(loaded.model, loaded.processor, config, answers / f"{THRESHOLD:g}-{LASTING:g}")
+        record["rows"] = [row, rate_row(loaded.model, loaded.processor, config)]
+    else:
+        read = [scores(loaded.model, loaded.processor, config, seed) for seed in seeds[:clips]]
+        record["rows"], record["show"] = choice_rows(read), ["precision", "recall", "f1", "alerts"]
+    records.write(out, record, force)
+    show(record)
 
 
 def accuracy_row(model: Any, processor: Any, config: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -109,8 +189,12 @@ def encoded(
     options = {key: config[key] for key in ("redundancy", "window", "ram", "recent")}
     stream = StreamSession(model, processor, retrieve=None, fps=drawn.fps, **options)
     for what, seconds in told.items():
-        stream.when(f"a {what} appears", lambda alert, into=seconds: into.append(alert.seconds), COOLDOWN)
+        stream.when(RULE.format(what), lambda alert, into=seconds: into.append(alert.seconds), COOLDOWN)
     every = iter(drawn.frames() if frames is None else frames)
     while some := [pair for _, pair in zip(range(push), every, strict=False)]:
         stream.push(torch.stack([frame for _, frame in some]), [seconds for seconds, _ in some])
     return stream
+
+
+if __name__ == "__main__":
+    application(main)()

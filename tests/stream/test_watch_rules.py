@@ -90,13 +90,20 @@ def test_read_together_equals_read_alone(family):
 
 
 def test_a_rule_is_told_once_until_it_has_been_no_again():
-    rule = WatchRule("x", "x ?", print, cooldown=3.0, threshold=0.5, ids=[])
+    rule = WatchRule("x", "x ?", print, cooldown=3.0, threshold=0.5, lasting=0.0, ids=[])
     scores = [0.1, 0.9, 0.9, 0.2, 0.8, 0.8, 0.8, 0.5, 0.6, 0.6]
     assert [t for t, score in enumerate(scores) if rule.read(float(t), score)] == [1, 4, 8]
-    patient = WatchRule("x", "x ?", print, cooldown=5.0, threshold=0.85, ids=[])
+    patient = WatchRule("x", "x ?", print, cooldown=5.0, threshold=0.85, lasting=0.0, ids=[])
     assert [t for t, score in enumerate(scores) if patient.read(float(t), score)] == [1]
-    waiting = WatchRule("x", "x ?", print, cooldown=5.0, threshold=0.5, ids=[])
+    waiting = WatchRule("x", "x ?", print, cooldown=5.0, threshold=0.5, lasting=0.0, ids=[])
     assert [t for t, score in enumerate(scores) if waiting.read(float(t), score)] == [1, 6], "late, but told"
+
+
+def test_a_rule_is_told_when_it_has_been_true_for_so_long():
+    scores = [0.9, 0.2, 0.9, 0.9, 0.2, 0.9, 0.9, 0.9, 0.9, 0.1, 0.9, 0.9, 0.9]
+    for lasting, expected in ((0.0, [0, 2, 5, 10]), (1.0, [3, 6, 11]), (2.0, [7, 12]), (5.0, [])):
+        rule = WatchRule("x", "x ?", print, cooldown=0.0, threshold=0.5, lasting=lasting, ids=[])
+        assert [t for t, score in enumerate(scores) if rule.read(float(t), score)] == expected
 
 
 @pytest.mark.parametrize(
@@ -152,6 +159,7 @@ def test_rules_are_read_while_a_source_is_watched_and_an_error_of_a_callback_is_
         (("a cat appears", 3), ("callback=3",)),
         (("a cat appears", print, -1), ("cooldown=-1", "at least 0")),
         (("a cat appears", print, 1, 2), ("threshold=2", "at most 1")),
+        (("a cat appears", print, 1, 0.5, -1), ("lasting=-1", "at least 0")),
         (("a <|video_pad|> appears",), ("<|video_pad|>",)),
     ],
 )

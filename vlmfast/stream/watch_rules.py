@@ -30,6 +30,7 @@ from vlmfast.stream.snapshot import SavedIntake
 from vlmfast.stream.working_set import WorkingSetBuilder
 
 EVERY = 1.0  # seconds between two readings, or a grid where that is longer
+THRESHOLD, LASTING = 0.9, 2.0  # share of "yes", and for how many seconds, from which a rule is told
 THERE = re.compile(r"(?:there (?:is|are) )?(.+?)(?: (?:appears?|shows? up|(?:is|are) (?:there|visible)))?[ .!]*", re.I)
 
 
@@ -57,16 +58,21 @@ class WatchRule:
     callback: Callable[[Alert], Any]
     cooldown: float
     threshold: float
+    lasting: float
     ids: list[int]
     answered: bool = False  # has the model been found to answer yes or no?
     told: bool = False  # since it came true
+    since: float | None = None  # first of the seconds, without a break, whose answer was yes
     last: float = float("-inf")  # seconds of the last alert
 
     def read(self, seconds: float, score: float) -> bool:
         """Take in a second's score; is it to be told?"""
         if score <= self.threshold:
-            self.told = False
-        elif not self.told and seconds - self.last >= self.cooldown:
+            self.told, self.since = False, None
+            return False
+        self.since = seconds if self.since is None else self.since
+        lasted = seconds - self.since >= self.lasting
+        if lasted and not self.told and seconds - self.last >= self.cooldown:
             self.told, self.last = True, seconds
             return True
         return False
@@ -169,15 +175,18 @@ class WatchedIntake(SavedIntake):
         self._due: deque[tuple[WatchRule, Alert | UserError]] = deque()  # what is to be told
 
     def when(
-        self, rule: str, callback: Callable[[Alert], Any] = print, cooldown: float = 10.0, threshold: float = 0.5
-    ) -> WatchRule:
+        self, rule: str, callback: Callable[[Alert], Any] = print, cooldown: float = 10.0,
+        threshold: float = THRESHOLD, lasting: float = LASTING,
+    ) -> WatchRule:  # fmt: skip
         """Call `callback` with an `Alert` when a rule comes true: "a red circle appears", or a yes/no question.
 
-        It is asked of every new second and told when its answer turns to yes: once until it has been no again, and not
-        before `cooldown` seconds are over since the last time. threshold: share of "yes" in the probability of "yes"
-        and "no" that counts as yes. Callbacks run in the thread that encoded the frames, when these are stored.
-        `stop_watching(rule)` ends it; rules are not saved. Raises UserError for a rule that is empty, or to which the
-        model answers neither yes nor no; where nothing was seen yet, the first push does.
+        It is asked of every new second and told when its answer has turned to yes and been yes for `lasting` seconds:
+        once until it has been no again, and not before `cooldown` seconds are over since the last time. threshold:
+        share of "yes" in the probability of "yes" and "no" that counts as yes. Both decide between false alerts and
+        late or missed ones; the defaults are what `python -m evals.stream.rules` found best on the pocket model.
+        Callbacks run in the thread that encoded the frames, when these are stored. `stop_watching(rule)` ends it; rules
+        are not saved. Raises UserError for a rule that is empty, or to which the model answers neither yes nor no;
+        where nothing was seen yet, the first push does.
         """
         self._check_open()
         if not isinstance(rule, str) or not rule.strip(" ?.!"):
@@ -185,13 +194,14 @@ class WatchedIntake(SavedIntake):
         if not callable(callback):
             raise UserError(f"callback={callback!r} cannot be called: give a function that takes an Alert")
         checked("cooldown", cooldown, NonNegativeFloat, "a watch rule", 10)
-        checked("threshold", threshold, Share, "a watch rule", 0.5)
+        checked("threshold", threshold, Share, "a watch rule", THRESHOLD)
+        checked("lasting", lasting, NonNegativeFloat, "a watch rule", LASTING)
         refuse_placeholders(rule, self.model, self.vision.processor)
         with self._lock:
             self._reader = self._reader or YesNoReader(self.builder)
             question = question_of(rule)
             ids = self.vision.prompt(self.vision.messages([], question))[1]
-            made = WatchRule(rule.strip(), question, callback, float(cooldown), float(threshold), ids)
+            made = WatchRule(rule.strip(), question, callback, float(cooldown), float(threshold), float(lasting), ids)
             recent = self.encoder.recent
             if recent.grids:
                 _, words = self._reader.read([recent.grids[-recent.num_grids :]], [ids])
