@@ -15,7 +15,6 @@ import vlmfast
 from vlmfast.decode import Loose, LooseAdvanced, ModelDraft, PromptLookup, Speculate
 from vlmfast.decode.accept import Round
 from vlmfast.encode import VidCom2
-from vlmfast.engine import pool
 from vlmfast.prefill import SnapKV, persist
 from vlmfast.runtime.cache_state import VisualMemory, cache_state, put_cache_state
 
@@ -169,9 +168,8 @@ def test_rounds_of_rows_do_not_outlive_their_round() -> None:
             gc.enable()
 
 
-def test_loosened_rows_wait_twice_a_round_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loosened_rows_wait_twice_a_round_on_a_card() -> None:
     """Once for the best tokens, once for what is loosened, of all rows together; and say what the CPU says."""
-    monkeypatch.setattr(pool, "HALF", (torch.float32,))
     model = tiny.build(FAMILY)
     counted, drafted = [], Speculate(PromptLookup(longest=1), RULE, length=4)
     with vlmfast.accelerate(model, speculate=drafted) as fast:

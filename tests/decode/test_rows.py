@@ -277,9 +277,8 @@ def test_an_interrupted_call_gives_its_slots_back(error: type[BaseException]) ->
 
 
 @pytest.mark.parametrize("source", ["lookup", pytest.param("model", marks=pytest.mark.slow)])
-def test_rows_on_a_card_say_what_the_cpu_says(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_on_a_card_say_what_the_cpu_says(source: str) -> None:
     """In float32, kernels' twins included; a round of looked-up drafts waits once for the device."""
-    monkeypatch.setattr(pool, "HALF", (torch.float32,))
     model, draft, batch = tiny.build(FAMILY), draft_of(FAMILY), three()
     start = batch["input_ids"].shape[1]
     said = plain(model, batch)

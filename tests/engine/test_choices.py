@@ -16,7 +16,6 @@ import vlmfast
 from vlmfast import engine
 from vlmfast.decode import PromptLookup, SelfDraft, Speculate
 from vlmfast.encode import Uniform
-from vlmfast.engine import pool
 from vlmfast.engine.choices import Choices
 from vlmfast.kernels import chunks as reference
 from vlmfast.prefill import HybridAdvanced, HybridKV, ShadowKV
@@ -205,9 +204,8 @@ def test_what_stays_with_the_model_says_why() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_card_says_what_the_cpu_says(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+def test_a_card_says_what_the_cpu_says(rows: int) -> None:
     """Kernels' twins, graphs, pinned memory read by its address; a later call of other heads captures nothing."""
-    monkeypatch.setattr(pool, "HALF", (torch.float32,))
     model = tiny.build(FAMILY, **HEADS)
     batches = [
         tiny.inputs(FAMILY, media=[("image", "image"), ("image",)][:rows], text=[n, 20][:rows]) for n in (12, 14)

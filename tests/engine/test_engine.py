@@ -701,9 +701,8 @@ def test_drafts_step_statically_on_a_card(source: str) -> None:
     assert torch.equal(first, again)
 
 
-def test_a_card_says_what_the_cpu_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_card_says_what_the_cpu_says() -> None:
     """In float32, kernels' twins included: one row and three, ended rows, drafts; nothing waits inside a graph."""
-    monkeypatch.setattr(pool, "HALF", (torch.float32,))
     model, batch = tiny.build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl", media=[("image",), ("image", "image"), ()])
     one, draft = tiny.inputs("qwen2_5_vl"), draft_of("qwen2_5_vl")
     start = batch["input_ids"].shape[1]

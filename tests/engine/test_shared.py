@@ -204,9 +204,8 @@ def test_a_row_that_overflowed_leaves_nothing_behind() -> None:
     assert requests[0].said == said
 
 
-def test_rows_join_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_join_on_a_card() -> None:
     """In float32, kernels' twins included; few graphs serve every schedule, and a step waits for nothing."""
-    monkeypatch.setattr(pool, "HALF", (torch.float32,))
     model, rows = tiny.build(FAMILY), tiny.rows(FAMILY, media=MEDIA[:4], text=TEXT[:4])
     wanted = [alone(model, row, 6) for row in rows]
     with PretendCuda(capability=(9, 0)) as device:

@@ -155,6 +155,20 @@ def test_splits(pairs: int, capacity: int, processors: int, splits: int) -> None
 Kernel = tuple[str, dict[str, Any], dict[str, Any]]  # module.name, constants, options
 
 
+def step_in_float32(head: int, group: int, n: int, width: int, inner: int) -> list[Kernel]:
+    """Of the step alone: in float32 the other kernels are not launched. int8 as far as the pool takes it."""
+    from vlmfast.engine.pool import WIDEST_INT8
+    from vlmfast.kernels.triton_step import tile
+
+    kernels = [kernel for kernel in kernels_of(head, group, n, width, inner) if kernel[0].startswith("triton_step")]
+    out = [kernel for kernel in kernels if kernel[0] != "triton_step._split"]
+    for int8 in (False, True) if head <= WIDEST_INT8 else (False,):
+        sizes = tile(head, n * group, wide=True, int8=int8)
+        options = {k: sizes.pop(k) for k in ("num_warps", "num_stages")}
+        out.append(("triton_step._split", {"G": group, "HK": 2, "D": head, "INT8": int8, **sizes}, options))
+    return out
+
+
 def kernels_of(head: int, group: int, n: int, width: int, inner: int) -> list[Kernel]:
     """Of a model's step, tower and compressed caches, as the launchers choose them."""
     from vlmfast.kernels import triton_ragged
@@ -238,7 +252,7 @@ def test_choosers_fit_every_card(arch: int) -> None:
 
 
 def fits(arch: int, dtype: str, shape: tuple[int, int, int, int, int]) -> None:
-    for name, constants, options in kernels_of(*shape):
+    for name, constants, options in (step_in_float32 if dtype == "fp32" else kernels_of)(*shape):
         took = compiled(name, constants, options, dtype, arch)
         assert 0 < took["registers"] <= 255 and not took["spilt"] and took["shared"] <= KIB[arch] * 1024, (name, took)
 
@@ -254,7 +268,7 @@ SHAPES = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("arch", "dtype"), itertools.product(KIB, ("bf16", "fp16")))
+@pytest.mark.parametrize(("arch", "dtype"), itertools.product(KIB, ("bf16", "fp16", "fp32")))
 def test_kernels_fit_every_card(arch: int, dtype: str) -> None:
     for shape in SHAPES:
         fits(arch, dtype, shape)

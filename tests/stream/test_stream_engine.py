@@ -38,12 +38,6 @@ CASES: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
 ]
 
 
-@pytest.fixture
-def exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels' twins take float32 too, so that tokens can be compared with the CPU's."""
-    monkeypatch.setattr(pool, "HALF", (torch.float32,))
-
-
 def opened(
     family: str, place: Any, plan: dict[str, Any], scope: str = "layer", dtype: Any = torch.float32, **more: Any
 ) -> Any:
@@ -61,7 +55,6 @@ def asked(s: Any, lengths: tuple[int, ...], **options: Any) -> list[Answer]:
     return [s.ask(Q, max_new_tokens=n, **options) for n in lengths]
 
 
-@pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize(("family", "plan", "scope", "options"), CASES)
 def test_the_engine_says_what_the_cpu_says(family: str, plan: dict, scope: str, options: dict) -> None:
     """Greedy, sampled, processed, drafted and compressed; the second answer finds the first one's graphs."""
@@ -78,7 +71,6 @@ def test_the_engine_says_what_the_cpu_says(family: str, plan: dict, scope: str, 
     assert not any("engine" in a.report for a in want if not plan)
 
 
-@pytest.mark.usefixtures("exact")
 def test_a_long_prompt_takes_one_forward_and_its_last_token_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     want = asked(opened("qwen2_5_vl", lambda x: x, {}), (6,))
     monkeypatch.setattr("vlmfast.stream.session.MOST", 3)
@@ -87,7 +79,6 @@ def test_a_long_prompt_takes_one_forward_and_its_last_token_a_step(monkeypatch: 
     assert got[0].text == want[0].text and got[0].report["engine"] == "static"
 
 
-@pytest.mark.usefixtures("exact")
 def test_an_answer_that_is_stopped_leaves_the_engine_ready() -> None:
     class Stop:
         def put(self, value: Any) -> None:
@@ -105,7 +96,6 @@ def test_an_answer_that_is_stopped_leaves_the_engine_ready() -> None:
         assert s.ask(Q, max_new_tokens=6).text == want
 
 
-@pytest.mark.usefixtures("exact")
 def test_the_engine_lives_as_long_as_any_session_over_the_model() -> None:
     with PretendCuda(capability=CARD):
         one = opened("qwen2_5_vl", to_cuda, {})

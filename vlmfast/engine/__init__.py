@@ -54,8 +54,8 @@ def why_not(text_model: Any, lm_head: Any) -> str | None:
         if weight.device.index != torch.cuda.current_device():
             current = f"cuda:{torch.cuda.current_device()}"
             return f"the model is on {weight.device} and the current device is {current}: call torch.cuda.set_device"
-        if weight.dtype not in pool.HALF:
-            return f"the kernels of the static step take float16 and bfloat16, not {str(weight.dtype)[6:]}"
+        if weight.dtype not in pool.TAKEN:
+            return f"the kernels of the static step take float16, bfloat16 and float32, not {str(weight.dtype)[6:]}"
         major, minor = torch.cuda.get_device_capability(weight.device)
         if major < 8:
             return f"the kernels of the static step need a card of compute capability 8.0, this one has {major}.{minor}"

@@ -16,7 +16,8 @@ from vlmfast.engine.weights import Weights
 from vlmfast.kernels import chunks, step_reference
 from vlmfast.runtime import dtypes
 
-HALF = (torch.float16, torch.bfloat16)
+TAKEN = (torch.float16, torch.bfloat16, torch.float32)  # dtypes of the kernels
+WIDEST_INT8 = 128  # heads in int8 beside weights in float32, which the kernel holds in registers
 _POOLS: weakref.WeakKeyDictionary[nn.Module, Pool] = weakref.WeakKeyDictionary()
 
 
@@ -30,7 +31,7 @@ class Pool:
         self.ops: ModuleType = step_reference
         self.chunk_ops: ModuleType = chunks
         self.processors = 1
-        if on_cuda and self.weights.embed.dtype in HALF:
+        if on_cuda and self.weights.embed.dtype in TAKEN:
             from vlmfast.kernels import triton_chunks, triton_step
 
             self.ops, self.chunk_ops = triton_step, triton_chunks
@@ -46,6 +47,9 @@ class Pool:
         int8: of what is stored as such.
         Raises Unsupported, naming the bytes and what fits, where there is no memory for them: before they are taken.
         """
+        exact, head_size = self.weights.embed.dtype == torch.float32, self.weights.head_size
+        if int8 and exact and self.ops is not step_reference and head_size > WIDEST_INT8:
+            raise Unsupported(f"int8 heads of {head_size} in a float32 model, the kernel takes {WIDEST_INT8}")
         idle_slots = [slots for slots in self.slots if slots.idle]
         large_enough = [
             slots for slots in idle_slots if slots.rows == rows and slots.capacity >= columns and slots.int8 == int8

@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from vlmfast.engine.graphs import Memory, Run
-from vlmfast.engine.pool import HALF
+from vlmfast.kernels.vision import HALF
 from vlmfast.runtime.compat import CACHE, OLD, cache_in
 from vlmfast.runtime.fast_decoder import unknown_decoder
 from vlmfast.runtime.patch import Patch

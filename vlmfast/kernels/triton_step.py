@@ -185,9 +185,16 @@ def block(size: int, smallest: int = 16) -> int:
     return max(smallest, triton.next_power_of_2(size))
 
 
-def tile(head_size: int, queries: int) -> dict[str, int]:
-    """Block sizes of `_split` that fit 99 KiB of shared memory and 255 registers, the least of sm_80 to sm_120."""
+def tile(head_size: int, queries: int, wide: bool = False, int8: bool = False) -> dict[str, int]:
+    """Block sizes of `_split` that fit 99 KiB of shared memory and 255 registers, the least of sm_80 to sm_120.
+
+    wide: queries in float32, which tensor cores do not multiply exactly: small blocks, held in registers.
+    """
     block_d, block_m = block(head_size), min(QUERIES, block(queries))
+    if wide:
+        return {
+            "BLOCK_D": block_d, "BLOCK_M": 16, "BLOCK_N": 16 if int8 else 32, "num_warps": 8, "num_stages": 2,
+        }  # fmt: skip
     return {
         "BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_N": 64 if block_d <= 128 else 32,
         "num_warps": 8 if block_d * block_m > 4096 else 4, "num_stages": 2,
@@ -236,7 +243,7 @@ def attend(
     group_size, attended = q.shape[1] // (num_kv_heads * head_size), torch.empty_like(q)
     partials = q.new_empty(batch * num_kv_heads, splits, n * group_size, head_size, dtype=torch.float32)
     maxima, totals = q.new_empty(2, batch * num_kv_heads, splits, n * group_size, dtype=torch.float32).unbind(0)
-    block_sizes = tile(head_size, n * group_size)
+    block_sizes = tile(head_size, n * group_size, q.dtype == torch.float32, scales is not None)
     _split[(batch * num_kv_heads, splits, triton.cdiv(n * group_size, block_sizes["BLOCK_M"]))](
         q, keys, values, *(scales or (q, q)), length, partials, maxima, totals, scale, capacity, splits, n,
         G=group_size, HK=num_kv_heads, D=head_size, INT8=scales is not None, **block_sizes,
