@@ -132,6 +132,19 @@ def read(rows: list[Row]) -> str:
                      "against decoding alone"], out)  # fmt: skip
 
 
+def grammar(rows: list[Row]) -> str:
+    """JSON answers under a schema: steps of the target, and tokens that the schema forced."""
+    out = []
+    for r in rows:
+        m, length = r["metrics"], r["params"].get("length")
+        name = r["name"] if length is None else f"{r['name']}, length {length}"
+        counts = [f"{m[k]:,}" for k in ("tokens", "verify_rounds")]
+        shares = [f"{m['rounds_per_token']:.2f}", percent(m["forced_share"], 0), f"{m['accepted_length']:.2f}"]
+        out.append([name, r["params"]["tokenizer"], *counts, *shares, percent(m["same_text"], 0)])
+    return markdown(["answers", "tokenizer", "tokens", "rounds", "rounds per token", "drafted and passed",
+                     "accepted per round", "same text"], out)  # fmt: skip
+
+
 BYTES = ["fast bytes", "host", "total", "total allocated"]
 
 
@@ -297,6 +310,7 @@ TABLES = {
     "luck": ("luck.json", luck),
     "kv": ("cpu-prefill.json", kv),
     "read": ("cpu-read.json", read),
+    "grammar": ("cpu-grammar.json", grammar),
     "stream": ("cpu-stream.json", stream),
     "sessions": ("cpu-stream.json", sessions),
     "stream-present": ("cpu-stream-present.json", stream),

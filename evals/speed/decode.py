@@ -33,6 +33,7 @@ from vlmfast.bench.stats import median_ratio, paired
 from vlmfast.bench.timing import half as half_dtype
 from vlmfast.cli.errors import application
 from vlmfast.core import UserError, to_json
+from vlmfast.decode import ModelDraft
 from vlmfast.decode.speculate import predicted_speedup
 from vlmfast.files import write_text
 
@@ -159,8 +160,10 @@ def _plan(speculate: Any) -> Any:
     """JSON of our plan; the draft model by its name."""
     out = {"length": speculate.length, "accept": to_json(speculate.accept)}
     draft = speculate.draft
-    if draft is not None:
-        out["draft"] = {"method": draft.name, "prune": to_json(getattr(draft, "prune", None))}
+    if isinstance(draft, ModelDraft):
+        out["draft"] = {"method": draft.name, "prune": to_json(draft.prune)}
+    elif draft is not None:
+        out["draft"] = to_json(draft)
     return out
 
 

@@ -81,6 +81,7 @@ def competitors(draft: Any, quick: bool, length: int | str = "adaptive") -> list
             for k in (0.5, 0.25, KEEP)
         ),
         ours(Lossless(), SelfDraft(Uniform(keep=KEEP)), "lossless", "selfdraft", length),
+        ours(Lossless(), SelfDraft(layers=6), "lossless", "selfdraft, 6 of 12 layers", length),
         ours(Lossless(), PromptLookup(), "lossless", "promptlookup", length),
         ours(Lossless(), both, "lossless", "lookupthenmodel", length),
         ours(Loose(), both, "loose", "lookupthenmodel", length),

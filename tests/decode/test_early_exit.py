@@ -13,11 +13,12 @@ from transformers import DynamicCache
 
 import vlmfast
 from vlmfast.core import Unsupported, UserError
-from vlmfast.decode import Exact, Lossless, SelfDraft, Speculate, loop
+from vlmfast.decode import Exact, Lossless, SelfDraft, Speculate, fit_exit, loop
 from vlmfast.encode import FastV, Uniform, VidCom2
 from vlmfast.plan import Plan, parse
 from vlmfast.prefill import HybridKV, SnapKV
 from vlmfast.runtime.early_exit import EarlyExit
+from vlmfast.runtime.fast_decoder import ExitPoint
 from vlmfast.runtime.stepper import Stepper
 
 
@@ -85,7 +86,7 @@ def test_every_engine_exits_early_and_takes_it_back(engine: str, pad: int) -> No
             return input_ids
         whole = stepper.step(tokens)
         stepper.rewind(3)
-        early_exit = EarlyExit(stepper, 2)
+        early_exit = EarlyExit(stepper, ExitPoint(2))
         first = early_exit.step(tokens[:, :1])
         rest = early_exit.step(tokens[:, 1:])
         assert early_exit.fed == 3
@@ -150,6 +151,51 @@ def test_sampling_draws_what_plain_draws(steps: str) -> None:
     plan = Speculate(SelfDraft(layers=2, confidence=0.05), Exact(), length=4)
     given["custom_generate"] = loop.build(target, plan, inputs=given, steps=steps)
     assert torch.equal(target.generate(**given), expected)
+
+
+@pytest.mark.parametrize("steps", ["functional", "static", "module"])
+def test_a_fitted_exit_guesses_better_and_stays_lossless(tmp_path: Any, steps: str) -> None:
+    """On the answers that it was fitted to; a random model's own norm leads from its first layer to nothing."""
+    target, file = tiny.build("qwen2_5_vl"), str(tmp_path / "exit.safetensors")
+    prompts = [tiny.inputs("qwen2_5_vl", media=(), text=8, seed=seed) for seed in range(8)]
+    told = fit_exit(target, 1, prompts, file, 24)
+    assert told["columns"] == 8 * 24 and 0 <= told["own_norm"] < 1 and 0 < told["fitted"] <= 1
+    accepted = []
+    for draft in (SelfDraft(layers=1, exit=file), SelfDraft(layers=1)):
+        accepted.append(0)
+        for prompt in prompts[:3]:
+            numbers: dict[str, Any] = {}
+            given = {"max_new_tokens": 24, "do_sample": False, **prompt}
+            given["custom_generate"] = loop.build(
+                target, Speculate(draft, length=4), inputs=given, steps=steps, sink=numbers.update
+            )
+            assert torch.equal(target.generate(**given), plain(target, prompt, 24)) and numbers["engine"] == steps
+            accepted[-1] += numbers["accepted_exact"]
+    assert accepted[0] > 2 * accepted[1]
+    text = target.model.language_model
+    assert not text.layers[0]._forward_hooks and not text.norm._forward_hooks and len(text.layers) == 4
+
+
+def test_exits_of_another_model_are_refused(tmp_path: Any) -> None:
+    target, file = tiny.build("qwen2_5_vl"), str(tmp_path / "exit.safetensors")
+    prompts = [tiny.inputs("qwen2_5_vl", seed=seed) for seed in range(4)]
+    fit_exit(target, 2, prompts, file, 4)
+    wider = tiny.build("qwen2_5_vl", vision={"out_hidden_size": 128}, hidden_size=128, head_dim=16)
+    (tmp_path / "words.safetensors").write_text("no tensors")
+    for model, fields, says in (
+        (target, {"layers": 3, "exit": file}, "fitted after 2 layers of width 64, and layers=3"),
+        (wider, {"layers": 2, "exit": file}, "of width 64, and layers=2 of width 128"),
+        (target, {"layers": 2, "exit": str(tmp_path / "words.safetensors")}, "is no file that fit_exit wrote"),
+        (target, {"layers": 2, "exit": "no/such/file"}, "is no file that fit_exit wrote"),
+    ):
+        with pytest.raises(UserError, match=says):
+            loop.check(model, Speculate(SelfDraft(**fields)), (), prompts[0])
+    with pytest.raises(UserError, match="it belongs to layers="):
+        SelfDraft(Uniform(keep=0.5), exit=file)
+    with pytest.raises(UserError, match="give layers=1 to 3"):
+        fit_exit(target, 4, prompts, file)
+    with pytest.raises(UserError, match="none held out: give 4 prompts or more"):
+        fit_exit(target, 2, prompts[:2], file, 2)
 
 
 def test_text_form_and_bad_values() -> None:

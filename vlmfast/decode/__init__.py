@@ -4,12 +4,14 @@ from typing import Any
 
 from vlmfast.decode.accept import Exact, Lossless
 from vlmfast.decode.bild import BiLD
-from vlmfast.decode.drafts import LookupThenModel, ModelDraft, PromptLookup, SelfDraft
+from vlmfast.decode.drafts import LookupThenModel, ModelDraft, PromptLookup
 from vlmfast.decode.ensemble import Ensemble
+from vlmfast.decode.exit_map import fit_exit
 from vlmfast.decode.fly import FLy
 from vlmfast.decode.grammar_draft import GrammarDraft
 from vlmfast.decode.loose import Loose, LooseAdvanced
 from vlmfast.decode.random_relax import RandomRelax
+from vlmfast.decode.self_draft import SelfDraft
 from vlmfast.decode.speculate import Speculate
 from vlmfast.decode.target_attention import TargetAttention
 
@@ -38,4 +40,5 @@ __all__ = [
     "SelfDraft",
     "Speculate",
     "TargetAttention",
+    "fit_exit",
 ]

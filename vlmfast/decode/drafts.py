@@ -15,18 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from vlmfast import families
-from vlmfast.core import Draft, StageDidNotFire, TokenPruner, Unsupported, UserError, shown
+from vlmfast.core import Draft, StageDidNotFire, TokenPruner, Unsupported, UserError
 from vlmfast.decode.draft_method import DraftMethod, Request
-from vlmfast.decode.proposers import EarlyProposer, LookupOrModel, ModelProposer, NgramProposer
+from vlmfast.decode.proposers import LookupOrModel, ModelProposer, NgramProposer
 from vlmfast.decode.row_drafts import LookupRows, ModelRows, RowsDraft
 from vlmfast.decode.target_attention import TargetAttention
-from vlmfast.encode.between import LayerPruner
-from vlmfast.encode.downsample import Downsample
 from vlmfast.engine import open_static
 from vlmfast.fields import NonNegativeInt, PositiveInt, Range
 from vlmfast.runtime import dtypes, weights
 from vlmfast.runtime.compat import CACHE, OLD
-from vlmfast.runtime.early_exit import EarlyExit
 from vlmfast.runtime.stepper import Stepper
 
 Confidence = Annotated[float, Range(0, 1, "most")]
@@ -39,7 +36,8 @@ def _lengths(draft_name: str, longest: int, shortest: int) -> None:
         raise UserError(f"{draft_name}: shortest={shortest} is more than longest={longest}")
 
 
-def _vocabulary(model: Any) -> int:
+def vocabulary(model: Any) -> int:
+    """Tokens that a model's head tells apart."""
     return int(model.get_output_embeddings().weight.shape[0])
 
 
@@ -97,7 +95,7 @@ class ModelDraft(DraftMethod):
                 f"layers of the draft, a {draft_model.config.model_type}, keep a recurrent state that cannot give back "
                 "refused tokens: use a draft with attention in every layer"
             )
-        vocabularies = _vocabulary(draft_model), _vocabulary(model)
+        vocabularies = vocabulary(draft_model), vocabulary(model)
         if abs(vocabularies[0] - vocabularies[1]) > PADDING_ROWS:
             raise Unsupported(
                 f"the draft's vocabulary has {vocabularies[0]} tokens and the target's {vocabularies[1]}: "
@@ -131,8 +129,10 @@ class ModelDraft(DraftMethod):
         not_passed_on = ("input_ids", "inputs", "inputs_embeds", OLD, CACHE, "position_ids", "mm_encoder_outputs")
         kwargs = {argument: value for argument, value in request.inputs.items() if argument not in not_passed_on}
         kwargs |= {"use_cache": True, "logits_to_keep": 1, CACHE: request.fresh_cache(draft_model)}
-        guided = isinstance(self.prune, TargetAttention)
-        guided_pruner = _pruner(self.prune, request) if guided else None  # None = the one it was accelerated with
+        follows_target = isinstance(self.prune, TargetAttention)
+        guided_pruner = (
+            guided(self.prune, request) if follows_target else None
+        )  # None = the one it was accelerated with
         draft_call = nullcontext() if requests is None else requests.call(guided_pruner)
         with draft_call as draft_state, torch.inference_mode():  # nothing of it leaves the draft
             stepper = Stepper.prefill(
@@ -140,10 +140,10 @@ class ModelDraft(DraftMethod):
             )
         if draft_state is not None and draft_state.visual_tokens == 0 and _sees(draft_model, draft_ids):
             raise StageDidNotFire("visual tokens were in the prompt but the draft's pruner never saw them")
-        return stepper, draft_ids.shape[1], request.stop, min(_vocabulary(draft_model), _vocabulary(request.model))
+        return stepper, draft_ids.shape[1], request.stop, min(vocabulary(draft_model), vocabulary(request.model))
 
 
-def _pruner(pruner: Any, request: Request) -> Any:
+def guided(pruner: Any, request: Request) -> Any:
     """The draft's pruner for this prompt: one that follows the target is told what the target looked at."""
     if not isinstance(pruner, TargetAttention):
         return pruner
@@ -159,88 +159,6 @@ def _pruner(pruner: Any, request: Request) -> Any:
 def _sees(model: Any, input_ids: Tensor) -> bool:
     placeholders = families.get(model).visual_ids(model).values()
     return any(bool((input_ids == placeholder).any()) for placeholder in placeholders)
-
-
-@dataclass(frozen=True)
-class SelfDraft(DraftMethod):
-    """The target itself: on pruned visual tokens, or its own first layers (self-speculation, LVSpec, arXiv 2604.05650;
-    LayerSkip, arXiv 2404.16710).
-
-    prune: the pruner of a second, pruned prefill, which reuses the encoded media: pays where visual tokens cost most.
-    layers: decoder layers before the target's own norm and head; they read and write the target's own keys and values,
-    so there is no prefill and no cache of a draft, and one row is drafted at a time. Their guesses are good where the
-    model was trained for early exits. One of the two. confidence: as in ModelDraft.
-    """
-
-    prune: TokenPruner | None = None
-    confidence: Confidence = 0.0
-    layers: PositiveInt | None = None
-    name: ClassVar[str] = "selfdraft"
-    graded: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if (self.prune is None) == (self.layers is None):
-            given = "both came" if self.layers is not None else "neither came"
-            raise UserError(
-                f"{self.name} takes prune= or layers=, and {given}: e.g. layers=4, or prune=Uniform(keep=0.1)"
-            )
-        if isinstance(self.prune, (LayerPruner, Downsample)):
-            raise UserError(
-                f"prune={shown(self.prune)} in {self.name}: it does not act at the tower's output, as "
-                "a draft needs it, e.g. prune=Uniform(keep=0.1)"
-            )
-        if self.prune is not None and self.prune.after_block is not None:
-            raise UserError(
-                f"{self.name}: a pruner inside the tower would encode the media again; use after_block=None"
-            )
-
-    @property
-    def pruner(self) -> TokenPruner | None:
-        return self.prune
-
-    @property
-    def rows(self) -> bool:  # type: ignore[override]
-        return self.layers is None
-
-    @property
-    def of_one_answer(self) -> bool:  # type: ignore[override]
-        return self.layers is not None
-
-    def check_model(self, layers: int, heads: int, axes: int) -> None:
-        """Raise Unsupported where the target has no layer more than the draft."""
-        if self.layers is not None and self.layers >= layers:
-            raise Unsupported(
-                f"layers={self.layers} in {self.name}: the model has {layers} decoder layers and a draft needs fewer, "
-                f"layers=1 to {layers - 1}"
-            )
-
-    def check(self, model: Any, inputs: dict[str, Any]) -> None:
-        """The same, also without `accelerate`."""
-        self.check_model(len(families.get(model).layers(model)), 0, 0)
-
-    def open(self, request: Request) -> Draft:
-        """The first layers over the target's own cache, or a second prefill over a cache of its own."""
-        if self.layers is None:
-            return ModelProposer(*self._prefilled(request), self.confidence)
-        assert request.target is not None
-        early_exit = EarlyExit(request.target, self.layers)
-        return EarlyProposer(early_exit, request.stop, _vocabulary(request.model), self.confidence)
-
-    def open_rows(self, request: Request) -> RowsDraft:
-        """A second prefill of several rows."""
-        return ModelRows(*self._prefilled(request), self.confidence)
-
-    def _prefilled(self, request: Request) -> tuple[Stepper, int, frozenset[int], int]:
-        if request.requests is None:
-            raise Unsupported("SelfDraft prunes through vlmfast.accelerate(model, speculate=...): use that call")
-        kwargs = {**request.model_kwargs, CACHE: request.fresh_cache(request.model)}
-        with request.requests.second_prefill(_pruner(self.prune, request)):
-            stepper = Stepper.prefill(
-                request.model, request.input_ids, request.generation_config, kwargs, engine=request.steps,
-                static=open_static,
-            )  # fmt: skip
-        return stepper, request.input_ids.shape[1], request.stop, _vocabulary(request.model)
 
 
 # earlier answers by model and media, each behind the end of its prompt

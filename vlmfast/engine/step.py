@@ -23,7 +23,7 @@ from vlmfast.engine.graphs import Readback
 from vlmfast.engine.pool import Pool
 from vlmfast.engine.slots import BEFORE, TABLE, Slots
 from vlmfast.engine.weights import Weights
-from vlmfast.runtime.fast_decoder import SteppingDecoder, append
+from vlmfast.runtime.fast_decoder import WHOLE, ExitPoint, SteppingDecoder, append
 from vlmfast.runtime.stepped_layer import PlainRows
 
 Read = Callable[[int, Tensor, int], None]
@@ -32,18 +32,17 @@ SIZES = (1, 2, 4, 6, 8, 12, 17)  # tokens of a step that graphs are captured for
 
 def forward(
     weights: Weights, slots: Slots, ops: ModuleType, tokens: Tensor, read: Read | None = None,
-    hidden_layer: int | None = None, early: int | None = None,
+    hidden_layer: int | None = None, exit_point: ExitPoint = WHOLE,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """tokens (B, n) int64 -> logits (B * n, V) in the model's dtype, and the output of `hidden_layer`, (B * n, D).
 
     Every row holds n columns more, nothing is read by the host. read: what brings columns from host memory for the
-    queries of a layer, see `choices.Tables.read`. hidden_layer: from 0; None = no output is kept. early: of an early
-    exit, the layers that are run; the others get no columns.
+    queries of a layer, see `choices.Tables.read`. hidden_layer: from 0; None = no output is kept.
     """
     num_tokens, eps, hidden = tokens.shape[1], weights.eps, None
     residual, mlp_output = F.embedding(tokens.reshape(-1), weights.embed), None
     buffers = zip(weights.layers, slots.keys, slots.values, slots.lengths, slots.scales, strict=True)
-    for index, (layer, keys, values, length, scales) in enumerate(itertools.islice(buffers, early)):
+    for index, (layer, keys, values, length, scales) in enumerate(itertools.islice(buffers, exit_point.layers)):
         residual, normed = ops.add_norm(residual, mlp_output, layer.norm, eps)
         if hidden_layer == index - 1:
             hidden = residual
@@ -59,6 +58,8 @@ def forward(
     residual, normed = ops.add_norm(residual, mlp_output, weights.final, eps)
     if hidden_layer == len(weights.layers) - 1:
         hidden = residual
+    if exit_point.norm is not None:
+        normed = exit_point.norm(residual)
     return F.linear(normed, weights.head, weights.head_bias), hidden
 
 
@@ -192,19 +193,20 @@ class Static(SteppingDecoder):
             self._turn()
 
     def _run(
-        self, size: int, num_counted: int, greedy: bool, token: int | Tensor | None, hidden_layer: int | None = None,
-        early: int | None = None,
+        self, size: int, num_counted: int, greedy: bool, token: int | Tensor | None,
+        hidden_layer: int | None = None, exit_point: ExitPoint = WHOLE,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """One step of `size` tokens of which num_counted count -> (B, num_counted, V), and the output of `hidden_layer`
-        (B, num_counted, D). token: what to feed, None = what the step before chose. early: see `forward`."""
+        (B, num_counted, D). token: what to feed, None = what the step before chose. exit_point: see `forward`."""
         self._reserve(size)
         slots, weights, ops = self.slots, self.pool.weights, self.pool.ops
         tokens = slots.tokens(size)
         tables = None if self.choices is None else self.choices.prepare(self.n)
-        key, read = (size, greedy, hidden_layer, early, tables and tables.key), None if tables is None else tables.read
+        key = size, greedy, hidden_layer, exit_point, tables and tables.key
+        read = None if tables is None else tables.read
 
         def body() -> tuple[Tensor, Tensor | None]:
-            logits, hidden = forward(weights, slots, ops, tokens, read, hidden_layer, early)
+            logits, hidden = forward(weights, slots, ops, tokens, read, hidden_layer, exit_point)
             if greedy:
                 chosen = logits.argmax(-1, keepdim=True)
                 tokens.copy_(chosen if slots.rows == 1 else slots.ended(chosen))
@@ -235,15 +237,15 @@ class Static(SteppingDecoder):
         counted = logits.view(self.rows, size, -1)[:, :num_counted]
         return counted, None if hidden is None else hidden.view(self.rows, size, -1)[:, :num_counted]
 
-    def step_rows(self, tokens: Tensor, hidden_layer: int | None = None, early: int | None = None) -> Tensor:
+    def step_rows(self, tokens: Tensor, hidden_layer: int | None = None, exit_point: ExitPoint = WHOLE) -> Tensor:
         """tokens (B, n) -> logits (B, n, V) in the model's dtype, valid until the next step, as is `hidden`, the output
-        (B, n, D) of `hidden_layer`. early: see `forward`."""
+        (B, n, D) of `hidden_layer`. exit_point: see `forward`."""
         parts: list[tuple[Tensor, Tensor | None]] = []
         while True:
             most = SIZES[-1] if self.choices is None else min(SIZES[-1], self.choices.left(self.n))
             piece, tokens = tokens[:, :most], tokens[:, most:]
             size = next(size for size in SIZES if size >= piece.shape[1])
-            logits, hidden = self._run(size, piece.shape[1], False, piece, hidden_layer, early)
+            logits, hidden = self._run(size, piece.shape[1], False, piece, hidden_layer, exit_point)
             if tokens.shape[1] == 0:
                 break
             parts.append((logits.clone(), None if hidden is None else hidden.clone()))
@@ -252,12 +254,10 @@ class Static(SteppingDecoder):
         self.hidden = hidden
         return torch.cat([*(part[0] for part in parts), logits], 1) if parts else logits
 
-    def step(self, tokens: Tensor, hidden_layer: int | None = None, layers: int | None = None) -> Tensor:
-        """tokens (n,) int64 of the one row -> logits (n, V) in the model's dtype, valid until the next step. layers: of
-        an early exit, the first ones alone; such tokens must be taken back before a whole step."""
-        logits = self.step_rows(tokens[None], hidden_layer, layers)[0]
-        if self.hidden is not None:
-            self.hidden = self.hidden[0]
+    def step(self, tokens: Tensor, hidden_layer: int | None = None, exit_point: ExitPoint = WHOLE) -> Tensor:
+        """tokens (n,) int64 of the one row -> logits (n, V) in the model's dtype, valid until the next step."""
+        logits = self.step_rows(tokens[None], hidden_layer, exit_point)[0]
+        self.hidden = None if self.hidden is None else self.hidden[0]
         return logits
 
     def greedy(
@@ -308,8 +308,8 @@ class Static(SteppingDecoder):
             start = self.prompt[layer_index][0]
             return keys[:, :, start : start + self.n], values[:, :, start : start + self.n]
         starts = self.slots.origin[layer_index * self.slots.stride :][: keys.shape[0] * keys.shape[1]]
-        columns = starts.view(*keys.shape[:2], 1) + torch.arange(self.n, device=keys.device)
-        columns = columns[..., None].expand(-1, -1, -1, keys.shape[3])
+        columns = (starts.view(*keys.shape[:2], 1) + torch.arange(self.n, device=keys.device))[..., None]
+        columns = columns.expand(-1, -1, -1, keys.shape[3])
         return keys.gather(2, columns), values.gather(2, columns)
 
     def step_bytes(self) -> int:

@@ -9,6 +9,7 @@ checked against the model itself.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -97,6 +98,21 @@ def _foreign(module: nn.Module) -> bool:
     return not all(str(getattr(change, "__module__", "")).startswith("vlmfast.runtime.") for change in changes)
 
 
+@dataclass(frozen=True, eq=False)
+class ExitPoint:
+    """Where a step ends: after so many layers, None = all of them. norm: what then stands in place of the model's last
+    norm, a linear map fitted to what the deeper layers would do; None = the norm itself.
+
+    Tokens of a step that ended early must be taken back before a whole step: deeper layers do not hold them.
+    """
+
+    layers: int | None = None
+    norm: nn.Linear | None = None
+
+
+WHOLE = ExitPoint()
+
+
 class SteppingDecoder:
     """What a `Stepper` asks of a decoder that steps without the model's modules: `FastDecoder`, `engine.Static`."""
 
@@ -171,10 +187,10 @@ class FastDecoder(SteppingDecoder):
             hidden.dtype
         )
 
-    def step(self, tokens: Tensor, hidden_layer: int | None = None, layers: int | None = None) -> Tensor:
+    def step(self, tokens: Tensor, hidden_layer: int | None = None, exit_point: ExitPoint = WHOLE) -> Tensor:
         """tokens (n,) int64 -> logits (n, V) in the model's dtype; `.hidden` is then that layer's output (n, D).
 
-        layers: of an early exit, the first ones alone; such tokens must be taken back before a whole step.
+        exit_point: where the step ends.
         """
         length, heads, key_heads, head_size = tokens.shape[0], self.h, self.hk, self.dh
         states = F.embedding(tokens, self.text.embed_tokens.weight)
@@ -183,7 +199,7 @@ class FastDecoder(SteppingDecoder):
         if length > 1:
             causal_mask = torch.full((length, length), float("-inf"), dtype=states.dtype, device=states.device).triu_(1)
         masks: dict[int, Tensor] = {}
-        for layer_index, tensors in enumerate(self.weights[:layers]):
+        for layer_index, tensors in enumerate(self.weights[: exit_point.layers]):
             normed = self._norm(states, tensors[0])
             query_rows = F.linear(normed, tensors[1], tensors[2])
             key_rows = F.linear(normed, tensors[3], tensors[4])
@@ -243,6 +259,8 @@ class FastDecoder(SteppingDecoder):
                 self.hidden = states
         self.n += length
         head: Any = self.head
+        if exit_point.norm is not None:
+            return F.linear(exit_point.norm(states), head.weight, head.bias)
         return F.linear(self._norm(states, self.text.norm.weight), head.weight, head.bias)
 
     def flush(self, cache: Any) -> None:
