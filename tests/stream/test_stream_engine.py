@@ -191,7 +191,7 @@ def test_blocks_come_from_the_window_ram_and_disk(scope: str, tmp_path: Path) ->
         s = opened("qwen2_5_vl", place, {}, scope, disk=tmp_path / folder, keep_as="int8")
         s.flush()
         for i in list(s.store.in_ram)[::2]:
-            s.store._release(i)
+            s.store.release(i)
         before = budgets.counted(device) if device is not None else None
         s.context(Q)
         waits = None if before is None else sum(budgets.less(budgets.counted(device), before)["waits"].values())

@@ -17,6 +17,7 @@ from torch import Tensor
 from vlmfast.core import UserError
 from vlmfast.runtime.stream_cache import WindowCache
 from vlmfast.stream.blocks import Block
+from vlmfast.stream.levels import Level
 from vlmfast.stream.vision import VisionEncoder
 
 
@@ -178,12 +179,12 @@ class SlidingWindow:
         }
 
     def newest(self, blocks: Sequence[Block]) -> list[Block]:
-        """Those of `blocks` (in order) that a window holds before a segment begins."""
+        """Those of `blocks` (in order) that a window holds before a segment begins, behind the last without keys."""
         out: list[Block] = []
         room = self.size - self.segment_size
         for block in reversed(blocks):
             room -= block.num_tokens
-            if room < 0:
+            if room < 0 or block.level >= Level.FEATURES:
                 break
             out.insert(0, block)
         return out
