@@ -230,8 +230,9 @@ def unpack_features(block: Block, packed: PackedBlock, like: Tensor) -> BlockInp
     rows = packed.features
     if packed.feature_scale is not None:
         rows = quantized.unpacked(rows, packed.feature_scale)
-    rows, visual, n = rows.to(like), slice(*block.visual), block.num_tokens
-    return BlockInput(block, rows[:n], visual, list(rows[n:].split(max(1, visual.stop - visual.start))))
+    rows, visual, n = to_device(rows.to(like.dtype), like.device), slice(*block.visual), block.num_tokens
+    deepstack = list(rows[n:].split(visual.stop - visual.start)) if len(rows) > n else []
+    return BlockInput(block, rows[:n], visual, deepstack)
 
 
 def _int8(x: Tensor) -> tuple[Tensor, Tensor]:
