@@ -33,7 +33,6 @@ SCHEDULES = (
     "age:four_bit=60",
     "age:features=60",
     "age:four_bit=60,features=300",
-    "age:four_bit=60,features=300,representative=1800",
 )
 KEEP = "age:features=1e9"  # features are stored, and nothing comes of age
 
@@ -48,14 +47,17 @@ def main(
     frames: Annotated[int, typer.Option(help="blocks retrieved", min=1)] = 16,
     redundancy: Annotated[float, typer.Option(help="cosine distance below which a token is dropped", min=0)] = 0.01,
     window: Annotated[int, typer.Option(help="tokens of the sliding window", min=1)] = 1024,
+    layers: Annotated[
+        str | None, typer.Option(help="layers that choose, e.g. 2,3; by default those found best")
+    ] = None,
     answers: Annotated[Path, typer.Option(help="folder of what each clip gave")] = Path("runs/stream-levels"),
     force: Annotated[bool, typer.Option("--force", help="replace an existing result")] = False,
 ) -> None:
     """Measure schedules on the same clips and write the record."""
+    from evals.stream import runs
     from evals.stream.clips import identity
-    from evals.stream.runs import best_layers
     from evals.stream.suite import lengths_of
-    from vlmfast import loading
+    from vlmfast import loading, spec
     from vlmfast.bench import records
     from vlmfast.stream import levels
 
@@ -72,9 +74,12 @@ def main(
     }  # fmt: skip
     loaded = loading.load(model)
     options = {"redundancy": redundancy, "window": window}
-    layers, _ = best_layers(loaded.model, loaded.processor, frames, ram="16MiB", keep_as="int8", **options)
-    folder = answers / identity({**config, "layers": layers})
-    record = records.head("stream-levels", config={**config, "layers": list(layers)}, repeats=1,
+    if layers is None:
+        chosen, _ = runs.best_layers(loaded.model, loaded.processor, frames, ram="16MiB", keep_as="int8", **options)
+    else:
+        chosen = runs.internal(frames, spec.items(layers)).layers
+    folder = answers / identity({**config, "layers": chosen})
+    record = records.head("stream-levels", config={**config, "layers": list(chosen)}, repeats=1,
                           seed=STREAMS[questions][0])  # fmt: skip
     record["rows"] = []
     for length in lengths:
@@ -82,7 +87,7 @@ def main(
         for seed in STREAMS[questions][:clips]:
             path = folder / f"{length:g}-{seed}.json"
             if not path.exists():
-                found = streamed(loaded, config, layers, length, seed)
+                found = streamed(loaded, config, chosen, length, seed)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(found))
                 print(f"{length:g} min, clip {seed}: {told(found)}", file=sys.stderr, flush=True)
