@@ -3,10 +3,11 @@
 A pocket clip is streamed to disk, nothing rounded, and things are done to it; each time what is left must equal the
 stream cut at what survived, block by block and in its answer, or be refused or reported in one line:
 
-* `killed in ...`: SIGKILL at a random moment of a push, flush, eviction, save (here or elsewhere) or close; the
-  archive opens, nothing is lost but the unflushed end, no block is there twice or half, and the stream goes on;
+* `killed in ...`: SIGKILL at a random moment of a push, flush, eviction, save (here or elsewhere), close, or of a push
+  that coarsens older blocks; the archive opens, nothing is lost but the unflushed end, no block is there twice or half,
+  each is what its level says, and the stream goes on;
 * `damaged ...`: one file with flipped bits, cut, grown, swapped with another, deleted, or replaced by a link, a device,
-  a pipe or a folder; before the archive is opened, and while it is open;
+  a pipe or a folder; before the archive is opened, and while it is open; `coarse`: of blocks at every level;
 * `full disk ...`: writes refused, files cut off, a full file system; every refused push is repeated;
 * `two owners`: another process wants the folder while it is open, or several want it at once.
 
@@ -35,7 +36,7 @@ OUTCOMES = ("same", "reported", "refused")
 
 def main(
     out: Annotated[Path, typer.Option(help="result file (JSON)")],
-    kills: Annotated[int, typer.Option(min=0, help="children killed, a fifth in each operation")] = 20,
+    kills: Annotated[int, typer.Option(min=0, help="children killed, a sixth in each operation")] = 20,
     mutations: Annotated[int, typer.Option(min=0, help="of every file, before opening, and a quarter while open")] = 5,
     disks: Annotated[int, typer.Option(min=0, help="streams over a disk that is full at times, per kind")] = 3,
     force: Annotated[bool, typer.Option("--force", help="replace an existing result")] = False,
@@ -62,21 +63,22 @@ def rows(folder: Path, config: dict[str, Any]) -> Iterator[dict[str, Any]]:
     world = the_world()
     for mode in runs.MODES:
         yield kill_row(world, mode, folder, config["kills"] // len(runs.MODES))
-    kept = folder / "kept"
-    with world.session(disk=kept, flush_seconds=5.0) as session:
-        for at in range(0, runs.KEPT, runs.STEP):
-            session.push(world.frames[at : at + runs.STEP])
+    kept = {"": folder / "kept", "coarse ": folder / "coarse"}
+    for sort, path in kept.items():
+        with world.session(disk=path, flush_seconds=5.0, coarsen=runs.COARSEN if sort else None) as session:
+            for at in range(0, runs.KEPT, runs.STEP):
+                session.push(world.frames[at : at + runs.STEP])
     rnd = random.Random(SEED)
     for while_open in (False, True):
-        for name in runs.FILES:
+        for sort, name in (*(("", name) for name in runs.FILES), ("coarse ", "segment")):
             outcomes = []
             for n in range(config["mutations"] // (4 if while_open else 1)):
                 kind, path = runs.DAMAGE[n % len(runs.DAMAGE)], folder / "damaged"
                 path.mkdir()
-                outcome = runs.damaged(world, kept, path / "s", name, kind, rnd.randrange(1 << 30), while_open)
+                outcome = runs.damaged(world, kept[sort], path / "s", name, kind, rnd.randrange(1 << 30), while_open)
                 outcomes.append(outcome if outcome in OUTCOMES else f"{kind}: {outcome}")
                 shutil.rmtree(path)
-            yield row(f"damaged {name}", outcomes, {"while_open": while_open})
+            yield row(f"damaged {sort}{name}", outcomes, {"while_open": while_open})
     for how in disk.FULL:
         found = [disk.full_disk(world, folder / f"{how}{n}", how, n) for n in range(config["disks"])]
         tried = [x for x in found if x is not None]

@@ -4,6 +4,7 @@ that what is left equals the stream cut at what survived."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import random
 import shutil
@@ -17,10 +18,12 @@ from typing import Any
 import torch
 
 from vlmfast.core import UserError
+from vlmfast.stream.archive.coarsening import coarsened
 from vlmfast.stream.archive.folder import StoreError
 from vlmfast.stream.archive.manifest import MANIFESTS
 from vlmfast.stream.archive.segments import BlockLost
-from vlmfast.stream.blocks import Block
+from vlmfast.stream.blocks import Block, PackedBlock
+from vlmfast.stream.levels import Level
 from vlmfast.stream.retrievers import UniformRetriever
 from vlmfast.stream.session import StreamSession
 
@@ -28,7 +31,8 @@ QUESTION = "where is the red ring ?"
 EVERY = UniformRetriever(frames=1 << 20)
 FRAMES, STEP, KEPT = 240, 4, 40  # frames of the stream, of one push, and of the archive that is damaged
 TOLERANCE = 2e-4  # of fp32 numbers that another cut sums in another order
-MODES = ("push", "flush", "evict", "save", "close")
+MODES = ("push", "flush", "evict", "save", "close", "coarsen")
+COARSEN = "age:four_bit=4,features=8,representative=12"
 DAMAGE = ("flip", "flip", "cut", "grow", "swap", "delete", "link", "device", "pipe", "folder")
 FILES = ("manifest.json", "manifest-copy.json", "segment", "state", "heartbeat", "stream.lock")
 
@@ -38,7 +42,7 @@ class World:
 
     def __init__(self, model: Any, processor: Any, frames: torch.Tensor) -> None:
         self.model, self.processor, self.frames = model, processor, frames
-        self.reference = self.session(ram="4GiB")
+        self.reference = self.session(ram="4GiB", coarsen="age:features=1e9")  # features kept, nothing coarsened
         for at in range(0, len(frames), STEP):
             self.reference.push(frames[at : at + STEP])
         self.blocks = self.reference.store.blocks
@@ -58,20 +62,44 @@ class World:
         if ids != sorted(set(ids)) or (not gaps and ids != list(range(len(ids)))):
             return f"blocks {ids}"
         for i in ids:
-            mine, want = session.store.blocks[i], self.blocks[i]
+            mine = session.store.blocks[i]
+            want, packed = self.expected(mine)
             if mine.json() | {"norm": 0} != want.json() | {"norm": 0} or abs(mine.norm - want.norm) > 2e-4:
                 return f"the record of block {i}"
-            for layer in range(len(session.encoder.window.cache.layers)):
-                try:
-                    held = session.store.layer(i, layer, torch.float32)
-                except BlockLost:
-                    return self.wrong(session, True, exact) if session.stats()["lost"] else f"block {i} is lost"
-                pairs = zip(held, self.reference.store.layer(i, layer, torch.float32), strict=True)
-                if not all(torch.equal(a, b) if exact else close(a, b) for a, b in pairs):
-                    return f"layer {layer} of block {i}"
-        if ids and not close(logits(session), logits(self.reference, [self.blocks[i] for i in ids])):
+            try:
+                held = session.store.whole(i).tensors()
+            except BlockLost:
+                return self.wrong(session, True, exact) if session.stats()["lost"] else f"block {i} is lost"
+            for name, right in packed.tensors().items():
+                if name not in held or not (torch.equal if exact else close)(held.pop(name), right):
+                    return f"{name} of block {i}"
+            if held:
+                return f"{', '.join(held)} of block {i}, of which nothing should be kept"
+        if ids and not close(logits(session), self.answer(session)):
             return "the answer"
         return ""
+
+    def expected(self, block: Block) -> tuple[Block, PackedBlock]:
+        """What should be kept of a block at the level that it has, with features where they are kept from the start."""
+        record, packed = self.blocks[block.id], self.reference.store.whole(block.id)
+        if block.visual is None:
+            record = dataclasses.replace(record, visual=None)
+            packed = dataclasses.replace(packed, features=None)
+        return coarsened(record, packed, block.level)
+
+    def answer(self, session: StreamSession) -> torch.Tensor:
+        """The logits that the reference would have after the question over this session's blocks: as coarse as they
+        are, or full where its window holds them as they were made."""
+        held = session.store.blocks
+        if not any(block.level for block in held.values()):
+            return logits(self.reference, [self.blocks[i] for i in held])
+        mirror, encoder = self.session(ram="4GiB"), session.encoder
+        mirror.encoder.first_extent = encoder.first_extent
+        exact = encoder.window.first_column if encoder.last_features is not None else {}  # not rebuilt from the archive
+        for block in held.values():
+            full = block.id in exact and block.level < Level.REPRESENTATIVE
+            mirror.store.insert(*self.expected(dataclasses.replace(block, level=Level.FULL) if full else block))
+        return logits(mirror)
 
     def goes_on(self, session: StreamSession, path: Path) -> str:
         """Push, close and load once more; what goes wrong."""
@@ -129,13 +157,15 @@ def operations(world: World, mode: str, path: Path) -> Iterator[Callable[[], Non
         more |= {"flush_seconds": 3.0, "ram": 400_000}
     elif mode == "evict":
         more |= {"flush_seconds": 4.0, "disk_limit": 500_000}
+    elif mode == "coarsen":
+        more |= {"flush_seconds": 3.0, "coarsen": COARSEN}
     session, at = world.session(**more), 0
 
     def push() -> None:
         session.push(world.frames[at : at + STEP])
 
     while at < len(world.frames):
-        if mode in ("push", "evict"):
+        if mode in ("push", "evict", "coarsen"):
             yield push
         else:
             push()
@@ -155,7 +185,7 @@ def killed(world: World, mode: str, path: Path, seed: int) -> dict[str, Any]:
     kill come within the operation), wrong (empty when all is well), lost_seconds."""
     rnd = random.Random(f"{mode}{seed}")
     steps = len(world.frames) // STEP
-    skip = rnd.randint(steps // 6, steps // 2) if mode == "evict" else rnd.randint(1, max(1, steps // 5))
+    skip = rnd.randint(steps // 6, steps // 2) if mode in ("evict", "coarsen") else rnd.randint(1, max(1, steps // 5))
 
     def work(pipe: int) -> None:
         for operation in operations(world, mode, path):

@@ -15,7 +15,7 @@ import pytest
 import streams as stream
 import tiny
 import torch
-from archives import copy, fill, folder, made, reopened, rewritten, same
+from archives import Crash, copy, crash_at, fill, folder, made, reopened, rewritten, same
 
 from vlmfast.core import UserError
 from vlmfast.stream.archive import manifest
@@ -28,27 +28,6 @@ from vlmfast.stream.session import StreamSession
 
 EVERY = UniformRetriever(frames=10_000)
 FAMILY = "qwen2_5_vl"
-
-
-class Crash(BaseException):
-    """Stands for SIGKILL: nothing of ours catches it to clean up."""
-
-
-def crash_at(monkeypatch, step):
-    """The process ends before its `step`-th change of the disk: no later one is made. Returns a counter of them."""
-    done = [0]
-    monkeypatch.setattr(os, "fsync", lambda fd: None)  # counted, and not waited for
-    for name in ("replace", "unlink", "fsync", "pwrite"):
-        real = getattr(os, name)
-
-        def change(*args, real=real, **kw):
-            done[0] += 1
-            if done[0] >= step:
-                raise Crash
-            return real(*args, **kw)
-
-        monkeypatch.setattr(os, name, change)
-    return done
 
 
 def full(monkeypatch, after=0, code=errno.ENOSPC):

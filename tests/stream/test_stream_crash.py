@@ -16,6 +16,7 @@ from evals.stream import crash_runs as runs
 from vlmfast.bench import records
 from vlmfast.cli.errors import application
 from vlmfast.stream.archive.store import Store
+from vlmfast.stream.levels import Level
 
 FAMILY = "qwen2_5_vl"
 
@@ -33,7 +34,7 @@ def run(world, monkeypatch, *args):
 
 def test_the_record_says_what_was_tried_and_how_it_ended(world, monkeypatch, tmp_path):
     out = tmp_path / "crash.json"
-    args = ("--kills", "5", "--mutations", "5", "--disks", "1", "--out", str(out))
+    args = ("--kills", "6", "--mutations", "5", "--disks", "1", "--out", str(out))
     result = run(world, monkeypatch, *args)
     record = json.loads(out.read_text())
     assert result.exit_code == 0, [r["wrong"] for r in record["rows"]]
@@ -43,6 +44,7 @@ def test_the_record_says_what_was_tried_and_how_it_ended(world, monkeypatch, tmp
         assert rows[f"killed in {mode}", False]["same"] == 1
     for name in runs.FILES:
         assert rows[f"damaged {name}", True]["trials"] in (1, 5)
+    assert rows["damaged coarse segment", True]["trials"] in (1, 5)
     assert rows["full disk: refused writes", False]["refused_calls"] > 0 and rows["two owners", False]["same"] == 2
     assert "killed in evict" in result.output
     again = run(world, monkeypatch, *args)
@@ -66,9 +68,20 @@ def test_what_is_wrong_is_found(world, monkeypatch, tmp_path):
     assert world.wrong(session) == ""
     session.store.in_ram[2] = session.store.whole(2)
     session.store.in_ram[2].keys.view(torch.int32)[0, 0, 0, 0] ^= 1
-    assert world.wrong(session) == "layer 0 of block 2"
+    assert world.wrong(session) == "k of block 2"
     del session.store.in_ram[2], session.store.blocks[3]
     assert world.wrong(session).startswith("blocks") and world.wrong(session, gaps=True) == ""
+    session.close(discard=True)
+    s = world.session(disk=tmp_path / "c", coarsen="age:four_bit=2,features=5,representative=8", flush_seconds=1.0)
+    for at in range(0, 24, 4):
+        s.push(world.frames[at : at + 4])
+    s.close()
+    session = world.load(tmp_path / "c")
+    assert {block.level for block in session.store.blocks.values()} == set(Level) and world.wrong(session) == ""
+    finer = next(i for i, block in session.store.blocks.items() if block.level == Level.FEATURES)
+    session.store.in_ram[finer] = session.store.whole(finer)
+    session.store.in_ram[finer].features[0, 0] += 1e-3
+    assert world.wrong(session) == f"x of block {finer}"
     session.close(discard=True)
 
     def forgetful(self, block, packed, insert=Store.insert):

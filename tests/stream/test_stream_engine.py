@@ -17,7 +17,9 @@ from vlmfast.engine import pool
 from vlmfast.plan import Plan
 from vlmfast.prefill import HybridKV, LazyEviction, SnapKV
 from vlmfast.runtime import working_set_prompt
-from vlmfast.stream.blocks import BlockTensors, pack, unpack
+from vlmfast.stream.archive.coarsening import coarsened
+from vlmfast.stream.blocks import Block, BlockTensors, pack, unpack
+from vlmfast.stream.levels import Level
 from vlmfast.stream.retrievers import Internal
 from vlmfast.stream.session import Answer
 from vlmfast.stream.unpack_on_device import unpack_on_device
@@ -157,31 +159,39 @@ def test_frames_are_processed_where_the_model_is() -> None:
 # -- what is brought back ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fmt", ["int8", "bf16", "model"])
+@pytest.mark.parametrize("fmt", ["int8", "bf16", "model", "four_bit", "both"])
 @pytest.mark.parametrize("counts", [(3,), (24, 40), (5, 30, 1, 16, 17)])
 def test_blocks_unpacked_together_are_what_each_is_alone(fmt: str, counts: tuple[int, ...]) -> None:
-    """Blocks with scales by channel, by token, and both among them: the same bits, and nothing waited for."""
+    """Blocks with scales by channel, by token, in 4 bits and both among them: the same bits, and nothing waited for."""
     generator = torch.Generator().manual_seed(0)
     pairs = [torch.randn(2, 2, 3, n, 16, generator=generator) for n in counts]
-    packed = [pack(BlockTensors(keys, values, keys.mean(2)), fmt).layer(1) for keys, values in pairs]
+    coarse = {"four_bit": 1, "both": 2}.get(fmt, 0)  # 1: all of them, 2: every second one
+    record = Block(0, 0.0, 1.0, (0,), (1,), torch.zeros(1, 1, dtype=torch.int16))
+    whole = [pack(BlockTensors(keys, values, keys.mean(2)), "int8" if coarse else fmt) for keys, values in pairs]
+    if coarse:
+        whole = [x if i % coarse else coarsened(record, x, Level.FOUR_BIT)[1] for i, x in enumerate(whole)]
+    packed = [x.layer(1) for x in whole]
     want = [unpack(*layer, torch.float32) for layer in packed]
     with PretendCuda() as device:
         got = unpack_on_device(packed, torch.float32, CUDA)
         assert all(k.is_cuda and v.is_cuda for k, v in got) and not device.waits
-        assert sum(device.copies.values()) <= 8
+        assert sum(device.copies.values()) <= (14 if coarse == 2 else 8)
     for one, other in zip(to_host(got), want, strict=True):
         assert all(map(torch.equal, one, other))
 
 
+@pytest.mark.parametrize("coarsen", [None, "age:four_bit=1,features=2"])
 @pytest.mark.parametrize("scope", ["layer", "shared"])
-def test_blocks_come_from_the_window_ram_and_disk(scope: str, tmp_path: Path) -> None:
+def test_blocks_come_from_the_window_ram_and_disk(scope: str, coarsen: str | None, tmp_path: Path) -> None:
     """Answer and evidence are the CPU's, wherever the chosen blocks lie; the host waits once a layer that chooses."""
 
     def run(place: Any, folder: str, device: Any = None) -> tuple[Any, Any]:
-        s = opened("qwen2_5_vl", place, {}, scope, disk=tmp_path / folder, keep_as="int8")
+        s = opened(
+            "qwen2_5_vl", place, {}, scope, disk=tmp_path / folder, keep_as="int8", coarsen=coarsen, flush_seconds=1.0
+        )
         s.flush()
         for i in list(s.store.in_ram)[::2]:
-            s.store._release(i)
+            s.store.release(i)
         before = budgets.counted(device) if device is not None else None
         s.context(Q)
         waits = None if before is None else sum(budgets.less(budgets.counted(device), before)["waits"].values())

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import torch
 
 from vlmfast.stream.archive import manifest
 from vlmfast.stream.archive.store import Store
-from vlmfast.stream.blocks import Block, BlockTensors
+from vlmfast.stream.blocks import Block, BlockInput, BlockTensors
 
-L, HK, DH = 3, 2, 8
+L, HK, DH, WIDTH = 3, 2, 8, 24
 
 
 def made(i, n=6, novelty=1.0, norm=1.0, embedding=None):
@@ -18,7 +19,10 @@ def made(i, n=6, novelty=1.0, norm=1.0, embedding=None):
     keys, values = torch.randn(2, L, HK, n, DH, generator=gen)
     rel = torch.arange(n, dtype=torch.int16)[None]
     block = Block(i, float(i), i + 1.0, (4 + n * i,), (n,), rel, 1, novelty, norm)
-    return block, BlockTensors(keys, values, keys.mean(2), embedding)
+    given = BlockInput(
+        block, torch.randn(n, WIDTH, generator=gen), slice(1, n), [torch.randn(n - 1, WIDTH, generator=gen)]
+    )
+    return block, BlockTensors(keys, values, keys.mean(2), embedding, given=given)
 
 
 def fill(store, count, **kw):
@@ -61,3 +65,24 @@ def rewritten(path, change):
     change(body)
     for name in manifest.MANIFESTS:
         (path / name).write_bytes(manifest.dump(body))
+
+
+class Crash(BaseException):
+    """Stands for SIGKILL: nothing of ours catches it to clean up."""
+
+
+def crash_at(monkeypatch, step):
+    """The process ends before its `step`-th change of the disk: no later one is made. Returns a counter of them."""
+    done = [0]
+    monkeypatch.setattr(os, "fsync", lambda fd: None)  # counted, and not waited for
+    for name in ("replace", "unlink", "fsync", "pwrite"):
+        real = getattr(os, name)
+
+        def change(*args, real=real, **kw):
+            done[0] += 1
+            if done[0] >= step:
+                raise Crash
+            return real(*args, **kw)
+
+        monkeypatch.setattr(os, name, change)
+    return done

@@ -45,6 +45,9 @@ def stream(
     window: Annotated[int, typer.Option("--window", min=1, help="tokens a frame sees")] = 4096,
     ram: Annotated[str | None, typer.Option("--ram", help="most memory of the archive (2GiB)")] = None,
     disk_limit: Annotated[str | None, typer.Option("--disk-limit", help="most bytes in --save")] = None,
+    coarsen: Annotated[
+        str | None, typer.Option("--coarsen", help="ages at which blocks get coarser: age:four_bit=60,features=300")
+    ] = None,
     redundancy: Annotated[float, typer.Option("--redundancy", help="cosine distance of tokens to drop; 0: none")] = 0.2,
     sample_fps: Annotated[float, typer.Option("--fps", help="frames taken per second")] = 2.0,
     size: Annotated[str | None, typer.Option("--size", help="model (default of files), full, or longer side")] = None,
@@ -81,7 +84,7 @@ def stream(
 
     loaded = options.load(model, dtype, device, device_map)
     session_options: dict[str, Any] = {"retrieve": retrieve}
-    limits = {"ram": ram, "disk_limit": disk_limit, "recent": recent}
+    limits = {"ram": ram, "disk_limit": disk_limit, "recent": recent, "coarsen": coarsen}
     session_options |= {name: value for name, value in limits.items() if value is not None}
     if resume is not None:
         session = StreamSession.load(resume, loaded.model, loaded.processor, plan=chosen_plan, **session_options)

@@ -70,6 +70,10 @@ class WindowLayer(_Layer):
         self.n = b
         return mark(self.rot[None, :, :b], self), self.val[None, :, :b]
 
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys un-rotated and rotated, values."""
+        return self.raw, self.rot, self.val
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         return attend(rotate(q, *self.owner.now), k, v, scaling)
 

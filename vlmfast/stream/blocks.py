@@ -16,6 +16,8 @@ from torch import Tensor
 
 from vlmfast.runtime import transfers
 from vlmfast.runtime.transfers import to_device
+from vlmfast.stream import quantized
+from vlmfast.stream.levels import Level
 
 FORMATS = ("int8", "bf16", "model")
 
@@ -28,6 +30,8 @@ class Block:
     origin (A,): position of the block in the stream. advance (A,): step to a block that follows without a gap.
     relative_positions (A, n) int16: positions of its tokens less `origin`. frames: camera frames in it.
     novelty: share of its tokens that redundancy kept; norm: mean L2 norm of its values; eviction ranks by both.
+    visual: first and one past the last of its tokens that are of the picture, where its features are stored.
+    level: what is kept of it.
     """
 
     id: int
@@ -39,14 +43,19 @@ class Block:
     frames: int = 1
     novelty: float = 1.0
     norm: float = 1.0
+    visual: tuple[int, int] | None = None
+    level: Level = Level.FULL
 
     @property
     def num_tokens(self) -> int:
         return int(self.relative_positions.shape[1])
 
     def json(self) -> dict[str, Any]:
-        """The record as it is stored."""
-        return {
+        """The record as it is stored; earlier versions have neither visual nor level."""
+        more: dict[str, Any] = {} if self.visual is None else {"visual": list(self.visual)}
+        if self.level:
+            more["level"] = self.level.name.lower()
+        return more | {
             "id": self.id, "start": self.start, "end": self.end, "origin": list(self.origin),
             "advance": list(self.advance), "rel": self.relative_positions.tolist(), "frames": self.frames,
             "novelty": round(self.novelty, 4), "norm": round(self.norm, 4),
@@ -56,7 +65,9 @@ class Block:
     def from_json(cls, data: dict[str, Any]) -> Block:
         data = dict(data)
         positions = torch.tensor(data.pop("rel"), dtype=torch.int16)
-        sides = {"origin": tuple(data["origin"]), "advance": tuple(data["advance"])}
+        sides: dict[str, Any] = {key: tuple(data[key]) for key in ("origin", "advance", "visual") if key in data}
+        if "level" in data:
+            data["level"] = Level[data["level"].upper()]
         return cls(**data | sides, relative_positions=positions)
 
 
@@ -90,13 +101,14 @@ def joined(inputs: Sequence[BlockInput], device: torch.device) -> tuple[Tensor, 
 class BlockTensors:
     """A block's tensors as the model made them: keys (un-rotated) and values (L, Hk, n, Dh); representative
     (L, Hk, Dh), the mean key that retrieval compares with; embedding (E,) of an external encoder, or None; norms (n,)
-    of the values, the mean over layers and heads."""
+    of the values, the mean over layers and heads; given: what they were made of."""
 
     keys: Tensor
     values: Tensor
     representative: Tensor
     embedding: Tensor | None = None
     norms: Tensor | None = None
+    given: BlockInput | None = None
 
 
 class PackedLayer(NamedTuple):
@@ -112,23 +124,31 @@ class PackedLayer(NamedTuple):
 
 @dataclass
 class PackedBlock:
-    """A block's tensors as they are stored: keys, values (L, Hk, n, Dh); scales float16, broadcastable, or None;
-    representative (L, Hk, Dh) float16; embedding (E,) float16 or None."""
+    """A block's tensors as they are stored, K DeepStack levels.
 
-    keys: Tensor
-    values: Tensor
+    keys, values (L, Hk, n, Dh), in 4 bits uint8 (L, Hk, n, Dh / 2), None from level FEATURES on; scales float16,
+    broadcastable, in 4 bits (L, Hk, n, groups), or None; representative (L, Hk, Dh) float16; embedding (E,) float16 or
+    None; features (n + K * v, D): embeddings of its tokens, then every DeepStack level of its v visual ones, with
+    scales (n + K * v, groups) float16 or None; None where they are not kept.
+    """
+
+    keys: Tensor | None
+    values: Tensor | None
     key_scale: Tensor | None
     value_scale: Tensor | None
     representative: Tensor
     embedding: Tensor | None = None
+    features: Tensor | None = None
+    feature_scale: Tensor | None = None
 
     def nbytes(self) -> int:
-        """Bytes of keys, values and scales (the representative is counted where it is kept)."""
-        tensors = (self.keys, self.values, self.key_scale, self.value_scale)
-        return sum(x.numel() * x.element_size() for x in tensors if x is not None)
+        """Bytes of keys, values, features and scales (the representative is counted where it is kept)."""
+        kept = (self.keys, self.values, self.key_scale, self.value_scale, self.features, self.feature_scale)
+        return sum(x.numel() * x.element_size() for x in kept if x is not None)
 
     def layer(self, layer: int) -> PackedLayer:
         """What `unpack` makes one layer's keys and values of."""
+        assert self.keys is not None and self.values is not None
         key_scale = None if self.key_scale is None else self.key_scale[layer]
         value_scale = None if self.value_scale is None else self.value_scale[layer]
         return PackedLayer(self.keys[layer], self.values[layer], key_scale, value_scale, self.representative[layer])
@@ -137,7 +157,7 @@ class PackedBlock:
         """By their names in a segment file."""
         named = {
             "k": self.keys, "v": self.values, "ks": self.key_scale, "vs": self.value_scale,
-            "rep": self.representative, "emb": self.embedding,
+            "rep": self.representative, "emb": self.embedding, "x": self.features, "xs": self.feature_scale,
         }  # fmt: skip
         return {name: x.contiguous() for name, x in named.items() if x is not None}
 
@@ -145,20 +165,29 @@ class PackedBlock:
 # -- storage formats ---------------------------------------------------------------------------------------------------
 
 
-def pack(block: BlockTensors, keep_as: str) -> PackedBlock:
+def pack(block: BlockTensors, keep_as: str, with_features: bool = False) -> PackedBlock:
     """A block's tensors in a format of `FORMATS`, made where they lie, then on the CPU (pinned, if a GPU made them).
 
     "model": the model's dtype. "bf16". "int8": symmetric, one scale per channel or per token of every (layer, head),
     whichever needs fewer of them; a quarter of float32, half of bf16. Keys are quantised as their difference to the
     block's representative, so that large constant channels (key biases, KIVI arXiv 2402.02750) cost no precision.
+    with_features: what it was made of too, in the same dtype; "int8": with a scale per group of a token's values.
     """
-    return _on_host([_pack(block, keep_as)], [])[0][0]
+    return _on_host([_pack(block, keep_as, with_features)], [])[0][0]
 
 
-def pack_all(blocks: Sequence[tuple[Block, BlockTensors]], keep_as: str) -> list[tuple[Block, PackedBlock]]:
-    """`pack` of several blocks with one wait for a GPU; sets the `norm` of those whose tensors tell it."""
+def pack_all(
+    blocks: Sequence[tuple[Block, BlockTensors]], keep_as: str, with_features: bool = False
+) -> list[tuple[Block, PackedBlock]]:
+    """`pack` of several blocks with one wait for a GPU; sets the `norm` of those whose tensors tell it, and `visual` of
+    those whose features are kept."""
     told = [(block, tensors.norms) for block, tensors in blocks if tensors.norms is not None]
-    packed, norms = _on_host([_pack(tensors, keep_as) for _, tensors in blocks], [norms for _, norms in told])
+    packed, norms = _on_host(
+        [_pack(tensors, keep_as, with_features) for _, tensors in blocks], [norms for _, norms in told]
+    )
+    for block, tensors in blocks:
+        if with_features and tensors.given is not None:
+            block.visual = tensors.given.visual.start, tensors.given.visual.stop
     for (block, _), of_tokens in zip(told, norms, strict=True):
         block.norm = float(of_tokens.mean())
     return [(block, stored) for (block, _), stored in zip(blocks, packed, strict=True)]
@@ -173,17 +202,37 @@ def _on_host(blocks: list[PackedBlock], more: list[Tensor]) -> tuple[list[Packed
     return packed, list(here)
 
 
-def _pack(block: BlockTensors, keep_as: str) -> PackedBlock:
+def _pack(block: BlockTensors, keep_as: str, with_features: bool) -> PackedBlock:
     """A block in its format, where it lies."""
+    features = pack_features(block.given, keep_as) if with_features and block.given is not None else (None, None)
     representative = block.representative.half()
     embedding = None if block.embedding is None else block.embedding.half()
     if keep_as == "int8":
         keys, key_scale = _int8(block.keys.float() - representative[:, :, None].float())
         values, value_scale = _int8(block.values.float())
-        return PackedBlock(keys, values, key_scale, value_scale, representative, embedding)
+        return PackedBlock(keys, values, key_scale, value_scale, representative, embedding, *features)
     dtype = torch.bfloat16 if keep_as == "bf16" else block.keys.dtype
     keys, values = (x.to(dtype, copy=True).contiguous() for x in (block.keys, block.values))
-    return PackedBlock(keys, values, None, None, representative, embedding)
+    return PackedBlock(keys, values, None, None, representative, embedding, *features)
+
+
+def pack_features(given: BlockInput, keep_as: str) -> tuple[Tensor, Tensor | None]:
+    """What a block gave to the language model, (n + K * v, D), and the scales of "int8"."""
+    rows = torch.cat([given.embeddings, *given.deepstack])
+    if keep_as == "int8":
+        return quantized.packed(rows, 8)
+    return rows.to(torch.bfloat16) if keep_as == "bf16" else rows, None
+
+
+def unpack_features(block: Block, packed: PackedBlock, like: Tensor) -> BlockInput:
+    """What a block gave to the language model, in the dtype and on the device of `like`."""
+    assert block.visual is not None and packed.features is not None
+    rows = packed.features
+    if packed.feature_scale is not None:
+        rows = quantized.unpacked(rows, packed.feature_scale)
+    rows, visual, n = to_device(rows.to(like.dtype), like.device), slice(*block.visual), block.num_tokens
+    deepstack = list(rows[n:].split(visual.stop - visual.start)) if len(rows) > n else []
+    return BlockInput(block, rows[:n], visual, deepstack)
 
 
 def _int8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,6 +252,9 @@ def unpack(
     """One layer's keys and values (Hk, n, Dh) in `dtype`; scales and representative (Hk, Dh) of that layer."""
     if key_scale is None or value_scale is None:
         return keys.to(dtype), values.to(dtype)
+    if keys.dtype == torch.uint8:
+        four_bit_keys = representative[:, None].float() + quantized.unpacked(keys, key_scale)
+        return four_bit_keys.to(dtype), quantized.unpacked(values, value_scale).to(dtype)
     full_keys = torch.addcmul(representative[:, None].float(), keys.float(), key_scale.float())
     return full_keys.to(dtype), (values.float() * value_scale.float()).to(dtype)
 

@@ -238,7 +238,7 @@ class Encoder:
             if grid.new_size:
                 self.last_keys.forget()
             representative = self.last_keys.representative(keys[:, :, grid.made.visual], grid.kept)
-            out.append((grid.made.block, BlockTensors(keys, values, representative, norms=norms)))
+            out.append((grid.made.block, BlockTensors(keys, values, representative, None, norms, grid.made)))
         yield out
 
     # -- going back, saving --------------------------------------------------------------------------------------------

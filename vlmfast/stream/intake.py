@@ -17,7 +17,7 @@ from vlmfast.runtime.fast_tower import fresh_lengths
 from vlmfast.runtime.model_lock import model_lock
 from vlmfast.stream.archive.folder import StoreError
 from vlmfast.stream.archive.store import Store
-from vlmfast.stream.blocks import Block, PackedBlock, pack_all
+from vlmfast.stream.blocks import Block, PackedBlock
 from vlmfast.stream.encoder import Checkpoint, Encoder, GridFrames
 from vlmfast.stream.frame_queue import FrameQueue, TimedFrame, Watcher, as_frames, as_times, is_live, open_frames
 from vlmfast.stream.retrievers import External, Retriever
@@ -273,7 +273,7 @@ class Intake:
             for _, tensors in group:
                 tensors.embedding = None if embeddings is None else embeddings[count]
                 count += 1
-            for block, packed in pack_all(group, self.store.keep_as):
+            for block, packed in self.store.packed(group):
                 self._store(block, packed)
         self._blocks_stored()
 

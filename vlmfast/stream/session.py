@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlmfast import engine
+from vlmfast import engine, spec
 from vlmfast.core import Unsupported, UserError
 from vlmfast.decode_loop import put_loop
 from vlmfast.fields import check_methods
@@ -32,10 +32,12 @@ from vlmfast.runtime.placeholders import refuse_placeholders
 from vlmfast.runtime.request_state import Requests
 from vlmfast.runtime.working_set_kv import WorkingSetCompression
 from vlmfast.runtime.working_set_prompt import MOST
+from vlmfast.stream import levels
 from vlmfast.stream.archive.folder import StoreError
 from vlmfast.stream.archive.store import Store
 from vlmfast.stream.blocks import Block
 from vlmfast.stream.encoder import Encoder
+from vlmfast.stream.levels import ByAge
 from vlmfast.stream.options import check_generate, check_session
 from vlmfast.stream.retrievers import Internal, RecentOnly, Retriever, in_time, intervals, parse
 from vlmfast.stream.snapshot import head, open_archive
@@ -65,6 +67,7 @@ class StreamSession(WatchedIntake):
     oldest is dropped and counted when it is full. fps: of frames without timestamps. recent: seconds, ending with the
     newest frame, that every answer reads besides what is retrieved, every token of them; None is the span of the last
     four frames, 0 none.
+    coarsen: at which ages stored blocks become coarser, as in "age:four_bit=60,features=300" (`ByAge`), None for never.
     plan: `prune` acts on every grid, `kv` on the working set of every answer, `speculate` on the answer.
     """
 
@@ -87,6 +90,7 @@ class StreamSession(WatchedIntake):
         fps: float = 2.0,
         flush_seconds: float = 30.0,
         recent: float | None = None,
+        coarsen: ByAge | str | None = None,
         _store: Store | None = None,
     ) -> None:
         self.model = unwrap(model)
@@ -97,9 +101,11 @@ class StreamSession(WatchedIntake):
         config = {
             "window": window, "ram": ram, "disk_limit": disk_limit, "redundancy": redundancy, "keep_as": keep_as,
             "positions": positions, "text_after": text_after, "queue": queue, "fps": fps,
-            "flush_seconds": flush_seconds, "recent": recent,
+            "flush_seconds": flush_seconds, "recent": recent, "coarsen": None,
         }  # fmt: skip
         check_session(config)
+        schedule = levels.parse(coarsen)
+        config["coarsen"] = None if schedule is None else spec.write(schedule)
         WatchedIntake.__init__(self, fps, queue)
         self.config = config
         self.plan = resolve(plan)
@@ -122,7 +128,7 @@ class StreamSession(WatchedIntake):
         self.encoder = Encoder(self.vision, init_ids, window, redundancy, self.plan.prune, recent)
         if _store is None:
             made_by = {} if disk is None else head(self.model, config, self.plan.prune)
-            _store = Store(ram, disk, disk_limit, keep_as, flush_seconds, made_by).create()
+            _store = Store(ram, disk, disk_limit, keep_as, flush_seconds, made_by, schedule).create()
         self.store = _store
         self.builder = WorkingSetBuilder(self.encoder, self.store, positions == "contiguous", text_after)
         self.turns = []
@@ -267,7 +273,7 @@ class StreamSession(WatchedIntake):
             "dropped_frames": self.queue.dropped, "pending_frames": len(self.pending),
             "fps": self.counts["frames"] / self.counts["encode_s"] if self.counts["encode_s"] else 0.0,
             "questions": self.counts["questions"], "kv_fast_bytes": self.fast_bytes, "kv_host_bytes": store.ram_bytes,
-            "kv_disk_bytes": store.disk_bytes, "archive_bytes": store.archive_bytes,
+            "kv_disk_bytes": store.disk_bytes, "archive_bytes": store.archive_bytes, "levels": store.levels(),
             "lost_seconds": self.lost_seconds, "lost": list(store.lost), "notes": list(self.notes),
         }  # fmt: skip
 

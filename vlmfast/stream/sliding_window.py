@@ -17,6 +17,7 @@ from torch import Tensor
 from vlmfast.core import UserError
 from vlmfast.runtime.stream_cache import WindowCache
 from vlmfast.stream.blocks import Block
+from vlmfast.stream.levels import Level
 from vlmfast.stream.vision import VisionEncoder
 
 
@@ -132,15 +133,27 @@ class SlidingWindow:
             first = last
         return out
 
+    def beside(self, room: int) -> WindowCache:
+        """A cache that holds the same init tokens, and room for so many more."""
+        cache, n = WindowCache(self.vision.text, self.num_init + room), self.num_init
+        for layer, mine in zip(cache.layers, self.cache.layers, strict=True):
+            if n:
+                tensors = [torch.cat([x[:, :n], x.new_empty(x.shape[0], room, x.shape[2])], 1) for x in mine.tensors()]
+                layer.raw, layer.rot, layer.val = tensors
+                layer.n, layer.is_initialized = n, True
+        cache.positions = self._init_positions()
+        return cache
+
     def init_layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """Un-rotated keys and values (Hk, n, Dh) of the init tokens at one layer."""
         kept = self.cache.layers[layer]
         return kept.raw[:, : self.num_init], kept.val[:, : self.num_init]
 
     def block_layer(self, block: Block, layer: int) -> tuple[Tensor, Tensor] | None:
-        """Un-rotated keys and values (Hk, n, Dh) of a block at one layer; None when it has left the window."""
+        """Un-rotated keys and values (Hk, n, Dh) of a block at one layer; None when it has left the window, or is
+        read as its representative."""
         begin = self.first_column.get(block.id)
-        if begin is None:
+        if begin is None or block.level == Level.REPRESENTATIVE:
             return None
         kept, end = self.cache.layers[layer], begin + block.num_tokens
         return kept.raw[:, begin:end], kept.val[:, begin:end]
@@ -178,12 +191,12 @@ class SlidingWindow:
         }
 
     def newest(self, blocks: Sequence[Block]) -> list[Block]:
-        """Those of `blocks` (in order) that a window holds before a segment begins."""
+        """Those of `blocks` (in order) that a window holds before a segment begins, behind the last without keys."""
         out: list[Block] = []
         room = self.size - self.segment_size
         for block in reversed(blocks):
             room -= block.num_tokens
-            if room < 0:
+            if room < 0 or block.level >= Level.FEATURES:
                 break
             out.insert(0, block)
         return out

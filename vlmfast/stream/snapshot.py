@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vlmfast.core import UserError, to_json
 from vlmfast.plan import Plan, resolve
 from vlmfast.preconditions import unwrap
+from vlmfast.stream import levels
 from vlmfast.stream.archive import manifest
 from vlmfast.stream.archive.fingerprint import fingerprint
 from vlmfast.stream.archive.folder import Damaged, NoRoom, StoreError
@@ -29,6 +30,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "window": (int,), "ram": (int, float, str), "disk_limit": (int, float, str, type(None)),
     "redundancy": (int, float, type(None)), "keep_as": (str,), "positions": (str,), "text_after": (str,),
     "queue": (int,), "fps": (int, float), "flush_seconds": (int, float), "recent": (int, float, type(None)),
+    "coarsen": (str, type(None)),
 }  # fmt: skip
 
 
@@ -227,7 +229,11 @@ def open_archive(
             f"{path} was made by another model ({differs}): load the model that encoded it, or start a new folder"
         )
     limits = {k: changed.get(k, config[k]) for k in ("ram", "disk_limit", "flush_seconds")}
-    store = Store(limits["ram"], path, limits["disk_limit"], config["keep_as"], limits["flush_seconds"], saved).open()
+    schedule = levels.parse(changed.get("coarsen", config["coarsen"]))
+    store = Store(
+        limits["ram"], path, limits["disk_limit"], config["keep_as"], limits["flush_seconds"], saved, schedule
+    )
+    store.open()
     import transformers
 
     notes = []
@@ -245,7 +251,9 @@ def _head_of(path: Path, body: dict[str, Any]) -> dict[str, Any]:
     began = saved.get("stream")
     config = saved.get("config")
     right = all(isinstance(saved.get(k), dict) for k in ("model", "versions", "config")) and "prune" in saved
-    config = {"recent": None} | config if isinstance(config, dict) else config  # older archives have none
+    config = (
+        {"recent": None, "coarsen": None} | config if isinstance(config, dict) else config
+    )  # older archives have none
     right = right and set(config) == set(_KINDS) and all(isinstance(config[k], kinds) for k, kinds in _KINDS.items())
     if began is not None or body["segments"]:
         right = right and isinstance(began, dict) and set(began) == {"first", "span"}

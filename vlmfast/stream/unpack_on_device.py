@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.runtime.transfers import to_device
+from vlmfast.stream import quantized
 from vlmfast.stream.blocks import PackedLayer
 
 
@@ -16,6 +17,31 @@ def unpack_on_device(
     blocks: Sequence[PackedLayer], dtype: torch.dtype, device: torch.device
 ) -> list[tuple[Tensor, Tensor]]:
     """What `blocks.unpack` makes of each: keys and values (Hk, n, Dh) in `dtype`, on the device; at least one block."""
+    done: dict[int, tuple[Tensor, Tensor]] = {}
+    for in_four_bits, unpack in ((True, _four_bit), (False, _others)):
+        mine = [i for i, block in enumerate(blocks) if (block.keys.dtype == torch.uint8) is in_four_bits]
+        if mine:
+            done |= zip(mine, unpack([blocks[i] for i in mine], dtype, device), strict=True)
+    return [done[i] for i in range(len(blocks))]
+
+
+def _four_bit(blocks: Sequence[PackedLayer], dtype: torch.dtype, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Of blocks in 4 bits."""
+    counts = [block.keys.shape[1] for block in blocks]
+    block_of = to_device(torch.repeat_interleave(torch.tensor(counts)), device)
+    representative = _joined([block.representative[:, None] for block in blocks], device)[:, block_of].float()
+    keys, key_scale, values, value_scale = (
+        _joined([getattr(block, name) for block in blocks], device)
+        for name in ("keys", "key_scale", "values", "value_scale")
+    )
+    keys = (representative + quantized.unpacked(keys, key_scale)).to(dtype)
+    return list(
+        zip(keys.split(counts, 1), quantized.unpacked(values, value_scale).to(dtype).split(counts, 1), strict=True)
+    )
+
+
+def _others(blocks: Sequence[PackedLayer], dtype: torch.dtype, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Of blocks in 8 bits, or in a float dtype."""
     counts = [block.keys.shape[1] for block in blocks]
     keys, values = (
         _joined([block.keys for block in blocks], device),

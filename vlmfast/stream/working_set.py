@@ -25,6 +25,8 @@ from vlmfast.stream.archive.segments import BlockLost
 from vlmfast.stream.archive.store import Store
 from vlmfast.stream.blocks import Block, BlockInput, PackedLayer, block_positions, joined, text_position, unpack
 from vlmfast.stream.encoder import Encoder
+from vlmfast.stream.levels import Level
+from vlmfast.stream.prefill_again import PrefilledAgain
 from vlmfast.stream.recent_grids import Recent
 from vlmfast.stream.retrievers import Candidates, Internal, Retriever, best
 from vlmfast.stream.unpack_on_device import unpack_on_device
@@ -58,12 +60,14 @@ class WorkingSetBuilder:
         self.after_max = encoder.layout.after_max or after == "max"
         self.vision = encoder.vision
         self.lost: list[str] = []
+        self.again = PrefilledAgain(encoder, store, contiguous)
         self._gathered: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}  # by layer and blocks, for one question
         self._rotations: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}  # cos and sin by blocks, likewise
 
     def begin(self) -> None:
         """Forget what was gathered for the question before."""
         self.lost, self._gathered, self._rotations = [], {}, {}
+        self.again.forget()
 
     # -- which ---------------------------------------------------------------------------------------------------------
 
@@ -159,14 +163,16 @@ class WorkingSetBuilder:
         return text_position(blocks, origin, self.contiguous, layout.timed, self.after_max, extent)
 
     def _stored(self, layer: int, blocks: list[Block], like: Tensor) -> list[tuple[Block, Tensor, Tensor]]:
-        """Un-rotated keys and values of blocks: exact from the window, else from the store; without those lost."""
+        """Un-rotated keys and values of blocks: exact from the window, else from the store or made again of its
+        features; without those lost."""
+        self.lost += self.again.prefill(blocks)
         found: dict[int, tuple[Tensor, Tensor]] = {}
         packed: dict[int, PackedLayer] = {}
         for block in blocks:
-            exact = self.encoder.window.block_layer(block, layer)
+            exact = self.again.layer(block, layer) or self.encoder.window.block_layer(block, layer)
             if exact is not None:
                 found[block.id] = exact
-            elif block.id in self.store.blocks:
+            elif block.id in self.store.blocks and block.level < Level.FEATURES:
                 try:
                     packed[block.id] = self.store.packed_layer(block.id, layer)
                 except BlockLost as e:
@@ -210,6 +216,11 @@ class WorkingSetBuilder:
         per_layer, how = self.choose(retriever, [block for block in blocks if block.id not in anyway], question, recent)
         per_layer = [[*chosen, *recent.stored] for chosen in per_layer]
         chosen = time.perf_counter()
+        if len(self.again):  # layers chose one after the other: now those of all of them together
+            self._gathered = {}
+            self.again.forget()
+        union = {block.id: block for of_layer in per_layer for block in of_layer}
+        self.lost += self.again.prefill([union[i] for i in sorted(union)])
         layers = [self.gather(i, blocks) for i, blocks in enumerate(per_layer)]
         if self.lost:  # what one layer lost is gone for all of them
             there = self.store.blocks.keys() | self.encoder.window.first_column.keys()
@@ -217,6 +228,8 @@ class WorkingSetBuilder:
             layers = [self.gather(i, blocks) for i, blocks in enumerate(per_layer)]
         whole = [grid.block for grid in recent.whole]
         start = max(self.text_start([*blocks, *whole]) for blocks in per_layer)
+        num_again = len(self.again)
+        self.again.forget()
         self._gathered, self._rotations = {}, {}
         closing = self.vision.closing().shape[0]
         num_recent = sum(block.num_tokens for block in whole)
@@ -231,7 +244,8 @@ class WorkingSetBuilder:
         lengths = [keys.shape[1] + num_recent for keys, _ in layers]
         stats = {
             "retrieve": how, "retrieved_blocks": sum(len(block) for block in per_layer) / len(per_layer),
-            "recent_blocks": len(recent), "context_tokens": sum(lengths) / len(lengths),
+            "recent_blocks": len(recent),
+            "prefilled_again_blocks": num_again, "context_tokens": sum(lengths) / len(lengths),
             "select_ms": (chosen - clock) * 1e3, "fetch_ms": (fetched - chosen) * 1e3,
             "recent_ms": (time.perf_counter() - fetched) * 1e3,
         }  # fmt: skip

@@ -120,13 +120,17 @@ class RepresentativeTable:
             self.starts.append(first)
             self.total = first + count
             self.free = list(range(self.total - 1, first - 1, -1))
-        slot = self.free.pop()
-        slab, index = self._place(slot)
-        self.slabs[slab][:, index] = representative.reshape(layers, -1)
-        self.norms[slab][:, index] = representative.float().reshape(layers, -1).norm(dim=-1)
+        slot = self.slot[block] = self.free.pop()
         if embedding is not None:
+            slab, index = self._place(slot)
             self.embeddings[slab][index] = embedding
-        self.slot[block] = slot
+        self.put(block, representative)
+
+    def put(self, block: int, representative: Tensor) -> None:
+        """Write a block's representative (L, Hk, Dh) into the slot that it has."""
+        slab, index = self._place(self.slot[block])
+        rows = representative.reshape(representative.shape[0], -1)
+        self.slabs[slab][:, index], self.norms[slab][:, index] = rows, rows.float().norm(dim=-1)
 
     def remove(self, block: int) -> None:
         slot = self.slot.pop(block, None)

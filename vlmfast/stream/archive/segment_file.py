@@ -1,11 +1,14 @@
 """One segment file: writes blocks to bytes, and reads them back with every byte checked against its checksum.
 
 A safetensors file. Its metadata holds the blocks' records and, per block, a CRC-32 of every layer's tensors and one of
-its representative; the manifest holds the sums of the header and of the whole file.
+its representative and features; the manifest holds the sums of the header and of the whole file. A segment with blocks
+coarser than FULL is made small: its header is compressed inside that of the file, and their representatives, which
+differ little from block to block, are one compressed tensor.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import os
@@ -14,17 +17,26 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from vlmfast.stream import quantized
 from vlmfast.stream.archive.folder import Damaged, open_regular
 from vlmfast.stream.blocks import Block, PackedBlock
+from vlmfast.stream.levels import Level
 
 _TYPES = {
-    "I8": torch.int8, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+    "I8": torch.int8, "U8": torch.uint8, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
+    "F64": torch.float64,
 }  # fmt: skip
-_LAYERED = ("k", "v", "ks", "vs")
+_LAYERED, _FOUND_BY, _GIVEN = ("k", "v", "ks", "vs"), ("rep", "emb"), ("x", "xs")
+_REPRESENTATIVES = "representatives"
+_PLANES = (0, 8, 16)  # bits of a difference of two int16 that the bytes of each plane begin at
+_UNREADABLE = (
+    ValueError, LookupError, TypeError, AttributeError, RecursionError, RuntimeError, OverflowError, zlib.error,
+)  # fmt: skip
 _MOST_HEADER = 256 << 20  # bytes
 
 
@@ -34,20 +46,63 @@ def encode(blocks: list[tuple[Block, PackedBlock]]) -> tuple[bytes, int]:
     sums: dict[int, list[int]] = {}
     for block, packed in blocks:
         named = packed.tensors()
+        if block.level:
+            del named["rep"]  # with the others, below
         tensors |= {f"{block.id}.{name}": x for name, x in named.items()}
         layered = [named[n] for n in _LAYERED if n in named]
-        sums[block.id] = [_sum([x[layer] for x in layered]) for layer in range(len(named["rep"]))]
-        sums[block.id].append(_sum([named[n] for n in ("rep", "emb") if n in named]))
-    records = [b.json() | {"sums": sums[b.id]} for b, _ in blocks]
-    data = to_bytes(tensors, {"blocks": json.dumps(records)})
+        sums[block.id] = [_sum([x[layer] for x in layered]) for layer in range(len(layered[0]) if layered else 0)]
+        sums[block.id].append(_sum([named[n] for n in _FOUND_BY if n in named]))
+        sums[block.id].append(_sum([named[n] for n in _GIVEN if n in named]))
+    records = [b.json() | {"sums": sums[b.id] if b.visual else sums[b.id][:-1]} for b, _ in blocks]
+    coarse = [(block.id, packed.representative) for block, packed in blocks if block.level]
+    if not coarse:
+        return _with_sum(to_bytes(tensors, {"blocks": json.dumps(records)}))
+    tensors[_REPRESENTATIVES], about = _compressed(coarse)
+    data = to_bytes(tensors, {"blocks": json.dumps(records), _REPRESENTATIVES: json.dumps(about)})
+    (size,) = struct.unpack("<Q", data[:8])
+    header = base64.b85encode(zlib.compress(data[8 : 8 + size], 9)).decode()
+    body = torch.frombuffer(bytearray(data[8 + size :]), dtype=torch.uint8)
+    return _with_sum(to_bytes({"data": body}, {"header": header}))
+
+
+def _with_sum(data: bytes) -> tuple[bytes, int]:
     (size,) = struct.unpack("<Q", data[:8])
     return data, zlib.crc32(data[: 8 + size])
+
+
+def _compressed(representatives: list[tuple[int, Tensor]]) -> tuple[Tensor, dict[str, Any]]:
+    """Rounded representatives (L, Hk, Dh), each as its difference to the one before; and what `_expanded` must know."""
+    codes, exponents = quantized.fixed_point(torch.stack([x for _, x in representatives]))
+    rows = torch.cat([codes.flatten(1), exponents.flatten(1)], 1).int().numpy()
+    change = np.diff(rows, axis=0, prepend=0)
+    change = change << 1 ^ change >> 31  # small numbers of either sign are small
+    data = zlib.compress(b"".join((change >> shift).astype(np.uint8).tobytes() for shift in _PLANES), 9)
+    about = {"ids": [i for i, _ in representatives], "shape": list(codes.shape[1:]), "sum": zlib.crc32(data)}
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8), about
+
+
+def _expanded(data: bytes, about: dict[str, Any]) -> dict[int, Tensor]:
+    """{block id: representative (L, Hk, Dh) float16}. Raises ValueError, zlib.error for what is none."""
+    ids, shape = about["ids"], about["shape"]
+    size, groups = math.prod(shape), math.prod(shape[:2])
+    flat = np.frombuffer(_decompressed(data, len(_PLANES) * len(ids) * (size + groups)), np.uint8)
+    planes = flat.reshape(len(_PLANES), len(ids), size + groups).astype(np.int32)
+    change = sum(plane << shift for plane, shift in zip(planes, _PLANES, strict=True))
+    rows = torch.from_numpy(np.cumsum(change >> 1 ^ -(change & 1), 0)).to(torch.int16)
+    values = quantized.from_fixed_point(rows[:, :size].view(-1, *shape), rows[:, size:].view(-1, *shape[:2]))
+    return dict(zip(ids, values.unbind(0), strict=True))
+
+
+def _decompressed(data: bytes, most: int) -> bytes:
+    """At most so many bytes, whatever the data says."""
+    return zlib.decompressobj().decompress(data, most)
 
 
 def bytes_in_file(block: Block, packed: PackedBlock) -> int:
     """Bytes of a block in a segment, its share of the header included (an upper bound)."""
     halves = packed.representative.numel() + (0 if packed.embedding is None else packed.embedding.numel())
-    record = 900 + 8 * block.relative_positions.numel() + 12 * (packed.representative.shape[0] + 1)
+    record = 900 + 8 * block.relative_positions.numel() + 12 * (packed.representative.shape[0] + 2)
+    record += 200 if block.visual else 0
     return packed.nbytes() + 2 * halves + record
 
 
@@ -76,7 +131,16 @@ class SegmentFile:
             self.start = 8 + size
             try:
                 self._parse(json.loads(head[8:]))
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError, OverflowError):
+            except (
+                ValueError,
+                LookupError,
+                TypeError,
+                AttributeError,
+                RecursionError,
+                RuntimeError,
+                OverflowError,
+                zlib.error,
+            ):
                 raise Damaged("the header is not that of a segment") from None
         except BaseException:
             self.file.close()
@@ -100,7 +164,13 @@ class SegmentFile:
         self.blocks: list[Block] = []
         self.sums: dict[int, list[int]] = {}
         self.places: dict[str, tuple[torch.dtype, list[int], int]] = {}  # name -> dtype, shape, first byte
-        records = json.loads(header.pop("__metadata__")["blocks"])
+        metadata = header.pop("__metadata__")
+        if "header" in metadata:
+            compressed = base64.b85decode(metadata["header"])
+            header = json.loads(_decompressed(compressed, _MOST_HEADER))
+            metadata = header.pop("__metadata__")
+        records = json.loads(metadata["blocks"])
+        self.about = json.loads(metadata[_REPRESENTATIVES]) if _REPRESENTATIVES in metadata else None
         for name, entry in header.items():
             dtype, shape, (first, last) = _TYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
             if not 0 <= first <= last <= self.bytes - self.start or min(shape) < 1:
@@ -111,19 +181,40 @@ class SegmentFile:
         for record in records:
             sums = record.pop("sums")
             block = Block.from_json(record)
-            keys, representative = (self.places[f"{block.id}.{n}"][1] for n in ("k", "rep"))
-            layers, heads, tokens, width = keys
-            if (
-                self.places[f"{block.id}.v"][1] != keys
-                or representative != [layers, heads, width]
-                or len(sums) != layers + 1
-            ):
-                raise ValueError(block.id)
-            if tokens != block.num_tokens or {len(block.origin), len(block.advance)} != {len(block.relative_positions)}:
-                raise ValueError(block.id)
+            self._check(block, sums)
             self.blocks.append(block)
             self.sums[block.id] = sums
-        self.shape = representative
+        if self.about is not None and self.about["ids"] != [block.id for block in self.blocks if block.level]:
+            raise ValueError(self.about)
+        self.shape = self._shape_of(self.blocks[0])
+        self._coarse: dict[int, Tensor] = {}  # representatives of coarse blocks, once they are read
+
+    def _shape_of(self, block: Block) -> list[int]:
+        """(L, Hk, Dh) of a block's representative."""
+        if block.level and self.about is not None:
+            return list(self.about["shape"])
+        return self.places[f"{block.id}.rep"][1]
+
+    def _check(self, block: Block, sums: list[int]) -> None:
+        """Raise ValueError where the tensors of a block are not those that its record says."""
+        shape, tokens = self._shape_of(block), block.num_tokens
+        layers = 0 if block.level >= Level.FEATURES else shape[0]
+        if layers:
+            width = shape[2] // 2 if block.level == Level.FOUR_BIT else shape[2]
+            both = [self.places[f"{block.id}.{n}"][1] for n in ("k", "v")]
+            if both != 2 * [[*shape[:2], tokens, width]]:
+                raise ValueError(block.id)
+        if block.visual is not None:
+            first, last = block.visual
+            rows = self.places[f"{block.id}.x"][1][0]
+            if not 0 <= first < last <= tokens or rows < tokens or (rows - tokens) % (last - first):
+                raise ValueError(block.id)
+        elif not layers:
+            raise ValueError(block.id)
+        if len(sums) != layers + 1 + (block.visual is not None):
+            raise ValueError(block.id)
+        if {len(block.origin), len(block.advance)} != {len(block.relative_positions)}:
+            raise ValueError(block.id)
 
     def verify(self, crc: int) -> None:
         """Read all of it, in pieces. Raises Damaged."""
@@ -136,17 +227,37 @@ class SegmentFile:
     def layer(self, block: int, layer: int) -> dict[str, Tensor]:
         """The stored tensors of one layer of a block, by name."""
         self._size()
-        return self._tensors(block, [n for n in _LAYERED if f"{block}.{n}" in self.places], layer)
+        return self._tensors(block, _LAYERED, layer, layer)
 
-    def representative(self, block: int) -> tuple[Tensor, Tensor | None]:
+    def features(self, block: int) -> tuple[Tensor, Tensor | None]:
+        """A block's features and their scales."""
+        self._size()
+        named = self._tensors(block, _GIVEN, None, -1)
+        return named["x"], named.get("xs")
+
+    def representative(self, block: Block) -> tuple[Tensor, Tensor | None]:
         """A block's representative (L, Hk, Dh) and its embedding (E,)."""
-        named = self._tensors(block, [n for n in ("rep", "emb") if f"{block}.{n}" in self.places], None)
-        return named["rep"], named.get("emb")
+        layers = 0 if block.level >= Level.FEATURES else self.shape[0]
+        named = self._tensors(block.id, _FOUND_BY, None, layers)
+        if not block.level:
+            return named["rep"], named.get("emb")
+        if not self._coarse:
+            assert self.about is not None
+            _, (size,), first = self.places[_REPRESENTATIVES]
+            data = self._read(self.start + first, size)
+            try:
+                if zlib.crc32(data) != self.about["sum"]:
+                    raise ValueError
+                self._coarse = _expanded(data, self.about)
+            except (ValueError, RuntimeError, zlib.error):
+                raise Damaged("the checksum of the representatives does not match") from None
+        return self._coarse[block.id], named.get("emb")
 
-    def _tensors(self, block: int, names: list[str], layer: int | None) -> dict[str, Tensor]:
+    def _tensors(self, block: int, names: tuple[str, ...], layer: int | None, number: int) -> dict[str, Tensor]:
+        """Tensors of a block, of one layer or whole, that together have the block's sum of this number."""
         out: dict[str, Tensor] = {}
         total = 0
-        for name in names:
+        for name in [n for n in names if f"{block}.{n}" in self.places]:
             dtype, shape, first = self.places[f"{block}.{name}"]
             size = math.prod(shape) * dtype.itemsize
             if layer is not None:
@@ -155,7 +266,7 @@ class SegmentFile:
             data = bytearray(self._read(self.start + first, size))
             total = zlib.crc32(data, total)
             out[name] = torch.frombuffer(data, dtype=dtype).view(shape)
-        if total != self.sums[block][-1 if layer is None else layer]:
+        if total != self.sums[block][number]:
             raise Damaged(f"the checksum of block {block} does not match")
         return out
 

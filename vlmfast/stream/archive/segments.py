@@ -11,6 +11,7 @@ import json
 import os
 import struct
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from vlmfast.stream.archive import manifest
 from vlmfast.stream.archive.folder import MANIFESTS, Damaged, Folder, NoRoom, StoreError, read_regular
 from vlmfast.stream.archive.segment_file import SegmentFile, encode
 from vlmfast.stream.blocks import Block, PackedBlock
+from vlmfast.stream.levels import Level
 
 MOST_OPEN = 64  # segment files kept open
 OTHER_BYTES = 400  # bytes of lock file, heartbeat and what the file system may add
@@ -119,7 +121,7 @@ class Segments:
             self._shape = self._shape or segment.shape
             if segment.shape != self._shape or [block.id for block in segment.blocks] != entry["blocks"]:
                 raise Damaged("it holds other blocks than the manifest says")
-            return segment.blocks, {block.id: segment.representative(block.id) for block in segment.blocks}
+            return segment.blocks, {block.id: segment.representative(block) for block in segment.blocks}
         finally:
             segment.close()
 
@@ -173,8 +175,7 @@ class Segments:
         self.number += 1
         file = f"segment-{self.number:08d}.safetensors"
         self.folder.put(file, data)
-        crc = zlib.crc32(data)
-        return file, {"bytes": len(data), "crc": crc, "head": head, "blocks": [b.id for b, _ in blocks]}
+        return file, {"bytes": len(data), "crc": zlib.crc32(data), "head": head, "blocks": [b.id for b, _ in blocks]}
 
     def write_state(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         """Replace the saved session state; no block is given up for it. Raises NoRoom beyond the limit, StoreError."""
@@ -290,25 +291,31 @@ class Segments:
             self._opened[file] = segment
         return self._opened[file]
 
-    def layer(self, block: int, layer: int) -> dict[str, Tensor]:
-        """The stored tensors of one layer of a block, checked. Raises BlockLost."""
+    def _read(self, block: int, read: Callable[[SegmentFile], Any]) -> Any:
+        """What `read` reads of a block's segment, checked. Raises BlockLost."""
         file = self.file_of[block]
         try:
-            return self._open_segment(file).layer(block, layer)
-        except Damaged as e:
-            raise BlockLost(f"{file}: {e}") from None
-        except FileNotFoundError:
-            raise BlockLost(f"{file}: it is missing") from None
+            return read(self._open_segment(file))
+        except (Damaged, FileNotFoundError) as e:
+            raise BlockLost(f"{file}: {e if isinstance(e, Damaged) else 'it is missing'}") from None
         except OSError as e:  # such as too many open files: no damage
             raise UserError(f"{self.path / file} cannot be read now ({e.strerror}); nothing was changed") from None
 
-    def whole(self, block: int, representative: Tensor, embedding: Tensor | None) -> PackedBlock:
-        """A block with all its layers; representative (L, Hk, Dh) and embedding (E,) as they are in memory. Raises
+    def layer(self, block: int, layer: int) -> dict[str, Tensor]:
+        """The stored tensors of one layer of a block. Raises BlockLost."""
+        return dict(self._read(block, lambda segment: segment.layer(block, layer)))
+
+    def whole(self, block: Block, representative: Tensor, embedding: Tensor | None) -> PackedBlock:
+        """A block as it is stored; representative (L, Hk, Dh) and embedding (E,) as they are in memory. Raises
         BlockLost."""
-        layers = [self.layer(block, i) for i in range(representative.shape[0])]
-        all_layers = {name: torch.stack([x[name] for x in layers]) for name in layers[0]}
-        scales = all_layers.get("ks"), all_layers.get("vs")
-        return PackedBlock(all_layers["k"], all_layers["v"], *scales, representative, embedding)
+        layers = range(representative.shape[0] if block.level < Level.FEATURES else 0)
+        each = [self.layer(block.id, i) for i in layers]
+        names = ("k", "v", "ks", "vs")
+        k, v, ks, vs = (torch.stack([x[n] for x in each]) if each and n in each[0] else None for n in names)
+        packed = PackedBlock(k, v, ks, vs, representative, embedding)
+        if block.visual is not None:
+            packed.features, packed.feature_scale = self._read(block.id, lambda segment: segment.features(block.id))
+        return packed
 
     def forget(self, file: str) -> list[int]:
         """Drop a damaged segment; returns the blocks it held. The next change of the manifest sets its file aside."""

@@ -1,35 +1,36 @@
 """The archive of a stream: blocks in RAM and on disk, within byte limits that hold at all times.
 
 With a disk, every block goes into a segment soon after it arrives and RAM is a cache of the newest; without one, RAM is
-all there is. When a tier is full the blocks worth least are given up (see `eviction`). The representatives of all
-blocks stay in RAM, so with a disk too RAM limits how many blocks there are: the table of representatives grows to three
-quarters of it, then blocks are given up for the ones that come.
+all there is. When a tier is full blocks are coarsened, where a schedule allows it (`coarsening`), then those worth
+least are given up (`room`, `eviction`).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlmfast.core import UserError, parse_bytes
-from vlmfast.stream.archive.eviction import half_a_segment, order_to_give_up
-from vlmfast.stream.archive.folder import NoRoom, StoreError
+from vlmfast.stream.archive.coarsening import Coarsening
+from vlmfast.stream.archive.folder import StoreError
 from vlmfast.stream.archive.representatives import RepresentativeTable
+from vlmfast.stream.archive.room import RECORD_BYTES, Room
 from vlmfast.stream.archive.segment_file import bytes_in_file
 from vlmfast.stream.archive.segments import BlockLost, Segments
-from vlmfast.stream.blocks import FORMATS, Block, BlockTensors, PackedBlock, PackedLayer, pack, unpack
+from vlmfast.stream.blocks import FORMATS, Block, BlockTensors, PackedBlock, PackedLayer, pack_all, unpack
+from vlmfast.stream.levels import ByAge
 
-RECORD_BYTES = 600  # bytes that a block's own record takes in RAM, about
 SEGMENT_BYTES = 8 << 20
 
 
 class Store:
     """Stores blocks. ram, disk_limit: bytes or text ("2GiB"). path: folder on disk, None for none. keep_as: "int8"
-    (default), "bf16", "model". flush_seconds: a segment is written at the latest after so much stream."""
+    (default), "bf16", "model". flush_seconds: a segment is written at the latest after so much stream. coarsen: ages at
+    which blocks become coarser, None for never."""
 
     def __init__(
         self,
@@ -39,6 +40,7 @@ class Store:
         keep_as: str = "int8",
         flush_seconds: float = 30.0,
         head: dict[str, Any] | None = None,
+        coarsen: ByAge | None = None,
     ) -> None:
         if keep_as not in FORMATS:
             raise UserError(f"kept as {keep_as!r} is not known; known: {', '.join(FORMATS)}")
@@ -58,6 +60,8 @@ class Store:
         self.disk = None if path is None else Segments(path, self.disk_limit, head or {})
         most = SEGMENT_BYTES if self.disk_limit is None else max(1, self.disk_limit // 8)
         self.segment_size = min(SEGMENT_BYTES, most)
+        self.coarsening = Coarsening(self, coarsen)
+        self.room = Room(self)
 
     def create(self) -> Store:
         """Make the disk folder, if there is to be one."""
@@ -107,17 +111,26 @@ class Store:
         unwritten = [self.in_ram.get(i) for i in list(self.unwritten)]  # another thread may be encoding
         return self.disk.segment_bytes + sum(packed.nbytes() for packed in unwritten if packed is not None)
 
+    def levels(self) -> dict[str, dict[str, int]]:
+        """Blocks at every level that has some, and their bytes, as `archive_bytes` counts them but for RAM's table."""
+        return self.coarsening.levels()
+
     # -- in ------------------------------------------------------------------------------------------------------------
 
     def add(self, block: Block, tensors: BlockTensors) -> None:
         """Store a block. Raises StoreError (nothing stored is lost, this block is not taken) when there is no room."""
-        self.insert(block, pack(tensors, self.keep_as))
+        self.insert(*self.packed([(block, tensors)])[0])
+
+    def packed(self, blocks: Sequence[tuple[Block, BlockTensors]]) -> list[tuple[Block, PackedBlock]]:
+        """Blocks as they are stored at first, with features where the schedule comes to need them."""
+        schedule = self.coarsening.schedule
+        return pack_all(blocks, self.keep_as, schedule is not None and schedule.keeps_features)
 
     def insert(self, block: Block, packed: PackedBlock) -> None:
         """`add` a packed block."""
         size = packed.nbytes() + RECORD_BYTES
-        self._free_slot(size, packed)
-        self._reserve(size + self.representatives.cost(packed.representative, packed.embedding))
+        self.room.free_slot(size, packed)
+        self.room.reserve(size + self.representatives.cost(packed.representative, packed.embedding))
         self.blocks[block.id] = block
         self.in_ram[block.id] = packed
         self.packed_bytes += packed.nbytes()
@@ -126,29 +139,19 @@ class Store:
         if self.disk is not None:
             self.unwritten.append(block.id)
 
-    def _free_slot(self, size: int, packed: PackedBlock) -> None:
-        """Where the table of representatives must grow and may not, give up blocks for a free slot in it."""
-        slab = self.representatives.cost(packed.representative, packed.embedding)
-        if not slab or not self.blocks:
-            return
-        grown = self.representatives.nbytes() + slab + RECORD_BYTES * self.representatives.grown
-        if self.disk is None:
-            full = self.ram_bytes + slab + size > self.ram
-        else:
-            full = grown > self.ram * 3 // 4
-        if full:
-            self._evict(0, 1 + len(self.blocks) // 16)
-
     def due(self) -> bool:
-        """Is it time to write a segment?"""
-        if self.disk is None or not self.unwritten:
+        """Is it time to write a segment, or (without a disk) to coarsen what has come of age?"""
+        if self.disk is None:
+            return self.coarsening.due(self.flush_seconds)
+        if not self.unwritten:
             return False
         span = self.blocks[self.unwritten[-1]].end - self.blocks[self.unwritten[0]].start
         size = sum(self.in_ram[i].nbytes() for i in self.unwritten)
         return span >= self.flush_seconds or size >= self.segment_size
 
     def flush(self) -> None:
-        """Write everything that is not on disk yet. Raises StoreError; the blocks then stay in RAM."""
+        """Write everything that is not on disk yet, then coarsen what has come of age. Raises StoreError; blocks that
+        could not be written stay in RAM, the others as they were."""
         while self.disk is not None and self.unwritten:
             sizes = {i: bytes_in_file(self.blocks[i], self.in_ram[i]) for i in self.unwritten}
             batch: list[int] = []
@@ -160,59 +163,28 @@ class Store:
                 batch.append(i)
             if self.disk_limit is not None:
                 self.disk.drop_state()  # older than what comes now
-            self._disk_room(sum(sizes[i] for i in batch) + 600 + 48 * len(batch))
+            self.room.on_disk(sum(sizes[i] for i in batch) + 600 + 48 * len(batch))
             batch = [i for i in batch if i in self.blocks]
             if batch:
                 self.disk.write([(self.blocks[i], self.in_ram[i]) for i in batch])
             self.unwritten = self.unwritten[len(batch) :]
+        self.coarsening.by_age()
 
-    # -- room ----------------------------------------------------------------------------------------------------------
+    # -- changes -------------------------------------------------------------------------------------------------------
 
-    def _reserve(self, need: int) -> None:
-        """Make `need` bytes of RAM free: first copies that are on disk too, then (without a disk) whole blocks."""
-        over = self.ram_bytes + need - self.ram
-        if over <= 0:
-            return
-        if self.disk is not None:
-            unwritten = set(self.unwritten)
-            copies = [i for i in self.in_ram if i not in unwritten]
-            if sum(self.in_ram[i].nbytes() for i in copies) < over and self.unwritten:
-                self.flush()
-                copies = list(self.in_ram)
-            for i in copies:
-                if over <= 0:
-                    return
-                over -= self._release(i)
-        if over > 0:
-            over -= self._evict(over)
-        if over > 0:
-            raise StoreError(
-                f"ram={self.ram:,} bytes cannot take a block of {need:,} beside {self.ram_bytes:,} in use "
-                "(representatives of all blocks stay in RAM): raise ram="
-            )
-
-    def _release(self, block_id: int) -> int:
+    def release(self, block_id: int) -> int:
         """Forget the RAM copy of a block that is on disk; bytes freed."""
         freed = self.in_ram.pop(block_id).nbytes()
         self.packed_bytes -= freed
         return freed
 
-    def _evict(self, need: int, slots: int = 0) -> int:
-        """Give up blocks until `need` bytes of RAM and `slots` blocks are free, a sixteenth of the limit at a time.
-
-        Gives up nothing, and returns 0, when there is not so much to give up."""
-        gone: list[int] = []
-        target, freed = max(need, self.ram // 16) if need else 0, 0
-        for i in order_to_give_up(self.blocks, {} if self.disk is None else self.disk.entries):
-            if freed >= target and len(gone) >= slots:
-                break
-            freed += RECORD_BYTES + (self.in_ram[i].nbytes() if i in self.in_ram else 0)
-            gone.append(i)
-        if freed < need:
-            return 0
-        before = self.ram_bytes
-        self.remove(gone)
-        return before - self.ram_bytes
+    def replace(self, block: Block, packed: PackedBlock) -> None:
+        """Put a coarser record, and its copy in RAM where there is one, in place of a block's own."""
+        self.blocks[block.id] = block
+        self.representatives.put(block.id, packed.representative)
+        if block.id in self.in_ram:
+            self.packed_bytes += packed.nbytes() - self.in_ram[block.id].nbytes()
+            self.in_ram[block.id] = packed
 
     def take_back(self, first: int) -> None:
         """Remove the blocks from id `first` on, which do not count as given up. Raises StoreError."""
@@ -243,34 +215,11 @@ class Store:
         gone = set(ids)
         for i in gone:
             if i in self.in_ram:
-                self._release(i)
+                self.release(i)
             self.representatives.remove(i)
             del self.blocks[i]
         self.unwritten = [i for i in self.unwritten if i not in gone]
         self.evicted += len(gone)
-
-    def _disk_room(self, need: int) -> None:
-        """Give up blocks on disk until `need` bytes fit, and one more segment to rewrite others with.
-
-        Raises NoRoom, and gives up nothing, when that cannot be.
-        """
-        if self.disk is None or self.disk_limit is None:
-            return
-        spare = max([self.segment_size, need, *(e["bytes"] for e in self.disk.entries.values())])
-        if self.disk.used + need + spare > self.disk_limit:
-            self.disk.drop_aside()
-        fixed = self.disk.used - self.disk.segment_bytes
-        if fixed + need + spare > self.disk_limit:
-            raise NoRoom(
-                f"disk_limit={self.disk_limit:,} bytes cannot hold {need:,} more and room to rewrite a segment"
-            )
-        while self.disk.used + need + spare > self.disk_limit:
-            gone = half_a_segment(self.blocks, self.disk.entries)
-            if not gone:
-                raise NoRoom(
-                    f"disk_limit={self.disk_limit:,} bytes is too small: it must hold a few segments of {spare:,} bytes"
-                )
-            self.remove(gone)
 
     # -- out -----------------------------------------------------------------------------------------------------------
 
@@ -311,7 +260,7 @@ class Store:
         assert self.disk is not None
         file = self.disk.file_of[block_id]
         try:
-            return self.disk.whole(block_id, *self.representatives.of_block(block_id))
+            return self.disk.whole(self.blocks[block_id], *self.representatives.of_block(block_id))
         except BlockLost as e:
             self._forget(file, e)
             raise

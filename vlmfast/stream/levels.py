@@ -1,0 +1,76 @@
+"""Levels of an archived block, from full to one representative, and the schedule by which a block coarsens with age.
+
+`coarsen="age:four_bit=60,features=300"`: keys and values as `keep_as` says for a minute, in 4 bits until five minutes,
+then only the features that the language model was given; a block brought back is prefilled again from those
+(`read_again.py`). At the last level the visual features of a block are one, their mean.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from itertools import pairwise
+from typing import Any, ClassVar
+
+from vlmfast import spec
+from vlmfast.core import UserError
+from vlmfast.fields import Method, NonNegativeFloat
+
+
+class Level(IntEnum):
+    """What is kept of a block; a larger one is coarser."""
+
+    FULL = 0  # keys and values, as `keep_as` says
+    FOUR_BIT = 1  # keys and values in 4 bits
+    FEATURES = 2  # what the language model was given, without keys and values
+    REPRESENTATIVE = 3  # the mean of its visual features
+
+
+@dataclass(frozen=True)
+class ByAge(Method):
+    """A block is kept at a level from that many seconds after its end on; None never uses the level.
+
+    A limit of RAM or disk makes blocks coarser earlier, the oldest first, down to the coarsest level named here, before
+    any is given up. Raises UserError for ages that decrease with coarser levels.
+    """
+
+    four_bit: NonNegativeFloat | None = None
+    features: NonNegativeFloat | None = None
+    representative: NonNegativeFloat | None = None
+
+    name: ClassVar[str] = "age"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        named = self.ages
+        if not named:
+            raise UserError("coarsen=age names no level: give four_bit=, features= or representative= in seconds")
+        for (finer, before), (coarser, after) in pairwise(named):
+            if after < before:
+                raise UserError(
+                    f"coarsen: {coarser.name.lower()}={after:g} lies before {finer.name.lower()}={before:g}: a block "
+                    "would grow with age; give ages in seconds that do not decrease from level to level"
+                )
+
+    @property
+    def ages(self) -> list[tuple[Level, float]]:
+        """The levels that are used, ascending, and from which age on."""
+        every = ((level, getattr(self, level.name.lower())) for level in list(Level)[1:])
+        return [(level, age) for level, age in every if age is not None]
+
+    @property
+    def keeps_features(self) -> bool:
+        """Are features stored from the start?"""
+        return self.ages[-1][0] >= Level.FEATURES
+
+    def level(self, age: float) -> Level:
+        """The level of a block that ended `age` seconds ago."""
+        return max((level for level, begins in self.ages if age >= begins), default=Level.FULL)
+
+
+def parse(text: Any) -> ByAge | None:
+    """A schedule from itself, None or "none" (blocks stay as they are), or its text; see `spec`."""
+    if text is None or text == "none" or isinstance(text, ByAge):
+        return None if text == "none" else text
+    schedule: ByAge = spec.read("schedule of coarsen=", text, {ByAge.name: ByAge})
+    return schedule
