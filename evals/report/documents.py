@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from evals.accuracy.tables import KEEPS
-from evals.report import choosing, gpu_tables, sentences, serving_tables
+from evals.report import choosing, gpu_tables, sentences, serving_tables, stream_tables
 from evals.report import tables as readme_tables
 from evals.report.tables import kv_bytes
 from vlmfast.bench import records, stats, validity
@@ -166,7 +166,8 @@ def build(text: str, width: int = 120) -> str:
     for stage, cells in (("encode", encode_cells), ("prefill", prefill_cells)):
         if f"<!-- measured: {stage} -->" in text:
             text = filled(text, stage, cells())
-    for name, (file, table) in (readme_tables.TABLES | gpu_tables.TABLES | serving_tables.TABLES).items():
+    every = readme_tables.TABLES | gpu_tables.TABLES | serving_tables.TABLES | stream_tables.TABLES
+    for name, (file, table) in every.items():
         rows = rows_of(file)
         if rows:
             text = placed(text, name, table(rows))

@@ -155,81 +155,6 @@ def kv_bytes(row: Row, rows: list[Row]) -> list[str]:
     return [percent(found.get(k), 0) for k in ("fast", "host", "total", "allocated")]
 
 
-def stream(rows: list[Row]) -> str:
-    """Accuracy with intervals, recall of the evidence and latency per length and way of retrieving."""
-    out = []
-    for r in rows:
-        m = r["metrics"]
-        if "accuracy" not in m:
-            continue
-        length, way = f"{r['params']['minutes']:g} min", r["name"]
-        counts = [f"{m.get('clips', '-')}", f"{m.get('questions_past', m['questions'])}"]
-        past, now = (_within(m.get(f"accuracy_{name}"), m.get(f"ci95_{name}")) for name in ("past", "now"))
-        gap = m.get("diff_vs_internal_past")
-        against = "" if gap is None else _points(gap, m["diff_vs_internal_past_ci95"])
-        took = f"{m['total_ms']:,.0f} ms" if "total_ms" in m else "-"
-        present = m.get("diff_vs_internal_now")
-        beside = "" if present is None else _points(present, m["diff_vs_internal_now_ci95"], 1)
-        found = percent(m.get("evidence_recall_past"), 0)
-        out.append([length, way, *counts, past, against, found, now, beside, took])
-    heads = ["length", "way", "clips", "past questions", "right, past", "against internal", "evidence", "right, now",
-             "against internal", "answer"]  # fmt: skip
-    return markdown(heads, out)
-
-
-def _within(share: float | None, interval: list[float] | None) -> str:
-    if share is None:
-        return "-"
-    return percent(share, 0) + (f" [{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]" if interval else "")
-
-
-def _points(gap: float, interval: list[float], digits: int = 0) -> str:
-    points, low, high = (f"{100 * x:+.{digits}f}" for x in (gap, *interval))
-    return f"{points} [{low}, {high}]"
-
-
-def sessions(rows: list[Row]) -> str:
-    """What a stream keeps and costs by its length."""
-    out = []
-    for r in rows:
-        m = r["metrics"]
-        if r["name"] != "session":
-            continue
-        mb = [f"{m[k] / 2**20:,.1f} MB" for k in ("kv_fast_bytes", "kv_host_bytes", "kv_disk_bytes", "bytes_per_hour")]
-        out.append([f"{m['minutes']:g} min", f"{m['fps']:.0f}", *mb, ratio_of(r, "bytes_per_hour", rows, "rekv")])
-    heads = ["length", "frames/s", "fast memory", "RAM archive", "disk", "archive per hour", "less than plain ReKV"]
-    return markdown(heads, out)
-
-
-def rules(rows: list[Row]) -> str:
-    """What watch rules tell and miss, and frames per second by how many there are."""
-    out = []
-    for r in rows:
-        m = r["metrics"]
-        if r["name"] == "rules":
-            right, found = (_within(m[key], m[f"{key}_ci95"]) for key in ("precision", "recall"))
-            out.append([f"{m['alerts']:,} alerts, {m['appearances']:,} appearances, {m['clips']} clips", right, found,
-                        f"{m['delay_s']:.1f} s"])  # fmt: skip
-    return markdown(["of", "alerts that are right", "appearances told", "after"], out)
-
-
-def degraded(rows: list[Row]) -> str:
-    """What damaged video costs the answers about a stream, and what arrives of it."""
-    out = []
-    for r in rows:
-        m = r["metrics"]
-        cells = [f"{m['kbit_per_second']:.1f} kbit/s" if "kbit_per_second" in m else "-", percent(m["frames"], 0)]
-        for part in ("past", "now"):
-            gap = m.get(f"diff_vs_clean_{part}")
-            beside = "" if gap is None else _points(gap, m[f"diff_vs_clean_{part}_ci95"], 1)
-            cells += [_within(m[f"accuracy_{part}"], m[f"ci95_{part}"]), beside]
-        kept, size = percent(m["kept"], 0), f"{m['bytes_per_hour'] / 2**20:,.0f} MB"
-        out.append([r["name"], *cells, kept, size, "yes" if m["counters_true"] == 1 else "no"])
-    heads = ["video", "sent", "frames that arrive", "right, past", "against clean", "right, now", "against clean",
-             "tokens kept", "archive per hour", "counters true"]  # fmt: skip
-    return markdown(heads, out)
-
-
 def presets(rows: list[Row], config: Row, asked: list[Row]) -> str:
     """Every preset end to end at 3B shapes, and a second question about the same clip; what such a plan does to answers
     stands beside it only where the record of answers (`asked`) holds one that keeps the same share of the tokens."""
@@ -293,16 +218,6 @@ def summary(rows_of: Callable[[str], list[Row]]) -> str:
     return markdown(["questions", "asked", "method", "tokens kept", "KV bytes, total", "plain is right", "change"], out)
 
 
-def crash(rows: list[Row]) -> str:
-    """What happened to an archive, and how often it was then the stream it should be."""
-    keys = ("trials", "same", "reported", "refused", "wrong")
-    out = []
-    for r in rows:
-        name = r["name"] + (", while open" if r["params"].get("while_open") else "")
-        out.append([name, *(f"{r['metrics'][k]:,}" for k in keys)])
-    return markdown(["what is done", *keys], out)
-
-
 #: marker -> (result file, table)
 TABLES = {
     "encode": ("cpu-encode.json", encode),
@@ -311,12 +226,6 @@ TABLES = {
     "kv": ("cpu-prefill.json", kv),
     "read": ("cpu-read.json", read),
     "grammar": ("cpu-grammar.json", grammar),
-    "stream": ("cpu-stream.json", stream),
-    "sessions": ("cpu-stream.json", sessions),
-    "stream-present": ("cpu-stream-present.json", stream),
-    "stream-rules": ("cpu-stream-rules.json", rules),
-    "degraded": ("stream-degraded.json", degraded),
-    "crash": ("stream-crash.json", crash),
     "accuracy-easy-vqa": ("accuracy-easy-vqa.json", accuracy),
     "accuracy-long": ("accuracy-long.json", accuracy),
     "accuracy-turns": ("accuracy-turns.json", accuracy),
