@@ -19,7 +19,7 @@ from vlmfast import engine
 from vlmfast.core import Unsupported
 from vlmfast.decode.counters import Counters
 from vlmfast.decode.drafted_rows import DraftedRows, why_not
-from vlmfast.decode.drafts import Request
+from vlmfast.decode.drafts import Request, SelfDraft
 from vlmfast.decode.output import Output, split
 from vlmfast.decode.relevance import layer_of
 from vlmfast.decode.speculate import Speculate
@@ -90,15 +90,12 @@ def decode(
         continued = cache is not None and cache.get_seq_length() > 0
         request: Request | None = request_of(dict(call.kwargs), eos_ids)
         target = call.prefill(speculate.most + 2, layer_of(call.model, speculate.accept))
-        if target.engine == "static" and reads_host_memory(target):
-            reason = "heads that read host memory choose for all rows at the same token"
-        elif target.engine == "static":
+        reason = _why_not_in_step(target, speculate)
+        if reason is None:
             if continued and not speculate.draft.blind:
                 counters.notes.append("speculate: the draft did not see the turns before, decoded without it")
                 request = None
             return _drafted(call, speculate, tokenizer, target, counters, request, continued)
-        else:
-            reason = f"no static step, which takes several rows: {target.reason}"
     if speculate.otherwise == "refuse":
         raise Unsupported(
             f"{len(call.ids)} rows cannot be drafted together ({reason}): call generate per row, drop speculate=, or "
@@ -110,10 +107,18 @@ def decode(
     return _plain(call, target or call.prefill(2), counters)
 
 
-def reads_host_memory(target: Stepper) -> bool:
-    """Do dynamic heads of the static step choose chunks in host memory?"""
-    target.open()
-    return target.decoder.choices is not None
+def _why_not_in_step(target: Stepper, speculate: Speculate) -> str | None:
+    """Why rows cannot be drafted over this cache, as a phrase. Where its heads read host memory, all rows hold equally
+    many tokens: a round may end before what a row accepted."""
+    if target.engine != "static":
+        return f"no static step, which takes several rows: {target.reason}"
+    if target.decoder.choices is None:
+        return None
+    if not speculate.accept.lossless:
+        return f"heads that read host memory keep rows in step, where {speculate.accept.name} says other tokens"
+    if isinstance(speculate.draft, SelfDraft):
+        return f"heads that read host memory keep rows in step, and those of {speculate.draft.name} are not"
+    return None
 
 
 def _drafted(
