@@ -745,6 +745,23 @@ def test_wide_int8_heads_beside_float32_are_decoded_otherwise(monkeypatch: pytes
         assert engine_name == "static" or "in a float32 model, the kernel takes 4" in decode["engine_reason"]
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_what_the_host_chooses_on_a_card_is_said(rows: int) -> None:
+    """By sampling, a processor or a stopping criterion; where the step chooses by itself nothing is."""
+    model, batch = halved(tiny.build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl", batch=rows))
+    asks: list[tuple[dict[str, Any], str | None]] = [
+        ({}, None), ({"do_sample": True, "top_k": 3}, "TopKLogitsWarper, sampling"),
+        ({"repetition_penalty": 1.2}, "RepetitionPenaltyLogitsProcessor"), ({"max_time": 60.0}, "MaxTimeCriteria"),
+    ]  # fmt: skip
+    with PretendCuda(capability=(9, 0)), vlmfast.accelerate(to_cuda(model), speculate=Speculate()) as fast:
+        for options, names in asks:
+            model.generate(**to_cuda(dict(batch)), **{"max_new_tokens": 3, "do_sample": False, **options})
+            assert fast.report.decode["engine"] == "static"
+            notes = [note for note in fast.report.notes if note.startswith("engine: ")]
+            said = f"engine: the host chooses every token ({names}), the captured step gives it the logits"
+            assert notes == ([] if names is None else [said])
+
+
 def test_a_step_that_fails_at_first_use_is_said() -> None:
     model, batch = halved(tiny.build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl"))
     with PretendCuda(capability=(9, 0)), pytest.MonkeyPatch.context() as patch:

@@ -23,7 +23,7 @@ from vlmfast.decode.drafts import Request, SelfDraft
 from vlmfast.decode.output import Output, split
 from vlmfast.decode.relevance import layer_of
 from vlmfast.decode.speculate import Speculate
-from vlmfast.decode.verification import TokenChooser, of_row
+from vlmfast.decode.verification import TokenChooser, host_work, note_host_work, of_row
 from vlmfast.runtime.compat import CACHE, cache_in
 from vlmfast.runtime.stepper import Stepper
 
@@ -161,10 +161,12 @@ def _plain(call: Call, target: Stepper, counters: Counters) -> Any:
         rows.emit(target.logits)
         if not rows.done:
             counters.engine, counters.reason = target.engine, target.reason
-        host_needed = (
-            other_criteria or rows.processors or rows.sampling or rows.scores is not None or rows.logits is not None
-        )
-        if counters.engine == "static" and not host_needed and len(eos_ids) <= engine.STOPS:
+        keeps_scores = rows.scores is not None or rows.logits is not None
+        work = host_work(rows.processors, other_criteria, rows.sampling, keeps_scores)
+        if work is None and len(eos_ids) > engine.STOPS:
+            work = f"{len(eos_ids)} ids that end an answer, the step takes {engine.STOPS}"
+        note_host_work(counters.notes, work, counters.engine, target.logits)
+        if counters.engine == "static" and work is None:
             _follow(rows, target, counters, eos_ids, length_limit)
         while not rows.done:
             step_start = time.perf_counter()
