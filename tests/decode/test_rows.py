@@ -31,7 +31,7 @@ from vlmfast.decode import (
 )
 from vlmfast.encode import FastV, Uniform, VidCom2
 from vlmfast.engine import pool
-from vlmfast.prefill import AdaKV, HybridKV, SnapKV
+from vlmfast.prefill import AdaKV, SnapKV
 
 STATIC = [f for f in tiny.FAMILIES if f != "qwen3_vl_moe"]  # experts have no static step
 MEDIA, TEXT = [("image",), ("image", "image"), ()], [5, 9, 12]
@@ -380,9 +380,8 @@ def test_a_model_without_a_static_step_is_refused() -> None:
     ("plan", "says"),
     [
         ({"prune": FastV(keep=0.5)}, "no static step, which takes several rows: a padded row whose layers"),
-        ({"kv": HybridKV(keep=0.4, split=0.5, sinks=1, recent=2)}, "heads that read host memory choose for all rows"),
     ],
-    ids=["pruned between layers", "dynamic heads"],
+    ids=["pruned between layers"],
 )
 def test_a_cache_without_a_static_step_is_refused_or_said(plan: dict[str, Any], says: str) -> None:
     """Known only after the prefill."""

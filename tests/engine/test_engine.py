@@ -717,18 +717,49 @@ def test_a_card_says_what_the_cpu_says() -> None:
                     assert fast.report.decode["engine"] == "static", fast.report.notes
 
 
-def test_before_ampere_and_in_float32_the_lean_step_runs_and_says_why() -> None:
-    for capability, half, why in [((7, 5), True, "compute capability 8.0"), ((9, 0), False, "not float32")]:
-        model, batch = tiny.build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl")
-        if half:
-            model, batch = halved(model, batch)
-        with PretendCuda(capability=capability):
-            with vlmfast.accelerate(to_cuda(model), speculate=Speculate()) as fast:
-                plain(model, to_cuda(batch), n=3)
-                assert fast.report.decode["engine"] == "functional" and why in fast.report.decode["engine_reason"]
-            with vlmfast.accelerate(model, prune=Uniform(keep=0.9)) as fast:
-                plain(model, to_cuda(batch), n=3)
-                assert "engine" not in fast.report.decode and any(why in note for note in fast.report.notes)
+def test_before_ampere_the_lean_step_runs_and_says_why() -> None:
+    model, batch = halved(tiny.build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl"))
+    why = "compute capability 8.0"
+    with PretendCuda(capability=(7, 5)):
+        with vlmfast.accelerate(to_cuda(model), speculate=Speculate()) as fast:
+            plain(model, to_cuda(batch), n=3)
+            assert fast.report.decode["engine"] == "functional" and why in fast.report.decode["engine_reason"]
+        with vlmfast.accelerate(model, prune=Uniform(keep=0.9)) as fast:
+            plain(model, to_cuda(batch), n=3)
+            assert "engine" not in fast.report.decode and any(why in note for note in fast.report.notes)
+
+
+def test_wide_int8_heads_beside_float32_are_decoded_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their kernel would spill; in bfloat16, and where the heads are narrow, the captured step takes them."""
+    kv, batch = SnapKV(keep=0.5, sinks=1, recent=2, int8=True), tiny.inputs("qwen2_5_vl", media=("video",), text=20)
+    for widest, dtype, engine_name in ((128, torch.float32, "static"), (4, torch.float32, "module"),
+                                       (4, torch.bfloat16, "static")):  # fmt: skip
+        monkeypatch.setattr(pool, "WIDEST_INT8", widest)
+        model = tiny.build("qwen2_5_vl").to(dtype)
+        given = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
+        card = PretendCuda(capability=(9, 0))
+        with card, vlmfast.accelerate(to_cuda(model), kv=kv, speculate=Speculate()) as fast:
+            plain(model, to_cuda(given), n=3)
+            decode = fast.report.decode
+        assert decode["engine"] == engine_name, decode
+        assert engine_name == "static" or "in a float32 model, the kernel takes 4" in decode["engine_reason"]
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_what_the_host_chooses_on_a_card_is_said(rows: int) -> None:
+    """By sampling, a processor or a stopping criterion; where the step chooses by itself nothing is."""
+    model, batch = halved(tiny.build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl", batch=rows))
+    asks: list[tuple[dict[str, Any], str | None]] = [
+        ({}, None), ({"do_sample": True, "top_k": 3}, "TopKLogitsWarper, sampling"),
+        ({"repetition_penalty": 1.2}, "RepetitionPenaltyLogitsProcessor"), ({"max_time": 60.0}, "MaxTimeCriteria"),
+    ]  # fmt: skip
+    with PretendCuda(capability=(9, 0)), vlmfast.accelerate(to_cuda(model), speculate=Speculate()) as fast:
+        for options, names in asks:
+            model.generate(**to_cuda(dict(batch)), **{"max_new_tokens": 3, "do_sample": False, **options})
+            assert fast.report.decode["engine"] == "static"
+            notes = [note for note in fast.report.notes if note.startswith("engine: ")]
+            said = f"engine: the host chooses every token ({names}), the captured step gives it the logits"
+            assert notes == ([] if names is None else [said])
 
 
 def test_a_step_that_fails_at_first_use_is_said() -> None:

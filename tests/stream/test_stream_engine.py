@@ -114,7 +114,6 @@ def test_the_engine_lives_as_long_as_any_session_over_the_model() -> None:
 @pytest.mark.parametrize(
     ("plan", "capability", "dtype", "why"),
     [
-        ({}, CARD, torch.float32, "not float32"),
         ({}, (7, 5), torch.bfloat16, "compute capability 8.0"),
         ({"kv": LazyEviction(keep=0.4)}, CARD, torch.bfloat16, "acts on every token"),
     ],

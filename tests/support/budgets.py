@@ -134,7 +134,7 @@ def tokens() -> Iterator[tuple[str, Counts]]:
     for name, plan in plans().items():
         span = 8 if "split" in name else 2  # chunks are chosen anew every few tokens
         yield name, less(whole(plan, 2, 2 + span), whole(plan, 2, 2), span)
-    for name in ("loop", "vidcom2", "snapkv int8", "hybridkv split"):  # the static step is for half precision
+    for name in ("loop", "vidcom2", "snapkv int8", "hybridkv split"):
         plan = plans()[name]
         half = [whole(plan, 2, new, torch.bfloat16) for new in (14, 6)]
         yield f"{name}, bfloat16", less(half[0], half[1], 8)

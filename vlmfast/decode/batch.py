@@ -20,10 +20,11 @@ from vlmfast.core import Unsupported
 from vlmfast.decode.counters import Counters
 from vlmfast.decode.draft_method import Request
 from vlmfast.decode.drafted_rows import DraftedRows, why_not
+from vlmfast.decode.drafts import SelfDraft
 from vlmfast.decode.output import Output, split
 from vlmfast.decode.relevance import layer_of
 from vlmfast.decode.speculate import Speculate
-from vlmfast.decode.verification import TokenChooser, of_row
+from vlmfast.decode.verification import TokenChooser, host_work, note_host_work, of_row
 from vlmfast.runtime.compat import CACHE, cache_in
 from vlmfast.runtime.stepper import Stepper
 
@@ -90,15 +91,12 @@ def decode(
         continued = cache is not None and cache.get_seq_length() > 0
         request: Request | None = request_of(dict(call.kwargs), eos_ids)
         target = call.prefill(speculate.most + 2, layer_of(call.model, speculate.accept))
-        if target.engine == "static" and reads_host_memory(target):
-            reason = "heads that read host memory choose for all rows at the same token"
-        elif target.engine == "static":
+        reason = _why_not_in_step(target, speculate)
+        if reason is None:
             if continued and not speculate.draft.blind:
                 counters.notes.append("speculate: the draft did not see the turns before, decoded without it")
                 request = None
             return _drafted(call, speculate, tokenizer, target, counters, request, continued)
-        else:
-            reason = f"no static step, which takes several rows: {target.reason}"
     if speculate.otherwise == "refuse":
         raise Unsupported(
             f"{len(call.ids)} rows cannot be drafted together ({reason}): call generate per row, drop speculate=, or "
@@ -110,10 +108,18 @@ def decode(
     return _plain(call, target or call.prefill(2), counters)
 
 
-def reads_host_memory(target: Stepper) -> bool:
-    """Do dynamic heads of the static step choose chunks in host memory?"""
-    target.open()
-    return target.decoder.choices is not None
+def _why_not_in_step(target: Stepper, speculate: Speculate) -> str | None:
+    """Why rows cannot be drafted over this cache, as a phrase. Where its heads read host memory, all rows hold equally
+    many tokens: a round may end before what a row accepted."""
+    if target.engine != "static":
+        return f"no static step, which takes several rows: {target.reason}"
+    if target.decoder.choices is None:
+        return None
+    if not speculate.accept.lossless:
+        return f"heads that read host memory keep rows in step, where {speculate.accept.name} says other tokens"
+    if isinstance(speculate.draft, SelfDraft):
+        return f"heads that read host memory keep rows in step, and those of {speculate.draft.name} are not"
+    return None
 
 
 def _drafted(
@@ -156,10 +162,12 @@ def _plain(call: Call, target: Stepper, counters: Counters) -> Any:
         rows.emit(target.logits)
         if not rows.done:
             counters.engine, counters.reason = target.engine, target.reason
-        host_needed = (
-            other_criteria or rows.processors or rows.sampling or rows.scores is not None or rows.logits is not None
-        )
-        if counters.engine == "static" and not host_needed and len(eos_ids) <= engine.STOPS:
+        keeps_scores = rows.scores is not None or rows.logits is not None
+        work = host_work(rows.processors, other_criteria, rows.sampling, keeps_scores)
+        if work is None and len(eos_ids) > engine.STOPS:
+            work = f"{len(eos_ids)} ids that end an answer, the step takes {engine.STOPS}"
+        note_host_work(counters.notes, work, counters.engine, target.logits)
+        if counters.engine == "static" and work is None:
             _follow(rows, target, counters, eos_ids, length_limit)
         while not rows.done:
             step_start = time.perf_counter()

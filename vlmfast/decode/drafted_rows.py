@@ -1,7 +1,9 @@
 """The draft-verify loop over several rows: each row has its own draft, its own accepted tokens, its own end.
 
 A round is one step of the target over all rows. Every row is then rewound to what it emitted, by a number of its own;
-rows that have ended are stepped along and rewound whole. Positions and lengths lie with the slots, row by row.
+rows that have ended are stepped along and rewound whole. Positions and lengths lie with the slots, row by row. Where
+heads read host memory, all rows choose their chunks at the same token: then every row emits as many tokens of a round
+as the row that accepts least.
 """
 
 from __future__ import annotations
@@ -69,6 +71,7 @@ class DraftedRows:
         # ids and drafts stay on the host unless a processor reads them beside the logits
         self.place = torch.device("cpu") if choices[0].processors is None else self.device
         self.streamed = 0  # tokens that the streamer was handed
+        self.in_step = stepper.decoder.choices is not None  # do all rows hold equally many tokens?
 
     @property
     def done(self) -> bool:
@@ -108,6 +111,9 @@ class DraftedRows:
                     self._round(decoder)
             finally:
                 self._align(decoder)
+                if self.in_step:  # behind the end of the first row stand tokens of refused drafts
+                    shortest = min(len(output.emitted) for output in self.outputs)
+                    decoder.rewind(max(0, decoder.n - (shortest - 1)))
             counters.captured(decoder, None if self.draft is None else self.draft.decoder)
         total_ms = (time.perf_counter() - start) * 1e3
         times["overhead_ms"] = total_ms - times["draft_ms"] - times["verify_ms"] - times["draft_prefill_ms"]
@@ -169,7 +175,8 @@ class DraftedRows:
         longest = max(tokens.shape[0] for tokens, _ in proposals)
         fed_tokens = torch.full((len(self.outputs), longest + 1), self.pad)
         for row, (output, (tokens, _)) in enumerate(zip(self.outputs, proposals, strict=True)):
-            fed_tokens[row, 0] = output.ids[0, -1]
+            if decoder.fed[row] < len(output.emitted):  # else its answer has ended, and it is stepped along
+                fed_tokens[row, 0] = output.emitted[decoder.fed[row]]
             fed_tokens[row, 1 : 1 + tokens.shape[0]] = tokens
         proposed_at = time.perf_counter()
         with torch.inference_mode():
@@ -184,17 +191,18 @@ class DraftedRows:
         verified_rows = self._verified(logits, drafts, best_tokens)
         rounds = self._rounds(verified_rows, proposals, decoder.hidden)
         verdicts: list[Verdict | None] = []
-        for row, (verified, output) in enumerate(zip(verified_rows, self.outputs, strict=True)):
+        for row, verified in enumerate(verified_rows):
             verdict = None
             if verified is not None:
-                judged, accepted_tokens = rounds.get(row), []
-                verdict = Verdict([], verified.pick(0)) if judged is None else self.rule.judge(judged)
-                if judged is not None:
-                    accepted_tokens = judged.draft[: len(verdict.kinds)].tolist()
-                for token in (*accepted_tokens, verdict.next):
+                verdict = self.rule.judge(rounds[row]) if row in rounds else Verdict([], verified.pick(0))
+            verdicts.append(verdict)
+        if self.in_step:
+            verdicts = _shortened(verdicts, [tokens for tokens, _ in proposals])
+        for verdict, (tokens, _), output in zip(verdicts, proposals, self.outputs, strict=True):
+            if verdict is not None:
+                for token in (*tokens[: len(verdict.kinds)].tolist(), verdict.next):
                     if output.emit(token, _no_scores):
                         break
-            verdicts.append(verdict)
         for judged in rounds.values():
             judged.together.clear()  # they would hold each other, and the logits
         self._record(proposals, verdicts, draft_ms, verify_ms)
@@ -240,8 +248,10 @@ class DraftedRows:
 
     def _align(self, decoder: Any) -> None:
         """Rewind every row to what was emitted: all but its last token is fed."""
-        fed_and_output = zip(decoder.fed, self.outputs, strict=True)
-        decoder.rewind([max(0, num_fed - max(0, len(output.emitted) - 1)) for num_fed, output in fed_and_output])
+        lengths = [max(0, len(output.emitted) - 1) for output in self.outputs]
+        if self.in_step:
+            lengths = [max(lengths)] * len(lengths)
+        decoder.rewind([max(0, fed - length) for fed, length in zip(decoder.fed, lengths, strict=True)])
 
     def _stream(self) -> None:
         """Hand the streamer every token that all rows have, (B,) each."""
@@ -253,6 +263,17 @@ class DraftedRows:
             column = [out.emitted[index] if index < len(out.emitted) else self.pad for out in self.outputs]
             self.streamer.put(torch.tensor(column))
         self.streamed = max(self.streamed, num_ready)
+
+
+def _shortened(verdicts: list[Verdict | None], drafts: list[Tensor]) -> list[Verdict | None]:
+    """Every verdict cut to what the row that accepts least accepts; what follows is the accepted token there."""
+    fewest = min((len(verdict.kinds) for verdict in verdicts if verdict is not None), default=0)
+    return [
+        verdict
+        if verdict is None or len(verdict.kinds) == fewest
+        else Verdict(verdict.kinds[:fewest], int(draft[fewest]))
+        for verdict, draft in zip(verdicts, drafts, strict=True)
+    ]
 
 
 def _no_scores() -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ from vlmfast.decode.preconditions import check, constrain, tokenizer_for
 from vlmfast.decode.relevance import Relevances, layer_of, open_relevances
 from vlmfast.decode.speculate import Speculate
 from vlmfast.decode.strict_tokens import strict_tokens
-from vlmfast.decode.verification import TokenChooser, VerifiedLogits
+from vlmfast.decode.verification import TokenChooser, VerifiedLogits, host_work, note_host_work
 from vlmfast.runtime.clock import clock
 from vlmfast.runtime.compat import CACHE, cache_in
 from vlmfast.runtime.request_state import Requests
@@ -148,6 +148,8 @@ class _Run:
             draft_waits, num_waited = self.controller is not None, 0
             if not output.done:
                 self.counters.engine, self.counters.reason = target.engine, target.reason
+                if self.controller is None:
+                    note_host_work(self.counters.notes, self._host_work(), target.engine, target.logits)
             if self.controller is not None and not output.done:
                 self._prepare(request.tokenizer, target)
                 num_waited = 0 if self.goes_on or continued else self.controller.wait()
@@ -233,11 +235,12 @@ class _Run:
 
     def _chosen_by_step(self, target: Stepper) -> bool:
         """May the step itself choose every token, the host only following it? Nothing but the ids is asked for then."""
-        output = self.out
-        host_needed = (
-            self.controller is not None or self.sampling or self.choice.processors is not None or output.criteria
-        )
-        return target.engine == "static" and not host_needed and output.scores is None and output.logits is None
+        return target.engine == "static" and self.controller is None and self._host_work() is None
+
+    def _host_work(self) -> str | None:
+        """What else the host is asked for at every token."""
+        output, keeps = self.out, self.out.scores is not None or self.out.logits is not None
+        return host_work(self.choice.processors, output.criteria, self.sampling, keeps)
 
     def _follow(self, target: Stepper) -> None:
         """Emit what the step chooses, until the answer ends; the step may then have run ahead."""

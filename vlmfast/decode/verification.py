@@ -27,6 +27,22 @@ BY_ROW = (
 )  # fmt: skip
 
 
+def host_work(all_processors: Any, criteria: list[Any], sampling: bool, keeps_scores: bool) -> str | None:
+    """What makes the host look at every token of an answer, in words; None = nothing: a captured step may choose.
+
+    criteria: stopping criteria beside length and end-of-answer ids.
+    """
+    names = [type(asked).__name__ for asked in (*(all_processors or ()), *criteria)]
+    names += ["sampling"] * sampling + ["scores or logits kept"] * keeps_scores
+    return ", ".join(names) or None
+
+
+def note_host_work(notes: list[str], work: str | None, engine: str, logits: Tensor) -> None:
+    """Note what runs instead where a captured step of a GPU cannot choose the tokens itself."""
+    if work is not None and engine == "static" and logits.is_cuda:
+        notes.append(f"engine: the host chooses every token ({work}), the captured step gives it the logits")
+
+
 def of_row(all_rows: Any, row: int) -> Any:
     """The processors of one batch row alone, for ids (1, L); `all_rows`: of types `BY_ROW`, or None."""
     if all_rows is None:
