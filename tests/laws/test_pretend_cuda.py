@@ -151,6 +151,11 @@ def test_draft(name: str) -> None:
     check("qwen2_5_vl", plan, new=8)
 
 
+@pytest.mark.parametrize("draft", [decode.SelfDraft(layers=2), PromptLookup(answers=2)], ids=repr)
+def test_draft_in_another_way(draft: Any) -> None:
+    check("qwen2_5_vl", lambda place: {"speculate": Speculate(draft, Exact(), length=4)}, new=8)
+
+
 @pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampling"])
 @pytest.mark.parametrize("name", decode.ACCEPT)
 def test_rule(name: str, sample: bool) -> None:

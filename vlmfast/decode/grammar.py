@@ -177,29 +177,23 @@ def schema_text(schema: str | dict) -> str:
     return text
 
 
-def compiled(schema: str | dict) -> str:
-    """The grammar of a schema, as llguidance has it. Raises UserError where it cannot be compiled."""
-    matcher = _llguidance().LLMatcher
-    text = schema_text(schema)
-    # no spaces: fewer tokens, and more of them forced
-    grammar = matcher.grammar_from_json_schema(text, overrides={"whitespace_flexible": False})
-    if problem := matcher.validate_grammar(grammar):
-        raise UserError(
-            f"schema={shown(schema)} cannot be compiled, {brief(problem)}: use the keywords that llguidance knows"
-        )
-    return grammar
-
-
 def processor(schema: str | dict, tokenizer: Any, num_tokens: int, ending: list[int]) -> SchemaProcessor:
-    """The processor that holds an answer to a schema. num_tokens: of the model's logits; ending: ids that end it."""
-    grammar, library = compiled(schema), _llguidance()
-    tables = _TOKENIZERS.setdefault(tokenizer, {})
-    key = num_tokens, tuple(ending)
+    """The processor that holds an answer to a schema. num_tokens: of the model's logits; ending: ids that end it.
+
+    Raises UserError where the schema cannot be compiled, or where nothing ends an answer.
+    """
+    if not ending:
+        raise UserError("a schema says where an answer ends, and this model has no token for it: pass eos_token_id=")
+    library, text = _llguidance(), schema_text(schema)
+    tables, key = _TOKENIZERS.setdefault(tokenizer, {}), (num_tokens, tuple(ending))
     if key not in tables:
         tables[key] = _tokenizer(library, tokenizer, max(num_tokens, len(tokenizer)), ending)
+    # no spaces: fewer tokens, and more of them forced
+    grammar = library.LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_flexible": False})
     matcher = library.LLMatcher(tables[key], grammar, log_level=0)
     if matcher.is_error():
-        raise UserError(f"schema={shown(schema)} cannot be compiled, {brief(matcher.get_error())}")
+        problem = brief(matcher.get_error())
+        raise UserError(f"schema={shown(schema)} cannot be compiled, {problem}: use the keywords that llguidance knows")
     return SchemaProcessor(matcher, ending)
 
 
