@@ -67,6 +67,17 @@ def test_what_is_only_kept_says_what_was_kept(home, tmp_path):
     )
 
 
+def test_blocks_coarsen_as_the_option_says(home, tmp_path):
+    args = (str(home / "clip.mp4"), "--ask", "what now ?", "--json")
+    out = run(home, *args, "--coarsen", "age:features=2", "--save", str(tmp_path / "s"))
+    assert out.exit_code == 0, out.output
+    assert set(json.loads(out.stdout)["stats"]["levels"]) <= {"full", "features"}
+    again = run(home, "--resume", str(tmp_path / "s"), "--coarsen", "age:features=0", "--ask", "and then ?", "--json")
+    assert again.exit_code == 0, again.output
+    bad = run(home, *args, "--coarsen", "age:features=2,representative=1")
+    assert bad.exit_code == 2 and "grow with age" in bad.stderr
+
+
 def test_the_status_line_leaves_the_evidence_alone(monkeypatch):
     """A terminal replayed: what an answer printed stands there after the status line was written above the prompt."""
     monkeypatch.setenv("COLUMNS", "60")

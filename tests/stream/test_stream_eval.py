@@ -9,7 +9,7 @@ import tiny
 import torch
 from typer.testing import CliRunner
 
-from evals.stream import runs
+from evals.stream import levels, runs
 from evals.stream import suite as stream
 from vlmfast.bench import records
 from vlmfast.bench.scoring import exact_fact
@@ -132,3 +132,29 @@ def test_fewer_clips_are_a_count_for_each_length():
     for wrong in ("8", "8,2,1", "8,x", "8,0"):
         with pytest.raises(UserError, match="--clips"):
             stream.counts_of(wrong, [1.0, 60.0])
+
+
+@pytest.mark.slow
+def test_schedules_are_compared_on_the_same_questions(folder, tmp_path):
+    """One row a schedule, its bytes and answers beside those of none; a run goes on from what was answered."""
+    out, answers = tmp_path / "levels.json", tmp_path / "answers"
+    options = ("--model", str(folder), "--minutes", "1", "--window", "128", "--clips", "1", "--frames", "4",
+               "--layers", "1,2", "--schedule", "age:features=10", "--answers", str(answers))  # fmt: skip
+    result = CliRunner().invoke(application(levels.main), [*options, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    record = json.loads(out.read_text())
+    records.check(record)
+    full, coarse = (r["metrics"] for r in record["rows"])
+    assert full["diff_vs_full"] == full["prefilled_again_blocks"] == 0 and full["bytes_share"] == 1
+    assert coarse["questions"] == full["questions"] > 2
+    assert coarse["right"] == full["right"] + coarse["won"] - coarse["lost"]
+    assert coarse["bytes_share"] == pytest.approx(coarse["bytes_per_hour"] / full["bytes_per_hour"], rel=1e-4)
+    assert coarse["bytes_share"] < 0.95
+    assert coarse["prefilled_again_blocks"] > 0 and coarse["evicted"] == 0
+    assert coarse["blocks_at_full"] + coarse["blocks_at_features"] == full["blocks_at_full"]
+    assert sum(v for k, v in coarse.items() if k.startswith("asked_at_")) == full["questions"]
+    again = CliRunner().invoke(application(levels.main), [*options, "--out", str(tmp_path / "again.json")])
+    assert again.exit_code == 0 and "clip" not in again.stderr
+    assert json.loads((tmp_path / "again.json").read_text())["rows"] == record["rows"]
+    bad = CliRunner().invoke(application(levels.main), [*options, "--schedule", "age", "--out", str(tmp_path / "x")])
+    assert bad.exit_code == 2 and "names no level" in bad.output

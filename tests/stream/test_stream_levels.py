@@ -8,6 +8,7 @@ import streams as stream
 import torch
 
 from vlmfast.core import UserError
+from vlmfast.stream.archive import manifest
 from vlmfast.stream.archive.coarsening import coarsened
 from vlmfast.stream.levels import Level
 from vlmfast.stream.retrievers import Internal, UniformRetriever
@@ -172,6 +173,20 @@ def test_features_that_the_disk_lost_are_told_and_skipped(tmp_path):
     assert any("skipped" in note for note in answer.report["notes"]) and s.stats()["lost"]
     assert not set(gone) & set(s.store.blocks) and answer.report["retrieved_blocks"] == len(s.store.blocks)
     s.close()
+
+
+def test_an_archive_without_a_schedule_is_one_of_earlier_versions(tmp_path):
+    """Its head names no schedule and its segments no level, and it loads with one."""
+    stream.session(FAMILY, disk=tmp_path / "s").close()
+    assert "coarsen" not in manifest.read(tmp_path / "s")[0]["head"]["config"]
+    s = stream.session(FAMILY, disk=tmp_path / "t", flush_seconds=1.0)
+    for at in range(0, 8, 2):
+        s.push(stream.video(8)[at : at + 2])
+    s.close()
+    later = StreamSession.load(tmp_path / "t", s.model, stream.processor(FAMILY), coarsen="age:four_bit=1,features=2")
+    later.store.flush()
+    assert [block.level for block in later.store.blocks.values()] == [Level.FOUR_BIT] * 3 + [Level.FULL]
+    later.close()
 
 
 def test_bad_schedules_leave_the_archive_untouched(tmp_path):

@@ -43,7 +43,8 @@ def head(model: nn.Module, config: dict[str, Any], prune: Any) -> dict[str, Any]
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    return {"model": fingerprint(model), "versions": versions, "config": config, "prune": to_json(prune)}
+    known = {k: v for k, v in config.items() if k != "coarsen" or v is not None}  # as earlier versions read it
+    return {"model": fingerprint(model), "versions": versions, "config": known, "prune": to_json(prune)}
 
 
 class SavedIntake(Intake):
@@ -229,7 +230,7 @@ def open_archive(
             f"{path} was made by another model ({differs}): load the model that encoded it, or start a new folder"
         )
     limits = {k: changed.get(k, config[k]) for k in ("ram", "disk_limit", "flush_seconds")}
-    schedule = levels.parse(changed.get("coarsen", config["coarsen"]))
+    schedule = levels.parse(changed.get("coarsen", config.get("coarsen")))
     store = Store(
         limits["ram"], path, limits["disk_limit"], config["keep_as"], limits["flush_seconds"], saved, schedule
     )
