@@ -20,9 +20,9 @@ from vlmfast.core import Unsupported
 from vlmfast.decode.counters import Counters
 from vlmfast.decode.draft_method import Request
 from vlmfast.decode.drafted_rows import DraftedRows, why_not
-from vlmfast.decode.drafts import SelfDraft
 from vlmfast.decode.output import Output, split
 from vlmfast.decode.relevance import layer_of
+from vlmfast.decode.self_draft import SelfDraft
 from vlmfast.decode.speculate import Speculate
 from vlmfast.decode.verification import TokenChooser, host_work, note_host_work, of_row
 from vlmfast.runtime.compat import CACHE, cache_in
