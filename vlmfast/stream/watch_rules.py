@@ -183,7 +183,7 @@ class WatchedIntake(SavedIntake):
         It is asked of every new second and told when its answer has turned to yes and been yes for `lasting` seconds:
         once until it has been no again, and not before `cooldown` seconds are over since the last time. threshold:
         share of "yes" in the probability of "yes" and "no" that counts as yes. Both decide between false alerts and
-        late or missed ones; the defaults are what `python -m evals.stream.rules` found best on the pocket model.
+        late or missed ones; the defaults were chosen by `python -m evals.stream.rules` on the pocket model.
         Callbacks run in the thread that encoded the frames, when these are stored. `stop_watching(rule)` ends it; rules
         are not saved. Raises UserError for a rule that is empty, or to which the model answers neither yes nor no;
         where nothing was seen yet, the first push does.
