@@ -133,6 +133,8 @@ def value_of(name: str, hint: Any, depth: int = 1) -> Any:
         return st.none()
     if hint is bool:
         return st.booleans()
+    if hint is str:
+        return st.sampled_from(["exit.safetensors", 'a "b", (c) [d]'])
     if hint is int:
         return st.one_of(st.integers(0, 9), st.integers(-2, 80), st.sampled_from([2**31, 2**40, 2**53, -(2**53)]))
     if hint is float:
@@ -142,10 +144,18 @@ def value_of(name: str, hint: Any, depth: int = 1) -> Any:
 
 def method(kind: Any, depth: int = 2) -> Any:
     """Method objects of a kind with random valid fields; what its ranges refuse is left out."""
+    if kind is decode.SelfDraft:  # prune or layers, one of the two
+        return st.one_of(
+            _method(kind, depth, {"prune"}, {"layers", "exit"}), _method(kind, depth, {"layers"}, {"prune"})
+        )
+    return _method(kind, depth, set(), set())
+
+
+def _method(kind: Any, depth: int, needed: set[str], absent: set[str]) -> Any:
+    """The same: with the fields `needed`, without those `absent`."""
     hints = typing.get_type_hints(kind)
-    needed = {"prune"} if kind is decode.SelfDraft else set()
     names = [f.name for f in dataclasses.fields(kind) if f.init and (depth > 0 or f.name not in NESTED)]
-    fields = {name: value_of(name, hints[name], depth) for name in names}
+    fields = {name: value_of(name, hints[name], depth) for name in names if name not in absent}
     fields |= {name: st.just(encode.Uniform(keep=0.5)) for name in needed - set(names)}
     drawn = st.fixed_dictionaries(
         {k: v for k, v in fields.items() if k in needed}, optional={k: v for k, v in fields.items() if k not in needed}
