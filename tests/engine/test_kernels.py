@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,6 +108,27 @@ def test_only_the_rows_of_the_storage_are_written(backend):
     assert (heads[[0, 2, 5]] == 7).all() and not (heads[[1, 3, 4]] == 7).any()
     want = exact(query, kv, 0.25).view(6, -1)
     torch.testing.assert_close(heads[[1, 3, 4]].double(), want[[1, 3, 4]], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["exact", "int8"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "all"])
+def test_many_queries_attend_in_pieces(causal, int8, monkeypatch):
+    """Of a later turn with media: the scores of all at once would not fit a card; the result is the same."""
+    kv = storage((40, 40, 31), 16, torch.float32, rows=[4, 1, 3], total=6, int8=int8)
+    query = torch.randn(2, 6, 23, 16, generator=torch.Generator().manual_seed(1))
+    found = []
+    for most in (23, 7):
+        monkeypatch.setattr(cpu, "queries_at_once", lambda query, kv, m=most: min(m, query.shape[2]))
+        out, lse = torch.full((2, 6, 23, 16), 7.0), torch.full((2, 6, 23), 7.0)
+        kernels.ragged_attention(query, kv, 0.25, out, backend="cpu", lse=lse, causal=causal)
+        found.append((out, lse))
+    for whole, pieces in zip(*found, strict=True):
+        torch.testing.assert_close(pieces, whole, atol=1e-6, rtol=1e-5)
+    assert (found[1][0].view(6, -1)[[0, 2, 5]] == 7).all() and (found[1][1].view(6, -1)[[0, 2, 5]] == 7).all()
+    monkeypatch.undo()
+    long = SimpleNamespace(shape=(1, 16, 8192, 128), is_cuda=True)
+    assert cpu.queries_at_once(long, SimpleNamespace(lengths=[9000, 12000])) == 349
+    assert cpu.queries_at_once(query, kv) == 23, "a CPU's results stay as they are"
 
 
 def test_equal_neighbours_become_one_dense_call():

@@ -65,6 +65,9 @@ def ragged_attention(
 ) -> Tensor:
     """See `reference.ragged_attention`. Scores are kept in the storage's dtype, softmax runs in float32."""
     batch, num_heads, num_queries, head_size = query.shape
+    most = queries_at_once(query, kv)
+    if most < num_queries:
+        return _in_pieces(query, kv, scaling, out, lse, causal, most)
     group_size = batch * num_heads // kv.total
     packed_queries = query.reshape(kv.total, group_size * num_queries, head_size)
     packed_out = out.view(kv.total, group_size * num_queries, out.shape[-1])
@@ -102,6 +105,34 @@ def ragged_attention(
             packed_out[rows[0] : rows[0] + count] = attended
         else:
             packed_out[rows] = attended
+    return out
+
+
+def queries_at_once(query: Tensor, kv: Ragged) -> int:
+    """How many queries attend at once: all on a CPU, on CUDA as many as leave the scores small (a later turn with media
+    has thousands)."""
+    batch, num_heads, num_queries, _ = query.shape
+    return max(16, AT_ONCE // (batch * num_heads * max(kv.lengths))) if query.is_cuda else num_queries
+
+
+def _in_pieces(
+    query: Tensor, kv: Ragged, scaling: float, out: Tensor, lse: Tensor | None, causal: bool, most: int
+) -> Tensor:
+    """`ragged_attention` of `most` queries at a time: the causal ones see the columns up to their last."""
+    num_queries = query.shape[2]
+    for start in range(0, num_queries, most):
+        stop = min(start + most, num_queries)
+        unseen = num_queries - stop if causal else 0
+        piece = Ragged(
+            kv.keys, kv.values, kv.rows, kv.offsets, [length - unseen for length in kv.lengths], kv.total,
+            kv.key_scale, kv.value_scale, kv.bias, kv.finite,
+        )  # fmt: skip
+        piece_out = out[:, :, start:stop].contiguous()
+        piece_lse = None if lse is None else lse[:, :, start:stop].contiguous()
+        ragged_attention(query[:, :, start:stop].contiguous(), piece, scaling, piece_out, piece_lse, causal)
+        out[:, :, start:stop] = piece_out
+        if lse is not None and piece_lse is not None:
+            lse[:, :, start:stop] = piece_lse
     return out
 
 
