@@ -156,5 +156,6 @@ def test_schedules_are_compared_on_the_same_questions(folder, tmp_path):
     again = CliRunner().invoke(application(levels.main), [*options, "--out", str(tmp_path / "again.json")])
     assert again.exit_code == 0 and "clip" not in again.stderr
     assert json.loads((tmp_path / "again.json").read_text())["rows"] == record["rows"]
-    bad = CliRunner().invoke(application(levels.main), [*options, "--schedule", "age", "--out", str(tmp_path / "x")])
+    options = [*options, "--schedule", "age", "--out", str(tmp_path / "bad.json")]
+    bad = CliRunner().invoke(application(levels.main), options)
     assert bad.exit_code == 2 and "names no level" in bad.output

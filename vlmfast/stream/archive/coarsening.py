@@ -7,7 +7,7 @@ On disk a segment is coarsened as a whole: read, written anew, and then named by
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
@@ -15,9 +15,6 @@ from vlmfast.stream import quantized
 from vlmfast.stream.archive.segments import BlockLost
 from vlmfast.stream.blocks import Block, PackedBlock, pack_features, unpack, unpack_features
 from vlmfast.stream.levels import ByAge, Level
-
-if TYPE_CHECKING:
-    from vlmfast.stream.archive.store import Store
 
 
 def coarsened(block: Block, packed: PackedBlock, level: Level) -> tuple[Block, PackedBlock]:
@@ -69,9 +66,9 @@ def _mean_feature(block: Block, packed: PackedBlock) -> tuple[Block, PackedBlock
 
 
 class Coarsening:
-    """Coarsens the blocks of one store by a schedule; None leaves them as they are."""
+    """Coarsens the blocks of one `Store` by a schedule; None leaves them as they are."""
 
-    def __init__(self, store: Store, schedule: ByAge | None) -> None:
+    def __init__(self, store: Any, schedule: ByAge | None) -> None:
         self.store, self.schedule = store, schedule
         self._looked = float("-inf")  # second of the stream at which ages were looked at last
 

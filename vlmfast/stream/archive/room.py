@@ -6,22 +6,19 @@ representatives grows to three quarters of it, then blocks are given up for the 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from vlmfast.stream.archive.eviction import half_a_segment, order_to_give_up
 from vlmfast.stream.archive.folder import NoRoom, StoreError
 from vlmfast.stream.blocks import PackedBlock
 
-if TYPE_CHECKING:
-    from vlmfast.stream.archive.store import Store
-
 RECORD_BYTES = 600  # bytes that a block's own record takes in RAM, about
 
 
 class Room:
-    """Makes room in one store."""
+    """Makes room in one `Store`."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Any) -> None:
         self.store = store
 
     def free_slot(self, size: int, packed: PackedBlock) -> None:

@@ -173,8 +173,7 @@ class Segments:
         """Write a segment that no manifest names yet."""
         data, head = encode(blocks)
         self.number += 1
-        file = f"segment-{self.number:08d}.safetensors"
-        self.folder.put(file, data)
+        self.folder.put(file := f"segment-{self.number:08d}.safetensors", data)
         return file, {"bytes": len(data), "crc": zlib.crc32(data), "head": head, "blocks": [b.id for b, _ in blocks]}
 
     def write_state(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
@@ -185,8 +184,7 @@ class Segments:
                 f"a state of {len(data):,} bytes does not fit disk_limit={self.limit:,} beside {self.used:,}: raise it"
             )
         self.number += 1
-        file = f"state-{self.number:08d}.safetensors"
-        self.folder.put(file, data)
+        self.folder.put(file := f"state-{self.number:08d}.safetensors", data)
         state = {"file": file, "bytes": len(data), "crc": zlib.crc32(data)}
         self._name(self.entries, state, [] if self.state is None else [self.state], file, True)
 
@@ -308,8 +306,8 @@ class Segments:
     def whole(self, block: Block, representative: Tensor, embedding: Tensor | None) -> PackedBlock:
         """A block as it is stored; representative (L, Hk, Dh) and embedding (E,) as they are in memory. Raises
         BlockLost."""
-        layers = range(representative.shape[0] if block.level < Level.FEATURES else 0)
-        each = [self.layer(block.id, i) for i in layers]
+        layers = representative.shape[0] if block.level < Level.FEATURES else 0
+        each = [self.layer(block.id, i) for i in range(layers)]
         names = ("k", "v", "ks", "vs")
         k, v, ks, vs = (torch.stack([x[n] for x in each]) if each and n in each[0] else None for n in names)
         packed = PackedBlock(k, v, ks, vs, representative, embedding)
