@@ -27,6 +27,7 @@ from vlmfast.runtime.clock import in_milliseconds
 from vlmfast.runtime.compat import cache_in, option
 from vlmfast.runtime.compiled import checked, observed, refuse_compiled
 from vlmfast.runtime.downsample import Downsampled
+from vlmfast.runtime.early_features import VideoPieces
 from vlmfast.runtime.fast_tower import FastTower, fast_modules, fresh_lengths
 from vlmfast.runtime.media_cache import MediaCache
 from vlmfast.runtime.model_lock import lock_functions, model_lock, streamed
@@ -157,6 +158,7 @@ class Accelerated:
             self.columns.attention = TowerAttention(model, self.family, requests, attention_layers)
             self.columns.attention.install(patch)
         tower_block = None if media_pruner is None else media_pruner.after_block
+        self.columns.pieces = VideoPieces(self.columns, plan.fast_tower, resizes)
         if tower_block is not None and (tower_block != "auto" or self.family.tower_pruning):
             tower = InTowerPruning(model, self.family, requests, self.tower)
             tower.install(patch)
@@ -171,11 +173,8 @@ class Accelerated:
                 self.prefills = engine.PrefillGraphs(text_model, output_head, self.family.rope_axes)
                 self.prefills.install(patch)
         self.draft = self._accelerate_draft(draft)
-        original: Any = model.generate
-        if self.hooked:
-            original = checked(model, original)
-        else:
-            original = observed(model, original, self._observe, self._bare)
+        own: Any = model.generate
+        original = checked(model, own) if self.hooked else observed(model, own, self._observe, self._bare)
         patch.set(model, "generate", self._wrap(original))
 
     def _observe(self, patch: Patch) -> None:
@@ -303,8 +302,7 @@ class Accelerated:
         read_numbers: dict[str, Any] = {}
         if request.reading is not None:
             read_numbers, notes = request.reading.json(), request.reading.notes + notes
-            before_prefill = read_numbers.get("read_ms", 0.0) + read_numbers["processor_ms"]
-            read_numbers["first_token_ms"] = before_prefill + prefill_numbers["ttft_ms"]
+            read_numbers["first_token_ms"] = request.reading.milliseconds() + prefill_numbers["ttft_ms"]
         self.report = Report(encode_numbers, prefill_numbers, decode_numbers | request.decode, notes, read_numbers)
 
     @property

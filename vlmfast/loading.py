@@ -64,7 +64,9 @@ class Loaded:
 
     def read(self, video: Video | VideoReader | None, size: Size = "model") -> Video | None:
         """The frames of a `VideoReader` at a size as in `media.read_inputs`, for several calls of `inputs`."""
-        return None if video is None else media.read_clip(self.model, self.processor, video, size)
+        if video is None or isinstance(video, media.Video):
+            return video
+        return video.read(media.clip_size(self.model, self.processor, video, size))
 
     def decode(self, sequences: Any, inputs: Any) -> str:
         """The answer in the first row, without the prompt and special tokens."""

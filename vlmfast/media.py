@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from vlmfast import families
 from vlmfast.core import Unsupported, UserError
+from vlmfast.read_ahead import PieceReader, not_taken
 from vlmfast.runtime.clock import Stopwatch
 from vlmfast.runtime.placeholders import refuse_placeholders
 from vlmfast.runtime.reading import Reading, put_reading
 from vlmfast.runtime.template import chat_text
-from vlmfast.runtime.weights import reason
 from vlmfast.video.read import Video, VideoReader
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def read_inputs(
     size: Size = "model",
     backend: str = "pyav",
     max_frames: int | None = None,
+    encode: bool = True,
     name: str | None = None,
 ) -> dict[str, torch.Tensor]:
     """What `generate` takes for a question about media: ids (B, L), masks, pixel values, on the model's device.
@@ -55,6 +56,10 @@ def read_inputs(
     select, backend, max_frames: as in `read_video`, for a path. size: "model" (the size that the processor would scale
     to; "full" where it has no such rule, or where frames are smaller), or as in `read_video`. name: of the checkpoint,
     for messages.
+    encode: on an accelerated model (`vlmfast.accelerate`) a video comes in by pieces, and the tower encodes the earlier
+    ones while the next are read; the next call with these inputs takes the features. They are those of the whole video,
+    on a CPU to the bit. Where the model or its plan needs a whole video (the report says why), and with False, it is
+    read first.
     The report of the call says what this took, as stage `read`. Raises UserError and Unsupported for bad input.
     """
     name = name or str(model.config.model_type)
@@ -68,16 +73,26 @@ def read_inputs(
             f"{name} ({model.config.model_type}) reads pictures only: give --image, or a model that reads video, "
             "e.g. Qwen2.5-VL or LLaVA-OneVision"
         )
-    reading = Reading(Stopwatch(model))
-    start = time.perf_counter()
+    reading, start = Reading(Stopwatch(model)), time.perf_counter()
+    begin_mark, on_device = reading.processing.now(), device_option(model, processor, reading.notes)
     pictures = [_picture(image) for image in images]
-    clip = None
-    if video is not None:
-        opened = _opened(video, select, backend, max_frames)
-        clip = read_clip(model, processor, opened, size, reading, name)
-    if reading.frames or any(isinstance(image, (str, os.PathLike)) for image in images):
-        opened_before = video.opening_ms if isinstance(video, VideoReader) else 0.0
-        reading.read_ms = opened_before + (time.perf_counter() - start) * 1e3
+    if any(isinstance(image, (str, os.PathLike)) for image in images):
+        reading.read_ms = (time.perf_counter() - start) * 1e3
+    clip, encoded = video if isinstance(video, Video) else None, None
+    if video is not None and not isinstance(video, Video):
+        reader = video if isinstance(video, VideoReader) else VideoReader(video, select, backend, max_frames)
+        reading.before_ms = video.opening_ms if isinstance(video, VideoReader) else 0.0
+        size = clip_size(model, processor, reader, size, reading.notes, name)
+        reading.read_ms = reading.before_ms + (time.perf_counter() - start) * 1e3
+        if encode:
+            pieces = PieceReader(model, processor.video_processor, video_options(processor), on_device, name)
+            encoded = pieces.read(reader, size, reading, len(questions))
+        clip = encoded.clip if encoded is not None else reader.read(size)
+        if encoded is None:
+            reading.read_ms = reading.before_ms + (time.perf_counter() - start) * 1e3
+        if (why := reader.decodes_more()) is not None:
+            reading.notes.append(f"read: {reader.path.name}: {why}")
+        reading.frames, reading.source_size, reading.size = len(clip), clip.size, clip.frames.shape[1:3]
     start_mark = reading.processing.now()
     num_rows = len(questions)
     media: dict[str, Any] = {"padding": True, "padding_side": "left"} if num_rows > 1 else {}
@@ -85,22 +100,25 @@ def read_inputs(
         row_images = [as_picture(picture) for picture in pictures]
         media["images"] = [row_images] * num_rows if num_rows > 1 else row_images
     if clip is not None:
-        media["videos"] = [as_clip(clip.frames)] * num_rows
+        media["videos"] = [as_clip(clip.frames)] * num_rows if encoded is None else encoded.shapes()
         media["video_metadata"] = [clip.metadata() for _ in questions]
         media |= video_options(processor)
-    media |= device_option(model, processor, reading.notes)
     texts = [
         prompt(processor, question_text, len(pictures), int(clip is not None), name) for question_text in questions
     ]
     try:
-        inputs = processed(model, processor, texts, media, [] if clip is None else [sampled_fps(clip)] * num_rows)
+        inputs = processed(
+            model, processor if encoded is None else encoded.processor(processor), texts, media | on_device,
+            [] if clip is None else [sampled_fps(clip)] * num_rows,
+        )  # fmt: skip
     except (ValueError, RuntimeError, ArithmeticError) as error:  # a picture too slim for it, or too small
         sizes = [image.shape[:2] for image in pictures] + ([clip.frames.shape[1:3]] if clip is not None else [])
-        listed_sizes = ", ".join(f"{width} x {height}" for height, width in sizes)
-        raise UserError(
-            f"the processor of {name} does not take these media ({listed_sizes} pixels): {reason(error)}; crop or pad"
-        ) from None
+        raise not_taken(name, sizes, error) from None
     reading.processing.add(start_mark)
+    if encoded is not None:
+        encoded.hand_over(inputs)
+        reading.whole = Stopwatch(model)
+        reading.whole.add(begin_mark)
     put_reading(inputs["input_ids"], reading)
     return inputs
 
@@ -131,36 +149,20 @@ def _picture(image: Picture) -> np.ndarray:
     return read_image(image) if isinstance(image, (str, os.PathLike)) else image
 
 
-def _opened(video: Clip, select: Select | str | None, backend: str, max_frames: int | None) -> Video | VideoReader:
-    is_opened = isinstance(video, (Video, VideoReader))
-    return video if is_opened else VideoReader(video, select, backend, max_frames)  # type: ignore[return-value, arg-type]
-
-
-def read_clip(
-    model: Any,
-    processor: Any,
-    video: Video | VideoReader,
-    size: Size = "model",
-    reading: Reading | None = None,
-    name: str = "this model",
-) -> Video:
-    """The frames of a `VideoReader`, size as in `read_inputs`; a ready `Video` as it is. Fills `reading`."""
-    if isinstance(video, Video):
-        return video
-    if isinstance(size, str) and size == "model":
-        height, width = video.size
-        wanted_size = frame_size(model, processor, len(video), height, width)
-        if wanted_size is None and reading is not None:
-            processor_class = type(processor.video_processor).__name__
-            no_size = f"{processor_class} of {name} has no size of its own for {width}x{height}"
-            reading.notes.append(f"read: {no_size}: full size")
-        size = wanted_size or "full"
-    clip = video.read(size)
-    if reading is not None:
-        if (why := video.decodes_more()) is not None:
-            reading.notes.append(f"read: {video.path.name}: {why}")
-        reading.frames, reading.source_size, reading.size = len(clip), clip.size, clip.frames.shape[1:3]
-    return clip
+def clip_size(
+    model: Any, processor: Any, video: VideoReader, size: Size, notes: list[str] | None = None, name: str = ""
+) -> Size:
+    """The size for `VideoReader.read` that a size as in `read_inputs` means. notes: gets a line where "model" is
+    "full"."""
+    if not (isinstance(size, str) and size == "model"):
+        return size
+    height, width = video.size
+    wanted_size = frame_size(model, processor, len(video), height, width)
+    if wanted_size is None and notes is not None:
+        processor_class = type(processor.video_processor).__name__
+        no_size = f"{processor_class} of {name} has no size of its own for {width}x{height}"
+        notes.append(f"read: {no_size}: full size")
+    return wanted_size or "full"
 
 
 def frame_size(model: Any, processor: Any, frames: int, height: int, width: int) -> tuple[int, int] | None:

@@ -69,6 +69,8 @@ def read_line(read: dict[str, Any]) -> str:
     if "read_ms" in read:
         parts.append(f"read in {read['read_ms']:,.1f} ms")
     parts.append(f"processor {read['processor_ms']:,.1f} ms")
+    if read.get("pieces"):
+        parts.append(f"{read['hidden_ms']:,.1f} ms of that beside the tower, in {read['pieces']} pieces")
     if "first_token_ms" in read:
         parts.append(f"first token {read['first_token_ms']:,.1f} ms after the file was opened")
     return f"read     {', '.join(parts)}"

@@ -79,6 +79,16 @@ def test_ask_json_on_a_real_video_is_the_record(files: Path, checkpoint: Any) ->
     assert Plan.from_json(record["plan"]).prune.keep == 0.25
 
 
+def test_ask_encodes_while_it_reads(files: Path, checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = ("ask", "--model", checkpoint("qwen2_5_vl"), "--video", files / "clip.mp4", "--fps", 2, "--json", QUESTION)
+    whole = json.loads(call(*ask).stdout)
+    assert "pieces" not in whole["report"]["read"], "so small a video is one piece"
+    monkeypatch.setattr("vlmfast.read_ahead.LEAST", 1)
+    parts = json.loads(call(*ask).stdout)
+    assert parts["report"]["read"]["pieces"] == 4 and "hidden_ms" in parts["report"]["read"]
+    assert parts["answer"] == whole["answer"] and parts["tokens"] == whole["tokens"]
+
+
 def test_ask_reads_frames_at_the_size_of_the_model(files: Path, checkpoint: Any, tmp_path: Path) -> None:
     waves = (127 + 100 * np.sin(np.arange(320) / 20 + np.arange(12)[:, None, None] / 3)).astype(np.uint8)
     write_video(tmp_path / "large.mp4", np.repeat(waves.repeat(192, 1)[..., None], 3, 3), fps=4)

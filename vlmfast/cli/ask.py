@@ -45,17 +45,23 @@ def ask(
         raise UserError("nothing to look at: give --image or --video")
 
     loaded = options.load(model, dtype, device, device_map)
-    inputs = loaded.inputs(question, pictures, video_clip, size=wanted_size)
-    record = answer(loaded, inputs, chosen_plan, max_new_tokens, stream=not as_json)
+    media = {"images": pictures, "video": video_clip, "size": wanted_size}
+    record = answer(loaded, question, media, chosen_plan, max_new_tokens, stream=not as_json)
     if as_json:
         print(json.dumps(record | {"notes": loaded.notes}, indent=1))
 
 
-def answer(loaded: Any, inputs: Any, plan: Any, max_new_tokens: int, stream: bool) -> dict[str, Any]:
-    """Generate greedily under the plan; returns the record of one question. stream: print the answer as it comes."""
+def answer(
+    loaded: Any, question: str, media: dict[str, Any], plan: Any, max_new_tokens: int, stream: bool
+) -> dict[str, Any]:
+    """Read the media (`loaded.inputs`) and generate greedily under the plan; returns the record of one question.
+
+    stream: print the answer as it comes.
+    """
     import vlmfast
 
     with vlmfast.accelerate(loaded.model, plan) as handle:
+        inputs = loaded.inputs(question, **media)
         generate_options: dict[str, Any] = {}
         if stream:
             from transformers import TextStreamer

@@ -28,6 +28,7 @@ class Family:
     rope_axes: int = 1  # 1, or 3 under M-RoPE
     media: tuple[str, ...] = ("image",)
     tower_loops: bool = False  # does the tower attend piece by piece (windows, frames) of one packed sequence?
+    separate_grids: bool = False  # does the tower encode every temporal patch of a video by itself?
     tower_pruning: bool = False  # can a pruner act inside the tower (`after_block`)?
     recurrent: bool = False  # do some text layers keep a running state, which no token can be taken out of?
 
@@ -61,6 +62,11 @@ class Family:
 
     def items(self, model: nn.Module, kind: str, call: dict[str, Any], features: list[Tensor]) -> list[Item]:
         """Layouts of the items that one `get_{kind}_features(**call)` returned; features: list of (n, D)."""
+        raise NotImplementedError
+
+    def joined(self, outputs: list[Any]) -> Any:
+        """What `get_video_features` returns for a video, from what it returned for its pieces in order; only where
+        `separate_grids`."""
         raise NotImplementedError
 
     def frame_size(

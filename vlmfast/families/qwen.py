@@ -16,6 +16,7 @@ class Qwen(Family):
     rope_axes = 3
     media = ("image", "video")
     tower_loops = True
+    separate_grids = True
     tower_pruning = True
 
     def tower(self, model: nn.Module) -> nn.Module:
@@ -37,6 +38,10 @@ class Qwen(Family):
         grids = call[f"{kind}_grid_thw"]
         merge = int(self.tower(model).spatial_merge_size)  # type: ignore[arg-type]
         return grid_items(grids, merge, kind == "video")
+
+    def joined(self, outputs: list[Any]) -> Any:
+        fields = {name: _joined([output[name] for output in outputs]) for name in outputs[0]}
+        return type(outputs[0])(**fields)
 
     def mergers(self, model: nn.Module) -> list[nn.Module]:
         """Tower modules that turn patches into merged rows (the last one and DeepStack's)."""
@@ -73,6 +78,15 @@ class Qwen35(Qwen):
 
     def stamped(self, model: nn.Module) -> bool:
         return True
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Tensors of the pieces of one video in one; inside lists (of levels) and tuples (of videos, here one) too."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    if isinstance(parts[0], (list, tuple)):
+        return type(parts[0])(_joined(list(level)) for level in zip(*parts, strict=True))
+    return parts[0]
 
 
 def grid_items(grids: Tensor, merge: int, video: bool) -> list[Item]:

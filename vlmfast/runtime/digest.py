@@ -67,6 +67,20 @@ def model_digest(model: nn.Module) -> str:
     return hasher.hexdigest()
 
 
+def stamp(module: nn.Module) -> str:
+    """Digest of all but the bytes that decides what a module computes: its tensors by address and version counter, its
+    modules' plain values and hooks. The device is not waited for. Limit: a write through `.data` is not seen."""
+    hasher = hashlib.blake2b(digest_size=20)
+    for tensor in (*module.parameters(), *module.buffers()):
+        version = -1 if tensor.is_inference() else tensor._version
+        hasher.update(f"{tuple(tensor.shape)}{tensor.dtype}{id(tensor)}:{version}at{tensor.data_ptr()}".encode())
+    for name, submodule in module.named_modules():
+        hasher.update(f"{name}{_state(submodule)}".encode())
+    config: Any = getattr(module, "config", None)
+    hasher.update(f"{getattr(config, '_attn_implementation', None)}".encode())
+    return hasher.hexdigest()
+
+
 def content(tensor: Tensor) -> list[int] | None:
     """Two 64-bit sums of a tensor's bytes, the same on every device; None where the bytes cannot be read."""
     folded = _folded(tensor)

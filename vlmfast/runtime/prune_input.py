@@ -31,6 +31,7 @@ from vlmfast.runtime.cache_state import (
 )
 from vlmfast.runtime.compat import cache_in, put_cache
 from vlmfast.runtime.compiled import is_compiled, refuse_compiled
+from vlmfast.runtime.early_features import VideoPieces
 from vlmfast.runtime.media_cache import MediaCache
 from vlmfast.runtime.model_lock import model_lock
 from vlmfast.runtime.patch import Patch
@@ -53,6 +54,7 @@ class InputPruning:
         self.ids = family.visual_ids(model)
         self.attention: TowerAttention | None = None  # where tower attention comes from, when a pruner needs it
         self.reuse: MediaCache | None = None  # encoded media kept between calls, when asked for
+        self.pieces: VideoPieces | None = None  # what was encoded while a video was read
 
     def install(self, patch: Patch) -> None:
         base_model, text_model = self.family.base(self.model), self.family.text(self.model)
@@ -111,7 +113,10 @@ class InputPruning:
         patch.set(base_model, function_name, tapped)
 
     def _encode(self, request: RequestState, media_kind: str, inputs: dict[str, Any], encode: Callable[[], Any]) -> Any:
-        """Run the tower on one kind of media, or take its stored output for the same pixels."""
+        """Run the tower on one kind of media, or take what it gave for the same pixels before."""
+        early = None if self.pieces is None else self.pieces.take(request, inputs.get("pixel_values_videos"))
+        if early is not None:
+            return early
         key, stored_features = "", None
         media_cache = self.reuse if self.attention is None else None  # tower attention exists only while the tower runs
         if media_cache is not None:

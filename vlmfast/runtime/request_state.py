@@ -181,6 +181,16 @@ class Requests:
                 self.current = outer_state
 
     @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Around the tower's work for a call that has not begun: a state of its own, which nobody reads later."""
+        outer_state = self.current
+        self.current = self._made(None)
+        try:
+            yield
+        finally:
+            self.current = outer_state
+
+    @contextmanager
     def second_prefill(self, pruner: TokenPruner) -> Iterator[RequestState]:
         """Around the prefill of a draft that is this model itself: the media that the running call has encoded, under a
         pruner of the draft's own."""

@@ -141,6 +141,19 @@ class VideoReader:
 
     def read(self, size: Size = None) -> Video:
         """Decodes the chosen frames, at `size` as in `read_video`."""
+        (height, width), decoded_frames = self.frames(size)
+        frames = np.empty((len(self), height, width, 3), np.uint8)
+        for position, frame in enumerate(decoded_frames):
+            frames[position] = frame
+        return self.video(frames)
+
+    def video(self, frames: NDArray[np.uint8]) -> Video:
+        """The chosen frames as a `Video`, once they are decoded."""
+        return Video(frames, self.timestamps, self.indices, self.fps, self.duration, self.total, self.size)
+
+    def frames(self, size: Size = None) -> tuple[tuple[int, int], Iterator[NDArray[np.uint8]]]:
+        """(height, width) of the chosen frames at `size` as in `read_video`, and the frames, decoded one by one as they
+        are asked for."""
         check_size(size)
         if self._folder and not isinstance(size, tuple):
             check_one_size(self._files)
@@ -151,10 +164,7 @@ class VideoReader:
                 f"{len(self) * height * width * 3 / 2**30:.0f} GiB of memory; select fewer, or pass max_frames= or a "
                 "smaller size="
             )
-        frames = np.empty((len(self), height, width, 3), np.uint8)
-        for position, frame in enumerate(self._decoded((height, width), any_size=isinstance(size, tuple))):
-            frames[position] = frame
-        return Video(frames, self.timestamps, self.indices, self.fps, self.duration, self.total, self.size)
+        return (height, width), self._decoded((height, width), any_size=isinstance(size, tuple))
 
     def _decoded(self, size: tuple[int, int], any_size: bool) -> Iterator[NDArray[np.uint8]]:
         """The chosen frames, each scaled to (height, width). any_size: also those of another size than the first."""
