@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from clips import encode, pictures, refused, turned
+from clips import encode, needs, pictures, refused, turned
 from PIL import Image
 from pretend_cuda import PretendCuda, to_cuda, to_host
 
@@ -112,7 +112,7 @@ def test_a_turned_film_is_scaled_upright(degrees: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("backend", list(BACKENDS))
 def test_whoever_decodes_gives_the_size_and_about_the_pixels(backend: str, loaded: Any, tmp_path: Path) -> None:
-    pytest.importorskip(BACKENDS[backend])
+    needs(backend)
     model, path = loaded("qwen2_5_vl"), encode(tmp_path / "clip.mp4", smooth(12, 192, 320))
     want = model.inputs("what ?", video=path, select="uniform:4")
     got = model.inputs("what ?", video=path, select="uniform:4", backend=backend)

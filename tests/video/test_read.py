@@ -6,18 +6,20 @@ import contextlib
 import struct
 from dataclasses import replace
 
+import av
 import numpy as np
 import pytest
 import torch
 from clips import clip_files, decode_all, encode, installed, needs, pictures, refused, turned  # noqa: F401
 
 from vlmfast.stream import Fps, SceneChange, Uniform, parse_select, read_video, write_video
+from vlmfast.video import VideoReader
 from vlmfast.video import decoders as backends_module
 from vlmfast.video.decoders import BACKENDS, fetch, thumbnails
 from vlmfast.video.frame_index import read_index
 
 FILES = ["mp4", "mkv", "ts", "avi", "open_mp4", "open_mkv", "open_ts", "vfr_mp4", "vfr_mkv", "mpeg4", "raw", "gif"]
-DECORD_CANNOT = {"ts", "avi", "open_ts", "mpeg4", "raw", "gif"}  # it shifts or loses frames there
+INEXACT = {"ts", "avi", "open_ts", "mpeg4", "raw", "gif"}  # decord and torchcodec shift or lose frames there
 
 
 # ---------------------------------------------------------------- frames and timestamps
@@ -31,8 +33,8 @@ def test_every_backend_gives_the_same_frames(clips, name, backend):
     path, rng = clips[name], np.random.default_rng(7)
     index, whole = read_index(path), decode_all(path)
     assert len(index) == len(whole) == index.timestamps.size
-    if backend == "decord" and name in DECORD_CANNOT:
-        with refused("decord", path, "pyav"):
+    if backend in ("decord", "torchcodec") and name in INEXACT:
+        with refused(backend, path, "pyav"):
             read_video(path, backend=backend)
         return
     for count in (1, 2, 3, 7, len(whole)):
@@ -108,6 +110,33 @@ def test_a_seek_that_lands_too_late_is_noticed(clips, monkeypatch):
     assert all(np.array_equal(g, whole[k]) for g, k in zip(got, (3, 52, 70), strict=True))
 
 
+def test_a_file_that_cannot_seek_is_decoded_in_turn_and_says_so(clips, monkeypatch):
+    """A seek that libav refuses costs time, not the answer."""
+
+    class Still:
+        def __init__(self, container):
+            self.container = container
+
+        def __getattr__(self, name):
+            return getattr(self.container, name)
+
+        def seek(self, *args, **kwargs):
+            raise av.error.PermissionError(1, "Operation not permitted")
+
+    @contextlib.contextmanager
+    def opened(path):
+        with real(path) as (container, stream):
+            yield Still(container), stream
+
+    real = backends_module.open_video
+    want = read_video(clips["mp4"], Uniform(3))
+    reader = VideoReader(clips["mp4"], Uniform(3))
+    assert reader.decodes_more() is None
+    monkeypatch.setattr(backends_module, "open_video", opened)
+    assert np.array_equal(reader.read().frames, want.frames)
+    assert "decoded in turn" in reader.decodes_more()
+
+
 CODED = {
     "h264": {"codec": "libx264", "g": 40, "x264-params": "bframes=8:b-pyramid=normal:b-adapt=0"},
     "open groups": {"codec": "libx264", "g": 24, "x264-params": "open-gop=1:bframes=4"},
@@ -161,8 +190,8 @@ def test_a_frame_lost_by_skipping_is_found_in_turn(clips, monkeypatch):
 def test_rotated_videos_come_out_upright(clips, tmp_path, degrees, backend):
     needs(backend)
     path = turned(clips["mp4"], tmp_path / "turned.mp4", degrees)
-    if backend == "decord":
-        with refused("decord", "rotated", "pyav"):
+    if backend in ("decord", "torchcodec"):
+        with refused(backend, "rotated", "pyav"):
             read_video(path, Uniform(3), backend)
         return
     video, flat = read_video(path, Uniform(3), backend), read_video(clips["mp4"], Uniform(3))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import struct
+import sys
 from pathlib import Path
 
 import av
@@ -156,11 +157,22 @@ def test_playlists_open_nothing_else(clips, tmp_path):
 
 
 def test_bad_arguments(clips, monkeypatch, tmp_path):
-    with refused("unknown video backend 'vlc'", "pyav, decord, opencv"):
+    with refused("unknown video backend 'vlc'", "pyav, decord, opencv, torchcodec"):
         read_video(clips["mp4"], backend="vlc")
     monkeypatch.setitem(BACKENDS, "decord", "no_such_module_at_all")
     with refused("'decord' is not installed", "pip install decord", "'pyav'"):
         read_video(clips["mp4"], backend="decord")
+    monkeypatch.setitem(BACKENDS, "torchcodec", "no_such_module_at_all")
+    with refused("'torchcodec' is not installed", "pip install torchcodec", "'pyav'"):
+        read_video(clips["mp4"], backend="torchcodec")
+    monkeypatch.setitem(BACKENDS, "torchcodec-cuda", "av")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with refused("torchcodec-cuda", "there is none here", "'pyav'"):
+        read_video(clips["mp4"], backend="torchcodec-cuda")
+    monkeypatch.setitem(BACKENDS, "torchcodec", "av")
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)  # its libraries cannot be loaded
+    with refused("torchcodec cannot decode", clips["mp4"], "'pyav'"):
+        read_video(clips["mp4"], backend="torchcodec")
     for select in (16, [1, 2], Uniform):
         with refused("select must be", repr(select)):
             read_video(clips["mp4"], select)

@@ -24,7 +24,7 @@ PlanFile = Annotated[Path | None, typer.Option("--plan", help="a plan file (JSON
 Frames = Annotated[int | None, typer.Option("--frames", min=1, help="frames taken evenly from the video (default 16)")]
 Fps = Annotated[float | None, typer.Option("--fps", help="frames taken per second instead")]
 Select = Annotated[str | None, typer.Option("--select", help="or any selection: uniform:16, fps:2, scene:0.08")]
-Backend = Annotated[str, typer.Option("--backend", help="video decoder: pyav, decord or opencv")]
+Backend = Annotated[str, typer.Option("--backend", help="video decoder: pyav, torchcodec, decord or opencv")]
 Dtype = Annotated[
     str,
     typer.Option(

@@ -1,4 +1,4 @@
-"""Decodes chosen frames of a video file, by PyAV, decord or OpenCV.
+"""Decodes chosen frames of a video file, by PyAV, torchcodec, decord or OpenCV.
 
 A backend is only asked for frames by number (`fetch(index, wanted, backend)`), and the numbers come from the one index
 made by PyAV, so it cannot change which frames are seen. What a library cannot deliver exactly is refused.
@@ -10,6 +10,7 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,17 @@ from vlmfast.core import UserError
 from vlmfast.video.conversion import Conversion
 from vlmfast.video.frame_index import Index, frames_of, open_video
 
-BACKENDS = {"pyav": "av", "decord": "decord", "opencv": "cv2"}
-_PIP = {"pyav": "av", "decord": "decord", "opencv": "opencv-python-headless"}
+BACKENDS = {
+    "pyav": "av",
+    "decord": "decord",
+    "opencv": "cv2",
+    "torchcodec": "torchcodec",
+    "torchcodec-cuda": "torchcodec",
+}
+_PIP = {
+    "pyav": "av", "decord": "decord", "opencv": "opencv-python-headless", "torchcodec": "torchcodec",
+    "torchcodec-cuda": "torchcodec",
+}  # fmt: skip
 _SEEK_PAYS = 12  # frames to skip before a seek (flush, refill of the decoder's threads) is cheaper than decoding on
 
 
@@ -29,11 +39,20 @@ def require(backend: str) -> None:
     if backend not in BACKENDS:
         raise UserError(f"unknown video backend {backend!r}; choose one of {', '.join(BACKENDS)}")
     if importlib.util.find_spec(BACKENDS[backend]) is None:
-        installed = [name for name, module_name in BACKENDS.items() if importlib.util.find_spec(module_name)]
+        on_cpu = {name: module_name for name, module_name in BACKENDS.items() if not name.endswith("cuda")}
+        installed = [name for name, module_name in on_cpu.items() if importlib.util.find_spec(module_name)]
         raise UserError(
             f"the video backend {backend!r} is not installed; pip install {_PIP[backend]}, "
             f"or use {' or '.join(map(repr, installed)) or 'another one'}"
         )
+    if backend == "torchcodec-cuda" and not _has_cuda():
+        raise UserError("torchcodec-cuda decodes on an NVIDIA GPU, and there is none here: use 'torchcodec' or 'pyav'")
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def fetch(
@@ -42,14 +61,19 @@ def fetch(
     backend: str = "pyav",
     size: tuple[int, int] | None = None,
     any_size: bool = False,
+    notes: list[str] | None = None,
 ) -> Iterator[NDArray[np.uint8]]:
     """Yields the frames numbered `wanted` (ascending, distinct), upright, each (height, width, 3) uint8 RGB.
 
     size: (height, width) they are scaled to; None = as stored. any_size: take frames of another size than the first.
+    notes: gets a line where frames come in a slower way than they should.
     Raises UserError when the backend is missing or cannot deliver exactly these frames.
     """
     require(backend)
-    decode_frames: Any = {"pyav": _pyav, "decord": _decord, "opencv": _opencv}[backend]
+    decode_frames: Any = {
+        "pyav": partial(_pyav, notes=notes), "decord": _decord, "opencv": _opencv, "torchcodec": _torchcodec,
+        "torchcodec-cuda": partial(_torchcodec, device="cuda"),
+    }[backend]  # fmt: skip
     convert = Conversion(index.orientation)
 
     def checked() -> Iterator[Any]:
@@ -75,7 +99,9 @@ def thumbnails(index: Index, side: int) -> Iterator[NDArray[np.uint8]]:
                 yield frame.to_ndarray(format="rgb24", width=side, height=side, interpolation="AREA")
 
 
-def _pyav(index: Index, wanted: NDArray[np.int64]) -> Iterator[Any]:
+def _pyav(index: Index, wanted: NDArray[np.int64], notes: list[str] | None = None) -> Iterator[Any]:
+    import av
+
     shown_stamps = index.pts
     if shown_stamps is None:
         remaining = iter(wanted.tolist())
@@ -101,7 +127,10 @@ def _pyav(index: Index, wanted: NDArray[np.int64]) -> Iterator[Any]:
                 start_number = int(np.searchsorted(shown_stamps, index.keys[key_index])) if key_index >= 0 else 0
                 if not in_turn and start_number - decoded > _SEEK_PAYS:
                     frames.close()
-                    container.seek(int(index.keys[key_index]), stream=stream, backward=True)
+                    try:
+                        container.seek(int(index.keys[key_index]), stream=stream, backward=True)
+                    except av.error.FFmpegError:
+                        break
                     frames = frames_of(container, stream, index.path, None, skipping)
                 shown_frame = next(
                     (candidate for candidate in frames if candidate.pts is not None and candidate.pts >= target_stamp),
@@ -114,19 +143,28 @@ def _pyav(index: Index, wanted: NDArray[np.int64]) -> Iterator[Any]:
                 yield shown_frame
         if num_done == len(targets):
             return
+        if notes is not None and not in_turn:
+            notes.append("a seek in it, or leaving frames out, fails: all of its frames are decoded in turn")
     raise UserError(
         f"{index.path} announces a frame at {index.timestamps[wanted[num_done]]:.2f} s that cannot be decoded; "
         "it is damaged there: copy it again"
     )
 
 
+def _refuse_inexact(index: Index, backend: str) -> None:
+    """Raise UserError for what these libraries turn by rules of their own, or number otherwise than it is shown."""
+    if replace(index.orientation, stretch=Fraction(1)):
+        raise UserError(
+            f"{backend} cannot decode {index.path}, which is stored rotated or mirrored; use backend='pyav'"
+        )
+    if not {"mp4", "matroska"} & set(index.container.split(",")):  # they lose or shift frames in ts and avi
+        raise UserError(f"{backend} misnumbers the frames of {index.path}; use backend='pyav', or convert it to mp4")
+
+
 def _decord(index: Index, wanted: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
     import decord
 
-    if replace(index.orientation, stretch=Fraction(1)):
-        raise UserError(f"decord cannot decode {index.path}, which is stored rotated or mirrored; use backend='pyav'")
-    if not {"mp4", "matroska"} & set(index.container.split(",")):  # it loses or shifts frames in ts and avi
-        raise UserError(f"decord misnumbers the frames of {index.path}; use backend='pyav', or convert it to mp4")
+    _refuse_inexact(index, "decord")
     decord.logging.set_level(decord.logging.QUIET)
     try:
         video_reader = decord.VideoReader(str(index.path.absolute()), num_threads=2)
@@ -162,3 +200,24 @@ def _opencv(index: Index, wanted: NDArray[np.int64]) -> Iterator[NDArray[np.uint
             yield np.ascontiguousarray(frame[..., ::-1])
     finally:
         capture.release()
+
+
+def _torchcodec(index: Index, wanted: NDArray[np.int64], device: str = "cpu") -> Iterator[NDArray[np.uint8]]:
+    """device: "cuda" decodes in the card's own decoder (not run yet); frames come to the host at their full size."""
+    _refuse_inexact(index, "torchcodec")
+    try:
+        from torchcodec.decoders import VideoDecoder
+
+        decoder = VideoDecoder(
+            str(index.path.absolute()), dimension_order="NHWC", num_ffmpeg_threads=0, device=device, seek_mode="exact"
+        )
+        num_frames = decoder.metadata.num_frames
+        if num_frames != len(index):
+            raise UserError(f"torchcodec sees {num_frames} of {len(index)} frames in {index.path}; use backend='pyav'")
+        for frame_number in wanted.tolist():
+            yield decoder.get_frame_at(frame_number).data.cpu().numpy()
+    except UserError:
+        raise
+    except (ImportError, OSError, RuntimeError, ValueError, IndexError) as error:  # its libraries, or the file
+        error_text = " ".join(str(error).split())[:120]
+        raise UserError(f"torchcodec cannot decode {index.path} ({error_text}); use backend='pyav'") from None

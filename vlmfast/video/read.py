@@ -104,6 +104,7 @@ class VideoReader:
         if fps is not None:
             checked("fps", fps, PositiveFloat, "read_video")
         self._folder = os.path.isdir(self.path)
+        self._slower: list[str] = []  # what decoding said of itself
         if self._folder:
             self.fps = 1.0 if fps is None else fps
             self._files = folder_images(self.path)
@@ -128,9 +129,16 @@ class VideoReader:
         return len(self.indices)
 
     def decodes_more(self) -> str | None:
-        """Why frames are decoded that nobody chose and no chosen frame refers to; None where that is not so."""
+        """Why frames are decoded that nobody chose and no chosen frame refers to; None where that is not so.
+
+        What only decoding finds out is known once the frames are read.
+        """
+        if self._slower:
+            return self._slower[0]
         if self._folder or len(self) == self.total:
             return None
+        if self.backend.startswith("torchcodec"):
+            return f"{self.backend} leaves no frame out: all from a key frame to a chosen one are decoded"
         if self.backend != "pyav":
             return f"{self.backend} decodes every frame up to the last chosen one, backend='pyav' need not"
         if self.index.pts is None:
@@ -170,7 +178,7 @@ class VideoReader:
         """The chosen frames, each scaled to (height, width). any_size: also those of another size than the first."""
         if self._folder:
             return (resize(read_image(self._files[frame_number]), size) for frame_number in self.indices)
-        return decoders.fetch(self.index, self.indices, self.backend, size, any_size)
+        return decoders.fetch(self.index, self.indices, self.backend, size, any_size, self._slower)
 
 
 def read_video(
@@ -184,8 +192,9 @@ def read_video(
     """Reads the selected frames of a video file or of a folder of images.
 
     select: Uniform (default, 16 frames), Fps or SceneChange, or the same as text ("fps:2")
-    backend: "pyav", "decord" or "opencv": who decodes. Frames and timestamps are the same, and the pixels too where
-    frames keep their size; PyAV makes smaller ones in the decoder's own colour conversion, which rounds otherwise
+    backend: "pyav", "torchcodec", "decord" or "opencv": who decodes. Frames and timestamps are the same, and the pixels
+    too where frames keep their size; PyAV makes smaller ones in the decoder's own colour conversion, which rounds
+    otherwise. "torchcodec-cuda" decodes on an NVIDIA GPU (not run yet). What a library cannot do exactly is refused
     max_frames: thins the selection evenly to at most that many
     size: (height, width), or an integer: the longer side is scaled down to it; None or "full" = as stored; or a
     function (frames, height, width) -> (height, width), which is asked once, with the number of selected frames
