@@ -90,6 +90,14 @@ ITEMS = {
 }
 
 
+@pytest.mark.parametrize("method", {method.name: method for method in methods.OUTER}.values(), ids=lambda m: m.name)
+@pytest.mark.parametrize("name", ["video", "image", "one token", "still"])
+def test_the_smallest_keep_leaves_a_token(method: Any, name: str) -> None:
+    """Also where no frame has a floor, and where nothing in the video is new."""
+    tokens = fit(method, ITEMS["constant" if name == "still" else name])
+    assert len(dataclasses.replace(method, keep=1e-9, floor=0).select(tokens)) >= 1
+
+
 @pytest.mark.parametrize("method", methods.OUTER, ids=repr)
 @pytest.mark.parametrize("name", ITEMS)
 def test_a_kept_set_is_a_kept_set(method: Any, name: str) -> None:
