@@ -77,7 +77,8 @@ def place(home: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRe
     monkeypatch.setattr(laws, "catalogue", lambda case: {})
     for module, function in (("speed.suites", "measure"), ("gpu.suite", "measure"), ("stream.suite", "rows"),
                              ("accuracy.tables", "run"), ("stream.crash", "rows"), ("stream.degraded", "rows"),
-                             ("stream.levels", "streamed"), ("stream.rules", "scores"), ("stream.rules", "accuracy_row"),
+                             ("stream.levels", "streamed"), ("stream.rules", "scores"),
+                             ("stream.rules", "accuracy_row"),
                              ("serving.answers", "rows"), ("serving.throughput", "rows"),
                              ("speed.decode", "main_ones"), ("speed.decode_batch", "rows")):  # fmt: skip
         monkeypatch.setattr(importlib.import_module(f"evals.{module}"), function, never)
