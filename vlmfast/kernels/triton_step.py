@@ -193,7 +193,8 @@ def tile(head_size: int, queries: int, wide: bool = False, int8: bool = False) -
     block_d, block_m = block(head_size), min(QUERIES, block(queries))
     if wide:
         return {
-            "BLOCK_D": block_d, "BLOCK_M": 16, "BLOCK_N": 16 if int8 else 32, "num_warps": 8, "num_stages": 2,
+            "BLOCK_D": block_d, "BLOCK_M": 16, "BLOCK_N": 16 if int8 or block_d > 128 else 32,
+            "num_warps": 4 if block_d > 128 else 8, "num_stages": 2,
         }  # fmt: skip
     return {
         "BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_N": 64 if block_d <= 128 else 32,
