@@ -128,7 +128,9 @@ def logits(session: StreamSession, blocks: list[Block] | None = None) -> torch.T
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return float((a - b).abs().max()) <= TOLERANCE * max(1.0, float(b.abs().max()))
+    """Within the tolerance, or (representatives are float16) within a step of the dtype."""
+    step = max(TOLERANCE, torch.finfo(b.dtype).eps)
+    return float((a - b).abs().max()) <= step * max(1.0, float(b.abs().max()))
 
 
 # ------------------------------------------------------------------------------------------------ kills
