@@ -201,7 +201,7 @@ SUMMARY = [
     ("easy-VQA", "`uniform`, 25 % of tokens", "accuracy-easy-vqa.json", "uniform-25"),
     ("small pictures, several objects", "`vidcom2`, 25 % of tokens", "accuracy-pocket.json", "vidcom2-25"),
     ("second questions, clips", "`hybridkv`, 10 % of cache", "accuracy-turns.json", "hybridkv-10"),
-    ("second questions, clips", "`snapkv`, 10 % of cache", "accuracy-turns.json", "snapkv-10"),
+    ("second questions, clips", "`snapkv`, 50 % of cache", "accuracy-turns.json", "snapkv-50"),
 ]  # fmt: skip
 
 
