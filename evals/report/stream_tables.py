@@ -81,6 +81,27 @@ def degraded(rows: list[Row]) -> str:
     return markdown(heads, out)
 
 
+def levels(rows: list[Row]) -> str:
+    """What archives that coarsen with age keep and lose, paired with one that does not."""
+    out = []
+    for r in rows:
+        m = r["metrics"]
+        beside = "" if r["name"] == "full" else _points(m["diff_vs_full"], m["diff_vs_full_ci95"], 1)
+        size = f"{m['bytes_per_hour'] / 2**20:.1f} MB ({percent(m['bytes_share'], 0)})"
+        out.append([f"{m['minutes']:g} min", f"`{r['name']}`", f"{m['right']:.0f} of {m['questions']}", beside,
+                    percent(m["evidence_recall"], 0), size, f"{m['prefilled_again_blocks']:.1f}"])  # fmt: skip
+    heads = [
+        "length",
+        "schedule",
+        "right, past",
+        "against full",
+        "evidence",
+        "archive per hour",
+        "blocks prefilled again",
+    ]
+    return markdown(heads, out)
+
+
 def crash(rows: list[Row]) -> str:
     """What happened to an archive, and how often it was then the stream it should be."""
     keys = ("trials", "same", "reported", "refused", "wrong")
@@ -98,5 +119,6 @@ TABLES = {
     "stream-present": ("cpu-stream-present.json", stream),
     "stream-rules": ("cpu-stream-rules.json", rules),
     "degraded": ("stream-degraded.json", degraded),
+    "stream-levels": ("stream-levels.json", levels),
     "crash": ("stream-crash.json", crash),
 }
