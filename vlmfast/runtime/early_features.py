@@ -71,7 +71,7 @@ class VideoPieces:
         self.whole = self._why_whole(columns, resizes)
 
     def _why_whole(self, columns: Columns, resizes: bool) -> str | None:
-        pruner = self.requests.pruner
+        in_tower = self.requests.pruner_in_tower
         if not self.family.separate_grids:
             model_type = self.model.config.model_type  # type: ignore[union-attr]
             return f"the tower of a {model_type} is not known to encode frames one by one"
@@ -81,8 +81,8 @@ class VideoPieces:
             return "reuse= knows a video by all of its pixels"
         if columns.attention is not None:
             return "the plan reads the attention inside the tower"
-        if pruner is not None and pruner.after_block is not None and self.family.tower_pruning:
-            return f"{type(pruner).__name__} chooses among all of its tokens inside the tower"
+        if in_tower is not None and self.family.tower_pruning:
+            return f"{in_tower} chooses among all of its tokens inside the tower"
         return None
 
     def lengths(self, device: torch.device) -> Any:

@@ -159,6 +159,11 @@ class Requests:
         self.depth = 0  # calls that have begun and not ended, each inside the one before
         self.current = self._made(pruner)
 
+    @property
+    def pruner_in_tower(self) -> str | None:
+        """The class of the pruner of every call, where it acts inside the vision tower."""
+        return None if self.pruner is None or self.pruner.after_block is None else type(self.pruner).__name__
+
     def _made(self, pruner: TokenPruner | None, **fields: Any) -> RequestState:
         encoding, selecting, mapping, prefill = (Stopwatch(self.model) for _ in range(4))
         return RequestState(pruner, encoding, selecting, mapping, StageTimes(prefill), **fields)
