@@ -13,6 +13,7 @@ from typing import Any
 from vlmfast.core import UserError
 
 Record = dict[str, Any]
+KV = ("kv_fast_bytes", "kv_host_bytes")  # what a policy moves to host memory is still held
 COLOURS = ("#2a6fdb", "#d9822b", "#2f9e6e", "#b5479b", "#7a5cd1", "#c0392b", "#4b8a99", "#8a6d3b", "#5f6b7a", "#9aa23c")
 MARKERS = "osD^vPX"  # the next one is used once all colours are
 
@@ -70,8 +71,8 @@ def curves(records: Sequence[tuple[str, Record]]) -> Any:
     figure = Figure(figsize=(11.5, 3.7 * len(tasks) + 0.5), layout="constrained")
     panel_axes = figure.subplots(len(tasks), 2, squeeze=False, sharey="row")
     for row_axes, record in zip(panel_axes, tasks, strict=True):
-        _panel(row_axes[0], record, "total_ms", 1e-3, "seconds per question", styles)
-        _panel(row_axes[1], record, "kv_fast_bytes", 1e-6, "KV cache, MB", styles)
+        _panel(row_axes[0], record, ("total_ms",), 1e-3, "seconds per question", styles)
+        _panel(row_axes[1], record, KV, 1e-6, "KV cache in all, host memory too, MB", styles)
         metric = next(filter(None, map(score_of, record["rows"])), None)
         row_axes[0].set_ylabel("caption facts F1, %" if metric and metric[0] == "f1" else "accuracy, %")
         questions = record["rows"][0]["params"].get("questions")
@@ -102,11 +103,19 @@ def _series(name: str) -> str:
     )
 
 
-def _panel(axis: Any, record: Record, key: str, scale: float, title: str, styles: dict[str, tuple[str, str]]) -> None:
+def cost_of(row: Any, keys: tuple[str, ...]) -> float | None:
+    """The sum of some metrics of a row, None where it lacks the first of them."""
+    found = [row["metrics"].get(key) for key in keys]
+    return float(sum(value for value in found if number(value))) if number(found[0]) else None
+
+
+def _panel(
+    axis: Any, record: Record, keys: tuple[str, ...], scale: float, title: str, styles: dict[str, tuple[str, str]]
+) -> None:
     points: list[tuple[str, float, float, list[float]]] = []
     for row in record["rows"]:
-        score, cost = score_of(row), row["metrics"].get(key)
-        if score is None or not number(cost) or cost <= 0:
+        score, cost = score_of(row), cost_of(row, keys)
+        if score is None or cost is None or cost <= 0:
             continue
         metrics, height = row["metrics"], 100 * score[1]
         if row["name"] == "plain":

@@ -253,3 +253,12 @@ def test_no_two_series_look_alike() -> None:
     from vlmfast.curves import look
 
     assert len({look(i) for i in range(50)}) == 50
+
+
+def test_curves_count_what_a_policy_moves_to_host_memory():
+    from vlmfast.curves import KV, cost_of
+
+    row = {"metrics": {"kv_fast_bytes": 12, "kv_host_bytes": 40, "accuracy": 1.0}}
+    assert cost_of(row, KV) == 52
+    assert cost_of({"metrics": {"kv_fast_bytes": 12}}, KV) == 12
+    assert cost_of({"metrics": {}}, KV) is None
