@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,6 +18,23 @@ pytest.register_assert_rewrite("between_layers", "compressed", "pruning_laws")  
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """family -> a loaded tiny checkpoint."""
+    import tiny
+
+    from vlmfast import loading
+
+    made: dict[str, Any] = {}
+
+    def get(family: str) -> Any:
+        if family not in made:
+            made[family] = loading.load(str(tiny.save(family, tmp_path_factory.mktemp("m") / family)), device="cpu")
+        return made[family]
+
+    return get
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -189,19 +189,6 @@ def test_records_name_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---------------------------------------------------------------- media that cannot be misread
 
 
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """family -> a loaded tiny checkpoint."""
-    made: dict[str, loading.Loaded] = {}
-
-    def get(family: str) -> loading.Loaded:
-        if family not in made:
-            made[family] = loading.load(str(tiny.save(family, tmp_path_factory.mktemp("m") / family)), device="cpu")
-        return made[family]
-
-    return get
-
-
 def seen(inputs: dict[str, Any]) -> list[torch.Tensor]:
     return [v for k, v in inputs.items() if k.startswith("pixel_values")]
 

@@ -16,7 +16,7 @@ from PIL import Image
 from pretend_cuda import PretendCuda, to_cuda, to_host
 
 import vlmfast
-from vlmfast import loading, media
+from vlmfast import media
 from vlmfast.stream import StreamSession
 from vlmfast.video import Uniform, VideoReader, read_video
 from vlmfast.video.decoders import BACKENDS
@@ -24,19 +24,6 @@ from vlmfast.video.decoders import BACKENDS
 QWEN = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 # height, width: odd ones, portrait, slim, and such that the clip has to be made larger
 SIZES = [(48, 64), (270, 480), (480, 270), (301, 455), (97, 1201), (1080, 1920), (1920, 1080), (33, 33), (2160, 3840)]
-
-
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """family -> a loaded tiny checkpoint."""
-    made: dict[str, loading.Loaded] = {}
-
-    def get(family: str) -> loading.Loaded:
-        if family not in made:
-            made[family] = loading.load(str(tiny.save(family, tmp_path_factory.mktemp("m") / family)), device="cpu")
-        return made[family]
-
-    return get
 
 
 def smooth(count: int, height: int, width: int) -> np.ndarray:

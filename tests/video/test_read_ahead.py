@@ -14,7 +14,7 @@ from clips import encode, pictures, refused
 from pretend_cuda import PretendCuda, to_cuda, to_host
 
 import vlmfast
-from vlmfast import families, loading, media, read_ahead
+from vlmfast import families, media, read_ahead
 from vlmfast.core import UserError
 from vlmfast.encode import Downsample, HiRED, VidCom2
 from vlmfast.runtime.reading import Reading
@@ -27,19 +27,6 @@ QWEN = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"]
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return encode(tmp_path_factory.mktemp("v") / "clip.mp4", pictures(24, 96, 160))
-
-
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """family -> a loaded tiny checkpoint."""
-    made: dict[str, loading.Loaded] = {}
-
-    def get(family: str) -> loading.Loaded:
-        if family not in made:
-            made[family] = loading.load(str(tiny.save(family, tmp_path_factory.mktemp("m") / family)), device="cpu")
-        return made[family]
-
-    return get
 
 
 @pytest.fixture(autouse=True)
