@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import tiny
 import torch
+from drafting import draft_of
 from pretend_cuda import PretendCuda, to_cuda, to_host
 
 import vlmfast
@@ -25,14 +26,6 @@ MEDIA, TEXT = [("image",), ("image", "image"), ("image",)], [15, 19, 22]
 def policy(refresh: int) -> HybridKV:
     advanced = HybridAdvanced(refresh=refresh, chunk=4)
     return HybridKV(keep=0.5, split=0.5, sinks=1, recent=2, advanced=advanced)
-
-
-def draft_of(disturbed: float = 0.1) -> Any:
-    """A model that mostly says what `tiny.build(FAMILY)` says."""
-    draft = tiny.build(FAMILY)
-    weight = draft.lm_head.weight
-    weight.data += disturbed * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(5))
-    return draft
 
 
 def said(model: Any, batch: dict[str, Any], n: int = 24, **options: Any) -> Any:
@@ -74,7 +67,7 @@ class Scripted(DraftMethod):
 def source_of(name: str, plain: torch.Tensor, start: int) -> Any:
     if name == "scripted":
         return Scripted(tuple(map(tuple, plain[:, start:].tolist())), start)
-    return PromptLookup(longest=1) if name == "lookup" else ModelDraft(draft_of(), None)
+    return PromptLookup(longest=1) if name == "lookup" else ModelDraft(draft_of(FAMILY, 0.1), None)
 
 
 @pytest.mark.parametrize("source", ["scripted", "lookup", "model"])
@@ -120,7 +113,7 @@ def test_sampled_rows_are_drafted_too() -> None:
     model = tiny.build(FAMILY)
     with vlmfast.accelerate(model, kv=policy(3)):
         plain = said(model, three(), do_sample=True, top_k=1)
-    draft = ModelDraft(draft_of(), None)
+    draft = ModelDraft(draft_of(FAMILY, 0.1), None)
     with vlmfast.accelerate(model, kv=policy(3), speculate=Speculate(draft, Lossless(), length=4)) as fast:
         assert torch.equal(said(model, three(), do_sample=True, top_k=1), plain)
         assert fast.report.decode["drafted"] > 0

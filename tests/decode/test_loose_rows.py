@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from drafting import draft_of
 from pretend_cuda import PretendCuda, to_cuda, to_host
 
 import vlmfast
@@ -23,14 +24,6 @@ STATIC = [family for family in tiny.FAMILIES if family != "qwen3_vl_moe"]  # exp
 MEDIA, TEXT = [("image",), ("image", "image"), ()], [5, 9, 12]
 OPEN = LooseAdvanced(within=0, bigram=False, shift=0)
 RULE = Loose(relax=0.7, ratio=0.0, eos=False, digits=False, negation=False, comparison=False, advanced=OPEN)
-
-
-def draft_of(family: str, disturbed: float = 0.6) -> Any:
-    """A model that often says what `tiny.build(family)` says."""
-    draft = tiny.build(family)
-    weight = draft.lm_head.weight
-    weight.data += disturbed * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(5))
-    return draft
 
 
 def said(model: Any, inputs: dict[str, Any], n: int = 16, **options: Any) -> Any:
@@ -55,7 +48,9 @@ def advanced(**fields: Any) -> Loose:
 def test_a_row_is_loosened_as_it_is_alone(family: str) -> None:
     """In every family, a row without pictures strictly: it says what greedy decoding says."""
     model, strict = tiny.build(family), said(tiny.build(family), three(family))
-    with vlmfast.accelerate(model, speculate=Speculate(ModelDraft(draft_of(family), None), RULE, length=4)) as fast:
+    with vlmfast.accelerate(
+        model, speculate=Speculate(ModelDraft(draft_of(family, 0.6), None), RULE, length=4)
+    ) as fast:
         wanted = alone(model, family)
         got = said(model, three(family))
         decode, notes = fast.report.decode, fast.report.notes
@@ -75,7 +70,9 @@ RULES = {
 @pytest.mark.parametrize("rule", RULES.values(), ids=list(RULES))
 def test_every_scope_and_guard_holds_row_by_row(rule: Loose) -> None:
     model = tiny.build(FAMILY)
-    with vlmfast.accelerate(model, speculate=Speculate(ModelDraft(draft_of(FAMILY), None), rule, length=4)) as fast:
+    with vlmfast.accelerate(
+        model, speculate=Speculate(ModelDraft(draft_of(FAMILY, 0.6), None), rule, length=4)
+    ) as fast:
         wanted, loosened = [], 0
         for row in tiny.rows(FAMILY, media=MEDIA, text=TEXT):
             wanted.append(said(model, row)[0, -16:].tolist())
@@ -95,7 +92,7 @@ def test_a_strict_loose_rule_is_greedy_on_any_plan(plan: dict[str, Any]) -> None
     model = tiny.build(FAMILY)
     with vlmfast.accelerate(model, **plan):
         greedy = said(model, three())
-    draft = ModelDraft(draft_of(FAMILY), None)
+    draft = ModelDraft(draft_of(FAMILY, 0.6), None)
     with vlmfast.accelerate(model, **plan, speculate=Speculate(draft, dataclasses.replace(RULE, relax=0.0), length=4)):
         assert torch.equal(said(model, three()), greedy)
     with vlmfast.accelerate(model, **plan, speculate=Speculate(draft, RULE, length=4)) as fast:
@@ -109,7 +106,7 @@ def test_a_strict_loose_rule_is_greedy_on_any_plan(plan: dict[str, Any]) -> None
 )
 def test_processors_and_rows_that_end(options: dict[str, Any]) -> None:
     model = tiny.build(FAMILY)
-    with vlmfast.accelerate(model, speculate=Speculate(ModelDraft(draft_of(FAMILY), None), RULE, length=4)):
+    with vlmfast.accelerate(model, speculate=Speculate(ModelDraft(draft_of(FAMILY, 0.6), None), RULE, length=4)):
         wanted = alone(model, **options)
         assert said(model, three(), **options)[:, -16:].tolist() == wanted
         ends = options | {"eos_token_id": [wanted[0][3], wanted[1][7]], "pad_token_id": 9}
@@ -158,7 +155,7 @@ def test_a_cache_saved_when_one_row_was_remembered_loads(tmp_path: Any) -> None:
 def test_rounds_of_rows_do_not_outlive_their_round() -> None:
     """They know each other, and hold logits: nothing waits for the garbage collector."""
     model = tiny.build(FAMILY)
-    with vlmfast.accelerate(model, speculate=Speculate(ModelDraft(draft_of(FAMILY), None), RULE, length=4)):
+    with vlmfast.accelerate(model, speculate=Speculate(ModelDraft(draft_of(FAMILY, 0.6), None), RULE, length=4)):
         gc.collect()
         gc.disable()
         try:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from drafting import draft_of, plain
 from pretend_cuda import PretendCuda, to_cuda, to_host
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
@@ -36,18 +37,6 @@ from vlmfast.prefill import AdaKV, SnapKV
 STATIC = [f for f in tiny.FAMILIES if f != "qwen3_vl_moe"]  # experts have no static step
 MEDIA, TEXT = [("image",), ("image", "image"), ()], [5, 9, 12]
 FAMILY = "qwen2_5_vl"
-
-
-def draft_of(family: str, disturbed: float = 0.08) -> Any:
-    """A model that mostly says what `tiny.build(family)` says."""
-    draft = tiny.build(family)
-    weight = draft.lm_head.weight
-    weight.data += disturbed * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(5))
-    return draft
-
-
-def plain(model: Any, batch: dict[str, Any], n: int = 16, **kwargs: Any) -> Any:
-    return model.generate(**{"max_new_tokens": n, "do_sample": False, **batch, **kwargs})
 
 
 def three(family: str = FAMILY) -> dict[str, Any]:

@@ -27,6 +27,14 @@ def plain(model: Any, batch: dict[str, Any], n: int = 16, **kwargs: Any) -> Any:
     return model.generate(**{"max_new_tokens": n, "do_sample": False, **batch, **kwargs})
 
 
+def draft_of(family: str, disturbed: float = 0.08) -> Any:
+    """A model that mostly says what `tiny.build(family)` says; the more disturbed, the less often."""
+    draft = tiny.build(family)
+    weight = draft.lm_head.weight
+    weight.data += disturbed * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(5))
+    return draft
+
+
 def pair(family: str = "qwen3_vl", seed: int = 0) -> tuple[Any, Any, dict[str, Any]]:
     """A target, a draft that mostly agrees with it (the same weights, slightly disturbed), and a prompt."""
     target, draft = tiny.build(family, seed), tiny.build(family, seed)
