@@ -384,3 +384,11 @@ def test_a_cache_without_a_static_step_is_refused_or_said(plan: dict[str, Any], 
         assert torch.equal(plain(model, batch), expected)
         assert any("not for these rows" in note for note in fast.report.notes)
         assert "rule" not in fast.report.decode
+
+
+def test_that_rows_do_not_search_earlier_answers_is_said() -> None:
+    model = tiny.build(FAMILY)
+    for answers, said in ((0, False), (2, True)):
+        with vlmfast.accelerate(model, speculate=Speculate(PromptLookup(answers=answers), length=3)) as fast:
+            plain(model, three())
+        assert any("earlier answers" in note for note in fast.report.notes) is said

@@ -20,6 +20,7 @@ from vlmfast.core import Unsupported
 from vlmfast.decode.counters import Counters
 from vlmfast.decode.draft_method import Request
 from vlmfast.decode.drafted_rows import DraftedRows, why_not
+from vlmfast.decode.drafts import PromptLookup
 from vlmfast.decode.output import Output, split
 from vlmfast.decode.relevance import layer_of
 from vlmfast.decode.self_draft import SelfDraft
@@ -128,6 +129,10 @@ def _drafted(
 ) -> Any:  # fmt: skip
     """Draft and verify; target: after the prefill, with the static step."""
     length_limit, eos_ids, other_criteria = split(call.criteria or [])
+    if isinstance(speculate.draft, PromptLookup) and speculate.draft.answers:
+        counters.notes.append(
+            "speculate: earlier answers are searched for one row alone; these look in their own text"
+        )
     accept_rule, sampling = speculate.accept, bool(call.config.do_sample)
     choices = [
         TokenChooser(of_row(call.processors, batch_row), sampling, sampling and accept_rule.draws, accept_rule.graded())
