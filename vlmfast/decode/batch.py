@@ -130,9 +130,7 @@ def _drafted(
     """Draft and verify; target: after the prefill, with the static step."""
     length_limit, eos_ids, other_criteria = split(call.criteria or [])
     if isinstance(speculate.draft, PromptLookup) and speculate.draft.answers:
-        counters.notes.append(
-            "speculate: earlier answers are searched for one row alone; these look in their own text"
-        )
+        counters.notes.append("speculate: earlier answers are searched for one row alone; these look in their own text")
     accept_rule, sampling = speculate.accept, bool(call.config.do_sample)
     choices = [
         TokenChooser(of_row(call.processors, batch_row), sampling, sampling and accept_rule.draws, accept_rule.graded())
