@@ -126,7 +126,7 @@ def whole(model: Any, processor: Any, path: Path, frames: int, size: str, skippi
 
 def decoding(path: Path, frames: int, skipping: bool) -> timing.Sample:
     """Every frame of the file is decoded, or only those that the chosen ones need; no pixel is converted."""
-    from vlmfast.video.frame_index import frames_of, open_video
+    from vlmfast.video.frames import frames_of, open_video
 
     start = time.perf_counter()
     reader = opened(path, frames, skipping)

@@ -45,21 +45,24 @@ def check(text: Any) -> None:
 
 
 @contextmanager
-def running(model: nn.Module, text: Any, late: bool) -> Iterator[None]:
-    """For the time of a forward over one of our caches: our attention, and (late) the identity rotation."""
+def running(model: nn.Module, text: Any, cache: Any = None) -> Iterator[None]:
+    """For the time of a forward over one of our caches: our attention. cache: one of un-rotated keys; its layers are
+    handed the identity rotation, and its `rotation` becomes the model's own of this forward, cos and sin (n, Dh)."""
+
+    def identity(module: nn.Module, args: Any, cos_and_sin: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        cos, sin = cos_and_sin
+        cache.rotation = cos[0], sin[0]
+        return torch.ones_like(cos), torch.zeros_like(sin)
+
     with model_lock(model):
         attention_patch = Patch()
         attention_patch.set(text.config, "_attn_implementation_internal", NAME)
-        if late:
-            attention_patch.hook(text.rotary_emb.register_forward_hook(_identity))
+        if cache is not None:
+            attention_patch.hook(text.rotary_emb.register_forward_hook(identity))
         try:
             yield
         finally:
             attention_patch.remove()
-
-
-def _identity(module: nn.Module, args: Any, cos_and_sin: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return torch.ones_like(cos_and_sin[0]), torch.zeros_like(cos_and_sin[1])
 
 
 def cos_sin(text: Any, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

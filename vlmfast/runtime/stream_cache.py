@@ -10,13 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from vlmfast.core import Unsupported
-from vlmfast.runtime.compat import CACHE
-from vlmfast.runtime.late_rope import attend, cos_sin, mark, rotate, running
-from vlmfast.runtime.transfers import to_device
+from vlmfast.runtime.late_rope import attend, cos_sin, mark, rotate
 
 
 class _Layer(CacheLayerMixin):
@@ -65,7 +63,7 @@ class WindowLayer(_Layer):
         if b > cap:
             raise RuntimeError(f"{b} columns do not fit the window's {cap}")
         self.raw[:, a:b] = key_states[0]
-        self.rot[:, a:b] = rotate(key_states[0], *self.owner.now)
+        self.rot[:, a:b] = rotate(key_states[0], *self.owner.rotation)
         self.val[:, a:b] = value_states[0]
         self.n = b
         return mark(self.rot[None, :, :b], self), self.val[None, :, :b]
@@ -75,7 +73,7 @@ class WindowLayer(_Layer):
         return self.raw, self.rot, self.val
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        return attend(rotate(q, *self.owner.now), k, v, scaling)
+        return attend(rotate(q, *self.owner.rotation), k, v, scaling)
 
     def drop(self, first: int, last: int) -> None:
         """Remove columns first..last - 1; the ones after them move down."""
@@ -85,55 +83,29 @@ class WindowLayer(_Layer):
         self.n -= last - first
 
 
-class WindowCache(DynamicCache):
+class LateCache(DynamicCache):
+    """A cache of un-rotated keys. rotation: cos and sin (n, Dh) of the forward that runs, see `late_rope.running`."""
+
+    rotation: tuple[Tensor, Tensor]
+
+
+class WindowCache(LateCache):
     """The cache of the encoder: `init` columns that never leave, then a window that slides by whole blocks."""
 
     def __init__(self, text: Any, capacity: int) -> None:
         super().__init__()
         self.text, self.capacity = text, capacity
         self.layers = [WindowLayer(self) for _ in text.layers]
-        self.positions = torch.zeros(0, 0, dtype=torch.long)  # (A, n), as rotated now
-        self.now: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
 
-    def forward(self, model: nn.Module, embeds: Tensor, positions: Tensor, **deep: Any) -> Tensor:
-        """Append embeds (1, n, D) at positions (A, n) int64; returns their last hidden states (1, n, D).
-
-        All or nothing: after an error the cache is what it was.
-        """
-        before = self.layers[0].n
-        self.now = cos_sin(self.text, positions, embeds)
-        ids = positions[:, None] if positions.shape[0] > 1 else positions
-        try:
-            with running(model, self.text, late=True):
-                out = self.text(
-                    inputs_embeds=embeds,
-                    position_ids=to_device(ids, embeds.device),
-                    **{CACHE: self},
-                    use_cache=True,
-                    **deep,
-                )
-        except BaseException:
-            self.crop(before - self.layers[0].n)
-            for layer in self.layers:
-                layer.n = before
-            raise
-        held = self.positions if self.positions.numel() else positions[:, :0]
-        self.positions = torch.cat([held, positions], 1)
-        return out.last_hidden_state
-
-    def crop(self, max_length: int) -> None:
-        """Remove -max_length columns from the end (0 removes none)."""
-        if max_length > 0:
-            raise ValueError("crop takes minus the number of columns to remove")
+    def keep(self, columns: int) -> None:
+        """Remove the columns behind the first ones; also after a forward that not all layers came through."""
         for layer in self.layers:
-            layer.n += max_length
-        self.positions = self.positions[:, : self.layers[0].n]
+            layer.n = columns
 
     def slide(self, first: int, last: int, positions: Tensor) -> None:
         """Remove columns first..last - 1 and rotate what stays by new positions (A, n)."""
         for layer in self.layers:
             layer.drop(first, last)
-        self.positions = positions
         cos, sin = cos_sin(self.text, positions, self.layers[0].raw)
         for layer in self.layers:
             layer.rot[:, : layer.n] = rotate(layer.raw[:, : layer.n], cos, sin)
@@ -247,7 +219,7 @@ class ProbeLayer(_Layer):
         hk = k.shape[1]
         queries = q[0].reshape(hk, q.shape[1] // hk, q.shape[2], -1)
         past_k, past_v, positions = self.owner.fetch(self.index, queries)
-        cos, sin = self.owner.rotation(positions, q)
+        cos, sin = self.owner.rotation_at(positions, q)
         k = torch.cat([past_k[None], rotate(k, cos, sin)], 2)
         return attend(rotate(q, cos, sin), k, torch.cat([past_v[None], v], 2), scaling)
 
@@ -255,32 +227,21 @@ class ProbeLayer(_Layer):
 Fetch = Callable[[int, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
-class ProbeCache(DynamicCache):
-    """Runs a question through the layers; at layer l, `fetch(l, queries)` gets its un-rotated queries (Hk, G, q, Dh)
-    and returns rotated keys and values (Hk, n, Dh) to attend to, and the question's positions (A, q)."""
+class ProbeCache(LateCache):
+    """For a question that runs through the layers: at layer l, `fetch(l, queries)` gets its un-rotated queries
+    (Hk, G, q, Dh) and returns rotated keys and values (Hk, n, Dh) to attend to, and the question's positions (A, q)."""
 
     def __init__(self, text: Any, fetch: Fetch) -> None:
         super().__init__()
         self.text, self.fetch = text, fetch
         self.layers = [ProbeLayer(self, i) for i in range(len(text.layers))]
-        self._rotation: tuple[Tensor, tuple[Tensor, Tensor]] | None = None  # of the layer before, and its positions
+        self._fetched: tuple[Tensor, tuple[Tensor, Tensor]] | None = None  # positions of the layer before, cos and sin
 
-    def rotation(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    def rotation_at(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """`cos_sin` of the question's positions (A, q), which most layers share."""
-        if self._rotation is None or not torch.equal(self._rotation[0], positions):
-            self._rotation = positions, cos_sin(self.text, positions, like)
-        return self._rotation[1]
-
-    def forward(self, model: nn.Module, embeds: Tensor, axes: int) -> Tensor:
-        """embeds (1, q, D) -> last hidden states (1, q, D)."""
-        ids = torch.zeros(axes, 1, embeds.shape[1], dtype=torch.long, device=embeds.device)
-        with running(model, self.text, late=True):
-            return self.text(
-                inputs_embeds=embeds,
-                position_ids=ids if axes > 1 else ids[0],
-                **{CACHE: self},
-                use_cache=True,
-            ).last_hidden_state
+        if self._fetched is None or not torch.equal(self._fetched[0], positions):
+            self._fetched = positions, cos_sin(self.text, positions, like)
+        return self._fetched[1]
 
 
 def _roomy(x: Tensor, room: int) -> Tensor:

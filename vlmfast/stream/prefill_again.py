@@ -71,9 +71,8 @@ class PrefilledAgain:
                 tokens, end = tokens + counts[end], end + 1
             embeddings, deepstack = joined(given[begin:end], self.encoder.vision.device)
             first = sum(counts[:begin])
-            cache.forward(
-                self.encoder.vision.model, embeddings[None], positions[:, first : first + tokens], **deepstack
-            )
+            placed = positions[:, None, first : first + tokens]
+            self.encoder.vision.forward(cache, embeddings[None], placed, **deepstack)
             begin = end
         column = window.num_init
         for one, n in zip(given, counts, strict=True):

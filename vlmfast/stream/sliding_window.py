@@ -30,7 +30,7 @@ class WindowCheckpoint:
     shift: list[int]
     segment: int
     columns: int
-    tensors: tuple[list[tuple[Tensor, Tensor]], Tensor] | None = None  # keys and values by layer, and the positions
+    tensors: list[tuple[Tensor, Tensor]] | None = None  # keys and values by layer
 
 
 class SlidingWindow:
@@ -47,10 +47,7 @@ class SlidingWindow:
         self._checkpoint: WindowCheckpoint | None = None
         if init_ids:
             with torch.inference_mode(False), torch.no_grad():
-                self.cache.forward(vision.model, vision.embed(init_ids)[None], self._init_positions())
-
-    def _init_positions(self) -> Tensor:
-        return torch.arange(self.num_init).expand(self.axes, -1)
+                vision.forward(self.cache, vision.embed(init_ids)[None], self._positions([])[:, None])
 
     @property
     def origin(self) -> tuple[int, ...]:
@@ -86,13 +83,11 @@ class SlidingWindow:
         if not gone:
             return
         if self._checkpoint is not None and self._checkpoint.tensors is None:
-            tensors = [(x.raw[:, : x.n].clone(), x.val[:, : x.n].clone()) for x in self.cache.layers]
-            self._checkpoint.tensors = tensors, self.cache.positions
+            layers = self.cache.layers
+            self._checkpoint.tensors = [(x.raw[:, : x.n].clone(), x.val[:, : x.n].clone()) for x in layers]
         # the first block sets the shift; where none is left, the one that comes next
         self.shift = self._shift_of(self.blocks[0]) if self.blocks else []
-        init = self.cache.positions[:, : self.num_init]
-        stays = torch.cat([init, *(self.positions(block) for block in self.blocks)], 1)
-        self.cache.slide(self.num_init, self.num_init + gone, stays)
+        self.cache.slide(self.num_init, self.num_init + gone, self._positions(self.blocks))
         self._count_columns()
 
     def _shift_of(self, first: Block) -> list[int]:
@@ -105,6 +100,11 @@ class SlidingWindow:
         origin = torch.tensor([o - s for o, s in zip(block.origin, self.shift, strict=True)])
         return block.relative_positions.long() + origin[:, None]
 
+    def _positions(self, blocks: list[Block]) -> Tensor:
+        """Positions (A, n) of the init tokens, then of blocks."""
+        init = torch.arange(self.num_init).expand(self.axes, -1)
+        return torch.cat([init, *(self.positions(block) for block in blocks)], 1)
+
     def _count_columns(self) -> None:
         self.first_column, column = {}, self.num_init
         for block in self.blocks:
@@ -112,14 +112,19 @@ class SlidingWindow:
             column += block.num_tokens
 
     def forward(self, blocks: list[Block], embeddings: Tensor, **deepstack: Any) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Append blocks by one forward of the language model over their embeddings (n, D), n tokens in all.
+        """Append blocks by one forward of the language model over their embeddings (n, D), n tokens in all; after an
+        error none.
 
         Returns for every block its un-rotated keys and values (L, Hk, n, Dh) and the mean norm of each token's values
         (n,) float32.
         """
         begin = self.num_columns
         positions = torch.cat([self.positions(block) for block in blocks], 1)
-        self.cache.forward(self.vision.model, embeddings[None], positions, **deepstack)
+        try:
+            self.vision.forward(self.cache, embeddings[None], positions[:, None], **deepstack)
+        except BaseException:
+            self.cache.keep(begin)
+            raise
         end = self.num_columns
         keys = torch.stack([layer.raw[:, begin:end] for layer in self.cache.layers])
         values = torch.stack([layer.val[:, begin:end] for layer in self.cache.layers])
@@ -141,7 +146,6 @@ class SlidingWindow:
                 tensors = [torch.cat([x[:, :n], x.new_empty(x.shape[0], room, x.shape[2])], 1) for x in mine.tensors()]
                 layer.raw, layer.rot, layer.val = tensors
                 layer.n, layer.is_initialized = n, True
-        cache.positions = self._init_positions()
         return cache
 
     def init_layer(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -174,13 +178,12 @@ class SlidingWindow:
         """Be as at the checkpoint again."""
         self.blocks, self.first_column, self.shift, self.segment = to.blocks, to.first_column, to.shift, to.segment
         if to.tensors is None:
-            self.cache.crop(to.columns - self.num_columns)
+            self.cache.keep(to.columns)
             return
-        tensors, positions = to.tensors
-        for layer, (keys, values) in zip(self.cache.layers, tensors, strict=True):
-            layer.n = keys.shape[1]
-            layer.raw[:, : layer.n], layer.val[:, : layer.n] = keys, values
-        self.cache.slide(to.columns, self.num_columns, positions[:, : to.columns])
+        for layer, (keys, values) in zip(self.cache.layers, to.tensors, strict=True):
+            layer.n = to.columns
+            layer.raw[:, : layer.n], layer.val[:, : layer.n] = keys[:, : layer.n], values[:, : layer.n]
+        self.cache.slide(to.columns, to.columns, self._positions(self.blocks))
 
     def snapshot(self) -> dict[str, Tensor]:
         """Un-rotated keys "raw" and values "val" (L, Hk, n, Dh) of all columns, on the CPU."""
@@ -217,5 +220,5 @@ class SlidingWindow:
             layer.raw[:, begin:end] = keys[i].to(layer.raw)
             layer.val[:, begin:end] = values[i].to(layer.val)
             layer.n = end
-        self.cache.slide(end, end, torch.cat([self._init_positions(), *(self.positions(block) for block in blocks)], 1))
+        self.cache.slide(end, end, self._positions(blocks))
         self._count_columns()

@@ -8,6 +8,7 @@ where a grid's tokens lie, how time advances and where the text after a video be
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +17,12 @@ from torch import Tensor
 
 from vlmfast import engine, families, media
 from vlmfast.core import Unsupported, UserError
-from vlmfast.families.base import feature_list
+from vlmfast.runtime.compat import CACHE
 from vlmfast.runtime.fast_tower import fast_modules
+from vlmfast.runtime.late_rope import running
 from vlmfast.runtime.model_lock import lock_functions, streamed
 from vlmfast.runtime.patch import Patch
+from vlmfast.runtime.stream_cache import LateCache
 from vlmfast.runtime.template import chat_text
 from vlmfast.runtime.transfers import to_device
 from vlmfast.runtime.weights import reason
@@ -160,10 +163,10 @@ class VisionEncoder:
             )
             deepstack = [torch.stack(list(level)) for level in getattr(out, "deepstack_features", None) or []]
             size = (int(grid[0, 1]) // merge, int(grid[0, 2]) // merge)
-            return GridFeatures(torch.stack(feature_list(out)), size, deepstack)
+            return GridFeatures(torch.stack(out.pooler_output), size, deepstack)
         made = self._processed([pixels])
         out = self.base.get_video_features(self._pixels(made))
-        flat = feature_list(out)[0]
+        flat = out.pooler_output[0]
         flat = flat[: flat.shape[0] - self.closing().shape[0]]  # OneVision's newline closes a video, not a frame
         features = flat.view(len(frames), -1, flat.shape[-1])
         side = int(features.shape[1] ** 0.5)
@@ -219,6 +222,14 @@ class VisionEncoder:
     def embed(self, ids: list[int]) -> Tensor:
         """(n, D) embeddings of token ids."""
         return self.text.embed_tokens(to_device(torch.tensor(ids, dtype=torch.long), self.device)).detach()
+
+    def forward(self, cache: Any, embeddings: Tensor, positions: Tensor, **deepstack: Any) -> Tensor:
+        """The language model over embeddings (R, n, D) at positions (A, R, n), read with what the cache holds and added
+        to it; last hidden states (R, n, D)."""
+        ids = to_device(positions if self.layout.axes > 1 else positions[0], embeddings.device)
+        options = {CACHE: cache, "position_ids": ids, "use_cache": True, **deepstack}
+        with running(self.model, self.text, cache) if isinstance(cache, LateCache) else nullcontext():
+            return self.text(inputs_embeds=embeddings, **options).last_hidden_state
 
     def text_ids(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens."""

@@ -20,10 +20,8 @@ from torch import Tensor
 
 from vlmfast.core import Unsupported, UserError
 from vlmfast.fields import NonNegativeFloat, Share, checked
-from vlmfast.runtime.compat import CACHE
 from vlmfast.runtime.placeholders import refuse_placeholders
 from vlmfast.runtime.stream_cache import PlainCache
-from vlmfast.runtime.transfers import to_device
 from vlmfast.stream.blocks import BlockInput, block_positions, joined
 from vlmfast.stream.encoder import MOST_TOKENS
 from vlmfast.stream.snapshot import SavedIntake
@@ -144,22 +142,16 @@ class YesNoReader:
             deepstack["visual_pos_masks"] = F.pad(of_rows, (window.num_init, 0))
         placed = [torch.cat([init, block_positions(b, window.origin, builder.contiguous)], 1) for b in blocks]
         cache = PlainCache()
-        self._feed(cache, torch.cat([before, embeddings], 1), torch.stack(placed, 1), **deepstack)
+        vision.forward(cache, torch.cat([before, embeddings], 1), torch.stack(placed, 1), **deepstack)
         cache.repeat(len(prompts))
         asked = [torch.cat([vision.closing(), vision.embed(ids)]) for ids in prompts]
         last = [len(prompt) - 1 for prompt in asked] * len(spans)
         padded = torch.nn.utils.rnn.pad_sequence(asked, batch_first=True)  # what comes after a prompt it does not see
         starts = torch.tensor([builder.text_start(b) for b in blocks]).repeat_interleave(len(prompts))
         positions = (starts[:, None] + torch.arange(padded.shape[1])).expand(window.axes, -1, -1)
-        hidden = self._feed(cache, padded.repeat(len(spans), 1, 1), positions)
+        hidden = vision.forward(cache, padded.repeat(len(spans), 1, 1), positions)
         ends = hidden[torch.arange(len(last)), torch.tensor(last)]
         return vision.model.get_output_embeddings()(ends).view(len(spans), len(prompts), -1)
-
-    def _feed(self, cache: PlainCache, embeddings: Tensor, positions: Tensor, **deepstack: Any) -> Tensor:
-        """Last hidden states (R, n, D) of embeddings (R, n, D) at positions (A, R, n)."""
-        ids = to_device(positions if positions.shape[0] > 1 else positions[0], embeddings.device)
-        options = {CACHE: cache, "position_ids": ids, "use_cache": True, **deepstack}
-        return self.vision.text(inputs_embeds=embeddings, **options).last_hidden_state
 
 
 class WatchedIntake(SavedIntake):

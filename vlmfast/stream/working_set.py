@@ -20,7 +20,6 @@ from vlmfast.runtime import transfers
 from vlmfast.runtime.compat import CACHE
 from vlmfast.runtime.late_rope import cos_sin, rotate, running
 from vlmfast.runtime.stream_cache import ProbeCache, work_cache
-from vlmfast.runtime.transfers import to_device
 from vlmfast.stream.archive.segments import BlockLost
 from vlmfast.stream.archive.store import Store
 from vlmfast.stream.blocks import Block, BlockInput, PackedLayer, block_positions, joined, text_position, unpack
@@ -146,7 +145,8 @@ class WorkingSetBuilder:
             start = self.text_start(blocks)
             return keys, values, torch.arange(start, start + n).expand(axes, -1)
 
-        ProbeCache(self.vision.text, fetch).forward(self.vision.model, embeds, axes)
+        nowhere = torch.zeros(axes, 1, n, dtype=torch.long)  # each layer places the question behind what it reads
+        self.vision.forward(ProbeCache(self.vision.text, fetch), embeds, nowhere)
 
     @staticmethod
     def _choose(retriever: Internal, candidates: Candidates, scores: Tensor) -> list[Block]:
@@ -264,13 +264,8 @@ class WorkingSetBuilder:
         embeddings, deepstack = joined(grids, self.vision.device)
         behind = [positions[:, -len(embeddings) :] for positions in placed]
         with reading(self.vision, plain_cache):
-            self._feed(cache, embeddings, max(behind, key=lambda positions: int(positions[0, 0])), **deepstack)
-
-    def _feed(self, cache: Any, embeddings: Tensor, positions: Tensor, **deepstack: Any) -> Tensor:
-        """One forward of the language model over embeddings (n, D) at positions (A, n); last hidden states (n, D)."""
-        ids = to_device(positions[:, None] if positions.shape[0] > 1 else positions, embeddings.device)
-        options = {CACHE: cache, "position_ids": ids, "use_cache": True, **deepstack}
-        return self.vision.text(inputs_embeds=embeddings[None], **options).last_hidden_state[0]
+            positions = max(behind, key=lambda positions: int(positions[0, 0]))
+            self.vision.forward(cache, embeddings[None], positions[:, None], **deepstack)
 
     # -- the prompt ----------------------------------------------------------------------------------------------------
 
@@ -282,8 +277,8 @@ class WorkingSetBuilder:
         n = len(embeds)
         if not n:
             return
-        positions = torch.arange(working_set.start, working_set.start + n).expand(self.encoder.layout.axes, -1)
-        self._feed(working_set.cache, embeds, positions)
+        positions = torch.arange(working_set.start, working_set.start + n).expand(self.encoder.layout.axes, 1, -1)
+        self.vision.forward(working_set.cache, embeds[None], positions)
         working_set.start += n
         working_set.past += n
 
@@ -309,13 +304,14 @@ class WorkingSetBuilder:
             self.prefill(working_set)
             last = self.inputs(working_set)
             embeds = self.vision.embed(last["input_ids"][0, -1:].tolist())
-            hidden = self._feed(working_set.cache, embeds, last["position_ids"][..., -1:].flatten()[:, None])
+            positions = last["position_ids"][..., -1:].view(-1, 1, 1)
+            hidden = self.vision.forward(working_set.cache, embeds[None], positions)[0]
         return self.vision.model.get_output_embeddings()(hidden)[-1].float()  # type: ignore[operator]
 
 
 def reading(vision: Any, plain_cache: bool) -> Any:
     """Our attention for our caches; a plain cache is read by the model's own."""
-    return nullcontext() if plain_cache else running(vision.model, vision.text, late=False)
+    return nullcontext() if plain_cache else running(vision.model, vision.text)
 
 
 def cache_bytes(cache: Any) -> int:

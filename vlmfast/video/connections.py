@@ -14,8 +14,16 @@ import numpy as np
 
 from vlmfast.core import UserError
 from vlmfast.video import decoders
-from vlmfast.video.conversion import Conversion, Decoded, frame_orientation, of_picture, of_video
-from vlmfast.video.frame_index import LIMITS, limit_decoder, reason
+from vlmfast.video.frames import (
+    LIMITS,
+    Conversion,
+    Decoded,
+    frame_orientation,
+    limit_decoder,
+    of_picture,
+    of_video,
+    reason,
+)  # fmt: skip
 
 # What libav may open for a URL of each scheme: the stream itself and its parts, never a local file.
 _HTTP = "http,https,httpproxy,tls,tcp,crypto,data"

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmfast.core import UserError
-from vlmfast.video.conversion import Conversion
-from vlmfast.video.frame_index import Index, frames_of, open_video
+from vlmfast.video.frame_index import Index
+from vlmfast.video.frames import Conversion, frames_of, open_video
 
 BACKENDS = {
     "pyav": "av",

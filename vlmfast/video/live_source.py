@@ -31,10 +31,21 @@ from vlmfast.video.connections import (
     well_formed,
     without_secrets,
 )  # fmt: skip
-from vlmfast.video.conversion import Conversion, Decoded, frame_orientation, of_picture, of_video
 from vlmfast.video.due import Due, DueStamps
-from vlmfast.video.frame_index import PacketCount, can_skip, frames_of, open_video, stamped, timestamp_of
+from vlmfast.video.frames import (
+    Conversion,
+    Decoded,
+    can_skip,
+    frame_orientation,
+    frames_of,
+    of_picture,
+    of_video,
+    open_video,
+    stamped,
+    timestamp_of,
+)  # fmt: skip
 from vlmfast.video.images import Size
+from vlmfast.video.packet_count import PacketCount
 
 _LONGEST_WAIT = 30.0
 _Timed = tuple[Decoded, float]  # and seconds since the first frame

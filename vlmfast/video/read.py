@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from vlmfast.core import UserError
 from vlmfast.fields import PositiveFloat, PositiveInt, checked
 from vlmfast.video import decoders
-from vlmfast.video.frame_index import read_index, reason
+from vlmfast.video.frame_index import read_index
+from vlmfast.video.frames import reason
 from vlmfast.video.images import (
     Size,
     as_frame,

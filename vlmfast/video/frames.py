@@ -1,4 +1,7 @@
-"""Turns decoded frames into upright RGB arrays, smaller ones in the decoder's own colour conversion (swscale)."""
+"""From a video file to frames: opens it through libav, decodes it in order, sets each frame upright as an RGB array.
+
+Smaller frames are scaled in the decoder's own colour conversion (swscale).
+"""
 
 from __future__ import annotations
 
@@ -6,21 +9,140 @@ import os
 import struct
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlmfast.core import UserError
+from vlmfast.video.due import DueStamps
 from vlmfast.video.images import resize
+from vlmfast.video.limits import MOST_PIXELS, check_pixels, regular
+from vlmfast.video.packet_count import PacketCount
 
+# What libav may take a file for: containers of video, and sound and pictures in order to say that it is one. Left out
+# are the formats that name further files or addresses (playlists, session descriptions, concatenations).
+_FORMATS = (
+    "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,h264,hevc,vvc,obu,av1,ivf,m4v,mpegvideo,mjpeg,gif,apng,nut,mxf,dv,"
+    "yuv4mpegpipe,rm,wav,mp3,flac,aac,ac3,aiff,au,png_pipe,jpeg_pipe,bmp_pipe,webp_pipe,tiff_pipe,gif_pipe,image2"
+)
+LIMITS = {"max_pixels": str(MOST_PIXELS)}  # of libav's decoders, also while it probes a file
+_STAMPED = {"mp4", "matroska", "mpegts"}  # their packets carry true presentation stamps; elsewhere frames are counted
+_STAMPLESS = {"avi", "h264", "hevc", "mpegvideo", "m4v"}  # only a frame rate: what libav makes up is no better
 _MOST_THREADS = 4
 Target = Callable[[tuple[int, int]], tuple[int, int]]  # (height, width) of an upright frame -> that it is scaled to
 Decoded = Callable[[Target], NDArray[np.uint8]]  # converts a decoded frame to pixels when it is wanted
+
+
+def reason(error: BaseException) -> str:
+    """The message of a libav error, on one line and without its number and path."""
+    return " ".join(str(getattr(error, "strerror", None) or error).split()).rstrip(".")
+
+
+@contextmanager
+def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
+    """(container, video stream) of a local file, threads on. Raises UserError for whatever is not a video."""
+    import av
+
+    path = regular(path, "file")
+    with path.open("rb") as video_file:
+        first_bytes = video_file.read(16).lstrip().lower()
+    if first_bytes.startswith((b"#extm3u", b"ffconcat")):
+        # A playlist would make libav open files and addresses that the user never named.
+        raise UserError(f"{path} is a playlist, not a video; give the video itself, or the stream's URL")
+    try:
+        # The protocol is spelled out so that a name like "http:x" or "concat:a|b" stays a file name.
+        options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS, **LIMITS}
+        container = av.open(f"file:{path.absolute()}", options=options)
+    except (av.error.FFmpegError, ValueError) as av_error:
+        raise UserError(
+            f"{path} cannot be read as a video ({reason(av_error)}): it is damaged, cut short or not a video; "
+            "check that it plays, or copy it again"
+        ) from None
+    with container:
+        streams = [
+            track for track in container.streams.video if not track.disposition & 0x400
+        ]  # 0x400: a cover picture
+        format_name = container.format.name
+        if format_name == "image2" or format_name.endswith("_pipe"):
+            raise UserError(f"{path} is a picture, not a video; give it as an image")
+        if not streams or format_name == "tty":  # libav takes any .txt for terminal art
+            raise UserError(f"{path} is not a video (it has no video track); give a file such as mp4, mkv or webm")
+        limit_decoder(streams[0], path)
+        streams[0].thread_type = "AUTO"  # by frames and by slices, on all cores
+        streams[0].codec_context.thread_count = 0
+        yield container, streams[0]
+
+
+def limit_decoder(stream: Any, name: object) -> None:
+    """Hold the decoder to MOST_PIXELS, also where a later frame is larger. UserError where the header says more."""
+    if stream.codec_context is None:
+        raise UserError(f"{name} is damaged, or coded in a way that is not known here; convert it to H.264")
+    check_pixels(name, stream.height, stream.width)
+    stream.codec_context.options = LIMITS
+
+
+def can_skip(stream: Any, frame: Any) -> bool:
+    """Can the stream's decoder leave out just those frames to which no other refers? frame: a decoded one of it.
+
+    In H.264 and MPEG-2 every picture is marked as one that others refer to, or not. In HEVC that holds within one
+    temporal layer, and the header in mp4 and mkv holds their number. Interlaced fields may come as two packets.
+    """
+    context = stream.codec_context
+    if frame.interlaced_frame:
+        return False
+    codec_header = context.extradata or b""
+    is_hvcc = len(codec_header) > 21 and codec_header[0] == 1
+    one_layer = is_hvcc and (codec_header[21] >> 3) & 7 == 1  # its numTemporalLayers
+    return context.name in ("h264", "mpeg2video") or (context.name == "hevc" and one_layer)
+
+
+def frames_of(
+    container: Any, stream: Any, path: Path, count: PacketCount | None = None, wanted: Container[int] | None = None
+) -> Generator[Any, None, None]:
+    """Decoded av.VideoFrame objects from where the container stands. UserError where decoding fails.
+
+    count: of the packets on the way, for a reader that goes from the beginning to the end.
+    wanted: stamps of the frames that must come; of the others, those to which no frame refers are not decoded.
+    """
+    import av
+
+    last_seconds: float | None = None
+    packets = container.demux(stream)
+    try:
+        for packet in wanted.ahead(packets) if isinstance(wanted, DueStamps) else packets:
+            if count is not None:
+                count.add(packet)
+            if wanted is not None:  # holds for this packet alone, also with several decoding threads
+                stream.codec_context.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in wanted else "NONREF"
+            for frame in packet.decode():
+                last_seconds = frame.time
+                yield frame
+    except av.error.FFmpegError as av_error:
+        location = "at its start" if last_seconds is None else f"after {last_seconds:.2f} s"
+        raise UserError(
+            f"{path} is damaged {location} ({reason(av_error)}); copy it again, or repair it with: "
+            f"ffmpeg -err_detect ignore_err -i {path.name} repaired.mp4"
+        ) from None
+
+
+def stamped(container: Any) -> bool:
+    """Do its packets carry true presentation stamps?"""
+    return bool(_STAMPED & set(container.format.name.split(",")))
+
+
+def timestamp_of(container: Any, frame: Any) -> float | None:
+    """When the frame is shown, in seconds on the container's clock, or None where only the frame rate is known."""
+    return None if container.format.name in _STAMPLESS else frame.time
+
+
+# -- from decoded frames to pixels -------------------------------------------------------------------------------------
 
 
 class Conversion:
