@@ -104,7 +104,7 @@ def streamed(loaded: Any, config: dict[str, Any], layers: tuple[int, ...], minut
     """{schedule: {"questions", "scores", "levels", "ms", "again", "cost"}} of one clip."""
     from evals.stream import runs
     from vlmfast.pocket.clips import clip
-    from vlmfast.stream.retrievers import in_time
+    from vlmfast.stream.blocks import in_time
 
     count = 8 if minutes <= 2 else 16
     drawn, name = clip(seed, round(minutes * 60), questions=count), f"{minutes:g}min-{seed}"

@@ -26,8 +26,9 @@ from vlmfast.stream import (
     StreamSession,
     UniformRetriever,
 )
+from vlmfast.stream.blocks import in_time
 from vlmfast.stream.recall_by_layer import layer_recall
-from vlmfast.stream.retrievers import Retriever, in_time
+from vlmfast.stream.retrievers import Retriever
 
 TOKENS = 12  # longest answer
 PRESENT = 0.6  # of the best score, from which the present alone is read

@@ -9,7 +9,7 @@ import torch
 
 from vlmfast.core import UserError
 from vlmfast.stream.archive.representatives import FIRST_SLAB, LastKeys, RepresentativeTable
-from vlmfast.stream.blocks import Block, block_positions, origins, text_position
+from vlmfast.stream.blocks import Block, block_positions, in_time, intervals, origins, text_position
 from vlmfast.stream.retrievers import (
     Candidates,
     External,
@@ -19,8 +19,6 @@ from vlmfast.stream.retrievers import (
     Recency,
     UniformRetriever,
     best,
-    in_time,
-    intervals,
     parse,
     smoothed,
 )

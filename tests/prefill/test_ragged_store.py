@@ -37,10 +37,9 @@ def test_formats_keep_what_they_promise(fmt, n):
     keys, values = torch.randn(2, L, HK, n, DH, generator=torch.Generator().manual_seed(n))
     keys[..., 0] += 300  # a constant channel, as key biases make them
     packed = pack(BlockTensors(keys, values, keys.mean(2)), fmt)
-    scales = packed.key_scale, packed.value_scale
     for layer in range(L):
-        ks, vs = (None if s is None else s[layer] for s in scales)
-        k, v = unpack(packed.keys[layer], packed.values[layer], ks, vs, packed.representative[layer], torch.float32)
+        _, _, ks, vs, _ = packed.layer(layer)
+        k, v = unpack(packed.layer(layer), torch.float32)
         if fmt == "model":
             assert torch.equal(k, keys[layer]) and torch.equal(v, values[layer])
         elif fmt == "bf16":
@@ -56,14 +55,7 @@ def test_formats_keep_what_they_promise(fmt, n):
 def test_int8_of_zeros_is_zero():
     zeros = torch.zeros(L, HK, 4, DH)
     packed = pack(BlockTensors(zeros, zeros, zeros.mean(2)), "int8")
-    k, v = unpack(
-        packed.keys[0],
-        packed.values[0],
-        packed.key_scale[0],
-        packed.value_scale[0],
-        packed.representative[0],
-        torch.float32,
-    )
+    k, v = unpack(packed.layer(0), torch.float32)
     assert not k.any() and not v.any()
 
 

@@ -73,8 +73,8 @@ def test_four_bit_keys_and_values_err_by_half_a_step(keep_as, n):
     assert coarse.level == Level.FOUR_BIT and block.level == Level.FULL, "the record given is not changed"
     assert small.keys.numel() + small.values.numel() == L * HK * n * DH  # bytes of both
     for layer in range(L):
-        before = unpack(*packed.layer(layer), torch.float32)
-        keys, values = unpack(*small.layer(layer), torch.float32)
+        before = unpack(packed.layer(layer), torch.float32)
+        keys, values = unpack(small.layer(layer), torch.float32)
         for got, want, scale in ((keys, before[0], small.key_scale), (values, before[1], small.value_scale)):
             assert bool(((got - want).abs() <= 0.51 * scale[layer].float() + 1e-3).all())
         assert float((keys - tensors.keys[layer]).abs().max()) < 0.6

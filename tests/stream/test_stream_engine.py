@@ -170,7 +170,7 @@ def test_blocks_unpacked_together_are_what_each_is_alone(fmt: str, counts: tuple
     if coarse:
         whole = [x if i % coarse else coarsened(record, x, Level.FOUR_BIT)[1] for i, x in enumerate(whole)]
     packed = [x.layer(1) for x in whole]
-    want = [unpack(*layer, torch.float32) for layer in packed]
+    want = [unpack(layer, torch.float32) for layer in packed]
     with PretendCuda() as device:
         got = unpack_on_device(packed, torch.float32, CUDA)
         assert all(k.is_cuda and v.is_cuda for k, v in got) and not device.waits

@@ -18,7 +18,7 @@ from streams import FAMILIES, Q, close, logits, plain_logits, processor, session
 
 from vlmfast.plan import Plan
 from vlmfast.prefill import METHODS as POLICIES
-from vlmfast.stream.recent_grids import RecentGrids
+from vlmfast.stream.newest_blocks import RecentGrids
 from vlmfast.stream.retrievers import Internal, Oracle, Recency, RecentOnly, UniformRetriever
 from vlmfast.stream.session import StreamSession
 

@@ -81,7 +81,7 @@ def test_read_together_equals_read_alone(family):
         for j, prompt in enumerate(prompts):
             alone, word = reader.read([span], [prompt])
             assert torch.allclose(alone[0, 0], scores[i, j], atol=1e-4) and word[0, 0] == words[i, j]
-    from vlmfast.stream.recent_grids import Recent
+    from vlmfast.stream.newest_blocks import Recent
 
     whole = s.builder.build(None, [], "", prompts[1], False, Recent(spans[3]))
     likely = s.builder.logits(whole, False).log_softmax(-1)

@@ -9,11 +9,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from operator import add
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from vlmfast.core import UserError
 from vlmfast.runtime import transfers
 from vlmfast.runtime.transfers import to_device
 from vlmfast.stream import quantized
@@ -165,25 +168,14 @@ class PackedBlock:
 # -- storage formats ---------------------------------------------------------------------------------------------------
 
 
-def pack(block: BlockTensors, keep_as: str, with_features: bool = False) -> PackedBlock:
-    """A block's tensors in a format of `FORMATS`, made where they lie, then on the CPU (pinned, if a GPU made them).
-
-    "model": the model's dtype. "bf16". "int8": symmetric, one scale per channel or per token of every (layer, head),
-    whichever needs fewer of them; a quarter of float32, half of bf16. Keys are quantised as their difference to the
-    block's representative, so that large constant channels (key biases, KIVI arXiv 2402.02750) cost no precision.
-    with_features: what it was made of too, in the same dtype; "int8": with a scale per group of a token's values.
-    """
-    return _on_host([_pack(block, keep_as, with_features)], [])[0][0]
-
-
 def pack_all(
     blocks: Sequence[tuple[Block, BlockTensors]], keep_as: str, with_features: bool = False
 ) -> list[tuple[Block, PackedBlock]]:
-    """`pack` of several blocks with one wait for a GPU; sets the `norm` of those whose tensors tell it, and `visual` of
-    those whose features are kept."""
+    """`pack` of several blocks, on the CPU (pinned, if a GPU made them, which is waited for once); sets the `norm` of
+    those whose tensors tell it, and `visual` of those whose features are kept."""
     told = [(block, tensors.norms) for block, tensors in blocks if tensors.norms is not None]
     packed, norms = _on_host(
-        [_pack(tensors, keep_as, with_features) for _, tensors in blocks], [norms for _, norms in told]
+        [pack(tensors, keep_as, with_features) for _, tensors in blocks], [norms for _, norms in told]
     )
     for block, tensors in blocks:
         if with_features and tensors.given is not None:
@@ -202,8 +194,14 @@ def _on_host(blocks: list[PackedBlock], more: list[Tensor]) -> tuple[list[Packed
     return packed, list(here)
 
 
-def _pack(block: BlockTensors, keep_as: str, with_features: bool) -> PackedBlock:
-    """A block in its format, where it lies."""
+def pack(block: BlockTensors, keep_as: str, with_features: bool = False) -> PackedBlock:
+    """A block's tensors in a format of `FORMATS`, made where they lie.
+
+    "model": the model's dtype. "bf16". "int8": symmetric, one scale per channel or per token of every (layer, head),
+    whichever needs fewer of them; a quarter of float32, half of bf16. Keys are quantised as their difference to the
+    block's representative, so that large constant channels (key biases, KIVI arXiv 2402.02750) cost no precision.
+    with_features: what it was made of too, in the same dtype; "int8": with a scale per group of a token's values.
+    """
     features = pack_features(block.given, keep_as) if with_features and block.given is not None else (None, None)
     representative = block.representative.half()
     embedding = None if block.embedding is None else block.embedding.half()
@@ -241,15 +239,9 @@ def _int8(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale.float()).round_().clamp_(-127, 127).to(torch.int8), scale
 
 
-def unpack(
-    keys: Tensor,
-    values: Tensor,
-    key_scale: Tensor | None,
-    value_scale: Tensor | None,
-    representative: Tensor,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """One layer's keys and values (Hk, n, Dh) in `dtype`; scales and representative (Hk, Dh) of that layer."""
+def unpack(layer: PackedLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """One layer's keys and values (Hk, n, Dh) in `dtype`."""
+    keys, values, key_scale, value_scale, representative = layer
     if key_scale is None or value_scale is None:
         return keys.to(dtype), values.to(dtype)
     if keys.dtype == torch.uint8:
@@ -269,28 +261,21 @@ def origins(blocks: Sequence[Block], base: Sequence[int], contiguous: bool) -> l
     closes to the natural step of the block before it; otherwise distances are those of the stream. Under M-RoPE a block
     keeps its own (h, w) grid; only its origin moves.
     """
-    out: list[tuple[int, ...]] = []
-    for i, block in enumerate(blocks):
-        if i == 0:
-            out.append(tuple(base))
-            continue
-        before = blocks[i - 1]
-        step: Sequence[int] = [a - b for a, b in zip(block.origin, before.origin, strict=True)]
+    placed = [tuple(base)] if blocks else []
+    for before, block in pairwise(blocks):
+        step: Sequence[int] = [after - here for after, here in zip(block.origin, before.origin, strict=True)]
         if contiguous and block.id != before.id + 1:
             step = before.advance
-        out.append(tuple(a + s for a, s in zip(out[-1], step, strict=True)))
-    return out
+        placed.append(tuple(map(add, placed[-1], step)))
+    return placed
 
 
 def block_positions(blocks: Sequence[Block], base: Sequence[int], contiguous: bool) -> Tensor:
     """Positions (A, n) int64 of all tokens of `blocks`, in order."""
     if not blocks:
         return torch.zeros(len(base), 0, dtype=torch.long)
-    starts = origins(blocks, base, contiguous)
-    placed = [
-        block.relative_positions.long() + torch.tensor(o)[:, None] for block, o in zip(blocks, starts, strict=True)
-    ]
-    return torch.cat(placed, 1)
+    placed = zip(blocks, origins(blocks, base, contiguous), strict=True)
+    return torch.cat([block.relative_positions.long() + torch.tensor(origin)[:, None] for block, origin in placed], 1)
 
 
 def text_position(
@@ -305,6 +290,37 @@ def text_position(
         return max(base)
     last = origins(blocks, base, contiguous)[-1]
     if not timed:
-        return max(o + a for o, a in zip(last, blocks[-1].advance, strict=True))
+        return max(map(add, last, blocks[-1].advance))
     spatial = max(base) + extent
     return max(last[0] + 1, spatial) if after_max else spatial
+
+
+# -- blocks by their seconds -------------------------------------------------------------------------------------------
+
+
+def in_time(
+    blocks: Sequence[Block], at: float | None = None, between: tuple[float, float] | None = None
+) -> list[Block]:
+    """Blocks that had begun by second `at` and that overlap `between` (start, end)."""
+    if between is not None and not between[0] <= between[1]:
+        raise UserError(f"between={between} runs backwards: give (start, end) in seconds")
+    kept = [block for block in blocks if at is None or block.start <= at]
+    if between is not None:
+        first, last = between  # where they are equal: the block of that second
+        kept = [block for block in kept if block.end > first and (block.start < last or block.start <= first)]
+    return kept
+
+
+def intervals(weights: dict[int, float], blocks: dict[int, Block]) -> list[tuple[float, float, float]]:
+    """(start, end, score) of runs of neighbouring blocks, best first; the score is the best weight in the run."""
+    runs: list[list[float]] = []
+    last = None
+    for i in sorted(weights):
+        block = blocks[i]
+        if last is not None and i == last + 1:
+            runs[-1][1], runs[-1][2] = block.end, max(runs[-1][2], weights[i])
+        else:
+            runs.append([block.start, block.end, weights[i]])
+        last = i
+    found = [(float(start), float(end), round(float(score), 4)) for start, end, score in runs]
+    return sorted(found, key=lambda run: (-run[2], run[0]))

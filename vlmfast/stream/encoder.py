@@ -21,8 +21,7 @@ from vlmfast.runtime import transfers
 from vlmfast.runtime.transfers import columns
 from vlmfast.stream.archive.representatives import LastKeys
 from vlmfast.stream.blocks import Block, BlockInput, BlockTensors, joined
-from vlmfast.stream.recent_grids import RecentGrids
-from vlmfast.stream.sliding_window import SlidingWindow, WindowCheckpoint
+from vlmfast.stream.newest_blocks import RecentGrids, SlidingWindow, WindowCheckpoint
 from vlmfast.stream.vision import GridFeatures, VisionEncoder
 
 MOST_TOKENS = 2048  # of one forward of the language model

@@ -12,7 +12,8 @@ import torch
 
 from vlmfast.core import UserError
 from vlmfast.runtime.model_lock import model_lock
-from vlmfast.stream.retrievers import Candidates, Internal, best, in_time
+from vlmfast.stream.blocks import in_time
+from vlmfast.stream.retrievers import Candidates, Internal, best
 from vlmfast.stream.session import StreamSession
 
 Labelled = tuple[str, float | None, tuple[float, float]]

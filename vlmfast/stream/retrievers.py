@@ -6,7 +6,7 @@ the blocks left by the question's time filter, in stream order; every choice is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -75,34 +75,6 @@ def smoothed(scores: Tensor, sizes: Tensor, neighbours: int) -> Tensor:
     both = torch.stack([scores * weight, weight])[:, None]
     total, mass = F.conv1d(both, kernel, padding=neighbours)[:, 0]
     return total / mass
-
-
-def in_time(
-    blocks: Sequence[Block], at: float | None = None, between: tuple[float, float] | None = None
-) -> list[Block]:
-    """Blocks that had begun by second `at` and that overlap `between` (start, end)."""
-    if between is not None and not between[0] <= between[1]:
-        raise UserError(f"between={between} runs backwards: give (start, end) in seconds")
-    kept = [block for block in blocks if at is None or block.start <= at]
-    if between is not None:
-        first, last = between  # where they are equal: the block of that second
-        kept = [block for block in kept if block.end > first and (block.start < last or block.start <= first)]
-    return kept
-
-
-def intervals(weights: dict[int, float], blocks: dict[int, Block]) -> list[tuple[float, float, float]]:
-    """(start, end, score) of runs of neighbouring blocks, best first; the score is the best weight in the run."""
-    runs: list[list[float]] = []
-    last = None
-    for i in sorted(weights):
-        block = blocks[i]
-        if last is not None and i == last + 1:
-            runs[-1][1], runs[-1][2] = block.end, max(runs[-1][2], weights[i])
-        else:
-            runs.append([block.start, block.end, weights[i]])
-        last = i
-    found = [(float(start), float(end), round(float(score), 4)) for start, end, score in runs]
-    return sorted(found, key=lambda run: (-run[2], run[0]))
 
 
 @dataclass(frozen=True)

@@ -35,11 +35,11 @@ from vlmfast.runtime.working_set_prompt import MOST
 from vlmfast.stream import levels
 from vlmfast.stream.archive.folder import StoreError
 from vlmfast.stream.archive.store import Store
-from vlmfast.stream.blocks import Block
+from vlmfast.stream.blocks import Block, in_time, intervals
 from vlmfast.stream.encoder import Encoder
 from vlmfast.stream.levels import ByAge
 from vlmfast.stream.options import check_generate, check_session
-from vlmfast.stream.retrievers import Internal, RecentOnly, Retriever, in_time, intervals, parse
+from vlmfast.stream.retrievers import Internal, RecentOnly, Retriever, parse
 from vlmfast.stream.snapshot import head, open_archive
 from vlmfast.stream.vision import VisionEncoder, prepared
 from vlmfast.stream.watch_rules import WatchedIntake

@@ -25,8 +25,8 @@ from vlmfast.stream.archive.store import Store
 from vlmfast.stream.blocks import Block, BlockInput, PackedLayer, block_positions, joined, text_position, unpack
 from vlmfast.stream.encoder import Encoder
 from vlmfast.stream.levels import Level
+from vlmfast.stream.newest_blocks import Recent
 from vlmfast.stream.prefill_again import PrefilledAgain
-from vlmfast.stream.recent_grids import Recent
 from vlmfast.stream.retrievers import Candidates, Internal, Retriever, best
 from vlmfast.stream.unpack_on_device import unpack_on_device
 
@@ -180,7 +180,7 @@ class WorkingSetBuilder:
         if packed and like.is_cuda:
             unpacked = unpack_on_device(list(packed.values()), like.dtype, like.device)
         else:
-            unpacked = [unpack(*one, like.dtype) for one in packed.values()]
+            unpacked = [unpack(one, like.dtype) for one in packed.values()]
         found |= zip(packed, unpacked, strict=True)
         return [(block, *found[block.id]) for block in blocks if block.id in found]
 

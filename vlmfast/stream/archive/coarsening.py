@@ -36,7 +36,7 @@ def coarsened(block: Block, packed: PackedBlock, level: Level) -> tuple[Block, P
 def _four_bit(packed: PackedBlock, representative: torch.Tensor) -> PackedBlock:
     """Keys, as their difference to the representative, and values in 4 bits."""
     assert packed.keys is not None
-    layers = [unpack(*packed.layer(i), torch.float32) for i in range(len(packed.keys))]
+    layers = [unpack(packed.layer(i), torch.float32) for i in range(len(packed.keys))]
     keys, key_scale = quantized.packed(torch.stack([k for k, _ in layers]) - representative[:, :, None].float(), 4)
     values, value_scale = quantized.packed(torch.stack([v for _, v in layers]), 4)
     return dataclasses.replace(
@@ -74,8 +74,13 @@ class Coarsening:
 
     def due(self, seconds: float) -> bool:
         """Is it so long that ages were looked at?"""
-        newest = next(reversed(self.store.blocks.values()), None)
-        return self.schedule is not None and newest is not None and newest.end >= self._looked + seconds
+        if self.schedule is None or not self.store.blocks:
+            return False
+        return self._now() >= self._looked + seconds
+
+    def _now(self) -> float:
+        """Second of the stream at which its newest block ends."""
+        return next(reversed(self.store.blocks.values())).end  # type: ignore[no-any-return]
 
     def levels(self) -> dict[str, dict[str, int]]:
         """See `Store.levels`. A segment's bytes count for the level of its newest block."""
@@ -115,7 +120,7 @@ class Coarsening:
         store = self.store
         if self.schedule is None or not store.blocks:
             return
-        now = self._looked = next(reversed(store.blocks.values())).end
+        now = self._looked = self._now()
         if store.disk is None:
             for block in list(store.blocks.values()):
                 level = self.schedule.level(now - block.end)

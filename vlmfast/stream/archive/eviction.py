@@ -1,8 +1,8 @@
-"""Which blocks are given up first: those that bring little new and whose values are small, never the newest quarter.
+"""Gives up blocks where a limit is reached: those that bring little new and whose values are small come first.
 
-A block's worth is its share of new tokens and the norm of its values, each relative to the mean (temporal redundancy
-and value norm, after InfiniPot-V, arXiv 2506.15745). With a disk blocks are given up half a segment at a time, so that
-few segments are rewritten.
+The newest quarter is never given up. A block's worth is its share of new tokens and the norm of its values, each
+relative to the mean (temporal redundancy and value norm, after InfiniPot-V, arXiv 2506.15745). With a disk blocks are
+given up half a segment at a time, so that few segments are rewritten.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from vlmfast.stream.archive.folder import NoRoom
 from vlmfast.stream.blocks import Block
 
+RECORD_BYTES = 600  # bytes that a block's own record takes in RAM, about
 Entries = dict[str, dict[str, Any]]  # segment file -> {"blocks": ids, ...}, in stream order
 
 
@@ -58,3 +60,55 @@ def half_a_segment(blocks: dict[int, Block], segments: Entries) -> list[int]:
         return []
     ids = by_worth([blocks[i] for file in old for i in segments[file]["blocks"]])
     return lesser_halves({file: segments[file] for file in old}, ids)[0]
+
+
+class Eviction:
+    """Gives up blocks of one `Store`."""
+
+    def __init__(self, store: Any) -> None:
+        self.store = store
+
+    def from_ram(self, need: int, slots: int = 0) -> int:
+        """Give up blocks until `need` bytes of RAM and `slots` blocks are free, a sixteenth of the limit at a time.
+
+        Gives up nothing, and returns 0, when there is not so much to give up."""
+        store = self.store
+        gone: list[int] = []
+        target, freed = max(need, store.ram // 16) if need else 0, 0
+        for i in order_to_give_up(store.blocks, {} if store.disk is None else store.disk.entries):
+            if freed >= target and len(gone) >= slots:
+                break
+            freed += RECORD_BYTES + (store.in_ram[i].nbytes() if i in store.in_ram else 0)
+            gone.append(i)
+        if freed < need:
+            return 0
+        before = store.ram_bytes
+        store.remove(gone)
+        return before - store.ram_bytes
+
+    def from_disk(self, need: int) -> None:
+        """Coarsen, then give up blocks on disk until `need` bytes fit, and one more segment to rewrite others with.
+
+        Raises NoRoom, and gives up nothing, when that cannot be.
+        """
+        store = self.store
+        if store.disk is None or store.disk_limit is None:
+            return
+        spare = max([store.segment_size, need, *(e["bytes"] for e in store.disk.entries.values())])
+        if store.disk.used + need + spare > store.disk_limit:
+            store.disk.drop_aside()
+        fixed = store.disk.used - store.disk.segment_bytes
+        if fixed + need + spare > store.disk_limit:
+            raise NoRoom(
+                f"disk_limit={store.disk_limit:,} bytes cannot hold {need:,} more and room to rewrite a segment"
+            )
+        while store.disk.used + need + spare > store.disk_limit:
+            if store.coarsening.for_disk():
+                continue
+            gone = half_a_segment(store.blocks, store.disk.entries)
+            if not gone:
+                raise NoRoom(
+                    f"disk_limit={store.disk_limit:,} bytes is too small: it must hold a few segments of {spare:,} "
+                    "bytes"
+                )
+            store.remove(gone)

@@ -2,7 +2,7 @@
 
 With a disk, every block goes into a segment soon after it arrives and RAM is a cache of the newest; without one, RAM is
 all there is. When a tier is full blocks are coarsened, where a schedule allows it (`coarsening`), then those worth
-least are given up (`room`, `eviction`).
+least are given up (`eviction`).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from vlmfast.core import UserError, parse_bytes
 from vlmfast.stream.archive.coarsening import Coarsening
+from vlmfast.stream.archive.eviction import RECORD_BYTES, Eviction
 from vlmfast.stream.archive.folder import StoreError
 from vlmfast.stream.archive.representatives import RepresentativeTable
-from vlmfast.stream.archive.room import RECORD_BYTES, Room
 from vlmfast.stream.archive.segment_file import bytes_in_file
 from vlmfast.stream.archive.segments import BlockLost, Segments
 from vlmfast.stream.blocks import FORMATS, Block, BlockTensors, PackedBlock, PackedLayer, pack_all, unpack
@@ -61,7 +61,7 @@ class Store:
         most = SEGMENT_BYTES if self.disk_limit is None else max(1, self.disk_limit // 8)
         self.segment_size = min(SEGMENT_BYTES, most)
         self.coarsening = Coarsening(self, coarsen)
-        self.room = Room(self)
+        self.eviction = Eviction(self)
 
     def create(self) -> Store:
         """Make the disk folder, if there is to be one."""
@@ -129,8 +129,8 @@ class Store:
     def insert(self, block: Block, packed: PackedBlock) -> None:
         """`add` a packed block."""
         size = packed.nbytes() + RECORD_BYTES
-        self.room.free_slot(size, packed)
-        self.room.reserve(size + self.representatives.cost(packed.representative, packed.embedding))
+        self._free_slot(size, packed)
+        self._reserve(size + self.representatives.cost(packed.representative, packed.embedding))
         self.blocks[block.id] = block
         self.in_ram[block.id] = packed
         self.packed_bytes += packed.nbytes()
@@ -138,6 +138,44 @@ class Store:
         self.peak_ram = max(self.peak_ram, self.ram_bytes)
         if self.disk is not None:
             self.unwritten.append(block.id)
+
+    def _free_slot(self, size: int, packed: PackedBlock) -> None:
+        """Where the table of representatives must grow and may not, give up blocks for a free slot in it."""
+        slab = self.representatives.cost(packed.representative, packed.embedding)
+        if not slab or not self.blocks:
+            return
+        grown = self.representatives.nbytes() + slab + RECORD_BYTES * self.representatives.grown
+        if self.disk is not None:
+            full = grown > self.ram * 3 // 4
+        else:
+            over = self.ram_bytes + slab + size - self.ram
+            full = over > self.coarsening.for_ram(over)
+        if full:
+            self.eviction.from_ram(0, 1 + len(self.blocks) // 16)
+
+    def _reserve(self, need: int) -> None:
+        """Make `need` bytes of RAM free: first copies that are on disk too, then (without a disk) blocks."""
+        over = self.ram_bytes + need - self.ram
+        if over <= 0:
+            return
+        if self.disk is not None:
+            unwritten = set(self.unwritten)
+            copies = [i for i in self.in_ram if i not in unwritten]
+            if sum(self.in_ram[i].nbytes() for i in copies) < over and self.unwritten:
+                self.flush()
+                copies = list(self.in_ram)
+            for i in copies:
+                if over <= 0:
+                    return
+                over -= self.release(i)
+        over -= self.coarsening.for_ram(over)
+        if over > 0:
+            over -= self.eviction.from_ram(over)
+        if over > 0:
+            raise StoreError(
+                f"ram={self.ram:,} bytes cannot take a block of {need:,} beside {self.ram_bytes:,} in use "
+                "(representatives of all blocks stay in RAM): raise ram="
+            )
 
     def due(self) -> bool:
         """Is it time to write a segment, or (without a disk) to coarsen what has come of age?"""
@@ -163,7 +201,7 @@ class Store:
                 batch.append(i)
             if self.disk_limit is not None:
                 self.disk.drop_state()  # older than what comes now
-            self.room.on_disk(sum(sizes[i] for i in batch) + 600 + 48 * len(batch))
+            self.eviction.from_disk(sum(sizes[i] for i in batch) + 600 + 48 * len(batch))
             batch = [i for i in batch if i in self.blocks]
             if batch:
                 self.disk.write([(self.blocks[i], self.in_ram[i]) for i in batch])
@@ -225,7 +263,7 @@ class Store:
 
     def layer(self, block_id: int, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Un-rotated keys and values (Hk, n, Dh) of one layer of a block, in `dtype` on the CPU; see `packed_layer`."""
-        return unpack(*self.packed_layer(block_id, layer), dtype)
+        return unpack(self.packed_layer(block_id, layer), dtype)
 
     def packed_layer(self, block_id: int, layer: int) -> PackedLayer:
         """One layer of a block as it is kept; BlockLost when the disk lost it: `lost` then names its segment."""
