@@ -55,10 +55,10 @@ class Block:
 
     def json(self) -> dict[str, Any]:
         """The record as it is stored; earlier versions have neither visual nor level."""
-        more: dict[str, Any] = {} if self.visual is None else {"visual": list(self.visual)}
+        optional_fields: dict[str, Any] = {} if self.visual is None else {"visual": list(self.visual)}
         if self.level:
-            more["level"] = self.level.name.lower()
-        return more | {
+            optional_fields["level"] = self.level.name.lower()
+        return optional_fields | {
             "id": self.id, "start": self.start, "end": self.end, "origin": list(self.origin),
             "advance": list(self.advance), "rel": self.relative_positions.tolist(), "frames": self.frames,
             "novelty": round(self.novelty, 4), "norm": round(self.norm, 4),
@@ -68,10 +68,10 @@ class Block:
     def from_json(cls, data: dict[str, Any]) -> Block:
         data = dict(data)
         positions = torch.tensor(data.pop("rel"), dtype=torch.int16)
-        sides: dict[str, Any] = {key: tuple(data[key]) for key in ("origin", "advance", "visual") if key in data}
+        tuple_fields: dict[str, Any] = {key: tuple(data[key]) for key in ("origin", "advance", "visual") if key in data}
         if "level" in data:
             data["level"] = Level[data["level"].upper()]
-        return cls(**data | sides, relative_positions=positions)
+        return cls(**data | tuple_fields, relative_positions=positions)
 
 
 @dataclass
@@ -87,16 +87,16 @@ class BlockInput:
 
 def joined(inputs: Sequence[BlockInput], device: torch.device) -> tuple[Tensor, dict[str, Any]]:
     """Embeddings (n, D) of several blocks, one after the other, and the DeepStack arguments of their forward."""
-    embeddings = torch.cat([made.embeddings for made in inputs])
+    embeddings = torch.cat([block_input.embeddings for block_input in inputs])
     if not inputs[0].deepstack:
         return embeddings, {}
-    masks = [torch.zeros(made.block.num_tokens, dtype=torch.bool) for made in inputs]
-    for made, mask in zip(inputs, masks, strict=True):
-        mask[made.visual] = True
-    levels = zip(*(made.deepstack for made in inputs), strict=True)
+    visual_masks = [torch.zeros(block_input.block.num_tokens, dtype=torch.bool) for block_input in inputs]
+    for block_input, visual_mask in zip(inputs, visual_masks, strict=True):
+        visual_mask[block_input.visual] = True
+    levels = zip(*(block_input.deepstack for block_input in inputs), strict=True)
     return embeddings, {
-        "visual_pos_masks": to_device(torch.cat(masks)[None], device),
-        "deepstack_visual_embeds": [torch.cat(level) for level in levels],
+        "visual_pos_masks": to_device(torch.cat(visual_masks)[None], device),
+        "deepstack_visual_embeds": [torch.cat(level_features) for level_features in levels],
     }
 
 
@@ -146,8 +146,8 @@ class PackedBlock:
 
     def nbytes(self) -> int:
         """Bytes of keys, values, features and scales (the representative is counted where it is kept)."""
-        kept = (self.keys, self.values, self.key_scale, self.value_scale, self.features, self.feature_scale)
-        return sum(x.numel() * x.element_size() for x in kept if x is not None)
+        stored_tensors = (self.keys, self.values, self.key_scale, self.value_scale, self.features, self.feature_scale)
+        return sum(tensor.numel() * tensor.element_size() for tensor in stored_tensors if tensor is not None)
 
     def layer(self, layer: int) -> PackedLayer:
         """What `unpack` makes one layer's keys and values of."""
@@ -158,11 +158,11 @@ class PackedBlock:
 
     def tensors(self) -> dict[str, Tensor]:
         """By their names in a segment file."""
-        named = {
+        tensor_of = {
             "k": self.keys, "v": self.values, "ks": self.key_scale, "vs": self.value_scale,
             "rep": self.representative, "emb": self.embedding, "x": self.features, "xs": self.feature_scale,
         }  # fmt: skip
-        return {name: x.contiguous() for name, x in named.items() if x is not None}
+        return {name: tensor.contiguous() for name, tensor in tensor_of.items() if tensor is not None}
 
 
 # -- storage formats ---------------------------------------------------------------------------------------------------
@@ -173,14 +173,14 @@ def pack_all(
 ) -> list[tuple[Block, PackedBlock]]:
     """`pack` of several blocks, on the CPU (pinned, if a GPU made them, which is waited for once); sets the `norm` of
     those whose tensors tell it, and `visual` of those whose features are kept."""
-    told = [(block, tensors.norms) for block, tensors in blocks if tensors.norms is not None]
+    with_norms = [(block, tensors.norms) for block, tensors in blocks if tensors.norms is not None]
     packed, norms = _on_host(
-        [pack(tensors, keep_as, with_features) for _, tensors in blocks], [norms for _, norms in told]
+        [pack(tensors, keep_as, with_features) for _, tensors in blocks], [norms for _, norms in with_norms]
     )
     for block, tensors in blocks:
         if with_features and tensors.given is not None:
             block.visual = tensors.given.visual.start, tensors.given.visual.stop
-    for (block, _), of_tokens in zip(told, norms, strict=True):
+    for (block, _), of_tokens in zip(with_norms, norms, strict=True):
         block.norm = float(of_tokens.mean())
     return [(block, stored) for (block, _), stored in zip(blocks, packed, strict=True)]
 
@@ -188,10 +188,10 @@ def pack_all(
 def _on_host(blocks: list[PackedBlock], more: list[Tensor]) -> tuple[list[PackedBlock], list[Tensor]]:
     """Blocks, and more tensors, brought to the host at once."""
     fields = [[getattr(block, field.name) for field in dataclasses.fields(block)] for block in blocks]
-    there = transfers.read_back([*(x for tensors in fields for x in tensors if x is not None), *more])
-    here = iter(there)
-    packed = [PackedBlock(*(x if x is None else next(here) for x in tensors)) for tensors in fields]  # type: ignore[arg-type]
-    return packed, list(here)
+    present = [tensor for tensors in fields for tensor in tensors if tensor is not None]
+    arrived = iter(transfers.read_back([*present, *more]))
+    packed = [PackedBlock(*(tensor if tensor is None else next(arrived) for tensor in tensors)) for tensors in fields]  # type: ignore[arg-type]
+    return packed, list(arrived)
 
 
 def pack(block: BlockTensors, keep_as: str, with_features: bool = False) -> PackedBlock:
@@ -216,27 +216,28 @@ def pack(block: BlockTensors, keep_as: str, with_features: bool = False) -> Pack
 
 def pack_features(given: BlockInput, keep_as: str) -> tuple[Tensor, Tensor | None]:
     """What a block gave to the language model, (n + K * v, D), and the scales of "int8"."""
-    rows = torch.cat([given.embeddings, *given.deepstack])
+    feature_rows = torch.cat([given.embeddings, *given.deepstack])
     if keep_as == "int8":
-        return quantized.packed(rows, 8)
-    return rows.to(torch.bfloat16) if keep_as == "bf16" else rows, None
+        return quantized.packed(feature_rows, 8)
+    return feature_rows.to(torch.bfloat16) if keep_as == "bf16" else feature_rows, None
 
 
 def unpack_features(block: Block, packed: PackedBlock, like: Tensor) -> BlockInput:
     """What a block gave to the language model, in the dtype and on the device of `like`."""
     assert block.visual is not None and packed.features is not None
-    rows = packed.features
+    feature_rows = packed.features
     if packed.feature_scale is not None:
-        rows = quantized.unpacked(rows, packed.feature_scale)
-    rows, visual, n = to_device(rows.to(like.dtype), like.device), slice(*block.visual), block.num_tokens
-    deepstack = list(rows[n:].split(visual.stop - visual.start)) if len(rows) > n else []
-    return BlockInput(block, rows[:n], visual, deepstack)
+        feature_rows = quantized.unpacked(feature_rows, packed.feature_scale)
+    rows = to_device(feature_rows.to(like.dtype), like.device)
+    visual, num_tokens = slice(*block.visual), block.num_tokens
+    deepstack = list(rows[num_tokens:].split(visual.stop - visual.start)) if len(rows) > num_tokens else []
+    return BlockInput(block, rows[:num_tokens], visual, deepstack)
 
 
-def _int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    axis = 2 if x.shape[2] > x.shape[3] else 3
-    scale = (x.abs().amax(axis, keepdim=True) / 127).clamp(min=1e-8, max=6e4).half().clamp(min=6e-8)
-    return (x / scale.float()).round_().clamp_(-127, 127).to(torch.int8), scale
+def _int8(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    axis = 2 if numbers.shape[2] > numbers.shape[3] else 3
+    scale = (numbers.abs().amax(axis, keepdim=True) / 127).clamp(min=1e-8, max=6e4).half().clamp(min=6e-8)
+    return (numbers / scale.float()).round_().clamp_(-127, 127).to(torch.int8), scale
 
 
 def unpack(layer: PackedLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -288,11 +289,11 @@ def text_position(
     """
     if not blocks:
         return max(base)
-    last = origins(blocks, base, contiguous)[-1]
+    last_origin = origins(blocks, base, contiguous)[-1]
     if not timed:
-        return max(map(add, last, blocks[-1].advance))
-    spatial = max(base) + extent
-    return max(last[0] + 1, spatial) if after_max else spatial
+        return max(map(add, last_origin, blocks[-1].advance))
+    after_first_grid = max(base) + extent
+    return max(last_origin[0] + 1, after_first_grid) if after_max else after_first_grid
 
 
 # -- blocks by their seconds -------------------------------------------------------------------------------------------
@@ -304,23 +305,23 @@ def in_time(
     """Blocks that had begun by second `at` and that overlap `between` (start, end)."""
     if between is not None and not between[0] <= between[1]:
         raise UserError(f"between={between} runs backwards: give (start, end) in seconds")
-    kept = [block for block in blocks if at is None or block.start <= at]
+    matching = [block for block in blocks if at is None or block.start <= at]
     if between is not None:
         first, last = between  # where they are equal: the block of that second
-        kept = [block for block in kept if block.end > first and (block.start < last or block.start <= first)]
-    return kept
+        matching = [block for block in matching if block.end > first and (block.start < last or block.start <= first)]
+    return matching
 
 
 def intervals(weights: dict[int, float], blocks: dict[int, Block]) -> list[tuple[float, float, float]]:
     """(start, end, score) of runs of neighbouring blocks, best first; the score is the best weight in the run."""
     runs: list[list[float]] = []
-    last = None
-    for i in sorted(weights):
-        block = blocks[i]
-        if last is not None and i == last + 1:
-            runs[-1][1], runs[-1][2] = block.end, max(runs[-1][2], weights[i])
+    last_id = None
+    for block_id in sorted(weights):
+        block = blocks[block_id]
+        if last_id is not None and block_id == last_id + 1:
+            runs[-1][1], runs[-1][2] = block.end, max(runs[-1][2], weights[block_id])
         else:
-            runs.append([block.start, block.end, weights[i]])
-        last = i
-    found = [(float(start), float(end), round(float(score), 4)) for start, end, score in runs]
-    return sorted(found, key=lambda run: (-run[2], run[0]))
+            runs.append([block.start, block.end, weights[block_id]])
+        last_id = block_id
+    rounded = [(float(start), float(end), round(float(score), 4)) for start, end, score in runs]
+    return sorted(rounded, key=lambda run: (-run[2], run[0]))

@@ -124,66 +124,67 @@ class Encoder:
         features = self.vision.features(grids.frames)
         new_size = [self.last_features is None or features.size != self.grid_size] + [False] * (len(grids) - 1)
         # all of them before the language model runs: a GPU is read once
-        masks = [self._kept(grid, features.size) for grid in features.features]
-        kept, *whole = transfers.read_back([torch.stack(of_all) for of_all in zip(*masks, strict=True)])
-        ends = [last + interval for (_, last), interval in zip(grids.times, grids.interval, strict=True)]
-        first_held = self.recent.first(ends)
+        kept_masks = [self._kept(grid, features.size) for grid in features.features]
+        kept, *whole = transfers.read_back([torch.stack(of_all) for of_all in zip(*kept_masks, strict=True)])
+        grid_ends = [last + interval for (_, last), interval in zip(grids.times, grids.interval, strict=True)]
+        first_held = self.recent.first(grid_ends)
         group: list[EncodedGrid] = []
-        waiting = 0  # tokens of `group`
-        for g in range(len(grids)):
-            made = self._block_input(features, g, grids, kept[g], g >= first_held, whole[0][g] if whole else None)
-            n = made.block.num_tokens
-            if self.window.starts_segment(n):
+        num_waiting = 0  # tokens of `group`
+        for grid_index in range(len(grids)):
+            hold, by_pruner = grid_index >= first_held, whole[0][grid_index] if whole else None
+            block_input = self._block_input(features, grid_index, grids, kept[grid_index], hold, by_pruner)
+            num_tokens = block_input.block.num_tokens
+            if self.window.starts_segment(num_tokens):
                 yield from self._forward(group)
-                group, waiting = [], 0
-                self.window.slide(n)
-            elif waiting + n > MOST_TOKENS:
+                group, num_waiting = [], 0
+                self.window.slide(num_tokens)
+            elif num_waiting + num_tokens > MOST_TOKENS:
                 yield from self._forward(group)
-                group, waiting = [], 0
-            self.window.segment += n
-            waiting += n
-            group.append(EncodedGrid(made, kept[g], new_size[g]))
+                group, num_waiting = [], 0
+            self.window.segment += num_tokens
+            num_waiting += num_tokens
+            group.append(EncodedGrid(block_input, kept[grid_index], new_size[grid_index]))
         yield from self._forward(group)
         if not self.recent.watched:
             self.recent.trim()
 
     def _block_input(
-        self, features: GridFeatures, g: int, grids: GridFrames, kept: Tensor, hold: bool, whole: Tensor | None
+        self, features: GridFeatures, grid_index: int, grids: GridFrames, kept: Tensor, hold: bool, whole: Tensor | None
     ) -> BlockInput:
-        """What grid g gives to the language model: the tokens kept, its time stamp (Qwen3-VL) around them.
+        """What grid `grid_index` gives to the language model: the tokens kept, its time stamp (Qwen3-VL) around them.
 
         hold: keep it as part of the present, with its tokens `whole` (P,) bool, None for all.
         """
         progress, layout, (h, w) = self.progress, self.layout, features.size
-        start, last = grids.times[g]
+        start, last_second = grids.times[grid_index]
         progress.first = start if progress.first is None else progress.first
         self.first_extent = self.first_extent or layout.extent(h, w)
         progress.visual += len(kept)
         progress.kept += int(kept.sum())
-        stamp = self.vision.timestamp_ids(start - progress.first, last - progress.first)
+        stamp = self.vision.timestamp_ids(start - progress.first, last_second - progress.first)
         extent = layout.extent(h, w) + len(stamp) + bool(stamp)
-        end = last + grids.interval[g]
+        end = last_second + grids.interval[grid_index]
         if layout.timed:
-            tick = layout.ticks(start - progress.first, progress.blocks)
-            origin = (self.window.num_init + tick, *self.window.origin[1:])
-            natural = layout.ticks(end - start, 1) or 1
-            advance: tuple[int, ...] = (natural,) + (0,) * (layout.axes - 1)
+            time_offset = layout.ticks(start - progress.first, progress.blocks)
+            origin = (self.window.num_init + time_offset, *self.window.origin[1:])
+            natural_step = layout.ticks(end - start, 1) or 1
+            advance: tuple[int, ...] = (natural_step,) + (0,) * (layout.axes - 1)
         else:
             origin = (progress.cursor,) * layout.axes
             progress.cursor += extent
             advance = (extent,) * layout.axes
         novelty = float(kept.float().mean())
-        relative = self._relative_positions(features.size, stamp, kept)
-        block = Block(progress.blocks, start, end, origin, advance, relative, self.vision.frames_per_grid, novelty)
+        positions = self._relative_positions(features.size, stamp, kept)
+        block = Block(progress.blocks, start, end, origin, advance, positions, self.vision.frames_per_grid, novelty)
         self.window.check(block.num_tokens)
         progress.blocks += 1
-        made = self._tokens(block, features, g, stamp, kept)
+        block_input = self._tokens(block, features, grid_index, stamp, kept)
         if hold:
             whole = torch.ones_like(kept) if whole is None else whole
-            every = self._relative_positions(features.size, stamp, whole)
-            whole_block = dataclasses.replace(block, relative_positions=every)
-            self.recent.grids.append(self._tokens(whole_block, features, g, stamp, whole))
-        return made
+            all_positions = self._relative_positions(features.size, stamp, whole)
+            whole_block = dataclasses.replace(block, relative_positions=all_positions)
+            self.recent.grids.append(self._tokens(whole_block, features, grid_index, stamp, whole))
+        return block_input
 
     def _relative_positions(self, size: tuple[int, int], stamp: list[int], kept: Tensor) -> Tensor:
         """Positions (A, n) int16, less the grid's origin, of its stamp, its tokens kept (P,) bool, and what ends it."""
@@ -193,36 +194,36 @@ class Encoder:
             positions.append(torch.full((layout.axes, 1), layout.extent(*size) + len(stamp)))
         return torch.cat(positions, 1).to(torch.int16)
 
-    def _tokens(self, block: Block, features: GridFeatures, g: int, stamp: list[int], kept: Tensor) -> BlockInput:
-        """The tokens kept (P,) bool of grid g, copied, its stamp before and what ends it after them."""
-        levels = [features.features[g], *(level[g] for level in features.deepstack)]
+    def _tokens(self, block: Block, features: GridFeatures, index: int, stamp: list[int], kept: Tensor) -> BlockInput:
+        """The tokens kept (P,) bool of grid `index`, copied, its stamp before and what ends it after them."""
+        level_features = [features.features[index], *(of_level[index] for of_level in features.deepstack)]
         if not kept.all():
-            chosen = columns(kept, self.vision.device)
-            levels = [level[chosen] for level in levels]
+            kept_columns = columns(kept, self.vision.device)
+            level_features = [of_level[kept_columns] for of_level in level_features]
         elif features.deepstack:
-            levels = [level.clone() for level in levels]  # not the whole chunk's
-        parts = [self.vision.embed(stamp), levels[0]]
+            level_features = [of_level.clone() for of_level in level_features]  # not the whole chunk's
+        embedding_parts = [self.vision.embed(stamp), level_features[0]]
         if stamp:
-            parts.append(self.vision.embed([self.vision.end]))
-        embeddings = torch.cat([part.to(parts[0]) for part in parts])
+            embedding_parts.append(self.vision.embed([self.vision.end]))
+        embeddings = torch.cat([part.to(embedding_parts[0]) for part in embedding_parts])
         visual = slice(len(stamp), len(stamp) + int(kept.sum()))
-        return BlockInput(block, embeddings, visual, levels[1:])
+        return BlockInput(block, embeddings, visual, level_features[1:])
 
-    def _kept(self, grid: Tensor, size: tuple[int, int]) -> tuple[Tensor, ...]:
+    def _kept(self, features: Tensor, grid_size: tuple[int, int]) -> tuple[Tensor, ...]:
         """Which of a grid's features (P, D) go on, (P,) bool: redundancy, then the plan's pruner; at least one does.
         With a pruner also which it alone keeps."""
-        kept = torch.ones(grid.shape[0], dtype=torch.bool, device=grid.device)
-        distance = torch.ones(grid.shape[0], device=grid.device)
-        if self.last_features is None or size != self.grid_size:  # the first grid, or a new size: all of it is new
-            self.last_features, self.grid_size = grid.clone(), size
+        kept = torch.ones(features.shape[0], dtype=torch.bool, device=features.device)
+        distance = torch.ones(features.shape[0], device=features.device)
+        if self.last_features is None or grid_size != self.grid_size:  # the first grid, or a new size: all of it is new
+            self.last_features, self.grid_size = features.clone(), grid_size
         elif self.redundancy is not None:
-            kept, distance = not_redundant(grid, self.last_features, self.redundancy)
-            self.last_features = torch.where(kept[:, None], grid, self.last_features)
+            kept, distance = not_redundant(features, self.last_features, self.redundancy)
+            self.last_features = torch.where(kept[:, None], features, self.last_features)
         if self.pruner is not None and self.pruner.keep < 1:
-            frame = torch.zeros(grid.shape[0], dtype=torch.long, device=grid.device)
-            whole = torch.zeros_like(kept)
-            whole[self.pruner.select(VisualTokens(grid, frame, (1, *size), video=True))] = True
-            return _at_least_one(kept & whole, distance * kept), whole
+            frame_of_token = torch.zeros(features.shape[0], dtype=torch.long, device=features.device)
+            by_pruner = torch.zeros_like(kept)
+            by_pruner[self.pruner.select(VisualTokens(features, frame_of_token, (1, *grid_size), video=True))] = True
+            return _at_least_one(kept & by_pruner, distance * kept), by_pruner
         return (kept,)
 
     def _forward(self, group: list[EncodedGrid]) -> Iterator[list[tuple[Block, BlockTensors]]]:
@@ -231,14 +232,14 @@ class Encoder:
             return
         blocks = [grid.made.block for grid in group]
         embeddings, deepstack = joined([grid.made for grid in group], self.vision.device)
-        done = self.window.forward(blocks, embeddings, **deepstack)
-        out = []
-        for grid, (keys, values, norms) in zip(group, done, strict=True):
+        forwarded = self.window.forward(blocks, embeddings, **deepstack)
+        encoded = []
+        for grid, (keys, values, norms) in zip(group, forwarded, strict=True):
             if grid.new_size:
                 self.last_keys.forget()
             representative = self.last_keys.representative(keys[:, :, grid.made.visual], grid.kept)
-            out.append((grid.made.block, BlockTensors(keys, values, representative, None, norms, grid.made)))
-        yield out
+            encoded.append((grid.made.block, BlockTensors(keys, values, representative, None, norms, grid.made)))
+        yield encoded
 
     # -- going back, saving --------------------------------------------------------------------------------------------
 
@@ -261,14 +262,14 @@ class Encoder:
 
     def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that `restore` needs: tensors, the window at full precision, and what JSON can hold."""
-        recent, held = self.recent.snapshot()
-        tensors = self.window.snapshot() | self.last_keys.snapshot() | recent
+        recent_tensors, recent_records = self.recent.snapshot()
+        tensors = self.window.snapshot() | self.last_keys.snapshot() | recent_tensors
         if self.last_features is not None:
             tensors["last"] = self.last_features.cpu().contiguous()
         state = dataclasses.asdict(self.progress) | {"shift": self.window.shift, "segment": self.window.segment}
         return tensors, {
             "state": state, "size": self.grid_size, "span": self.first_extent,
-            "resident": [block.json() for block in self.window.blocks], "recent": held,
+            "resident": [block.json() for block in self.window.blocks], "recent": recent_records,
         }  # fmt: skip
 
     def restore(self, tensors: dict[str, Tensor], saved: dict[str, Any]) -> None:
@@ -295,16 +296,16 @@ class Encoder:
         and values (Hk, n, Dh); what it raises is raised, and nothing is changed then.
         """
         newest = self.window.newest(blocks)
-        layers = [[stored(block.id, i) for block in newest] for i in range(self.num_layers)]
-        last, progress = blocks[-1], self.progress
-        progress.blocks, progress.first, self.first_extent = last.id + 1, first, extent
+        layers = [[stored(block.id, layer_index) for block in newest] for layer_index in range(self.num_layers)]
+        last_block, progress = blocks[-1], self.progress
+        progress.blocks, progress.first, self.first_extent = last_block.id + 1, first, extent
         if not self.layout.timed:
-            progress.cursor = last.origin[0] + last.advance[0]
+            progress.cursor = last_block.origin[0] + last_block.advance[0]
         self.window.segment = self.window.segment_size  # the next block begins a segment, which makes room for it
         self.window.shift = []
         if newest:
-            keys = torch.stack([torch.cat([k for k, _ in layer], 1) for layer in layers])
-            values = torch.stack([torch.cat([v for _, v in layer], 1) for layer in layers])
+            keys = torch.stack([torch.cat([block_keys for block_keys, _ in layer], 1) for layer in layers])
+            values = torch.stack([torch.cat([block_values for _, block_values in layer], 1) for layer in layers])
             self.window.fill(newest, keys, values)
 
 

@@ -41,20 +41,21 @@ def as_times(timestamps: Any, count: int, last: float | None, step: float) -> li
     """`count` seconds, strictly increasing and after `last`; None continues from `last` in steps of `step`."""
     if timestamps is None:
         start = 0.0 if last is None else last + step
-        return [start + i * step for i in range(count)]
+        return [start + index * step for index in range(count)]
     times = [
-        float(t) for t in (timestamps if isinstance(timestamps, Sequence) else np.atleast_1d(np.asarray(timestamps)))
+        float(seconds)
+        for seconds in (timestamps if isinstance(timestamps, Sequence) else np.atleast_1d(np.asarray(timestamps)))
     ]
     if len(times) != count:
         raise UserError(f"{count} frames came with {len(times)} timestamps: give one per frame, in seconds")
-    before = last
-    for t in times:
-        if not math.isfinite(t) or (before is not None and t <= before):
+    previous = last
+    for seconds in times:
+        if not math.isfinite(seconds) or (previous is not None and seconds <= previous):
             raise UserError(
-                f"timestamps go backwards: {t:g} s after {before if before is not None else 0:g} s; a stream's seconds "
-                "must increase. None of these frames were taken, all before them are kept"
+                f"timestamps go backwards: {seconds:g} s after {previous if previous is not None else 0:g} s; a "
+                "stream's seconds must increase. None of these frames were taken, all before them are kept"
             )
-        before = t
+        previous = seconds
     return times
 
 
@@ -99,9 +100,9 @@ class FrameQueue:
     def take(self, most: int) -> list[TimedFrame]:
         """Up to `most` frames, oldest first."""
         with self._changed:
-            out = [self._frames.popleft() for _ in range(min(most, len(self._frames)))]
+            taken = [self._frames.popleft() for _ in range(min(most, len(self._frames)))]
             self._changed.notify_all()
-            return out
+            return taken
 
     def wait(self, seconds: float) -> None:
         """Until something changes, or so long."""
@@ -162,15 +163,15 @@ class Watcher:
             for frame, seconds in self.frames:
                 if self._stop.is_set():
                     break
-                checked = as_frames(frame)
-                while not self._stop.is_set() and not self.offer(checked, float(seconds)):
+                checked_frames = as_frames(frame)
+                while not self._stop.is_set() and not self.offer(checked_frames, float(seconds)):
                     self.queue.wait_for_room(0.1)
         except BaseException as e:
             self.error = e
         finally:
-            close = getattr(self.frames, "close", None)
-            if close is not None:
-                close()
+            close_source = getattr(self.frames, "close", None)
+            if close_source is not None:
+                close_source()
             self._read.set()
 
     def _encoding(self) -> None:

@@ -71,18 +71,18 @@ class Intake:
         and the same push may be repeated when there is room again; frames of it that were taken are not taken twice.
         """
         self._check_open()
-        checked = as_frames(frames)
+        checked_frames = as_frames(frames)
         with self._accepting:
             encoding = self._lock.acquire(blocking=False)
             try:
                 if encoding:
                     self.settle()
-                before, known = self.accepted, self._known(checked, timestamps)
-                rest = np.ravel(timestamps)[known:] if known and timestamps is not None else timestamps
-                new = self._accept(checked[known:], rest)
+                accepted_before, num_known = self.accepted, self._known(checked_frames, timestamps)
+                new_seconds = np.ravel(timestamps)[num_known:] if num_known and timestamps is not None else timestamps
+                new_frames = self._accept(checked_frames[num_known:], new_seconds)
                 earlier = self.queue.take(len(self.queue)) if encoding else []
                 if not encoding:
-                    for frame in new:
+                    for frame in new_frames:
                         self.queue.put(frame)
             except BaseException:
                 if encoding:
@@ -90,13 +90,13 @@ class Intake:
                 raise
         if encoding:
             try:
-                self._take([*earlier, *new])
+                self._take([*earlier, *new_frames])
                 self._report_disk()
             finally:
-                self._give_back(earlier, new, before, checked, timestamps)
+                self._give_back(earlier, new_frames, accepted_before, checked_frames, timestamps)
                 self._lock.release()
         self._beat()
-        return len(checked)
+        return len(checked_frames)
 
     def _known(self, frames: list[Tensor], timestamps: Any) -> int:
         """How many of these frames the stream has: those that the last push took, if it failed and this repeats it."""
@@ -109,7 +109,7 @@ class Intake:
 
     def _reached(self) -> float:
         """Seconds of the newest frame that is encoded or pending."""
-        return max([float("-inf") if self.newest is None else self.newest, *(t for _, t in self.pending)])
+        return max([float("-inf") if self.newest is None else self.newest, *(seconds for _, seconds in self.pending)])
 
     def _give_back(
         self, earlier: list[TimedFrame], new: list[TimedFrame], before: float | None, frames: list[Tensor], times: Any
@@ -122,23 +122,23 @@ class Intake:
         reached = self._reached()
         with self._accepting:
             self.queue.give_back([frame for frame in earlier if frame[1] > reached])
-            left = [frame for frame in new if frame[1] > reached]
-            if left and self.accepted is not None and self.accepted > new[-1][1]:
-                self.queue.give_back(left)  # others came after them meanwhile
-                left = []
-            elif left:
-                self.accepted = before if len(left) == len(new) else new[-len(left) - 1][1]
-            if left or self._disk_error is not None:
-                self._failed = frames, times, len(frames) - len(left)
+            kept_out = [frame for frame in new if frame[1] > reached]
+            if kept_out and self.accepted is not None and self.accepted > new[-1][1]:
+                self.queue.give_back(kept_out)  # others came after them meanwhile
+                kept_out = []
+            elif kept_out:
+                self.accepted = before if len(kept_out) == len(new) else new[-len(kept_out) - 1][1]
+            if kept_out or self._disk_error is not None:
+                self._failed = frames, times, len(frames) - len(kept_out)
 
     def _accept(self, frames: list[Tensor], timestamps: Any) -> list[TimedFrame]:
         """Frames of a size that the model takes, with their seconds."""
         for frame in frames:
             self.vision.check_size(*frame.shape[:2])
-        times = as_times(timestamps, len(frames), self.accepted, 1 / self.fps)
-        if times:
-            self.accepted = times[-1]
-        return list(zip(frames, times, strict=True))
+        seconds = as_times(timestamps, len(frames), self.accepted, 1 / self.fps)
+        if seconds:
+            self.accepted = seconds[-1]
+        return list(zip(frames, seconds, strict=True))
 
     def _beat(self) -> None:
         if self.store.disk is not None and self.accepted is not None:
@@ -173,7 +173,7 @@ class Intake:
             self._beat()
 
         watcher = Watcher(open_frames(source, options, self.vision.frame_size), self.queue, offer, encode)
-        self._watchers = [w for w in self._watchers if w.running] + [watcher]
+        self._watchers = [earlier for earlier in self._watchers if earlier.running] + [watcher]
         watcher.start()
         if not background:
             watcher.wait()
@@ -187,23 +187,23 @@ class Intake:
 
     def _drain(self, most: int | None = None) -> int:
         """`drain` of the frames that wait when it is called; none while the disk refuses."""
-        done, most = 0, len(self.queue) if most is None else most
-        while done < most and len(self.queue) and self._disk_error is None and not self._closed:
+        num_done, most = 0, len(self.queue) if most is None else most
+        while num_done < most and len(self.queue) and self._disk_error is None and not self._closed:
             frames = self.queue.take(CHUNK * self.vision.frames_per_grid)
             try:
                 self._take(frames)
             finally:
                 reached = self._reached()
-                left = [frame for frame in frames if frame[1] > reached]
-                self.queue.give_back(left)
-            done += len(frames) - len(left)
-        return done
+                kept_out = [frame for frame in frames if frame[1] > reached]
+                self.queue.give_back(kept_out)
+            num_done += len(frames) - len(kept_out)
+        return num_done
 
     def _take(self, frames: list[TimedFrame]) -> None:
         """Encode frames, in runs of one size, up to the first chunk that the disk does not take.
 
         Those that did not come so far, or that an error kept out, are neither encoded nor pending afterwards."""
-        clock, before = time.perf_counter(), [t for _, t in self.pending]
+        start_time, pending_before = time.perf_counter(), [second for _, second in self.pending]
         try:
             for frame, seconds in frames:
                 if self.pending and self.pending[-1][0].shape != frame.shape:
@@ -216,34 +216,34 @@ class Intake:
             if self._disk_error is None:
                 self._encode()
         except BaseException:
-            self.pending = [frame for frame in self.pending if frame[1] in before]
+            self.pending = [frame for frame in self.pending if frame[1] in pending_before]
             raise
         finally:
             reached = self._reached()
-            self.counts["frames"] += sum(t <= reached for _, t in frames)
-            self.counts["encode_s"] += time.perf_counter() - clock
+            self.counts["frames"] += sum(second <= reached for _, second in frames)
+            self.counts["encode_s"] += time.perf_counter() - start_time
 
     def _encode(self, pad: bool = False) -> None:
         """Encode the pending frames whose grids are whole. pad: the others too, the last frame shown twice. After an
         error encoder and store are as before, and the frames still pending."""
-        size = self.vision.frames_per_grid
+        grid_frames = self.vision.frames_per_grid
         frames = list(self.pending)
-        while pad and len(frames) % size:
+        while pad and len(frames) % grid_frames:
             frames.append(frames[-1])
-        whole = len(frames) // size * size
-        if not whole:
+        num_whole = len(frames) // grid_frames * grid_frames
+        if not num_whole:
             return
         checkpoint, newest, interval = self.encoder.checkpoint(), self.newest, self.interval
         try:
             with torch.inference_mode(False), torch.no_grad(), self._lock, self._fresh_lengths():
-                self._store_blocks(self._grid_frames(frames[:whole]))
+                self._store_blocks(self._grid_frames(frames[:num_whole]))
         except BaseException:
             self.newest, self.interval = newest, interval
             self._roll_back(checkpoint)
             raise
         finally:
             self.encoder.forget_checkpoint()
-        self.pending = frames[whole:]
+        self.pending = frames[num_whole:]
         if self.store.due() and not self.unstored:
             try:
                 self.store.flush()
@@ -251,13 +251,13 @@ class Intake:
                 self._disk_error = e
 
     def _grid_frames(self, frames: list[TimedFrame]) -> GridFrames:
-        size, times, intervals = self.vision.frames_per_grid, [], []
-        for i in range(0, len(frames), size):
-            for _, seconds in frames[i : i + size]:
+        grid_frames, times, intervals = self.vision.frames_per_grid, [], []
+        for first_frame in range(0, len(frames), grid_frames):
+            for _, seconds in frames[first_frame : first_frame + grid_frames]:
                 if self.newest is not None and seconds > self.newest:
                     self.interval = seconds - self.newest
                 self.newest = seconds
-            times.append((frames[i][1], frames[i + size - 1][1]))
+            times.append((frames[first_frame][1], frames[first_frame + grid_frames - 1][1]))
             intervals.append(self.interval if self.interval is not None else 1 / self.fps)
         return GridFrames(torch.stack([frame for frame, _ in frames]), times, intervals)
 
@@ -266,13 +266,13 @@ class Intake:
         embeddings: Tensor | None = None
         if isinstance(self.retriever, External) and self.retriever.frames_to is not None:
             embeddings = self.retriever.frames_to(grids.frames[:: self.vision.frames_per_grid])
-        count = 0
+        block_index = 0
         for group in self.encoder.encode(grids):
             if self.store.disk is not None:
                 self.store.disk.began(self.encoder.progress.first, self.encoder.first_extent)
             for _, tensors in group:
-                tensors.embedding = None if embeddings is None else embeddings[count]
-                count += 1
+                tensors.embedding = None if embeddings is None else embeddings[block_index]
+                block_index += 1
             for block, packed in self.store.packed(group):
                 self._store(block, packed)
         self._blocks_stored()
@@ -291,13 +291,13 @@ class Intake:
 
     def _roll_back(self, checkpoint: Checkpoint) -> None:
         """Take back the blocks of a chunk that failed."""
-        first = checkpoint.progress.blocks
-        self.unstored = [stored for stored in self.unstored if stored[0].id < first]
+        first_block = checkpoint.progress.blocks
+        self.unstored = [stored for stored in self.unstored if stored[0].id < first_block]
         if not self.unstored:
             self._disk_error = None
         self.encoder.roll_back(checkpoint)
         try:
-            self.store.take_back(first)
+            self.store.take_back(first_block)
         except StoreError as e:  # written already, and the disk refuses to take them back
             self._closed = True
             self.store.close()

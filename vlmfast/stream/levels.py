@@ -42,21 +42,21 @@ class ByAge(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        named = self.ages
-        if not named:
+        used_levels = self.ages
+        if not used_levels:
             raise UserError("coarsen=age names no level: give four_bit=, features= or representative= in seconds")
-        for (finer, before), (coarser, after) in pairwise(named):
-            if after < before:
+        for (finer, finer_age), (coarser, coarser_age) in pairwise(used_levels):
+            if coarser_age < finer_age:
                 raise UserError(
-                    f"coarsen: {coarser.name.lower()}={after:g} lies before {finer.name.lower()}={before:g}: a block "
-                    "would grow with age; give ages in seconds that do not decrease from level to level"
+                    f"coarsen: {coarser.name.lower()}={coarser_age:g} lies before {finer.name.lower()}={finer_age:g}: "
+                    "a block would grow with age; give ages in seconds that do not decrease from level to level"
                 )
 
     @property
     def ages(self) -> list[tuple[Level, float]]:
         """The levels that are used, ascending, and from which age on."""
-        every = ((level, getattr(self, level.name.lower())) for level in list(Level)[1:])
-        return [(level, age) for level, age in every if age is not None]
+        all_levels = ((level, getattr(self, level.name.lower())) for level in list(Level)[1:])
+        return [(level, age) for level, age in all_levels if age is not None]
 
     @property
     def keeps_features(self) -> bool:

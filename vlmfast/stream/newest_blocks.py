@@ -85,34 +85,36 @@ class SlidingWindow:
     def slide(self, n: int) -> None:
         """A segment begins with a block of n tokens: make room for all of it, re-base what stays."""
         self.segment = 0
-        room = self.size - max(self.segment_size, n)
-        before, gone = sum(block.num_tokens for block in self.blocks), 0
-        while self.blocks and before - gone > room:
-            gone += self.blocks.pop(0).num_tokens
-        if not gone:
+        room_left = self.size - max(self.segment_size, n)
+        num_held, num_gone = sum(block.num_tokens for block in self.blocks), 0
+        while self.blocks and num_held - num_gone > room_left:
+            num_gone += self.blocks.pop(0).num_tokens
+        if not num_gone:
             return
         if self._checkpoint is not None and self._checkpoint.tensors is None:
             layers = self.cache.layers
-            self._checkpoint.tensors = [(x.raw[:, : x.n].clone(), x.val[:, : x.n].clone()) for x in layers]
+            self._checkpoint.tensors = [
+                (layer.raw[:, : layer.n].clone(), layer.val[:, : layer.n].clone()) for layer in layers
+            ]
         # the first block sets the shift; where none is left, the one that comes next
         self.shift = self._shift_of(self.blocks[0]) if self.blocks else []
-        self.cache.slide(self.num_init, self.num_init + gone, self._positions(self.blocks))
+        self.cache.slide(self.num_init, self.num_init + num_gone, self._positions(self.blocks))
         self._count_columns()
 
     def _shift_of(self, first: Block) -> list[int]:
-        return [a - b for a, b in zip(first.origin, self.origin, strict=True)]
+        return [in_stream - in_window for in_stream, in_window in zip(first.origin, self.origin, strict=True)]
 
     def positions(self, block: Block) -> Tensor:
         """Positions (A, n) of a block in the window as it is based now."""
         if not self.shift:
             self.shift = self._shift_of(block)
-        origin = torch.tensor([o - s for o, s in zip(block.origin, self.shift, strict=True)])
+        origin = torch.tensor([in_stream - shift for in_stream, shift in zip(block.origin, self.shift, strict=True)])
         return block.relative_positions.long() + origin[:, None]
 
     def _positions(self, blocks: list[Block]) -> Tensor:
         """Positions (A, n) of the init tokens, then of blocks."""
-        init = torch.arange(self.num_init).expand(self.axes, -1)
-        return torch.cat([init, *(self.positions(block) for block in blocks)], 1)
+        init_positions = torch.arange(self.num_init).expand(self.axes, -1)
+        return torch.cat([init_positions, *(self.positions(block) for block in blocks)], 1)
 
     def _count_columns(self) -> None:
         self.first_column, column = {}, self.num_init
@@ -127,49 +129,54 @@ class SlidingWindow:
         Returns for every block its un-rotated keys and values (L, Hk, n, Dh) and the mean norm of each token's values
         (n,) float32.
         """
-        begin = self.num_columns
+        begin_column = self.num_columns
         positions = torch.cat([self.positions(block) for block in blocks], 1)
         try:
             self.vision.forward(self.cache, embeddings[None], positions[:, None], **deepstack)
         except BaseException:
-            self.cache.keep(begin)
+            self.cache.keep(begin_column)
             raise
-        end = self.num_columns
-        keys = torch.stack([layer.raw[:, begin:end] for layer in self.cache.layers])
-        values = torch.stack([layer.val[:, begin:end] for layer in self.cache.layers])
+        end_column = self.num_columns
+        keys = torch.stack([layer.raw[:, begin_column:end_column] for layer in self.cache.layers])
+        values = torch.stack([layer.val[:, begin_column:end_column] for layer in self.cache.layers])
         norms = values.float().norm(dim=-1).mean((0, 1))
-        first, out = 0, []
+        first_token, by_block = 0, []
         for block in blocks:
-            last = first + block.num_tokens
-            self.first_column[block.id] = begin + first
+            end_token = first_token + block.num_tokens
+            self.first_column[block.id] = begin_column + first_token
             self.blocks.append(block)
-            out.append((keys[:, :, first:last], values[:, :, first:last], norms[first:last]))
-            first = last
-        return out
+            by_block.append(
+                (keys[:, :, first_token:end_token], values[:, :, first_token:end_token], norms[first_token:end_token])
+            )
+            first_token = end_token
+        return by_block
 
     def beside(self, room: int) -> WindowCache:
         """A cache that holds the same init tokens, and room for so many more."""
-        cache, n = WindowCache(self.vision.text, self.num_init + room), self.num_init
-        for layer, mine in zip(cache.layers, self.cache.layers, strict=True):
-            if n:
-                tensors = [torch.cat([x[:, :n], x.new_empty(x.shape[0], room, x.shape[2])], 1) for x in mine.tensors()]
+        cache, num_init = WindowCache(self.vision.text, self.num_init + room), self.num_init
+        for layer, window_layer in zip(cache.layers, self.cache.layers, strict=True):
+            if num_init:
+                tensors = [
+                    torch.cat([tensor[:, :num_init], tensor.new_empty(tensor.shape[0], room, tensor.shape[2])], 1)
+                    for tensor in window_layer.tensors()
+                ]
                 layer.raw, layer.rot, layer.val = tensors
-                layer.n, layer.is_initialized = n, True
+                layer.n, layer.is_initialized = num_init, True
         return cache
 
     def init_layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """Un-rotated keys and values (Hk, n, Dh) of the init tokens at one layer."""
-        kept = self.cache.layers[layer]
-        return kept.raw[:, : self.num_init], kept.val[:, : self.num_init]
+        cache_layer = self.cache.layers[layer]
+        return cache_layer.raw[:, : self.num_init], cache_layer.val[:, : self.num_init]
 
     def block_layer(self, block: Block, layer: int) -> tuple[Tensor, Tensor] | None:
         """Un-rotated keys and values (Hk, n, Dh) of a block at one layer; None when it has left the window, or is
         read as its representative."""
-        begin = self.first_column.get(block.id)
-        if begin is None or block.level == Level.REPRESENTATIVE:
+        begin_column = self.first_column.get(block.id)
+        if begin_column is None or block.level == Level.REPRESENTATIVE:
             return None
-        kept, end = self.cache.layers[layer], begin + block.num_tokens
-        return kept.raw[:, begin:end], kept.val[:, begin:end]
+        cache_layer, end_column = self.cache.layers[layer], begin_column + block.num_tokens
+        return cache_layer.raw[:, begin_column:end_column], cache_layer.val[:, begin_column:end_column]
 
     # -- going back, saving --------------------------------------------------------------------------------------------
 
@@ -196,40 +203,40 @@ class SlidingWindow:
 
     def snapshot(self) -> dict[str, Tensor]:
         """Un-rotated keys "raw" and values "val" (L, Hk, n, Dh) of all columns, on the CPU."""
-        layers, n = self.cache.layers, self.num_columns
+        layers, num_columns = self.cache.layers, self.num_columns
         return {
-            "raw": torch.stack([layer.raw[:, :n] for layer in layers]).cpu().contiguous(),
-            "val": torch.stack([layer.val[:, :n] for layer in layers]).cpu().contiguous(),
+            "raw": torch.stack([layer.raw[:, :num_columns] for layer in layers]).cpu().contiguous(),
+            "val": torch.stack([layer.val[:, :num_columns] for layer in layers]).cpu().contiguous(),
         }
 
     def newest(self, blocks: Sequence[Block]) -> list[Block]:
         """Those of `blocks` (in order) that a window holds before a segment begins, behind the last without keys."""
-        out: list[Block] = []
-        room = self.size - self.segment_size
+        newest_blocks: list[Block] = []
+        room_left = self.size - self.segment_size
         for block in reversed(blocks):
-            room -= block.num_tokens
-            if room < 0 or block.level >= Level.FEATURES:
+            room_left -= block.num_tokens
+            if room_left < 0 or block.level >= Level.FEATURES:
                 break
-            out.insert(0, block)
-        return out
+            newest_blocks.insert(0, block)
+        return newest_blocks
 
     def fill(self, blocks: list[Block], keys: Tensor, values: Tensor) -> None:
         """Hold these blocks, and no others, behind the init tokens: un-rotated keys, values (L, Hk, n, Dh)."""
         self.blocks = blocks
         if not blocks:
             return
-        begin, end = self.num_init, self.num_init + keys.shape[2]
-        for i, layer in enumerate(self.cache.layers):
+        begin_column, end_column = self.num_init, self.num_init + keys.shape[2]
+        for layer_index, layer in enumerate(self.cache.layers):
             if not layer.is_initialized:
                 shape = (keys.shape[1], self.cache.capacity, keys.shape[3])
                 layer.raw, layer.rot, layer.val = (
                     torch.empty(shape, dtype=keys.dtype, device=self.vision.device) for _ in range(3)
                 )
                 layer.is_initialized = True
-            layer.raw[:, begin:end] = keys[i].to(layer.raw)
-            layer.val[:, begin:end] = values[i].to(layer.val)
-            layer.n = end
-        self.cache.slide(end, end, self._positions(blocks))
+            layer.raw[:, begin_column:end_column] = keys[layer_index].to(layer.raw)
+            layer.val[:, begin_column:end_column] = values[layer_index].to(layer.val)
+            layer.n = end_column
+        self.cache.slide(end_column, end_column, self._positions(blocks))
         self._count_columns()
 
 
@@ -266,8 +273,8 @@ class RecentGrids:
         """How many of the newest grids lie in the span, of grids that end at these seconds (ascending)."""
         if self.seconds is None or not ends:
             return min(len(ends), self.num_grids)
-        first = ends[-1] - self.seconds + 1e-6  # of two roundings of one second neither counts
-        return sum(1 for _ in takewhile(lambda end: end > first, reversed(ends)))
+        span_start = ends[-1] - self.seconds + 1e-6  # of two roundings of one second neither counts
+        return sum(1 for _ in takewhile(lambda end: end > span_start, reversed(ends)))
 
     def first(self, ends: Sequence[float]) -> int:
         """Index of the first grid to hold, of a chunk whose grids end at these seconds."""
@@ -286,30 +293,32 @@ class RecentGrids:
     def read(self, blocks: Sequence[Block], at: float | None, between: tuple[float, float] | None) -> Recent:
         """What an answer reads anyway: the present as of second `at`, as far as it overlaps `between`. blocks: stored,
         in order."""
-        held = {grid.block.id: grid for grid in self.grids}
-        seen = [block for block in blocks if block.id not in held] + [grid.block for grid in self.grids]
-        span = in_time(self.span(in_time(seen, at)), None, between)
-        whole = [held[block.id] for block in span if block.id in held]
-        return Recent(whole, [block for block in span if block.id not in held])
+        held_grids = {grid.block.id: grid for grid in self.grids}
+        seen_blocks = [block for block in blocks if block.id not in held_grids] + [grid.block for grid in self.grids]
+        span = in_time(self.span(in_time(seen_blocks, at)), None, between)
+        whole_grids = [held_grids[block.id] for block in span if block.id in held_grids]
+        return Recent(whole_grids, [block for block in span if block.id not in held_grids])
 
     def nbytes(self) -> int:
-        tensors = [x for grid in self.grids for x in (grid.embeddings, *grid.deepstack)]
-        return sum(x.numel() * x.element_size() for x in tensors)
+        tensors = [tensor for grid in self.grids for tensor in (grid.embeddings, *grid.deepstack)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def snapshot(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
         """All that `restore` needs: tensors, and what JSON can hold."""
-        tensors, held = {}, []
-        for i, grid in enumerate(self.grids):
-            for j, x in enumerate([grid.embeddings, *grid.deepstack]):
-                tensors[f"recent.{i}.{j}"] = x.cpu().contiguous()
+        tensors, records = {}, []
+        for grid_index, grid in enumerate(self.grids):
+            for tensor_index, tensor in enumerate([grid.embeddings, *grid.deepstack]):
+                tensors[f"recent.{grid_index}.{tensor_index}"] = tensor.cpu().contiguous()
             visual = [grid.visual.start, grid.visual.stop]
-            held.append({"block": grid.block.json(), "visual": visual, "levels": len(grid.deepstack)})
-        return tensors, held
+            records.append({"block": grid.block.json(), "visual": visual, "levels": len(grid.deepstack)})
+        return tensors, records
 
     def restore(self, tensors: dict[str, Tensor], held: list[dict[str, Any]], device: torch.device) -> None:
         """Take up a saved state, as far as it lies in the span; one of an older version has none."""
         self.grids = []
-        for i, grid in enumerate(held):
-            embeddings, *deepstack = (tensors[f"recent.{i}.{j}"].to(device) for j in range(1 + grid["levels"]))
+        for grid_index, grid in enumerate(held):
+            embeddings, *deepstack = (
+                tensors[f"recent.{grid_index}.{tensor_index}"].to(device) for tensor_index in range(1 + grid["levels"])
+            )
             self.grids.append(BlockInput(Block.from_json(grid["block"]), embeddings, slice(*grid["visual"]), deepstack))
         self.trim()

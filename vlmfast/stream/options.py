@@ -45,17 +45,17 @@ def check_generate(model: Any, options: dict[str, Any]) -> dict[str, Any]:
     for name in options:
         if name in INPUTS or name.startswith("pixel_values"):
             raise UserError(f"{name}= was given to ask(): the prompt is made of the question and the stream; drop it")
-    for name, why in REFUSED.items():
+    for name, reason in REFUSED.items():
         value = option(model, options, name)
-        fine = value is None or value is (name == "use_cache") or value == "dynamic"
-        if fine or (name in ("num_beams", "num_return_sequences", "guidance_scale") and value == 1):
+        is_allowed = value is None or value is (name == "use_cache") or value == "dynamic"
+        if is_allowed or (name in ("num_beams", "num_return_sequences", "guidance_scale") and value == 1):
             continue
         if name not in options and name.startswith(("return_", "output_")):  # the model's own config: not asked here
             continue
         shown = value if isinstance(value, (bool, int, float, str)) else type(value).__name__
-        raise Unsupported(f"{name}={shown} in a stream: {why}; drop it, or set it off for this question")
-    tokens = options.get("max_new_tokens")
-    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
-        raise UserError(f"max_new_tokens={tokens!r} must be a whole number of at least 1")
-    off = dict.fromkeys(("return_dict_in_generate", "output_attentions", "output_hidden_states"), False)
-    return off | options
+        raise Unsupported(f"{name}={shown} in a stream: {reason}; drop it, or set it off for this question")
+    max_tokens = options.get("max_new_tokens")
+    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
+        raise UserError(f"max_new_tokens={max_tokens!r} must be a whole number of at least 1")
+    turned_off = dict.fromkeys(("return_dict_in_generate", "output_attentions", "output_hidden_states"), False)
+    return turned_off | options

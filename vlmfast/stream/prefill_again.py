@@ -48,35 +48,36 @@ class PrefilledAgain:
             if block.level >= Level.FEATURES and block.id in self.store.blocks and block.id not in self._made
             and (block.level == Level.REPRESENTATIVE or block.id not in window.first_column)
         ]  # fmt: skip
-        given, lost = [], []
-        like = self.encoder.vision.text.embed_tokens.weight
+        inputs, lost = [], []
+        embedding_weight = self.encoder.vision.text.embed_tokens.weight
         for block in wanted:
             if block.id in self.store.blocks:  # not lost with one before it
                 try:
-                    given.append(unpack_features(block, self.store.whole(block.id), like))
+                    inputs.append(unpack_features(block, self.store.whole(block.id), embedding_weight))
                 except BlockLost as e:
                     lost.append(str(e))
-        if given:
-            self._forward([one for one in given if one.block.id in self.store.blocks])
+        if inputs:
+            self._forward([one for one in inputs if one.block.id in self.store.blocks])
         return lost
 
-    def _forward(self, given: list[BlockInput]) -> None:
+    def _forward(self, inputs: list[BlockInput]) -> None:
         """The language model on blocks, at most `MOST_TOKENS` tokens at a time."""
-        window, counts = self.encoder.window, [one.block.num_tokens for one in given]
-        positions = block_positions([one.block for one in given], window.origin, self.contiguous)
-        cache, begin = window.beside(sum(counts)), 0
-        while begin < len(given):
-            end, tokens = begin + 1, counts[begin]
-            while end < len(given) and tokens + counts[end] <= MOST_TOKENS:
-                tokens, end = tokens + counts[end], end + 1
-            embeddings, deepstack = joined(given[begin:end], self.encoder.vision.device)
-            first = sum(counts[:begin])
-            placed = positions[:, None, first : first + tokens]
-            self.encoder.vision.forward(cache, embeddings[None], placed, **deepstack)
-            begin = end
+        window, token_counts = self.encoder.window, [block_input.block.num_tokens for block_input in inputs]
+        positions = block_positions([block_input.block for block_input in inputs], window.origin, self.contiguous)
+        cache, first_input = window.beside(sum(token_counts)), 0
+        while first_input < len(inputs):
+            end_input, total_tokens = first_input + 1, token_counts[first_input]
+            while end_input < len(inputs) and total_tokens + token_counts[end_input] <= MOST_TOKENS:
+                total_tokens, end_input = total_tokens + token_counts[end_input], end_input + 1
+            embeddings, deepstack = joined(inputs[first_input:end_input], self.encoder.vision.device)
+            first_token = sum(token_counts[:first_input])
+            group_positions = positions[:, None, first_token : first_token + total_tokens]
+            self.encoder.vision.forward(cache, embeddings[None], group_positions, **deepstack)
+            first_input = end_input
         column = window.num_init
-        for one, n in zip(given, counts, strict=True):
-            self._made[one.block.id] = [
-                (layer.raw[:, column : column + n], layer.val[:, column : column + n]) for layer in cache.layers
+        for block_input, num_tokens in zip(inputs, token_counts, strict=True):
+            self._made[block_input.block.id] = [
+                (layer.raw[:, column : column + num_tokens], layer.val[:, column : column + num_tokens])
+                for layer in cache.layers
             ]
-            column += n
+            column += num_tokens

@@ -26,20 +26,22 @@ def layer_recall(session: StreamSession, asked: Sequence[Labelled], retriever: I
     asked: (question, asked at second or None, (start, end) of the evidence in seconds). retriever: budget and rule,
     by default `Internal()`. Raises UserError when the stream holds none of the evidence.
     """
-    tool = retriever or Internal()
+    chooser = retriever or Internal()
     layers = list(range(session.encoder.num_layers))
-    found: list[list[float]] = []
+    recalls: list[list[float]] = []
     for question, at, evidence in asked:
         blocks = in_time(list(session.store.blocks.values()), at)
-        wanted = {block.id for block in in_time(blocks, None, evidence)}
-        if not wanted:
+        evidence_ids = {block.id for block in in_time(blocks, None, evidence)}
+        if not evidence_ids:
             continue
         candidates = Candidates(blocks, session.store.representatives)
         with model_lock(session.model):
             session.builder.begin()
-            scores = session.builder.scores(tool, candidates, question, layers)
-        chosen = [best(s, candidates.tokens, tool.frames, tool.tokens).tolist() for s in scores]
-        found.append([len(wanted & {blocks[i].id for i in of_layer}) / len(wanted) for of_layer in chosen])
-    if not found:
+            scores = session.builder.scores(chooser, candidates, question, layers)
+        chosen = [best(of_blocks, candidates.tokens, chooser.frames, chooser.tokens).tolist() for of_blocks in scores]
+        recalls.append(
+            [len(evidence_ids & {blocks[index].id for index in of_layer}) / len(evidence_ids) for of_layer in chosen]
+        )
+    if not recalls:
         raise UserError("none of the questions has its evidence in this stream: give (start, end) in its seconds")
-    return torch.tensor(found, dtype=torch.float64).mean(0).tolist()
+    return torch.tensor(recalls, dtype=torch.float64).mean(0).tolist()

@@ -46,18 +46,18 @@ def best(scores: Tensor, sizes: Tensor, frames: int | None, tokens: int | None) 
     With a token budget the ranking is walked from the best on and a candidate that does not fit is passed over; at
     least one is taken.
     """
-    order = ranking(scores.double())
+    best_first = ranking(scores.double())
     if tokens is None:
-        return order[:frames].sort().values
+        return best_first[:frames].sort().values
     chosen: list[int] = []
-    used = 0
-    for index, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
+    num_used = 0
+    for index, size in zip(best_first.tolist(), sizes[best_first].tolist(), strict=True):
         if frames is not None and len(chosen) >= frames:
             break
-        if used + size <= tokens or not chosen:
+        if num_used + size <= tokens or not chosen:
             chosen.append(index)
-            used += size
-        if used >= tokens:
+            num_used += size
+        if num_used >= tokens:
             break
     return torch.tensor(sorted(chosen), dtype=torch.long)
 
@@ -72,9 +72,9 @@ def smoothed(scores: Tensor, sizes: Tensor, neighbours: int) -> Tensor:
         return scores
     weight = sizes.to(scores)
     kernel = torch.ones(1, 1, 2 * neighbours + 1, dtype=scores.dtype)
-    both = torch.stack([scores * weight, weight])[:, None]
-    total, mass = F.conv1d(both, kernel, padding=neighbours)[:, 0]
-    return total / mass
+    weighted = torch.stack([scores * weight, weight])[:, None]
+    weighted_sum, weight_sum = F.conv1d(weighted, kernel, padding=neighbours)[:, 0]
+    return weighted_sum / weight_sum
 
 
 @dataclass(frozen=True)
@@ -156,10 +156,10 @@ class Internal(Retriever):
     def layers_of(self, count: int) -> list[int]:
         """The layers, of `count`, whose scores are combined, ascending. Raises UserError for one that is not there."""
         wanted = range(count) if self.layers is None else self.layers
-        wrong = [i for i in wanted if not -count <= i < count]
-        if wrong or not wanted:
+        not_there = [layer_index for layer_index in wanted if not -count <= layer_index < count]
+        if not_there or not wanted:
             raise UserError(f"layers={shown(self.layers)} in internal: this model's layers are 0 to {count - 1}")
-        return sorted({i % count for i in wanted})
+        return sorted({layer_index % count for layer_index in wanted})
 
     def about_present(self, scores: Tensor, recent: int) -> bool:
         """Do scores (N,) say that the question is about the last `recent` of their blocks?"""
@@ -243,8 +243,8 @@ class UniformRetriever(Retriever):
             )
             if count == 1 or self.tokens is None or int(candidates.tokens[index].sum()) <= self.tokens:
                 return index
-            over = int(candidates.tokens[index].sum()) / self.tokens
-            count = max(1, min(count - 1, int(count / over)))
+            excess = int(candidates.tokens[index].sum()) / self.tokens
+            count = max(1, min(count - 1, int(count / excess)))
 
 
 @dataclass(frozen=True)
@@ -271,11 +271,11 @@ class Oracle(Retriever):
     def scores(self, candidates: Candidates, question: str) -> Tensor:
         if not self.spans:
             raise UserError("Oracle needs spans=((start, end), ...): the seconds where the evidence lies")
-        away = torch.full((len(candidates),), float("inf"), dtype=torch.float64)
+        distance = torch.full((len(candidates),), float("inf"), dtype=torch.float64)
         for start, end in self.spans:
-            gap = torch.maximum(start - candidates.end + 1e-9, candidates.start - end + 1e-9).clamp(min=0)
-            away = torch.minimum(away, gap)
-        return -away
+            span_distance = torch.maximum(start - candidates.end + 1e-9, candidates.start - end + 1e-9).clamp(min=0)
+            distance = torch.minimum(distance, span_distance)
+        return -distance
 
 
 METHODS: dict[str, type[Retriever]] = {

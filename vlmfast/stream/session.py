@@ -157,44 +157,47 @@ class StreamSession(WatchedIntake):
         The conversation so far is part of the prompt (`new_conversation()` ends it). The stream is not touched.
         """
         options = check_generate(self.model, {"max_new_tokens": max_new_tokens, **generate})
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         with self._lock, self._fresh_lengths():
             working_set = self.context(question, at, between, retrieve)
-            built = time.perf_counter()
-            kv = None if self.plan.kv is None else WorkingSetCompression(self.vision.text, self.plan.kv)
+            built_time = time.perf_counter()
+            compression = None if self.plan.kv is None else WorkingSetCompression(self.vision.text, self.plan.kv)
             with reading(self.vision, self.plain_cache):
                 if not self._prompt_in_steps(working_set):
-                    with nullcontext() if kv is None else kv.watching():
+                    with nullcontext() if compression is None else compression.watching():
                         self.builder.prefill(working_set)
-                if kv is not None:
-                    kv.compress(working_set.cache, self.encoder.window.num_init, len(working_set.ids) - 1)
-                    working_set.stats |= {k: v for k, v in kv.stats.items() if not isinstance(v, list)}
-                    working_set.notes += kv.notes
+                if compression is not None:
+                    compression.compress(working_set.cache, self.encoder.window.num_init, len(working_set.ids) - 1)
+                    stats = compression.stats.items()
+                    working_set.stats |= {name: stat for name, stat in stats if not isinstance(stat, list)}
+                    working_set.notes += compression.notes
                 inputs = self.builder.inputs(working_set)
                 prefilled = clock(self.model)
-                with nullcontext() if kv is None else kv.reading(), self._requests.call() as request:
-                    asked = inputs | options
-                    put_loop(self.model, self.plan.speculate, self._requests, (), asked)
-                    out = self.model.generate(**asked)  # type: ignore[operator]
-            new = out[0, inputs["input_ids"].shape[1] :]
-            text = self.vision.tokenizer.decode(new, skip_special_tokens=True).strip()
+                with nullcontext() if compression is None else compression.reading(), self._requests.call() as request:
+                    arguments = inputs | options
+                    put_loop(self.model, self.plan.speculate, self._requests, (), arguments)
+                    output_ids = self.model.generate(**arguments)  # type: ignore[operator]
+            new_tokens = output_ids[0, inputs["input_ids"].shape[1] :]
+            text = self.vision.tokenizer.decode(new_tokens, skip_special_tokens=True).strip()
             self.turns.append((question, text))
             self.counts["questions"] += 1
-            done = time.perf_counter()
+            end_time = time.perf_counter()
             prefilled = working_set.cache.prefilled or prefilled
             self.working_peak = max(self.working_peak, cache_bytes(working_set.cache))
             working_set.notes += request.decode.pop("notes", [])
             report = {
-                **working_set.stats, **request.decode, "tokens": len(new), "prefill_ms": (prefilled - built) * 1e3,
-                "decode_ms_per_token": (done - prefilled) * 1e3 / max(1, len(new)), "total_ms": (done - began) * 1e3,
-                "kv_fast_bytes": self.fast_bytes, "kv_host_bytes": self.store.ram_bytes,
-                "kv_disk_bytes": self.store.disk_bytes, "notes": working_set.notes,
+                **working_set.stats, **request.decode, "tokens": len(new_tokens),
+                "prefill_ms": (prefilled - built_time) * 1e3,
+                "decode_ms_per_token": (end_time - prefilled) * 1e3 / max(1, len(new_tokens)),
+                "total_ms": (end_time - start_time) * 1e3, "kv_fast_bytes": self.fast_bytes,
+                "kv_host_bytes": self.store.ram_bytes, "kv_disk_bytes": self.store.disk_bytes,
+                "notes": working_set.notes,
             }  # fmt: skip
             blocks: dict[int, Block] = {block.id: block for block in self.encoder.window.blocks} | self.store.blocks
-            weights = {i: weight for i, weight in working_set.weights.items() if i in blocks}
-            found = intervals(weights, blocks) if evidence else []
+            weights = {block_id: weight for block_id, weight in working_set.weights.items() if block_id in blocks}
+            spans = intervals(weights, blocks) if evidence else []
         self._tell()
-        return Answer(text, found, report)
+        return Answer(text, spans, report)
 
     def context(
         self, question: str, at: float | None = None, between: tuple[float, float] | None = None,
@@ -226,10 +229,10 @@ class StreamSession(WatchedIntake):
                     f"retrieve={retriever.name} reads the last seconds alone, and recent={self.config['recent']}, "
                     f"between={between} leave none: give a larger recent=, or another retriever"
                 )
-            before, ids = self.vision.prompt(self.vision.messages(self.turns, question))
-            if before != self.encoder.window.init_ids:
+            before_video, prompt_ids = self.vision.prompt(self.vision.messages(self.turns, question))
+            if before_video != self.encoder.window.init_ids:
                 raise UserError("the chat template puts the question before the video: it cannot be streamed")
-            return self.builder.build(retriever, chosen, question, ids, self.plain_cache, recent)
+            return self.builder.build(retriever, chosen, question, prompt_ids, self.plain_cache, recent)
 
     def new_conversation(self) -> None:
         """Forget earlier questions and answers; the stream stays."""
@@ -238,10 +241,10 @@ class StreamSession(WatchedIntake):
     def _prompt_in_steps(self, working_set: WorkingSet) -> bool:
         """Is the prompt left to the engine? A policy watches a forward over it, and a newline of OneVision's is none of
         its tokens."""
-        text, head = engine.decoder(self.model)
+        text_model, lm_head = engine.decoder(self.model)
         return (
             self.plan.kv is None and len(working_set.ids) <= MOST and not len(self.vision.closing())
-            and engine.automatic(text) and engine.why_not(text, head) is None
+            and engine.automatic(text_model) and engine.why_not(text_model, lm_head) is None
         )  # fmt: skip
 
     @staticmethod

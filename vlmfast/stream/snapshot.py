@@ -43,8 +43,10 @@ def head(model: nn.Module, config: dict[str, Any], prune: Any) -> dict[str, Any]
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    known = {k: v for k, v in config.items() if k != "coarsen" or v is not None}  # as earlier versions read it
-    return {"model": fingerprint(model), "versions": versions, "config": known, "prune": to_json(prune)}
+    known_config = {
+        name: value for name, value in config.items() if name != "coarsen" or value is not None
+    }  # as earlier versions read it
+    return {"model": fingerprint(model), "versions": versions, "config": known_config, "prune": to_json(prune)}
 
 
 class SavedIntake(Intake):
@@ -59,9 +61,9 @@ class SavedIntake(Intake):
     def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that `restore` needs: tensors, the window at full precision, and what JSON can hold."""
         tensors, saved = self.encoder.snapshot()
-        tensors |= {f"pending.{i}": frame.contiguous() for i, (frame, _) in enumerate(self.pending)}
+        tensors |= {f"pending.{index}": frame.contiguous() for index, (frame, _) in enumerate(self.pending)}
         return tensors, saved | {
-            "pending": [t for _, t in self.pending], "last": self.newest, "gap": self.interval,
+            "pending": [seconds for _, seconds in self.pending], "last": self.newest, "gap": self.interval,
             "accepted": self.accepted, "turns": self.turns, "counts": self.counts, "dropped": self.queue.dropped,
             "evicted": self.store.evicted, "lost_seconds": self.lost_seconds, "beat": _last_beat(self.store, []),
         }  # fmt: skip
@@ -69,7 +71,7 @@ class SavedIntake(Intake):
     def restore(self, tensors: dict[str, Tensor], saved: dict[str, Any]) -> None:
         """Be as when `snapshot` was taken, bit for bit. Raises KeyError, TypeError, ... for what no snapshot holds."""
         self.encoder.restore(tensors, saved)
-        self.pending = [(tensors[f"pending.{i}"], t) for i, t in enumerate(saved["pending"])]
+        self.pending = [(tensors[f"pending.{index}"], seconds) for index, seconds in enumerate(saved["pending"])]
         self.newest, self.interval, self.accepted = saved["last"], saved["gap"], saved["accepted"]
         self.turns = [(asked, answered) for asked, answered in saved["turns"]]
         self.counts, self.queue.dropped = saved["counts"], saved["dropped"]
@@ -78,31 +80,36 @@ class SavedIntake(Intake):
     def rebuild(self) -> None:
         """Go on from the stored blocks alone, as after a crash: the window is made of the newest of them."""
         store, dtype = self.store, self.vision.text.embed_tokens.weight.dtype
-        began = store.disk.head["stream"]  # type: ignore[union-attr]
+        stream_start = store.disk.head["stream"]  # type: ignore[union-attr]
         while store.blocks:
             blocks = list(store.blocks.values())
             try:
-                self.encoder.rebuild(blocks, began["first"], began["span"], lambda i, j: store.layer(i, j, dtype))
+                self.encoder.rebuild(
+                    blocks,
+                    stream_start["first"],
+                    stream_start["span"],
+                    lambda block_id, layer_index: store.layer(block_id, layer_index, dtype),
+                )
                 break
             except BlockLost:  # it is forgotten, and `lost` says so
                 continue
         else:
             return
-        last = blocks[-1]
-        self.interval = (last.end - last.start) / (last.frames or 1)
-        self.newest = self.accepted = last.end - self.interval
+        last_block = blocks[-1]
+        self.interval = (last_block.end - last_block.start) / (last_block.frames or 1)
+        self.newest = self.accepted = last_block.end - self.interval
         self.counts["frames"] = sum(block.frames for block in blocks)
 
     def take_up(self) -> None:
         """Be as the store's folder says: the window as it was saved, or from the blocks; and what a crash lost."""
-        disk, found = self.store.disk, self.store.read_state()
+        disk, state = self.store.disk, self.store.read_state()
         assert disk is not None
-        last, saved_beat = max(self.store.blocks) if self.store.blocks else -1, None
-        if found is not None:
+        last_id, saved_beat = max(self.store.blocks) if self.store.blocks else -1, None
+        if state is not None:
             try:
-                if found[1]["state"]["blocks"] > last:
-                    self.restore(*found)
-                    saved_beat = found[1]["beat"]
+                if state[1]["state"]["blocks"] > last_id:
+                    self.restore(*state)
+                    saved_beat = state[1]["beat"]
             except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as e:
                 file = disk.path / disk.state["file"]  # type: ignore[index]
                 raise UserError(
@@ -110,11 +117,11 @@ class SavedIntake(Intake):
                 ) from None
         if self.encoder.progress.blocks == 0 and self.store.blocks:
             self.rebuild()
-        beat = _last_beat(self.store, self.store.lost)
-        if beat is not None:
+        heartbeat = _last_beat(self.store, self.store.lost)
+        if heartbeat is not None:
             start = self.encoder.progress.first or 0.0
-            kept = [x for x in (self.accepted, saved_beat) if x is not None]
-            self.lost_seconds += max(0.0, beat - max(kept, default=start))
+            known_seconds = [seconds for seconds in (self.accepted, saved_beat) if seconds is not None]
+            self.lost_seconds += max(0.0, heartbeat - max(known_seconds, default=start))
 
     def save(self, path: str | os.PathLike[str] | None = None) -> None:
         """Write everything, the window at full precision, to the session's disk folder or a new one."""
@@ -221,15 +228,19 @@ def open_archive(
     plan = Plan.from_json({"prune": saved["prune"]}) if changed.get("plan") is None else resolve(changed["plan"])
     if to_json(plan.prune) != saved["prune"]:
         raise UserError(f"the stored blocks were made with prune={saved['prune']}, not {to_json(plan.prune)}: leave it")
-    mine = fingerprint(unwrap(model))
-    if mine != saved["model"]:
+    own_fingerprint = fingerprint(unwrap(model))
+    if own_fingerprint != saved["model"]:
         differs = ", ".join(
-            f"{k} {saved['model'].get(k)} -> {mine[k]}" for k in mine if saved["model"].get(k) != mine[k]
+            f"{field_name} {saved['model'].get(field_name)} -> {own_fingerprint[field_name]}"
+            for field_name in own_fingerprint
+            if saved["model"].get(field_name) != own_fingerprint[field_name]
         )
         raise UserError(
             f"{path} was made by another model ({differs}): load the model that encoded it, or start a new folder"
         )
-    limits = {k: changed.get(k, config[k]) for k in ("ram", "disk_limit", "flush_seconds")}
+    limits = {
+        field_name: changed.get(field_name, config[field_name]) for field_name in ("ram", "disk_limit", "flush_seconds")
+    }
     schedule = levels.parse(changed.get("coarsen", config.get("coarsen")))
     store = Store(
         limits["ram"], path, limits["disk_limit"], config["keep_as"], limits["flush_seconds"], saved, schedule
@@ -249,16 +260,23 @@ def open_archive(
 def _head_of(path: Path, body: dict[str, Any]) -> dict[str, Any]:
     """The head of a manifest, every field of the right type."""
     saved = body["head"]
-    began = saved.get("stream")
+    stream_start = saved.get("stream")
     config = saved.get("config")
-    right = all(isinstance(saved.get(k), dict) for k in ("model", "versions", "config")) and "prune" in saved
+    is_valid = (
+        all(isinstance(saved.get(field_name), dict) for field_name in ("model", "versions", "config"))
+        and "prune" in saved
+    )
     config = (
         {"recent": None, "coarsen": None} | config if isinstance(config, dict) else config
     )  # older archives have none
-    right = right and set(config) == set(_KINDS) and all(isinstance(config[k], kinds) for k, kinds in _KINDS.items())
-    if began is not None or body["segments"]:
-        right = right and isinstance(began, dict) and set(began) == {"first", "span"}
-        right = right and isinstance(began["first"], float) and isinstance(began["span"], int)
-    if not right:
+    is_valid = (
+        is_valid
+        and set(config) == set(_KINDS)
+        and all(isinstance(config[field_name], kinds) for field_name, kinds in _KINDS.items())
+    )
+    if stream_start is not None or body["segments"]:
+        is_valid = is_valid and isinstance(stream_start, dict) and set(stream_start) == {"first", "span"}
+        is_valid = is_valid and isinstance(stream_start["first"], float) and isinstance(stream_start["span"], int)
+    if not is_valid:
         raise UserError(f"{path} was made with settings that no session has ({saved!r:.80}): it is refused")
     return dict(saved)

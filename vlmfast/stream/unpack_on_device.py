@@ -17,12 +17,12 @@ def unpack_on_device(
     blocks: Sequence[PackedLayer], dtype: torch.dtype, device: torch.device
 ) -> list[tuple[Tensor, Tensor]]:
     """What `blocks.unpack` makes of each: keys and values (Hk, n, Dh) in `dtype`, on the device; at least one block."""
-    done: dict[int, tuple[Tensor, Tensor]] = {}
+    unpacked: dict[int, tuple[Tensor, Tensor]] = {}
     for in_four_bits, unpack in ((True, _four_bit), (False, _others)):
-        mine = [i for i, block in enumerate(blocks) if (block.keys.dtype == torch.uint8) is in_four_bits]
-        if mine:
-            done |= zip(mine, unpack([blocks[i] for i in mine], dtype, device), strict=True)
-    return [done[i] for i in range(len(blocks))]
+        indices = [index for index, block in enumerate(blocks) if (block.keys.dtype == torch.uint8) is in_four_bits]
+        if indices:
+            unpacked |= zip(indices, unpack([blocks[index] for index in indices], dtype, device), strict=True)
+    return [unpacked[index] for index in range(len(blocks))]
 
 
 def _four_bit(blocks: Sequence[PackedLayer], dtype: torch.dtype, device: torch.device) -> list[tuple[Tensor, Tensor]]:
@@ -60,17 +60,26 @@ def _scale(scales: Sequence[Any], like: PackedLayer, counts: list[int], block_of
     """The scales of all tokens, float32, (Hk, n, Dh) or, where no block has them by channel, (Hk, n, 1)."""
     heads, _, width = like.keys.shape
     by_channel = [scale.shape[1] == 1 and scale.shape[2] == width for scale in scales]
-    one = torch.ones(heads, 1, 1, dtype=torch.float16)
-    out: Tensor | None = None
+    ones = torch.ones(heads, 1, 1, dtype=torch.float16)
+    combined: Tensor | None = None
     if any(by_channel):
-        chosen = [scale if so else one.expand(-1, -1, width) for scale, so in zip(scales, by_channel, strict=True)]
-        out = _joined(chosen, block_of.device)[:, block_of].float()
+        chosen = [
+            scale if is_by_channel else ones.expand(-1, -1, width)
+            for scale, is_by_channel in zip(scales, by_channel, strict=True)
+        ]
+        combined = _joined(chosen, block_of.device)[:, block_of].float()
     if not all(by_channel):
-        each = zip(scales, by_channel, counts, strict=True)
-        of_tokens = _joined([one.expand(-1, n, -1) if so else scale for scale, so, n in each], block_of.device).float()
-        out = of_tokens if out is None else out * of_tokens
-    assert out is not None
-    return out
+        by_block = zip(scales, by_channel, counts, strict=True)
+        of_tokens = _joined(
+            [
+                ones.expand(-1, num_tokens, -1) if is_by_channel else scale
+                for scale, is_by_channel, num_tokens in by_block
+            ],
+            block_of.device,
+        ).float()
+        combined = of_tokens if combined is None else combined * of_tokens
+    assert combined is not None
+    return combined
 
 
 def _joined(tensors: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -76,22 +76,24 @@ class Layout:
         self.merge = int(tower.spatial_merge_size)
         self.timed = not family.stamped(model)
         if self.timed:
-            one, five = (self._model_positions(9, 2, 2, seconds) for seconds in (1.0, 5.0))
-            self.positions_per_grid = int(one[0, 4] - one[0, 0])
-            if int(five[0, 4] - five[0, 0]) != self.positions_per_grid:
-                self.positions_per_second = float(five[0, 4] - five[0, 0]) / 5.0
-            self.after_max = int(one[0, -1]) > 2
+            one_second, five_seconds = (self._model_positions(9, 2, 2, seconds) for seconds in (1.0, 5.0))
+            self.positions_per_grid = int(one_second[0, 4] - one_second[0, 0])
+            if int(five_seconds[0, 4] - five_seconds[0, 0]) != self.positions_per_grid:
+                self.positions_per_second = float(five_seconds[0, 4] - five_seconds[0, 0]) / 5.0
+            self.after_max = int(one_second[0, -1]) > 2
 
     def _model_positions(self, t: int, h: int, w: int, seconds: float) -> Tensor:
         """The model's positions (3, t * h * w + 1) of a video of t grids and one text token after it."""
-        n = t * h * w
-        ids = torch.full((1, n + 1), self.video_token)
+        num_tokens = t * h * w
+        ids = torch.full((1, num_tokens + 1), self.video_token)
         ids[0, -1] = 0
-        kinds = torch.full((1, n + 1), 2, dtype=torch.int32)
-        kinds[0, -1] = 0
-        grid = torch.tensor([[t, h * self.merge, w * self.merge]])
+        token_kinds = torch.full((1, num_tokens + 1), 2, dtype=torch.int32)
+        token_kinds[0, -1] = 0
+        grid_thw = torch.tensor([[t, h * self.merge, w * self.merge]])
         seconds_per_grid = torch.tensor([seconds])
-        positions, _ = self.base.get_rope_index(ids, kinds, video_grid_thw=grid, second_per_grid_ts=seconds_per_grid)
+        positions, _ = self.base.get_rope_index(
+            ids, token_kinds, video_grid_thw=grid_thw, second_per_grid_ts=seconds_per_grid
+        )
         return positions[:, 0]
 
     def grid(self, h: int, w: int) -> Tensor:
@@ -155,26 +157,29 @@ class VisionEncoder:
             frames = to_device(frames, self.device)
         pixels = frames.permute(0, 3, 1, 2)
         if self.qwen:
-            made = self._processed(list(pixels.split(self.frames_per_grid)))
-            grid, merge = made["video_grid_thw"], self.layout.merge
-            out = self.base.get_video_features(
-                pixel_values_videos=self._pixels(made),
-                video_grid_thw=grid if self.host_grids else grid.to(self.device),
+            processed = self._processed(list(pixels.split(self.frames_per_grid)))
+            grid_thw, merge_size = processed["video_grid_thw"], self.layout.merge
+            output = self.base.get_video_features(
+                pixel_values_videos=self._pixels(processed),
+                video_grid_thw=grid_thw if self.host_grids else grid_thw.to(self.device),
             )
-            deepstack = [torch.stack(list(level)) for level in getattr(out, "deepstack_features", None) or []]
-            size = (int(grid[0, 1]) // merge, int(grid[0, 2]) // merge)
-            return GridFeatures(torch.stack(out.pooler_output), size, deepstack)
-        made = self._processed([pixels])
-        out = self.base.get_video_features(self._pixels(made))
-        flat = out.pooler_output[0]
+            deepstack = [
+                torch.stack(list(level_features))
+                for level_features in getattr(output, "deepstack_features", None) or []
+            ]
+            size = (int(grid_thw[0, 1]) // merge_size, int(grid_thw[0, 2]) // merge_size)
+            return GridFeatures(torch.stack(output.pooler_output), size, deepstack)
+        processed = self._processed([pixels])
+        output = self.base.get_video_features(self._pixels(processed))
+        flat = output.pooler_output[0]
         flat = flat[: flat.shape[0] - self.closing().shape[0]]  # OneVision's newline closes a video, not a frame
         features = flat.view(len(frames), -1, flat.shape[-1])
         side = int(features.shape[1] ** 0.5)
         return GridFeatures(features, (side, features.shape[1] // side), [])
 
-    def _pixels(self, made: Any) -> Tensor:
+    def _pixels(self, processed: Any) -> Tensor:
         """The processor's pixels on the model's device."""
-        return to_device(made["pixel_values_videos"], self.device)
+        return to_device(processed["pixel_values_videos"], self.device)
 
     def check_size(self, height: int, width: int) -> None:
         """Raise UserError for frames of a size that the model's processor does not take; each size is tried once.
@@ -184,20 +189,23 @@ class VisionEncoder:
         """
         if (height, width) in self._sizes:
             return
-        made = self._processed([torch.zeros(self.frames_per_grid, 3, height, width, dtype=torch.uint8)])
-        kept: Any = tuple(made["pixel_values_videos"].shape[-2:])
+        processed = self._processed([torch.zeros(self.frames_per_grid, 3, height, width, dtype=torch.uint8)])
+        processed_size: Any = tuple(processed["pixel_values_videos"].shape[-2:])
         if self.qwen:
-            kept = tuple(int(n) * self.processor.video_processor.patch_size for n in made["video_grid_thw"][0, 1:])
-        known = self._sizes if len(self._sizes) < 64 else {}
-        self._sizes = {**known, (height, width): kept == (height, width)}
+            processed_size = tuple(
+                int(num_patches) * self.processor.video_processor.patch_size
+                for num_patches in processed["video_grid_thw"][0, 1:]
+            )
+        known_sizes = self._sizes if len(self._sizes) < 64 else {}
+        self._sizes = {**known_sizes, (height, width): processed_size == (height, width)}
 
     def frame_size(self, frames: int, height: int, width: int) -> tuple[int, int]:
         """(height, width) that the processor scales a frame of a stream to, its own where there is no such rule.
 
         frames: is not looked at, since a stream is processed grid by grid. To be given as `size` to a source.
         """
-        found = media.frame_size(self.model, self.processor, self.frames_per_grid, height, width)
-        return found or (height, width)
+        model_size = media.frame_size(self.model, self.processor, self.frames_per_grid, height, width)
+        return model_size or (height, width)
 
     def _processed(self, clips: list[Tensor]) -> Any:
         """What the model's video processor makes of clips (T, 3, H, W), on their device. UserError for frames that it
@@ -216,8 +224,8 @@ class VisionEncoder:
     def closing(self) -> Tensor:
         """Features (0 or 1, D) that end a video in the prompt (OneVision's newline)."""
         newline = getattr(self.base, "image_newline", None) if self.type == "llava_onevision" else None
-        width = self.text.embed_tokens.weight
-        return width.new_zeros(0, width.shape[1]) if newline is None else newline.detach()[None].to(width)
+        weight = self.text.embed_tokens.weight
+        return weight.new_zeros(0, weight.shape[1]) if newline is None else newline.detach()[None].to(weight)
 
     def embed(self, ids: list[int]) -> Tensor:
         """(n, D) embeddings of token ids."""
@@ -226,8 +234,8 @@ class VisionEncoder:
     def forward(self, cache: Any, embeddings: Tensor, positions: Tensor, **deepstack: Any) -> Tensor:
         """The language model over embeddings (R, n, D) at positions (A, R, n), read with what the cache holds and added
         to it; last hidden states (R, n, D)."""
-        ids = to_device(positions if self.layout.axes > 1 else positions[0], embeddings.device)
-        options = {CACHE: cache, "position_ids": ids, "use_cache": True, **deepstack}
+        position_ids = to_device(positions if self.layout.axes > 1 else positions[0], embeddings.device)
+        options = {CACHE: cache, "position_ids": position_ids, "use_cache": True, **deepstack}
         with running(self.model, self.text, cache) if isinstance(cache, LateCache) else nullcontext():
             return self.text(inputs_embeds=embeddings, **options).last_hidden_state
 
@@ -238,27 +246,27 @@ class VisionEncoder:
     @staticmethod
     def messages(turns: list[tuple[str, str]], question: str) -> list[dict[str, Any]]:
         """A chat of the (question, answer) turns so far and a question; the video is in its first message."""
-        out: list[dict[str, Any]] = []
-        for i, (asked, answered) in enumerate([*turns, (question, "")]):
+        chat: list[dict[str, Any]] = []
+        for turn_index, (asked, answered) in enumerate([*turns, (question, "")]):
             text = {"type": "text", "text": asked}
-            out.append({"role": "user", "content": [text] if i else [{"type": "video"}, text]})
-            if i < len(turns):
-                out.append({"role": "assistant", "content": [{"type": "text", "text": answered}]})
-        return out
+            chat.append({"role": "user", "content": [text] if turn_index else [{"type": "video"}, text]})
+            if turn_index < len(turns):
+                chat.append({"role": "assistant", "content": [{"type": "text", "text": answered}]})
+        return chat
 
     def prompt(self, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
         """Token ids before and after the one video of a chat; Qwen3-VL's start and end belong to its blocks."""
         text = chat_text(self.processor, messages)
-        bos = getattr(self.tokenizer, "bos_token", None)
-        special = not (bos and text.startswith(bos))
-        ids = list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+        bos_token = getattr(self.tokenizer, "bos_token", None)
+        add_special = not (bos_token and text.startswith(bos_token))
+        ids = list(self.tokenizer(text, add_special_tokens=add_special)["input_ids"])
         if ids.count(self.video_token) != 1:
             raise UserError(
                 f"the chat template wrote {ids.count(self.video_token)} video tokens for one video: "
                 "a stream needs a processor whose chat template knows videos"
             )
-        place = ids.index(self.video_token)
-        before, after = ids[:place], ids[place + 1 :]
+        video_index = ids.index(self.video_token)
+        before, after = ids[:video_index], ids[video_index + 1 :]
         if self.stamped and before[-1:] == [self.start] and after[:1] == [self.end]:
             before, after = before[:-1], after[1:]
         return before, after

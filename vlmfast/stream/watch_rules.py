@@ -101,18 +101,18 @@ class YesNoReader:
 
     def _ids(self, word: str) -> list[int]:
         """The tokens that are this word, in whatever way it is written."""
-        written = [before + way for before in ("", " ") for way in (word, word.title(), word.upper())]
-        unknown, found = self.vision.tokenizer.unk_token_id, map(self.vision.text_ids, written)
-        return sorted({ids[0] for ids in found if len(ids) == 1 and ids[0] != unknown})
+        written = [before + cased for before in ("", " ") for cased in (word, word.title(), word.upper())]
+        unknown_id, id_lists = self.vision.tokenizer.unk_token_id, map(self.vision.text_ids, written)
+        return sorted({ids[0] for ids in id_lists if len(ids) == 1 and ids[0] != unknown_id})
 
     def read(self, spans: Sequence[list[BlockInput]], prompts: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
         """Scores (S, N) float32 of N questions about S spans of grids, and the likeliest first token (S, N), on the
         host."""
         scores, words = [], []
-        for some in self._batches(spans, sum(map(len, prompts))):
-            logits = self._logits(some, prompts).float()
-            likely = logits.log_softmax(-1)
-            yes, no = (likely[..., ids].logsumexp(-1) for ids in (self.yes, self.no))
+        for batch in self._batches(spans, sum(map(len, prompts))):
+            logits = self._logits(batch, prompts).float()
+            log_shares = logits.log_softmax(-1)
+            yes, no = (log_shares[..., ids].logsumexp(-1) for ids in (self.yes, self.no))
             scores.append(torch.sigmoid(yes - no).cpu())
             words.append(logits.argmax(-1).cpu())
         return torch.cat(scores), torch.cat(words)
@@ -124,34 +124,41 @@ class YesNoReader:
             return sum(grid.block.num_tokens for grid in span)
 
         for num_tokens, run in groupby(spans, length):
-            alike = list(run)
-            most = max(1, MOST_TOKENS // (self.encoder.window.num_init + num_tokens + asked))
-            yield from (alike[i : i + most] for i in range(0, len(alike), most))
+            alike_spans = list(run)
+            most_spans = max(1, MOST_TOKENS // (self.encoder.window.num_init + num_tokens + asked))
+            yield from (alike_spans[start : start + most_spans] for start in range(0, len(alike_spans), most_spans))
 
     @torch.no_grad()
     def _logits(self, spans: list[list[BlockInput]], prompts: Sequence[list[int]]) -> Tensor:
         """(S, N, V) after each of N prompts behind each of S spans of the same length."""
         window, vision, builder = self.encoder.window, self.vision, self.builder
-        init = torch.arange(window.num_init).expand(window.axes, -1)
+        init_positions = torch.arange(window.num_init).expand(window.axes, -1)
         blocks = [[grid.block for grid in span] for span in spans]
         embeddings, deepstack = joined([grid for span in spans for grid in span], vision.device)
         embeddings = embeddings.view(len(spans), -1, embeddings.shape[-1])
-        before = vision.embed(window.init_ids).to(embeddings).expand(len(spans), -1, -1)
+        init_embeddings = vision.embed(window.init_ids).to(embeddings).expand(len(spans), -1, -1)
         if deepstack:
-            of_rows = deepstack["visual_pos_masks"].view(len(spans), -1)
-            deepstack["visual_pos_masks"] = F.pad(of_rows, (window.num_init, 0))
-        placed = [torch.cat([init, block_positions(b, window.origin, builder.contiguous)], 1) for b in blocks]
+            row_masks = deepstack["visual_pos_masks"].view(len(spans), -1)
+            deepstack["visual_pos_masks"] = F.pad(row_masks, (window.num_init, 0))
+        span_positions = [
+            torch.cat([init_positions, block_positions(span_blocks, window.origin, builder.contiguous)], 1)
+            for span_blocks in blocks
+        ]
         cache = PlainCache()
-        vision.forward(cache, torch.cat([before, embeddings], 1), torch.stack(placed, 1), **deepstack)
+        vision.forward(cache, torch.cat([init_embeddings, embeddings], 1), torch.stack(span_positions, 1), **deepstack)
         cache.repeat(len(prompts))
-        asked = [torch.cat([vision.closing(), vision.embed(ids)]) for ids in prompts]
-        last = [len(prompt) - 1 for prompt in asked] * len(spans)
-        padded = torch.nn.utils.rnn.pad_sequence(asked, batch_first=True)  # what comes after a prompt it does not see
-        starts = torch.tensor([builder.text_start(b) for b in blocks]).repeat_interleave(len(prompts))
+        question_embeddings = [torch.cat([vision.closing(), vision.embed(ids)]) for ids in prompts]
+        last_indices = [len(prompt) - 1 for prompt in question_embeddings] * len(spans)
+        padded = torch.nn.utils.rnn.pad_sequence(
+            question_embeddings, batch_first=True
+        )  # what comes after a prompt it does not see
+        starts = torch.tensor([builder.text_start(span_blocks) for span_blocks in blocks]).repeat_interleave(
+            len(prompts)
+        )
         positions = (starts[:, None] + torch.arange(padded.shape[1])).expand(window.axes, -1, -1)
         hidden = vision.forward(cache, padded.repeat(len(spans), 1, 1), positions)
-        ends = hidden[torch.arange(len(last)), torch.tensor(last)]
-        return vision.model.get_output_embeddings()(ends).view(len(spans), len(prompts), -1)
+        end_states = hidden[torch.arange(len(last_indices)), torch.tensor(last_indices)]
+        return vision.model.get_output_embeddings()(end_states).view(len(spans), len(prompts), -1)
 
 
 class WatchedIntake(SavedIntake):
@@ -193,15 +200,17 @@ class WatchedIntake(SavedIntake):
             self._reader = self._reader or YesNoReader(self.builder)
             question = question_of(rule)
             ids = self.vision.prompt(self.vision.messages([], question))[1]
-            made = WatchRule(rule.strip(), question, callback, float(cooldown), float(threshold), float(lasting), ids)
+            watch_rule = WatchRule(
+                rule.strip(), question, callback, float(cooldown), float(threshold), float(lasting), ids
+            )
             recent = self.encoder.recent
             if recent.grids:
                 _, words = self._reader.read([recent.grids[-recent.num_grids :]], [ids])
-                self._check_answer(made, int(words[0, 0]))
+                self._check_answer(watch_rule, int(words[0, 0]))
                 self._read_to = self._read_to if self.rules else recent.grids[-1].block.end
-            self.rules.append(made)
+            self.rules.append(watch_rule)
             recent.watched = True
-        return made
+        return watch_rule
 
     def stop_watching(self, rule: WatchRule) -> None:
         """Ask a rule no longer."""
@@ -229,24 +238,24 @@ class WatchedIntake(SavedIntake):
         """Ask all rules of every second that is new."""
         recent, spans = self.encoder.recent, []
         read_to = self._read_to
-        for i, grid in enumerate(recent.grids):
+        for grid_index, grid in enumerate(recent.grids):
             if grid.block.end >= read_to + EVERY - 1e-6:
                 read_to = grid.block.end
-                spans.append(recent.grids[max(0, i + 1 - recent.num_grids) : i + 1])
+                spans.append(recent.grids[max(0, grid_index + 1 - recent.num_grids) : grid_index + 1])
         if not spans:
             return
         assert self._reader is not None
         scores, words = self._reader.read(spans, [rule.ids for rule in self.rules])
         self._read_to = read_to
-        for j, rule in enumerate(list(self.rules)):
+        for rule_index, rule in enumerate(list(self.rules)):
             try:
                 if not rule.answered:
-                    self._check_answer(rule, int(words[0, j]))
+                    self._check_answer(rule, int(words[0, rule_index]))
             except UserError as e:
                 self._due.append((rule, e))
                 self.stop_watching(rule)
                 continue
-            for span, score in zip(spans, scores[:, j].tolist(), strict=True):
+            for span, score in zip(spans, scores[:, rule_index].tolist(), strict=True):
                 start, end = span[0].block.start, span[-1].block.end
                 if rule.read(end, score):
                     self._due.append((rule, Alert(rule.text, end, (start, end), round(score, 4))))
@@ -260,14 +269,14 @@ class WatchedIntake(SavedIntake):
             rule.callback(due)
 
     def push(self, frames: Any, timestamps: Any = None) -> int:
-        taken = super().push(frames, timestamps)
+        num_taken = super().push(frames, timestamps)
         self._tell()
-        return taken
+        return num_taken
 
     def drain(self, most: int | None = None) -> int:
-        done = super().drain(most)
+        num_done = super().drain(most)
         self._tell()
-        return done
+        return num_done
 
     def flush(self) -> None:
         super().flush()

@@ -84,7 +84,7 @@ class WorkingSetBuilder:
             return [blocks] * layers, "everything fits"
         if isinstance(retriever, Internal):
             return self._internal(retriever, candidates, question), retriever.name
-        chosen = [blocks[i] for i in retriever.select(candidates, question).tolist()]
+        chosen = [blocks[index] for index in retriever.select(candidates, question).tolist()]
         return [chosen] * layers, retriever.name
 
     def _internal(self, retriever: Internal, candidates: Candidates, question: str) -> list[list[Block]]:
@@ -96,8 +96,8 @@ class WorkingSetBuilder:
             return [self._choose(retriever, candidates, retriever.combine(scores))] * layers
 
         def choose(layer: int, queries: Tensor) -> list[Block]:
-            (here,) = transfers.read_back([queries])  # once a layer: what it attends to decides the next one's queries
-            chosen.append(self._choose(retriever, candidates, retriever.layer_scores(candidates, layer, here)))
+            (on_host,) = transfers.read_back([queries])  # once a layer: what it reads decides the next one's queries
+            chosen.append(self._choose(retriever, candidates, retriever.layer_scores(candidates, layer, on_host)))
             return chosen[-1]
 
         self._probe(question, choose)
@@ -120,39 +120,38 @@ class WorkingSetBuilder:
 
     def scores(self, retriever: Internal, candidates: Candidates, question: str, layers: list[int]) -> list[Tensor]:
         """(N,) scores of the bare question, alone before the video, at each of `layers` (ascending)."""
-        seen: list[Tensor] = []
+        seen_queries: list[Tensor] = []
 
         def see(layer: int, queries: Tensor) -> list[Block]:
             if layer in layers:
-                seen.append(queries)
+                seen_queries.append(queries)
             if layer == layers[-1]:
                 raise _Enough
             return []
 
         with suppress(_Enough):
             self._probe(question, see)
-        here = zip(layers, transfers.read_back(seen), strict=True)
-        return [retriever.layer_scores(candidates, layer, queries) for layer, queries in here]
+        on_host = zip(layers, transfers.read_back(seen_queries), strict=True)
+        return [retriever.layer_scores(candidates, layer, queries) for layer, queries in on_host]
 
     def _probe(self, question: str, choose: Callable[[int, Tensor], list[Block]]) -> None:
         """Run the bare question through the layers; each reads the blocks that `choose` gives it for its queries."""
         embeds = self.vision.embed(self.vision.text_ids(question))[None]
-        axes, n = self.encoder.layout.axes, embeds.shape[1]
+        axes, num_tokens = self.encoder.layout.axes, embeds.shape[1]
 
         def fetch(layer: int, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             blocks = choose(layer, queries)
             keys, values = self.gather(layer, blocks)
             start = self.text_start(blocks)
-            return keys, values, torch.arange(start, start + n).expand(axes, -1)
+            return keys, values, torch.arange(start, start + num_tokens).expand(axes, -1)
 
-        nowhere = torch.zeros(axes, 1, n, dtype=torch.long)  # each layer places the question behind what it reads
+        nowhere = torch.zeros(axes, 1, num_tokens, dtype=torch.long)  # each layer places it behind what it reads
         self.vision.forward(ProbeCache(self.vision.text, fetch), embeds, nowhere)
 
     @staticmethod
     def _choose(retriever: Internal, candidates: Candidates, scores: Tensor) -> list[Block]:
-        return [
-            candidates.blocks[i] for i in best(scores, candidates.tokens, retriever.frames, retriever.tokens).tolist()
-        ]
+        chosen = best(scores, candidates.tokens, retriever.frames, retriever.tokens)
+        return [candidates.blocks[index] for index in chosen.tolist()]
 
     # -- where ---------------------------------------------------------------------------------------------------------
 
@@ -166,12 +165,12 @@ class WorkingSetBuilder:
         """Un-rotated keys and values of blocks: exact from the window, else from the store or made again of its
         features; without those lost."""
         self.lost += self.again.prefill(blocks)
-        found: dict[int, tuple[Tensor, Tensor]] = {}
+        unpacked_layers: dict[int, tuple[Tensor, Tensor]] = {}
         packed: dict[int, PackedLayer] = {}
         for block in blocks:
-            exact = self.again.layer(block, layer) or self.encoder.window.block_layer(block, layer)
-            if exact is not None:
-                found[block.id] = exact
+            exact_layer = self.again.layer(block, layer) or self.encoder.window.block_layer(block, layer)
+            if exact_layer is not None:
+                unpacked_layers[block.id] = exact_layer
             elif block.id in self.store.blocks and block.level < Level.FEATURES:
                 try:
                     packed[block.id] = self.store.packed_layer(block.id, layer)
@@ -180,28 +179,28 @@ class WorkingSetBuilder:
         if packed and like.is_cuda:
             unpacked = unpack_on_device(list(packed.values()), like.dtype, like.device)
         else:
-            unpacked = [unpack(one, like.dtype) for one in packed.values()]
-        found |= zip(packed, unpacked, strict=True)
-        return [(block, *found[block.id]) for block in blocks if block.id in found]
+            unpacked = [unpack(packed_layer, like.dtype) for packed_layer in packed.values()]
+        unpacked_layers |= zip(packed, unpacked, strict=True)
+        return [(block, *unpacked_layers[block.id]) for block in blocks if block.id in unpacked_layers]
 
     def gather(self, layer: int, blocks: list[Block]) -> tuple[Tensor, Tensor]:
         """Rotated keys and values (Hk, n, Dh) of [init tokens, blocks] at one layer; made once per question."""
-        wanted = (layer, *(block.id for block in blocks))
-        if wanted in self._gathered:
-            return self._gathered[wanted]
+        gather_key = (layer, *(block.id for block in blocks))
+        if gather_key in self._gathered:
+            return self._gathered[gather_key]
         window = self.encoder.window
         init_keys, init_values = window.init_layer(layer)
         stored = self._stored(layer, blocks, init_keys)
-        there = [block for block, _, _ in stored]
-        all_keys, all_values = [init_keys, *(k for _, k, _ in stored)], [init_values, *(v for _, _, v in stored)]
-        keys = torch.cat(all_keys, 1)
-        ids = tuple(block.id for block in there)
+        stored_blocks = [block for block, _, _ in stored]
+        keys = torch.cat([init_keys, *(block_keys for _, block_keys, _ in stored)], 1)
+        values = torch.cat([init_values, *(block_values for _, _, block_values in stored)], 1)
+        ids = tuple(block.id for block in stored_blocks)
         if ids not in self._rotations:
             init = torch.arange(window.num_init).expand(window.axes, -1)
-            positions = torch.cat([init, block_positions(there, window.origin, self.contiguous)], 1)
+            positions = torch.cat([init, block_positions(stored_blocks, window.origin, self.contiguous)], 1)
             self._rotations[ids] = cos_sin(self.vision.text, positions, keys)
-        self._gathered[wanted] = rotate(keys, *self._rotations[ids]), torch.cat(all_values, 1)
-        return self._gathered[wanted]
+        self._gathered[gather_key] = rotate(keys, *self._rotations[ids]), values
+        return self._gathered[gather_key]
 
     def build(
         self, retriever: Retriever | None, blocks: list[Block], question: str, ids: list[int], plain_cache: bool,
@@ -209,23 +208,24 @@ class WorkingSetBuilder:
     ) -> WorkingSet:  # fmt: skip
         """The working set of `question`, with prompt tokens `ids`, out of candidates `blocks`. plain_cache: all layers
         of one length, in stock cache layers. recent: what it holds besides, in any case."""
-        clock = time.perf_counter()
+        start_time = time.perf_counter()
         self.begin()
         recent = recent or Recent()
         anyway = {block.id for block in recent.blocks}
-        per_layer, how = self.choose(retriever, [block for block in blocks if block.id not in anyway], question, recent)
+        others = [block for block in blocks if block.id not in anyway]
+        per_layer, chosen_by = self.choose(retriever, others, question, recent)
         per_layer = [[*chosen, *recent.stored] for chosen in per_layer]
         chosen = time.perf_counter()
         if len(self.again):  # layers chose one after the other: now those of all of them together
             self._gathered = {}
             self.again.forget()
-        union = {block.id: block for of_layer in per_layer for block in of_layer}
-        self.lost += self.again.prefill([union[i] for i in sorted(union)])
-        layers = [self.gather(i, blocks) for i, blocks in enumerate(per_layer)]
+        every_block = {block.id: block for of_layer in per_layer for block in of_layer}
+        self.lost += self.again.prefill([every_block[index] for index in sorted(every_block)])
+        layers = [self.gather(index, blocks) for index, blocks in enumerate(per_layer)]
         if self.lost:  # what one layer lost is gone for all of them
-            there = self.store.blocks.keys() | self.encoder.window.first_column.keys()
-            per_layer = [[block for block in blocks if block.id in there] for blocks in per_layer]
-            layers = [self.gather(i, blocks) for i, blocks in enumerate(per_layer)]
+            stored_ids = self.store.blocks.keys() | self.encoder.window.first_column.keys()
+            per_layer = [[block for block in blocks if block.id in stored_ids] for blocks in per_layer]
+            layers = [self.gather(index, blocks) for index, blocks in enumerate(per_layer)]
         whole = [grid.block for grid in recent.whole]
         start = max(self.text_start([*blocks, *whole]) for blocks in per_layer)
         num_again = len(self.again)
@@ -234,7 +234,7 @@ class WorkingSetBuilder:
         closing = self.vision.closing().shape[0]
         num_recent = sum(block.num_tokens for block in whole)
         cache = work_cache(layers, plain_cache, room=num_recent + len(ids) + closing + 256)
-        fetched = time.perf_counter()
+        fetched_time = time.perf_counter()
         self._prefill_recent(cache, recent.whole, per_layer, plain_cache)
         weights: dict[int, float] = {}
         for of_layer in per_layer:
@@ -243,13 +243,13 @@ class WorkingSetBuilder:
         weights |= {block.id: 1.0 for block in whole}
         lengths = [keys.shape[1] + num_recent for keys, _ in layers]
         stats = {
-            "retrieve": how, "retrieved_blocks": sum(len(block) for block in per_layer) / len(per_layer),
+            "retrieve": chosen_by, "retrieved_blocks": sum(len(block) for block in per_layer) / len(per_layer),
             "recent_blocks": len(recent),
             "prefilled_again_blocks": num_again, "context_tokens": sum(lengths) / len(lengths),
-            "select_ms": (chosen - clock) * 1e3, "fetch_ms": (fetched - chosen) * 1e3,
-            "recent_ms": (time.perf_counter() - fetched) * 1e3,
+            "select_ms": (chosen - start_time) * 1e3, "fetch_ms": (fetched_time - chosen) * 1e3,
+            "recent_ms": (time.perf_counter() - fetched_time) * 1e3,
         }  # fmt: skip
-        notes = [f"skipped: {x}" for x in dict.fromkeys(self.lost)]
+        notes = [f"skipped: {lost}" for lost in dict.fromkeys(self.lost)]
         return WorkingSet(cache, ids, start, max(lengths), weights, stats, notes)
 
     @torch.no_grad()
@@ -259,8 +259,8 @@ class WorkingSetBuilder:
         """Feed grids behind the blocks of every layer, at positions behind those of the layer that reaches farthest."""
         if not grids:
             return
-        base, whole = self.encoder.window.origin, [grid.block for grid in grids]
-        placed = (block_positions([*blocks, *whole], base, self.contiguous) for blocks in per_layer)
+        first_origin, whole_blocks = self.encoder.window.origin, [grid.block for grid in grids]
+        placed = (block_positions([*blocks, *whole_blocks], first_origin, self.contiguous) for blocks in per_layer)
         embeddings, deepstack = joined(grids, self.vision.device)
         behind = [positions[:, -len(embeddings) :] for positions in placed]
         with reading(self.vision, plain_cache):
@@ -274,23 +274,23 @@ class WorkingSetBuilder:
         """Feed all of the prompt but its last token, OneVision's newline first."""
         embeds = torch.cat([self.vision.closing(), self.vision.embed(working_set.ids[:-1])])
         working_set.fed = len(working_set.ids) - 1
-        n = len(embeds)
-        if not n:
+        num_fed = len(embeds)
+        if not num_fed:
             return
-        positions = torch.arange(working_set.start, working_set.start + n).expand(self.encoder.layout.axes, 1, -1)
+        positions = torch.arange(working_set.start, working_set.start + num_fed).expand(self.encoder.layout.axes, 1, -1)
         self.vision.forward(working_set.cache, embeds[None], positions)
-        working_set.start += n
-        working_set.past += n
+        working_set.start += num_fed
+        working_set.past += num_fed
 
     def inputs(self, working_set: WorkingSet) -> dict[str, Any]:
         """Keyword arguments for `model.generate` that continue with what the cache lacks of the prompt."""
         device = self.vision.device
-        pad = self.vision.tokenizer.pad_token_id or 0
-        left = len(working_set.ids) - working_set.fed
-        tail = working_set.ids[-min(len(working_set.ids), working_set.past + left) :]
-        ids = torch.tensor([[pad] * (working_set.past + left - len(tail)) + tail], device=device)
+        pad_id = self.vision.tokenizer.pad_token_id or 0
+        num_left = len(working_set.ids) - working_set.fed
+        tail_ids = working_set.ids[-min(len(working_set.ids), working_set.past + num_left) :]
+        ids = torch.tensor([[pad_id] * (working_set.past + num_left - len(tail_ids)) + tail_ids], device=device)
         positions = torch.full(ids.shape, working_set.start, dtype=torch.long, device=device)
-        positions[:, -left:] += torch.arange(left, device=device)
+        positions[:, -num_left:] += torch.arange(num_left, device=device)
         axes = self.encoder.layout.axes
         return {
             "input_ids": ids, "attention_mask": torch.ones_like(ids), CACHE: working_set.cache,
@@ -302,9 +302,9 @@ class WorkingSetBuilder:
         """(V,) float32 logits after the prompt; spends the working_set."""
         with reading(self.vision, plain_cache):
             self.prefill(working_set)
-            last = self.inputs(working_set)
-            embeds = self.vision.embed(last["input_ids"][0, -1:].tolist())
-            positions = last["position_ids"][..., -1:].view(-1, 1, 1)
+            last_inputs = self.inputs(working_set)
+            embeds = self.vision.embed(last_inputs["input_ids"][0, -1:].tolist())
+            positions = last_inputs["position_ids"][..., -1:].view(-1, 1, 1)
             hidden = self.vision.forward(working_set.cache, embeds[None], positions)[0]
         return self.vision.model.get_output_embeddings()(hidden)[-1].float()  # type: ignore[operator]
 

@@ -36,9 +36,11 @@ def coarsened(block: Block, packed: PackedBlock, level: Level) -> tuple[Block, P
 def _four_bit(packed: PackedBlock, representative: torch.Tensor) -> PackedBlock:
     """Keys, as their difference to the representative, and values in 4 bits."""
     assert packed.keys is not None
-    layers = [unpack(packed.layer(i), torch.float32) for i in range(len(packed.keys))]
-    keys, key_scale = quantized.packed(torch.stack([k for k, _ in layers]) - representative[:, :, None].float(), 4)
-    values, value_scale = quantized.packed(torch.stack([v for _, v in layers]), 4)
+    layers = [unpack(packed.layer(layer_index), torch.float32) for layer_index in range(len(packed.keys))]
+    keys, key_scale = quantized.packed(
+        torch.stack([layer_keys for layer_keys, _ in layers]) - representative[:, :, None].float(), 4
+    )
+    values, value_scale = quantized.packed(torch.stack([layer_values for _, layer_values in layers]), 4)
     return dataclasses.replace(
         packed, keys=keys, values=values, key_scale=key_scale, value_scale=value_scale, representative=representative
     )
@@ -54,12 +56,12 @@ def _mean_feature(block: Block, packed: PackedBlock) -> tuple[Block, PackedBlock
     def one(rows: torch.Tensor) -> torch.Tensor:
         return rows.float().mean(0, keepdim=True).to(rows)
 
-    around = given.embeddings[:first], given.embeddings[last:]
-    given.embeddings = torch.cat([around[0], one(given.embeddings[first:last]), around[1]])
+    around_visual = given.embeddings[:first], given.embeddings[last:]
+    given.embeddings = torch.cat([around_visual[0], one(given.embeddings[first:last]), around_visual[1]])
     given.deepstack = [one(level) for level in given.deepstack]
     positions = block.relative_positions
-    mean = positions[:, first:last].float().mean(1, keepdim=True).round().to(positions)
-    positions = torch.cat([positions[:, :first], mean, positions[:, last:]], 1)
+    mean_position = positions[:, first:last].float().mean(1, keepdim=True).round().to(positions)
+    positions = torch.cat([positions[:, :first], mean_position, positions[:, last:]], 1)
     features, feature_scale = pack_features(given, keep_as)
     record = dataclasses.replace(block, relative_positions=positions, visual=(first, first + 1))
     return record, dataclasses.replace(packed, features=features, feature_scale=feature_scale)
@@ -85,10 +87,10 @@ class Coarsening:
     def levels(self) -> dict[str, dict[str, int]]:
         """See `Store.levels`. A segment's bytes count for the level of its newest block."""
         store = self.store
-        out: dict[str, dict[str, int]] = {}
+        by_level: dict[str, dict[str, int]] = {}
 
         def add(level: Level, blocks: int, size: int) -> None:
-            of_level = out.setdefault(level.name.lower(), {"blocks": 0, "bytes": 0})
+            of_level = by_level.setdefault(level.name.lower(), {"blocks": 0, "bytes": 0})
             of_level["blocks"] += blocks
             of_level["bytes"] += size
 
@@ -96,23 +98,27 @@ class Coarsening:
         for block in blocks.values():
             add(block.level, 1, 0)
         if store.disk is None:
-            for i in blocks.keys() & in_ram.keys():
-                add(blocks[i].level, 0, in_ram[i].nbytes())
-            return out
+            for block_id in blocks.keys() & in_ram.keys():
+                add(blocks[block_id].level, 0, in_ram[block_id].nbytes())
+            return by_level
         for entry in list(store.disk.entries.values()):
-            present = [blocks[i] for i in entry["blocks"] if i in blocks]
+            present = [blocks[block_id] for block_id in entry["blocks"] if block_id in blocks]
             if present:
                 add(present[-1].level, 0, entry["bytes"])
-        for i in list(store.unwritten):
-            if i in blocks and i in in_ram:
-                add(blocks[i].level, 0, in_ram[i].nbytes())
-        return out
+        for block_id in list(store.unwritten):
+            if block_id in blocks and block_id in in_ram:
+                add(blocks[block_id].level, 0, in_ram[block_id].nbytes())
+        return by_level
 
     def _coarser(self, block: Block, level: Level) -> Level:
         """The level of a block that should be at `level`: never a finer one than it has, nor one that the schedule
         leaves out or that needs features where none are stored."""
         assert self.schedule is not None
-        usable = [x for x, _ in self.schedule.ages if x <= level and (x < Level.FEATURES or block.visual is not None)]
+        usable = [
+            candidate
+            for candidate, _ in self.schedule.ages
+            if candidate <= level and (candidate < Level.FEATURES or block.visual is not None)
+        ]
         return max([block.level, *usable])
 
     def by_age(self) -> None:
@@ -129,7 +135,7 @@ class Coarsening:
                 self._in_ram([block], level)
             return
         for file, entry in list(store.disk.entries.items()):
-            present = [store.blocks[i] for i in entry["blocks"] if i in store.blocks]
+            present = [store.blocks[block_id] for block_id in entry["blocks"] if block_id in store.blocks]
             level = self.schedule.level(now - present[-1].end) if present else Level.FULL
             if level == Level.FULL and present:
                 break
@@ -139,16 +145,21 @@ class Coarsening:
         """Write a segment anew, its blocks at this level or a coarser one; False where they are already."""
         store = self.store
         assert store.disk is not None
-        present = [store.blocks[i] for i in store.disk.entries[file]["blocks"] if i in store.blocks]
+        present = [
+            store.blocks[block_id] for block_id in store.disk.entries[file]["blocks"] if block_id in store.blocks
+        ]
         levels = [self._coarser(block, level) for block in present]
-        if all(new == block.level for new, block in zip(levels, present, strict=True)):
+        if all(new_level == block.level for new_level, block in zip(levels, present, strict=True)):
             return False
         try:
-            made = [coarsened(b, store.whole(b.id), new) for b, new in zip(present, levels, strict=True)]
+            coarser = [
+                coarsened(old_block, store.whole(old_block.id), new_level)
+                for old_block, new_level in zip(present, levels, strict=True)
+            ]
         except BlockLost:
             return False  # the whole segment is, and `lost` says so
-        store.disk.rewrite(file, made)
-        for block, packed in made:
+        store.disk.rewrite(file, coarser)
+        for block, packed in coarser:
             store.replace(block, packed)
         return True
 
@@ -156,9 +167,9 @@ class Coarsening:
         """Coarsen blocks of a store without a disk; returns the bytes that became free."""
         store, before = self.store, self.store.packed_bytes
         for block in blocks:
-            new = self._coarser(block, level)
-            if new > block.level:
-                store.replace(*coarsened(block, store.in_ram[block.id], new))
+            new_level = self._coarser(block, level)
+            if new_level > block.level:
+                store.replace(*coarsened(block, store.in_ram[block.id], new_level))
         return before - store.packed_bytes
 
     def for_ram(self, need: int) -> int:
@@ -170,8 +181,8 @@ class Coarsening:
         target, freed = max(need, store.ram // 16), 0
         blocks = list(store.blocks)
         for level, _ in self.schedule.ages:
-            for i in blocks[: len(blocks) - max(1, len(blocks) // 4)]:
-                freed += self._in_ram([store.blocks[i]], level)
+            for block_id in blocks[: len(blocks) - max(1, len(blocks) // 4)]:
+                freed += self._in_ram([store.blocks[block_id]], level)
                 if freed >= target:
                     return freed
         return freed

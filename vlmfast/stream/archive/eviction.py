@@ -32,22 +32,22 @@ def order_to_give_up(blocks: dict[int, Block], segments: Entries) -> Iterator[in
     others."""
     stream_order = sorted(blocks)
     old = stream_order[: len(stream_order) - max(1, len(stream_order) // 4)]
-    ids = by_worth([blocks[i] for i in old])
-    first = [i for half in lesser_halves(segments, ids) for i in half]
-    yield from first
-    done = set(first)
-    yield from (i for i in ids if i not in done)
+    ids = by_worth([blocks[block_id] for block_id in old])
+    from_segments = [block_id for half in lesser_halves(segments, ids) for block_id in half]
+    yield from from_segments
+    given_up = set(from_segments)
+    yield from (block_id for block_id in ids if block_id not in given_up)
 
 
 def lesser_halves(segments: Entries, ids: list[int]) -> list[list[int]]:
     """The lesser half of every segment's blocks among `ids` (of least worth first); the segments of least mean rank
     first."""
-    rank = {block_id: n for n, block_id in enumerate(ids)}
+    rank = {block_id: position for position, block_id in enumerate(ids)}
     halves = []
     for entry in segments.values():
-        ranked = sorted((i for i in entry["blocks"] if i in rank), key=rank.__getitem__)
+        ranked = sorted((member for member in entry["blocks"] if member in rank), key=rank.__getitem__)
         if ranked:
-            halves.append((sum(rank[i] for i in ranked) / len(ranked), ranked[: (len(ranked) + 1) // 2]))
+            halves.append((sum(rank[member] for member in ranked) / len(ranked), ranked[: (len(ranked) + 1) // 2]))
     return [half for _, half in sorted(halves)]
 
 
@@ -58,7 +58,7 @@ def half_a_segment(blocks: dict[int, Block], segments: Entries) -> list[int]:
     old = files[: len(files) - max(1, len(files) // 4)] or files[:-1]
     if not old:
         return []
-    ids = by_worth([blocks[i] for file in old for i in segments[file]["blocks"]])
+    ids = by_worth([blocks[block_id] for file in old for block_id in segments[file]["blocks"]])
     return lesser_halves({file: segments[file] for file in old}, ids)[0]
 
 
@@ -75,11 +75,11 @@ class Eviction:
         store = self.store
         gone: list[int] = []
         target, freed = max(need, store.ram // 16) if need else 0, 0
-        for i in order_to_give_up(store.blocks, {} if store.disk is None else store.disk.entries):
+        for block_id in order_to_give_up(store.blocks, {} if store.disk is None else store.disk.entries):
             if freed >= target and len(gone) >= slots:
                 break
-            freed += RECORD_BYTES + (store.in_ram[i].nbytes() if i in store.in_ram else 0)
-            gone.append(i)
+            freed += RECORD_BYTES + (store.in_ram[block_id].nbytes() if block_id in store.in_ram else 0)
+            gone.append(block_id)
         if freed < need:
             return 0
         before = store.ram_bytes
@@ -94,7 +94,7 @@ class Eviction:
         store = self.store
         if store.disk is None or store.disk_limit is None:
             return
-        spare = max([store.segment_size, need, *(e["bytes"] for e in store.disk.entries.values())])
+        spare = max([store.segment_size, need, *(entry["bytes"] for entry in store.disk.entries.values())])
         if store.disk.used + need + spare > store.disk_limit:
             store.disk.drop_aside()
         fixed = store.disk.used - store.disk.segment_bytes

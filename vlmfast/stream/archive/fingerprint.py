@@ -24,11 +24,11 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     """
     text = model.config.get_text_config()  # type: ignore[union-attr,operator]
     digest = hashlib.sha256()
-    for name, x in acting(model):
-        tensor_digest = content(x)
+    for name, tensor in acting(model):
+        tensor_digest = content(tensor)
         if tensor_digest is None:
             raise Unsupported(f"{name} is not in memory (offloaded), and an archive must know its model: load it whole")
-        digest.update(f"{name} {tuple(x.shape)} {x.dtype} {tensor_digest} ".encode())
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor_digest} ".encode())
     for name, value in switches(model):
         digest.update(f"{name} {value!r} ".encode())
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
@@ -44,34 +44,42 @@ def acting(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name as in the plain model, tensor) of every parameter and persistent buffer but those of idle adapters."""
     idle = [prefix for name, module in model.named_modules() for prefix in _idle(name, module)]
     persistent = set(model.state_dict(keep_vars=True))
-    seen: set[int] = set()
-    for name, x in [*model.named_parameters(), *model.named_buffers()]:
-        if name in persistent and id(x) not in seen and not any(f"{name}.".startswith(prefix) for prefix in idle):
-            seen.add(id(x))
-            yield name.replace(".base_layer.", ".").replace(".original_module.", "."), x
+    seen_ids: set[int] = set()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if (
+            name in persistent
+            and id(tensor) not in seen_ids
+            and not any(f"{name}.".startswith(prefix) for prefix in idle)
+        ):
+            seen_ids.add(id(tensor))
+            yield name.replace(".base_layer.", ".").replace(".original_module.", "."), tensor
 
 
 def _active(module: nn.Module) -> list[str]:
     """The adapters of a PEFT layer that act: switched on, and not merged into the weight already."""
     if getattr(module, "disable_adapters", False):
         return []
-    named = getattr(module, "active_adapters", None) or []
+    active_names = getattr(module, "active_adapters", None) or []
     merged = set(getattr(module, "merged_adapters", ()))
-    return [a for a in ([named] if isinstance(named, str) else named) if a not in merged]
+    return [
+        adapter
+        for adapter in ([active_names] if isinstance(active_names, str) else active_names)
+        if adapter not in merged
+    ]
 
 
 def _idle(name: str, module: nn.Module) -> Iterator[str]:
     """Prefixes of the parameters below a PEFT layer that do not act."""
     if hasattr(module, "original_module") and hasattr(module, "modules_to_save"):  # whole modules, trained anew
-        active = [a for a in _active(module) if a in module.modules_to_save]  # type: ignore[operator]
+        active = [adapter for adapter in _active(module) if adapter in module.modules_to_save]  # type: ignore[operator]
         if active:
             yield f"{name}.original_module."
-        yield from (f"{name}.modules_to_save.{a}." for a in module.modules_to_save if a not in active)  # type: ignore[union-attr]
+        yield from (f"{name}.modules_to_save.{adapter}." for adapter in module.modules_to_save if adapter not in active)  # type: ignore[union-attr]
     elif hasattr(module, "base_layer"):
         active = _active(module)
         for part, child in module.named_children():
             if isinstance(child, (nn.ModuleDict, nn.ParameterDict)):
-                yield from (f"{name}.{part}.{a}." for a in child if a not in active)
+                yield from (f"{name}.{part}.{adapter}." for adapter in child if adapter not in active)
 
 
 def switches(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -79,4 +87,4 @@ def switches(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if hasattr(module, "base_layer"):
             scaling = getattr(module, "scaling", None) or {}
-            yield from ((f"{name}.scaling", scaling[a]) for a in _active(module) if a in scaling)
+            yield from ((f"{name}.scaling", scaling[adapter]) for adapter in _active(module) if adapter in scaling)

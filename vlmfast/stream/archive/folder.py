@@ -53,22 +53,22 @@ def open_regular(path: Path, most: int) -> IO[bytes]:
         if e.errno in (errno.ELOOP, errno.ENXIO):
             raise Damaged("it is no regular file") from None
         raise
-    found = os.fstat(file.fileno())
-    if not stat.S_ISREG(found.st_mode) or found.st_size > most:
+    file_status = os.fstat(file.fileno())
+    if not stat.S_ISREG(file_status.st_mode) or file_status.st_size > most:
         file.close()
-        raise Damaged(f"{found.st_size:,} bytes, where at most {most:,} are expected")
+        raise Damaged(f"{file_status.st_size:,} bytes, where at most {most:,} are expected")
     return file
 
 
 def read_regular(path: Path, most: int) -> bytes:
     """The bytes of a regular file; raises as `open_regular`, also when it grows meanwhile."""
-    out = bytearray()
+    content = bytearray()
     with open_regular(path, most) as file:
-        while part := file.read(min(8 << 20, most + 1 - len(out))):
-            out += part
-            if len(out) > most:
+        while part := file.read(min(8 << 20, most + 1 - len(content))):
+            content += part
+            if len(content) > most:
                 raise Damaged(f"more than {most:,} bytes")
-    return bytes(out)
+    return bytes(content)
 
 
 class Folder:
@@ -92,7 +92,7 @@ class Folder:
             raise StoreError(f"{self.path} cannot be made ({e.strerror}): name a folder that can be written") from None
         ours_before = self.acquire()
         try:
-            for name in [n for n in os.listdir(self.path) if _OURS.fullmatch(n)]:
+            for name in [file_name for file_name in os.listdir(self.path) if _OURS.fullmatch(file_name)]:
                 if name in MANIFESTS or not ours_before:
                     raise UserError(
                         f"{self.path} holds a {name} already, of another stream or program: name another folder"
@@ -143,15 +143,15 @@ class Folder:
     def _open_lock(self, path: Path) -> IO[bytes]:
         try:
             try:
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | _SAFE, 0o644)
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _SAFE, 0o644)
             except OSError as e:
                 if e.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
                     raise
-                fd = os.open(path, os.O_RDONLY | _SAFE)
+                descriptor = os.open(path, os.O_RDONLY | _SAFE)
         except OSError as e:
             raise StoreError(f"{path} cannot be opened ({e.strerror}): the archive needs its lock file") from None
-        file = os.fdopen(fd, "rb", buffering=0)
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        file = os.fdopen(descriptor, "rb", buffering=0)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             file.close()
             raise UserError(f"{path} is no regular file: delete it, the archive makes its own")
         return file
@@ -193,11 +193,11 @@ class Folder:
     def sync(self) -> None:
         """Make renames last (their order is kept anyway); a file system that cannot sync a folder may refuse."""
         with suppress(OSError):
-            fd = os.open(self.path, os.O_RDONLY)
+            descriptor = os.open(self.path, os.O_RDONLY)
             try:
-                os.fsync(fd)
+                os.fsync(descriptor)
             finally:
-                os.close(fd)
+                os.close(descriptor)
 
     def delete(self, name: str) -> None:
         """Delete a file of ours; one that cannot be deleted stays, for the next owner to try."""
@@ -207,7 +207,7 @@ class Folder:
 
     def clear(self) -> None:
         """Delete every file of ours, the lock file last, and the folder if nothing else is in it."""
-        for name in [n for n in os.listdir(self.path) if _OURS.fullmatch(n)] + [LOCK]:
+        for name in [file_name for file_name in os.listdir(self.path) if _OURS.fullmatch(file_name)] + [LOCK]:
             self.delete(name)
         with suppress(OSError):
             self.path.rmdir()
@@ -227,17 +227,23 @@ class Folder:
 
     def aside(self) -> dict[str, int]:
         """The damaged files that are kept, and their bytes."""
-        names = [n for n in os.listdir(self.path) if n.endswith(DAMAGED) and SEGMENT.fullmatch(n[: -len(DAMAGED)])]
-        return {n: self.size(n) for n in sorted(names)}
+        names = [
+            file_name
+            for file_name in os.listdir(self.path)
+            if file_name.endswith(DAMAGED) and SEGMENT.fullmatch(file_name[: -len(DAMAGED)])
+        ]
+        return {file_name: self.size(file_name) for file_name in sorted(names)}
 
     def strays(self, named: set[str]) -> list[str]:
         """Files of ours that are not in `named`: what a crash left behind."""
-        return [n for n in os.listdir(self.path) if _STRAY.fullmatch(n) and n not in named]
+        return [
+            file_name for file_name in os.listdir(self.path) if _STRAY.fullmatch(file_name) and file_name not in named
+        ]
 
     def highest(self) -> int:
         """The highest number in a file's name."""
-        found = [_STRAY.match(n) for n in os.listdir(self.path)]
-        return max((int(m[2]) for m in found if m and m[2]), default=0)
+        matches = [_STRAY.match(file_name) for file_name in os.listdir(self.path)]
+        return max((int(match[2]) for match in matches if match and match[2]), default=0)
 
     # -- heartbeat -----------------------------------------------------------------------------------------------------
 
@@ -247,12 +253,12 @@ class Folder:
             return
         data = struct.pack("<d", seconds)
         with suppress(OSError):  # the flush to come reports a folder that cannot be written
-            fd = os.open(self.path / BEAT, os.O_WRONLY | os.O_CREAT | _SAFE, 0o644)
+            descriptor = os.open(self.path / BEAT, os.O_WRONLY | os.O_CREAT | _SAFE, 0o644)
             try:
-                if stat.S_ISREG(os.fstat(fd).st_mode):
-                    os.pwrite(fd, data + struct.pack("<I", zlib.crc32(data)), 0)
+                if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    os.pwrite(descriptor, data + struct.pack("<I", zlib.crc32(data)), 0)
             finally:
-                os.close(fd)
+                os.close(descriptor)
 
     def last_beat(self) -> float | None:
         """Seconds of the last heartbeat, None before the first. Raises Damaged."""

@@ -36,21 +36,21 @@ def read(path: Path) -> tuple[dict[str, Any], list[str], bool]:
         if _first_format(path):
             raise UserError(f"{path} is a stream of format 1, this version reads format {FORMAT}: encode it anew")
         raise UserError(f"{path} holds no stream (no {MANIFESTS[0]}): name the folder given as disk= or to save()")
-    found: list[dict[str, Any]] = []
+    bodies: list[dict[str, Any]] = []
     damage: list[str] = []
     for name in MANIFESTS:
         try:
-            found.append(_whole(path / name))
+            bodies.append(_whole(path / name))
         except Damaged as e:
             damage.append(f"{name}: {e}")
-    if not found:
+    if not bodies:
         raise UserError(f"{path} cannot be read: {'; '.join(damage)}. Nothing was changed; restore one of them")
-    newest = max(found, key=lambda body: body["generation"])
+    newest = max(bodies, key=lambda body: body["generation"])
     if newest["generation"] == 1 and not _there(path / MANIFESTS[1]):
         return newest, [], False  # a crash in the middle of creation
     if damage:
         damage = [f"{line}; generation {newest['generation']} was read from the other one" for line in damage]
-    return newest, damage, len({body["generation"] for body in found}) == 1 and not damage
+    return newest, damage, len({body["generation"] for body in bodies}) == 1 and not damage
 
 
 def holds_stream(path: Path) -> bool:
@@ -75,9 +75,9 @@ def _first_format(path: Path) -> bool:
 
 def _whole(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(read_regular(path, MOST_MANIFEST))
-        text = json.dumps({"format": found["format"], "body": found["body"]})
-        right = found["sha256"] == _sum(text)
+        stored = json.loads(read_regular(path, MOST_MANIFEST))
+        text = json.dumps({"format": stored["format"], "body": stored["body"]})
+        is_intact = stored["sha256"] == _sum(text)
     except FileNotFoundError:
         raise Damaged("it is missing") from None
     except OSError as e:
@@ -86,11 +86,11 @@ def _whole(path: Path) -> dict[str, Any]:
         raise
     except (ValueError, KeyError, TypeError, RecursionError):
         raise Damaged("it is no manifest, or torn") from None
-    if not right:
+    if not is_intact:
         raise Damaged("the checksum does not match")
-    if found["format"] != FORMAT:
-        raise UserError(f"{path.parent} is of format {found['format']!r}, this version reads format {FORMAT}")
-    return _checked(path, found["body"])
+    if stored["format"] != FORMAT:
+        raise UserError(f"{path.parent} is of format {stored['format']!r}, this version reads format {FORMAT}")
+    return _checked(path, stored["body"])
 
 
 def _checked(path: Path, body: Any) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def _checked(path: Path, body: Any) -> dict[str, Any]:
         must(SEGMENT.fullmatch(file) is not None, file)
         must(_sizes(entry, {"bytes", "crc", "head", "blocks"}), entry)
         must(isinstance(entry["blocks"], list) and all(map(_count, entry["blocks"])), entry)
-    ids = [i for entry in segments.values() for i in entry["blocks"]]
+    ids = [block_id for entry in segments.values() for block_id in entry["blocks"]]
     must(len(ids) == len(set(ids)), "a block in two segments")
     if state is not None:
         must(_sizes(state, {"file", "bytes", "crc"}), state)
@@ -120,7 +120,7 @@ def _sizes(entry: Any, keys: set[str]) -> bool:
     return (
         isinstance(entry, dict)
         and set(entry) == keys
-        and all(_count(entry[k]) for k in keys & {"bytes", "crc", "head"})
+        and all(_count(entry[key]) for key in keys & {"bytes", "crc", "head"})
         and entry["bytes"] <= MOST_FILE
     )
 

@@ -35,9 +35,9 @@ class LastKeys:
 
     def copy(self) -> LastKeys:
         """One that does not follow this one's changes."""
-        out = LastKeys()
-        out.keys, out.known = None if self.keys is None else self.keys.clone(), self.known
-        return out
+        copied = LastKeys()
+        copied.keys, copied.known = None if self.keys is None else self.keys.clone(), self.known
+        return copied
 
     def representative(self, keys: Tensor, kept: Tensor) -> Tensor:
         """Take in a block's visual keys (L, Hk, n, Dh), of the n image positions where kept (P,) bool, on the host, is
@@ -129,8 +129,8 @@ class RepresentativeTable:
     def put(self, block: int, representative: Tensor) -> None:
         """Write a block's representative (L, Hk, Dh) into the slot that it has."""
         slab, index = self._place(self.slot[block])
-        rows = representative.reshape(representative.shape[0], -1)
-        self.slabs[slab][:, index], self.norms[slab][:, index] = rows, rows.float().norm(dim=-1)
+        slot_rows = representative.reshape(representative.shape[0], -1)
+        self.slabs[slab][:, index], self.norms[slab][:, index] = slot_rows, slot_rows.float().norm(dim=-1)
 
     def remove(self, block: int) -> None:
         slot = self.slot.pop(block, None)
@@ -150,7 +150,7 @@ class RepresentativeTable:
 
     def slots(self, ids: list[int]) -> Tensor:
         """(N,) int64 slots of blocks, for `products` and the like."""
-        return torch.tensor([self.slot[i] for i in ids], dtype=torch.long)
+        return torch.tensor([self.slot[block_id] for block_id in ids], dtype=torch.long)
 
     def products(self, layer: int, queries: Tensor, slots: Tensor, centred: bool = False) -> Tensor:
         """Inner products (q, N) of queries (q, Hk, Dh) with the representatives in `slots` (N,); centred: less the
@@ -162,7 +162,7 @@ class RepresentativeTable:
     def norms_of(self, layer: int, slots: Tensor, centred: bool = False) -> Tensor:
         """(N,) norms of the representatives in `slots`; centred: of their difference to their mean."""
         if not centred:
-            return torch.cat([n[layer] for n in self.norms])[slots]
+            return torch.cat([slab_norms[layer] for slab_norms in self.norms])[slots]
         chosen = torch.cat([slab[layer] for slab in self.slabs])[slots].float()
         return (chosen - chosen.mean(0)).norm(dim=1)
 
@@ -171,4 +171,8 @@ class RepresentativeTable:
         return torch.cat(self.embeddings)[slots].float() if self.embeddings else None
 
     def nbytes(self) -> int:
-        return sum(x.numel() * x.element_size() for group in (self.slabs, self.norms, self.embeddings) for x in group)
+        return sum(
+            tensor.numel() * tensor.element_size()
+            for group in (self.slabs, self.norms, self.embeddings)
+            for tensor in group
+        )

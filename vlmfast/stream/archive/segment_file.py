@@ -45,15 +45,20 @@ def encode(blocks: list[tuple[Block, PackedBlock]]) -> tuple[bytes, int]:
     tensors: dict[str, Tensor] = {}
     sums: dict[int, list[int]] = {}
     for block, packed in blocks:
-        named = packed.tensors()
+        tensor_of = packed.tensors()
         if block.level:
-            del named["rep"]  # with the others, below
-        tensors |= {f"{block.id}.{name}": x for name, x in named.items()}
-        layered = [named[n] for n in _LAYERED if n in named]
-        sums[block.id] = [_sum([x[layer] for x in layered]) for layer in range(len(layered[0]) if layered else 0)]
-        sums[block.id].append(_sum([named[n] for n in _FOUND_BY if n in named]))
-        sums[block.id].append(_sum([named[n] for n in _GIVEN if n in named]))
-    records = [b.json() | {"sums": sums[b.id] if b.visual else sums[b.id][:-1]} for b, _ in blocks]
+            del tensor_of["rep"]  # with the others, below
+        tensors |= {f"{block.id}.{name}": tensor for name, tensor in tensor_of.items()}
+        layered = [tensor_of[key] for key in _LAYERED if key in tensor_of]
+        sums[block.id] = [
+            _sum([tensor[layer] for tensor in layered]) for layer in range(len(layered[0]) if layered else 0)
+        ]
+        sums[block.id].append(_sum([tensor_of[key] for key in _FOUND_BY if key in tensor_of]))
+        sums[block.id].append(_sum([tensor_of[key] for key in _GIVEN if key in tensor_of]))
+    records = [
+        record_block.json() | {"sums": sums[record_block.id] if record_block.visual else sums[record_block.id][:-1]}
+        for record_block, _ in blocks
+    ]
     coarse = [(block.id, packed.representative) for block, packed in blocks if block.level]
     if not coarse:
         return _with_sum(to_bytes(tensors, {"blocks": json.dumps(records)}))
@@ -72,12 +77,16 @@ def _with_sum(data: bytes) -> tuple[bytes, int]:
 
 def _compressed(representatives: list[tuple[int, Tensor]]) -> tuple[Tensor, dict[str, Any]]:
     """Rounded representatives (L, Hk, Dh), each as its difference to the one before; and what `_expanded` must know."""
-    codes, exponents = quantized.fixed_point(torch.stack([x for _, x in representatives]))
+    codes, exponents = quantized.fixed_point(torch.stack([representative for _, representative in representatives]))
     rows = torch.cat([codes.flatten(1), exponents.flatten(1)], 1).int().numpy()
     change = np.diff(rows, axis=0, prepend=0)
     change = change << 1 ^ change >> 31  # small numbers of either sign are small
     data = zlib.compress(b"".join((change >> shift).astype(np.uint8).tobytes() for shift in _PLANES), 9)
-    about = {"ids": [i for i, _ in representatives], "shape": list(codes.shape[1:]), "sum": zlib.crc32(data)}
+    about = {
+        "ids": [block_id for block_id, _ in representatives],
+        "shape": list(codes.shape[1:]),
+        "sum": zlib.crc32(data),
+    }
     return torch.frombuffer(bytearray(data), dtype=torch.uint8), about
 
 
@@ -108,8 +117,8 @@ def bytes_in_file(block: Block, packed: PackedBlock) -> int:
 
 def _sum(tensors: list[Tensor]) -> int:
     total = 0
-    for x in tensors:
-        total = zlib.crc32(x.contiguous().view(torch.uint8).numpy().data, total)
+    for tensor in tensors:
+        total = zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().data, total)
     return total
 
 
@@ -131,16 +140,7 @@ class SegmentFile:
             self.start = 8 + size
             try:
                 self._parse(json.loads(head[8:]))
-            except (
-                ValueError,
-                LookupError,
-                TypeError,
-                AttributeError,
-                RecursionError,
-                RuntimeError,
-                OverflowError,
-                zlib.error,
-            ):
+            except _UNREADABLE:
                 raise Damaged("the header is not that of a segment") from None
         except BaseException:
             self.file.close()
@@ -201,8 +201,8 @@ class SegmentFile:
         layers = 0 if block.level >= Level.FEATURES else shape[0]
         if layers:
             width = shape[2] // 2 if block.level == Level.FOUR_BIT else shape[2]
-            both = [self.places[f"{block.id}.{n}"][1] for n in ("k", "v")]
-            if both != 2 * [[*shape[:2], tokens, width]]:
+            stored_shapes = [self.places[f"{block.id}.{name}"][1] for name in ("k", "v")]
+            if stored_shapes != 2 * [[*shape[:2], tokens, width]]:
                 raise ValueError(block.id)
         if block.visual is not None:
             first, last = block.visual
@@ -232,15 +232,15 @@ class SegmentFile:
     def features(self, block: int) -> tuple[Tensor, Tensor | None]:
         """A block's features and their scales."""
         self._size()
-        named = self._tensors(block, _GIVEN, None, -1)
-        return named["x"], named.get("xs")
+        tensor_of = self._tensors(block, _GIVEN, None, -1)
+        return tensor_of["x"], tensor_of.get("xs")
 
     def representative(self, block: Block) -> tuple[Tensor, Tensor | None]:
         """A block's representative (L, Hk, Dh) and its embedding (E,)."""
         layers = 0 if block.level >= Level.FEATURES else self.shape[0]
-        named = self._tensors(block.id, _FOUND_BY, None, layers)
+        tensor_of = self._tensors(block.id, _FOUND_BY, None, layers)
         if not block.level:
-            return named["rep"], named.get("emb")
+            return tensor_of["rep"], tensor_of.get("emb")
         if not self._coarse:
             assert self.about is not None
             _, (size,), first = self.places[_REPRESENTATIVES]
@@ -251,13 +251,13 @@ class SegmentFile:
                 self._coarse = _expanded(data, self.about)
             except (ValueError, RuntimeError, zlib.error):
                 raise Damaged("the checksum of the representatives does not match") from None
-        return self._coarse[block.id], named.get("emb")
+        return self._coarse[block.id], tensor_of.get("emb")
 
     def _tensors(self, block: int, names: tuple[str, ...], layer: int | None, number: int) -> dict[str, Tensor]:
         """Tensors of a block, of one layer or whole, that together have the block's sum of this number."""
-        out: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         total = 0
-        for name in [n for n in names if f"{block}.{n}" in self.places]:
+        for name in [candidate for candidate in names if f"{block}.{candidate}" in self.places]:
             dtype, shape, first = self.places[f"{block}.{name}"]
             size = math.prod(shape) * dtype.itemsize
             if layer is not None:
@@ -265,10 +265,10 @@ class SegmentFile:
                 first, shape = first + layer * size, shape[1:]
             data = bytearray(self._read(self.start + first, size))
             total = zlib.crc32(data, total)
-            out[name] = torch.frombuffer(data, dtype=dtype).view(shape)
+            tensors[name] = torch.frombuffer(data, dtype=dtype).view(shape)
         if total != self.sums[block][number]:
             raise Damaged(f"the checksum of block {block} does not match")
-        return out
+        return tensors
 
     def close(self) -> None:
         self.file.close()

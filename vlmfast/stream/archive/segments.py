@@ -87,7 +87,7 @@ class Segments:
         representatives: dict[int, tuple[Tensor, Tensor | None]] = {}
         for file, entry in body["segments"].items():
             try:
-                found, summaries = self._verified(file, entry)
+                file_blocks, summaries = self._verified(file, entry)
             except OSError as e:
                 raise UserError(
                     f"{self.path / file} cannot be read ({e.strerror}); nothing was changed: make it readable, or "
@@ -98,16 +98,16 @@ class Segments:
                 self._broken[file] = self.folder.size(file)
                 continue
             self.entries[file] = entry
-            self.file_of |= {block.id: file for block in found}
-            blocks += found
+            self.file_of |= {block.id: file for block in file_blocks}
+            blocks += file_blocks
             representatives |= summaries
-        text = self._text(self.entries | {f: body["segments"][f] for f in self._broken}, self.state)
+        text = self._text(self.entries | {broken: body["segments"][broken] for broken in self._broken}, self.state)
         self._manifest_bytes = len(text)
         if agree or self._repaired(text):
             named = {*body["segments"], (self.state or {}).get("file", "")}
             for stray in self.folder.strays(named):
                 self.folder.delete(stray)
-        return sorted(blocks, key=lambda b: b.id), representatives
+        return sorted(blocks, key=lambda block: block.id), representatives
 
     def _verified(
         self, file: str, entry: dict[str, Any]
@@ -152,7 +152,7 @@ class Segments:
 
     @property
     def segment_bytes(self) -> int:
-        return sum(e["bytes"] for e in list(self.entries.values()))
+        return sum(entry["bytes"] for entry in list(self.entries.values()))
 
     def write(self, blocks: list[tuple[Block, PackedBlock]], commit: bool = True) -> None:
         """One new segment of newer blocks. Raises StoreError, leaving the folder as it was. A saved state is older now
@@ -174,7 +174,8 @@ class Segments:
         data, head = encode(blocks)
         self.number += 1
         self.folder.put(file := f"segment-{self.number:08d}.safetensors", data)
-        return file, {"bytes": len(data), "crc": zlib.crc32(data), "head": head, "blocks": [b.id for b, _ in blocks]}
+        block_ids = [block.id for block, _ in blocks]
+        return file, {"bytes": len(data), "crc": zlib.crc32(data), "head": head, "blocks": block_ids}
 
     def write_state(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         """Replace the saved session state; no block is given up for it. Raises NoRoom beyond the limit, StoreError."""
@@ -207,13 +208,9 @@ class Segments:
         self.close()
 
     def _name(
-        self,
-        entries: dict[str, dict[str, Any]],
-        state: dict[str, Any] | None,
-        gone: list[dict[str, Any]],
-        new: str | None,
-        commit: bool,
-    ) -> None:
+        self, entries: dict[str, dict[str, Any]], state: dict[str, Any] | None, gone: list[dict[str, Any]],
+        new: str | None, commit: bool,
+    ) -> None:  # fmt: skip
         """Make `entries` and `state` what the folder holds; then delete `gone`, or the file `new` if that fails."""
         if commit:
             text = self._text(entries, state, 1)
@@ -226,7 +223,7 @@ class Segments:
             self.generation += 1
             self._manifest_bytes = len(text)
         self.entries, self.state = entries, state
-        self.file_of = {i: file for file, entry in entries.items() for i in entry["blocks"]}
+        self.file_of = {block_id: file for file, entry in entries.items() for block_id in entry["blocks"]}
         for old in gone:
             self._leaving[old["file"]] = old["bytes"]
             if old["file"] in self._opened:
@@ -307,10 +304,13 @@ class Segments:
         """A block as it is stored; representative (L, Hk, Dh) and embedding (E,) as they are in memory. Raises
         BlockLost."""
         layers = representative.shape[0] if block.level < Level.FEATURES else 0
-        each = [self.layer(block.id, i) for i in range(layers)]
+        by_layer = [self.layer(block.id, layer_index) for layer_index in range(layers)]
         names = ("k", "v", "ks", "vs")
-        k, v, ks, vs = (torch.stack([x[n] for x in each]) if each and n in each[0] else None for n in names)
-        packed = PackedBlock(k, v, ks, vs, representative, embedding)
+        keys, values, key_scale, value_scale = (
+            torch.stack([tensors[name] for tensors in by_layer]) if by_layer and name in by_layer[0] else None
+            for name in names
+        )
+        packed = PackedBlock(keys, values, key_scale, value_scale, representative, embedding)
         if block.visual is not None:
             packed.features, packed.feature_scale = self._read(block.id, lambda segment: segment.features(block.id))
         return packed

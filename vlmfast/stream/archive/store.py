@@ -108,7 +108,7 @@ class Store:
         """Bytes of keys, values, scales and representatives of all stored blocks, each counted once."""
         if self.disk is None:
             return self.packed_bytes + self.representatives.nbytes()
-        unwritten = [self.in_ram.get(i) for i in list(self.unwritten)]  # another thread may be encoding
+        unwritten = [self.in_ram.get(block_id) for block_id in list(self.unwritten)]  # another thread may be encoding
         return self.disk.segment_bytes + sum(packed.nbytes() for packed in unwritten if packed is not None)
 
     def levels(self) -> dict[str, dict[str, int]]:
@@ -160,14 +160,14 @@ class Store:
             return
         if self.disk is not None:
             unwritten = set(self.unwritten)
-            copies = [i for i in self.in_ram if i not in unwritten]
-            if sum(self.in_ram[i].nbytes() for i in copies) < over and self.unwritten:
+            copies = [block_id for block_id in self.in_ram if block_id not in unwritten]
+            if sum(self.in_ram[block_id].nbytes() for block_id in copies) < over and self.unwritten:
                 self.flush()
                 copies = list(self.in_ram)
-            for i in copies:
+            for block_id in copies:
                 if over <= 0:
                     return
-                over -= self.release(i)
+                over -= self.release(block_id)
         over -= self.coarsening.for_ram(over)
         if over > 0:
             over -= self.eviction.from_ram(over)
@@ -184,27 +184,29 @@ class Store:
         if not self.unwritten:
             return False
         span = self.blocks[self.unwritten[-1]].end - self.blocks[self.unwritten[0]].start
-        size = sum(self.in_ram[i].nbytes() for i in self.unwritten)
+        size = sum(self.in_ram[block_id].nbytes() for block_id in self.unwritten)
         return span >= self.flush_seconds or size >= self.segment_size
 
     def flush(self) -> None:
         """Write everything that is not on disk yet, then coarsen what has come of age. Raises StoreError; blocks that
         could not be written stay in RAM, the others as they were."""
         while self.disk is not None and self.unwritten:
-            sizes = {i: bytes_in_file(self.blocks[i], self.in_ram[i]) for i in self.unwritten}
+            sizes = {
+                block_id: bytes_in_file(self.blocks[block_id], self.in_ram[block_id]) for block_id in self.unwritten
+            }
             batch: list[int] = []
             total = 0
-            for i in self.unwritten:
-                total += sizes[i]
+            for block_id in self.unwritten:
+                total += sizes[block_id]
                 if batch and total > self.segment_size:
                     break
-                batch.append(i)
+                batch.append(block_id)
             if self.disk_limit is not None:
                 self.disk.drop_state()  # older than what comes now
-            self.eviction.from_disk(sum(sizes[i] for i in batch) + 600 + 48 * len(batch))
-            batch = [i for i in batch if i in self.blocks]
+            self.eviction.from_disk(sum(sizes[block_id] for block_id in batch) + 600 + 48 * len(batch))
+            batch = [block_id for block_id in batch if block_id in self.blocks]
             if batch:
-                self.disk.write([(self.blocks[i], self.in_ram[i]) for i in batch])
+                self.disk.write([(self.blocks[block_id], self.in_ram[block_id]) for block_id in batch])
             self.unwritten = self.unwritten[len(batch) :]
         self.coarsening.by_age()
 
@@ -227,36 +229,40 @@ class Store:
     def take_back(self, first: int) -> None:
         """Remove the blocks from id `first` on, which do not count as given up. Raises StoreError."""
         evicted = self.evicted
-        self.remove([i for i in self.blocks if i >= first])
+        self.remove([block_id for block_id in self.blocks if block_id >= first])
         self.evicted = evicted
 
     def remove(self, ids: list[int]) -> None:
         """Give up blocks in every tier, segment by segment. After a StoreError those of the segments done are gone."""
         gone = set(ids) & self.blocks.keys()
-        for file in {} if self.disk is None else {self.disk.file_of[i]: None for i in gone if i in self.disk.file_of}:
+        for file in (
+            {}
+            if self.disk is None
+            else {self.disk.file_of[block_id]: None for block_id in gone if block_id in self.disk.file_of}
+        ):
             self._thin(file, gone)
         self._drop(gone & self.blocks.keys())
 
     def _thin(self, file: str, gone: set[int]) -> None:
         """Rewrite a segment without the blocks in `gone`."""
         assert self.disk is not None
-        present = [i for i in self.disk.entries[file]["blocks"] if i in self.blocks]
+        present = [block_id for block_id in self.disk.entries[file]["blocks"] if block_id in self.blocks]
         try:
-            stays = [(self.blocks[i], self.whole(i)) for i in present if i not in gone]
+            stays = [(self.blocks[block_id], self.whole(block_id)) for block_id in present if block_id not in gone]
         except BlockLost:
             return  # the whole segment is, and `lost` says so
         self.disk.rewrite(file, stays)
-        self._drop([i for i in present if i in gone])
+        self._drop([block_id for block_id in present if block_id in gone])
 
     def _drop(self, ids: Iterable[int]) -> None:
         """Forget blocks that no tier holds on disk any more."""
         gone = set(ids)
-        for i in gone:
-            if i in self.in_ram:
-                self.release(i)
-            self.representatives.remove(i)
-            del self.blocks[i]
-        self.unwritten = [i for i in self.unwritten if i not in gone]
+        for block_id in gone:
+            if block_id in self.in_ram:
+                self.release(block_id)
+            self.representatives.remove(block_id)
+            del self.blocks[block_id]
+        self.unwritten = [block_id for block_id in self.unwritten if block_id not in gone]
         self.evicted += len(gone)
 
     # -- out -----------------------------------------------------------------------------------------------------------
@@ -282,13 +288,13 @@ class Store:
     def _forget(self, file: str, error: Exception) -> None:
         """Drop a damaged segment; its blocks that are in RAM too are written again."""
         assert self.disk is not None
-        present = [i for i in self.disk.forget(file) if i in self.blocks]
-        again = [i for i in present if i in self.in_ram]
+        present = [block_id for block_id in self.disk.forget(file) if block_id in self.blocks]
+        again = [block_id for block_id in present if block_id in self.in_ram]
         self.unwritten = sorted({*self.unwritten, *again})
-        gone = [i for i in present if i not in self.in_ram]
-        for i in gone:
-            self.representatives.remove(i)
-            del self.blocks[i]
+        gone = [block_id for block_id in present if block_id not in self.in_ram]
+        for block_id in gone:
+            self.representatives.remove(block_id)
+            del self.blocks[block_id]
         self.lost.append(f"{file} ({len(gone)} blocks): {error}")
 
     def whole(self, block_id: int) -> PackedBlock:
