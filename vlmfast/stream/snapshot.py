@@ -43,9 +43,8 @@ def head(model: nn.Module, config: dict[str, Any], prune: Any) -> dict[str, Any]
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    known_config = {
-        name: value for name, value in config.items() if name != "coarsen" or value is not None
-    }  # as earlier versions read it
+    # as earlier versions read it
+    known_config = {name: value for name, value in config.items() if name != "coarsen" or value is not None}
     return {"model": fingerprint(model), "versions": versions, "config": known_config, "prune": to_json(prune)}
 
 
@@ -84,12 +83,8 @@ class SavedIntake(Intake):
         while store.blocks:
             blocks = list(store.blocks.values())
             try:
-                self.encoder.rebuild(
-                    blocks,
-                    stream_start["first"],
-                    stream_start["span"],
-                    lambda block_id, layer_index: store.layer(block_id, layer_index, dtype),
-                )
+                first, extent = stream_start["first"], stream_start["span"]
+                self.encoder.rebuild(blocks, first, extent, lambda block, layer: store.layer(block, layer, dtype))
                 break
             except BlockLost:  # it is forgotten, and `lost` says so
                 continue
@@ -238,9 +233,7 @@ def open_archive(
         raise UserError(
             f"{path} was made by another model ({differs}): load the model that encoded it, or start a new folder"
         )
-    limits = {
-        field_name: changed.get(field_name, config[field_name]) for field_name in ("ram", "disk_limit", "flush_seconds")
-    }
+    limits = {limit: changed.get(limit, config[limit]) for limit in ("ram", "disk_limit", "flush_seconds")}
     schedule = levels.parse(changed.get("coarsen", config.get("coarsen")))
     store = Store(
         limits["ram"], path, limits["disk_limit"], config["keep_as"], limits["flush_seconds"], saved, schedule
@@ -262,18 +255,11 @@ def _head_of(path: Path, body: dict[str, Any]) -> dict[str, Any]:
     saved = body["head"]
     stream_start = saved.get("stream")
     config = saved.get("config")
-    is_valid = (
-        all(isinstance(saved.get(field_name), dict) for field_name in ("model", "versions", "config"))
-        and "prune" in saved
-    )
-    config = (
-        {"recent": None, "coarsen": None} | config if isinstance(config, dict) else config
-    )  # older archives have none
-    is_valid = (
-        is_valid
-        and set(config) == set(_KINDS)
-        and all(isinstance(config[field_name], kinds) for field_name, kinds in _KINDS.items())
-    )
+    is_valid = all(isinstance(saved.get(part), dict) for part in ("model", "versions", "config")) and "prune" in saved
+    if isinstance(config, dict):
+        config = {"recent": None, "coarsen": None} | config  # older archives have none
+    is_valid = is_valid and set(config) == set(_KINDS)
+    is_valid = is_valid and all(isinstance(config[name], kinds) for name, kinds in _KINDS.items())
     if stream_start is not None or body["segments"]:
         is_valid = is_valid and isinstance(stream_start, dict) and set(stream_start) == {"first", "span"}
         is_valid = is_valid and isinstance(stream_start["first"], float) and isinstance(stream_start["span"], int)

@@ -63,20 +63,13 @@ def _scale(scales: Sequence[Any], like: PackedLayer, counts: list[int], block_of
     ones = torch.ones(heads, 1, 1, dtype=torch.float16)
     combined: Tensor | None = None
     if any(by_channel):
-        chosen = [
-            scale if is_by_channel else ones.expand(-1, -1, width)
-            for scale, is_by_channel in zip(scales, by_channel, strict=True)
-        ]
+        by_block = zip(scales, by_channel, strict=True)
+        chosen = [scale if is_by_channel else ones.expand(-1, -1, width) for scale, is_by_channel in by_block]
         combined = _joined(chosen, block_of.device)[:, block_of].float()
     if not all(by_channel):
-        by_block = zip(scales, by_channel, counts, strict=True)
-        of_tokens = _joined(
-            [
-                ones.expand(-1, num_tokens, -1) if is_by_channel else scale
-                for scale, is_by_channel, num_tokens in by_block
-            ],
-            block_of.device,
-        ).float()
+        with_counts = zip(scales, by_channel, counts, strict=True)
+        chosen = [ones.expand(-1, count, -1) if is_by_channel else scale for scale, is_by_channel, count in with_counts]
+        of_tokens = _joined(chosen, block_of.device).float()
         combined = of_tokens if combined is None else combined * of_tokens
     assert combined is not None
     return combined

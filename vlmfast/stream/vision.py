@@ -163,10 +163,8 @@ class VisionEncoder:
                 pixel_values_videos=self._pixels(processed),
                 video_grid_thw=grid_thw if self.host_grids else grid_thw.to(self.device),
             )
-            deepstack = [
-                torch.stack(list(level_features))
-                for level_features in getattr(output, "deepstack_features", None) or []
-            ]
+            levels = getattr(output, "deepstack_features", None) or []
+            deepstack = [torch.stack(list(level)) for level in levels]
             size = (int(grid_thw[0, 1]) // merge_size, int(grid_thw[0, 2]) // merge_size)
             return GridFeatures(torch.stack(output.pooler_output), size, deepstack)
         processed = self._processed([pixels])
@@ -192,10 +190,8 @@ class VisionEncoder:
         processed = self._processed([torch.zeros(self.frames_per_grid, 3, height, width, dtype=torch.uint8)])
         processed_size: Any = tuple(processed["pixel_values_videos"].shape[-2:])
         if self.qwen:
-            processed_size = tuple(
-                int(num_patches) * self.processor.video_processor.patch_size
-                for num_patches in processed["video_grid_thw"][0, 1:]
-            )
+            grid, patch_size = processed["video_grid_thw"][0], self.processor.video_processor.patch_size
+            processed_size = tuple(int(num_patches) * patch_size for num_patches in grid[1:])
         known_sizes = self._sizes if len(self._sizes) < 64 else {}
         self._sizes = {**known_sizes, (height, width): processed_size == (height, width)}
 

@@ -140,21 +140,16 @@ class YesNoReader:
         if deepstack:
             row_masks = deepstack["visual_pos_masks"].view(len(spans), -1)
             deepstack["visual_pos_masks"] = F.pad(row_masks, (window.num_init, 0))
-        span_positions = [
-            torch.cat([init_positions, block_positions(span_blocks, window.origin, builder.contiguous)], 1)
-            for span_blocks in blocks
-        ]
+        behind = (block_positions(of_span, window.origin, builder.contiguous) for of_span in blocks)
+        span_positions = [torch.cat([init_positions, positions], 1) for positions in behind]
         cache = PlainCache()
         vision.forward(cache, torch.cat([init_embeddings, embeddings], 1), torch.stack(span_positions, 1), **deepstack)
         cache.repeat(len(prompts))
         question_embeddings = [torch.cat([vision.closing(), vision.embed(ids)]) for ids in prompts]
         last_indices = [len(prompt) - 1 for prompt in question_embeddings] * len(spans)
-        padded = torch.nn.utils.rnn.pad_sequence(
-            question_embeddings, batch_first=True
-        )  # what comes after a prompt it does not see
-        starts = torch.tensor([builder.text_start(span_blocks) for span_blocks in blocks]).repeat_interleave(
-            len(prompts)
-        )
+        # what comes after a prompt it does not see
+        padded = torch.nn.utils.rnn.pad_sequence(question_embeddings, batch_first=True)
+        starts = torch.tensor([builder.text_start(of_span) for of_span in blocks]).repeat_interleave(len(prompts))
         positions = (starts[:, None] + torch.arange(padded.shape[1])).expand(window.axes, -1, -1)
         hidden = vision.forward(cache, padded.repeat(len(spans), 1, 1), positions)
         end_states = hidden[torch.arange(len(last_indices)), torch.tensor(last_indices)]
@@ -200,9 +195,8 @@ class WatchedIntake(SavedIntake):
             self._reader = self._reader or YesNoReader(self.builder)
             question = question_of(rule)
             ids = self.vision.prompt(self.vision.messages([], question))[1]
-            watch_rule = WatchRule(
-                rule.strip(), question, callback, float(cooldown), float(threshold), float(lasting), ids
-            )
+            limits = float(cooldown), float(threshold), float(lasting)
+            watch_rule = WatchRule(rule.strip(), question, callback, *limits, ids)
             recent = self.encoder.recent
             if recent.grids:
                 _, words = self._reader.read([recent.grids[-recent.num_grids :]], [ids])

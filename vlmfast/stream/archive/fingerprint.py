@@ -61,11 +61,8 @@ def _active(module: nn.Module) -> list[str]:
         return []
     active_names = getattr(module, "active_adapters", None) or []
     merged = set(getattr(module, "merged_adapters", ()))
-    return [
-        adapter
-        for adapter in ([active_names] if isinstance(active_names, str) else active_names)
-        if adapter not in merged
-    ]
+    active_names = [active_names] if isinstance(active_names, str) else active_names
+    return [adapter for adapter in active_names if adapter not in merged]
 
 
 def _idle(name: str, module: nn.Module) -> Iterator[str]:

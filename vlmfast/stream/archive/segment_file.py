@@ -50,15 +50,11 @@ def encode(blocks: list[tuple[Block, PackedBlock]]) -> tuple[bytes, int]:
             del tensor_of["rep"]  # with the others, below
         tensors |= {f"{block.id}.{name}": tensor for name, tensor in tensor_of.items()}
         layered = [tensor_of[key] for key in _LAYERED if key in tensor_of]
-        sums[block.id] = [
-            _sum([tensor[layer] for tensor in layered]) for layer in range(len(layered[0]) if layered else 0)
-        ]
+        layers = range(len(layered[0]) if layered else 0)
+        sums[block.id] = [_sum([tensor[layer] for tensor in layered]) for layer in layers]
         sums[block.id].append(_sum([tensor_of[key] for key in _FOUND_BY if key in tensor_of]))
         sums[block.id].append(_sum([tensor_of[key] for key in _GIVEN if key in tensor_of]))
-    records = [
-        record_block.json() | {"sums": sums[record_block.id] if record_block.visual else sums[record_block.id][:-1]}
-        for record_block, _ in blocks
-    ]
+    records = [block.json() | {"sums": sums[block.id] if block.visual else sums[block.id][:-1]} for block, _ in blocks]
     coarse = [(block.id, packed.representative) for block, packed in blocks if block.level]
     if not coarse:
         return _with_sum(to_bytes(tensors, {"blocks": json.dumps(records)}))
