@@ -7,7 +7,7 @@ import walks
 
 pytestmark = pytest.mark.slow  # every call of the package is looked at
 
-FRAME, KEEP = 20, 9
+FRAME, KEEP = 12, 9
 
 
 def test_a_frame_passes_through_few_files():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -45,8 +46,7 @@ class Intake:
         self.counts: dict[str, Any] = {"frames": 0, "questions": 0, "encode_s": 0.0}
         self.unstored: list[tuple[Block, PackedBlock]] = []  # encoded, and the store had no room: at most one chunk
         self._disk_error: StoreError | None = None
-        # of a push that failed: frames, times, how many taken
-        self._failed: tuple[list[Tensor], Any, int] | None = None
+        self._failed: tuple[list[Tensor], Any, int] | None = None  # a push that failed: frames, times, how many taken
         self._lock = model_lock(self.model)  # one for all: a model serves one call at a time
         self._accepting = threading.RLock()  # held from a frame's acceptance until it is queued or being encoded
         self._watchers: list[Watcher] = []
@@ -91,11 +91,13 @@ class Intake:
         if encoding:
             try:
                 self._take([*earlier, *new_frames])
-                self._report_disk()
+                if self._disk_error is not None:
+                    raise self._disk_error
             finally:
                 self._give_back(earlier, new_frames, accepted_before, checked_frames, timestamps)
                 self._lock.release()
         self._beat()
+        self._tell()
         return len(checked_frames)
 
     def _known(self, frames: list[Tensor], timestamps: Any) -> int:
@@ -116,8 +118,7 @@ class Intake:
     ) -> None:
         """After a push: frames that an error kept out wait in the queue again, or were never accepted.
 
-        earlier: frames that had waited. new: those of the push, before: `accepted` before them. frames, times: the push
-        as it came in.
+        earlier: frames that had waited. new: those of the push, frames and times as given. before: `accepted` before.
         """
         reached = self._reached()
         with self._accepting:
@@ -183,7 +184,9 @@ class Intake:
         """Encode frames that wait in the queue; returns how many."""
         with self._lock:
             self.settle()
-            return self._drain(most)
+            num_done = self._drain(most)
+        self._tell()
+        return num_done
 
     def _drain(self, most: int | None = None) -> int:
         """`drain` of the frames that wait when it is called; none while the disk refuses."""
@@ -200,9 +203,8 @@ class Intake:
         return num_done
 
     def _take(self, frames: list[TimedFrame]) -> None:
-        """Encode frames, in runs of one size, up to the first chunk that the disk does not take.
-
-        Those that did not come so far, or that an error kept out, are neither encoded nor pending afterwards."""
+        """Encode frames, in runs of one size, up to the first chunk that the disk does not take. Those that did not
+        come so far, or that an error kept out, are neither encoded nor pending afterwards."""
         start_time, pending_before = time.perf_counter(), [second for _, second in self.pending]
         try:
             for frame, seconds in frames:
@@ -263,22 +265,23 @@ class Intake:
 
     def _store_blocks(self, grids: GridFrames) -> None:
         """Encode grids and store their blocks; those that the store has no room for wait."""
-        embeddings: Tensor | None = None
+        embeddings: Iterator[Tensor] | None = None
         if isinstance(self.retriever, External) and self.retriever.frames_to is not None:
-            embeddings = self.retriever.frames_to(grids.frames[:: self.vision.frames_per_grid])
-        block_index = 0
+            embeddings = iter(self.retriever.frames_to(grids.frames[:: self.vision.frames_per_grid]))
         for group in self.encoder.encode(grids):
             if self.store.disk is not None:
                 self.store.disk.began(self.encoder.progress.first, self.encoder.first_extent)
             for _, tensors in group:
-                tensors.embedding = None if embeddings is None else embeddings[block_index]
-                block_index += 1
+                tensors.embedding = None if embeddings is None else next(embeddings)
             for block, packed in self.store.packed(group):
                 self._store(block, packed)
         self._blocks_stored()
 
     def _blocks_stored(self) -> None:
         """Called when a chunk's blocks are stored; after an error here the chunk is taken back."""
+
+    def _tell(self) -> None:
+        """Called when frames were taken; outside of all locks."""
 
     def _store(self, block: Block, packed: PackedBlock) -> None:
         if not self.unstored:
@@ -312,6 +315,7 @@ class Intake:
                 self._encode(pad=True)
             self.settle()
             self.store.flush()
+        self._tell()
 
     def settle(self) -> None:
         """After a failed write: store and write again before more is taken, so that a broken disk loses nothing."""
@@ -324,7 +328,3 @@ class Intake:
         if self._disk_error is not None:
             self.store.flush()
             self._disk_error = None
-
-    def _report_disk(self) -> None:
-        if self._disk_error is not None:
-            raise self._disk_error

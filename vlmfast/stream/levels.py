@@ -2,7 +2,7 @@
 
 `coarsen="age:four_bit=60,features=300"`: keys and values as `keep_as` says for a minute, in 4 bits until five minutes,
 then only the features that the language model was given; a block brought back is prefilled again from those
-(`read_again.py`). At the last level the visual features of a block are one, their mean.
+(`prefill_again.py`). At the last level the visual features of a block are one, their mean.
 """
 
 from __future__ import annotations

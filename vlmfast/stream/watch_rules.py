@@ -261,17 +261,3 @@ class WatchedIntake(SavedIntake):
             if isinstance(due, UserError):
                 raise due
             rule.callback(due)
-
-    def push(self, frames: Any, timestamps: Any = None) -> int:
-        num_taken = super().push(frames, timestamps)
-        self._tell()
-        return num_taken
-
-    def drain(self, most: int | None = None) -> int:
-        num_done = super().drain(most)
-        self._tell()
-        return num_done
-
-    def flush(self) -> None:
-        super().flush()
-        self._tell()
