@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlmfast.stream.archive.store import Store
+    from vlmfast.stream.group import StreamGroup
     from vlmfast.stream.recall_by_layer import layer_recall
     from vlmfast.stream.retrievers import (
         External,
@@ -22,12 +23,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Alert", "Answer", "External", "Internal", "Oracle", "RandomRetriever", "Recency", "RecentOnly", "Store",
-    "StreamSession", "UniformRetriever", "layer_recall",
+    "StreamGroup", "StreamSession", "UniformRetriever", "layer_recall",
 ]  # fmt: skip
 
 _HOMES = {
-    "Alert": "watch_rules", "Answer": "session", "Store": "archive.store", "StreamSession": "session",
-    "layer_recall": "recall_by_layer",
+    "Alert": "watch_rules", "Answer": "session", "Store": "archive.store", "StreamGroup": "group",
+    "StreamSession": "session", "layer_recall": "recall_by_layer",
 }  # fmt: skip
 _EARLIER = {"Anywhere": "RandomRetriever", "Evenly": "UniformRetriever"}
 

@@ -22,7 +22,7 @@ from vlmfast.runtime.transfers import columns
 from vlmfast.stream.archive.representatives import LastKeys
 from vlmfast.stream.blocks import Block, BlockInput, BlockTensors, joined
 from vlmfast.stream.newest_blocks import RecentGrids, SlidingWindow, WindowCheckpoint
-from vlmfast.stream.vision import GridFeatures, VisionEncoder
+from vlmfast.stream.vision import ChangedGrids, GridFeatures, VisionEncoder
 
 MOST_TOKENS = 2048  # of one forward of the language model
 
@@ -106,6 +106,7 @@ class Encoder:
             _check_pruner(pruner)
         self.vision, self.layout = vision, vision.layout
         self.redundancy, self.pruner = redundancy, pruner
+        self.tower = ChangedGrids(vision)
         self.window = SlidingWindow(vision, init_ids, window)
         self.progress = Progress(cursor=len(init_ids))
         self.last_features: Tensor | None = None  # (P, D) last kept feature of every position of a grid
@@ -121,7 +122,7 @@ class Encoder:
     @torch.no_grad()
     def encode(self, grids: GridFrames) -> Iterator[list[tuple[Block, BlockTensors]]]:
         """The blocks of some grids, in order, those that went through the language model together at a time."""
-        features = self.vision.features(grids.frames)
+        features = self.tower.features(grids.frames)
         new_size = [self.last_features is None or features.size != self.grid_size] + [False] * (len(grids) - 1)
         # all of them before the language model runs: a GPU is read once
         kept_masks = [self._kept(grid, features.size) for grid in features.features]

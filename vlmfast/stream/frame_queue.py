@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections import deque
@@ -103,6 +104,11 @@ class FrameQueue:
             taken = [self._frames.popleft() for _ in range(min(most, len(self._frames)))]
             self._changed.notify_all()
             return taken
+
+    def next(self, most: int) -> list[TimedFrame]:
+        """What `take` would give now, without taking it."""
+        with self._changed:
+            return list(itertools.islice(self._frames, most))
 
     def wait(self, seconds: float) -> None:
         """Until something changes, or so long."""

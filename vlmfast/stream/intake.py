@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -50,17 +50,16 @@ class Intake:
         self._lock = model_lock(self.model)  # one for all: a model serves one call at a time
         self._accepting = threading.RLock()  # held from a frame's acceptance until it is queued or being encoded
         self._watchers: list[Watcher] = []
-        self._closed = False
+        self.encode_waiting: Callable[[int], Any] | None = None  # of a `StreamGroup`, for all of its streams
+        self.closed = False
 
-    def _fresh_lengths(self) -> AbstractContextManager[None]:
+    def fresh_lengths(self) -> AbstractContextManager[None]:
         """Around forwards: every answer and every push has lengths not seen before."""
         return nullcontext() if self.plan.tower == "stock" else fresh_lengths(self.vision.device)
 
     def _check_open(self) -> None:
-        if self._closed:
-            raise UserError(
-                "this session is closed: StreamSession.load(path, ...) continues one that has a disk folder"
-            )
+        if self.closed:
+            raise UserError("this session is closed: StreamSession.load(path, ...) continues one with a disk folder")
 
     def push(self, frames: Any, timestamps: Any = None) -> int:
         """Take frames, uint8 RGB (T, H, W, 3), with seconds that increase; returns how many were taken.
@@ -170,7 +169,7 @@ class Intake:
                 return True
 
         def encode() -> None:
-            self.drain(2 * CHUNK)
+            (self.encode_waiting or self.drain)(2 * CHUNK)
             self._beat()
 
         watcher = Watcher(open_frames(source, options, self.vision.frame_size), self.queue, offer, encode)
@@ -191,8 +190,8 @@ class Intake:
     def _drain(self, most: int | None = None) -> int:
         """`drain` of the frames that wait when it is called; none while the disk refuses."""
         num_done, most = 0, len(self.queue) if most is None else most
-        while num_done < most and len(self.queue) and self._disk_error is None and not self._closed:
-            frames = self.queue.take(CHUNK * self.vision.frames_per_grid)
+        while num_done < most and len(self.queue) and self._disk_error is None and not self.closed:
+            frames = self.queue.take(min(most - num_done, CHUNK * self.vision.frames_per_grid))
             try:
                 self._take(frames)
             finally:
@@ -237,7 +236,7 @@ class Intake:
             return
         checkpoint, newest, interval = self.encoder.checkpoint(), self.newest, self.interval
         try:
-            with torch.inference_mode(False), torch.no_grad(), self._lock, self._fresh_lengths():
+            with torch.inference_mode(False), torch.no_grad(), self._lock, self.fresh_lengths():
                 self._store_blocks(self._grid_frames(frames[:num_whole]))
         except BaseException:
             self.newest, self.interval = newest, interval
@@ -302,7 +301,7 @@ class Intake:
         try:
             self.store.take_back(first_block)
         except StoreError as e:  # written already, and the disk refuses to take them back
-            self._closed = True
+            self.closed = True
             self.store.close()
             raise UserError(f"this session cannot go on: load what is stored. {e}") from None
 

@@ -158,7 +158,7 @@ class StreamSession(WatchedIntake):
         """
         options = check_generate(self.model, {"max_new_tokens": max_new_tokens, **generate})
         start_time = time.perf_counter()
-        with self._lock, self._fresh_lengths():
+        with self._lock, self.fresh_lengths():
             working_set = self.context(question, at, between, retrieve)
             built_time = time.perf_counter()
             compression = None if self.plan.kv is None else WorkingSetCompression(self.vision.text, self.plan.kv)
@@ -306,14 +306,14 @@ class StreamSession(WatchedIntake):
         written at full precision where disk_limit leaves room for it, and nothing is given up for it (`notes` says when
         it was left out); without it, `load` rebuilds the window from the archive.
         """
-        if self._closed:
+        if self.closed:
             return
         for watcher in self._watchers:
             watcher.stop()
         with self._lock:
             if self.store.disk is not None and not discard:
                 self._finish()
-            self._closed = True
+            self.closed = True
             self._unlock()
             self.store.close()
         self._tell()

@@ -54,6 +54,19 @@ class GridFeatures:
     size: tuple[int, int]
     deepstack: list[Tensor]
 
+    def grids(self, indices: list[int]) -> GridFeatures:
+        """Some of these grids, in that order; the same tensors where it is all of them."""
+        if indices == list(range(len(self.features))):
+            return self
+        return GridFeatures(self.features[indices], self.size, [level[indices] for level in self.deepstack])
+
+    def followed_by(self, others: GridFeatures) -> GridFeatures:
+        """These grids and `others`, of the same size."""
+        levels = zip(self.deepstack, others.deepstack, strict=True)
+        return GridFeatures(
+            torch.cat([self.features, others.features]), self.size, [torch.cat(level) for level in levels]
+        )
+
 
 class Layout:
     """Positions of one model: axes A (1, or 3 under M-RoPE).
@@ -115,6 +128,42 @@ class Layout:
             if self.positions_per_second
             else index * self.positions_per_grid
         )
+
+
+class ChangedGrids:
+    """Features of one stream's grids: one whose frames are those of the grid before it is not encoded again. Frames on
+    a device are not compared, which would wait for it."""
+
+    def __init__(self, vision: VisionEncoder) -> None:
+        self.vision = vision
+        self._newest: tuple[Tensor, GridFeatures] | None = None  # the frames of the newest grid, and its features
+        self.ahead: tuple[Tensor, GridFeatures] | None = None  # changed frames to come, encoded with other streams'
+
+    def changed(self, frames: Tensor) -> Tensor:
+        """Those of frames (G * p, H, W, 3) whose grid of p frames is not the one before it again."""
+        return frames.unflatten(0, (-1, self.vision.frames_per_grid))[self._changed(frames)].flatten(0, 1)
+
+    def _changed(self, frames: Tensor) -> list[int]:
+        grids = frames.split(self.vision.frames_per_grid)
+        if frames.device.type != "cpu":
+            return list(range(len(grids)))
+        before = [None if self._newest is None else self._newest[0], *grids[:-1]]
+        return [i for i, grid in enumerate(grids) if before[i] is None or not torch.equal(grid, before[i])]
+
+    def features(self, frames: Tensor) -> GridFeatures:
+        """Features of all grids of frames (G * p, H, W, 3)."""
+        changed, num_grids = self._changed(frames), len(frames) // self.vision.frames_per_grid
+        found = None if 0 in changed or self._newest is None else self._newest[1]
+        if changed:
+            anew, ahead, self.ahead = self.changed(frames), self.ahead, None
+            made = ahead[1] if ahead and torch.equal(ahead[0], anew) else self.vision.features(anew)
+            found = made if found is None else found.followed_by(made)
+        assert found is not None
+        shown = [sum(i <= at for i in changed) - (0 in changed) for at in range(num_grids)]
+        features = found.grids(shown)
+        if frames.device.type == "cpu":
+            self._newest = frames[-self.vision.frames_per_grid :].clone(), features.grids([num_grids - 1])
+        return features
 
 
 class VisionEncoder:
