@@ -37,7 +37,8 @@ def layer_recall(session: StreamSession, asked: Sequence[Labelled], retriever: I
         candidates = Candidates(blocks, session.store.representatives)
         with model_lock(session.model):
             session.builder.begin()
-            scores = session.builder.scores(chooser, candidates, question, layers)
+            queries = session.builder.queries(question, layers)
+        scores = [chooser.layer_scores(candidates, *of_layer) for of_layer in queries]
         chosen = [best(of_blocks, candidates.tokens, chooser.frames, chooser.tokens).tolist() for of_blocks in scores]
         recalls.append(
             [len(evidence_ids & {blocks[index].id for index in of_layer}) / len(evidence_ids) for of_layer in chosen]

@@ -120,7 +120,8 @@ class Internal(Retriever):
     the end), averages them, and chooses once. present: in that scope, where the best block of the session's last
     `recent` seconds has at least this share of the best score, the question is about the present and nothing else is
     brought back, since old blocks that resemble the present mislead the answer (0.6 where `layers` find what they
-    should, see `layer_recall`); None always brings back.
+    should, see `layer_recall`); None always brings back. rerank: of so many blocks, the best by their representatives,
+    every key is compared (`rerank.reranked`), which finds what is small in a frame; None compares no keys.
     """
 
     similarity: Literal["cosine", "inner", "centred"] = "cosine"
@@ -129,6 +130,7 @@ class Internal(Retriever):
     scope: Literal["layer", "shared"] = "layer"
     layers: tuple[int, ...] | None = None
     present: Share | None = None
+    rerank: PositiveInt | None = None
 
     name: ClassVar[str] = "internal"
     per_layer: ClassVar[bool] = True

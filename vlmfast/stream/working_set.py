@@ -1,8 +1,7 @@
 """The working set of a question: the blocks brought back, at new positions, as the cache that is answered over.
 
-ReKV's two passes (arXiv 2503.00540): first the bare question runs through the layers, and each layer chooses blocks;
-its keys and values are thrown away. Then the whole prompt is prefilled over [init tokens, chosen blocks] at new
-positions.
+ReKV's two passes (arXiv 2503.00540): first the bare question runs through the layers, and each layer chooses blocks.
+Then the whole prompt is prefilled over [init tokens, chosen blocks] at new positions.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from vlmfast.stream.encoder import Encoder
 from vlmfast.stream.levels import Level
 from vlmfast.stream.newest_blocks import Recent
 from vlmfast.stream.prefill_again import PrefilledAgain
+from vlmfast.stream.rerank import reranked
 from vlmfast.stream.retrievers import Candidates, Internal, Retriever, best
 from vlmfast.stream.unpack_on_device import unpack_on_device
 
@@ -48,16 +48,15 @@ class WorkingSet:
 
 
 class _Enough(Exception):
-    """All layers that choose have scored; those above need not run."""
+    """All layers that choose have scored."""
 
 
 class WorkingSetBuilder:
     """Builds working sets over one encoder and its store. contiguous: renumber positions; after: "model" | "max"."""
 
     def __init__(self, encoder: Encoder, store: Store, contiguous: bool, after: str) -> None:
-        self.encoder, self.store, self.contiguous = encoder, store, contiguous
+        self.encoder, self.vision, self.store, self.contiguous = encoder, encoder.vision, store, contiguous
         self.after_max = encoder.layout.after_max or after == "max"
-        self.vision = encoder.vision
         self.lost: list[str] = []
         self.again = PrefilledAgain(encoder, store, contiguous)
         self._gathered: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}  # by layer and blocks, for one question
@@ -90,14 +89,15 @@ class WorkingSetBuilder:
     def _internal(self, retriever: Internal, candidates: Candidates, question: str) -> list[list[Block]]:
         """Pass 1: the bare question, layer by layer."""
         chosen: list[list[Block]] = []
-        layers = self.encoder.num_layers
         if retriever.scope == "shared":
-            scores = self.scores(retriever, candidates, question, retriever.layers_of(layers))
-            return [self._choose(retriever, candidates, retriever.combine(scores))] * layers
+            _, scores = self._shared(retriever, candidates, question)
+            return [self._choose(retriever, candidates, scores)] * self.encoder.num_layers
 
         def choose(layer: int, queries: Tensor) -> list[Block]:
             (on_host,) = transfers.read_back([queries])  # once a layer: what it reads decides the next one's queries
-            chosen.append(self._choose(retriever, candidates, retriever.layer_scores(candidates, layer, on_host)))
+            scores = retriever.layer_scores(candidates, layer, on_host)
+            scores = reranked(self.store, candidates, scores, [(layer, on_host)], retriever.rerank)
+            chosen.append(self._choose(retriever, candidates, scores))
             return chosen[-1]
 
         self._probe(question, choose)
@@ -107,32 +107,36 @@ class WorkingSetBuilder:
         self, retriever: Internal, blocks: list[Block], question: str, recent: Recent
     ) -> tuple[list[list[Block]], str]:
         """As `choose`, with the present's blocks scored among the others: nothing where the question is about them."""
-        layers = self.encoder.num_layers
         present = [block for block in recent.blocks if block.id in self.store.blocks]
         together = Candidates([*blocks, *present], self.store.representatives)
-        scores = retriever.combine(self.scores(retriever, together, question, retriever.layers_of(layers)))
-        if retriever.about_present(scores, len(present)):
-            return [[]] * layers, "the present"
+        by_representative, scores = self._shared(retriever, together, question)
+        if retriever.about_present(by_representative, len(present)):
+            return [[]] * self.encoder.num_layers, "the present"
         candidates = Candidates(blocks)
         if retriever.fits(candidates):
-            return [blocks] * layers, "everything fits"
-        return [self._choose(retriever, candidates, scores[: len(blocks)])] * layers, retriever.name
+            return [blocks] * self.encoder.num_layers, "everything fits"
+        return [self._choose(retriever, candidates, scores[: len(blocks)])] * self.encoder.num_layers, retriever.name
 
-    def scores(self, retriever: Internal, candidates: Candidates, question: str, layers: list[int]) -> list[Tensor]:
-        """(N,) scores of the bare question, alone before the video, at each of `layers` (ascending)."""
-        seen_queries: list[Tensor] = []
+    def _shared(self, retriever: Internal, candidates: Candidates, question: str) -> tuple[Tensor, Tensor]:
+        """(N,) scores for all layers: by representatives, and after comparing the keys of the best of those."""
+        queries = self.queries(question, retriever.layers_of(self.encoder.num_layers))
+        scores = retriever.combine([retriever.layer_scores(candidates, *of_layer) for of_layer in queries])
+        return scores, reranked(self.store, candidates, scores, queries, retriever.rerank)
+
+    def queries(self, question: str, layers: list[int]) -> list[tuple[int, Tensor]]:
+        """Queries (Hk, G, q, Dh) of the bare question, alone before the video, at each of `layers` (ascending)."""
+        seen: list[Tensor] = []
 
         def see(layer: int, queries: Tensor) -> list[Block]:
             if layer in layers:
-                seen_queries.append(queries)
+                seen.append(queries)
             if layer == layers[-1]:
                 raise _Enough
             return []
 
         with suppress(_Enough):
             self._probe(question, see)
-        on_host = zip(layers, transfers.read_back(seen_queries), strict=True)
-        return [retriever.layer_scores(candidates, layer, queries) for layer, queries in on_host]
+        return list(zip(layers, transfers.read_back(seen), strict=True))
 
     def _probe(self, question: str, choose: Callable[[int, Tensor], list[Block]]) -> None:
         """Run the bare question through the layers; each reads the blocks that `choose` gives it for its queries."""
@@ -150,8 +154,8 @@ class WorkingSetBuilder:
 
     @staticmethod
     def _choose(retriever: Internal, candidates: Candidates, scores: Tensor) -> list[Block]:
-        chosen = best(scores, candidates.tokens, retriever.frames, retriever.tokens)
-        return [candidates.blocks[index] for index in chosen.tolist()]
+        chosen = best(scores, candidates.tokens, retriever.frames, retriever.tokens).tolist()
+        return [candidates.blocks[index] for index in chosen]
 
     # -- where ---------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,105 @@
+"""The keys of the best blocks are compared one by one, and find what a mean key hides."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import tiny
+import torch
+from streams import Q, logits, session, video
+
+from vlmfast.core import UserError
+from vlmfast.stream import Internal, Store
+from vlmfast.stream.archive.segments import BlockLost
+from vlmfast.stream.blocks import Block, BlockTensors
+from vlmfast.stream.levels import Level
+from vlmfast.stream.newest_blocks import Recent
+from vlmfast.stream.rerank import reranked
+from vlmfast.stream.retrievers import Candidates
+
+HEADS, WIDTH = 2, 8
+
+
+def stored(keys):
+    """A store of one layer; keys: [(Hk, n, Dh)] of its blocks."""
+    store = Store("64MB", keep_as="model")
+    for i, of_block in enumerate(keys):
+        positions = torch.zeros(3, of_block.shape[1], dtype=torch.int16)
+        block = Block(i, float(i), i + 1.0, (0, 0, 0), (1, 0, 0), positions, 2, 1.0)
+        store.add(block, BlockTensors(of_block[None], of_block[None], of_block[None].float().mean(2)))
+    return store, Candidates(list(store.blocks.values()), store.representatives)
+
+
+def hidden(where, blocks=8, tokens=6):
+    """Keys of blocks with means that are nearly alike; one key of block `where` lies along the query."""
+    query = torch.zeros(HEADS, WIDTH)
+    query[:, 0] = 1.0
+    keys = [torch.randn(HEADS, tokens, WIDTH) * 0.1 for _ in range(blocks)]
+    keys[where][:, 2] += 3 * query
+    keys[where][:, [0, 1, 3, 4, 5]] -= 0.6 * query[:, None]  # so that the mean says nothing of it
+    return keys, [(0, query[:, None, None])]
+
+
+def test_a_key_that_its_mean_hides_is_found():
+    keys, queries = hidden(5)
+    store, candidates = stored(keys)
+    by_mean = torch.tensor([0.3, 0.1, 0.2, 0.0, 0.25, 0.15, 0.12, 0.05])
+    got = reranked(store, candidates, by_mean, queries, 6)
+    assert by_mean.argmax() == 0 and got.argmax() == 5
+    assert got[[3, 7]].max() < got[[0, 1, 2, 4, 5, 6]].min(), "what was not compared stands behind"
+    assert got[7] > got[3], "in its order"
+    assert reranked(store, candidates, by_mean, queries, None) is by_mean
+    assert reranked(store, candidates, by_mean, queries, 5).argmax() == 0 or by_mean.topk(5).indices.tolist().count(5)
+    assert torch.isfinite(reranked(store, candidates, torch.ones(8), queries, 100)).all()
+
+
+def test_blocks_without_keys_are_compared_by_their_representative(monkeypatch):
+    keys, queries = hidden(5)
+    store, _ = stored(keys)
+    blocks = list(store.blocks.values())
+    blocks[5] = dataclasses.replace(blocks[5], level=Level.FEATURES)
+    candidates = Candidates(blocks, store.representatives)
+    scores, layer, read = torch.zeros(8), store.layer, []
+
+    def counted(block, index, dtype):
+        read.append(block)
+        if block == 2:
+            raise BlockLost("its segment is damaged")
+        return layer(block, index, dtype)
+
+    monkeypatch.setattr(store, "layer", counted)
+    got = reranked(store, candidates, scores, queries, 8)
+    assert sorted(read) == [0, 1, 2, 3, 4, 6, 7], "its keys are not there to be read"
+    assert got.argmax() != 5 and torch.isfinite(got).all()
+
+
+@pytest.mark.parametrize("scope", ["layer", "shared"])
+@pytest.mark.parametrize("disk", [False, True])
+def test_a_session_compares_keys(scope, disk, tmp_path):
+    """All blocks compared or none, what comes back is `frames` blocks of the stream; answers go on as ever."""
+    model = tiny.build("qwen2_5_vl")
+    stream = session("qwen2_5_vl", model, window=40, **({"disk": tmp_path / "s", "ram": "1MB"} if disk else {}))
+    stream.push(video(60))
+    if disk:
+        stream.flush()
+    blocks = list(stream.store.blocks.values())[:-4]
+    chosen = {}
+    for rerank in (None, 4, 100):
+        retriever = Internal(frames=4, scope=scope, similarity="centred", rerank=rerank)
+        per_layer, how = stream.builder.choose(retriever, blocks, Q, Recent())
+        assert how == "internal" and all(len(of_layer) == 4 for of_layer in per_layer)
+        chosen[rerank] = [[block.id for block in of_layer] for of_layer in per_layer]
+        assert torch.isfinite(logits(stream, retrieve=retriever)).all()
+    assert chosen[4] == chosen[None], "the four best by representatives, in whatever order"
+    assert chosen[100] != chosen[None]
+    stream.close()
+
+
+def test_the_text_form_and_bad_numbers():
+    from vlmfast.stream.retrievers import parse
+
+    assert parse("internal:scope=shared,rerank=256") == Internal(scope="shared", rerank=256)
+    for wrong in (0, -1, 1.5, "many"):
+        with pytest.raises(UserError, match="rerank"):
+            Internal(rerank=wrong)

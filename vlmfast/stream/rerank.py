@@ -1,0 +1,57 @@
+"""Compares a question with every key of the blocks that their representatives put first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vlmfast.kernels import ranking
+from vlmfast.stream.archive.segments import BlockLost
+from vlmfast.stream.archive.store import Store
+from vlmfast.stream.levels import Level
+from vlmfast.stream.retrievers import Candidates, standardised
+
+WEIGHT = 2.0  # of the representatives' scores beside those of single keys; chosen on clips that are not reported
+
+
+def reranked(
+    store: Store, candidates: Candidates, scores: Tensor, queries: Sequence[tuple[int, Tensor]], count: int | None
+) -> Tensor:
+    """Scores (N,) in which the best `count` by `scores` (N,) are ordered anew and stand before all others; None: as is.
+
+    A representative is the mean of a block's keys, so that a small object is hidden in it. Here a block counts by the
+    one of its keys that the question's mean query likes most, less the mean of all keys compared; added over layers,
+    standardised, and with `WEIGHT` times its score by representatives. A block that has no keys any more (kept as
+    features, or lost) is compared by its representative. queries: of some layers, (layer, (Hk, G, q, Dh)).
+    """
+    if count is None:
+        return scores
+    first = ranking(scores.double())[:count]
+    of_keys = torch.zeros(len(first))
+    for layer, of_layer in queries:
+        query = of_layer.float().sum(1).mean(1)  # (Hk, Dh)
+        keys = [_keys(store, candidates, index, layer) for index in first.tolist()]
+        mean = torch.cat(keys, 1).mean(1, keepdim=True)
+        of_keys += standardised(torch.stack([_best(query, key - mean) for key in keys])[None])[0]
+    anew = standardised(of_keys[None])[0] + WEIGHT * standardised(scores[first].float()[None])[0]
+    out = scores.float() - scores.max() + anew.min() - 1  # all others behind them, in their order
+    out[first] = anew
+    return out
+
+
+def _best(query: Tensor, keys: Tensor) -> Tensor:
+    """The largest product of a query (Hk, Dh) with keys (Hk, n, Dh), summed over heads."""
+    return torch.einsum("hd,hnd->n", query, keys).amax()
+
+
+def _keys(store: Store, candidates: Candidates, index: int, layer: int) -> Tensor:
+    """Un-rotated keys (Hk, n, Dh) of a block at one layer, or its representative as the only one."""
+    block = candidates.blocks[index]
+    if block.level < Level.FEATURES:
+        try:
+            return store.layer(block.id, layer, torch.float32)[0]
+        except BlockLost:
+            pass  # `store.lost` says so; what is brought back is gathered without it
+    return store.representatives.of_layer(block.id, layer).float()[:, None]
