@@ -145,7 +145,8 @@ class WorkingSetBuilder:
             start = self.text_start(blocks)
             return keys, values, torch.arange(start, start + num_tokens).expand(axes, -1)
 
-        nowhere = torch.zeros(axes, 1, num_tokens, dtype=torch.long)  # each layer places it behind what it reads
+        # each layer places the question behind what it reads
+        nowhere = torch.zeros(axes, 1, num_tokens, dtype=torch.long, device=embeds.device)
         self.vision.forward(ProbeCache(self.vision.text, fetch), embeds, nowhere)
 
     @staticmethod
