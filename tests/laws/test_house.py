@@ -189,7 +189,8 @@ RETIRED = {  # names that were: a reader of today's code meets none of them
     "decode.rows prefill.retrieve prefill.store prefill.cache stream.standing stream.reps stream.pack stream.feed "
     "stream.recall stream.saving stream.source stream.live stream.index stream.backends stream.retrieve pocket.eyes "
     "pocket.insight pocket.mentions pocket.finding pocket.train pocket.evaluate vlmfast.tune evals.again evals.gate "
-    "evals.tasks evals.runner evals.records evals.stats evals.timing evals.compose evals.gpu_run",
+    "evals.tasks evals.runner evals.records evals.stats evals.timing evals.compose evals.gpu_run stream.recent_grids "
+    "stream.sliding_window archive.room video.conversion",
     "variables": "gaze ledger",
 }
 

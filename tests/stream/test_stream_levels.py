@@ -11,6 +11,7 @@ from vlmfast.core import UserError
 from vlmfast.stream.archive import manifest
 from vlmfast.stream.archive.coarsening import coarsened
 from vlmfast.stream.levels import Level
+from vlmfast.stream.prefill_again import PrefilledAgain
 from vlmfast.stream.retrievers import Internal, UniformRetriever
 from vlmfast.stream.session import StreamSession
 
@@ -57,6 +58,29 @@ def test_what_is_prefilled_again_is_what_the_stream_made(family, redundancy):
         for (_, *got), pair in zip(again, of_layer, strict=True):
             assert all(stream.close(a, b) for a, b in zip(got, pair, strict=True))
     assert stream.close(stream.logits(s), want)
+
+
+@pytest.mark.parametrize("family", stream.FAMILIES)
+def test_prefilled_again_while_layers_choose_is_the_same(family, monkeypatch):
+    """Blocks that a layer chooses are prefilled inside the forward of the question: a forward within a forward."""
+    s = out_of_the_window(coarse(family, stream.video(12)))
+    forward, inside = PrefilledAgain._forward, []
+
+    def recorded(self, inputs):
+        forward(self, inputs)
+        ids = [given.block.id for given in inputs]
+        inside.append({i: [(k.clone(), v.clone()) for k, v in self._made[i]] for i in ids})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PrefilledAgain, "_forward", recorded)
+        s.context(stream.Q, retrieve=Internal(frames=2))
+    assert len(inside) > 1  # in the first layer, and in one after it or behind all of them
+    for of_forward in inside:
+        s.builder.begin()
+        s.builder.again.prefill([s.store.blocks[i] for i in of_forward])
+        for i, layers in of_forward.items():
+            for got, want in zip(layers, s.builder.again._made[i], strict=True):
+                assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
 def test_of_a_few_blocks_the_first_layer_is_exact_and_the_others_read_what_was_brought_back():

@@ -49,16 +49,20 @@ def running(model: nn.Module, text: Any, cache: Any = None) -> Iterator[None]:
     """For the time of a forward over one of our caches: our attention. cache: one of un-rotated keys; its layers are
     handed the identity rotation, and its `rotation` becomes the model's own of this forward, cos and sin (n, Dh)."""
 
+    waiting = True  # for the rotation of this forward; one within it, over another cache, has its own
+
     def identity(module: nn.Module, args: Any, cos_and_sin: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        nonlocal waiting
         cos, sin = cos_and_sin
-        cache.rotation = cos[0], sin[0]
+        if waiting:
+            cache.rotation, waiting = (cos[0], sin[0]), False
         return torch.ones_like(cos), torch.zeros_like(sin)
 
     with model_lock(model):
         attention_patch = Patch()
         attention_patch.set(text.config, "_attn_implementation_internal", NAME)
         if cache is not None:
-            attention_patch.hook(text.rotary_emb.register_forward_hook(identity))
+            attention_patch.hook(text.rotary_emb.register_forward_hook(identity, prepend=True))
         try:
             yield
         finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -102,11 +102,10 @@ class Intake:
     def _known(self, frames: list[Tensor], timestamps: Any) -> int:
         """How many of these frames the stream has: those that the last push took, if it failed and this repeats it."""
         failed, self._failed = self._failed, None
-        if failed is None or len(failed[0]) != len(frames) or (failed[1] is None) != (timestamps is None):
+        if failed is None or len(failed[0]) != len(frames):
             return 0
-        if timestamps is not None and not np.array_equal(np.ravel(failed[1]), np.ravel(timestamps)):
-            return 0
-        return failed[2] if all(map(torch.equal, failed[0], frames)) else 0
+        same_times = np.array_equal(np.ravel(failed[1]), np.ravel(timestamps))  # None is equal to None alone
+        return failed[2] if same_times and all(map(torch.equal, failed[0], frames)) else 0
 
     def _reached(self) -> float:
         """Seconds of the newest frame that is encoded or pending."""
@@ -264,14 +263,15 @@ class Intake:
 
     def _store_blocks(self, grids: GridFrames) -> None:
         """Encode grids and store their blocks; those that the store has no room for wait."""
-        embeddings: Iterator[Tensor] | None = None
+        embeddings: Tensor | None = None
         if isinstance(self.retriever, External) and self.retriever.frames_to is not None:
-            embeddings = iter(self.retriever.frames_to(grids.frames[:: self.vision.frames_per_grid]))
+            embeddings = self.retriever.frames_to(grids.frames[:: self.vision.frames_per_grid])
+        first_block = self.encoder.progress.blocks
         for group in self.encoder.encode(grids):
             if self.store.disk is not None:
                 self.store.disk.began(self.encoder.progress.first, self.encoder.first_extent)
-            for _, tensors in group:
-                tensors.embedding = None if embeddings is None else next(embeddings)
+            for block, tensors in group:
+                tensors.embedding = None if embeddings is None else embeddings[block.id - first_block]
             for block, packed in self.store.packed(group):
                 self._store(block, packed)
         self._blocks_stored()

@@ -106,7 +106,7 @@ class WorkingSetBuilder:
     def _internal_or_present(
         self, retriever: Internal, blocks: list[Block], question: str, recent: Recent
     ) -> tuple[list[list[Block]], str]:
-        """As `choose`, with the present's blocks scored among the others: nothing where the question is about them."""
+        """As `choose`, the present's blocks scored among the others: nothing where the question is about them."""
         present = [block for block in recent.blocks if block.id in self.store.blocks]
         together = Candidates([*blocks, *present], self.store.representatives)
         by_representative, scores = self._shared(retriever, together, question)
@@ -149,7 +149,8 @@ class WorkingSetBuilder:
             start = self.text_start(blocks)
             return keys, values, torch.arange(start, start + num_tokens).expand(axes, -1)
 
-        nowhere = torch.zeros(axes, 1, num_tokens, dtype=torch.long)  # each layer places it behind what it reads
+        # each layer places the question behind what it reads
+        nowhere = torch.zeros(axes, 1, num_tokens, dtype=torch.long, device=embeds.device)
         self.vision.forward(ProbeCache(self.vision.text, fetch), embeds, nowhere)
 
     @staticmethod
@@ -214,10 +215,9 @@ class WorkingSetBuilder:
         of one length, in stock cache layers. recent: what it holds besides, in any case."""
         start_time = time.perf_counter()
         self.begin()
-        recent = recent or Recent()
-        anyway = {block.id for block in recent.blocks}
-        others = [block for block in blocks if block.id not in anyway]
-        per_layer, chosen_by = self.choose(retriever, others, question, recent)
+        recent, anyway = recent or Recent(), {block.id for block in (recent or Recent()).blocks}
+        blocks = [block for block in blocks if block.id not in anyway]
+        per_layer, chosen_by = self.choose(retriever, blocks, question, recent)
         per_layer = [[*chosen, *recent.stored] for chosen in per_layer]
         chosen = time.perf_counter()
         if len(self.again):  # layers chose one after the other: now those of all of them together
