@@ -265,8 +265,8 @@ def hour() -> str:
     asked = [r["metrics"]["right"] for r in rows("stream-hour") if r["name"] == "question"]
     held = [f"{looks[-1]['bytes'].get(level, 0) / 1e6:.1f} MB" for level in ("full", "four_bit", "features")]
     return (
-        f"After {looks[-1]['second'] / 60:g} minutes the last five take {held[0]}, the fifteen before {held[1]}, all that "
-        f"is older {held[2]}; {sum(asked):.0f} of {len(asked)} questions are answered right."
+        f"After {looks[-1]['second'] / 60:g} minutes the last five take {held[0]}, the fifteen before {held[1]}, all "
+        f"that is older {held[2]}; {sum(asked):.0f} of {len(asked)} questions are answered right."
     )
 
 
