@@ -259,6 +259,17 @@ def readme_gpu() -> str:
     )
 
 
+def hour() -> str:
+    """What is kept of the stream in the picture, and how many of its questions were answered."""
+    looks = [r["metrics"] for r in rows("stream-hour") if r["name"] == "minute"]
+    asked = [r["metrics"]["right"] for r in rows("stream-hour") if r["name"] == "question"]
+    held = [f"{looks[-1]['bytes'].get(level, 0) / 1e6:.1f} MB" for level in ("full", "four_bit", "features")]
+    return (
+        f"After {looks[-1]['second'] / 60:g} minutes the last five take {held[0]}, the fifteen before {held[1]}, all "
+        f"that is older {held[2]}; {sum(asked):.0f} of {len(asked)} questions are answered right."
+    )
+
+
 SENTENCES: dict[str, Callable[[], str]] = {
     "decode": decode,
     "luck": luck,
@@ -269,6 +280,7 @@ SENTENCES: dict[str, Callable[[], str]] = {
     "published": published,
     "stream": stream,
     "present": present,
+    "hour": hour,
     "presets": presets,
     "composition": composition,
     "pocket": pocket,

@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +30,7 @@ from evals.speed import decode_batch
 from evals.speed import decode_runs as runs
 from evals.speed.decode_shapes import rows as shape_rows
 from vlmfast.bench.records import ROOT, claim, row
+from vlmfast.bench.sample_store import SampleStore
 from vlmfast.bench.stats import median_ratio, paired
 from vlmfast.bench.timing import half as half_dtype
 from vlmfast.cli.errors import application
@@ -45,8 +47,11 @@ DTYPES = ("float32", "bfloat16")
 PLOT = ROOT / "docs" / "speculation.png"
 
 
-def run(quick: bool, pictures: int | None = None) -> dict[str, Any]:
-    """The record's rows and configuration. quick: four pictures, fewer competitors, one wide layer."""
+def run(quick: bool, pictures: int | None = None, store: SampleStore | None = None) -> dict[str, Any]:
+    """The record's rows and configuration. quick: four pictures, fewer competitors, one wide layer.
+
+    store: of an unfinished run, which keeps every picture, every further process and the rows of 3B widths.
+    """
     from vlmfast import pocket
 
     target, processor = pocket.load("target")
@@ -54,12 +59,13 @@ def run(quick: bool, pictures: int | None = None) -> dict[str, Any]:
     n = pictures or (4 if quick else 40)
     items = runs.captions(processor, n)
     who = runs.competitors(draft, quick) + ([] if quick else runs.curve(draft) + runs.ablations(draft))
-    results = runs.rotate(target, processor.tokenizer, items, who)
-    rows = _rows(who, results, n, 1 if quick else PROCESSES, "float32")
+    results = runs.rotate(target, processor.tokenizer, items, who, store=store)
+    rows = _rows(who, results, n, 1 if quick else PROCESSES, "float32", store)
     strict = next(got for c, got in zip(who, results, strict=True) if c.name == "lossless")
-    trace = [pair for r in strict for pair in r["trace"] if pair[0]] or [(1, 0)]
-    rows += half(2 if quick else n, 1 if quick else PROCESSES) + shape_rows(trace, quick)
-    rows += decode_batch.rows(quick)
+    trace = [(drafted, accepted) for r in strict for drafted, accepted in r["trace"] if drafted] or [(1, 0)]
+    rows += half(2 if quick else n, 1 if quick else PROCESSES, store)
+    rows += kept(store, "3B widths", lambda: shape_rows(trace, quick))
+    rows += kept(store, "four rows", lambda: decode_batch.rows(quick))
     out = {
         "rows": rows, "show": SHOW, "seed": 0, "repeats": n,
         "config": {"quick": quick, "pictures": n, "max_new_tokens": runs.TOKENS, "draft_keep": runs.KEEP},
@@ -69,23 +75,30 @@ def run(quick: bool, pictures: int | None = None) -> dict[str, Any]:
     return out
 
 
-def half(pictures: int, processes: int) -> list[dict[str, Any]]:
+def kept(store: SampleStore | None, name: str, make: Callable[[], Any]) -> Any:
+    """What `make` returns, from the store where it holds it."""
+    return make() if store is None else store.once(name, make)
+
+
+def half(pictures: int, processes: int, store: SampleStore | None = None) -> list[dict[str, Any]]:
     """The main rows once more in bfloat16, the type the checkpoints are stored in; none where that is much slower."""
     if half_dtype() != "bfloat16":
         return []
-    who, results = main_ones(pictures, "bfloat16")
+    who, results = main_ones(pictures, "bfloat16", store)
     who = [replace(c, params={**c.params, "dtype": "bfloat16"}) for c in who]
-    return _rows(who, results, pictures, processes, "bfloat16")
+    return _rows(who, results, pictures, processes, "bfloat16", store)
 
 
-def main_ones(pictures: int, dtype: str) -> tuple[list[runs.Competitor], list[list[dict[str, Any]]]]:
+def main_ones(
+    pictures: int, dtype: str, store: SampleStore | None = None
+) -> tuple[list[runs.Competitor], list[list[dict[str, Any]]]]:
     """Stock generate, our plain loop and the rules, in this process."""
     from vlmfast import pocket
 
     target, processor = pocket.load("target", dtype=dtype)
     draft, _ = pocket.load("draft", dtype=dtype)
     items, who = runs.captions(processor, pictures, dtype=target.dtype), runs.competitors(draft, quick=True)
-    return who, runs.rotate(target, processor.tokenizer, items, who)
+    return who, runs.rotate(target, processor.tokenizer, items, who, store=store)
 
 
 def elsewhere(pictures: int, dtype: str) -> list[list[dict[str, Any]]]:
@@ -98,10 +111,16 @@ def elsewhere(pictures: int, dtype: str) -> list[list[dict[str, Any]]]:
 
 
 def _rows(
-    who: list[runs.Competitor], results: list[list[dict[str, Any]]], n: int, processes: int, dtype: str
+    who: list[runs.Competitor],
+    results: list[list[dict[str, Any]]],
+    n: int,
+    processes: int,
+    dtype: str,
+    store: SampleStore | None = None,
 ) -> list[dict[str, Any]]:
     """Result rows; the main competitors, which come first, are measured in more processes than this one."""
-    more = [elsewhere(n, dtype) for _ in range(processes - 1)]
+    names = [f"{dtype}, process {i}" for i in range(1, processes)]
+    more = [kept(store, name, lambda: elsewhere(n, dtype)) for name in names]
     pooled = [got + [r for other in more if j < len(other) for r in other[j]] for j, got in enumerate(results)]
     return [_row(c, got, pooled[0], pooled[1], n) for c, got in zip(who, pooled, strict=True)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 
 import vlmfast
 from vlmfast.bench.question_sets import POCKET
+from vlmfast.bench.sample_store import SampleStore
 from vlmfast.bench.timing import AGAIN
 from vlmfast.decode import (
     Exact,
@@ -183,23 +185,41 @@ def captions(
 
 
 def rotate(
-    model: Any, tokenizer: Any, items: list, who: list[Competitor], progress: Callable[[str], None] | None = None
+    model: Any,
+    tokenizer: Any,
+    items: list,
+    who: list[Competitor],
+    progress: Callable[[str], None] | None = None,
+    store: SampleStore | None = None,
 ) -> list[list[dict[str, Any]]]:
-    """Every competitor on every item, in turns: result[competitor][item] = metrics, `text`, `trace`, `f1`."""
+    """Every competitor on every item, in turns: result[competitor][item] = metrics, `text`, `trace`, `f1`.
+
+    store: keeps every item, with all competitors, and does not ask it again.
+    """
     from vlmfast.pocket import world
 
-    results: list[list[dict[str, Any]]] = [[] for _ in who]
-    for c in who:  # warm up, not kept
-        timed(model, tokenizer, items[0][0], c)
-    for i, (inputs, item) in enumerate(items):
-        order = [(j + i) % len(who) for j in range(len(who))]
-        for j in order:
+    warm = False
+
+    def described(i: int) -> list[dict[str, Any]]:
+        nonlocal warm
+        inputs, item = items[i]
+        for c in () if warm else who:  # not kept
+            timed(model, tokenizer, items[0][0], c)
+        warm, taken = True, {}
+        for j in ((k + i) % len(who) for k in range(len(who))):
             if progress is not None:
                 progress(f"{i + 1}/{len(items)} {who[j].name}")
             draw(who[j], i)
             sample, text, trace = timed(model, tokenizer, inputs, who[j])
-            results[j].append({**sample, "text": text, "trace": trace, "f1": world.score(item, text)})
-    return results
+            taken[j] = {**sample, "text": text, "trace": trace, "f1": world.score(item, text)}
+        return [taken[j] for j in range(len(who))]
+
+    label = f"{str(next(model.parameters()).dtype).removeprefix('torch.')}, {len(who)} competitors, picture"
+    by_item = [
+        described(i) if store is None else store.once(f"{label} {i}", functools.partial(described, i))
+        for i in range(len(items))
+    ]
+    return [list(results) for results in zip(*by_item, strict=True)]
 
 
 def accepted_shares(got: list[dict[str, Any]]) -> list[float]:

@@ -4,7 +4,7 @@ A suite (read, encode, prefill, decode, grammar, stream, presets) is a module `e
 `run(quick, store) -> dict`: a record with at least `rows` (see `vlmfast.bench.records`), and `config`, `seed`,
 `repeats`, `device`, `dtype` for the head that is added here. A suite that builds its own head keeps it. Timings come
 from `vlmfast.bench.timing`: paired, interleaved, medians. What a killed suite has measured stays in `--samples`, but
-for decode, grammar and stream, and the same command goes on from there.
+for grammar and stream, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vlmfast.cli import console
 from vlmfast.core import UserError
 
 SUITES = ("read", "encode", "prefill", "decode", "grammar", "stream", "presets")
-RESUMED = ("read", "encode", "prefill", "presets")
+RESUMED = ("read", "encode", "prefill", "decode", "presets")
 
 
 def available() -> list[str]:

@@ -81,3 +81,35 @@ def test_a_suite_leaves_no_samples_when_it_is_whole(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(read, "run", run)
     suites.main("read", tmp_path / "read.json", quick=True, samples=tmp_path / "runs")
     assert (tmp_path / "read.json").exists() and not (tmp_path / "runs" / "read.jsonl").exists()
+
+
+def test_killed_descriptions_go_on_at_the_next_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decode suite keeps a picture with all its competitors, or nothing of it."""
+    import torch
+
+    from evals.speed import decode_runs
+
+    asked: list[tuple[int, str]] = []
+
+    def timed(model: Any, tokenizer: Any, picture: int, who: decode_runs.Competitor) -> tuple[Any, str, list]:
+        if len(asked) == last:
+            raise Killed
+        asked.append((picture, who.name))
+        return {"total_ms": float(len(asked))}, who.name, [(4, 2)]
+
+    monkeypatch.setattr(decode_runs, "timed", timed)
+    monkeypatch.setattr("vlmfast.pocket.world.score", lambda item, text: 1.0)
+    model, who = torch.nn.Linear(1, 1), [decode_runs.Competitor(name, {}) for name in ("plain", "ours", "theirs")]
+    items: list[Any] = [(picture, None) for picture in range(4)]
+    file, last = tmp_path / "decode.jsonl", 3 + 3 + 2  # the warm-up, a picture, and two thirds of the next
+    with pytest.raises(Killed):
+        decode_runs.rotate(model, None, items, who, store=open_store(file, IDENTITY, False))
+    asked.clear()
+    last = -1
+    results = decode_runs.rotate(model, None, items, who, store=open_store(file, IDENTITY, False))
+    assert [picture for picture, _ in asked] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3, "the warm-up, then the rest"
+    assert [{r["text"] for r in of_one} for of_one in results] == [{c.name} for c in who]
+    assert all(len(of_one) == 4 for of_one in results)
+    asked.clear()
+    again = decode_runs.rotate(model, None, items, who, store=open_store(file, IDENTITY, False))
+    assert asked == [] and [[r["total_ms"] for r in x] for x in again] == [[r["total_ms"] for r in x] for x in results]

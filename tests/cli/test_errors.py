@@ -77,7 +77,8 @@ def place(home: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRe
     monkeypatch.setattr(laws, "catalogue", lambda case: {})
     for module, function in (("speed.suites", "measure"), ("gpu.suite", "measure"), ("stream.suite", "rows"),
                              ("accuracy.tables", "run"), ("stream.crash", "rows"), ("stream.degraded", "rows"),
-                             ("stream.levels", "streamed"), ("stream.rules", "scores"),
+                             ("stream.levels", "streamed"), ("stream.hour", "streamed"),
+                             ("stream.rules", "scores"),
                              ("stream.rules", "accuracy_row"),
                              ("serving.answers", "rows"), ("serving.throughput", "rows"),
                              ("speed.decode", "main_ones"), ("speed.decode_batch", "rows")):  # fmt: skip
@@ -108,6 +109,7 @@ GOOD: dict[str, list[str]] = {  # arguments with which a command would do its wo
     "stream.crash": ["--out", "new.json", "--kills", "0"],
     "stream.degraded": ["--out", "new.json", "--clips", "2"],
     "stream.levels": ["--out", "new.json"],
+    "stream.hour": ["--out", "new.json"],
     "stream.rules": ["--out", "new.json", "--clips", "2"],
     "accuracy.tables": ["--only", "pocket", "--out", "new", "--answers", "new"],
     "speed.decode": ["--out", "new.json", "--samples", "float32"],

@@ -9,7 +9,7 @@ import tiny
 import torch
 from typer.testing import CliRunner
 
-from evals.stream import levels, runs
+from evals.stream import hour, levels, runs
 from evals.stream import suite as stream
 from vlmfast.bench import records
 from vlmfast.bench.scoring import exact_fact
@@ -159,3 +159,26 @@ def test_schedules_are_compared_on_the_same_questions(folder, tmp_path):
     options = [*options, "--schedule", "age", "--out", str(tmp_path / "bad.json")]
     bad = CliRunner().invoke(application(levels.main), options)
     assert bad.exit_code == 2 and "names no level" in bad.output
+
+
+@pytest.mark.slow
+def test_a_stream_is_drawn_with_what_is_kept_and_brought_back(tmp_path):
+    """Every stretch of the video has a level at every look, coarser with age; every question its evidence."""
+    out = tmp_path / "hour.json"
+    options = ["--minutes", "1", "--schedule", "age:four_bit=10,features=30", "--out", str(out)]
+    result = CliRunner().invoke(application(hour.main), options)
+    assert result.exit_code == 0, result.output
+    record = json.loads(out.read_text())
+    records.check(record)
+    looks = [r["metrics"] for r in record["rows"] if r["name"] == "minute"]
+    asked = [r["metrics"] for r in record["rows"] if r["name"] == "question"]
+    assert [look["second"] for look in looks] == [6.0 * i for i in range(1, 11)]
+    assert all(len(look["kept"]) == (look["second"] - 1) // hour.STRETCH + 1 for look in looks)
+    finest_first = ["full", "four_bit", "features"]
+    for look in looks:  # what is older is never finer
+        assert look["kept"] == sorted(look["kept"], key=finest_first.index, reverse=True) and look["kept"][-1] == "full"
+    assert looks[-1]["kept"][0] == "features"
+    assert {"full", "features"} <= {level for look in looks for level in look["bytes"]} <= set(finest_first)
+    assert len(asked) >= 4 and any(question["brought_back"] for question in asked)
+    assert out.with_suffix(".png").stat().st_size > 10_000
+    assert f"of {len(asked)} answers right" in hour.told(record)

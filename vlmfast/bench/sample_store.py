@@ -5,12 +5,13 @@
     store.close()                                             # the suite is whole: the file goes
 
 Kept is a competitor with the baselines beside it, in one round, or nothing of them: what is compared ran together.
+A suite with turns of its own keeps each of them by `once`.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +41,24 @@ class SampleStore:
         self.num_calls += 1
         return f"{self.num_calls} {plan_hash({'names': list(names)})}"
 
-    def find(self, call: str, round_number: int, name: str) -> Samples | None:
+    def find(self, call: str, round_number: int, name: str) -> Any:
         """What was measured of a competitor and its baselines in that round, None where it was not."""
         record = None if self.journal is None else self.journal.records.get((f"{call} {round_number}", name))
         return None if record is None else record["samples"]
 
-    def add(self, call: str, round_number: int, name: str, samples: Samples) -> None:
+    def add(self, call: str, round_number: int, name: str, samples: Samples | Any) -> None:
         """Keep what was measured."""
         if self.journal is None:
             self.journal = self._open(force=True)
         self.journal.add([{"id": f"{call} {round_number}", "method": name, "samples": samples}])
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` returns, made once and kept under this name: plain JSON values, whole or not at all."""
+        made = self.find("once", 0, name)
+        if made is None:
+            made = make()
+            self.add("once", 0, name, made)
+        return made
 
     def close(self) -> None:
         """The suite is whole and written: remove the file."""
