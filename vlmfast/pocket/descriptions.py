@@ -102,6 +102,11 @@ class Reading:
     sentences: int
     ungrammatical: tuple[str, ...]
 
+    @property
+    def grammatical(self) -> float:
+        """The share of its sentences that the grammar can have made there; 0 of none."""
+        return 1 - len(self.ungrammatical) / self.sentences if self.sentences else 0.0
+
 
 def read_description(text: str) -> Reading:
     """Read a description in whatever phrasing. A sentence is ungrammatical where no rule makes it, where it has no end,
@@ -167,5 +172,5 @@ def score_description(text: str, expected: frozenset[Fact]) -> dict[str, float]:
         "precision": precision,
         "recall": recall,
         "f1": 2 * precision * recall / max(1e-9, precision + recall),
-        "grammatical": 1 - len(reading.ungrammatical) / max(1, reading.sentences) if reading.sentences else 0.0,
+        "grammatical": reading.grammatical,
     }
