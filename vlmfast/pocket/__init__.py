@@ -12,7 +12,7 @@ __all__ = ["load", "path"]
 
 _FOLDER = Path(__file__).parent / "weights"
 _DESCRIBERS = ("describer", "describer-draft", "describer-weak-1", "describer-weak-2")
-_MADE_BY = {"target": "training.train", "draft": "training.train"} | dict.fromkeys(_DESCRIBERS, "training.describe")
+_MADE_BY = {"target": "train", "draft": "train"} | dict.fromkeys(_DESCRIBERS, "describe")  # a module of training/
 
 
 def path(name: str = "target") -> str:
@@ -31,7 +31,7 @@ def path(name: str = "target") -> str:
     if not (folder / "config.json").exists():
         raise UserError(
             f"{folder} holds no weights of {name!r}: train them in a checkout and write them there with "
-            f"python -m {_MADE_BY[name]} --export --weights {_FOLDER}"
+            f"python -m training.{_MADE_BY[name]} --export --weights {_FOLDER}"
         )
     return str(folder)
 
