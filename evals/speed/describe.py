@@ -7,7 +7,8 @@ Every competitor describes every clip, in turns. `f1` counts facts and is blind 
 plain's, with an interval over clips; `grammatical` is the share of sentences that the grammar makes. `vs.lossless` is
 the time of exact drafting over the same draft at the same length. `vs_random`: F1 above random relaxation at equal
 accepted length. The rows at `length=adaptive` show what is reached when the controller chooses. Times are those of the
-decode suite. What a killed run has measured stays in `--samples`, and the same command goes on from there.
+decode suite. Rules are chosen with `--rules` and a `--task` of another set than the reported one. What a killed run has
+measured stays in `--samples`, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -23,13 +24,12 @@ from evals.speed import decode_runs as runs
 from evals.speed import describe_rows, suites
 from vlmfast.bench import records, runner, tasks, timing
 from vlmfast.bench.journal import Journal, run_name
-from vlmfast.bench.question_sets import POCKET
+from vlmfast.bench.task import Task
 from vlmfast.cli.errors import application
+from vlmfast.core import UserError, shown
 from vlmfast.files import claim
 
-TASK = "pocket/describe"
 DRAFTS = "describer-draft,describer-weak-1,describer-weak-2"
-MOST = len(POCKET["reporting"])
 SHOW = ["decode_ms_per_token", "accepted_length", "f1", "f1_kept", "grammatical", "vs_random", "same_text"]
 
 
@@ -59,26 +59,29 @@ def dtypes(quick: bool) -> tuple[str, ...]:
     return ("float32", "bfloat16") if timing.half() == "bfloat16" and not quick else ("float32",)
 
 
-def measured(target: str, drafts: list[str], descriptions: int, quick: bool, kept: Journal) -> list[dict[str, Any]]:
+def measured(
+    task: Task, target: str, drafts: list[str], rules: str, descriptions: int, quick: bool, kept: Journal
+) -> list[dict[str, Any]]:
     """The rows of all dtypes. kept: the samples of a killed run, and where new ones go."""
     rows = []
     for dtype in dtypes(quick):
         model, processor = loaded(target, dtype)
         layers = model.config.get_text_config().num_hidden_layers
-        who = describe_rows.competitors({name: loaded(name, dtype)[0] for name in drafts}, max(1, layers // 2), quick)
+        models = {name: loaded(name, dtype)[0] for name in drafts}
+        who = describe_rows.competitors(models, max(1, layers // 2), rules, quick)
         asked = runner.Runner(model, processor, target)
         with torch.no_grad():
-            rows += describe_rows.rows(who, _samples(asked, who, kept, descriptions, dtype), dtype)
+            rows += describe_rows.rows(who, _samples(asked, task, who, kept, descriptions, dtype), dtype)
     return rows
 
 
 def _samples(
-    asked: runner.Runner, who: list[runs.Competitor], kept: Journal, descriptions: int, dtype: str
+    asked: runner.Runner, task: Task, who: list[runs.Competitor], kept: Journal, descriptions: int, dtype: str
 ) -> dict[str, list[dict[str, Any]]]:
     """What every competitor said of every clip; only what `kept` does not hold is asked."""
     from vlmfast.pocket.descriptions import read_description
 
-    task, tokenizer, warm = tasks.get(TASK), asked.processor.tokenizer, set()
+    tokenizer, warm = asked.processor.tokenizer, set()
     ids = [f"{dtype}/{task.ids[index]}" for index in range(descriptions)]
     for index, sample_id in enumerate(ids):
         order = [who[(place + index) % len(who)] for place in range(len(who))]
@@ -105,7 +108,9 @@ def main(
     out: Annotated[Path, typer.Option(help="result file (JSON)")],
     target: Annotated[str, typer.Option(help="checkpoint folder, or name of a pocket model")] = "describer",
     drafts: Annotated[str, typer.Option(help="checkpoint folders or names of pocket models, by commas")] = DRAFTS,
-    descriptions: Annotated[int, typer.Option(help="how many clips are described", min=2, max=MOST)] = 800,
+    rules: Annotated[str, typer.Option(help="loose acceptance rules, by commas")] = describe_rows.RULES,
+    task: Annotated[str, typer.Option(help="what is described; another set with :set=NAME")] = "pocket/describe",
+    descriptions: Annotated[int, typer.Option(help="how many clips are described", min=2, max=1000)] = 800,
     samples: Annotated[Path, typer.Option(help="file of what a killed run has measured")] = Path(
         "runs/speed/describe.jsonl"
     ),
@@ -115,19 +120,27 @@ def main(
     """Judge every acceptance rule over every draft on free descriptions."""
     records.claim(out, force)
     claim(samples, True, (".jsonl",), "--samples")
+    asked = tasks.get(task)
+    if asked.metric != "f1" or not task.startswith("pocket/describe"):
+        raise UserError(f"--task {shown(task)} is not described: give pocket/describe, e.g. pocket/describe:seconds=4")
+    describe_rows.rules_of(rules)
     names = list(dict.fromkeys(name.strip() for name in drafts.split(",")))
     prints = {name: runner.fingerprint(folder_of(name)) for name in [target, *names]}
-    descriptions = 2 if quick else descriptions
-    identity = suites.identity("describe", quick) | {"target": prints[target]} | {name: prints[name] for name in names}
+    descriptions = 2 if quick else min(descriptions, len(asked.ids))
+    identity = (
+        suites.identity("describe", quick)
+        | {"task": task, "rules": rules, "target": prints[target]}
+        | {name: prints[name] for name in names}
+    )
 
     plans: dict[str, str] = defaultdict(str)  # the commit tells them apart
     kept = Journal(samples, run_name(identity), plans, force)
     config = {
-        "quick": quick, "task": TASK, "descriptions": descriptions, "target": target, "drafts": names,
-        "fingerprints": prints, "length": describe_rows.LENGTH, "max_new_tokens": tasks.get(TASK).tokens,
+        "quick": quick, "task": task, "rules": rules, "descriptions": descriptions, "target": target, "drafts": names,
+        "fingerprints": prints, "length": describe_rows.LENGTH, "max_new_tokens": asked.tokens,
     }  # fmt: skip
     record = records.head("describe", config=config, seed=0, repeats=1, dtype=", ".join(dtypes(quick)))
-    record |= {"show": SHOW, "rows": measured(target, names, descriptions, quick, kept)}
+    record |= {"show": SHOW, "rows": measured(asked, target, names, rules, descriptions, quick, kept)}
     records.write(out, record, force)
     samples.unlink(missing_ok=True)
     suites.show(record)

@@ -8,22 +8,41 @@ from typing import Any
 
 from evals.speed import decode_runs as runs
 from evals.speed.decode import TIMES
+from vlmfast import spec
 from vlmfast.bench.records import row
 from vlmfast.bench.stats import median_ratio, paired
 from vlmfast.bench.timing import AGAIN
-from vlmfast.decode import Exact, FLy, Loose, ModelDraft, PromptLookup, RandomRelax, SelfDraft, Speculate
+from vlmfast.core import UserError, shown
+from vlmfast.decode import Exact, Loose, ModelDraft, PromptLookup, RandomRelax, SelfDraft, Speculate
+from vlmfast.plan import build
 
+RULES = "loose,(loose:relax=1.0),(loose:relax=0),(fly:window=3)"
 LENGTH = 6  # tokens drafted a round where rules are compared: what passes then follows from the rule alone
 LUCK = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7)
 ACCEPTED = ("accepted_exact", "accepted_loose", "accepted_shift")
 Sample = dict[str, Any]
 
 
-def competitors(drafts: dict[str, Any], layers: int, quick: bool) -> list[runs.Competitor]:
+def rules_of(text: str) -> list[tuple[str, Any, dict[str, Any]]]:
+    """Acceptance rules from their text form, by commas: name, rule and the fields given."""
+    found = []
+    for item in spec.items(text):
+        given = item if isinstance(item, dict) else {"method": item}
+        rule = build("accept", given)
+        if rule.lossless or isinstance(rule, RandomRelax):
+            raise UserError(f"--rules {text}: {shown(rule)} stands in the table anyway; name loose ones, e.g. {RULES}")
+        fields = {key: value for key, value in given.items() if key != "method"}
+        shift_alone = isinstance(rule, Loose) and rule.relax == 0
+        found.append(("position shift" if shift_alone else rule.name, rule, fields))
+    return found
+
+
+def competitors(drafts: dict[str, Any], layers: int, rules_text: str, quick: bool) -> list[runs.Competitor]:
     """Stock generate and its own speculation, our plain loop, then every draft under every rule.
 
-    drafts: models by name; layers: the target's own that draft for it. Loose at relax 0 is position-shift tolerance
-    alone. Exact and loose drafting also run at the draft length that the controller chooses.
+    drafts: models by name; layers: the target's own that draft for it; rules_text: see `rules_of`, beside exact drafting
+    and random relaxation. Loose at relax 0 is position-shift tolerance alone. Exact drafting and the first rule also
+    run at the draft length that the controller chooses.
     """
     out = [
         runs.Competitor("plain", {}),
@@ -36,15 +55,12 @@ def competitors(drafts: dict[str, Any], layers: int, quick: bool) -> list[runs.C
     sources |= {f"selfdraft, {layers} layers": SelfDraft(layers=layers), "promptlookup": PromptLookup()}
     rules: list[tuple[str, Any, dict[str, Any]]] = [
         ("lossless", Exact(), {}),
-        ("loose", Loose(), {}),
-        ("loose", Loose(relax=1.0), {"relax": 1.0}),
-        ("position shift", Loose(relax=0.0), {}),
-        ("fly", FLy(window=3), {}),
+        *rules_of(rules_text),
         *(("randomrelax", RandomRelax(relax=r), {"relax": r}) for r in (LUCK[2:4] if quick else LUCK)),
     ]
     for source, draft in sources.items():
         out += [runs.ours(rule, draft, name, source, LENGTH, **params) for name, rule, params in rules]
-        out += [runs.ours(rule, draft, name, source, "adaptive") for name, rule, _ in rules[:2]]
+        out += [runs.ours(rule, draft, name, source, "adaptive", **params) for name, rule, params in rules[:2]]
     return out
 
 

@@ -33,7 +33,7 @@ def test_random_relaxation_is_compared_at_equal_length() -> None:
 
 def test_rows_compare_with_exact_drafting_of_the_same_draft_and_length() -> None:
     drafts = dict.fromkeys(("strong", "weak"), "some/model")
-    who = describe_rows.competitors(drafts, 6, quick=True)
+    who = describe_rows.competitors(drafts, 6, describe_rows.RULES, quick=True)
     labels = [describe_rows.label(each) for each in who]
     assert len(set(labels)) == len(labels)
     rules = {(each.name, each.params["draft"]) for each in who if each.speculate and each.speculate.draft}
@@ -110,7 +110,18 @@ def test_a_killed_run_goes_on_where_it_stopped(few: None, tmp_path: Path, monkey
     assert record["config"]["fingerprints"].keys() == {"target", "draft"}
 
 
+def test_rules_are_read_from_their_text() -> None:
+    (name, rule, given), (other, shift, _) = describe_rows.rules_of("(loose:ratio=0.1),(loose:relax=0)")
+    assert (name, rule.ratio, given, other, shift.relax) == ("loose", 0.1, {"ratio": 0.1}, "position shift", 0.0)
+    for text in ("lossless", "randomrelax", "looose", "(loose:relax=2)", "(loose", "3"):
+        with pytest.raises(UserError):
+            describe_rows.rules_of(text)
+
+
 def test_weights_that_are_not_there_are_named_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no weights of 'describer'|no pocket model"):
         describe.main(tmp_path / "out.json", drafts="nothing", samples=tmp_path / "s.jsonl", quick=True)
+    for task in ("pocket/caption", "easy-vqa", "pocket/describe:width=3"):
+        with pytest.raises(UserError):
+            describe.main(tmp_path / "out.json", target="target", task=task, samples=tmp_path / "s.jsonl", quick=True)
     assert not list(tmp_path.iterdir())
