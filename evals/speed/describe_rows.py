@@ -40,9 +40,9 @@ def rules_of(text: str) -> list[tuple[str, Any, dict[str, Any]]]:
 def competitors(drafts: dict[str, Any], layers: int, rules_text: str, quick: bool) -> list[runs.Competitor]:
     """Stock generate and its own speculation, our plain loop, then every draft under every rule.
 
-    drafts: models by name; layers: the target's own that draft for it; rules_text: see `rules_of`, beside exact drafting
-    and random relaxation. Loose at relax 0 is position-shift tolerance alone. Exact drafting and the first rule also
-    run at the draft length that the controller chooses.
+    drafts: models by name; layers: the target's own that draft for it; rules_text: see `rules_of`, beside exact
+    drafting and random relaxation. Loose at relax 0 is position-shift tolerance alone. Exact drafting and the first
+    rule also run at the draft length that the controller chooses.
     """
     out = [
         runs.Competitor("plain", {}),
