@@ -10,8 +10,8 @@ The describer learns free descriptions (`vlmfast.pocket.descriptions`) beside th
 drafts learn the same descriptions from the same start, but never hear the describer: as small models do that ship
 beside large ones, they know the facts less well and choose other words. The strong draft learns the describer's
 distributions. `--check` says on how many tokens a draft agrees: a weak one that agrees on more than three quarters is
-trained anew for fewer `--steps`. The vision tower stays what it is. A run is a function of its step: what is killed goes on from its last
-checkpoint, in `--runs`, and ends bit-equal to an unbroken one, however slowly or often interrupted it runs.
+trained anew for fewer `--steps`. The vision tower stays what it is. A run is a function of its step: what is killed
+goes on from its last checkpoint, in `--runs`, and ends bit-equal to an unbroken one, however slowly it runs.
 """
 
 from __future__ import annotations
