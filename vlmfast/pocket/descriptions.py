@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import combinations, pairwise
 
 from vlmfast.pocket.captions import Fact
-from vlmfast.pocket.phrases import draw, read
+from vlmfast.pocket.phrases import draw, read, read_fragments
 from vlmfast.pocket.scenes import NEEDLE, PLACES, Obj, Rng, Scene
 
 FEWEST, MOST = 60, 150  # tokens of a description; every word, digit and mark is one
@@ -110,30 +110,27 @@ class Reading:
 
 def read_description(text: str) -> Reading:
     """Read a description in whatever phrasing. A sentence is ungrammatical where no rule makes it, where it has no end,
-    and where "it" has nothing to stand for, as after such a sentence: it then states nothing. What only says again
-    what was said is ungrammatical too."""
+    where it only says again what was said, and where "it" has nothing to stand for. What it states counts even so, as
+    far as its words tell."""
     text = re.sub(r"(?<=\d)\s+(?=\d)", "", re.sub(r"([.,])", r" \1 ", re.sub(r"[^a-z0-9., ]", " ", text.lower())))
-    *whole, rest = (" ".join(sentence.split()) for sentence in text.split("."))
+    sentences = [" ".join(sentence.split()) for sentence in text.split(".")]
     stated: set[Fact] = set()
-    ungrammatical = [rest] if rest else []
+    ungrammatical = []
     latest = ""  # the object that "it" stands for
-    for sentence in whole:
-        found = read(sentence)
-        if found is None or (found[0] == "it" and not latest):
-            ungrammatical.append(sentence)
-            latest = ""
-            continue
-        kind, slots = found
-        latest = next((meaning for slot, meaning in slots if slot == "name"), latest)
+    for index, sentence in enumerate(sentences[:-1] if not sentences[-1] else sentences):
+        found = read(sentence) if index < len(sentences) - 1 else None  # the last one has no end
+        kind, slots = ("", read_fragments(sentence)) if found is None else found
+        hangs = kind == "it" and not latest
+        latest = next((meaning for slot, meaning in slots if slot == "name"), latest if kind else "")
         said = _stated(slots, latest)
-        if kind != "filler" and said <= stated:
+        if hangs or not kind or (kind != "filler" and said <= stated):
             ungrammatical.append(sentence)
         stated |= said
-    return Reading(_with_implied(stated), len(whole) + bool(rest), tuple(ungrammatical))
+    return Reading(_with_implied(stated), len(sentences) - (not sentences[-1]), tuple(ungrammatical))
 
 
 def _stated(slots: list[tuple[str, str]], name: str) -> set[Fact]:
-    """The facts of one sentence. name: of the object that it is about."""
+    """The facts of one sentence. name: of the object that it is about; "" where none is known."""
     stated: set[Fact] = set()
     by_slot = dict(slots)
     for slot, meaning in slots:
@@ -143,9 +140,9 @@ def _stated(slots: list[tuple[str, str]], name: str) -> set[Fact]:
             stated.add(("text", meaning))
         elif slot == "name":
             stated.add(("object", meaning))
-        elif slot in ("size", "place"):
+        elif slot in ("size", "place") and name:
             stated.add((slot, name, meaning))
-        elif slot in ("stays", "briefly", "direction", "arrival", "departure", "blinks"):
+        elif slot in ("stays", "briefly", "direction", "arrival", "departure", "blinks") and name:
             stated.add(("does", name, slot, meaning))
     if "earlier" in by_slot:
         stated.add(("order", by_slot["earlier"], by_slot["later"]))

@@ -121,6 +121,12 @@ SENTENCES: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 
+#: How facts are told in a sentence that no rule makes; which object comes before which takes a whole one.
+FRAGMENTS = (
+    "{number}", "{background} background", "background is {background}", "{size} {name}", "{name}", "at the {place}",
+    "on the {place}", "<does>", "number {digits}", "says {digits}", "word {word}", "says {word}",
+)  # fmt: skip
+
 _PART = re.compile(r"<([^>]+)>|\{(\w+)\}|(\S+)")
 Found = list[tuple[str, str]]  # (slot, what it means), in the order in which they are said
 
@@ -153,6 +159,12 @@ def _can_say(phrase: str, values: Mapping[str, str]) -> bool:
 
 
 @lru_cache(maxsize=1)
+def _fragments() -> tuple[re.Pattern[str], list[str]]:
+    slots: list[str] = []
+    return re.compile(rf"\b{_any_of(FRAGMENTS, slots)}"), slots
+
+
+@lru_cache(maxsize=1)
 def _patterns() -> dict[str, tuple[re.Pattern[str], list[str]]]:
     """Sentence kind -> a pattern of words with a space after each, and the slot of each of its groups."""
     patterns = {}
@@ -173,7 +185,7 @@ def _pattern(phrase: str, slots: list[str]) -> str:
             pattern += _any_of(RULES[rule], slots)
         elif slot:
             slots.append(slot)
-            said = r"\d+" if slot in DIGITS else "|".join(SLOTS[slot])
+            said = r"\d+" if slot in DIGITS else "|".join(sorted(SLOTS[slot], key=len, reverse=True))
             pattern += f"({said}) "
         else:
             pattern += f"{word} "
@@ -185,6 +197,16 @@ def read(sentence: str) -> tuple[str, Found] | None:
     for kind, (pattern, slots) in _patterns().items():
         match = pattern.fullmatch(f"{sentence} ")
         if match:
-            found = [(slot, said) for slot, said in zip(slots, match.groups()) if said is not None]
-            return kind, [(slot, said if slot in DIGITS else SLOTS[slot][said]) for slot, said in found]
+            return kind, _found(match, slots)
     return None
+
+
+def read_fragments(sentence: str) -> Found:
+    """The facts that stand in a sentence of another grammar."""
+    pattern, slots = _fragments()
+    return [found for match in pattern.finditer(f"{sentence} ") for found in _found(match, slots)]
+
+
+def _found(match: re.Match[str], slots: list[str]) -> Found:
+    said = [(slot, text) for slot, text in zip(slots, match.groups()) if text is not None]
+    return [(slot, text if slot in DIGITS else SLOTS[slot][text]) for slot, text in said]
