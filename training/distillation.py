@@ -31,10 +31,12 @@ def rate(step: int, progress: float) -> float:
 
 
 @torch.no_grad()
-def own_words(target: Any, frames: torch.Tensor, fps: float = 2.0, tokens: int = 96) -> list[str]:
-    """The target's greedy captions of uint8 frames (B, T, H, W, 3)."""
+def own_words(
+    target: Any, frames: torch.Tensor, fps: float = 2.0, tokens: int = 96, question: str | None = None
+) -> list[str]:
+    """The target's greedy answers about uint8 frames (B, T, H, W, 3); captions where no question is given."""
     is_video = frames.shape[1] > 1
-    chats = [[(CLIP if is_video else PICTURE, "yes")]] * len(frames)
+    chats = [[(question or asked(frames), "yes")]] * len(frames)
     batch = batches.tensors(target, frames, chats, fps, frames.device)
     prompt_length = int((batch["labels"][0] >= 0).nonzero()[0])  # everything before the answer is the prompt
     prompt_ids = batch["input_ids"][:, :prompt_length]
@@ -55,21 +57,43 @@ def own_words(target: Any, frames: torch.Tensor, fps: float = 2.0, tokens: int =
     return captions
 
 
+def asked(frames: torch.Tensor) -> str:
+    """What asks for a caption of such frames (B, T, H, W, 3)."""
+    return CLIP if frames.shape[1] > 1 else PICTURE
+
+
 def spaced(text: str) -> str:
     """A decoded caption in the spacing of the world's captions."""
     return text.replace(".", " .").replace("  ", " ").strip()
 
 
 @torch.no_grad()
-def agreement(target: Any, draft: Any, frames: torch.Tensor, fps: float = 2.0) -> tuple[int, int]:
-    """Tokens of the target's greedy captions that the draft would have said too, given those before: (same, all)."""
-    is_video = frames.shape[1] > 1
-    chats: list[Turns] = [[(CLIP if is_video else PICTURE, spaced(text))] for text in own_words(target, frames, fps)]
+def agreement(
+    target: Any, draft: Any, frames: torch.Tensor, fps: float = 2.0, tokens: int = 96, question: str | None = None
+) -> tuple[int, int]:
+    """Tokens of the target's greedy answers (see `own_words`) that the draft would have said too, given those before:
+    (same, all)."""
+    answers = own_words(target, frames, fps, tokens, question)
+    chats: list[Turns] = [[(question or asked(frames), spaced(text))] for text in answers]
     batch = batches.tensors(target, frames, chats, fps, frames.device)
     labels = batch.pop("labels")[:, 1:]
     predicted = draft(**batch, use_cache=False).logits[:, :-1].argmax(-1)
     is_answer = labels >= 0
     return int(((predicted == labels) & is_answer).sum()), int(is_answer.sum())
+
+
+def divergence(target: Any, draft: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
+    """KL divergence of the draft from the target over the answer tokens of a batch, and how often both say the same."""
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    is_answer = batch["labels"][:, 1:] >= 0
+    with torch.autocast(is_answer.device.type, torch.bfloat16):
+        with torch.no_grad():
+            hidden_states = target.model(**inputs, use_cache=False).last_hidden_state[:, :-1][is_answer]
+            target_logprobs = F.log_softmax(target.lm_head(hidden_states).float(), -1)
+        hidden_states = draft.model(**inputs, use_cache=False).last_hidden_state[:, :-1][is_answer]
+        draft_logprobs = F.log_softmax(draft.lm_head(hidden_states).float(), -1)
+    agreed = float((draft_logprobs.argmax(-1) == target_logprobs.argmax(-1)).float().mean())
+    return F.kl_div(draft_logprobs, target_logprobs, reduction="batchmean", log_target=True), agreed
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -96,14 +120,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             question = CLIP if recipe.seconds else PICTURE
             chats = [[(question, spaced(text))] for text in own_words(target, frames)]
         batch = batches.tensors(target, frames, chats, device=device, apart=True)
-        labels = batch.pop("labels")[:, 1:]
-        with torch.autocast(device.type, torch.bfloat16):
-            with torch.no_grad():
-                hidden_states = target.model(**batch, use_cache=False).last_hidden_state[:, :-1][labels >= 0]
-                target_logprobs = F.log_softmax(target.lm_head(hidden_states).float(), -1)
-            hidden_states = draft.model(**batch, use_cache=False).last_hidden_state[:, :-1][labels >= 0]
-            draft_logprobs = F.log_softmax(draft.lm_head(hidden_states).float(), -1)
-        loss = F.kl_div(draft_logprobs, target_logprobs, reduction="batchmean", log_target=True)
+        loss, agreed = divergence(target, draft, batch)
         loss.backward()
         rate_share = rate(step, counters["seconds"] / total_seconds)
         checkpoint.set_rate(optimizers, args.lr * rate_share)
@@ -117,7 +134,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         losses.append(float(loss.detach()))
         run_log.bar(counters["seconds"] / total_seconds, f"step {counters['step']} kl {losses[-1]:.3f}")
         if counters["step"] % 10 == 0:
-            agreed = float((draft_logprobs.argmax(-1) == target_logprobs.argmax(-1)).float().mean())
             run_log.write(
                 step=counters["step"], seconds=round(counters["seconds"]), kl=sum(losses) / len(losses), same=agreed
             )

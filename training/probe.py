@@ -1,7 +1,7 @@
 """Held-out accuracy during training: one teacher-forced forward per batch.
 
 A greedy answer is right exactly when the likeliest token is the expected one at every position of the answer, end
-included, so no generation is needed. Captions are given as the share of tokens predicted.
+included, so no generation is needed. Captions and descriptions are given as the share of tokens predicted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from training import batches, curriculum
 from vlmfast.pocket import world
 
-_COST = {"needle": 0.25}  # share of the questions spent on expensive kinds
+_COST = {"needle": 0.25, "describe": 0.25}  # share of the questions spent on expensive kinds
 
 
 class Probe:
@@ -46,7 +46,7 @@ class Probe:
             for start in range(0, len(items), 32):
                 batch_items = items[start : start + 32]
                 hits, tokens = teacher_forced(model, batch_items, device, fast=True)
-                if kind == "caption":
+                if kind in world.FREE_TEXT:
                     num_right += sum(tokens)
                     num_total += sum(len(batches.ids_of(item.answer)) + 1 for item in batch_items)
                 else:

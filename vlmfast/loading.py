@@ -131,10 +131,7 @@ def _pocket(name: str) -> str:
         return name
     from vlmfast import pocket
 
-    try:
-        return pocket.path("draft" if name == "pocket-draft" else "target")
-    except FileNotFoundError as error:
-        raise UserError(" ".join(str(error).split())) from None
+    return pocket.path("draft" if name == "pocket-draft" else "target")
 
 
 def _config(name: str, folder: str) -> dict[str, Any]:

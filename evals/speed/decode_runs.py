@@ -131,10 +131,12 @@ def draw(who: Competitor, seed: int) -> None:
         object.__setattr__(who.speculate.accept, "seed", seed)
 
 
-def timed(model: Any, tokenizer: Any, inputs: dict[str, Any], who: Competitor) -> tuple[dict[str, float], str, list]:
+def timed(
+    model: Any, tokenizer: Any, inputs: dict[str, Any], who: Competitor, tokens: int = TOKENS
+) -> tuple[dict[str, float], str, list]:
     """One answer: times and counts, its text, and the trace of rounds."""
     watch = Clock()
-    options: dict[str, Any] = dict(max_new_tokens=TOKENS, do_sample=False, streamer=watch, **(who.extra or {}))
+    options: dict[str, Any] = dict(max_new_tokens=tokens, do_sample=False, streamer=watch, **(who.extra or {}))
     report: dict[str, Any] = {}
     if who.speculate is None:
         start = time.perf_counter()

@@ -274,10 +274,7 @@ def resolve(model: str) -> str:
         return model
     from vlmfast import pocket
 
-    try:
-        return pocket.path("draft" if model == "pocket/draft" else "target")
-    except FileNotFoundError:
-        raise UserError("the pocket weights are missing: python -m training.train --export") from None
+    return pocket.path("draft" if model == "pocket/draft" else "target")
 
 
 def check_draft(model: str | None) -> None:

@@ -23,8 +23,9 @@ from vlmfast.fields import NonNegativeInt, Options, PositiveInt, unknown
 POCKET_KINDS = (
     "presence", "colour", "shape", "count", "relation", "location", "digits", "motion", "order", "when", "what-when",
     "how-often", "needle", "during", "follow-up",
-    "caption",
+    "caption", "describe",
 )  # fmt: skip
+FREE_TEXT = {"caption": 112, "describe": 160}  # scored by the facts of a text of at most so many tokens
 # at least 1,000 visual tokens each: stills of 512 pixels a side, clips of 16 frames at 192 or of 64 at 96
 LONG = {k: {"size": 512} for k in ("presence", "colour", "shape", "count", "location", "digits")} | {
     "motion": {"size": 192}, "when": {"size": 192}, "what-when": {"size": 192}, "order": {"size": 192},
@@ -85,7 +86,8 @@ def pocket(name: str, questions: QuestionSet = "reporting") -> Task:
         for field_name in ("size", "seconds", "split")
         if (value := getattr(given, field_name)) is not None
     }
-    kinds = list(POCKET_KINDS[:-1]) if kind == "all" else list(MIXES.get(kind, [kind]))
+    short_kinds = [item_kind for item_kind in POCKET_KINDS if item_kind not in FREE_TEXT]
+    kinds = short_kinds if kind == "all" else list(MIXES.get(kind, [kind]))
     # an even mix: question i is of kind i mod n
     order = [(item_kind, number) for number in numbers for item_kind in kinds]
     kind_options = MIXES.get(kind, {})
@@ -105,10 +107,9 @@ def pocket(name: str, questions: QuestionSet = "reporting") -> Task:
                       functools.partial(world.score, item), cluster=f"{item_kind}/{seed}", kind=item_kind,
                       choices=item.choices, before=item.before)  # fmt: skip
 
-    caption = kind == "caption"
     return Task(
-        name, [f"{item_kind}/{seed}" for item_kind, seed in order], make, 112 if caption else 10,
-        "f1" if caption else "accuracy",
+        name, [f"{item_kind}/{seed}" for item_kind, seed in order], make, FREE_TEXT.get(kind, 10),
+        "f1" if kind in FREE_TEXT else "accuracy",
         bucket=lambda index: order[index][0],
         config=options | ({"set": set_name} if set_name else {"seed": given.seed or 0}),
     )  # fmt: skip

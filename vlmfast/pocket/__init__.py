@@ -11,15 +11,28 @@ from typing import Any
 __all__ = ["load", "path"]
 
 _FOLDER = Path(__file__).parent / "weights"
+_DESCRIBERS = ("describer", "describer-draft", "describer-weak-1", "describer-weak-2")
+_MADE_BY = {"target": "train", "draft": "train"} | dict.fromkeys(_DESCRIBERS, "describe")  # a module of training/
 
 
 def path(name: str = "target") -> str:
-    """Folder of the pocket checkpoint `name` ("target" or "draft"), an ordinary Qwen2.5-VL checkpoint."""
+    """Folder of the pocket checkpoint `name`, an ordinary Qwen2.5-VL checkpoint.
+
+    name: "target" or "draft", which come with the package; "describer" writes free descriptions, "describer-draft"
+    drafts for it well, "describer-weak-1" and "describer-weak-2" (layers) badly. Raises UserError where the weights are
+    not there.
+    """
+    from vlmfast.core import UserError
+
     folder = _FOLDER / name
-    if name not in ("target", "draft"):
-        raise ValueError(f"the pocket models are 'target' and 'draft', not {name!r}")
+    if name not in _MADE_BY:
+        known = ", ".join(map(repr, _MADE_BY))
+        raise UserError(f"there is no pocket model {name!r}; the pocket models are {known}")
     if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"{folder} holds no checkpoint; make one with: python -m training.train --export")
+        raise UserError(
+            f"{folder} holds no weights of {name!r}: train them in a checkout and write them there with "
+            f"python -m training.{_MADE_BY[name]} --export --weights {_FOLDER}"
+        )
     return str(folder)
 
 

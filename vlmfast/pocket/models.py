@@ -1,4 +1,4 @@
-"""The two pocket models, their tokenizer and their processor, built from nothing.
+"""The pocket models, their tokenizer and their processor, built from nothing.
 
 The target is deep and narrow (12 text layers), because a small model's decode step is bound by its layers; the draft
 is the target's own vision tower under two text layers. Both share a word-level tokenizer with Qwen's special tokens.
@@ -24,7 +24,10 @@ SPECIALS = (
     "<|unk|>",
 )
 PATCH, MERGE, TEMPORAL = 8, 2, 2
-TEXT_LAYERS = {"target": 12, "draft": 2}
+TEXT_LAYERS = {
+    "target": 12, "draft": 2,
+    "describer": 12, "describer-draft": 2, "describer-weak-1": 1, "describer-weak-2": 2,
+}  # fmt: skip
 GROW_FROM = 6  # text layers that training begins with
 
 _WORDS = """
@@ -126,7 +129,7 @@ def processor() -> Any:
 
 
 def config(name: str = "target") -> Any:
-    """Configuration of "target" or "draft"."""
+    """Configuration of a model of `TEXT_LAYERS`."""
     from transformers import Qwen2_5_VLConfig
 
     token_ids = {token: index for index, token in enumerate(vocabulary())}
@@ -215,9 +218,10 @@ def set_depth(model: Any, layers: int) -> None:
         text_model.layers = torch.nn.ModuleList(text_model._every[:layers])
 
 
-def draft_from(target: Any) -> Any:
-    """A draft that starts as the target's tower, embeddings, first text layer, and the last one of its shallow half."""
-    draft = build("draft")
+def draft_from(target: Any, name: str = "draft") -> Any:
+    """A draft that starts as the target's tower, embeddings, first text layer, and the last one of its shallow half (of
+    one layer: the first)."""
+    draft = build(name)
     state, last_layer = target.state_dict(), GROW_FROM - 1  # the layers above it began as the identity
     for target_key in draft.state_dict():
         source_key = target_key.replace("language_model.layers.1.", f"language_model.layers.{last_layer}.")

@@ -16,7 +16,7 @@ QA = tuple[str, str]
 
 STILL_KINDS = ("presence", "colour", "shape", "count", "relation", "location", "digits")
 CLIP_KINDS = ("motion", "order", "when", "what-when", "how-often", "needle", "during", "follow-up")
-KINDS = (*STILL_KINDS, *CLIP_KINDS, "caption")
+KINDS = (*STILL_KINDS, *CLIP_KINDS, "caption", "describe")  # a kind's place seeds its samples: new ones come last
 RELATIONS = ("left", "right", "above", "below")
 COUNTS = ("1", "2", "3", "4")
 

@@ -14,6 +14,7 @@ import torch
 
 from vlmfast.pocket.captions import Fact, caption, facts, normalise, read_facts, score_caption
 from vlmfast.pocket.clips import LongClip, clip
+from vlmfast.pocket.descriptions import describe, description_facts, score_description
 from vlmfast.pocket.questions import CLIP_KINDS, KINDS, STILL_KINDS, answers, subjects, turns
 from vlmfast.pocket.render import render
 from vlmfast.pocket.scenes import COLOUR_NAMES, HELD_OUT, SHAPES, Rng, Scene, moving, still, written
@@ -30,12 +31,15 @@ __all__ = [
     "scene_for",
     "score",
     "score_caption",
+    "score_description",
     "read_facts",
     "render",
 ]
 
 SPLITS = {"train": 1, "test": 2}
 SUBJECTS = {"colour": SHAPES, "shape": COLOUR_NAMES}  # what a question of the kind names
+FREE_TEXT = ("caption", "describe")  # scored by their facts
+SECONDS = dict.fromkeys((*CLIP_KINDS, "describe"), 8) | {"needle": 32}  # of a clip where none are asked for
 
 
 @dataclass
@@ -48,7 +52,7 @@ class Sample:
     fps : frames per second of a clip.
     choices : the closed set of answers, or None.
     before : earlier turns (question, answer) about the same clip, oldest first.
-    facts : of a caption, what it must state; else None.
+    facts : of a caption or description, what it must state; else None.
     meta : kind, seed, split, `heldout` (a held-out pair occurs), evidence `(start, end)` in seconds, the `scene`.
     """
 
@@ -70,6 +74,11 @@ def _size(size: int | tuple[int, int] | None) -> tuple[int, int]:
     return height, width
 
 
+def request(scene: Scene) -> str:
+    """What asks for a description; a caption is asked for in other words."""
+    return "tell me about the picture ." if scene.still else "tell me about the clip ."
+
+
 def scene_for(
     kind: str, rng: Rng, split: str, size: tuple[int, int], seconds: int, objects: tuple[int, int] | None = None
 ) -> Scene:
@@ -81,6 +90,10 @@ def scene_for(
             if is_clip
             else still(rng, split, size, objects or (2, 4))
         )
+    if kind == "describe":
+        if seconds:
+            return moving(rng, split, size, seconds, objects=objects or (2, 3))
+        return still(rng, split, size, objects or (3, 4))
     if kind in CLIP_KINDS:
         return moving(rng, split, size, seconds, kind, objects=objects or (1, 3))
     min_objects = 2 if kind == "relation" else 1
@@ -109,7 +122,8 @@ def sample(
     ----------
     kind : one of `KINDS`.
     size : pixels, one number or (height, width); multiples of 16, so that one visual token covers 16 x 16.
-    seconds : length of a clip at 2 frames per second (default 8, needles 32; captions are of pictures unless given).
+    seconds : length of a clip at 2 frames per second (default 8, needles 32; captions are of pictures unless given, and
+        descriptions of clips unless 0).
     objects : (fewest, most) objects.
     balanced : what a question of colour or shape is about is drawn as evenly as its answer, so that no answer is common
         for the words of a question. Otherwise the test split asks mostly about pairs that training never saw.
@@ -120,7 +134,7 @@ def sample(
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     rng = Rng(SPLITS[split], KINDS.index(kind), seed)
     frame_size = _size(size)
-    num_seconds = (seconds or (32 if kind == "needle" else 8)) if kind in CLIP_KINDS else (seconds or 0)
+    num_seconds = seconds or (0 if kind == "describe" and seconds == 0 else SECONDS.get(kind, 0))
     choices = answers(kind, num_seconds)
     subject = ""  # a word that the question must name
     if balanced and kind in SUBJECTS:
@@ -132,6 +146,8 @@ def sample(
             question_turns: list[tuple[str, str]] | None = [
                 ("describe the picture ." if scene.still else "describe the clip .", caption(scene, rng))
             ]
+        elif kind == "describe":
+            question_turns = [(request(scene), describe(scene, rng))]
         else:
             question_turns = turns(kind, scene, rng, wanted_answer)
         if question_turns is not None and (not subject or subject in question_turns[-1][0].split()):
@@ -158,14 +174,15 @@ def sample(
         question[0],
         question[1],
         choices,
-        facts(scene) if kind == "caption" else None,
+        facts(scene) if kind == "caption" else description_facts(scene) if kind == "describe" else None,
         question_turns[:-1],
         meta,
     )
 
 
 def score(item: Sample, text: str) -> float:
-    """1.0 for the right answer (spaces between digits do not matter), the fact F1 for a caption."""
+    """1.0 for the right answer (spaces between digits do not matter), the fact F1 for a caption or description."""
     if item.facts is not None:
-        return score_caption(text, item.facts)["f1"]
+        rate = score_description if item.meta["kind"] == "describe" else score_caption
+        return rate(text, item.facts)["f1"]
     return float(normalise(text).rstrip(" .") == normalise(item.answer).rstrip(" ."))

@@ -1,0 +1,246 @@
+"""The fifth milestone: a describer that starts as the embedded target, and drafts for it.
+
+python -m training.describe --threads 1                           # the describer
+python -m training.describe --model describer-weak-1 --threads 1  # a weak draft; also describer-weak-2
+python -m training.describe --model describer-draft --threads 1   # the strong draft, on the describer's own words
+python -m training.describe --export                              # what is trained so far, as checkpoint folders
+python -m training.describe --check --threads 1                   # descriptions, older kinds, agreement of drafts
+
+The describer learns free descriptions (`vlmfast.pocket.descriptions`) beside the questions of the older kinds. The weak
+drafts learn the same descriptions from the same start, but never hear the describer: as small models do that ship
+beside large ones, they know the facts less well and choose other words. The strong draft learns the describer's
+distributions. `--check` says on how many tokens a draft agrees: a weak one that agrees on more than three quarters is
+trained anew for fewer `--steps`. The vision tower stays what it is. A run is a function of its step: what is killed
+goes on from its last checkpoint, in `--runs`, and ends bit-equal to an unbroken one, however slowly it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training import batches, checkpoint, distillation, train
+from training.batches import Recipe, Turns
+from training.probe import Probe
+from vlmfast import pocket
+from vlmfast.core import UserError
+from vlmfast.pocket import descriptions, models, world
+from vlmfast.pocket.scenes import Rng, Scene
+
+MODELS = tuple(name for name in models.TEXT_LAYERS if name.startswith("describer"))
+STRONG = "describer-draft"
+CLIP, PICTURE = Recipe(12, (64, 64), 8, (2, 3), 50, "describe"), Recipe(20, (64, 64), 0, (3, 4), 50, "describe")
+MIX: list[tuple[Recipe | None, float]] = [(CLIP, 5), (PICTURE, 1.5), (None, 2.5)]  # None: the older kinds alone
+FIRST = 20_000_000  # of the seeds of its steps, behind those of all earlier training
+OWN = 5  # every so many steps the strong draft hears the describer's own words
+WARMUP, DECAY = 20, 0.6  # steps of warm-up; last share of the run in which the rate falls to zero
+SAVE_SECONDS, PROBE_STEPS, PROBED = 120.0, 200, 24
+TOKENS = descriptions.MOST + 10
+LEARNT = 10**9  # rows after which the older curriculum is at its last stage
+
+
+def rate(step: int, steps: int) -> float:
+    """Share of the peak learning rate."""
+    return min(1.0, (step + 1) / WARMUP) * min(1.0, max(0.02, (1.0 - step / steps) / DECAY))
+
+
+def chat(scene: Scene, rng: Rng, tokens: int) -> Turns:
+    """A description, and about `tokens` tokens of questions of the older kinds about the same scene."""
+    described = (world.request(scene), descriptions.describe(scene, rng))
+    return [described, *batches.chat_about(scene, rng, tokens, describe=0.15)]
+
+
+def batch_of(model: Any, step: int, device: torch.device) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+    """The batch of a training step; and the frames where they are described, else None. A function of the step."""
+    recipe = Rng(1, 1007, step).pick([some for some, _ in MIX], [weight for _, weight in MIX])
+    if recipe is None:
+        return train.data(model, FIRST + step, 0.0, LEARNT, device)[0], None
+    scenes, chats = [], []
+    for row in range(recipe.rows):
+        rng = Rng(1, 1008, step, row)
+        scenes.append(world.scene_for("describe", rng, "train", recipe.size, recipe.seconds, recipe.objects))
+        chats.append(chat(scenes[-1], rng, recipe.tokens))
+    frames = world.render(scenes, device)
+    return batches.tensors(model, frames, chats, device=device, apart=True), frames
+
+
+def question_of(frames: torch.Tensor) -> str:
+    """What asks for descriptions of frames (B, T, H, W, 3)."""
+    return world.request(Scene(64, 64, frames.shape[1], 2.0, []))
+
+
+def own_batch(describer: Any, frames: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A batch of the describer's own descriptions."""
+    question = question_of(frames)
+    texts = distillation.own_words(describer, frames, tokens=TOKENS, question=question)
+    chats = [[(question, distillation.spaced(text))] for text in texts]
+    return batches.tensors(describer, frames, chats, device=frames.device)
+
+
+def begin(name: str) -> Any:
+    """The model before its first step: the embedded target, or of its parts."""
+    target, _ = pocket.load("target")
+    if name != "describer":
+        return models.draft_from(target, name)
+    model = models.build(name)
+    model.load_state_dict(target.state_dict())
+    return model
+
+
+def trained(name: str, runs: Path) -> Any:
+    """The model as far as it is trained."""
+    file = runs / f"{name}.safetensors"
+    if not file.exists():
+        raise UserError(f"{file} is not there: train it first with python -m training.describe --model {name}")
+    model = models.build(name)
+    checkpoint.load(file, model)
+    return model.eval()
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Train `args.model` to `args.steps` steps, from its last checkpoint where there is one; returns the counters."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    attention = "eager" if device.type == "cpu" else "sdpa"
+    runs, model = Path(args.runs), begin(args.model).to(device)
+    describer = trained("describer", runs).to(device) if args.model == STRONG else None
+    for each in (model, describer):
+        if each is not None:
+            each.set_attn_implementation(attention)
+    model.model.visual.requires_grad_(False)
+    optimizers = checkpoint.optimizers(model, args.lr)
+    file, log = runs / f"{args.model}.safetensors", train.Log(runs / f"{args.model}.jsonl")
+    counters: dict[str, Any] = {"step": 0, "rows": 0}
+    if file.exists():
+        counters = checkpoint.load(file, model, optimizers)
+    model.train()
+    started = last_saved = time.monotonic()
+    losses: list[float] = []
+    first_row = counters["rows"]
+    while counters["step"] < args.steps:
+        step = counters["step"]
+        batch, frames = batch_of(model, step, device)
+        if describer is None:
+            loss, shown, _ = train.loss_of(model, batch)
+        else:
+            if step % OWN == 0 and frames is not None:
+                batch = own_batch(describer, frames)
+            loss, _ = distillation.divergence(describer, model, batch)
+            shown = loss.detach()
+        loss.backward()
+        checkpoint.set_rate(optimizers, args.lr * rate(step, args.steps))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        counters["step"] += 1
+        counters["rows"] += len(batch["labels"])
+        if frames is not None:  # the older kinds' loss is another
+            losses.append(float(shown))
+        if counters["step"] % args.log_steps == 0 and losses:
+            spent = time.monotonic() - started
+            log.write(
+                **counters,
+                loss=sum(losses) / len(losses),
+                seconds=round(spent),
+                rows_per_second=(counters["rows"] - first_row) / spent,
+                clock=time.strftime("%H:%M:%S"),
+            )
+            losses.clear()
+        if counters["step"] % PROBE_STEPS == 0 and describer is None:
+            log.write(step=counters["step"], **described(model, PROBED))
+        if time.monotonic() - last_saved > SAVE_SECONDS:
+            checkpoint.save(file, model, optimizers, counters)
+            last_saved = time.monotonic()
+    checkpoint.save(file, model, optimizers, counters)
+    return counters
+
+
+def held_out(count: int, seconds: int = 8) -> list[world.Sample]:
+    """Held-out scenes that no evaluation reports."""
+    return [world.sample("describe", 500_000 + number, "test", seconds=seconds) for number in range(count)]
+
+
+@torch.no_grad()
+def described(model: Any, count: int, seconds: int = 8) -> dict[str, float]:
+    """Facts and grammar of the model's descriptions of `count` held-out clips (seconds 0: pictures), means."""
+    was_training, items = model.training, held_out(count, seconds)
+    model.eval()
+    totals: dict[str, float] = {"f1": 0.0, "precision": 0.0, "recall": 0.0, "grammatical": 0.0, "blank_f1": 0.0}
+    for start in range(0, count, 24):
+        some = items[start : start + 24]
+        frames = torch.stack([item.frames for item in some]).to(model.device)
+        for prefix, seen in (("", frames), ("blank_", torch.full_like(frames, 127))):
+            texts = distillation.own_words(model, seen, tokens=TOKENS, question=question_of(frames))
+            for item, text in zip(some, texts, strict=True):
+                assert item.facts is not None
+                for metric, value in world.score_description(text, item.facts).items():
+                    if prefix + metric in totals:
+                        totals[prefix + metric] += value
+    model.train(was_training)
+    return {metric: round(total / count, 4) for metric, total in totals.items()}
+
+
+def check(runs: Path, count: int) -> None:
+    """Print what the describer's descriptions are worth, what became of the older kinds, and each draft's agreement."""
+    describer, target = trained("describer", runs), pocket.load("target")[0]
+    for name, seconds in (("clips", 8), ("pictures", 0)):
+        print(f"descriptions of {count} {name}:", described(describer, count, seconds), flush=True)
+    probe, device = Probe(4 * count), torch.device("cpu")
+    before, now = (probe.measure(model, LEARNT, device) for model in (target, describer))
+    for kind in before:
+        print(f"{kind}: {before[kind]:.3f} -> {now[kind]:.3f}", flush=True)
+    frames = torch.stack([item.frames for item in held_out(count)])
+    for name in MODELS[1:]:
+        if (runs / f"{name}.safetensors").exists():
+            same, asked = distillation.agreement(
+                describer, trained(name, runs), frames, tokens=TOKENS, question=question_of(frames)
+            )
+            print(f"{name} agrees on {same / asked:.3f} of {asked} tokens", flush=True)
+
+
+def export(runs: Path, weights: Path) -> None:
+    """Write the bf16 checkpoint folder of every model that has been trained so far."""
+    for name in MODELS:
+        if (runs / f"{name}.safetensors").exists():
+            models.save(trained(name, runs), str(weights / name))
+            print(f"{name} -> {weights / name}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    arguments = argparse.ArgumentParser(
+        prog="python -m training.describe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    arguments.add_argument("--model", choices=MODELS, default="describer")
+    arguments.add_argument("--steps", type=int, default=4000, help="in all; the learning rate falls towards them")
+    arguments.add_argument("--lr", type=float, default=8e-4, help="peak learning rate")
+    arguments.add_argument("--threads", type=int, default=None, help="CPU threads")
+    arguments.add_argument("--log-steps", type=int, default=20)
+    arguments.add_argument("--runs", default="runs/describe", help="folder of checkpoints and logs")
+    arguments.add_argument("--export", action="store_true", help="write checkpoint folders, then stop")
+    arguments.add_argument("--weights", default=None, help="where to; default: `weights` in --runs")
+    arguments.add_argument("--check", action="store_true", help="measure what is trained so far, then stop")
+    arguments.add_argument("--count", type=int, default=96, help="descriptions of --check")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point."""
+    args = parser().parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    runs = Path(args.runs)
+    if args.export:
+        export(runs, Path(args.weights) if args.weights else runs / "weights")
+    elif args.check:
+        check(runs, args.count)
+    else:
+        run(args)
+
+
+if __name__ == "__main__":
+    main()
