@@ -227,7 +227,11 @@ def test_a_question_about_the_present_brings_nothing_back(monkeypatch):
     blocks = torch.arange(12.0)
 
     def scored(values, tool):
-        monkeypatch.setattr(s.builder, "scores", lambda retriever, candidates, *_: [values[: len(candidates)]] * 4)
+        monkeypatch.setattr(
+            s.builder,
+            "_shared",
+            lambda retriever, candidates, *_: (retriever.combine([values[: len(candidates)]] * 4),) * 2,
+        )
         made = s.context(Q, retrieve=tool)
         return made.stats["retrieve"], sorted(made.weights)
 

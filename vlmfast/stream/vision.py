@@ -58,7 +58,8 @@ class GridFeatures:
         """Some of these grids, in that order; the same tensors where it is all of them."""
         if indices == list(range(len(self.features))):
             return self
-        return GridFeatures(self.features[indices], self.size, [level[indices] for level in self.deepstack])
+        levels = [torch.stack([level[i] for i in indices]) for level in (self.features, *self.deepstack)]
+        return GridFeatures(levels[0], self.size, levels[1:])
 
     def followed_by(self, others: GridFeatures) -> GridFeatures:
         """These grids and `others`, of the same size."""
