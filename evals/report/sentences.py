@@ -157,24 +157,21 @@ def stream() -> str:
 
 
 def present() -> str:
-    """What reading the present always does, on some of the clips."""
-    file, counts = "cpu-stream-present", []
+    """The present beside the most recent frames alone, and what comparing keys finds of the past."""
+    file, hour = "cpu-stream", {"minutes": 60.0}
+    counts = []
     for minutes in (1.0, 10.0, 60.0):
-        clips = row(file, "internal", minutes=minutes)["metrics"]["clips"]
         right = [share(file, name, "accuracy_now", minutes=minutes) for name in ("internal", "recent-only")]
-        counts.append(f"{right[0]} against {right[1]} after {minutes:g} min ({clips} clips)")
-    found = share("cpu-stream", "internal", "evidence_recall_now", minutes=60.0)
+        counts.append(f"{right[0]} against {right[1]} after {minutes:g} min")
     past, evidence = (
-        [share(file, name, key, minutes=60.0) for name in ("internal", "internal-64")]
+        [share(file, name, key, **hour) for name in ("internal-means", "internal", "internal-32")]
         for key in ("accuracy_past", "evidence_recall_past")
     )
     return (
-        f"Before, an hour of old blocks crowded the present out of the sixteen: its evidence was found for {found} of "
-        f"the questions about it. Now it is read always. About the present `internal` is right on "
-        f"{', '.join(counts[:2])} and {counts[2]}, `recent-only` beside it: a direction and no more. On past events "
-        f"after an hour four times as many blocks hold the evidence of {evidence[1]} instead of {evidence[0]}, and are "
-        f"right on {past[1]} instead of {past[0]}; the oracle is right on "
-        f"{share(file, 'oracle', 'accuracy_past', minutes=60.0)}."
+        f"About the present `internal` is right on {', '.join(counts[:2])} and {counts[2]}, `recent-only` beside it. On "
+        f"past events after an hour mean keys alone find {evidence[0]} of the evidence and are right on {past[0]}; with "
+        f"keys compared one by one it is {evidence[1]} and {past[1]}, with twice as many blocks {evidence[2]} and "
+        f"{past[2]}. The oracle is right on {share(file, 'oracle', 'accuracy_past', **hour)}."
     )
 
 

@@ -116,7 +116,6 @@ def crash(rows: list[Row]) -> str:
 TABLES = {
     "stream": ("cpu-stream.json", stream),
     "sessions": ("cpu-stream.json", sessions),
-    "stream-present": ("cpu-stream-present.json", stream),
     "stream-rules": ("cpu-stream-rules.json", rules),
     "degraded": ("stream-degraded.json", degraded),
     "stream-levels": ("stream-levels.json", levels),
