@@ -72,7 +72,8 @@ def send_back(tensors: Sequence[Tensor], beside: bool = False) -> tuple[list[Ten
     with torch.cuda.stream(stream):
         for copy, tensor in zip(copies, tensors, strict=True):
             copy.copy_(tensor, non_blocking=True)
-            tensor.record_stream(stream)  # its memory is used until then
+            if beside:
+                tensor.record_stream(stream)  # its memory is in use until then
         event.record(stream)
     return copies, Arrival(event)
 
