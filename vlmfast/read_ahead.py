@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vlmfast import families
 from vlmfast.core import UserError
 from vlmfast.preconditions import MARK
 from vlmfast.runtime.early_features import EarlyFeatures, VideoPieces, put_early
@@ -34,7 +35,7 @@ LEAST = 1024  # patches of a piece: with fewer, the tower takes longer to start 
 
 @dataclass
 class EncodedVideo:
-    """A video that was read, processed and encoded by pieces: pixels (patches, values), grid [t, h, w] in patches.
+    """A video that was read, processed and encoded by pieces: its pixel values, and its grid [t, h, w] in patches.
 
     clip: its times and sizes; the frames themselves are gone, and their array holds nothing.
     """
@@ -50,26 +51,40 @@ class EncodedVideo:
 
     def processor(self, processor: Any) -> Any:
         """The processor, which for `shapes` gives what was made of this video."""
-        prepared = copy.copy(processor)
-        prepared.video_processor = _Processed(processor.video_processor, self)
-        return prepared
+        return _Processed(processor, self)
 
     def hand_over(self, inputs: dict[str, Tensor]) -> None:
         """Leave the features for the call with these inputs."""
         put_early(inputs["pixel_values_videos"], self.early)
 
 
-class _Processed:
+class _Shapes:
     """A video processor whose work is done: it still answers for its settings, and for what it says of a video."""
 
-    def __init__(self, own: Any, video: EncodedVideo) -> None:
-        self._own, self._video = own, video
+    def __init__(self, own: Any) -> None:
+        self._own = own
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._own, name)
 
     def __call__(self, videos: Any, device: Any = None, **options: Any) -> Any:
         made = self._own(videos, **options)
+        made["pixel_values_videos"] = torch.zeros(()).expand(made["pixel_values_videos"].shape)  # some look at its size
+        return made
+
+
+class _Processed:
+    """A processor that is given the shapes of one video, whose pixel values were made already."""
+
+    def __init__(self, own: Any, video: EncodedVideo) -> None:
+        self._own, self._video = copy.copy(own), video
+        self._own.video_processor = _Shapes(own.video_processor)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
+
+    def __call__(self, **call: Any) -> Any:
+        made = self._own(**call)
         made["pixel_values_videos"] = self._video.pixels
         return made
 
@@ -100,7 +115,7 @@ class PieceReader:
         if whole is None:
             frame_size, frames = video.frames(size)
             grid, shape = self._grid(frame_size, len(video))
-            counts = piece_lengths(len(video), int(self.video_processor.temporal_patch_size), grid)
+            counts = piece_lengths(len(video), pieces.family.temporal_patch(self.video_processor), grid)
             if len(counts) <= 1:
                 return None
             if not self._fit(frame_size, grid, counts):
@@ -137,7 +152,7 @@ class PieceReader:
             made = self.video_processor(_shapes((frames, *size, 3)), return_tensors="pt", **self.options)
         except (ValueError, RuntimeError, ArithmeticError):
             return [0, 0, 0], torch.Size()
-        return made["video_grid_thw"][0].tolist(), made["pixel_values_videos"].shape
+        return families.get(self.model).video_grid(self.model, made), made["pixel_values_videos"].shape
 
     def _fit(self, size: tuple[int, int], grid: list[int], counts: list[int]) -> bool:
         """Are the grids of the pieces parts of that of the whole?"""
@@ -147,17 +162,19 @@ class PieceReader:
 
     def _encode(self, arriving: Any, encoded: EncodedVideo, reading: Reading) -> None:
         """Encode the pieces as they arrive: pixel values, or frames where the processor works on the model's device."""
-        _, height, width = encoded.grid
-        done = 0
+        num_patches, height, width = encoded.grid
+        along = families.get(self.model).pieces_along
+        rows_of_patch, done = encoded.pixels.shape[along] // num_patches, 0
         for piece in arriving:
             start_mark = reading.processing.now()
             if self.device:
                 piece = self._pixels(to_device(piece, self.model.device))
-            part = encoded.pixels[done : done + len(piece)]
+            num_rows = piece.shape[along]
+            part = encoded.pixels.narrow(along, done, num_rows)
             part.copy_(piece)
             reading.processing.add(start_mark)
-            encoded.early.add(part, torch.tensor([[len(piece) // (height * width), height, width]]))
-            done += len(piece)
+            encoded.early.add(part, torch.tensor([[num_rows // rows_of_patch, height, width]]))
+            done += num_rows
 
     def _pixels(self, clip: Tensor) -> Tensor:
         """Pixel values of a piece (T, 3, H, W)."""

@@ -24,7 +24,7 @@ from vlmfast.plan import Plan, build, preset
 
 KEEPS = (50, 25, 10)
 FIXED = ("dtd", "pixelprune")  # keep what their threshold says
-PRUNERS = ",".join(f"{p}-{k}" for p in ("vidcom2", "maxmin", "uniform", "random") for k in KEEPS)
+PRUNERS = ",".join(f"{p}-{k}" for p in ("vidcom2", "maxmin", "uniform", "random", "downsample") for k in KEEPS)
 
 
 def every_pruner() -> str:
@@ -44,7 +44,7 @@ def every_policy() -> str:
 
 POLICIES = ",".join(f"{p}-{k}" for p in ("hybridkv", "snapkv", "adakv", "kv.random") for k in (50, 20, 10, 5))
 LAZY = ",".join(f"lazyeviction-{k}" for k in KEEPS)  # evicts while it decodes: long answers are its task
-WHERE = ",".join(f"{p}-{k}" for p in ("vidcom2", "ivcprune", "maxmin", "uniform") for k in (50, 25))
+WHERE = ",".join(f"{p}-{k}" for p in ("vidcom2", "ivcprune", "maxmin", "uniform", "downsample") for k in (50, 25))
 RATIOS = {"loose": (30, 50, 70, 100), "fly": (10, 30), "randomrelax": (10, 25, 50)}
 GRID = ("vidcom2-25", "hybridkv-25", "lossless", "loose")
 
@@ -84,11 +84,13 @@ def rules(draft: str | None) -> dict[str, Plan]:
 
 
 def inside(draft: str | None = None) -> dict[str, Plan]:
-    """Pruning inside the tower from a half to a fifth. The presets prune so; their drafting is exact and left out."""
+    """Pruning inside the tower from a half to a fifth, and fewer pixels before it. The presets prune so; their drafting
+    is exact and left out."""
     from vlmfast.encode import METHODS
 
     kept = {"vidcom2": (0.5, 0.4, 0.33, 0.25, 0.2), "maxmin": (0.5, 0.4, 0.2)}
     plans = {f"{n} {k:.0%}": Plan(prune=METHODS[n](keep=k, after_block="auto")) for n, ks in kept.items() for k in ks}
+    plans |= {f"downsample {k:.0%}": Plan(prune=METHODS["downsample"](keep=k)) for k in (0.5, 0.25, 0.2)}
     return plans | {name: Plan(prune=preset(name).prune) for name in ("balanced", "fast")}
 
 
@@ -138,7 +140,7 @@ TABLES = {
     "grounding": Table("pocket/location:size=256", WHERE, batch=12, first=240),
     "rules": Table("pocket/mid", rules, first=240),
     "lazy": Table("pocket/caption:size=256", LAZY, first=32),
-    "captions": Table("pocket/caption:size=256", f"plain_loop,{grid()}", first=32, share=2),
+    "captions": Table("pocket/caption:size=256", f"plain_loop,{grid()},downsample-25", first=32, share=2),
 }
 
 

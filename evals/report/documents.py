@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from evals.accuracy.tables import KEEPS
-from evals.report import choosing, gpu_tables, sentences, serving_tables, stream_tables
+from evals.report import budget_tables, choosing, gpu_tables, sentences, serving_tables, stream_tables
 from evals.report import tables as readme_tables
 from evals.report.tables import kv_bytes
 from vlmfast.bench import records, stats, validity
@@ -171,6 +171,8 @@ def build(text: str, width: int = 120) -> str:
         rows = rows_of(file)
         if rows:
             text = placed(text, name, table(rows))
+    for name, counted in budget_tables.TABLES.items():
+        text = placed(text, name, counted())
     file = RESULTS / "cpu-presets.json"
     if file.exists():
         record, asked = json.loads(file.read_text()), rows_of("accuracy-presets.json")

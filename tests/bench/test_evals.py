@@ -383,7 +383,10 @@ def test_every_table_names_methods_and_tasks_that_exist() -> None:
     from evals.accuracy import tables
 
     for table in tables.TABLES.values():
-        assert len(tables.plans_of(table, "some/draft")) >= 4 and tasks.get(table.task).ids
+        plans = tables.plans_of(table, "some/draft")
+        assert len(plans) >= 4 and tasks.get(table.task).ids
+        pruners = {plan.prune.name for plan in plans.values() if plan.prune is not None}
+        assert not pruners or "downsample" in pruners, f"{table.task}: the control stands beside the pruners"
 
 
 def test_turns_before_the_question_are_said() -> None:

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from generation import logits, run
+from pretend_cuda import PretendCuda, to_cuda, to_host
 from torch import Tensor
 
 import vlmfast
@@ -59,6 +60,21 @@ def test_the_predictor_is_the_plain_loop(size: tuple[int, int], tau: float) -> N
         got = PixelPrune(threshold=tau).select(tokens_of(g)).tolist()
         n = size[0] * size[1]
         assert got == by_hand(g[0], tau) + [n + i for i in by_hand(g[1], tau)]
+
+
+@pytest.mark.parametrize(("tau", "size"), [(0.0, (12, 20)), (0.3, (6, 8)), (0.3, (12, 20))])
+def test_launches_grow_with_the_diagonals_alone(tau: float, size: tuple[int, int]) -> None:
+    """On the pretend device: the same choice as on a CPU; frames are judged together, and the host waits once."""
+    levels = torch.randint(0, 3, (3, *size, 2), generator=torch.Generator().manual_seed(0)).float()
+    tokens, method = tokens_of(levels), PixelPrune(threshold=tau)
+    want = method.select(tokens)
+    with PretendCuda() as device:
+        fields = {name: to_cuda(field) if isinstance(field, Tensor) else field for name, field in vars(tokens).items()}
+        there = VisualTokens(**fields)
+        got = to_host(method.select(there))
+    diagonals = (sum(size) - 2) if tau else 0
+    assert torch.equal(got, want) and sum(device.waits.values()) == 1
+    assert sum(device.launches.values()) <= 60 + 18 * diagonals, device.launches
 
 
 def test_a_rectangle_costs_its_corners() -> None:

@@ -6,9 +6,12 @@ import json
 from collections import Counter
 
 import budgets
+import methods
 import pytest
 import torch
 from pretend_cuda import PretendCuda, to_cuda
+
+from vlmfast.encode import METHODS
 
 BUDGET = json.loads(budgets.FILE.read_text())
 
@@ -63,3 +66,20 @@ def test_copies_are_counted_either_way() -> None:
         there = torch.ones(3).to("cuda")
         _ = there.cpu(), torch.tensor([1, 2], device="cuda"), x[torch.tensor([0])], x + there, x.to("cuda")
     assert sum(device.copies.values()) == 4 == sum(device.waits.values())
+
+
+def test_a_policy_adds_few_launches_a_layer_and_at_most_two_waits_in_all() -> None:
+    none, layers = BUDGET["prefill, a layer"]["loop"], BUDGET["prefill under every policy, a layer"]
+    in_all = BUDGET["prefill under every policy, in all"]
+    assert layers.keys() == in_all.keys() >= {policy.name for policy in methods.POLICIES}
+    assert max(counts["launches"] for counts in layers.values()) <= none["launches"] + 25
+    assert max(counts["waits"] for counts in layers.values()) == 0
+    assert max(counts["waits"] for counts in in_all.values()) <= 2
+
+
+def test_choosing_takes_few_launches_and_only_a_threshold_makes_the_host_wait() -> None:
+    """How many tokens a threshold leaves is the length of what follows, which the host has to know."""
+    choices = BUDGET["chooser call"] | BUDGET["cut between layers"]
+    assert choices.keys() == METHODS.keys() - {"downsample"}  # which makes an ordinary call of fewer pixels
+    assert max(counts["launches"] for counts in choices.values()) <= 64
+    assert {name: counts["waits"] for name, counts in choices.items() if counts["waits"]} == {"dtd": 1, "pixelprune": 1}

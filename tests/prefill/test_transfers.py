@@ -7,14 +7,15 @@ from typing import Any
 
 import budgets
 import pytest
+import tiny
 import torch
-from pretend_cuda import PretendCuda, to_cuda
+from pretend_cuda import PretendCuda, to_cuda, to_host
 
 import vlmfast
 from vlmfast.core import Retrieval
-from vlmfast.prefill import HybridKV
+from vlmfast.prefill import AdaKV, HybridKV
 from vlmfast.prefill.host_groups import Group
-from vlmfast.runtime import transfers
+from vlmfast.runtime import stacked_layers, transfers
 
 HOW = Retrieval(chunk=4, sinks=2, recent=4)
 
@@ -61,3 +62,48 @@ def test_little_is_left_to_launch_once_heads_are_told_apart(layers: int, monkeyp
     after = budgets.less(marks[1], marks[0])["launches"]
     ours = {line: n for line, n in after.items() if line.split("/")[0] in ("prefill", "runtime", "kernels")}
     assert 0 < sum(ours.values()) <= 16 + 5 * layers, ours
+
+
+@pytest.mark.parametrize(
+    "policy", [HybridKV(keep=0.3, split=0.5, **budgets.SMALL), AdaKV(keep=0.3, **budgets.SMALL)], ids=repr
+)
+def test_a_choice_is_ended_when_the_next_layers_were_launched(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six layers in groups of two: the host reads what the first group found after layer 4, and no group waits more
+    than once; what stays is what a CPU keeps layer by layer."""
+
+    def answered(place: Any) -> list[Any]:
+        model = place(tiny.build("qwen2_5_vl", num_hidden_layers=6))
+        for attention in (layer.self_attn for layer in model.model.language_model.layers):
+            attention.register_forward_hook(lambda *a: done.append(1))
+        with vlmfast.accelerate(model, kv=policy):
+            inputs = place(tiny.inputs("qwen2_5_vl", media=("video",), batch=2, text=8))
+            out = model.generate(**inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
+        layers = out.past_key_values.layers
+        stores = [store for layer in layers for store in layer.stores()]
+        held = [[to_host(store.segment(i, torch.float32)[3]).tolist() for i in range(len(store))] for store in stores]
+        return [to_host(out.sequences).tolist(), held, [layer.lengths().tolist() for layer in layers]]
+
+    done: list[int] = []
+    waits: list[int] = []
+    want = answered(lambda given: given)
+    done.clear()
+    wait = transfers.Arrival.wait
+    monkeypatch.setattr(transfers.Arrival, "wait", lambda arrival: (waits.append(len(done)), wait(arrival))[1])
+    monkeypatch.setattr(stacked_layers, "is_full", lambda view, waiting: waiting == 2)
+    with PretendCuda(capability=budgets.CARD):
+        assert answered(to_cuda) == want
+    rows = 2
+    assert waits == [4] * rows + [6] * 2 * rows
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_card_what_is_sent_beside_arrives_whole() -> None:
+    """While the device goes on, and its memory is used again."""
+    for turn in range(4):
+        there = torch.full((64, 1024, 256), float(turn), device="cuda")
+        (here,), arrival = transfers.send_back([there], beside=True)
+        del there
+        torch.full((64, 1024, 256), -1.0, device="cuda")
+        arrival.wait()
+        assert here.is_pinned() and bool((here == turn).all())

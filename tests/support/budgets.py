@@ -10,6 +10,7 @@ layer adds, a chooser by the call, decoding by the token.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -123,10 +124,35 @@ def prefills() -> Iterator[tuple[str, Counts]]:
         yield name, less(whole(plan, 4, 1), whole(plan, 2, 1), 2)
 
 
+POLICIES: dict[str, Any] = {policy.name: policy for policy in methods.POLICIES[::-1]}
+POLICIES["hybridkv split"] = HybridKV(keep=0.3, split=0.5, **SMALL)
+
+
+@functools.cache
+def under(policy: str | None, layers: int) -> Counts:
+    """A call that ends with its first token, under a KV policy by name or none, but for what its report reads."""
+    plan = {"speculate": Speculate()} if policy is None else {"kv": POLICIES[policy]}
+    return unreported(whole(plan, layers, 1))
+
+
+def unreported(counts: Counts) -> Counts:
+    """Without the stopwatches, which the report reads when the call has ended."""
+    return {
+        kind: Counter({line: n for line, n in lines.items() if not line.startswith("runtime/clock.py")})
+        for kind, lines in counts.items()
+    }
+
+
 def policies() -> Iterator[tuple[str, Counts]]:
     """The same under every KV policy."""
-    for name, policy in {policy.name: policy for policy in methods.POLICIES[::-1]}.items():
-        yield name, less(whole({"kv": policy}, 4, 1), whole({"kv": policy}, 2, 1), 2)
+    for name in POLICIES:
+        yield name, less(under(name, 4), under(name, 2), 2)
+
+
+def policies_in_all() -> Iterator[tuple[str, Counts]]:
+    """What a whole prefill of two layers asks for under a policy beside one under none."""
+    for name in POLICIES:
+        yield name, less(under(name, 2), under(None, 2))
 
 
 def tokens() -> Iterator[tuple[str, Counts]]:
@@ -170,11 +196,12 @@ def choosers() -> Iterator[tuple[str, Counts]]:
 
 
 def between() -> Iterator[tuple[str, Counts]]:
-    """A whole first token of four layers with a pruner between them."""
+    """What a cut between layers adds to a first token of four layers."""
     for name, method in METHODS.items():
         if hasattr(method(keep=0.5), "cuts"):
             deep = {"after_layer": 2} if "after_layer" in method.__dataclass_fields__ else {"layers": (2, 3)}
-            yield name, whole({"prune": method(keep=0.5, **deep)}, 4, 1)
+            counts = unreported(whole({"prune": method(keep=0.5, **deep)}, 4, 1))
+            yield name, less(counts, under(None, 4), 1 if "after_layer" in deep else 2)
 
 
 def stream_of(dtype: torch.dtype = torch.float32, scope: str = "layer", frames: int = 12, **more: Any) -> Any:
@@ -308,8 +335,8 @@ def rounds() -> Iterator[tuple[str, Counts]]:
 
 GROUPS: dict[str, Callable[[], Iterator[tuple[str, Counts]]]] = {
     "tower call": towers, "prefill, a layer": prefills, "prefill under every policy, a layer": policies,
-    "chooser call": choosers,
-    "first token, pruned between layers": between, "token": tokens, "round": rounds,
+    "prefill under every policy, in all": policies_in_all, "chooser call": choosers,
+    "cut between layers": between, "token": tokens, "round": rounds,
     "stream": streams,
 }  # fmt: skip
 

@@ -557,7 +557,7 @@ def _read_back(tensors: Any) -> list[Tensor]:
     return [x.held.clone(memory_format=torch.contiguous_format) if isinstance(x, CudaTensor) else x for x in tensors]
 
 
-def _send_back(tensors: Any) -> tuple[list[Tensor], Any]:
+def _send_back(tensors: Any, beside: bool = False) -> tuple[list[Tensor], Any]:
     """One copy a tensor; whoever reads them first waits, unless something else has waited since."""
     from vlmfast.runtime.transfers import Arrival
 

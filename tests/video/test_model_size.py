@@ -16,7 +16,7 @@ from PIL import Image
 from pretend_cuda import PretendCuda, to_cuda, to_host
 
 import vlmfast
-from vlmfast import media
+from vlmfast import families, media
 from vlmfast.stream import StreamSession
 from vlmfast.video import Uniform, VideoReader, read_video
 from vlmfast.video.decoders import BACKENDS
@@ -69,7 +69,7 @@ def test_the_grid_is_that_of_full_frames(family: str, cap: bool | None) -> None:
     assert smaller > 15
 
 
-@pytest.mark.parametrize("family", QWEN)
+@pytest.mark.parametrize("family", [*QWEN, "llava_onevision", "llava_next_video"])
 @pytest.mark.parametrize("shape", [(192, 320), (320, 192), (193, 321), (80, 400)])
 def test_a_file_gives_the_same_call_and_about_the_same_pixels(
     family: str, shape: tuple[int, int], loaded: Any, tmp_path: Path
@@ -132,7 +132,7 @@ def test_a_stream_watches_a_file_at_the_size_of_the_model(family: str, loaded: A
     for size in (None, "full", "model", 64):
         stats[size], shapes[size] = watched(**({} if size is None else {"size": size}))
     assert shapes["full"] == {(384, 512)} and shapes[64] == {(48, 64)} and shapes[None] == shapes["model"]
-    assert (shapes["model"] == shapes["full"]) == (family == "llava_onevision")
+    assert shapes["model"] != shapes["full"]
     assert stats["model"]["visual_tokens"] == stats["full"]["visual_tokens"]
 
 
@@ -185,7 +185,10 @@ def test_what_cannot_be_skipped_is_a_line(
     assert notes == [] if word is None else word in notes[0] and name in notes[0] and len(notes) == 1
 
 
-def test_a_processor_without_such_a_rule_gets_full_frames(loaded: Any, tmp_path: Path) -> None:
+def test_a_processor_without_such_a_rule_gets_full_frames(
+    loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(families.llava.Llava, "frame_size", families.base.Family.frame_size)
     model, path = loaded("llava_onevision"), encode(tmp_path / "clip.mp4", pictures(6))
     inputs = model.inputs("what ?", video=path, select="uniform:2")
     full = model.inputs("what ?", video=path, select="uniform:2", size="full")

@@ -21,7 +21,7 @@ from vlmfast.runtime.reading import Reading
 from vlmfast.video.ahead import ahead
 from vlmfast.video.decoders import fetch
 
-QWEN = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"]
+FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "llava_onevision", "llava_next_video"]
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,11 @@ def tower_calls(model: Any, calls: list[int]) -> Any:
     """A hook that notes the patches of every call of the tower."""
     tower = families.get(model).tower(model)
     return tower.register_forward_hook(lambda module, args, output: calls.append(len(args[0])))
+
+
+def in_tower(model: Any, inputs: dict[str, Any]) -> int:
+    """What the tower counts of a video: patches, or frames."""
+    return int(inputs["pixel_values_videos"].shape[families.get(model).pieces_along])
 
 
 def answered(model: Any, inputs: dict[str, Any]) -> tuple[Any, list[Any]]:
@@ -72,7 +77,7 @@ def same(one: Any, other: Any) -> bool:
 # -- the law -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", QWEN)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("plan", "frames"), [({}, 7), ({"prune": VidCom2(keep=0.5)}, 16)], ids=["stock", "vidcom2"])
 def test_pieces_equal_the_whole(family: str, plan: dict[str, Any], frames: int, loaded: Any, clip: Path) -> None:
     model, question = loaded(family), {"video": clip, "select": f"uniform:{frames}"}
@@ -83,10 +88,10 @@ def test_pieces_equal_the_whole(family: str, plan: dict[str, Any], frames: int, 
         calls: list[int] = []
         hook = tower_calls(model.model, calls)
         parts = model.inputs("what ?", **question)
-        assert len(calls) >= 3 and sum(calls) == len(whole["pixel_values_videos"])
+        assert len(calls) >= 3 and sum(calls) == in_tower(model.model, whole)
         got, (got_features,) = answered(model.model, parts)
         hook.remove()
-        assert sum(calls) == len(whole["pixel_values_videos"]), "the tower did not run again"
+        assert sum(calls) == in_tower(model.model, whole), "the tower did not run again"
         assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
         assert want_features.keys() == got_features.keys()
         assert all(same(want_features[name], got_features[name]) for name in want_features)
@@ -126,7 +131,6 @@ WHOLE: dict[str, tuple[str, dict[str, Any], str]] = {
     "attention": ("qwen2_5_vl", {"prune": HiRED(keep=0.5)}, "attention inside the tower"),
     "downsample": ("qwen2_5_vl", {"prune": Downsample(keep=0.5)}, "downsample makes"),
     "reuse": ("qwen2_5_vl", {"reuse": "1MiB"}, "reuse= knows a video"),
-    "llava": ("llava_onevision", {}, "llava_onevision is not known"),
 }
 
 
@@ -141,6 +145,16 @@ def test_a_plan_that_needs_the_whole_video_gets_it_and_says_so(case: str, loaded
     with vlmfast.accelerate(model.model, **plan):
         want, _ = answered(model.model, model.inputs("what ?", encode=False, **given))
     assert torch.equal(got, want)
+
+
+def test_a_tower_that_may_look_across_frames_gets_the_whole_video(
+    loaded: Any, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = loaded("llava_onevision")
+    monkeypatch.setattr(type(families.get(model.model)), "separate_grids", False)
+    with vlmfast.accelerate(model.model) as fast:
+        answered(model.model, model.inputs("what ?", video=clip, select="uniform:8"))
+        assert "llava_onevision is not known" in fast.report.notes[0] and "pieces" not in fast.report.read
 
 
 def test_several_questions_and_other_grids_are_read_whole(
@@ -195,6 +209,32 @@ def test_features_serve_one_call_and_only_the_tower_they_were_made_by(loaded: An
         model.model(**inputs)  # with gradients
         assert len(calls) == num_pieces + 1
     hook.remove()
+
+
+def test_a_call_for_another_layer_of_the_tower_encodes_again(loaded: Any, clip: Path) -> None:
+    model, calls, given = loaded("llava_next_video"), [], {"video": clip, "select": "uniform:8"}
+    options = {"vision_feature_layer": -1, "max_new_tokens": 2, "do_sample": False}
+    with vlmfast.accelerate(model.model) as fast:
+        want = model.model.generate(**model.inputs("what ?", encode=False, **given), **options)
+        hook = tower_calls(model.model, calls)
+        inputs = model.inputs("what ?", **given)
+        got = model.model.generate(**inputs, **options)
+        hook.remove()
+        assert calls == [2, 2, 2, 2, 8] and torch.equal(got, want)
+        assert "other features of the tower" in " ".join(fast.report.notes)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_onevision", "llava_next_video"])
+def test_half_precision_comes_by_pieces_too(family: str, clip: Path) -> None:
+    """The processor of LLaVA-NeXT-Video looks at pixel values through numpy, which knows no bfloat16."""
+    model, processor = tiny.build(family).bfloat16(), tiny.processor(family)
+    with vlmfast.accelerate(model) as fast:
+        inputs = media.read_inputs(model, processor, "what ?", video=clip, select="uniform:8")
+        assert inputs["pixel_values_videos"].dtype == torch.bfloat16
+        answered(model, inputs)
+        assert fast.report.read["pieces"] == 4
+        whole = media.read_inputs(model, processor, "what ?", video=clip, select="uniform:8", encode=False)
+        assert all(torch.equal(whole[name], inputs[name]) for name in whole.keys() | inputs.keys())
 
 
 def test_the_last_call_stays_the_last_call(loaded: Any, clip: Path) -> None:
@@ -320,15 +360,16 @@ def test_what_is_hidden_is_what_two_took_more_than_the_clock() -> None:
     assert reading.json()["hidden_ms"] == pytest.approx(500), "no more than all of it"
 
 
-def test_on_a_gpu_the_processor_works_there(clip: Path) -> None:
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_next_video"])
+def test_on_a_gpu_the_processor_works_there(family: str, clip: Path) -> None:
     """On the pretend device: frames go there as bytes, the pieces' logits are those of the whole and of the CPU."""
-    processor, given = tiny.processor("qwen2_5_vl"), {"video": clip, "select": "uniform:8"}
-    model = tiny.build("qwen2_5_vl")
-    with vlmfast.accelerate(model, tower="fast"):
+    processor, given = tiny.processor(family), {"video": clip, "select": "uniform:8"}
+    model, plan = tiny.build(family), {"tower": "fast"} if family == "qwen2_5_vl" else {}
+    with vlmfast.accelerate(model, **plan):
         want, _ = answered(model, media.read_inputs(model, processor, "what ?", **given))
     with PretendCuda(capability=(9, 0)):
-        there = to_cuda(tiny.build("qwen2_5_vl"))
-        with vlmfast.accelerate(there, tower="fast") as fast:
+        there = to_cuda(tiny.build(family))
+        with vlmfast.accelerate(there, **plan) as fast:
             whole, _ = answered(there, media.read_inputs(there, processor, "what ?", encode=False, **given))
             parts, _ = answered(there, media.read_inputs(there, processor, "what ?", **given))
             assert fast.report.read["pieces"] == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from vlmfast.core import UserError, VisualTokens
 from vlmfast.encode.base import Block, Pruner, ranked
 from vlmfast.fields import Fraction, NonNegativeFloat
+from vlmfast.runtime.transfers import to_device
 
 
 @dataclass(frozen=True)
@@ -50,23 +52,30 @@ class PixelPrune(Pruner):
         token_index = torch.arange(num_frames * height * width, device=pixels.device).view(num_frames, height, width)
         if self.threshold == 0:  # predictions are exact copies: all tokens at once
             return self._repeats(pixels, token_index).flatten()
-        source = token_index.clone()  # the token whose pixels predict later ones in place of each
-        errors = torch.full((num_frames, height, width), float("inf"), device=pixels.device)
-        for diagonal in range(1, height + width - 1):  # a diagonal depends on the two before it only
-            rows = torch.arange(max(0, diagonal - width + 1), min(height, diagonal + 1), device=pixels.device)
-            columns = diagonal - rows
-            left = source[:, rows, (columns - 1).clamp(min=0)]
-            above = source[:, (rows - 1).clamp(min=0), columns]
-            corner = source[:, (rows - 1).clamp(min=0), (columns - 1).clamp(min=0)]
-            edge = (_distance(pixels, corner, left) <= self.threshold) & (
-                _distance(pixels, corner, above) > self.threshold
-            )
-            first_row, first_column = rows == 0, columns == 0
-            predictor = torch.where((edge & ~first_row) | first_column, above, left)
-            current = token_index[:, rows, columns]
-            errors[:, rows, columns] = difference = _distance(pixels, current, predictor)
-            source[:, rows, columns] = torch.where(difference > self.threshold, current, predictor)
-        return errors.flatten()
+        num_places = height * width
+        place = torch.arange(num_places).view(height, width)  # on the host
+        row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        left, above = place - (column > 0).long(), place - width * (row > 0)
+        corner = above - (column > 0).long()
+        # where there is one neighbour only, it stands for the other
+        left, above = torch.where(column > 0, left, above), torch.where(row > 0, above, left)
+        diagonal = (row + column).flatten()
+        order = diagonal.argsort(stable=True)  # a diagonal depends on the two before it only
+        diagonal_ends = torch.bincount(diagonal).cumsum(0).tolist()
+        neighbours = to_device(torch.stack([left, above, corner]).flatten(1)[:, order], pixels.device)
+        order = to_device(order, pixels.device)
+        source = token_index.view(num_frames, num_places).clone()  # the token whose pixels predict later ones
+        tokens_in_order = source[:, order]
+        errors_in_order = torch.full(source.shape, float("inf"), device=pixels.device)
+        for start, end in pairwise(diagonal_ends):
+            sources = source[:, neighbours[:, start:end]]  # of the left, upper and upper-left neighbour
+            to_left, to_above = _distance(pixels, sources[:, 2:], sources[:, :2]).unbind(1)
+            edge = (to_left <= self.threshold) & (to_above > self.threshold)
+            predictor = torch.where(edge, sources[:, 1], sources[:, 0])
+            current = tokens_in_order[:, start:end]
+            errors_in_order[:, start:end] = difference = _distance(pixels, current, predictor)
+            source[:, order[start:end]] = torch.where(difference > self.threshold, current, predictor)
+        return errors_in_order[:, order.argsort()].flatten()
 
     def _repeats(self, pixels: Tensor, token_index: Tensor) -> Tensor:
         """`error` where only exact repeats are dropped. token_index (t, h, w): each token's row of pixels (N, P)."""
@@ -84,4 +93,4 @@ class PixelPrune(Pruner):
 
 def _distance(pixels: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """Largest absolute difference between two sets of rows of pixels (N, P), in float32; indices alike in shape."""
-    return (pixels[first].float() - pixels[second].float()).abs().amax(-1)
+    return (pixels[first].float() - pixels[second].float()).abs_().amax(-1)

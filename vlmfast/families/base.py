@@ -64,9 +64,29 @@ class Family:
         """Layouts of the items that one `get_{kind}_features(**call)` returned; features: list of (n, D)."""
         raise NotImplementedError
 
-    def joined(self, outputs: list[Any]) -> Any:
-        """What `get_video_features` returns for a video, from what it returned for its pieces in order; only where
-        `separate_grids`."""
+    # where `separate_grids`: a video by pieces
+
+    pieces_along: int = 0  # the dimension of a video's pixel values along which its temporal patches follow each other
+
+    def temporal_patch(self, video_processor: Any) -> int:
+        """Frames of a temporal patch."""
+        return 1
+
+    def video_grid(self, model: nn.Module, made: Any) -> list[int]:
+        """[t, h, w] of the one video that a video processor made pixel values of: temporal patches, and patches down
+        and across each."""
+        raise NotImplementedError
+
+    def video_call(self, pixels: Tensor, grid: Tensor) -> dict[str, Tensor]:
+        """Arguments of `get_video_features` for some temporal patches of one video; grid (1, 3) as `video_grid`."""
+        raise NotImplementedError
+
+    def usual_features(self, model: nn.Module, call: dict[str, Any]) -> bool:
+        """Do these arguments of `get_video_features` ask for what `video_call` asks for?"""
+        return True
+
+    def joined(self, model: nn.Module, outputs: list[Any]) -> Any:
+        """What `get_video_features` returns for a video, from what it returned for its pieces in order."""
         raise NotImplementedError
 
     def frame_size(
@@ -101,6 +121,15 @@ def feature_list(output: Any) -> list[Tensor]:
     if pooled is None:
         pooled = output
     return [item_features.reshape(-1, item_features.shape[-1]) for item_features in pooled]
+
+
+def joined_parts(parts: list[Any]) -> Any:
+    """Tensors of the pieces of one video in one; inside lists (of levels) and tuples (of videos, here one) too."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    if isinstance(parts[0], (list, tuple)):
+        return type(parts[0])(joined_parts(list(level)) for level in zip(*parts, strict=True))
+    return parts[0]
 
 
 def frames_of(num_columns: int, num_frames: int) -> Tensor:

@@ -8,18 +8,48 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmfast.families.base import Family, Item, frames_of
+from vlmfast.families.base import Family, Item, frames_of, joined_parts
 
 
 class Llava(Family):
     model_types = ("llava", "llava_next", "llava_next_video", "llava_onevision")
     media = ("image", "video")
+    separate_grids = True
+    pieces_along = 1
 
     def visual_ids(self, model: nn.Module) -> dict[str, int]:
         token_ids = super().visual_ids(model)
         if not hasattr(self.base(model), "get_video_features"):
             token_ids.pop("video", None)
         return token_ids
+
+    def frame_size(
+        self, video_processor: Any, frames: int, height: int, width: int, **options: Any
+    ) -> tuple[int, int] | None:
+        """What the processor scales a frame to before it crops, asked with a frame without data."""
+        shape = torch.empty(1, 3, height, width, dtype=torch.uint8, device="meta")
+        made = video_processor([shape], return_tensors="pt", **options | {"do_center_crop": False})
+        return tuple(made["pixel_values_videos"].shape[-2:])
+
+    def video_grid(self, model: nn.Module, made: Any) -> list[int]:
+        num_frames, _, height, width = made["pixel_values_videos"].shape[1:]
+        patch_size = int(model.config.vision_config.patch_size)  # type: ignore[union-attr, arg-type]
+        return [num_frames, height // patch_size, width // patch_size]
+
+    def video_call(self, pixels: Tensor, grid: Tensor) -> dict[str, Tensor]:
+        return {"pixel_values_videos": pixels}
+
+    def usual_features(self, model: nn.Module, call: dict[str, Any]) -> bool:
+        names = ("vision_feature_layer", "vision_feature_select_strategy")
+        return all(call.get(name) in (None, getattr(model.config, name, None)) for name in names)
+
+    def joined(self, model: nn.Module, outputs: list[Any]) -> Any:
+        pooled = [output.pooler_output for output in outputs]
+        if model.config.model_type == "llava_onevision":  # type: ignore[union-attr]
+            pooled[:-1] = [rows[:, :-1] for rows in pooled[:-1]]  # a newline ends a video, and so every piece
+        names = [name for name in outputs[0] if name != "pooler_output"]
+        fields = {name: joined_parts([output[name] for output in outputs]) for name in names}
+        return type(outputs[0])(**fields, pooler_output=torch.cat(pooled, 1))
 
     def items(self, model: nn.Module, kind: str, call: dict[str, Any], features: list[Tensor]) -> list[Item]:
         newline: Tensor | None = getattr(self.base(model), "image_newline", None)

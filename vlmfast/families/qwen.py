@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmfast.families.base import Family, Item, frames_of
+from vlmfast.families.base import Family, Item, frames_of, joined_parts
 
 
 class Qwen(Family):
@@ -39,8 +39,17 @@ class Qwen(Family):
         merge = int(self.tower(model).spatial_merge_size)  # type: ignore[arg-type]
         return grid_items(grids, merge, kind == "video")
 
-    def joined(self, outputs: list[Any]) -> Any:
-        fields = {name: _joined([output[name] for output in outputs]) for name in outputs[0]}
+    def temporal_patch(self, video_processor: Any) -> int:
+        return int(video_processor.temporal_patch_size)
+
+    def video_grid(self, model: nn.Module, made: Any) -> list[int]:
+        return made["video_grid_thw"][0].tolist()  # type: ignore[no-any-return]
+
+    def video_call(self, pixels: Tensor, grid: Tensor) -> dict[str, Tensor]:
+        return {"pixel_values_videos": pixels, "video_grid_thw": grid}
+
+    def joined(self, model: nn.Module, outputs: list[Any]) -> Any:
+        fields = {name: joined_parts([output[name] for output in outputs]) for name in outputs[0]}
         return type(outputs[0])(**fields)
 
     def mergers(self, model: nn.Module) -> list[nn.Module]:
@@ -78,15 +87,6 @@ class Qwen35(Qwen):
 
     def stamped(self, model: nn.Module) -> bool:
         return True
-
-
-def _joined(parts: list[Any]) -> Any:
-    """Tensors of the pieces of one video in one; inside lists (of levels) and tuples (of videos, here one) too."""
-    if isinstance(parts[0], Tensor):
-        return torch.cat(parts)
-    if isinstance(parts[0], (list, tuple)):
-        return type(parts[0])(_joined(list(level)) for level in zip(*parts, strict=True))
-    return parts[0]
 
 
 def grid_items(grids: Tensor, merge: int, video: bool) -> list[Item]:

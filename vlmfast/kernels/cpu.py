@@ -181,7 +181,7 @@ def window_attention(query: Tensor, keys: Tensor, scaling: float, visible: Tenso
     scores = scores.view(batch, num_heads, num_queries, length)
     hidden = torch.ones(num_queries, num_queries, dtype=torch.bool, device=keys.device).triu(1)
     scores[..., length - num_queries :].masked_fill_(hidden, float("-inf"))
-    if visible is not None and not bool(visible.all()):
+    if visible is not None and (visible.is_cuda or not bool(visible.all())):
         scores.masked_fill_(~visible[:, None, None, :], float("-inf"))
         return torch.softmax(scores, -1).nan_to_num_(0.0)
     return torch.softmax(scores, -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -10,12 +11,14 @@ from torch import Tensor
 
 from vlmfast.fields import Fraction
 from vlmfast.kernels import highest
-from vlmfast.prefill.base import KVPolicy, Row, check_scorer, under
+from vlmfast.prefill.base import Choice, KVPolicy, Row, best_of_heads, check_scorer, protect, under
+from vlmfast.prefill.in_two_parts import InTwoParts
 from vlmfast.prefill.snapkv import SnapKV
+from vlmfast.runtime import transfers
 
 
 @dataclass(frozen=True)
-class AdaKV(KVPolicy):
+class AdaKV(InTwoParts):
     """Wraps a scorer: keeps the best columns over all heads of a layer together, with a minimum for every head.
 
     Heads store different numbers of columns; nothing is masked. The floor is a minimum, and the kept columns equal
@@ -47,8 +50,18 @@ class AdaKV(KVPolicy):
     def stacks(self) -> bool:  # type: ignore[override]
         return self.scorer.stacks
 
-    def counts(self, scores: Tensor, totals: list[int], tiebreak: Tensor | None = None) -> list[int]:
-        total, num_layers = totals[0], len(totals)  # the same for every layer
+    def choosing(self, row: Row) -> Generator[None, None, Choice]:
+        scores = protect(self.score(row).float(), self.sinks, self.recent)
+        tie_scores = self.tiebreak(row)
+        counts = self.head_counts(scores, self.allowance(row), row.stacked, tie_scores)
+        (head_counts,), arrival = transfers.send_back([counts])
+        del row  # its keys and its attention may be freed
+        yield
+        arrival.wait()  # the one wait
+        return Choice(best_of_heads(scores, head_counts.tolist(), tie_scores))
+
+    def head_counts(self, scores: Tensor, total: int, num_layers: int, tiebreak: Tensor | None) -> Tensor:
+        """(Hk,) int64 columns that each head keeps: of its layer's scores (Hk, n) the best, `total` a head."""
         num_heads, num_columns = len(scores) // num_layers, scores.shape[1]
         head_minimum = max(self.least(), int(self.floor * total))
         remaining_scores = scores.scatter(1, highest(scores, head_minimum, tiebreak), -float("inf"))
@@ -61,4 +74,4 @@ class AdaKV(KVPolicy):
         extra_heads = highest(by_layer, num_extra, ties_by_layer) // num_columns
         extra_columns = torch.zeros(num_layers, num_heads, dtype=torch.int64, device=scores.device)
         extra_columns.scatter_add_(1, extra_heads, torch.ones_like(extra_heads))
-        return (extra_columns + head_minimum).flatten().tolist()  # the one wait
+        return (extra_columns + head_minimum).flatten()

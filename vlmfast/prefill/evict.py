@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlmfast.core import CompressedLayer, Unsupported
 from vlmfast.prefill.ragged_layer import KVLayer
-from vlmfast.runtime.stacked_layers import Gathered
+from vlmfast.runtime.stacked_layers import LayerRows
 
 
 class EvictingLayer(KVLayer):
@@ -41,7 +41,7 @@ class EvictingLayer(KVLayer):
         return super().update(key_states, value_states, *args, **kwargs)
 
     def compress(
-        self, kept: CompressedLayer | None, positions: Tensor | None = None, rows: Gathered | None = None
+        self, kept: CompressedLayer | None, positions: Tensor | None = None, rows: LayerRows | None = None
     ) -> None:
         assert self.keys is not None
         batch_size, num_heads, num_columns, _ = self.keys.shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -74,12 +75,13 @@ class _Observe(HybridKV):
     def fits(self, columns: int) -> bool:
         return False
 
-    def compress(self, view: LayerView) -> CompressedLayer | None:
+    def compressing(self, view: LayerView) -> Generator[None, None, CompressedLayer | None]:
         concentrations = [
             self.concentration(row_of(view, batch_index, (row_kinds != 0).nonzero()[:, 0]))
             for batch_index, row_kinds in enumerate(view.kinds)
         ]
         self.seen.append((view.layer, torch.stack(concentrations).cpu()))
+        yield
         return None
 
 

@@ -36,7 +36,7 @@ class Group:
         self.chunks = max(0, (num_columns - how.sinks - how.recent) // self.chunk)
         num_unchunked = num_columns - self.chunks * self.chunk  # sinks, recent and what does not fill a chunk
         self.slots = min(self.chunks, max(1, (budget - num_unchunked) // self.chunk))
-        host_tensors, self.arrival = transfers.send_back([self._host_part(keys), values, positions])
+        host_tensors, self.arrival = transfers.send_back([self._host_part(keys), values, positions], beside=True)
         self.host_keys, self.host_values, self.host_positions = host_tensors
         chunked_keys = keys[:, how.sinks : how.sinks + self.chunks * self.chunk].view(
             num_rows, self.chunks, self.chunk, head_size

@@ -17,6 +17,7 @@ from vlmfast.core import LowRank, Retrieval
 from vlmfast.kernels import Ragged
 from vlmfast.prefill.host_groups import Group, LowRankGroup
 from vlmfast.prefill.ragged_store import Segment, Store
+from vlmfast.runtime.stacked_layers import spaced
 
 
 class HostHeads:
@@ -54,13 +55,16 @@ class HostHeads:
             else:
                 self.groups.append(Group(row_numbers, keys, values, positions, budget, how))
             fast_rows.append(self.groups[-1].first_rows(keys, values, positions))
+        if len(fast_rows) == 1:
+            (even_rows,) = spaced(fast_rows[0], 1, 1, True)
+            self.store = Store.even(even_rows, list(self.groups[0].rows), total)
+            return
         fast_segments = [
             (row, *parts)
             for group, group_rows in zip(self.groups, fast_rows, strict=True)
             for row, *parts in zip(group.rows, *group_rows, strict=True)
         ]
-        joined = fast_rows[0] if len(fast_rows) == 1 else None
-        self.store = Store.build(fast_segments, total, joined=joined)
+        self.store = Store.build(fast_segments, total)
 
     def hold(self, at: list[int], held: Tensor) -> None:
         """What the engine chose at logical positions `at`, and what it held in the end: held (len(at) + 1, rows of the

@@ -6,6 +6,7 @@ is ours. Published at a 10 % budget on Qwen2.5-VL-7B: 66.68 against 67.53 for th
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -15,8 +16,9 @@ from torch import Tensor
 from vlmfast.core import Kind, Retrieval
 from vlmfast.fields import Fraction, OddInt, Options, PositiveFloat, PositiveInt, Share
 from vlmfast.kernels import ranking, ranks
-from vlmfast.prefill.base import Choice, KVPolicy, Row, best_of_heads, max_pool, protect
+from vlmfast.prefill.base import Choice, Row, best_of_heads, max_pool, protect
 from vlmfast.prefill.budget import by_head, by_type, evenly
+from vlmfast.prefill.in_two_parts import InTwoParts
 from vlmfast.prefill.keydiff import distinctness
 from vlmfast.runtime import transfers
 
@@ -56,7 +58,7 @@ class HybridAdvanced(Options):
 
 
 @dataclass(frozen=True)
-class HybridKV(KVPolicy):
+class HybridKV(InTwoParts):
     """Heads are classified at every prefill from the attention of the text after the media.
 
     dynamic: which heads are dynamic: the "concentrated" ones, or the "diffuse" ones (paper). Concentrated heads are
@@ -133,15 +135,18 @@ class HybridKV(KVPolicy):
             torch.where(is_visual, column_scores, column_scores + 1e3) if self.advanced.text_first else column_scores
         ), tie_scores
 
-    def choose(self, row: Row) -> Choice:
+    def choosing(self, row: Row) -> Generator[None, None, Choice]:
         (concentration,), arrival = transfers.send_back([self.concentration(row)])
-        scores, tie_scores = self._scores(row)  # started before the host waits
+        scores, tie_scores = self._scores(row)
         scores = protect(scores, self.sinks, self.recent)
+        num_columns, stacked = row.n, row.stacked
+        del row  # its keys and its attention may be freed
+        yield
         arrival.wait()  # the one wait
-        by_layer = concentration.view(row.stacked, -1)
-        dynamic_by_layer, budgets_by_layer = self._budgets(by_layer, row.n)
+        by_layer = concentration.view(stacked, -1)
+        dynamic_by_layer, budgets_by_layer = self._budgets(by_layer, num_columns)
         is_dynamic, head_budgets = dynamic_by_layer.flatten(), torch.tensor(budgets_by_layer).flatten()
-        static_heads, all_columns = (~is_dynamic).nonzero()[:, 0], torch.arange(row.n, device=scores.device)
+        static_heads, all_columns = (~is_dynamic).nonzero()[:, 0], torch.arange(num_columns, device=scores.device)
         kept_columns = [all_columns] * len(is_dynamic)
         if len(static_heads) < len(is_dynamic):
             picked = transfers.to_device(static_heads, scores.device)
@@ -156,7 +161,7 @@ class HybridKV(KVPolicy):
                 by_layer.tolist(), dynamic_by_layer.tolist(), budgets_by_layer, strict=True
             )
         ]
-        return Choice(kept_columns, is_dynamic, head_budgets, statistics if row.stacked > 1 else statistics[0])
+        return Choice(kept_columns, is_dynamic, head_budgets, statistics if stacked > 1 else statistics[0])
 
     def _budgets(self, concentration: Tensor, num_columns: int) -> tuple[Tensor, list[list[int]]]:
         """Which heads are dynamic, (layers, Hk) bool, and how many columns each reads; concentration (layers, Hk)."""

@@ -15,7 +15,7 @@ from vlmfast.fields import PositiveInt, Range
 from vlmfast.prefill.base import best, protect
 from vlmfast.prefill.evict import EvictingLayer
 from vlmfast.prefill.snapkv import SnapKV
-from vlmfast.runtime.stacked_layers import Gathered
+from vlmfast.runtime.stacked_layers import LayerRows
 
 
 class LaggedLayer(EvictingLayer):
@@ -28,7 +28,7 @@ class LaggedLayer(EvictingLayer):
         self.last = self.interval = torch.empty(0)  # (B * Hk, M) float32 by place: last use, longest gap between uses
 
     def compress(
-        self, kept: CompressedLayer | None, positions: Tensor | None = None, rows: Gathered | None = None
+        self, kept: CompressedLayer | None, positions: Tensor | None = None, rows: LayerRows | None = None
     ) -> None:
         super().compress(kept, positions, rows)
         held_lengths = self.lengths().flatten()

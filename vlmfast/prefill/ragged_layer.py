@@ -21,7 +21,7 @@ from vlmfast.prefill.host_heads import HostHeads
 from vlmfast.prefill.ragged_store import Segment, Store
 from vlmfast.runtime.attention import tag
 from vlmfast.runtime.pruned_layer import RaggedLayer
-from vlmfast.runtime.stacked_layers import Gathered, kept_rows, low_rows
+from vlmfast.runtime.stacked_layers import LayerRows, gathered, gathered_by_layer
 from vlmfast.runtime.stepped_layer import HostRows
 
 
@@ -156,12 +156,12 @@ class KVLayer(RaggedLayer, CacheLayerMixin):
         return [s for s in all_stores if s is not None]
 
     def compress(
-        self, kept: CompressedLayer | None, positions: Tensor | None = None, rows: Gathered | None = None
+        self, kept: CompressedLayer | None, positions: Tensor | None = None, rows: LayerRows | None = None
     ) -> None:
         """Turn the held prefill into ragged storage: what `kept` names, or every column when None.
 
         positions (B, L): logical column of each held one, -1 on padding (then dropped); None = in order, no padding.
-        rows: what `kept` names, where it was gathered before.
+        rows: what `kept` names, where it was gathered before: becomes the storage.
         """
         all_keys, all_values = self.keys, self.values
         assert all_keys is not None and all_values is not None, "compress() needs the prefill that update() was given"
@@ -180,8 +180,12 @@ class KVLayer(RaggedLayer, CacheLayerMixin):
         tiers: dict[str, list] = {"exact": [], "int8": [], "dynamic": []}
         positions = positions.to(torch.int32)
         whole_layer = (kept, all_keys, all_values, positions)
-        joined_rows = kept_rows(*whole_layer) if rows is None or rows.kept is None else rows.kept
-        for row, columns in enumerate(kept.keep if joined_rows is None else []):
+        all_rows = (list(range(batch_size * num_heads)), batch_size * num_heads)
+        if rows is None or rows.kept is None:  # heads of other lengths in other layers: it gathers its own
+            (rows,) = gathered_by_layer(gathered(*whole_layer), 1, batch_size)
+        if rows.kept is not None:
+            setattr(self, "int8" if is_int8[0] else "exact", Store.even(rows.kept, *all_rows, kept.mass))
+        for row, columns in enumerate(kept.keep if rows.kept is None else []):
             batch_row, head = divmod(row, num_heads)
             places = slice(None) if len(columns) == num_columns else columns
             merged_pair = kept.merged[row] if kept.merged is not None else None
@@ -192,16 +196,10 @@ class KVLayer(RaggedLayer, CacheLayerMixin):
             )
             segment = (row, row_keys, row_values, positions[batch_row][places])
             tiers["dynamic" if is_dynamic[row] else "int8" if is_int8[row] else "exact"].append(segment)
-        if joined_rows is not None:
-            tiers["int8" if is_int8[0] else "exact"] = list(
-                zip(range(batch_size * num_heads), *joined_rows[:3], strict=True)
-            )
         if tiers["exact"]:
-            self.exact = Store.build(tiers["exact"], batch_size * num_heads, mass=kept.mass, joined=joined_rows)
+            self.exact = Store.build(tiers["exact"], batch_size * num_heads, mass=kept.mass)
         if tiers["int8"]:
-            self.int8 = Store.build(
-                tiers["int8"], batch_size * num_heads, int8=True, mass=kept.mass, joined=joined_rows
-            )
+            self.int8 = Store.build(tiers["int8"], batch_size * num_heads, int8=True, mass=kept.mass)
         if tiers["dynamic"]:
             assert kept.budget is not None and kept.retrieval is not None, "dynamic heads need a budget and a Retrieval"
             head_budgets = [int(kept.budget[entry[0]]) for entry in tiers["dynamic"]]
@@ -216,16 +214,17 @@ class KVLayer(RaggedLayer, CacheLayerMixin):
             )
         if kept.low is not None:
             assert self.dynamic is None, "dynamic heads hold whole columns"
-            joined_low = low_rows(*whole_layer) if rows is None or rows.low is None else rows.low
             low_segments: list[Segment] = []
-            if joined_low is not None:
-                low_segments = list(zip(range(batch_size * num_heads), *joined_low[:3], strict=True))
-            for row, columns in enumerate(kept.low if joined_low is None else []):
+            for row, columns in enumerate(kept.low if rows.low is None else []):
                 if len(columns):
                     batch_row, head = divmod(row, num_heads)
                     low_vectors = (all_keys[batch_row, head][columns], all_values[batch_row, head][columns])
                     low_segments.append((row, *low_vectors, positions[batch_row][columns]))
-            self.low = Store.build(low_segments, batch_size * num_heads, int8=True, grows=False, joined=joined_low)
+            self.low = (
+                Store.build(low_segments, batch_size * num_heads, int8=True, grows=False)
+                if rows.low is None
+                else Store.even(rows.low, *all_rows)
+            )
         self.keys = self.values = None
         self.stats = kept.stats
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.kernels import Ragged, dequantise, quantise
+from vlmfast.runtime.stacked_layers import EvenRows, room
 from vlmfast.runtime.transfers import to_device
 
 _BUFFERS = ("keys", "values", "positions", "key_scale", "value_scale", "bias")  # one slot each per column
@@ -53,18 +54,14 @@ class Store(Ragged):
         int8: bool = False,
         grows: bool = True,
         mass: list[Tensor | None] | None = None,
-        joined: tuple[Tensor, ...] | None = None,
     ) -> Store:
         """Copy segments into a new buffer, with free slots where it grows. `total` = B * Hk of the layer.
 
         mass: per row of the layer, how many columns each column of its segment stands for (n,), None = one.
-        joined: segments of one length as one tensor each: keys (R, n, D), values (R, n, Dv), positions (R, n), and of
-        rows that are int8 already the scales of keys and values (R, n).
         """
         segments = sorted(segments, key=lambda segment: segment[1].shape[0])
         lengths = [segment[1].shape[0] for segment in segments]
-        room = max(32, max(lengths) // 32) if grows else 0
-        capacity = _even([entry_length + room for entry_length in lengths]) if grows else lengths
+        capacity = _even([entry_length + room(max(lengths)) for entry_length in lengths]) if grows else lengths
         entry_ends = list(accumulate(capacity))
         offsets = [entry_end - entry_capacity for entry_end, entry_capacity in zip(entry_ends, capacity, strict=True)]
         _, first_keys, first_values, _ = segments[0]
@@ -84,30 +81,49 @@ class Store(Ragged):
             capacity=list(capacity),
             cursor=to_device(torch.tensor(next_slots), first_keys.device),
         )
-        if joined is not None:
-            new_store._write_joined(*joined)
-        for entry_start, (_, keys, values, positions) in zip(
-            offsets, segments if joined is None else [], strict=joined is None
-        ):
+        for entry_start, (_, keys, values, positions) in zip(offsets, segments, strict=True):
             new_store._write(slice(entry_start, entry_start + keys.shape[0]), keys, values)
             new_store.positions[entry_start : entry_start + keys.shape[0]] = positions
-        if mass is not None and any(mass[row_number] is not None for row_number in new_store.rows):
-            new_store.bias = first_keys.new_zeros(entry_ends[-1], dtype=torch.float32)
-            written: Tensor | None = None
-            for row_number, entry_start, entry_length in zip(new_store.rows, offsets, lengths, strict=True):
-                row_mass = mass[row_number]
-                if row_mass is None:
-                    continue
-                if row_mass is not written:  # rows often share one
-                    written, log_mass = row_mass, row_mass.log()
-                new_store.bias[entry_start : entry_start + entry_length] = log_mass
+        new_store._weigh(mass)
         return new_store
 
-    def _write_joined(self, *parts: Tensor) -> None:
-        """Into entries of one length: the parts as `build` takes them."""
-        num_rows, num_columns = parts[2].shape
-        for buffer_name, new_values in zip(_BUFFERS, parts, strict=False):
-            getattr(self, buffer_name).unflatten(0, (num_rows, -1))[:, :num_columns] = new_values
+    @classmethod
+    def even(cls, even_rows: EvenRows, rows: list[int], total: int, mass: list[Tensor | None] | None = None) -> Store:
+        """Rows of one length, which these are of a layer; their memory becomes the storage. The rest as in `build`."""
+        num_rows, capacity = even_rows.parts[2].shape
+        keys, values, positions, *scales = (part.flatten(0, 1) for part in even_rows.parts)
+        offsets = [entry_index * capacity for entry_index in range(num_rows)]
+        next_slots = torch.tensor([entry_start + even_rows.length for entry_start in offsets])
+        new_store = cls(
+            keys=keys,
+            values=values,
+            rows=rows,
+            offsets=offsets,
+            lengths=[even_rows.length] * num_rows,
+            total=total,
+            key_scale=scales[0] if scales else None,
+            value_scale=scales[1] if scales else None,
+            positions=positions,
+            finite=True,
+            capacity=[capacity] * num_rows,
+            cursor=to_device(next_slots, keys.device),
+        )
+        new_store._weigh(mass)
+        return new_store
+
+    def _weigh(self, mass: list[Tensor | None] | None) -> None:
+        """Give columns that stand for several their bias; mass: as in `build`."""
+        if mass is None or all(mass[row_number] is None for row_number in self.rows):
+            return
+        self.bias = self.keys.new_zeros(len(self.keys), dtype=torch.float32)
+        written: Tensor | None = None
+        for row_number, entry_start, entry_length in zip(self.rows, self.offsets, self.lengths, strict=True):
+            row_mass = mass[row_number]
+            if row_mass is None:
+                continue
+            if row_mass is not written:  # rows often share one
+                written, log_mass = row_mass, row_mass.log()
+            self.bias[entry_start : entry_start + entry_length] = log_mass
 
     def _write(self, slot_index: slice | Tensor, keys: Tensor, values: Tensor) -> None:
         if self.key_scale is not None and self.value_scale is not None:

@@ -45,18 +45,19 @@ class EarlyFeatures:
         self._outputs: list[Any] = []
 
     def add(self, pixels: Tensor, grid: Tensor) -> None:
-        """Encode a piece: pixels (patches, values), its grid (1, 3) on the host."""
+        """Encode a piece: its pixel values, and its grid (1, 3) on the host."""
         owner = self.owner
         base_model: Any = owner.family.base(owner.model)
         with torch.no_grad(), model_lock(owner.model), owner.requests.aside(), owner.lengths(pixels.device):
             start_mark = self.encoding.now()
             grid = grid if owner.host_grids else grid.to(pixels.device)
-            self._outputs.append(base_model.get_video_features(pixels, grid, return_dict=True))
+            call = owner.family.video_call(pixels, grid)
+            self._outputs.append(base_model.get_video_features(**call, return_dict=True))
             self.encoding.add(start_mark)
 
     @property
     def output(self) -> Any:
-        return self.owner.family.joined(self._outputs)
+        return self.owner.family.joined(self.owner.model, self._outputs)
 
 
 class VideoPieces:
@@ -97,14 +98,18 @@ class VideoPieces:
     def begin(self) -> EarlyFeatures:
         return EarlyFeatures(self)
 
-    def take(self, request: RequestState, pixels: Any) -> Any:
-        """The output that was made for these pixel values, None where there is none or it no longer holds."""
+    def take(self, request: RequestState, call: dict[str, Any]) -> Any:
+        """The output that was made for the pixel values of a call, None where there is none or it no longer holds."""
+        pixels = call.get("pixel_values_videos")
         early = _EARLY.get(pixels) if isinstance(pixels, Tensor) else None
         if early is None or early.owner.model is not self.model or torch.is_grad_enabled():
             return None
         del _EARLY[pixels]
         if early.owner is not self or early.stamp != self.stamp():
             request.notes.append("read: the model or its plan is another than when the video was read: encoded again")
+            return None
+        if not self.family.usual_features(self.model, call):
+            request.notes.append("read: the call asks for other features of the tower than its own: encoded again")
             return None
         request.encoding.spans += early.encoding.spans
         return early.output

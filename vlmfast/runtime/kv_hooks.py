@@ -30,6 +30,7 @@ from vlmfast.runtime.compat import QuantizedLayerBase, cache_in, put_cache
 from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.prompt_facts import PromptFacts
 from vlmfast.runtime.pruned_layer import AnnouncedColumns, RaggedLayer, counting
+from vlmfast.runtime.two_parts import BegunChoices, TwoParts
 from vlmfast.runtime.window_queries import projected_queries, rotated_queries
 
 FITS = "kv: the context fits the budget, bypassed"
@@ -63,6 +64,7 @@ class KVHooks:
         self.rotation: Rotation | None = None
         self.rated: list[tuple[list[LayerView], Any]] = []  # layers that wait for the last one
         self.waiting: list[tuple[LayerView, Tensor | None]] = []  # with their window's queries, before the rotation
+        self.begun = BegunChoices()
         self.position_embeddings: tuple[Tensor, Tensor] | None = None
         self.facts: PromptFacts | None = None
         self.queries: tuple[int, Tensor, list[Tensor]] | None = None  # those of the window, see `PromptFacts`
@@ -243,6 +245,12 @@ class KVHooks:
                 for group, rated_view, kept_columns in zip(groups, rated_views, compressed, strict=True):
                     self._store(group, rated_view, kept_columns)
                 self.rated = []
+            return
+        if isinstance(self.policy, TwoParts):
+            self.begun.begin(self.policy, views, view)
+            for group, group_view, found in self.begun.due(is_last):
+                if found is not None:
+                    self._store(group, group_view, found)
             return
         found = self.policy.compress(view)
         if found is not None:

@@ -46,7 +46,9 @@ class PrunedPrefill:
 
     kinds: Tensor  # (B, P) int8 of the columns now running
     index: Tensor  # (B, P) int64 logical column of each
-    entered: Tensor  # (B,) visual columns that entered
+    entered: Tensor  # (B,) visual columns that entered, on the host
+    visual: Tensor  # (B,) of them those now running, on the host
+    others: Tensor  # (B,) columns that are neither visual nor padding, on the host
     prior: Tensor  # (B, past) bool, physical columns already in the uncut layers, not padding
     done: int = 0
     source: Tensor | None = None  # (B, P) which of the entered columns they are
@@ -54,7 +56,13 @@ class PrunedPrefill:
     weights: Tensor | None = None
     tables: tuple[Tensor, Tensor] | None = None  # cos and sin of the columns now running
     valid: Tensor | None = None  # (B, past + P) bool of the cut layers
+    padded: bool = False  # is any of those False?
     masks: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ragged(self) -> bool:
+        """Are some of the columns now running padding?"""
+        return bool((self.visual + self.others < self.kinds.shape[1]).any())
 
 
 def all_keys(module: Any, hidden: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:

@@ -29,6 +29,7 @@ from vlmfast.runtime.layer_cuts import (
 from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.pruned_layer import prunable
 from vlmfast.runtime.request_state import Requests
+from vlmfast.runtime.transfers import to_device
 from vlmfast.runtime.window_queries import window_queries
 
 
@@ -107,13 +108,18 @@ class BetweenLayerPruning:
             embeddings = kwargs["inputs_embeds"]
             num_columns, newline = embeddings.shape[1], getattr(self.family.base(self.model), "image_newline", None)
             column_kinds = entered_columns.kinds[:, -num_columns:]
+            assert request.entered_counts is not None
+            num_visual, num_others = request.entered_counts
             if newline is not None:  # separators survive like text
                 column_kinds = column_kinds.masked_fill((embeddings == newline.to(embeddings)).all(-1), Kind.SYSTEM)
-            num_visual = (column_kinds == Kind.VISUAL).sum(1)
+                num_all, num_visual = num_visual + num_others, (column_kinds == Kind.VISUAL).sum(1).cpu()
+                num_others = num_all - num_visual
             self.run = PrunedPrefill(
                 column_kinds,
                 entered_columns.index[:, -num_columns:],
                 num_visual,
+                num_visual,
+                num_others,
                 entered_columns.kinds[:, :-num_columns] != Kind.PAD,
             )
 
@@ -123,8 +129,8 @@ class BetweenLayerPruning:
             if pruned_prefill.done < len(self.cuts):
                 raise StageDidNotFire(f"{self.method.name} made {pruned_prefill.done} of its {len(self.cuts)} cuts")
             request = self.requests.current
-            request.cut_ms += self.watch.seconds() * 1e3
-            request.kept_tokens += int((pruned_prefill.kinds == Kind.VISUAL).sum()) - int(pruned_prefill.entered.sum())
+            request.selecting.spans += self.watch.spans
+            request.kept_tokens += int((pruned_prefill.visual - pruned_prefill.entered).sum())
 
     # -- the layer before a cut: what the method looks at ------------------------------------------------------------
 
@@ -142,7 +148,8 @@ class BetweenLayerPruning:
             else all_keys(module, hidden, tables)
         )
         window_query = window_queries(module, hidden[:, -num_queries:], tables)
-        self.run.weights = kernels.window_attention(window_query, keys, module.scaling, self.run.kinds != Kind.PAD)
+        visible = self.run.kinds != Kind.PAD if self.run.ragged else None
+        self.run.weights = kernels.window_attention(window_query, keys, module.scaling, visible)
         self.watch.add(start_mark)
 
     # -- every layer from the one before the first cut ---------------------------------------------------------------
@@ -166,19 +173,23 @@ class BetweenLayerPruning:
             if positions is not None:  # only FlashAttention's packing detector reads them: contiguous
                 steps = torch.arange(hidden.shape[1], device=hidden.device)
                 kwargs["position_ids"] = positions[..., :1] + steps
-            kwargs["attention_mask"] = self._mask(self.run.valid, hidden)
+            kwargs["attention_mask"] = self._mask(self.run, hidden)
             return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
         return pre
 
     def _cut(self, cut_layer: int, hidden: Tensor, kwargs: dict) -> Tensor:
-        """Score, choose and gather: returns the hidden states (B, S, D) of the kept columns."""
+        """Score, choose and gather: returns the hidden states (B, S, D) of the kept columns.
+
+        How many columns every row keeps is known on the host, so that nothing waits for the device.
+        """
         prefill, cache = self.run, cache_in(kwargs)
         assert prefill is not None and prefill.before is not None
         scores = self.method.rate(CutInputs(prefill.kinds, hidden, prefill.before, prefill.weights)).float()
-        kept_mask = self._stays(scores, prefill, self.cuts[cut_layer])
-        num_columns = hidden.shape[1]
-        num_kept = int(kept_mask.sum(1).max())
+        row_budget = (prefill.entered * self.cuts[cut_layer]).round().long().clamp(min=1)
+        kept_mask = self._stays(scores, prefill, to_device(row_budget, scores.device))
+        prefill.visual = torch.minimum(prefill.visual, row_budget)
+        num_columns, num_kept = hidden.shape[1], int((prefill.visual + prefill.others).max())
         dropped_first = kept_mask.to(torch.int8).argsort(
             dim=1, stable=True
         )  # dropped columns, then kept: each ascending
@@ -193,6 +204,7 @@ class BetweenLayerPruning:
         self.masks.clear()
         prior_valid, prior_index = self._prior(cut_layer, cache, prefill)
         prefill.valid = torch.cat([prior_valid, filled_mask], 1)
+        prefill.padded = prefill.ragged or (prior_valid.shape[1] > 0 and not bool(prior_valid.all()))
         if cache is not None:
             for layer_index in range(cut_layer, len(self.layers)):
                 layer = prunable(cache, layer_index, len(self.layers))
@@ -200,15 +212,14 @@ class BetweenLayerPruning:
                 layer.announce()
             uncut_columns = cache.layers[0].keys.shape[2]
             cut_columns = CutColumns(
-                prefill.valid, torch.cat([prior_index, prefill.index], 1), uncut_columns, not bool(prefill.valid.all())
+                prefill.valid, torch.cat([prior_index, prefill.index], 1), uncut_columns, prefill.padded
             )
             put_cache_state(cache, cuts={**cache_state(cache).cuts, cut_layer: cut_columns})
         return hidden.gather(1, source_columns[..., None].expand(-1, -1, hidden.shape[-1]))
 
-    def _stays(self, scores: Tensor, prefill: PrunedPrefill, fraction: float) -> Tensor:
-        """(B, P) bool: text, and each row's best visual columns, a fraction of those that entered."""
+    def _stays(self, scores: Tensor, prefill: PrunedPrefill, row_budget: Tensor) -> Tensor:
+        """(B, P) bool: text, and each row's best visual columns, at most `row_budget` (B,)."""
         visual_mask = prefill.kinds == Kind.VISUAL
-        row_budget = (prefill.entered * fraction).round().long().clamp(min=1)
         score_rank = kernels.ranking(scores.masked_fill(~visual_mask, float("-inf"))).argsort(dim=1)
         return (visual_mask & (score_rank < row_budget[:, None])) | (~visual_mask & (prefill.kinds != Kind.PAD))
 
@@ -244,24 +255,23 @@ class BetweenLayerPruning:
         mask_key = (nearest_cut, past_length)
         if mask_key not in self.masks:
             valid = cuts_by_layer[nearest_cut].grown(past_length + num_columns, self.tail)
-            self.masks[mask_key] = self._build(valid, hidden)
+            self.masks[mask_key] = self._build(valid, hidden, bool(valid.all()))
         kwargs["attention_mask"] = self.masks[mask_key]
 
     # -- masks -----------------------------------------------------------------------------------------------------
 
-    def _mask(self, valid: Tensor | None, hidden: Tensor) -> Tensor | None:
-        assert valid is not None
-        mask_key = ("run", valid.shape[1])
+    def _mask(self, prefill: PrunedPrefill, hidden: Tensor) -> Tensor | None:
+        assert prefill.valid is not None
+        mask_key = ("run", prefill.valid.shape[1])
         if mask_key not in self.masks:
-            self.masks[mask_key] = self._build(valid, hidden)
+            self.masks[mask_key] = self._build(prefill.valid, hidden, not prefill.padded)
         return self.masks[mask_key]
 
-    def _build(self, valid: Tensor, hidden: Tensor) -> Tensor | None:
+    def _build(self, valid: Tensor, hidden: Tensor, all_valid: bool) -> Tensor | None:
         """The mask that the model's own attention wants for q new columns over `valid` (B, kv); None when none."""
         config: Any = self.family.text(self.model).config
         attention = str(config._attn_implementation)
         num_queries, num_keys = hidden.shape[1], valid.shape[1]
-        all_valid = bool(valid.all())
         if all_valid and (num_queries == 1 or num_queries == num_keys):
             return None
         if "flash" in attention:

@@ -114,7 +114,7 @@ class InputPruning:
 
     def _encode(self, request: RequestState, media_kind: str, inputs: dict[str, Any], encode: Callable[[], Any]) -> Any:
         """Run the tower on one kind of media, or take what it gave for the same pixels before."""
-        early = None if self.pieces is None else self.pieces.take(request, inputs.get("pixel_values_videos"))
+        early = None if self.pieces is None else self.pieces.take(request, inputs)
         if early is not None:
             return early
         key, stored_features = "", None
@@ -265,6 +265,9 @@ class InputPruning:
         entered_columns = Columns(kind_codes, logical_index, past_length + num_columns, is_padded)
         entered_columns.host = host_kinds if kept_rows is None and columns is None else None
         request.entered = entered_columns if has_media else None
+        num_others = (valid_mask & ~visual_mask).sum(1)
+        row_lengths = valid_mask.sum(1) if kept_rows is None else torch.tensor([len(columns) for columns in kept_rows])
+        request.entered_counts = row_lengths - num_others, num_others
         cache = cache_in(kwargs)
         if cache is None and kwargs.get("use_cache") and kept_rows is not None:
             cache = put_cache(kwargs, DynamicCache(config=self.family.text(self.model).config))

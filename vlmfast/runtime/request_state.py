@@ -70,7 +70,7 @@ class RequestState:
 
     pruner: TokenPruner | None  # that acts in this call; None = columns are observed only
     encoding: Stopwatch  # the vision tower's work
-    selecting: Stopwatch  # the pruner's work before the language model
+    selecting: Stopwatch  # the pruner's work before the language model, and between its layers
     mapping: Stopwatch  # what attention maps for a pruner cost inside the tower's own time
     times: StageTimes
     running: bool = False  # has the call begun and not ended?
@@ -95,6 +95,7 @@ class RequestState:
     seen: dict[str, Tensor] = field(default_factory=dict)  # by kind (B, q) bool on the host: the coming placeholders
     kept: dict[str, list[Tensor]] = field(default_factory=dict)  # by kind, per item: kept indices; {} = all
     entered: Columns | None = None  # the columns of the forward now running, when it brings new media
+    entered_counts: tuple[Tensor, Tensor] | None = None  # per row (B,) on the host: visual columns of it, text columns
     has_media: bool = False  # does the forward now running bring new media?
     text_attention: TextAttention = field(default_factory=TextAttention)
 
@@ -103,7 +104,6 @@ class RequestState:
     kept_tokens: int = 0
     prefills: int = 0
     tower_block: int | None = None  # that tokens were dropped before
-    cut_ms: float = 0.0  # selection between layers of the language model
     lookup: MediaLookup = field(default_factory=MediaLookup)
     prefill: dict[str, Any] = field(default_factory=dict)  # what a KV policy says
     decode: dict[str, Any] = field(default_factory=dict)  # what the decoding loop says
@@ -132,7 +132,7 @@ class RequestState:
         block_field = {} if self.tower_block is None else {"tower_block": self.tower_block}
         return {
             "visual_tokens": self.visual_tokens, "kept_tokens": self.kept_tokens,
-            "encode_ms": encode_seconds * 1e3, "select_ms": self.cut_ms + select_seconds * 1e3,
+            "encode_ms": encode_seconds * 1e3, "select_ms": select_seconds * 1e3,
         } | block_field  # fmt: skip
 
 

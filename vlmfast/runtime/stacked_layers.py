@@ -30,6 +30,27 @@ class Gathered:
     low: Rows | None  # what stays besides, as int8
 
 
+@dataclass
+class EvenRows:
+    """Rows that hold `length` columns each, with room behind them: keys (R, capacity, D) and so on."""
+
+    parts: Rows
+    length: int
+
+
+@dataclass
+class LayerRows:
+    """`Gathered` of one layer."""
+
+    kept: EvenRows | None
+    low: EvenRows | None
+
+
+def room(length: int) -> int:
+    """Free slots behind a row of so many columns, for those that are decoded."""
+    return max(32, length // 32)
+
+
 def is_full(view: LayerView, waiting: int) -> bool:
     """Would one layer more like this one take too much memory? True on a CPU."""
     layer_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (view.keys, view.values))
@@ -126,14 +147,23 @@ def by_layer(kept: CompressedLayer, layers: int, batch: int) -> list[CompressedL
     return out
 
 
-def gathered_by_layer(rows: Gathered, layers: int, batch: int) -> list[Gathered]:
-    """`gathered` of a view, layer by layer."""
-    if layers == 1:
-        return [rows]
+def gathered_by_layer(rows: Gathered, layers: int, batch: int) -> list[LayerRows]:
+    """`gathered` of a view, layer by layer, each row with room behind it; the layers share their buffers."""
+    kept, low = (
+        [None] * layers if stacked_rows is None else spaced(stacked_rows, layers, batch, grows)
+        for stacked_rows, grows in ((rows.kept, True), (rows.low, False))
+    )
+    return [LayerRows(*parts) for parts in zip(kept, low, strict=True)]
 
-    def part(stacked_rows: Rows | None, layer: int) -> Rows | None:
-        if stacked_rows is None:
-            return None
-        return tuple(tensor.unflatten(0, (batch, layers, -1))[:, layer].flatten(0, 1) for tensor in stacked_rows)
 
-    return [Gathered(part(rows.kept, layer), part(rows.low, layer)) for layer in range(layers)]
+def spaced(rows: Rows, layers: int, batch: int, grows: bool) -> list[EvenRows]:
+    """Rows of (batch, layers, heads) in that order, layer by layer, in one buffer each for keys, values and so on."""
+    length, buffers = rows[0].shape[1], []
+    capacity = length + (room(length) if grows else 0)
+    for part in rows:
+        by_row = part.unflatten(0, (batch, layers, -1))
+        new_buffer = part.new_empty if part is rows[2] else part.new_zeros  # nobody reads positions of free slots
+        buffer = new_buffer(layers, batch, by_row.shape[2], capacity, *part.shape[2:])
+        buffer[:, :, :, :length] = by_row.transpose(0, 1)
+        buffers.append(buffer.flatten(1, 2).unbind(0))
+    return [EvenRows(parts, length) for parts in zip(*buffers, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -49,15 +50,31 @@ class Arrival:
         return Arrival()
 
 
-def send_back(tensors: Sequence[Tensor]) -> tuple[list[Tensor], Arrival]:
-    """Contiguous copies in host memory, pinned where they come from a GPU; nothing waits for them yet."""
+@functools.cache
+def _stream_beside(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def send_back(tensors: Sequence[Tensor], beside: bool = False) -> tuple[list[Tensor], Arrival]:
+    """Contiguous copies in host memory, pinned where they come from a GPU; nothing waits for them yet.
+
+    beside: large ones travel on a stream of their own, while the device goes on with what is queued after them. Whoever
+    reads them there, too, must have waited on the host.
+    """
     if not any(tensor.is_cuda for tensor in tensors):
         return [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors], Arrival()
     copies = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
-    for copy, tensor in zip(copies, tensors, strict=True):
-        copy.copy_(tensor, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(tensors[0].device))
+    device, event = tensors[0].device, torch.cuda.Event()
+    computing = torch.cuda.current_stream(device)
+    stream = _stream_beside(device) if beside else computing
+    if beside:
+        stream.wait_stream(computing)
+    with torch.cuda.stream(stream):
+        for copy, tensor in zip(copies, tensors, strict=True):
+            copy.copy_(tensor, non_blocking=True)
+            if beside:
+                tensor.record_stream(stream)  # its memory is in use until then
+        event.record(stream)
     return copies, Arrival(event)
 
 
