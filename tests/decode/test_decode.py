@@ -550,7 +550,10 @@ def test_a_hooked_layer_takes_the_module_step() -> None:
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_beams": 2}, "num_beams=2"),
-    ({"num_return_sequences": 2, "do_sample": True}, "2 rows"),
+    (
+        {"num_return_sequences": 2, "do_sample": True, "output_scores": True, "return_dict_in_generate": True},
+        "2 rows came in: output_scores=True",
+    ),
     ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive"),
     ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens=3"),
     ({"assistant_model": tiny}, "assistant_model"),

@@ -232,13 +232,13 @@ class _Rows:
 
 def _follow(rows: _Rows, sampler: Sampler, target: Stepper, counters: Counters, tokens_left: int | None) -> None:
     """Emit what the device chooses, until every row has ended; it may then have run ahead."""
-    step_start, said = time.perf_counter(), []
+    step_start, step_tokens = time.perf_counter(), []
     with closing(sampler.run(target, tokens_left)) as choices:
         for chosen in choices:
             step_end = time.perf_counter()
             counters.round(0, [], 0.0, (step_end - step_start) * 1e3)
             step_start = step_end
-            said.append(chosen.tokens)
+            step_tokens.append(chosen.tokens)
             if rows.scores is not None:
                 rows.scores = (*rows.scores, chosen.kept()[0])
             if rows.logits is not None:
@@ -247,7 +247,7 @@ def _follow(rows: _Rows, sampler: Sampler, target: Stepper, counters: Counters, 
                 rows.streamer.put(torch.tensor(chosen.tokens))
             if all(chosen.ended):
                 break
-    rows.ids = torch.cat([rows.ids, torch.tensor(said).T.to(rows.ids.device)], 1)
+    rows.ids = torch.cat([rows.ids, torch.tensor(step_tokens).T.to(rows.ids.device)], 1)
     rows.done = True
 
 

@@ -46,8 +46,8 @@ class Sampler:
 
     ids (B, L) int64: prompt and what was emitted so far; room: tokens expected after them. ended (B,) bool: rows whose
     answer has ended. processors, criteria: those that `verification.host_work` lets pass. eos_ids: end a row, which
-    goes on with pad; without any, rows that a criterion ended say on until the last one ends. keeps: are scores, are
-    logits kept?
+    goes on with pad; without any, a row that a criterion ended goes on unpadded until the last one ends. keeps: are
+    scores, are logits kept?
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Sampler:
     def run(self, target: Stepper, most: int | None) -> Generator[Chosen, None, None]:
         """Feed the last of `ids`, then every token chosen, at most `most`; target: with the static step.
 
-        When the caller stops, `target.length` says how many were fed: a surplus one may be among them.
+        When the caller stops, `target.length` counts every token fed: a surplus one may be among them.
         """
         return self._chosen_in_step(target, most) if self.in_step else self._chosen_behind_step(target, most)
 
