@@ -118,8 +118,9 @@ def tile(head: int, queries: int) -> dict[str, int]:
     block_n = 64 if block_d * block_m <= 8192 else 32
     if block_d > 128:
         block_n = 32 if block_d * block_m <= 8192 else 16
+    most_of_4_warps = 4096 if block_d > 64 else 1024
     return {"BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_N": block_n, "num_stages": 2,
-            "num_warps": 8 if block_d * block_m > 4096 else 4}  # fmt: skip
+            "num_warps": 8 if block_d * block_m > most_of_4_warps else 4}  # fmt: skip
 
 
 def ragged_attention(query: Tensor, kv: Ragged, scaling: float, out: Tensor, splits: int | None = None) -> Tensor:
