@@ -168,9 +168,9 @@ def present() -> str:
         for key in ("accuracy_past", "evidence_recall_past")
     )
     return (
-        f"About the present `internal` is right on {', '.join(counts[:2])} and {counts[2]}, `recent-only` beside it. On "
-        f"past events after an hour mean keys alone find {evidence[0]} of the evidence and are right on {past[0]}; with "
-        f"keys compared one by one it is {evidence[1]} and {past[1]}, with twice as many blocks {evidence[2]} and "
+        f"About the present `internal` is right on {', '.join(counts[:2])} and {counts[2]}, `recent-only` beside it. "
+        f"On past events after an hour mean keys alone find {evidence[0]} of the evidence and are right on {past[0]}; "
+        f"with keys compared one by one it is {evidence[1]} and {past[1]}, with twice as many blocks {evidence[2]} and "
         f"{past[2]}. The oracle is right on {share(file, 'oracle', 'accuracy_past', **hour)}."
     )
 

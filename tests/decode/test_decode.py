@@ -167,7 +167,7 @@ def test_the_draft_keeps_what_the_target_looked_at(family: str) -> None:
         for source in (ModelDraft(draft, prune=prune), SelfDraft(prune)):
             with vlmfast.accelerate(target, speculate=Speculate(source, length=3)) as fast:
                 assert torch.equal(plain(target, batch), expected)
-                assert torch.allclose(fast.request.text_attention.scores(len(ids))[visual], scores, atol=1e-5)
+                assert torch.allclose(fast.request.text_attention.scores(len(ids))[0, visual], scores, atol=1e-5)
                 if fast.draft is None:
                     continue
                 kept = fast.draft.request.kept["image"][0].tolist()
@@ -188,7 +188,7 @@ def test_guidance_follows_what_the_target_itself_kept() -> None:
             expected = plain(target, batch)
         with vlmfast.accelerate(target, speculate=speculate, **stages) as fast:
             assert torch.equal(plain(target, batch), expected)
-            scores = fast.request.text_attention.scores(batch["input_ids"].shape[1])[visual]
+            scores = fast.request.text_attention.scores(batch["input_ids"].shape[1])[0, visual]
             kept = fast.draft.request.kept["image"][0]
         if "prune" in stages:
             assert (scores > 0).nonzero()[:, 0].tolist() == fast.request.kept["image"][0].tolist()
@@ -550,7 +550,10 @@ def test_a_hooked_layer_takes_the_module_step() -> None:
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_beams": 2}, "num_beams=2"),
-    ({"num_return_sequences": 2, "do_sample": True}, "2 rows"),
+    (
+        {"num_return_sequences": 2, "do_sample": True, "output_scores": True, "return_dict_in_generate": True},
+        "2 rows came in: output_scores=True",
+    ),
     ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive"),
     ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens=3"),
     ({"assistant_model": tiny}, "assistant_model"),

@@ -30,6 +30,7 @@ from vlmfast.decode import (
     Speculate,
     TargetAttention,
 )
+from vlmfast.decode.row_drafts import LookupOrModelRows
 from vlmfast.encode import FastV, Uniform, VidCom2
 from vlmfast.engine import pool
 from vlmfast.prefill import AdaKV, SnapKV
@@ -165,6 +166,76 @@ def test_several_sequences_of_one_prompt() -> None:
         with vlmfast.accelerate(model, speculate=Speculate(source, length=3)) as fast:
             assert torch.equal(plain(model, batch, **asked), expected)
             assert fast.report.decode["drafted"] > 0
+
+
+@pytest.mark.parametrize("prune", [None, "uniform:keep=0.5", "targetattention"])
+@pytest.mark.parametrize("method", [ModelDraft, LookupThenModel], ids=lambda method: method.name)
+def test_sequences_of_one_prompt_share_the_drafts_prefill(method: Any, prune: Any) -> None:
+    """Of two prompts with different media: laws 5 and 6, and the draft reads every prompt once."""
+    model, draft = tiny.build(FAMILY), draft_of(FAMILY, 0.02)
+    batch = tiny.inputs(FAMILY, media=MEDIA[:2], text=TEXT[:2])
+    asked = {"do_sample": True, "top_k": 1, "num_return_sequences": 3}
+    expected, rows = plain(model, batch, **asked), []
+    with vlmfast.accelerate(model, speculate=Speculate(method(draft, prune), length=3)) as fast:
+        draft.model.language_model.register_forward_pre_hook(
+            lambda module, args, kwargs: rows.append(kwargs["inputs_embeds"].shape[:1]), with_kwargs=True
+        )
+        assert torch.equal(plain(model, batch, **asked), expected)
+        decode = fast.report.decode
+    assert rows[0] == (2,) and decode["engine"] == "static"
+    assert decode["accepted_exact"] > 6, decode
+
+
+@pytest.mark.parametrize("family", [FAMILY, "llava_onevision"])
+def test_looked_up_modelled_and_guided_drafts_take_rows(family: str) -> None:
+    """Laws 5 and 6; what a guided draft sees of a row is what it sees of that row alone."""
+    model, draft, batch = tiny.build(family), draft_of(family, 0.02), three(family)
+    expected = plain(model, batch)
+    for source in (LookupThenModel(draft, None, shortest=1), ModelDraft(draft, "targetattention"),
+                   SelfDraft(TargetAttention(keep=0.4))):  # fmt: skip
+        with vlmfast.accelerate(model, speculate=Speculate(source, length=4)) as fast:
+            assert torch.equal(plain(model, batch), expected), source
+            decode = fast.report.decode
+            assert decode["engine"] == "static" and decode["accepted_exact"] > 0, decode
+            if source.name != "modeldraft":
+                continue
+            together = fast.draft.request.kept["image"]
+            alone = []
+            for row in tiny.rows(family, media=MEDIA, text=TEXT)[:2]:
+                plain(model, row, n=4)
+                alone += fast.draft.request.kept["image"]
+            assert [kept.tolist() for kept in together] == [kept.tolist() for kept in alone]
+
+
+def test_a_row_is_modelled_where_it_finds_nothing() -> None:
+    """While others draft what they looked up: each takes back its own."""
+
+    class Lookup:
+        rows = (None, None)
+
+        def propose(self, ids: Any, lengths: list[int]) -> Any:
+            return [(torch.tensor([7, 8, 9])[: lengths[0]], None), (torch.empty(0, dtype=torch.long), None)]
+
+    class Model:
+        decoder = None
+
+        def __init__(self) -> None:
+            self.asked: list[list[int]] = []
+            self.certainty = [[], [0.5]]
+
+        def propose(self, ids: Any, lengths: list[int], *how: Any) -> Any:
+            self.asked.append(lengths)
+            return [(torch.empty(0, dtype=torch.long), None), (torch.tensor([4]), None)]
+
+        def rewind(self, refused: list[int]) -> None:
+            self.asked.append(refused)
+
+    model = Model()
+    draft = LookupOrModelRows(Lookup(), model)
+    proposals = draft.propose([torch.zeros(1, 3)] * 2, [2, 5])
+    assert [tokens.tolist() for tokens, _ in proposals] == [[7, 8], [4]]
+    draft.rewind([1, 1])
+    assert model.asked == [[0, 5], [0, 1]]
 
 
 @pytest.mark.parametrize(("family", "engine_name"), [(FAMILY, "static"), ("qwen3_vl_moe", "module")])
@@ -328,10 +399,8 @@ class Never(StoppingCriteria):
 
 
 REFUSED: list[tuple[Any, Any, dict[str, Any], str]] = [
-    ("both", Exact(), {}, "3 rows came in: lookupthenmodel drafts one row at a time"),
-    ("guided", Exact(), {}, "prune=targetattention follows one row"),
+    ("layers", Exact(), {}, "3 rows came in: selfdraft drafts one row at a time"),
     ("lookup", Exact(), {"return_dict_in_generate": True, "output_scores": True}, "output_scores=True"),
-    ("model", Exact(), {"num_return_sequences": 2, "do_sample": True}, "6 rows came in: num_return_sequences=2"),
     ("lookup", Exact(), {"logits_processor": [Foreign()]}, "3 rows cannot be drafted together .a Foreign is not known"),
     ("lookup", Exact(), {"stopping_criteria": [Never()]}, "3 rows cannot be drafted together .a Never is not known"),
     ("lookup", Exact(), {"max_time": 60.0}, "without an end-of-answer id"),
@@ -343,8 +412,7 @@ def test_rows_that_cannot_be_drafted_are_refused_or_said(
     source: str, rule: Any, options: dict[str, Any], says: str
 ) -> None:
     stock, model, draft, batch = tiny.build(FAMILY), tiny.build(FAMILY), draft_of(FAMILY), three()
-    guided = SelfDraft(TargetAttention())
-    made = {**sources(draft), "both": LookupThenModel(draft, None), "guided": guided}[source]
+    made = {**sources(draft), "layers": SelfDraft(layers=1)}[source]
     with vlmfast.accelerate(model, speculate=Speculate(made, rule)), pytest.raises(Unsupported, match=says):
         plain(model, batch, **options)
     torch.manual_seed(0)

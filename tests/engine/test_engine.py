@@ -6,6 +6,7 @@ On the CPU it runs eagerly, in plain torch; kernels are held by `test_step_kerne
 from __future__ import annotations
 
 import gc
+import inspect
 from typing import Any
 
 import methods
@@ -24,7 +25,7 @@ from vlmfast.decode import Exact, Lossless, ModelDraft, PromptLookup, SelfDraft,
 from vlmfast.encode import FastV, Uniform, VidCom2
 from vlmfast.engine import graphs, pool, slots
 from vlmfast.engine.step import SIZES, Static
-from vlmfast.kernels import step_reference
+from vlmfast.kernels import cpu, step_reference
 from vlmfast.prefill import AdaKV, Full, HybridKV, Quantised, RazorAttention, SnapKV
 from vlmfast.runtime import devices
 from vlmfast.runtime.stepper import Stepper
@@ -173,7 +174,7 @@ class Ended(StoppingCriteria):
         self.length = length
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        return torch.full((input_ids.shape[0],), input_ids.shape[1] >= self.length)
+        return torch.full((input_ids.shape[0],), input_ids.shape[1] >= self.length, device=input_ids.device)
 
 
 class Heard:
@@ -400,6 +401,38 @@ def test_what_is_stored_two_ways_says_why() -> None:
         with vlmfast.accelerate(tiny.build("qwen2_5_vl"), kv=policy) as fast:
             plain(fast.model, batch, n=3)
             assert fast.report.decode["engine_reason"] == why
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["exact", "int8"])
+def test_any_number_of_tokens_is_one_kernel_call_over_a_compressed_cache(int8: bool) -> None:
+    """Of a later turn, and of a draft that the model's own step verifies: no dense call, however many there are."""
+    model, batch = tiny.build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl", media=("video",), text=20)
+    kv, turns = SnapKV(keep=0.5, sinks=1, recent=2, int8=int8), (5, 40)
+
+    def talk(batch: dict[str, Any], num_tokens: int) -> Tensor:
+        first = plain(model, batch, n=3, return_dict_in_generate=True)
+        ids = torch.cat([first.sequences, torch.arange(20, 20 + num_tokens, device=first.sequences.device)[None]], 1)
+        more = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": first.past_key_values}
+        return to_host(plain(model, more, n=4))
+
+    with vlmfast.accelerate(model, kv=kv):
+        expected, long = [talk(batch, n) for n in turns], plain(model, batch, n=40)
+    source_lines, first_line = inspect.getsourcelines(cpu.ragged_attention)
+    dense = {f"kernels/cpu.py:{first_line + at}" for at in range(len(source_lines))}
+    with PretendCuda(capability=(7, 5)) as device, vlmfast.accelerate(to_cuda(model), kv=kv):
+        counted = []
+        for n, want in zip(turns, expected, strict=True):
+            device.launches.clear()
+            assert torch.equal(talk(to_cuda(batch), n), want)
+            counted.append(sum(n for line, n in device.launches.items() if "triton_ragged" in line))
+            assert dense.isdisjoint(device.launches)
+        assert counted[0] == counted[1] > 0
+    with PretendCuda(capability=(7, 5)) as device:
+        drafted = Speculate(ModelDraft(to_cuda(tiny.build("qwen2_5_vl")), None), length=30)
+        with vlmfast.accelerate(model, kv=kv, speculate=drafted) as fast:
+            assert torch.equal(to_host(plain(model, to_cuda(batch), n=40)), long)
+        assert fast.report.decode["engine"] == "module" and max(fast.report.decode["trace"])[0] == 30
+        assert dense.isdisjoint(device.launches)
 
 
 # -- several rows ------------------------------------------------------------------------------------------------------
@@ -747,11 +780,12 @@ def test_wide_int8_heads_beside_float32_are_decoded_otherwise(monkeypatch: pytes
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_what_the_host_chooses_on_a_card_is_said(rows: int) -> None:
-    """By sampling, a processor or a stopping criterion; where the step chooses by itself nothing is."""
+    """A processor or a stopping criterion that must be asked on the host; all others run on the card."""
     model, batch = halved(tiny.build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl", batch=rows))
     asks: list[tuple[dict[str, Any], str | None]] = [
-        ({}, None), ({"do_sample": True, "top_k": 3}, "TopKLogitsWarper, sampling"),
-        ({"repetition_penalty": 1.2}, "RepetitionPenaltyLogitsProcessor"), ({"max_time": 60.0}, "MaxTimeCriteria"),
+        ({}, None), ({"do_sample": True, "top_k": 3, "repetition_penalty": 1.2, "max_time": 60.0}, None),
+        ({"do_sample": True, "eta_cutoff": 0.1}, "EtaLogitsWarper"),
+        ({"repetition_penalty": 1.2, "stopping_criteria": [Ended(10**6)]}, "Ended"),
     ]  # fmt: skip
     with PretendCuda(capability=(9, 0)), vlmfast.accelerate(to_cuda(model), speculate=Speculate()) as fast:
         for options, names in asks:

@@ -200,8 +200,8 @@ def test_bad_backend_is_named():
     kv = storage((4,), 4, torch.float32)
     with pytest.raises(UserError, match="backend='gpu' does not exist"):
         kernels.ragged_attention(torch.randn(1, 1, 1, 4), kv, 1.0, torch.empty(1, 1, 1, 4), backend="gpu")
-    with pytest.raises(UserError, match="takes 16 query tokens"):
-        kernels.ragged_attention(torch.randn(1, 1, 17, 4), kv, 1.0, torch.empty(1, 1, 17, 4), backend="triton")
+    with pytest.raises(UserError, match="takes groups of 128 queries"):
+        kernels.ragged_attention(torch.randn(1, 129, 1, 4), kv, 1.0, torch.empty(1, 129, 1, 4), backend="triton")
 
 
 # ---------------------------------------------------------------- Triton: on the GPU, or interpreted in a child process
@@ -216,6 +216,8 @@ TRITON = [
         ((70, 16, 33), 4, 32, 16, "float32", False, 5),
         ((100, 63), 7, 64, 1, HALF, False, 2),
         ((100, 63), 3, 64, 4, "float32", True, 2),
+        ((70, 40, 33), 4, 32, 33, "float32", False, 3),  # 3 pieces of 16 query tokens, the last of one
+        ((60, 41), 12, 16, 21, "float32", True, None),  # 3 pieces of 10
     ]
 ]
 

@@ -176,8 +176,9 @@ def kernels_of(head: int, group: int, n: int, width: int, inner: int) -> list[Ke
 
     ragged: list[Kernel] = []
     wide = 4 if width <= 2048 else 8
-    for int8 in (False, True) if n * group <= (128 if head <= 128 else 64) else ():
-        both = triton_ragged.tile(head, n * group)
+    piece = min(n, triton_ragged.PIECE, (128 if head <= 128 else 64) // group)
+    for int8 in (False, True):
+        both = triton_ragged.tile(head, piece * group)
         blocks = {k: both[k] for k in ("BLOCK_D", "BLOCK_M", "BLOCK_N")}
         constants = {"D": head, "DV": head, "BLOCK_DV": blocks["BLOCK_D"], "INT8": int8, **blocks}
         ragged.append(("triton_ragged._split", constants, {k: both[k] for k in ("num_warps", "num_stages")}))

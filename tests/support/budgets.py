@@ -69,11 +69,11 @@ def model_of(layers: int = 2, dtype: torch.dtype = torch.float32) -> Any:
     return to_cuda(tiny.build("qwen2_5_vl", num_hidden_layers=layers, vision=vision).to(dtype))
 
 
-def answer(model: Any, new: int, **clip: Any) -> None:
-    """One greedy call over a clip."""
+def answer(model: Any, new: int, options: dict[str, Any] | None = None, **clip: Any) -> None:
+    """One call over a clip, greedy unless its options say otherwise."""
     inputs = tiny.inputs("qwen2_5_vl", **{"media": ("video",), "text": 8, **CLIPS["8 frames of 32 x 48"], **clip})
     inputs = {k: v.to(model.dtype) if k.startswith("pixel") else v for k, v in inputs.items()}
-    model.generate(**to_cuda(inputs), max_new_tokens=new, do_sample=False)
+    model.generate(**to_cuda(inputs), **{"max_new_tokens": new, "do_sample": False, **(options or {})})
 
 
 def towers() -> Iterator[tuple[str, Counts]]:
@@ -108,13 +108,13 @@ def plans() -> dict[str, dict[str, Any]]:
     }
 
 
-def whole(plan: dict[str, Any], layers: int, new: int, dtype: torch.dtype = torch.float32) -> Counts:
-    """Everything that a call of `new` tokens asks for."""
+def whole(plan: dict[str, Any], layers: int, new: int, dtype: torch.dtype = torch.float32, **options: Any) -> Counts:
+    """Everything that a call of `new` tokens asks for; options: of `generate`."""
     with PretendCuda(capability=CARD) as device:
         model = model_of(layers, dtype)
         with vlmfast.accelerate(model, **plan):
             before = counted(device)
-            answer(model, new)
+            answer(model, new, options)
             return less(counted(device), before)
 
 
@@ -164,6 +164,26 @@ def tokens() -> Iterator[tuple[str, Counts]]:
         plan = plans()[name]
         half = [whole(plan, 2, new, torch.bfloat16) for new in (14, 6)]
         yield f"{name}, bfloat16", less(half[0], half[1], 8)
+
+
+WARPERS = {"top_k": 20, "top_p": 0.9, "min_p": 0.01, "typical_p": 0.95}
+PENALTIES = {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "suppress_tokens": [30, 31]}
+CHOICES: dict[str, dict[str, Any]] = {
+    "sampled": {"do_sample": True, "top_k": 0}, "sampled, warped": {"do_sample": True, "temperature": 0.7, **WARPERS},
+    "processors": PENALTIES, "scores kept": {"return_dict_in_generate": True, "output_scores": True},
+    "stop strings": {"stop_strings": ["no such word"]},
+    "three rows, all of it": {"do_sample": True, "num_return_sequences": 3, **WARPERS, **PENALTIES, "max_time": 600.0,
+                              "eos_token_id": [1, 2]},
+    "the host's": {"do_sample": True, "eta_cutoff": 0.1},
+}  # fmt: skip
+
+
+def choices() -> Iterator[tuple[str, Counts]]:
+    """What a token costs under all that may choose or end it, two layers; the card's own step gives the logits."""
+    for name, options in CHOICES.items():
+        told = options | ({"tokenizer": tiny.tokenizer("qwen2_5_vl")} if "stop_strings" in options else {})
+        few, many = (whole({"speculate": Speculate()}, 2, new, torch.bfloat16, **told) for new in (6, 14))
+        yield name, less(many, few, 8)
 
 
 def choosers() -> Iterator[tuple[str, Counts]]:
@@ -336,7 +356,7 @@ def rounds() -> Iterator[tuple[str, Counts]]:
 GROUPS: dict[str, Callable[[], Iterator[tuple[str, Counts]]]] = {
     "tower call": towers, "prefill, a layer": prefills, "prefill under every policy, a layer": policies,
     "prefill under every policy, in all": policies_in_all, "chooser call": choosers,
-    "cut between layers": between, "token": tokens, "round": rounds,
+    "cut between layers": between, "token": tokens, "token, chosen": choices, "round": rounds,
     "stream": streams,
 }  # fmt: skip
 

@@ -19,7 +19,8 @@ FLOATS = ("scores_ptr", "acc_ptr", "top_ptr", "max_ptr")
 WORDS = ("sizes_ptr", "held_ptr", "slot_of_ptr", "moves_ptr")
 
 
-NUMBERS = ("MOST", "CAPACITY", "TABLE", "SPLITS", "N", "WIDTH", "LENGTH", "gate_row", "up_row", "row_stride", "Q", "M")
+NUMBERS = ("MOST", "CAPACITY", "TABLE", "SPLITS", "N", "WIDTH", "LENGTH", "gate_row", "up_row", "row_stride", "Q", "M",
+           "PIECE")  # fmt: skip
 
 
 KINDS = {"eps": "fp32", "scale": "fp32", "scaling": "fp32", **dict.fromkeys(NUMBERS, "i32")}

@@ -355,31 +355,34 @@ class _Kernel:
 
 def _split(grid: tuple, q: Tensor, k: Tensor, v: Tensor, key_scale: Tensor, value_scale: Tensor, rows: Tensor,
            offsets: Tensor, lengths: Tensor, acc: Tensor, top: Tensor, total: Tensor, scaling: float, queries: int,
-           m: int, splits: int, **constants: Any) -> None:  # fmt: skip
+           piece: int, m: int, splits: int, **constants: Any) -> None:  # fmt: skip
     """Everything into the first split, the others left empty."""
     acc.zero_()
     total.zero_()
     top.fill_(-1.0e30)
+    grouped = q.view(-1, m // piece, queries, q.shape[-1])
     for entry in range(grid[0]):
         row, at, n = int(rows[entry]), int(offsets[entry]), int(lengths[entry])
         keys, values = k[at : at + n].float(), v[at : at + n].float()
         if constants["INT8"]:
             keys, values = keys * key_scale[at : at + n, None], values * value_scale[at : at + n, None]
-        scores = q[row * m : (row + 1) * m].float() @ keys.T * scaling
-        last = n - queries + torch.arange(m) % queries
-        scores = scores.masked_fill(torch.arange(n)[None] > last[:, None], -math.inf)
-        top[entry, 0] = scores.amax(1)
-        weights = (scores - top[entry, 0, :, None]).exp()
-        total[entry, 0], acc[entry, 0] = weights.sum(1), weights @ values
+        for number in range(grid[2]):
+            tokens = torch.arange(number * piece, min((number + 1) * piece, queries))
+            scores = grouped[row][:, tokens].float() @ keys.T * scaling
+            scores = scores.masked_fill(torch.arange(n)[None] > n - queries + tokens[:, None], -math.inf)
+            weights = (scores - scores.amax(2, keepdim=True)).exp()
+            for whole, part in ((top, scores.amax(2)), (total, weights.sum(2)), (acc, weights @ values)):
+                whole[entry, number, 0].unflatten(0, (-1, piece))[:, : len(tokens)] = part
 
 
-def _combine(grid: tuple, acc: Tensor, top: Tensor, total: Tensor, rows: Tensor, out: Tensor, m: int, splits: int,
-             **constants: Any) -> None:  # fmt: skip
-    weight = (top - top.amax(1, keepdim=True)).exp()
-    got = (acc * weight[..., None]).sum(1) / (total * weight).sum(1)[..., None]
-    flat = out.view(-1, m, out.shape[-1])
+def _combine(grid: tuple, acc: Tensor, top: Tensor, total: Tensor, rows: Tensor, out: Tensor, queries: int, piece: int,
+             m: int, splits: int, **constants: Any) -> None:  # fmt: skip
+    weight = (top - top.amax(2, keepdim=True)).exp()
+    got = (acc * weight[..., None]).sum(2) / (total * weight).sum(2)[..., None]
+    flat = out.view(-1, m // piece, queries, out.shape[-1])
     for entry in range(grid[0]):
-        flat[int(rows[entry])] = got[entry].to(out.dtype)
+        by_group = got[entry].unflatten(1, (-1, piece)).transpose(0, 1).flatten(1, 2)
+        flat[int(rows[entry])] = by_group[:, :queries].to(out.dtype)
 
 
 def _rms_norm_kernel(grid: tuple, x: Tensor, weight: Tensor, out: Tensor, eps: float, **constants: Any) -> None:
@@ -677,7 +680,11 @@ class PretendCuda(contextlib.AbstractContextManager):
 
         self._patch(graphs, "capture", _capture)
         self._patch(graphs, "graph_memory", lambda: None)
-        self._patch(step, "Readback", _Readback)
+        from vlmfast.decode import sampler
+
+        for reader in (step, sampler):
+            self._patch(reader, "Readback", _Readback)
+        self._patch(torch.cuda, "default_generators", (torch.default_generator,))
         from vlmfast.runtime import transfers
 
         self._patch(transfers, "read_back", _read_back)

@@ -23,6 +23,7 @@ from vlmfast.decode.drafted_rows import DraftedRows, why_not
 from vlmfast.decode.drafts import PromptLookup
 from vlmfast.decode.output import Output, split
 from vlmfast.decode.relevance import layer_of
+from vlmfast.decode.sampler import Sampler
 from vlmfast.decode.self_draft import SelfDraft
 from vlmfast.decode.speculate import Speculate
 from vlmfast.decode.verification import TokenChooser, host_work, note_host_work, of_row
@@ -165,13 +166,15 @@ def _plain(call: Call, target: Stepper, counters: Counters) -> Any:
         rows.emit(target.logits)
         if not rows.done:
             counters.engine, counters.reason = target.engine, target.reason
-        keeps_scores = rows.scores is not None or rows.logits is not None
-        work = host_work(rows.processors, other_criteria, rows.sampling, keeps_scores)
-        if work is None and len(eos_ids) > engine.STOPS:
-            work = f"{len(eos_ids)} ids that end an answer, the step takes {engine.STOPS}"
+        work = host_work(rows.processors, other_criteria)
         note_host_work(counters.notes, work, counters.engine, target.logits)
-        if counters.engine == "static" and work is None:
-            _follow(rows, target, counters, eos_ids, length_limit)
+        if counters.engine == "static" and work is None and not rows.done:
+            tokens_left = None if length_limit is None else length_limit - rows.ids.shape[1]
+            sampler = Sampler(
+                rows.ids, tokens_left or 256, ~rows.going, rows.processors, other_criteria, rows.sampling, eos_ids,
+                rows.pad, (rows.scores is not None, rows.logits is not None),
+            )  # fmt: skip
+            _follow(rows, sampler, target, counters, tokens_left)
         while not rows.done:
             step_start = time.perf_counter()
             logits = target.step(rows.ids[:, -1:])[:, -1]
@@ -227,29 +230,24 @@ class _Rows:
         self.done = not bool(self.going.any())
 
 
-def _follow(
-    rows: _Rows, target: Stepper, counters: Counters, eos_ids: frozenset[int], length_limit: int | None
-) -> None:
-    """Emit what the step chooses, until every row has ended; the step may then have run ahead."""
-    if rows.done:
-        return
+def _follow(rows: _Rows, sampler: Sampler, target: Stepper, counters: Counters, tokens_left: int | None) -> None:
+    """Emit what the device chooses, until every row has ended; it may then have run ahead."""
     step_start, step_tokens = time.perf_counter(), []
-    rows_going = rows.going.tolist()
-    tokens_left = None if length_limit is None else length_limit - rows.ids.shape[1]
-    last_tokens = rows.ids[:, -1:].clone()
-    with closing(target.greedy(last_tokens, tokens_left, eos=eos_ids, pad=rows.pad, ended=~rows.going)) as choices:
-        for chosen_tokens in choices:
+    with closing(sampler.run(target, tokens_left)) as choices:
+        for chosen in choices:
             step_end = time.perf_counter()
             counters.round(0, [], 0.0, (step_end - step_start) * 1e3)
             step_start = step_end
-            step_tokens.append(chosen_tokens.clone())
+            step_tokens.append(chosen.tokens)
+            if rows.scores is not None:
+                rows.scores = (*rows.scores, chosen.kept()[0])
+            if rows.logits is not None:
+                rows.logits = (*rows.logits, chosen.kept()[1])
             if rows.streamer is not None:
-                rows.streamer.put(chosen_tokens[:, 0].clone())
-            pairs = zip(rows_going, chosen_tokens[:, 0].tolist(), strict=True)
-            rows_going = [going and token not in eos_ids for going, token in pairs]
-            if not any(rows_going):
+                rows.streamer.put(torch.tensor(chosen.tokens))
+            if all(chosen.ended):
                 break
-    rows.ids = torch.cat([rows.ids, torch.cat(step_tokens, 1).to(rows.ids.device)], 1)
+    rows.ids = torch.cat([rows.ids, torch.tensor(step_tokens).T.to(rows.ids.device)], 1)
     rows.done = True
 
 

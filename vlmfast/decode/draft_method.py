@@ -37,6 +37,11 @@ class Request:
     tokenizer: Any = None  # where the draft reads text
     target: Stepper | None = None  # after its prefill, where one row is drafted
 
+    @property
+    def repeats(self) -> int:
+        """How many rows after another are one prompt: `num_return_sequences`."""
+        return int(getattr(self.generation_config, "num_return_sequences", None) or 1)
+
     @functools.cached_property
     def media_key(self) -> str | None:
         """What tells the media of this call from others: a digest of their pixels, made once; None without media."""

@@ -18,7 +18,7 @@ from vlmfast import families
 from vlmfast.core import Draft, StageDidNotFire, TokenPruner, Unsupported, UserError
 from vlmfast.decode.draft_method import DraftMethod, Request
 from vlmfast.decode.proposers import LookupOrModel, ModelProposer, NgramProposer
-from vlmfast.decode.row_drafts import LookupRows, ModelRows, RowsDraft
+from vlmfast.decode.row_drafts import LookupOrModelRows, LookupRows, ModelRows, RowsDraft
 from vlmfast.decode.target_attention import TargetAttention
 from vlmfast.engine import open_static
 from vlmfast.fields import NonNegativeInt, PositiveInt, Range
@@ -114,7 +114,7 @@ class ModelDraft(DraftMethod):
         return ModelProposer(*self._prefilled(request), self.confidence)
 
     def open_rows(self, request: Request) -> RowsDraft:
-        """The same over several rows."""
+        """The same over several rows; several sequences of one prompt share its prefill."""
         return ModelRows(*self._prefilled(request), self.confidence)
 
     def _prefilled(self, request: Request) -> tuple[Stepper, int, frozenset[int], int]:
@@ -125,33 +125,35 @@ class ModelDraft(DraftMethod):
                 f"{self.name}(prune=...) prunes through vlmfast.accelerate(model, speculate=...): use that call"
             )
         num_embeddings = int(draft_model.get_input_embeddings().weight.shape[0])
-        draft_ids = request.input_ids.clamp(max=num_embeddings - 1)
+        draft_ids = request.input_ids[:: request.repeats].clamp(max=num_embeddings - 1)
         not_passed_on = ("input_ids", "inputs", "inputs_embeds", OLD, CACHE, "position_ids", "mm_encoder_outputs")
         kwargs = {argument: value for argument, value in request.inputs.items() if argument not in not_passed_on}
         kwargs |= {"use_cache": True, "logits_to_keep": 1, CACHE: request.fresh_cache(draft_model)}
         follows_target = isinstance(self.prune, TargetAttention)
         guided_pruner = (
-            guided(self.prune, request) if follows_target else None
+            guided(self.prune, request, request.repeats) if follows_target else None
         )  # None = the one it was accelerated with
         draft_call = nullcontext() if requests is None else requests.call(guided_pruner)
         with draft_call as draft_state, torch.inference_mode():  # nothing of it leaves the draft
             stepper = Stepper.prefill(
-                draft_model, draft_ids, request.generation_config, kwargs, engine=request.steps, static=open_static
-            )
+                draft_model, draft_ids, request.generation_config, kwargs, engine=request.steps, static=open_static,
+                repeats=request.repeats,
+            )  # fmt: skip
         if draft_state is not None and draft_state.visual_tokens == 0 and _sees(draft_model, draft_ids):
             raise StageDidNotFire("visual tokens were in the prompt but the draft's pruner never saw them")
         return stepper, draft_ids.shape[1], request.stop, min(vocabulary(draft_model), vocabulary(request.model))
 
 
-def guided(pruner: Any, request: Request) -> Any:
-    """The draft's pruner for this prompt: one that follows the target is told what the target looked at."""
+def guided(pruner: Any, request: Request, every: int = 1) -> Any:
+    """The draft's pruner for these prompts: one that follows the target is told what the target looked at. every: the
+    draft's prefill reads one row in so many."""
     if not isinstance(pruner, TargetAttention):
         return pruner
-    token_ids, requests = request.input_ids[0], request.requests
-    scores = None if requests is None else requests.current.text_attention.scores(token_ids.shape[0])
+    token_ids, requests = request.input_ids[::every], request.requests
+    scores = None if requests is None else requests.current.text_attention.scores(token_ids.shape[1])
     if scores is None:
         return pruner.guided_by(None)
-    placeholders = families.get(request.model).visual_ids(request.model).values()
+    scores, placeholders = scores[::every], families.get(request.model).visual_ids(request.model).values()
     per_kind = [scores[(token_ids == placeholder).to(scores.device)] for placeholder in placeholders]
     return pruner.guided_by(torch.cat(per_kind))
 
@@ -219,11 +221,15 @@ class LookupThenModel(ModelDraft):
     shortest: PositiveInt = 2
     name: ClassVar[str] = "lookupthenmodel"
     graded: ClassVar[bool] = False
-    rows: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _lengths(self.name, self.longest, self.shortest)
+
+    def open_rows(self, request: Request) -> RowsDraft:
+        """Open both; every row looks up in its own text."""
+        lookup_rows = PromptLookup(self.longest, self.shortest).open_rows(request)
+        return LookupOrModelRows(lookup_rows, ModelRows(*self._prefilled(request), self.confidence))
 
     def open(self, request: Request) -> Draft:
         """Open both."""

@@ -30,6 +30,7 @@ from vlmfast.decode.draft_method import Request
 from vlmfast.decode.output import Output, split
 from vlmfast.decode.preconditions import check, constrain, tokenizer_for
 from vlmfast.decode.relevance import Relevances, layer_of, open_relevances
+from vlmfast.decode.sampler import Sampler
 from vlmfast.decode.speculate import Speculate
 from vlmfast.decode.strict_tokens import strict_tokens
 from vlmfast.decode.verification import TokenChooser, VerifiedLogits, host_work, note_host_work
@@ -158,7 +159,7 @@ class _Run:
                 if draft_waits and len(output.emitted) > num_waited:
                     self._open(replace(request, target=target), target.cache, continued)
                     draft_waits = False
-                if self._chosen_by_step(target):
+                if self._chosen_on_device(target):
                     self._follow(target)
                 else:
                     self._round(target)
@@ -233,24 +234,28 @@ class _Run:
         tokens, draft_probs = self.draft.propose(self.out.host_ids, max_tokens, pick_token, draft_stop)
         return (tokens.cpu() if tokens.shape[0] else None), draft_probs
 
-    def _chosen_by_step(self, target: Stepper) -> bool:
-        """May the step itself choose every token, the host only following it? Nothing but the ids is asked for then."""
+    def _chosen_on_device(self, target: Stepper) -> bool:
+        """May the device choose every token, the host only following it?"""
         return target.engine == "static" and self.controller is None and self._host_work() is None
 
     def _host_work(self) -> str | None:
-        """What else the host is asked for at every token."""
-        output, keeps = self.out, self.out.scores is not None or self.out.logits is not None
-        return host_work(self.choice.processors, output.criteria, self.sampling, keeps)
+        """What the host is asked for at every token."""
+        return host_work(self.choice.processors, self.out.criteria)
 
     def _follow(self, target: Stepper) -> None:
-        """Emit what the step chooses, until the answer ends; the step may then have run ahead."""
+        """Emit what the device chooses, until the answer ends; it may then have run ahead."""
         output, step_start = self.out, time.perf_counter()
-        with closing(target.greedy(output.emitted[-1], output.left())) as tokens:
-            for token in map(int, tokens):
+        sampler = Sampler(
+            output.ids, output.left() or 256, torch.zeros(1, dtype=torch.bool, device=output.ids.device),
+            self.choice.processors, output.criteria, self.sampling, output.eos, 0,
+            (output.scores is not None, output.logits is not None),
+        )  # fmt: skip
+        with closing(sampler.run(target, output.left())) as choices:
+            for chosen in choices:
                 step_end = time.perf_counter()
                 self.counters.round(0, [], 0.0, (step_end - step_start) * 1e3)
                 step_start = step_end
-                if output.emit(token, _nothing):
+                if output.emit(chosen.tokens[0], chosen.kept, chosen.ended[0]):
                     break
 
     def _round(self, target: Stepper) -> None:
@@ -294,10 +299,6 @@ class _Run:
             draft, verified.score, verified.pick, self.sampling, verified.widened(draft_probs), self.out.emitted,
             relevance, past_relevance, self.strict, self.random, verified.batch,
         )  # fmt: skip
-
-
-def _nothing() -> tuple[Tensor, Tensor]:
-    raise AssertionError("scores were asked for of a step that keeps none")
 
 
 def _fresh_cache(model: Any) -> Any:

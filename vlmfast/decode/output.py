@@ -57,10 +57,13 @@ class Output:
         """Tokens that may still be emitted."""
         return None if self.limit is None else self.limit - self.length
 
-    def emit(self, token: int, scores_and_logits: Callable[[], tuple[Tensor, Tensor]]) -> bool:
+    def emit(
+        self, token: int, scores_and_logits: Callable[[], tuple[Tensor, Tensor]], ended: bool | None = None
+    ) -> bool:
         """Add one token; returns (and keeps) whether the answer ends with it.
 
-        scores_and_logits: gives the token's scores and logits, (1, V) each; called where one of them is kept.
+        scores_and_logits: gives the token's scores and logits, (1, V) each; called where one of them is kept. ended: do
+        ids or criteria end the answer? None = they are asked.
         """
         if self.length == self.buffer.shape[1]:
             self.buffer = torch.cat([self.buffer, self.buffer.new_zeros(1, self.length)], 1)
@@ -71,8 +74,8 @@ class Output:
             token_scores, logits = scores_and_logits()
             self.scores = None if self.scores is None else (*self.scores, token_scores)
             self.logits = None if self.logits is None else (*self.logits, logits)
-        is_last = token in self.eos or (self.limit is not None and self.length >= self.limit)
-        for criterion in self.criteria:
+        is_last = bool(ended) or token in self.eos or (self.limit is not None and self.length >= self.limit)
+        for criterion in self.criteria if ended is None else ():
             is_last = bool(torch.as_tensor(criterion(self.ids, self.scores)).all()) or is_last
         if self.streamer is not None:
             self.streamer.put(torch.tensor([token]))

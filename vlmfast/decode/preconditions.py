@@ -11,7 +11,6 @@ from vlmfast.core import Unsupported, UserError
 from vlmfast.decode import grammar
 from vlmfast.decode.drafts import ModelDraft
 from vlmfast.decode.speculate import Speculate
-from vlmfast.decode.target_attention import TargetAttention
 from vlmfast.runtime.compat import cache_in, option
 from vlmfast.runtime.rewind import cannot_rewind
 
@@ -72,7 +71,7 @@ def check(model: Any, speculate: Speculate, args: tuple, kwargs: dict[str, Any],
         _check_grammar(speculate, kwargs)
         _check_rewind(model, speculate, kwargs, input_ids, kv)
         if num_rows > 1:
-            _check_rows(model, speculate, kwargs, num_rows, asked_options["num_return_sequences"] or 1)
+            _check_rows(model, speculate, kwargs, num_rows)
     tokenizer_for(model, speculate, kwargs)
 
 
@@ -97,16 +96,12 @@ def _check_grammar(speculate: Speculate, kwargs: dict[str, Any]) -> None:
     )
 
 
-def _check_rows(model: Any, speculate: Speculate, kwargs: dict[str, Any], num_rows: int, num_sequences: int) -> None:
+def _check_rows(model: Any, speculate: Speculate, kwargs: dict[str, Any], num_rows: int) -> None:
     """Several rows are drafted over the static step, whose rows take tokens back by themselves."""
     draft, reason = speculate.draft, None
     draft_model = draft.load() if isinstance(draft, ModelDraft) else None
     if not draft.rows:
         reason = f"{draft.name} drafts one row at a time"
-    elif isinstance(draft.pruner, TargetAttention):
-        reason = f"a draft with prune={draft.pruner.name} follows one row at a time"
-    elif num_sequences > 1 and draft_model is not None:
-        reason = f"num_return_sequences={num_sequences}, and {draft.name} is given the media of one sequence only"
     for name in ("output_scores", "output_logits"):
         if reason is None and option(model, kwargs, "return_dict_in_generate") and option(model, kwargs, name):
             reason = f"{name}=True, and a row that has ended is not scored while others go on"

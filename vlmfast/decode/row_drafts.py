@@ -148,3 +148,31 @@ class ModelRows:
         counts = [max(0, num_tokens) for num_tokens in counts]
         self.decoder.rewind(counts)
         self.fed = [num_fed - num_tokens for num_fed, num_tokens in zip(self.fed, counts, strict=True)]
+
+
+class LookupOrModelRows:
+    """Every row's lookup where it finds something, the model for all the others together."""
+
+    def __init__(self, lookup: LookupRows, model: ModelRows) -> None:
+        self.lookup, self.model = lookup, model
+        self.used = [False] * len(lookup.rows)  # rows whose last proposal is the model's
+        self.certainty: list[list[float]] = [[] for _ in lookup.rows]
+
+    @property
+    def decoder(self) -> Any:
+        return self.model.decoder
+
+    def propose(
+        self, ids: list[Tensor], lengths: list[int], pick_token: Pick | None = None, draft_stop: DraftStop = NO_STOP
+    ) -> list[Proposal]:
+        """See `RowsDraft`."""
+        found = self.lookup.propose(ids, lengths)
+        self.used = [tokens.shape[0] == 0 and length > 0 for (tokens, _), length in zip(found, lengths, strict=True)]
+        left = [length if used else 0 for used, length in zip(self.used, lengths, strict=True)]
+        modelled = self.model.propose(ids, left, pick_token, draft_stop)
+        self.certainty = self.model.certainty
+        return [own if used else other for used, own, other in zip(self.used, modelled, found, strict=True)]
+
+    def rewind(self, refused: list[int]) -> None:
+        """Rewind the model in the rows whose proposal it made."""
+        self.model.rewind([count if used else 0 for used, count in zip(self.used, refused, strict=True)])

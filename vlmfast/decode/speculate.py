@@ -29,7 +29,7 @@ class Speculate(Method):
     draft: Any = None
     accept: Rule = field(default_factory=Exact)
     length: PositiveInt | Literal["adaptive"] = "adaptive"
-    most: PositiveInt = 15  # and the token after them: what the CUDA kernel verifies at once
+    most: PositiveInt = 15  # and the token after them: what the static step and the CUDA kernel verify in one piece
     tokenizer: Any = field(default=None, repr=False, compare=False)
     otherwise: Literal["refuse", "plain"] = "refuse"
     name: ClassVar[str] = "speculate"

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import MaxTimeCriteria
+from transformers.generation import StopStringCriteria
 from transformers.generation import logits_process as processors
 
 # processors whose result for a row does not depend on the ids: one call serves all rows of a round
@@ -26,15 +28,20 @@ BY_ROW = (
     processors.SuppressTokensAtBeginLogitsProcessor, processors.ExponentialDecayLengthPenalty,
 )  # fmt: skip
 
+# processors and stopping criteria that keep nothing between calls and read nothing from the device: they may be asked
+# of a token that the host has not read, or that turns out to be surplus. `Eta` checks its distribution on the host.
+ON_DEVICE = {*BY_ROW, processors.EncoderRepetitionPenaltyLogitsProcessor, MaxTimeCriteria, StopStringCriteria} - {
+    processors.EtaLogitsWarper
+}
 
-def host_work(all_processors: Any, criteria: list[Any], sampling: bool, keeps_scores: bool) -> str | None:
-    """What makes the host look at every token of an answer, in words; None = nothing: a captured step may choose.
+
+def host_work(all_processors: Any, criteria: list[Any]) -> str | None:
+    """What makes the host look at every token of an answer, in words; None = nothing: the device may run ahead.
 
     criteria: stopping criteria beside length and end-of-answer ids.
     """
-    names = [type(asked).__name__ for asked in (*(all_processors or ()), *criteria)]
-    names += ["sampling"] * sampling + ["scores or logits kept"] * keeps_scores
-    return ", ".join(names) or None
+    asked = (*(all_processors or ()), *criteria)
+    return ", ".join(type(one).__name__ for one in asked if type(one) not in ON_DEVICE) or None
 
 
 def note_host_work(notes: list[str], work: str | None, engine: str, logits: Tensor) -> None:

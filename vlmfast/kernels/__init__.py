@@ -27,8 +27,8 @@ def ragged_attention(
 ) -> Tensor:
     """Attention of (B, H, q, D) queries over ragged rows, see `reference.ragged_attention`.
 
-    backend None picks Triton on CUDA where it takes the shapes (up to 16 query tokens), else grouped dense calls; parts
-    of rows (`lse`, not `causal`) are read by grouped dense calls.
+    backend None picks Triton on CUDA where it takes the shapes (`triton_ragged.supports`), else grouped dense calls;
+    parts of rows (`lse`, not `causal`) are read by grouped dense calls.
     Raises UserError for a backend that does not exist or does not take these shapes.
     """
     if not len(kv):
@@ -48,8 +48,8 @@ def ragged_attention(
 
         if not triton_ragged.supports(query, kv) or lse is not None or not causal:
             raise UserError(
-                f"the Triton kernel takes {triton_ragged.MAX_QUERIES} query tokens, 128 grouped queries (64 if heads "
-                "exceed 128), heads of 256 in float16, bfloat16 or float32, no bias, whole rows; "
+                "the Triton kernel takes groups of 128 queries (64 if heads exceed 128), heads of 256 in float16, "
+                "bfloat16 or float32, no bias, whole rows; "
                 f"got {list(query.shape)} {query.dtype}; use backend='cpu'"
             )
         return triton_ragged.ragged_attention(query, kv, scaling, out)

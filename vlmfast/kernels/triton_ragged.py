@@ -1,7 +1,8 @@
 """Flash-decoding over ragged rows on CUDA: the sequence of every row is split, partial results are combined.
 
-One program per (row, split) reads its share of the row once for all grouped queries (G * q <= 128, q <= 16), keeping a
-running maximum and sum; a second kernel merges the splits. Specification: `reference.ragged_attention`.
+One program per (row, split, piece of the queries) reads its share of the row once for all grouped queries of the piece
+(G * q <= 128, q <= 16), keeping a running maximum and sum; a second kernel merges the splits. Specification:
+`reference.ragged_attention`.
 """
 
 from __future__ import annotations
@@ -13,30 +14,33 @@ from torch import Tensor
 
 from vlmfast.kernels.reference import Ragged
 
-MAX_QUERIES = 16
+PIECE = 16  # query tokens that one program takes; more of them are more programs
 
 
 @triton.jit
 def _split(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, v_ptr, ks_ptr, vs_ptr, rows_ptr, offsets_ptr, lengths_ptr, acc_ptr, max_ptr, sum_ptr,
-    scaling, Q, M, SPLITS,
+    scaling, Q, PIECE, M, SPLITS,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
     entry = tl.program_id(0)
     split = tl.program_id(1)
+    piece = tl.program_id(2)
     row = tl.load(rows_ptr + entry)
     start = tl.load(offsets_ptr + entry)
     length = tl.load(lengths_ptr + entry)
     query_rows = tl.arange(0, BLOCK_M)
     key_dims = tl.arange(0, BLOCK_D)
     value_dims = tl.arange(0, BLOCK_DV)
-    query_mask = (query_rows[:, None] < M) & (key_dims[None, :] < D)
-    queries = tl.load(q_ptr + (row * M + query_rows[:, None]) * D + key_dims[None, :], mask=query_mask, other=0.0)
-    last_column = length - Q + query_rows % Q  # last column each query sees
+    tokens = piece * PIECE + query_rows % PIECE
+    query_slots = (row * (M // PIECE) + query_rows // PIECE) * Q + tokens
+    query_mask = ((query_rows < M) & (tokens < Q))[:, None] & (key_dims[None, :] < D)
+    queries = tl.load(q_ptr + query_slots[:, None] * D + key_dims[None, :], mask=query_mask, other=0.0)
+    last_column = length - Q + tokens  # last column each query sees
     split_size = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N
     first_column = split * split_size
-    end_column = tl.minimum(first_column + split_size, length)
+    end_column = tl.minimum(first_column + split_size, tl.minimum(length, length - Q + (piece + 1) * PIECE))
     maxima = tl.full([BLOCK_M], -1.0e30, tl.float32)
     totals = tl.zeros([BLOCK_M], tl.float32)
     accumulator = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -64,7 +68,7 @@ def _split(  # type: ignore[no-untyped-def]
             weights = weights * tl.load(vs_ptr + slots, mask=in_range, other=0.0)[None, :]
         accumulator += tl.dot(weights.to(queries.dtype), values.to(queries.dtype), input_precision="ieee")
         maxima = new_maxima
-    offsets = (entry * SPLITS + split) * M + query_rows
+    offsets = ((entry * tl.num_programs(2) + piece) * SPLITS + split) * M + query_rows
     tl.store(max_ptr + offsets, maxima, mask=query_rows < M)
     tl.store(sum_ptr + offsets, totals, mask=query_rows < M)
     stored = (query_rows[:, None] < M) & (value_dims[None, :] < DV)
@@ -73,35 +77,39 @@ def _split(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _combine(  # type: ignore[no-untyped-def]
-    acc_ptr, max_ptr, sum_ptr, rows_ptr, o_ptr, M, SPLITS,
+    acc_ptr, max_ptr, sum_ptr, rows_ptr, o_ptr, Q, PIECE, M, SPLITS,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     entry = tl.program_id(0)
     query_row = tl.program_id(1)
-    row = tl.load(rows_ptr + entry)
+    piece = tl.program_id(2)
     splits = tl.arange(0, BLOCK_S)
     value_dims = tl.arange(0, BLOCK_DV)
-    offsets = (entry * SPLITS + splits) * M + query_row
+    offsets = ((entry * tl.num_programs(2) + piece) * SPLITS + splits) * M + query_row
     maxima = tl.load(max_ptr + offsets, mask=splits < SPLITS, other=-1.0e30)
     weights = tl.exp(maxima - tl.max(maxima, 0))
     sum_total = tl.sum(tl.load(sum_ptr + offsets, mask=splits < SPLITS, other=0.0) * weights, 0)
     loaded = (splits[:, None] < SPLITS) & (value_dims[None, :] < DV)
     partials = tl.load(acc_ptr + offsets[:, None] * DV + value_dims[None, :], mask=loaded, other=0.0)
     combined = tl.sum(partials * weights[:, None], 0) / sum_total
-    tl.store(o_ptr + (row * M + query_row) * DV + value_dims, combined.to(o_ptr.dtype.element_ty), mask=value_dims < DV)
+    row = tl.load(rows_ptr + entry)
+    token = piece * PIECE + query_row % PIECE
+    out_slot = (row * (M // PIECE) + query_row // PIECE) * Q + token
+    stored = (value_dims < DV) & (token < Q)
+    tl.store(o_ptr + out_slot * DV + value_dims, combined.to(o_ptr.dtype.element_ty), mask=stored)
 
 
 def supports(query: Tensor, kv: Ragged) -> bool:
-    """True where the kernel takes it: up to 16 query tokens, 128 grouped queries (64 of heads above 128), heads up to
-    256, no bias."""
+    """True where the kernel takes it: groups of up to 128 queries (64 of heads above 128), heads up to 256, no bias."""
+    fits = query.shape[3] <= 256 and query.dtype != torch.float64
+    return kv.bias is None and fits and _piece(query, kv) > 0
+
+
+def _piece(query: Tensor, kv: Ragged) -> int:
+    """How many query tokens of a group one program takes, 0 = the group is too large."""
     batch, num_heads, num_queries, head_size = query.shape
-    return (
-        kv.bias is None
-        and num_queries <= MAX_QUERIES
-        and batch * num_heads // kv.total * num_queries <= (128 if head_size <= 128 else 64)
-        and head_size <= 256
-        and query.dtype != torch.float64
-    )
+    most = (128 if head_size <= 128 else 64) // (batch * num_heads // kv.total)
+    return min(PIECE, most, num_queries)
 
 
 def tile(head: int, queries: int) -> dict[str, int]:
@@ -110,37 +118,40 @@ def tile(head: int, queries: int) -> dict[str, int]:
     block_n = 64 if block_d * block_m <= 8192 else 32
     if block_d > 128:
         block_n = 32 if block_d * block_m <= 8192 else 16
+    most_of_4_warps = 4096 if block_d > 64 else 1024
     return {"BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_N": block_n, "num_stages": 2,
-            "num_warps": 8 if block_d * block_m > 4096 else 4}  # fmt: skip
+            "num_warps": 8 if block_d * block_m > most_of_4_warps else 4}  # fmt: skip
 
 
 def ragged_attention(query: Tensor, kv: Ragged, scaling: float, out: Tensor, splits: int | None = None) -> Tensor:
     """See `reference.ragged_attention`. `splits` of the sequence per row; default fills about two waves of programs."""
     batch, num_heads, num_queries, head_size = query.shape
     value_size, group_size = out.shape[-1], batch * num_heads // kv.total
-    num_grouped, num_entries = group_size * num_queries, len(kv)
+    piece, num_entries = _piece(query, kv), len(kv)
+    num_grouped, num_pieces = group_size * piece, triton.cdiv(num_queries, piece)
     longest = max(kv.lengths)
     if splits is None:
-        splits_wanted = 264 // num_entries
+        splits_wanted = 264 // (num_entries * num_pieces)
         splits = max(1, min(splits_wanted, triton.cdiv(longest, 256), 64))
     device = query.device
     index = torch.tensor([kv.rows, kv.offsets, kv.lengths], dtype=torch.int64).to(device, non_blocking=True)
     rows, offsets, lengths = index.unbind(0)
-    packed_queries = query.reshape(kv.total * num_grouped, head_size).contiguous()
-    partials = torch.empty(num_entries, splits, num_grouped, value_size, dtype=torch.float32, device=device)
-    maxima = torch.empty(num_entries, splits, num_grouped, dtype=torch.float32, device=device)
+    packed_queries = query.reshape(kv.total * group_size * num_queries, head_size).contiguous()
+    shape = (num_entries, num_pieces, splits, num_grouped)
+    partials = torch.empty(*shape, value_size, dtype=torch.float32, device=device)
+    maxima = torch.empty(shape, dtype=torch.float32, device=device)
     totals = torch.empty_like(maxima)
     scales = (kv.key_scale, kv.value_scale) if kv.key_scale is not None else (packed_queries, packed_queries)
     next_power = triton.next_power_of_2
     value_block = max(16, next_power(value_size))
     block_sizes = tile(max(head_size, value_size), num_grouped) | {"BLOCK_D": max(16, next_power(head_size))}
-    _split[(num_entries, splits)](
+    _split[(num_entries, splits, num_pieces)](
         packed_queries, kv.keys, kv.values, *scales, rows, offsets, lengths, partials, maxima, totals, scaling,
-        num_queries, num_grouped, splits, D=head_size, DV=value_size, BLOCK_DV=value_block,
+        num_queries, piece, num_grouped, splits, D=head_size, DV=value_size, BLOCK_DV=value_block,
         INT8=kv.key_scale is not None, **block_sizes,
     )  # fmt: skip
-    _combine[(num_entries, num_grouped)](
-        partials, maxima, totals, rows, out, num_grouped, splits, DV=value_size, BLOCK_DV=value_block,
-        BLOCK_S=next_power(splits), num_warps=8,
+    _combine[(num_entries, num_grouped, num_pieces)](
+        partials, maxima, totals, rows, out, num_queries, piece, num_grouped, splits, DV=value_size,
+        BLOCK_DV=value_block, BLOCK_S=next_power(splits), num_warps=8,
     )  # fmt: skip
     return out

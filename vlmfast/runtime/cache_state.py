@@ -135,6 +135,21 @@ def put_cache_state(cache: Any, **fields: Any) -> None:
     setattr(cache, ATTRIBUTE, replace(cache_state(cache), **fields))
 
 
+def repeat_rows(cache: Any, times: int) -> None:
+    """Make every row of a prefilled cache `times` rows, one after the other."""
+
+    def repeated(rows: Tensor) -> Tensor:
+        return rows.repeat_interleave(times, 0)
+
+    cache.batch_repeat_interleave(times)
+    columns, cuts = cache_state(cache).columns, cache_state(cache).cuts
+    if columns is not None:
+        host = None if columns.host is None else repeated(columns.host)
+        columns = replace(columns, kinds=repeated(columns.kinds), index=repeated(columns.index), host=host)
+    cuts = {at: replace(cut, valid=repeated(cut.valid), index=repeated(cut.index)) for at, cut in cuts.items()}
+    put_cache_state(cache, columns=columns, cuts=cuts)
+
+
 def rows_width(rows: list[Tensor]) -> int:
     """Physical columns that enter: the longest row."""
     return max(len(row_indices) for row_indices in rows)

@@ -1,4 +1,4 @@
-"""Peak rates of devices by name: dense matrix products and memory, from data sheets."""
+"""What is known of a device: its peak rates, from data sheets by name, and the random numbers drawn on it."""
 
 from __future__ import annotations
 
@@ -38,3 +38,10 @@ def of_card(device: torch.device) -> Device | None:
     if device.type != "cuda":
         return None
     return DEVICES.get(CARDS.get(torch.cuda.get_device_name(device), ""))
+
+
+def random_generator(device: torch.device) -> torch.Generator:
+    """The generator that torch draws from on a device where none is named; `torch.manual_seed` sets it."""
+    if device.type != "cuda":
+        return torch.default_generator
+    return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]

@@ -39,18 +39,22 @@ class TextAttention:
     """Attention from text after the media, per column of the last prefill with media (`runtime.text_attention`)."""
 
     on: bool = False  # is it recorded in the forward now running?
-    kinds: Tensor | None = None  # (1, P) of the columns that entered
-    index: Tensor | None = None  # (1, P) logical column of each
-    rows: list[Tensor] = field(default_factory=list)  # per layer (P,) float32, mean over heads and text columns
+    kinds: Tensor | None = None  # (B, P) of the columns that entered
+    index: Tensor | None = None  # (B, P) logical column of each
+    layers: list[Tensor] = field(default_factory=list)  # each (B, P) float32, mean over heads and text columns
+
+    @property
+    def rows(self) -> list[Tensor]:
+        """Of the first row of the batch, per layer (P,) float32."""
+        return [weights[0] for weights in self.layers]
 
     def scores(self, length: int) -> Tensor | None:
-        """(length,) float32 per logical column, 0 where the target dropped it; None before any media was seen."""
-        if not self.rows or self.index is None:
+        """(B, length) float32 per logical column, 0 where the target dropped it; None before any media was seen."""
+        if not self.layers or self.index is None:
             return None
-        mean_scores, logical_columns = torch.stack(self.rows).mean(0), self.index[0]
-        column_scores = mean_scores.new_zeros(length)
-        column_scores[logical_columns[logical_columns >= 0]] = mean_scores[logical_columns >= 0]
-        return column_scores
+        mean_scores = torch.stack(self.layers).mean(0)
+        places = self.index.masked_fill(self.index < 0, length)  # padding goes behind the last column
+        return mean_scores.new_zeros(len(places), length + 1).scatter_(1, places, mean_scores)[:, :length]
 
 
 @dataclass

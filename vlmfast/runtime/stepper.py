@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vlmfast import families
 from vlmfast.core import Kind, Unsupported, brief
-from vlmfast.runtime.cache_state import cache_state
+from vlmfast.runtime.cache_state import cache_state, repeat_rows
 from vlmfast.runtime.compat import CACHE, cache_of
 from vlmfast.runtime.fast_decoder import FastDecoder, difference, why_not
 from vlmfast.runtime.pruned_layer import RaggedLayer
@@ -71,6 +71,7 @@ class Stepper:
         engine: str = "auto",
         room: int = 256,
         static: Maker | None = None,
+        repeats: int = 1,
     ) -> Stepper:
         """Run the prompt, as `generate` would, with everything that `generate` prepared.
 
@@ -78,7 +79,7 @@ class Stepper:
         an empty cache; hidden_layer: of a decoder layer whose output to record, first here as `.hidden` (1, P, D) over
         the physical columns that entered, then at every step. engine: "auto", "static", "functional" or "module" (one
         named raises where it cannot run). room: tokens expected. static: `engine.open_static`, where the static step
-        may be taken.
+        may be taken. repeats: sequences that every prompt becomes after its prefill.
         """
         text = families.get(model).text(model)
         if model_kwargs.get("position_ids") is None:  # raw inputs: what `generate` does before it calls
@@ -99,7 +100,12 @@ class Stepper:
         positions = model_kwargs["position_ids"]
         mask = _padding(model_kwargs.get("attention_mask"))
         logits = out.logits[:, -1].to(device=input_ids.device, dtype=torch.float32, copy=True)
-        self = cls(model, cache, positions[..., -1:] + 1, logits, mask, hidden_layer)
+        position = positions[..., -1:] + 1
+        if repeats > 1:
+            repeat_rows(cache, repeats)
+            logits, mask = (rows if rows is None else rows.repeat_interleave(repeats, 0) for rows in (logits, mask))
+            position = position.expand(*position.shape[:-2], len(input_ids), 1).repeat_interleave(repeats, -2)
+        self = cls(model, cache, position, logits, mask, hidden_layer)
         if seen:
             self.hidden = torch.cat(seen, 1)
         if engine == "auto":

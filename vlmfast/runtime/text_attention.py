@@ -43,7 +43,7 @@ class TextAttentionRecorder:
         record.on = entered is not None and not request.draft  # a draft's second prefill is not the target's own look
         if record.on and entered is not None:
             q = kwargs["inputs_embeds"].shape[1]
-            record.kinds, record.index, record.rows = entered.kinds[:, -q:], entered.index[:, -q:], []
+            record.kinds, record.index, record.layers = entered.kinds[:, -q:], entered.index[:, -q:], []
 
     def _attended(self, module: Any, args: tuple, kwargs: dict, output: Any) -> None:
         record = self.requests.current.text_attention
@@ -58,4 +58,4 @@ class TextAttentionRecorder:
         w, counted = text_queries(record.kinds, min(self.queries, n))
         query = window_queries(module, hidden[:, -w:], tables)
         weights = kernels.window_mean(query, keys, module.scaling, record.kinds != Kind.PAD, counted)
-        record.rows.append(weights[0].float().mean((0, 1)))
+        record.layers.append(weights.float().mean((1, 2)))
