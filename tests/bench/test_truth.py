@@ -146,7 +146,7 @@ def test_a_plan_that_claims_host_heads_has_some(monkeypatch: pytest.MonkeyPatch)
     host = 40.0
     rows = {r["name"]: r for r in policies.rows(0.25, quick=True)}
     assert set(rows) == {*policies.BASELINES, "hybridkv", "snapkv", timing.AGAIN}
-    assert set(rows["snapkv"]["vs"]) == set(policies.BASELINES)
+    assert set(rows["snapkv"]["vs"]) == set(policies.BESIDE)
     assert rows["snapkv"]["bounds"]["full"]["decode_ms_per_token"] > 1
 
 
