@@ -15,8 +15,6 @@ one second), and all read the last `--recent` seconds besides, at full resolutio
 * `internal-full` and `rekv` (up to 10 minutes): nothing dropped, two bytes per number, what compression costs; with
   the retriever of `internal`, and with inner products per layer;
 * `reencode` (up to 10 minutes): all frames through the model again for a question, paired with `internal` on it;
-* `rules` and `rules-rate`: watch rules on clips of ten minutes, what they tell and miss, and frames per second with
-  none, one and eight of them;
 * `natural`: decoding, encoding, retrieval and limits on a real clip, whatever the pocket model makes of it.
 
 Clips are shared among `--jobs` processes; what a clip gave is kept in `--answers`, so that a killed run goes on where
@@ -100,7 +98,7 @@ def counts_of(text: str | None, lengths: list[float]) -> dict[str, int] | None:
 
 def rows(config: dict[str, Any], answers: Path) -> list[dict[str, Any]]:
     """All rows of a run."""
-    from evals.stream import clips, rules, runs
+    from evals.stream import clips, runs
     from vlmfast import loading
     from vlmfast.bench import records
 
@@ -123,9 +121,7 @@ def rows(config: dict[str, Any], answers: Path) -> list[dict[str, Any]]:
         ]
     if config["quick"]:
         return out
-    kept = answers / clips.identity({**config, "layers": layers})
-    out.append(rules.accuracy_row(loaded.model, loaded.processor, config, kept))
-    return [*out, rules.rate_row(loaded.model, loaded.processor, config), *natural_rows(loaded, config)]
+    return [*out, *natural_rows(loaded, config)]
 
 
 def method_row(way: str, result: Any, base: Any, minutes: float, frames: int) -> dict[str, Any]:
