@@ -152,7 +152,8 @@ def stream() -> str:
     return (
         f"Past events: `internal` is right on {right('internal', 'past')}, `recency` on {right('recency', 'past')}, "
         f"the window on {right('window', 'past')}, the oracle on {right('oracle', 'past')}. What is on screen now: "
-        f"`internal` {right('internal', 'now')}, `recency` {right('recency', 'now')}. Times are of one thread."
+        f"`internal` {right('internal', 'now')}, `recency` {right('recency', 'now')}. Times are of one thread on "
+        "a busy machine."
     )
 
 
