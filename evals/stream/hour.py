@@ -11,6 +11,7 @@ Nothing is timed, and one clip is no measurement of accuracy: see `evals.stream`
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
@@ -111,12 +112,13 @@ def streamed(
     return rows
 
 
-def kept(session: Any) -> list[str]:
-    """The level at which most of every stretch of the video is kept, from its beginning up to the newest block."""
+def kept(session: Any) -> list[tuple[str, int]]:
+    """At which level most of a stretch of the video is kept, for how many stretches: from the beginning up to now."""
     found: dict[int, Counter[str]] = {}
     for block in session.store.blocks.values():
         found.setdefault(int(block.start // STRETCH), Counter())[block.level.name.lower()] += 1
-    return [found[i].most_common(1)[0][0] if i in found else LOST for i in range(max(found, default=-1) + 1)]
+    levels = [found[i].most_common(1)[0][0] if i in found else LOST for i in range(max(found, default=-1) + 1)]
+    return [(level, len(list(run))) for level, run in itertools.groupby(levels)]
 
 
 def draw(record: dict[str, Any]) -> Any:
@@ -135,12 +137,11 @@ def draw(record: dict[str, Any]) -> Any:
         2, 1, figsize=(8.4, 7.2), sharex=True, height_ratios=(3, 1), layout="constrained"
     )
     for look in looks:
-        at, bottom, cells = look["second"] / 60 - width, 0.0, look["kept"]
-        while cells:  # runs of one level
-            length = next((i for i, level in enumerate(cells) if level != cells[0]), len(cells))
-            height = length * STRETCH / 60
-            above.bar(at, height, width, bottom, align="edge", color=COLOURS[cells[0]])
-            bottom, cells = bottom + height, cells[length:]
+        at, bottom = look["second"] / 60 - width, 0.0
+        for level, stretches in look["kept"]:
+            height = stretches * STRETCH / 60
+            above.bar(at, height, width, bottom, align="edge", color=COLOURS[level])
+            bottom += height
     for question in asked:
         at, colour = question["second"] / 60, "#2b2b2b" if question["right"] else "#c8372d"
         begun, ended = (second / 60 for second in question["evidence"])
@@ -154,7 +155,7 @@ def draw(record: dict[str, Any]) -> Any:
             lefts = [look["second"] / 60 - width for look in looks]
             below.bar(lefts, heights, width, bottoms, align="edge", color=COLOURS[level])
             bottoms = [a + b for a, b in zip(bottoms, heights, strict=True)]
-    shown = [level for level in COLOURS if any(level in look["kept"] for look in looks)]
+    shown = [level for level in COLOURS if any(level == run[0] for look in looks for run in look["kept"])]
     marks: list[Any] = [Patch(color=COLOURS[level], label=level.replace("_", " ")) for level in shown]
     marks += [Line2D([], [], marker=".", linestyle="", color="#2b2b2b", label="brought back for an answer"),
               Line2D([], [], marker="o", markersize=10, fillstyle="none", linestyle="", color="#2b2b2b",
