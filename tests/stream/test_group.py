@@ -181,8 +181,9 @@ def test_an_error_stays_with_its_stream(monkeypatch):
         insert = bad.store.insert
         monkeypatch.setattr(bad.encoder, "encode", fails)
         assert streams.encode(good) == 4 and len(bad.queue) == 4, "nothing of it is lost"
-        with pytest.raises(StoreError):
-            streams.encode(bad)
+        for caller in (bad, None):
+            with pytest.raises(StoreError):
+                streams.encode(caller)
         monkeypatch.undo()
         assert bad.store.insert == insert
         assert streams.encode(bad) == 4 and len(bad.store.blocks) == 2

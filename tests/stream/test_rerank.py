@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 import tiny
 import torch
-from streams import Q, logits, session, video
+from streams import Q, logits, processor, session, video
 
 from vlmfast.core import UserError
-from vlmfast.stream import Internal, Store
+from vlmfast.stream import Internal, Store, StreamSession
 from vlmfast.stream.archive.segments import BlockLost
 from vlmfast.stream.blocks import Block, BlockTensors
 from vlmfast.stream.levels import Level
@@ -45,13 +45,13 @@ def test_a_key_that_its_mean_hides_is_found():
     keys, queries = hidden(5)
     store, candidates = stored(keys)
     by_mean = torch.tensor([0.3, 0.1, 0.2, 0.0, 0.2, 0.28, 0.12, 0.05])
-    got = reranked(store, candidates, by_mean, queries, 6)
+    got = reranked(store, candidates, by_mean, queries, 6, [])
     assert by_mean.argmax() == 0 and got.argmax() == 5
     assert got[[3, 7]].max() < got[[0, 1, 2, 4, 5, 6]].min(), "what was not compared stands behind"
     assert got[7] > got[3], "in its order"
-    assert reranked(store, candidates, by_mean, queries, None) is by_mean
-    assert reranked(store, candidates, by_mean, queries, 1).argmax() == 0
-    assert torch.isfinite(reranked(store, candidates, torch.ones(8), queries, 100)).all()
+    assert reranked(store, candidates, by_mean, queries, None, []) is by_mean
+    assert reranked(store, candidates, by_mean, queries, 1, []).argmax() == 0
+    assert torch.isfinite(reranked(store, candidates, torch.ones(8), queries, 100, [])).all()
 
 
 def test_blocks_without_keys_are_compared_by_their_representative(monkeypatch):
@@ -69,7 +69,9 @@ def test_blocks_without_keys_are_compared_by_their_representative(monkeypatch):
         return layer(block, index, dtype)
 
     monkeypatch.setattr(store, "layer", counted)
-    got = reranked(store, candidates, scores, queries, 8)
+    lost: list[str] = []
+    got = reranked(store, candidates, scores, queries, 8, lost)
+    assert lost == ["its segment is damaged"]
     assert sorted(read) == [0, 1, 2, 3, 4, 6, 7], "its keys are not there to be read"
     assert got.argmax() != 5 and torch.isfinite(got).all()
 
@@ -99,6 +101,24 @@ def test_a_session_compares_keys(scope, disk, tmp_path, monkeypatch):
     if scope == "layer":
         assert chosen[100] != chosen[None]
     stream.close()
+
+
+@pytest.mark.parametrize("scope", ["layer", "shared"])
+def test_a_segment_damaged_while_open_is_named_and_the_rest_answers(scope, tmp_path):
+    model = tiny.build("qwen2_5_vl")
+    with session("qwen2_5_vl", model, window=40, disk=tmp_path / "s", flush_seconds=5) as stream:
+        for part in range(6):
+            stream.push(video(20, part))
+    with StreamSession.load(tmp_path / "s", model, processor("qwen2_5_vl"), retrieve=None) as stream:
+        before = len(stream.store.blocks)
+        segment = sorted((tmp_path / "s").glob("segment-*.safetensors"))[1]
+        content = bytearray(segment.read_bytes())
+        content[-4000:] = bytes(value ^ 255 for value in content[-4000:])
+        segment.write_bytes(content)
+        answer = stream.ask(Q, max_new_tokens=2, retrieve=Internal(frames=4, scope=scope, rerank=1000))
+        assert 0 < len(stream.store.blocks) < before
+        assert any(segment.name in said for said in stream.stats()["lost"]) and answer.evidence
+        assert stream.ask(Q, max_new_tokens=2, retrieve=Internal(frames=4, scope=scope, rerank=1000)).evidence
 
 
 def test_the_text_form_and_bad_numbers():

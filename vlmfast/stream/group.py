@@ -92,6 +92,7 @@ class StreamGroup:
         """Give every session without a `ram` of its own an equal part of the rest, and forget those that are closed."""
         with model_lock(self.model):
             self._sessions = {s: own for s, own in self._sessions.items() if not s.closed}
+            self._failed &= self._sessions.keys()
             sharing = [s for s, own in self._sessions.items() if own is None]
             rest = self.ram - sum(own for own in self._sessions.values() if own is not None)
             for session in sharing:
@@ -100,32 +101,36 @@ class StreamGroup:
     def encode(self, caller: StreamSession | None = None) -> int:
         """Encode an equal share of the frames that wait in every stream; returns how many.
 
-        caller: the session whose error is raised. The frames of another one that fails wait in its queue as before, and
-        its own turn raises the error again.
+        caller: the session whose error alone is raised. The frames of another one that fails wait in its queue as
+        before, and its own turn raises the error again. Without a caller the first error is raised, after all had
+        their turn.
         """
         with model_lock(self.model):
             if any(session.closed for session in self._sessions):
                 self._share()
-            turn = [s for s in self._sessions if s is caller or (len(s.queue) and s not in self._failed)]
+            resting = set() if caller is None else self._failed - {caller}
+            turn = [s for s in self._sessions if s is caller or (len(s.queue) and s not in resting)]
             for session in turn[:1]:  # comes last next time
                 self._sessions[session] = self._sessions.pop(session)
             share = max(1, CHUNK // max(1, len(turn)))
             self._together(turn, share)
-        done = 0
+        done, errors = 0, list[Exception]()
         for session in turn:
             try:
                 done += session.drain(share * session.vision.frames_per_grid)
                 self._failed.discard(session)
-            except Exception:
+            except Exception as error:
                 self._failed.add(session)
-                if session is caller:
-                    raise
+                if caller in (None, session):
+                    errors.append(error)
+        if errors:
+            raise errors[0]
         return done
 
     def _together(self, turn: list[StreamSession], share: int) -> None:
         """One tower call for the changed grids of all streams whose frames have one size. Features that are not asked
         for after all, since frames were dropped meanwhile, are not used."""
-        by_size: dict[torch.Size, list[tuple[StreamSession, Tensor]]] = {}
+        by_size: dict[tuple[torch.Size, torch.device], list[tuple[StreamSession, Tensor]]] = {}
         for session in turn:
             tower, size = session.encoder.tower, session.vision.frames_per_grid
             frames = [frame for frame, _ in [*session.pending, *session.queue.next(share * size)]]
@@ -134,7 +139,7 @@ class StreamGroup:
                 continue  # nothing whole, about to be encoded by another thread, or of two sizes
             changed = tower.changed(torch.stack(frames))
             if len(changed):
-                by_size.setdefault(frames[0].shape, []).append((session, changed))
+                by_size.setdefault((frames[0].shape, frames[0].device), []).append((session, changed))
         for streams in by_size.values():
             if len(streams) < 2:
                 continue

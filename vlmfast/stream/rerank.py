@@ -10,6 +10,7 @@ from torch import Tensor
 from vlmfast.kernels import ranking
 from vlmfast.stream.archive.segments import BlockLost
 from vlmfast.stream.archive.store import Store
+from vlmfast.stream.blocks import Block
 from vlmfast.stream.levels import Level
 from vlmfast.stream.retrievers import Candidates, standardised
 
@@ -17,22 +18,39 @@ WEIGHT = 2.0  # of the representatives' scores beside those of single keys; chos
 
 
 def reranked(
-    store: Store, candidates: Candidates, scores: Tensor, queries: Sequence[tuple[int, Tensor]], count: int | None
+    store: Store,
+    candidates: Candidates,
+    scores: Tensor,
+    queries: Sequence[tuple[int, Tensor]],
+    count: int | None,
+    lost: list[str],
 ) -> Tensor:
     """Scores (N,) in which the best `count` by `scores` (N,) are ordered anew and stand before all others; None: as is.
 
     A representative is the mean of a block's keys, so that a small object is hidden in it. Here a block counts by the
     one of its keys that the question's mean query likes most, less the mean of all keys compared; added over layers,
-    standardised, and with `WEIGHT` times its score by representatives. A block that has no keys any more (kept as
-    features, or lost) is compared by its representative. queries: of some layers, (layer, (Hk, G, q, Dh)).
+    standardised, and with `WEIGHT` times its score by representatives (ours; ReKV compares mean keys only). A block
+    that has no keys (kept as features, or lost just now) is compared by its representative. queries: of some layers,
+    (layer, (Hk, G, q, Dh)). lost: what could not be read is added, as text; the store no longer holds such blocks.
     """
     if count is None:
         return scores
-    first = ranking(scores.double())[:count]
+    best_first = ranking(scores.double())[:count].tolist()
+    first = torch.tensor([i for i in best_first if candidates.blocks[i].id in store.blocks], dtype=torch.long)
+    if not len(first):
+        return scores
+    means = {  # before anything is read: a damaged segment takes its representatives with it
+        (index, layer): store.representatives.of_layer(candidates.blocks[index].id, layer).float()[:, None]
+        for index in first.tolist()
+        for layer, _ in queries
+    }
     of_keys = torch.zeros(len(first))
     for layer, of_layer in queries:
         query = of_layer.float().sum(1).mean(1)  # (Hk, Dh)
-        keys = [_keys(store, candidates, index, layer) for index in first.tolist()]
+        keys = []
+        for index in first.tolist():
+            of_block = _keys(store, candidates.blocks[index], layer, lost)
+            keys.append(means[index, layer] if of_block is None else of_block)
         mean = torch.cat(keys, 1).mean(1, keepdim=True)
         of_keys += standardised(torch.stack([_best(query, key - mean) for key in keys])[None])[0]
     anew = standardised(of_keys[None])[0] + WEIGHT * standardised(scores[first].float()[None])[0]
@@ -46,12 +64,12 @@ def _best(query: Tensor, keys: Tensor) -> Tensor:
     return torch.einsum("hd,hnd->n", query, keys).amax()
 
 
-def _keys(store: Store, candidates: Candidates, index: int, layer: int) -> Tensor:
-    """Un-rotated keys (Hk, n, Dh) of a block at one layer, or its representative as the only one."""
-    block = candidates.blocks[index]
-    if block.level < Level.FEATURES:
-        try:
-            return store.layer(block.id, layer, torch.float32)[0]
-        except BlockLost:
-            pass  # `store.lost` says so; what is brought back is gathered without it
-    return store.representatives.of_layer(block.id, layer).float()[:, None]
+def _keys(store: Store, block: Block, layer: int, lost: list[str]) -> Tensor | None:
+    """Un-rotated keys (Hk, n, Dh) of a block at one layer; None where the store has none."""
+    if block.id not in store.blocks or block.level >= Level.FEATURES:
+        return None
+    try:
+        return store.layer(block.id, layer, torch.float32)[0]
+    except BlockLost as error:
+        lost.append(str(error))
+        return None

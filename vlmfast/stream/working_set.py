@@ -96,7 +96,7 @@ class WorkingSetBuilder:
         def choose(layer: int, queries: Tensor) -> list[Block]:
             (on_host,) = transfers.read_back([queries])  # once a layer: what it reads decides the next one's queries
             scores = retriever.layer_scores(candidates, layer, on_host)
-            scores = reranked(self.store, candidates, scores, [(layer, on_host)], retriever.rerank)
+            scores = reranked(self.store, candidates, scores, [(layer, on_host)], retriever.rerank, self.lost)
             chosen.append(self._choose(retriever, candidates, scores))
             return chosen[-1]
 
@@ -121,7 +121,7 @@ class WorkingSetBuilder:
         """(N,) scores for all layers: by representatives, and after comparing the keys of the best of those."""
         queries = self.queries(question, retriever.layers_of(self.encoder.num_layers))
         scores = retriever.combine([retriever.layer_scores(candidates, *of_layer) for of_layer in queries])
-        return scores, reranked(self.store, candidates, scores, queries, retriever.rerank)
+        return scores, reranked(self.store, candidates, scores, queries, retriever.rerank, self.lost)
 
     def queries(self, question: str, layers: list[int]) -> list[tuple[int, Tensor]]:
         """Queries (Hk, G, q, Dh) of the bare question, alone before the video, at each of `layers` (ascending)."""
