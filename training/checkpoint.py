@@ -73,6 +73,13 @@ def save(
     os.replace(partial_file, file)
 
 
+def counters(file: Path) -> dict[str, Any]:
+    """The counters alone of what `save` wrote."""
+    with safe_open(str(file), framework="pt") as handle:
+        found: dict[str, Any] = json.loads(handle.metadata()["counters"])
+    return found
+
+
 def load(
     file: Path,
     model: torch.nn.Module,

@@ -3,6 +3,7 @@
 python -m training.describe --threads 1                           # the describer
 python -m training.describe --model describer-weak-1 --threads 1  # a weak draft; also describer-weak-2
 python -m training.describe --model describer-draft --threads 1   # the strong draft, on the describer's own words
+python -m training.describe --times 4 --steps 1500 --workers 8    # on a GPU: larger steps and fewer
 python -m training.describe --export                              # what is trained so far, as checkpoint folders
 python -m training.describe --check --threads 1                   # descriptions, older kinds, agreement of drafts
 
@@ -17,7 +18,13 @@ goes on from its last checkpoint, in `--runs`, and ends bit-equal to an unbroken
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
+import multiprocessing
 import time
+from collections import deque
+from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +45,9 @@ MIX: list[tuple[Recipe | None, float]] = [(CLIP, 5), (PICTURE, 1.5), (None, 2.5)
 FIRST = 20_000_000  # of the seeds of its steps, behind those of all earlier training
 OWN = 5  # every so many steps the strong draft hears the describer's own words
 WARMUP, DECAY = 20, 0.6  # steps of warm-up; last share of the run in which the rate falls to zero
-SAVE_SECONDS, PROBE_STEPS, PROBED = 120.0, 200, 24
+SAVE_SECONDS, PROBED = 120.0, 24
 TOKENS = descriptions.MOST + 10
+PIXELS = {"pixel_values", "pixel_values_videos"}
 LEARNT = 10**9  # rows after which the older curriculum is at its last stage
 
 
@@ -54,18 +62,72 @@ def chat(scene: Scene, rng: Rng, tokens: int) -> Turns:
     return [described, *batches.chat_about(scene, rng, tokens, describe=0.15)]
 
 
-def batch_of(model: Any, step: int, device: torch.device) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-    """The batch of a training step; and the frames where they are described, else None. A function of the step."""
+def batch_of(
+    model: Any, step: int, device: torch.device, times: int = 1
+) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+    """The batch of a training step; and the frames where they are described, else None. A function of the step.
+
+    times: so many times the rows of a description batch.
+    """
     recipe = Rng(1, 1007, step).pick([some for some, _ in MIX], [weight for _, weight in MIX])
     if recipe is None:
         return train.data(model, FIRST + step, 0.0, LEARNT, device)[0], None
     scenes, chats = [], []
-    for row in range(recipe.rows):
+    for row in range(recipe.rows * times):
         rng = Rng(1, 1008, step, row)
         scenes.append(world.scene_for("describe", rng, "train", recipe.size, recipe.seconds, recipe.objects))
         chats.append(chat(scenes[-1], rng, recipe.tokens))
     frames = world.render(scenes, device)
     return batches.tensors(model, frames, chats, device=device, apart=True), frames
+
+
+class Ahead:
+    """The batches of the steps from `first` on, in order; `workers` processes make them ahead, 0 = none.
+
+    The processes are forked, so this is opened before anything is moved to a GPU. What they make is a function of the
+    step, so their number changes nothing.
+    """
+
+    def __init__(self, model: Any, first: int, last: int, times: int, workers: int) -> None:
+        self.model, self.steps, self.times, self.pool = model, iter(range(first, last)), times, None
+        self.made: deque[Future[Any]] = deque()
+        if workers:
+            context = multiprocessing.get_context("fork")
+            self.pool = ProcessPoolExecutor(workers, context, _begin_worker, (model, times))
+            for step in islice(self.steps, 3 * workers):
+                self.made.append(self.pool.submit(_made, step))
+
+    def __next__(self) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """The next step's batch, on the CPU; see `batch_of`."""
+        if self.pool is None:
+            return batch_of(self.model, next(self.steps), torch.device("cpu"), self.times)
+        batch, frames = self.made.popleft().result()
+        for step in islice(self.steps, 1):
+            self.made.append(self.pool.submit(_made, step))
+        tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+        return tensors, None if frames is None else torch.from_numpy(frames)
+
+    def close(self) -> None:
+        """End the processes."""
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker(model: Any, times: int) -> None:
+    torch.set_num_threads(1)
+    _WORKER.extend([model, times])
+
+
+_WORKER: list[Any] = []  # in a process of `Ahead`: the model and how many times the rows
+
+
+def _made(step: int) -> tuple[dict[str, Any], Any]:
+    """A batch as arrays, which go through a pipe; tensors would take shared memory. Frames stand for their pixels."""
+    model, times = _WORKER
+    batch, frames = batch_of(model, step, torch.device("cpu"), times)
+    if frames is None:
+        return {name: tensor.numpy() for name, tensor in batch.items()}, None
+    return {name: tensor.numpy() for name, tensor in batch.items() if name not in PIXELS}, frames.numpy()
 
 
 def question_of(frames: torch.Tensor) -> str:
@@ -101,33 +163,62 @@ def trained(name: str, runs: Path) -> Any:
     return model.eval()
 
 
+def speaker(describer: Any, device: torch.device) -> Any:
+    """What says the describer's own words: the describer; on a GPU a copy in half precision with captured steps."""
+    if device.type == "cpu":
+        return describer
+    import vlmfast
+
+    copied = copy.deepcopy(describer).to(torch.bfloat16).eval()
+    vlmfast.accelerate(copied, tower="fast")
+    return copied
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Train `args.model` to `args.steps` steps, from its last checkpoint where there is one; returns the counters."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     attention = "eager" if device.type == "cpu" else "sdpa"
-    runs, model = Path(args.runs), begin(args.model).to(device)
-    describer = trained("describer", runs).to(device) if args.model == STRONG else None
-    for each in (model, describer):
-        if each is not None:
-            each.set_attn_implementation(attention)
+    runs, model = Path(args.runs), begin(args.model)
+    model.set_attn_implementation(attention)
+    file, log = runs / f"{args.model}.safetensors", train.Log(runs / f"{args.model}.jsonl")
+    counters: dict[str, Any] = checkpoint.counters(file) if file.exists() else {"step": 0, "rows": 0}
+    ahead = Ahead(model, counters["step"], args.steps, args.times, args.workers)
+    with contextlib.ExitStack() as stack:
+        stack.callback(ahead.close)
+        describer = trained("describer", runs).to(device) if args.model == STRONG else None
+        if describer is not None:
+            describer.set_attn_implementation(attention)
+        return _steps(args, model.to(device), describer, ahead, counters, file, log)
+
+
+def _steps(
+    args: argparse.Namespace, model: Any, describer: Any, ahead: Ahead, counters: dict[str, Any], file: Path,
+    log: train.Log,
+) -> dict[str, Any]:  # fmt: skip
+    """The steps of `run`."""
+    device = model.device
     model.model.visual.requires_grad_(False)
     optimizers = checkpoint.optimizers(model, args.lr)
-    file, log = runs / f"{args.model}.safetensors", train.Log(runs / f"{args.model}.jsonl")
-    counters: dict[str, Any] = {"step": 0, "rows": 0}
     if file.exists():
-        counters = checkpoint.load(file, model, optimizers)
+        checkpoint.load(file, model, optimizers)
     model.train()
+    says = speaker(describer, device) if describer is not None else None
     started = last_saved = time.monotonic()
     losses: list[float] = []
     first_row = counters["rows"]
     while counters["step"] < args.steps:
         step = counters["step"]
-        batch, frames = batch_of(model, step, device)
+        batch, frames = next(ahead)
+        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        if frames is not None and not PIXELS & batch.keys():
+            batch["pixel_values_videos" if frames.shape[1] > 1 else "pixel_values"] = batches.patchify(
+                frames.to(device)
+            )[0]
         if describer is None:
             loss, shown, _ = train.loss_of(model, batch)
         else:
             if step % OWN == 0 and frames is not None:
-                batch = own_batch(describer, frames)
+                batch = own_batch(says, frames.to(device))
             loss, _ = distillation.divergence(describer, model, batch)
             shown = loss.detach()
         loss.backward()
@@ -150,7 +241,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 clock=time.strftime("%H:%M:%S"),
             )
             losses.clear()
-        if counters["step"] % PROBE_STEPS == 0 and describer is None:
+        if counters["step"] % args.probe_steps == 0 and describer is None:
             log.write(step=counters["step"], **described(model, PROBED))
         if time.monotonic() - last_saved > SAVE_SECONDS:
             checkpoint.save(file, model, optimizers, counters)
@@ -218,6 +309,9 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--model", choices=MODELS, default="describer")
     arguments.add_argument("--steps", type=int, default=4000, help="in all; the learning rate falls towards them")
     arguments.add_argument("--lr", type=float, default=8e-4, help="peak learning rate")
+    arguments.add_argument("--times", type=int, default=1, help="so many times the rows of a step; fewer steps then do")
+    arguments.add_argument("--workers", type=int, default=0, help="processes that make batches ahead, for a GPU")
+    arguments.add_argument("--probe-steps", type=int, default=200, help="descriptions are scored every so many steps")
     arguments.add_argument("--threads", type=int, default=None, help="CPU threads")
     arguments.add_argument("--log-steps", type=int, default=20)
     arguments.add_argument("--runs", default="runs/describe", help="folder of checkpoints and logs")

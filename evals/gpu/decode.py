@@ -28,6 +28,8 @@ STOCK_TOKENS = 9  # of a stock call
 FAST, SLOW, DRY = (33, 129), (9, 33), (3, 9)  # new tokens of a short call and of a long one
 REPEATING = "ours, repeating"
 MODELS = {"model": "adaptive", "model 5": 5}  # rows drafted by a small model, and how many tokens it drafts
+SAMPLED = "sampled"  # drawn on the device, one step behind
+GENERATE: dict[str, dict[str, Any]] = {SAMPLED: {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 50}}
 LONGEST = 131072  # visual tokens
 
 
@@ -49,6 +51,7 @@ def arms() -> dict[str, dict[str, Any]]:
         "lookup": {"speculate": lookup},
         "loop": {"speculate": Speculate(otherwise="plain")},
         REPEATING: ours,
+        SAMPLED: ours,
         "lookup, repeating": {"speculate": lookup},
         "lookup 5, repeating": {"speculate": Speculate(PromptLookup(), length=5)},
         "hybridkv-10+lookup, repeating": {"kv": HybridKV(keep=0.1), "speculate": lookup},
@@ -71,7 +74,8 @@ def asked(run: Run, name: str) -> dict[str, Any]:
 def order(dry: bool, long: bool) -> list[Group]:
     """Every row with what runs beside it, what matters most first; those that repeat come last: they change weights."""
     names = list(arms())
-    usual, repeating = [n for n in names if "repeating" not in n], [n for n in names if "repeating" in n][1:]
+    repeating = names[names.index(REPEATING) + 1 :]  # also what is timed beside it
+    usual = names[: names.index(REPEATING)]
     if dry:
         groups = [Group(128, 1, "ours", 1, STOCK), *(Group(128, 1, n, 1) for n in usual[1:3]), Group(128, 2, "ours", 1)]
         return [*groups, Group(128, 2, "model 5", 1), Group(128, 1, "lookup 5, repeating", 1, (REPEATING,))]
@@ -149,7 +153,7 @@ def measure(pair: Pair, rows: PairedRows, group: Group, base: Any = None) -> Non
     """One group. base: the handle of the first model, where what runs beside is no stock model but ours on it."""
     import torch
 
-    run, repeats = pair.run, "repeating" in group.name
+    run, repeats = pair.run, REPEATING in group.beside
     others = [baseline for baseline in group.beside if baseline not in STOCK]
     tokens = group.visual * group.rows
     stock, ours = 0.6 + tokens / 8000, 0.6 + tokens / 16000  # seconds of a sample, about
@@ -162,7 +166,7 @@ def measure(pair: Pair, rows: PairedRows, group: Group, base: Any = None) -> Non
         if base is None and (PLAIN, group.place) not in rows.samples:
             pair.plain(group.place, 3)  # the first of this size
         with accelerated(pair.ours, asked(run, group.name)) as handle:
-            this = Caller(pair, pair.ours, handle, group.place, repeats)
+            this = Caller(pair, pair.ours, handle, group.place, repeats, **GENERATE.get(group.name, {}))
             runs: dict[str, Callable[[], Sample]] = pair.stock_runs(group, STOCK_TOKENS)
             warm = this.warm()
             for name in others:
@@ -181,8 +185,9 @@ def measure(pair: Pair, rows: PairedRows, group: Group, base: Any = None) -> Non
 class Caller:
     """Calls of an accelerated model at one place."""
 
-    def __init__(self, pair: Pair, model: Any, handle: Any, place: Place, repeats: bool) -> None:
+    def __init__(self, pair: Pair, model: Any, handle: Any, place: Place, repeats: bool, **generate: Any) -> None:
         self.pair, self.model, self.handle, self.place, self.repeats = pair, model, handle, place, repeats
+        self.generate = generate
         self.tokens = DRY if pair.run.dry else FAST
 
     def warm(self) -> float:
@@ -198,7 +203,7 @@ class Caller:
         """Milliseconds of one call, and the tokens of its prompt."""
         visual, rows = self.place
         inputs = self.pair.prompts.next(visual, rows, repeats=self.repeats)  # our attention plans for no length
-        return answered(self.pair.run, self.model, inputs, new)[0], inputs["input_ids"].shape[1]
+        return answered(self.pair.run, self.model, inputs, new, **self.generate)[0], inputs["input_ids"].shape[1]
 
     def sample(self) -> Sample:
         """A short call and a long one."""

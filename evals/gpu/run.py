@@ -217,9 +217,9 @@ class Prompts:
 
 
 def answered(run: Run, model: Any, inputs: dict[str, Any], new: int, **generate: Any) -> tuple[float, Any]:
-    """Milliseconds of one greedy `generate` of `new` tokens, and what it gave."""
+    """Milliseconds of one `generate` of `new` tokens, greedy where nothing else is asked, and what it gave."""
     begin = timing.now(run.device)
-    out = model.generate(**inputs, max_new_tokens=new, do_sample=False, **generate)
+    out = model.generate(**inputs, max_new_tokens=new, **{"do_sample": False, **generate})
     return (timing.now(run.device) - begin) * 1e3, out
 
 

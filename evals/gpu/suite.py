@@ -7,6 +7,7 @@ One command that asks a card everything, what matters most first:
 * `first_token`: request to first token in Qwen2.5-VL-3B's shapes, stage by stage, beside its bound;
 * `decode`: milliseconds a token, one row and eight, beside the bytes that a token must read;
 * `decode_7b`: the same in the shapes of the 7B model, and its steps alone over eight rows of 32,768 tokens;
+* `request`: from a video file to the first token, reading beside the tower;
 * `stream`: frames a second and the wait for an answer;
 * `choose`: what every pruner takes to choose a quarter of 8,192 tokens, then `decode` of transformers' compiled step;
 * `profile`: which kernels the time goes to.
@@ -34,6 +35,7 @@ from evals.gpu import kernels as gpu_kernels
 from evals.gpu import methods as gpu_methods
 from evals.gpu import prefill as gpu_prefill
 from evals.gpu import profile as gpu_profile
+from evals.gpu import request as gpu_request
 from evals.gpu import stream as gpu_stream
 from evals.gpu.processes import Job, Suite
 from evals.report import gpu_tables
@@ -60,6 +62,7 @@ TIMED = [
     Job("decode_7b", gpu_decode.decode_7b, 85),
     Job("stream", gpu_stream.stream, 45),
     Job("choose", gpu_prefill.choose, 25),
+    Job("request", gpu_request.request, 70),
     Job("decode", gpu_decode.static, 75, ("static",)),
     Job("profile", gpu_profile.profile, 35),
 ]

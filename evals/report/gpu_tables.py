@@ -99,16 +99,20 @@ STREAM: list[Column] = [
     ("answer ms", metric("latency_ms")), ("choose", metric("select_ms")), ("prefill", metric("prefill_ms")),
     ("ms a token", metric("decode_ms_per_token")), ("GB", gigabytes), ("by", engine),
 ]  # fmt: skip
+REQUEST: list[Column] = [
+    ("asked", lambda r, rows: str(r["params"].get("asked", "-"))), ("ms", within("total", "total_ms")),
+    ("of the longer half", metric("of_longer")), ("faster", over("total_ms")),
+]  # fmt: skip
 PROFILE: list[Column] = [
     ("visual", param("visual_tokens")), ("device ms", metric("device_ms")), ("kernels", metric("launches")),
 ]  # fmt: skip
 COLUMNS = {"methods": CHECK, "kernels": CHECK, "first_token": FIRST, "decode": DECODE, "decode_7b": DECODE,
-           "stream": STREAM, "choose": CHOOSE, "profile": PROFILE}  # fmt: skip
+           "stream": STREAM, "choose": CHOOSE, "request": REQUEST, "profile": PROFILE}  # fmt: skip
 
 
 def of(part: str, rows: list[Row]) -> list[Row]:
-    """A part's rows; how the model was built is left out."""
-    found = [r for r in rows if r["params"].get("part") == part and r["name"] != "build"]
+    """A part's rows; how the model and the clip were made is left out."""
+    found = [r for r in rows if r["params"].get("part") == part and r["name"] not in ("build", "clip")]
     return together(found) if part == "methods" else found
 
 

@@ -81,7 +81,7 @@ def test_an_earlier_answer_is_left_where_it_ends() -> None:
     proposer = NgramProposer([7, 1], 2, 1, frozenset({6}), earlier=[[1, 2, 3], [4, 5]])
     assert proposer.propose(torch.tensor([[7, 1]]), 9)[0].tolist() == [2, 3]  # and not on into the next
     assert proposer.propose(torch.tensor([[7, 1, 3]]), 9)[0].tolist() == []  # nothing follows an end
-    assert proposer.propose(torch.tensor([[7, 1, 3, 8, 7, 1]]), 9)[0].tolist() == [3, 8, 7, 1]  # this text goes first
+    assert proposer.propose(torch.tensor([[7, 1, 3, 8, 7, 1]]), 9)[0].tolist() == [3, 8, 7, 1, 3, 8, 7, 1, 3]  # this text goes first
 
 
 def test_text_form_and_bad_values() -> None:
@@ -89,3 +89,20 @@ def test_text_form_and_bad_values() -> None:
     assert parse("speculate", text) == Speculate(PromptLookup(answers=4))
     with pytest.raises(vlmfast.UserError, match="answers=-1 in promptlookup"):
         PromptLookup(answers=-1)
+
+
+@pytest.mark.parametrize(
+    ("text", "asked", "want"),
+    [
+        ([7, 1, 1], 4, [1, 1, 1, 1]),  # one token again and again
+        ([5, 1, 2, 3, 1, 2, 3, 1], 7, [2, 3, 1, 2, 3, 1, 2]),  # a phrase, longer than what follows it
+        ([1, 2, 8, 9, 1, 2], 3, [8, 9, 1]),  # enough follows
+        ([1, 6, 4, 1], 5, []),  # a banned token ends it
+    ],
+)
+def test_a_text_that_repeats_itself_is_proposed_to_go_on(text: list[int], asked: int, want: list[int]) -> None:
+    from vlmfast.decode.proposers import NgramProposer
+
+    proposer = NgramProposer(text[:1], 2, 1, frozenset({6}))
+    proposed, _ = proposer.propose(torch.tensor([text]), asked)
+    assert proposed.tolist() == want

@@ -39,11 +39,11 @@ def test_a_killed_run_ends_bit_equal(tiny: None, tmp_path: Path, monkeypatch: py
     whole = train(tmp_path / "whole", name, 3)
     real, left = describe.batch_of, [2]
 
-    def killed(model: Any, step: int, device: torch.device) -> Any:
+    def killed(model: Any, step: int, device: torch.device, times: int) -> Any:
         if not left[0]:
             raise KeyboardInterrupt
         left[0] -= 1
-        return real(model, step, device)
+        return real(model, step, device, times)
 
     monkeypatch.setattr(describe, "batch_of", killed)
     monkeypatch.setattr(describe, "SAVE_SECONDS", 0.0)
@@ -51,6 +51,15 @@ def test_a_killed_run_ends_bit_equal(tiny: None, tmp_path: Path, monkeypatch: py
         train(tmp_path / "killed", name, 3)
     monkeypatch.setattr(describe, "batch_of", real)
     assert train(tmp_path / "killed", name, 3).read_bytes() == whole.read_bytes()
+
+
+def test_batches_made_ahead_are_the_same(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(describe, "MIX", [(TINY, 1.0), (None, 1.0)])
+    alone = train(tmp_path / "alone", "describer-weak-1", 4, "--times", "2")
+    ahead = train(tmp_path / "ahead", "describer-weak-1", 4, "--times", "2", "--workers", "2")
+    assert ahead.read_bytes() == alone.read_bytes()
+    once = train(tmp_path / "once", "describer-weak-1", 4)
+    assert checkpoint.counters(once)["rows"] < checkpoint.counters(alone)["rows"]
 
 
 def test_the_strong_draft_learns_the_describers_distributions(tiny: None, tmp_path: Path) -> None:

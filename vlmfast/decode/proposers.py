@@ -146,12 +146,17 @@ class NgramProposer:
     def propose(
         self, ids: Tensor, max_tokens: int, pick_token: Pick | None = None, draft_stop: DraftStop = NO_STOP
     ) -> tuple[Tensor, Tensor | None]:
-        """What followed the latest earlier occurrence of the longest n-gram at the end; empty when there is none."""
+        """What followed the latest earlier occurrence of the longest n-gram at the end; empty when there is none.
+
+        Where less than `max_tokens` follows, the text repeats itself, and the proposal goes on repeating it.
+        """
         self._extend(ids[0, len(self.ids) - self.before :].tolist())
         for size in range(min(self.longest, len(self.ids)), self.shortest - 1, -1):
             continuation = self.where.get(tuple(self.ids[-size:]))
             if continuation is not None:
                 proposed = self.ids[continuation : continuation + max_tokens]
+                followed = len(proposed)
+                proposed += [proposed[index % followed] for index in range(followed, max_tokens)]
                 banned_at = (index for index, token in enumerate(proposed) if token in self.banned)
                 num_allowed = next(banned_at, len(proposed))
                 if num_allowed:
