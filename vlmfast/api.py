@@ -171,7 +171,7 @@ class Accelerated:
             engine.prepare(model)
             text_model, output_head = engine.decoder(model)
             if plan.fast_tower and text_model is not None:
-                self.prefills = engine.PrefillGraphs(text_model, output_head, self.family.rope_axes)
+                self.prefills = engine.PrefillGraphs(text_model, output_head, self.family.rope_axes, self.kv)
                 self.prefills.install(patch)
         self.draft = self._accelerate_draft(draft)
         own: Any = model.generate

@@ -94,7 +94,7 @@ def decode(run: Run) -> None:
     """Milliseconds a token of every row of `order`."""
     pair = Pair(run)
     rows = PairedRows(run, "decode_ms_per_token", functools.partial(floored, run, pair.stock))
-    groups = order(run.dry, run.long)
+    groups = [group for group in order(run.dry, run.long) if run.wants(group.name)]
     for group in groups:
         if REPEATING not in group.beside:
             measure(pair, rows, group)

@@ -54,7 +54,7 @@ def first_token(run: Run) -> None:
     pair, asked = Pair(run), arms(run.dry)
     rows = PairedRows(run, "ttft_ms", lambda place, metrics: floors(run, place[0], metrics, None))
     warmed: dict[Place, Sample] = {}
-    for group in order(run.dry):
+    for group in filter(lambda g: run.wants(g.name), order(run.dry)):
         stock = 0.25 + group.visual / 1000 * 0.17
         needs = (len(group.beside) * stock + 0.1 + group.visual / 30_000) * group.rounds + stock
         if run.late(group.what, 0 if run.dry else needs):

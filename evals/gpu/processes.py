@@ -76,8 +76,10 @@ def versions(dry: bool) -> dict[str, str]:
 class Suite:
     """Runs jobs and keeps the record."""
 
-    def __init__(self, folder: Path, minutes: float, dry: bool, long: bool, commit: str | None = None) -> None:
-        self.folder, self.dry, self.long, self.commit = folder, dry, long, commit
+    def __init__(
+        self, folder: Path, minutes: float, dry: bool, long: bool, commit: str | None = None, only: tuple[str, ...] = ()
+    ) -> None:
+        self.folder, self.dry, self.long, self.commit, self.only = folder, dry, long, commit, only
         self.ends = time.monotonic() + 60 * minutes
         self.record: dict[str, Any] = {"rows": [], "parts": [], "skipped": []}
         self.rates: dict[str, float] = {}
@@ -135,7 +137,7 @@ class Child:
         self.lines, self.log = stem.with_suffix(".jsonl"), stem.with_suffix(".log")
         self.log.unlink(missing_ok=True)
         self.ends = min(self.began + job.seconds, suite.ends)
-        run = Run(job.part, suite.dry, suite.long, self.lines, self.ends - 1, **suite.rates)
+        run = Run(job.part, suite.dry, suite.long, self.lines, self.ends - 1, only=suite.only, **suite.rates)
         context: Any = multiprocessing.get_context(suite.start)
         given = (job.function.__module__, job.function.__name__, run, job.arguments, self.log)
         self.process = context.Process(target=enter, args=given)

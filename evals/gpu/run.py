@@ -33,6 +33,7 @@ class Run:
     flops: float = 1e12  # matrix products a second, measured
     bytes: float = 1e11  # bytes copied a second, read and written, measured
     whole: Shape = QWEN_3B  # of the model; a dry run's is a toy
+    only: tuple[str, ...] = ()  # names of the rows that are wanted, () = all
 
     @property
     def device(self) -> str:
@@ -45,6 +46,10 @@ class Run:
     @property
     def machine(self) -> timing.Rates:
         return timing.Rates(self.flops, self.bytes)
+
+    def wants(self, name: str) -> bool:
+        """Is a row of this name asked for?"""
+        return not self.only or name in self.only
 
     def left(self) -> float:
         """Seconds until the part must be over."""

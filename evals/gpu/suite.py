@@ -81,11 +81,13 @@ def preload() -> None:
 
 
 def measure(
-    out: Path, minutes: float, dry: bool, force: bool, parts: list[str], long: bool, commit: str | None = None
-) -> dict[str, Any]:
-    """Run the parts, print each when it ends, and return the record."""
+    out: Path, minutes: float, dry: bool, force: bool, parts: list[str], long: bool, commit: str | None = None,
+    only: tuple[str, ...] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """Run the parts, print each when it ends, and return the record. only: rows of `first_token` and `decode`, groups
+    of `methods`."""
     preload()
-    suite = Suite(out, minutes, dry, long, commit)
+    suite = Suite(out, minutes, dry, long, commit, only)
     suite.begin(minutes, force)
     suite.rates = suite.record.pop("rates")
     record = suite.record
@@ -94,6 +96,7 @@ def measure(
     try:
         with tempfile.TemporaryDirectory() as scratch:
             asked = [job for job in checks(dry) if job.part in parts]
+            asked = [job for job in asked if not only or job.part != "methods" or job.arguments[0] in only]
             suite.together(asked, Path(scratch))
             for part in dict.fromkeys(job.part for job in asked):
                 show(part, record)
@@ -131,6 +134,7 @@ def main(
     minutes: Annotated[float, typer.Option(help="time for the whole suite", min=0)] = 9.0,
     dry: Annotated[bool, typer.Option("--dry", help="toy shapes on the CPU: does everything run?")] = False,
     parts: Annotated[str, typer.Option(help="which, joined by commas")] = ",".join(PARTS),
+    rows: Annotated[str, typer.Option(help="of methods, first_token and decode: which, joined by ;")] = "",
     long: Annotated[bool, typer.Option("--long", help="more rows of decode: 32k tokens, eight pruned rows")] = False,
     commit: Annotated[str | None, typer.Option(help="the commit, where the folder has no git")] = None,
     force: Annotated[bool, typer.Option("--force", help="replace an existing record")] = False,
@@ -142,7 +146,8 @@ def main(
         raise UserError(f"--parts {parts!r}: choose from {', '.join(PARTS)}, joined by commas")
     if dry:
         records.claim(out / "dry.json", force)
-    record = measure(out, minutes, dry, force, asked, long, commit)
+    only = tuple(name.strip() for name in rows.split(";") if name.strip())
+    record = measure(out, minutes, dry, force, asked, long, commit, only)
     if not record["rows"]:
         raise UserError("nothing was measured in the time given")
     found = wrong(record)

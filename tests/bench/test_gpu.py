@@ -77,9 +77,9 @@ def test_the_whole_suite_runs_dry(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert all(r["kernels"] for r in record["rows"] if r["params"]["part"] == "profile" and r["name"] != "build")
     built = [r["metrics"] for r in record["rows"] if r["name"] == "build"]
     assert all(r["shape"]["name"] == "toy" for r in record["rows"] if r["name"] == "build")
-    assert len(built) == 6 and all(m["finite"] and m["zero_features"] < 0.01 for m in built)
+    assert len(built) == 7 and all(m["finite"] and m["zero_features"] < 0.01 for m in built)
     said = capsys.readouterr().out
-    assert all(f"\n{part}: " in said for part in gpu.PARTS) and len(said) < 9000
+    assert all(f"\n{part}: " in said for part in gpu.PARTS) and len(said) < 11_000
     for name, (_, table) in gpu_tables.TABLES.items():
         lines = table(record["rows"]).split("\n")
         assert len(lines) > (1 if name == "gpu-summary" else 2)  # whose prompts are those of a real run

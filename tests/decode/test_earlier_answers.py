@@ -81,7 +81,17 @@ def test_an_earlier_answer_is_left_where_it_ends() -> None:
     proposer = NgramProposer([7, 1], 2, 1, frozenset({6}), earlier=[[1, 2, 3], [4, 5]])
     assert proposer.propose(torch.tensor([[7, 1]]), 9)[0].tolist() == [2, 3]  # and not on into the next
     assert proposer.propose(torch.tensor([[7, 1, 3]]), 9)[0].tolist() == []  # nothing follows an end
-    assert proposer.propose(torch.tensor([[7, 1, 3, 8, 7, 1]]), 9)[0].tolist() == [3, 8, 7, 1, 3, 8, 7, 1, 3]  # this text goes first
+    assert proposer.propose(torch.tensor([[7, 1, 3, 8, 7, 1]]), 9)[0].tolist() == [
+        3,
+        8,
+        7,
+        1,
+        3,
+        8,
+        7,
+        1,
+        3,
+    ]  # this text goes first
 
 
 def test_text_form_and_bad_values() -> None:

@@ -13,8 +13,25 @@ from pretend_cuda import PretendCuda, to_cuda, to_host
 import vlmfast
 from vlmfast.encode import Uniform
 from vlmfast.engine import prefill_graphs
+from vlmfast.prefill import CAKE, AdaKV, Full, HybridKV, KeyDiff, SnapKV
 
 FAMILIES = [family for family in tiny.MROPE if family in ("qwen2_vl", "qwen2_5_vl")]
+
+
+SMALL: dict[str, Any] = {"sinks": 1, "recent": 2}
+PLANS: dict[str, dict[str, Any]] = {
+    "plain": {"tower": "fast"},
+    "pruned": {"prune": Uniform(keep=0.8)},
+    "full": {"kv": Full()},
+    "snapkv": {"kv": SnapKV(keep=0.4, **SMALL)},
+    "hybridkv": {"kv": HybridKV(keep=0.4, split=0.5, **SMALL)},
+    "adakv": {"kv": AdaKV(keep=0.4, **SMALL)},
+    "wide window": {"kv": HybridKV(keep=0.4, **SMALL)},  # looks at more columns than some prompts have
+    "cake": {"kv": CAKE(keep=0.4, **SMALL)},  # shares one budget among the layers
+    "keydiff": {"kv": KeyDiff(keep=0.4, **SMALL)},  # looks at no window
+    "pruned, kv": {"prune": Uniform(keep=0.8), "kv": SnapKV(keep=0.4, int8=True, **SMALL)},
+    "inside, kv": {"prune": Uniform(keep=0.8, after_block=1), "kv": SnapKV(keep=0.4, **SMALL)},
+}
 
 
 def prompt(family: str, text: int, seed: int = 0) -> dict[str, Any]:
@@ -38,14 +55,14 @@ def answers(family: str, plan: dict[str, Any], lengths: list[int]) -> tuple[list
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("plan", [{"tower": "fast"}, {"prune": Uniform(keep=0.8)}], ids=["plain", "pruned"])
-def test_replayed_prefills_answer_alike(family: str, plan: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("plan", PLANS, ids=list(PLANS))
+def test_replayed_prefills_answer_alike(family: str, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first token comes from the replayed prefill, the second reads the cache that it filled."""
     lengths = [20, 21, 19, 20, 21]
     with PretendCuda(capability=budgets.CARD):
-        got, reports, _ = answers(family, plan, lengths)
+        got, reports, _ = answers(family, PLANS[plan], lengths)
         monkeypatch.setattr(prefill_graphs, "MOST", 0)
-        want, launched, _ = answers(family, plan, lengths)
+        want, launched, _ = answers(family, PLANS[plan], lengths)
     assert ["graph" in report for report in reports] == [False, False, True, True, True]
     assert not any("graph" in report for report in launched)
     for replayed, stepped in zip(got, want, strict=True):

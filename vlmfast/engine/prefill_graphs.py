@@ -2,16 +2,18 @@
 
 The second prefill of about the same length is captured as a CUDA graph over padded buffers, later ones replay it. What
 stands behind a prompt's last column is seen by none of its columns. The first `GRAPHS` lengths that come twice are
-kept, while their buffers hold less than `BYTES`; others are launched as before.
+kept, while their buffers hold less than `BYTES`; others are launched as before. Under a KV policy the graph also keeps
+what each layer's attention receives at the last columns; when it has run, the policy chooses for all layers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,17 +21,49 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from vlmfast.engine.graphs import Memory, Run
+from vlmfast.families.base import attentions
 from vlmfast.kernels.vision import HALF
 from vlmfast.runtime.compat import CACHE, OLD, cache_in
 from vlmfast.runtime.fast_decoder import unknown_decoder
 from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.pruned_layer import PrunedLayer
 
+if TYPE_CHECKING:
+    from vlmfast.runtime.kv_hooks import KVHooks
+
 GRAPHS = 8
 BYTES = 2**28  # of keys and values that all graphs together hold
 LEAST, MOST = 32, 2560  # columns; longer prefills keep the device busy without a graph
 TOLERANCE = 2e-2  # relative, of the captured prefill against the model's own
 KNOWN = {"input_ids", "inputs_embeds", "position_ids", "attention_mask", "use_cache", "return_dict", CACHE, OLD}
+
+
+@dataclass
+class Window:
+    """What each layer's attention receives at the last columns. columns: (W,) int64; hidden: (layers, W, D)."""
+
+    columns: Tensor
+    hidden: Tensor
+
+    def at(self, num_columns: int) -> None:
+        """Look at the last of so many columns; where there are fewer than W, the first stands several times."""
+        length = len(self.columns)
+        torch.arange(num_columns - length, num_columns, out=self.columns)
+        self.columns.clamp_(min=0)
+
+    @contextlib.contextmanager
+    def watches(self, attention_modules: list[Any]) -> Iterator[None]:
+        """Inside, what these modules receive goes to `hidden`."""
+
+        def keep(index: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            self.hidden[index].copy_(hidden[0].index_select(0, self.columns))
+
+        with contextlib.ExitStack() as stack:
+            for index, module in enumerate(attention_modules):
+                hook = module.register_forward_pre_hook(functools.partial(keep, index), with_kwargs=True)
+                stack.callback(hook.remove)
+            yield
 
 
 @dataclass
@@ -41,6 +75,7 @@ class Captured:
     positions: Tensor  # (A, 1, N), or (1, N) for one axis
     keys_values: Tensor
     reads: tuple[int, ...]  # where the weights lay
+    window: Window | None  # for a policy
 
 
 class _Collector:
@@ -60,11 +95,12 @@ class _Collector:
 class PrefillGraphs:
     """The captured prefills of one decoder, in place of its `forward` until the patch is removed.
 
-    text: the decoder; head: its output layer; axes: of its positions (3 under M-RoPE).
+    text: the decoder; head: its output layer; axes: of its positions (3 under M-RoPE); kv: the hooks of a policy.
     """
 
-    def __init__(self, text: Any, head: Any, axes: int) -> None:
-        self.text, self.head, self.axes = text, head, axes
+    def __init__(self, text: Any, head: Any, axes: int, kv: KVHooks | None = None) -> None:
+        self.text, self.head, self.axes, self.kv = text, head, axes, kv
+        self.attentions = attentions(text)
         self.inner: Callable[..., Any] = text.forward
         self.memory = Memory()
         self.seen: set[int] = set()
@@ -119,7 +155,11 @@ class PrefillGraphs:
         if embeddings.shape[0] != 1 or not LEAST <= embeddings.shape[1] <= MOST:
             return False
         layers = getattr(cache, "layers", None) or []
-        return len(layers) == len(self.text.layers) and all(
+        if len(layers) != len(self.text.layers):
+            return False
+        if self.kv is not None and self.kv.prefills(cache):
+            return all(type(layer) in (DynamicLayer, PrunedLayer) for layer in self.kv.originals.values())
+        return all(
             type(layer) in (DynamicLayer, PrunedLayer) and layer.is_initialized and layer.keys.numel() == 0
             for layer in layers
         )
@@ -133,6 +173,14 @@ class PrefillGraphs:
         )
         return (*parameters, *(number for numbers in modules for number in numbers))
 
+    def _hooked(self) -> bool:
+        """Does a hook other than the policy's sit inside a layer?"""
+        own = set(map(id, self.attentions)) if self.kv is not None else set()
+        return any(
+            len(module._forward_hooks) + len(module._forward_pre_hooks) != (id(module) in own)
+            for module in self.text.layers.modules()
+        )
+
     def _positions(self, embeddings: Tensor, positions: Tensor | None) -> Tensor:
         """(A, 1, n), or (1, n) for one axis, as the decoder's rotation takes them."""
         if positions is None:
@@ -141,19 +189,23 @@ class PrefillGraphs:
             return positions[-self.axes :] if self.axes > 1 else positions[-1]
         return positions.expand(self.axes, *positions.shape) if self.axes > 1 else positions
 
-    def _body(self, embeddings: Tensor, positions: Tensor, keys_values: Tensor) -> Tensor:
+    def _body(self, embeddings: Tensor, positions: Tensor, keys_values: Tensor, window: Window | None) -> Tensor:
         """The decoder's layers over the buffers: (1, N, D)."""
         hidden, collector = embeddings, {CACHE: _Collector(keys_values)}
         tables = self.text.rotary_emb(hidden, positions)
-        for layer in self.text.layers:
-            hidden = layer(hidden, attention_mask=None, position_embeddings=tables, use_cache=True, **collector)
+        with contextlib.ExitStack() as stack:
+            if self.kv is not None and window is not None:
+                stack.enter_context(self.kv.silent())
+                stack.enter_context(window.watches(self.attentions))
+            for layer in self.text.layers:
+                hidden = layer(hidden, attention_mask=None, position_embeddings=tables, use_cache=True, **collector)
         return self.text.norm(hidden)
 
     def _capture(
         self, size: int, reads: tuple[int, ...], embeddings: Tensor, positions: Tensor, expected: Tensor
     ) -> None:
         """Capture prefills of up to `size` columns, and compare the first with what the model gave."""
-        if any(module._forward_hooks or module._forward_pre_hooks for module in self.text.layers.modules()):
+        if self._hooked():
             return
         first = self.text.layers[0].self_attn
         heads = first.k_proj.out_features // first.head_dim
@@ -161,33 +213,55 @@ class PrefillGraphs:
         held_numbers = sum(captured.keys_values.numel() for captured in self.held.values()) + math.prod(shape)
         if held_numbers * embeddings.element_size() > BYTES:
             return
+        window = self._window(embeddings)
         padded = embeddings.new_zeros(1, size, embeddings.shape[-1])
         places = positions.new_zeros(*positions.shape[:-1], size)
         keys_values = embeddings.new_zeros(shape)
         padded[:, : embeddings.shape[1]], places[..., : embeddings.shape[1]] = embeddings, positions
         try:
-            run = self.memory.capture(functools.partial(self._body, padded, places, keys_values))
+            run = self.memory.capture(functools.partial(self._body, padded, places, keys_values, window))
         except (RuntimeError, torch.OutOfMemoryError) as e:
             self.failed = str(e).splitlines()[0][:120]
             self.clear()
             return
-        self.held[size] = Captured(run, padded, places, keys_values, reads)
+        self.held[size] = Captured(run, padded, places, keys_values, reads, window)
         output = run()[:, : embeddings.shape[1]]
         error = float((output.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-12))
         if error > TOLERANCE:
             self.failed = f"a captured prefill differs from the model's by {error:.1e}"
             self.clear()
 
+    def _window(self, embeddings: Tensor) -> Window | None:
+        """Room for what the policy looks at; None without a policy."""
+        if self.kv is None:
+            return None
+        length = max(1, self.kv.policy.window())
+        columns = torch.zeros(length, dtype=torch.int64, device=embeddings.device)
+        return Window(columns, embeddings.new_zeros(len(self.attentions), length, embeddings.shape[-1]))
+
     def _replay(self, captured: Captured, embeddings: Tensor, positions: Tensor, kwargs: dict[str, Any]) -> Any:
         num_columns, cache = embeddings.shape[1], cache_in(kwargs)
         captured.embeddings[:, :num_columns] = embeddings
         captured.positions[..., :num_columns] = positions
+        if captured.window is not None:
+            captured.window.at(num_columns)
         hidden = captured.run()[:, :num_columns].clone()
         filled = captured.keys_values[:, :, :, :num_columns].clone()  # a copy of its own for every cache
-        for cache_layer, (keys, values) in zip(cache.layers, filled, strict=True):
-            cache_layer.keys, cache_layer.values = keys[None], values[None]
+        if self.kv is not None and self.kv.prefills(cache):
+            self._choose(self.kv, captured, embeddings, positions, filled)
+        else:
+            for cache_layer, (keys, values) in zip(cache.layers, filled, strict=True):
+                cache_layer.keys, cache_layer.values = keys[None], values[None]
         self.used = f"captured, {captured.embeddings.shape[1]} columns"
         return BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE: cache})
+
+    def _choose(self, kv: KVHooks, captured: Captured, embeddings: Tensor, positions: Tensor, filled: Tensor) -> None:
+        """Fill the policy's layers, and have it choose, layer by layer as if each had just attended."""
+        assert captured.window is not None
+        tables, windows = self.text.rotary_emb(embeddings, positions), captured.window.hidden.clone()
+        for module, (keys, values), window in zip(self.attentions, filled, windows, strict=True):
+            kv.cache.layers[module.layer_idx].update(keys[None], values[None])
+            kv.attended(module, window[None], tables)
 
     def report(self) -> dict[str, Any]:
         """For the report: how the last prefill ran, where it was a graph, and how many are kept."""

@@ -7,7 +7,8 @@ and later turns are appended. Where the whole context fits the budget, the cache
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -84,6 +85,20 @@ class KVHooks:
         self._reset()
         self.switch.restore()
 
+    def prefills(self, cache: Any) -> bool:
+        """Is every layer of this cache the policy's own, and still empty?"""
+        whole = self.cache is cache and len(self.originals) == len(cache.layers)
+        return whole and not any(layer.is_initialized for layer in cache.layers)
+
+    @contextlib.contextmanager
+    def silent(self) -> Iterator[None]:
+        """Inside, layers that run are none of the prefill under way."""
+        cache, self.cache = self.cache, None
+        try:
+            yield
+        finally:
+            self.cache = cache
+
     # -- around the text model -------------------------------------------------------------------------------------
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -154,9 +169,8 @@ class KVHooks:
             cache_layers[layer_index].announce(begun=False)
         if untouched:
             layer_kind = type(cache_layers[untouched[0]]).__name__
-            self.notes.append(
-                f"kv: layers {_ranges(untouched)} ({layer_kind}) were left alone, full attention only is compressed"
-            )
+            names = f"layers {stacked_layers.ranges(untouched)} ({layer_kind})"
+            self.notes.append(f"kv: {names} were left alone, full attention only is compressed")
         self.cache = cache
 
     def _continue(self, kwargs: dict) -> None:
@@ -199,8 +213,13 @@ class KVHooks:
     # -- after each layer's attention ------------------------------------------------------------------------------
 
     def _after_attention(self, module: Any, args: tuple, kwargs: dict, output: Any) -> None:
-        if self.cache is None or module.layer_idx not in self.originals:
-            return
+        if self.cache is not None and module.layer_idx in self.originals:
+            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            self.attended(module, hidden, kwargs["position_embeddings"])
+
+    def attended(self, module: Any, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> None:
+        """A layer's attention has filled its cache layer. hidden: what the attention received, (B, at least the
+        policy's window, D), its last columns last."""
         cache_layer = self.cache.layers[module.layer_idx]
         columns = cache_state(self.cache).columns
         num_held = cache_layer.keys.shape[2]
@@ -217,12 +236,13 @@ class KVHooks:
             self.fits = self.policy.fits(self.facts.longest)
         if not self.fits:
             layer_indices = sorted(self.originals)
+            rotation = self._rotation(position_embeddings, num_held)
             layer_view = LayerView(
                 cache_layer.keys, cache_layer.values, columns.kinds, None, module.layer_idx, len(layer_indices),
-                columns.index, None, self._rotation(kwargs, num_held), layer_indices.index(module.layer_idx),
-                self.facts.held,
+                columns.index, None, rotation, layer_indices.index(module.layer_idx), self.facts.held,
             )  # fmt: skip
-            self.waiting.append((layer_view, self._queries(module, args, kwargs, num_held)))
+            self.position_embeddings = position_embeddings
+            self.waiting.append((layer_view, self._queries(module, hidden, num_held)))
             is_last = module.layer_idx == layer_indices[-1]
             if is_last or not self.policy.stacks or stacked_layers.is_full(layer_view, len(self.waiting)):
                 self._compress(module, is_last)
@@ -256,10 +276,9 @@ class KVHooks:
         if found is not None:
             self._store(views, view, found)
 
-    def _rotation(self, kwargs: dict, num_held: int) -> Rotation | None:
+    def _rotation(self, tables: tuple[Tensor, Tensor], num_held: int) -> Rotation | None:
         """The rotation this layer's attention was given, where it covers all columns."""
-        tables = kwargs.get("position_embeddings")
-        if self.rotation is None and tables and tables[0].ndim == 3 and tables[0].shape[1] == num_held:
+        if self.rotation is None and tables[0].ndim == 3 and tables[0].shape[1] == num_held:
             self.rotation = Rotation(tables[0], tables[1], min(self.originals))
         return self.rotation
 
@@ -276,7 +295,7 @@ class KVHooks:
             self.compressed += 1
             self.stats.append({"layer": layer_view.layer, **kept_layer.stats})
 
-    def _queries(self, module: Any, args: tuple, kwargs: dict, num_held: int) -> Tensor | None:
+    def _queries(self, module: Any, hidden: Tensor, num_held: int) -> Tensor | None:
         """Queries (B, H, W, Dh) of the last text columns before their rotation, None where none are asked for."""
         num_queries = min(self.policy.window(), num_held)
         if num_queries == 0:
@@ -285,8 +304,6 @@ class KVHooks:
         if self.queries is None:
             assert self.facts is not None
             self.queries = self.facts.queries(num_queries)
-        self.position_embeddings = kwargs["position_embeddings"]
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         found = projected_queries(module, hidden[:, -self.queries[0] :])
         self.window.add(start_mark)
         return found
@@ -309,14 +326,3 @@ class KVHooks:
             counted_queries = counted_queries[:, -1:] | True
         view.queries, view.picked = counted_queries, picked_queries
         self.window.add(start_mark)
-
-
-def _ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] -> '0-2, 5'."""
-    number_ranges: list[list[int]] = []
-    for number in numbers:
-        if number_ranges and number == number_ranges[-1][-1] + 1:
-            number_ranges[-1].append(number)
-        else:
-            number_ranges.append([number])
-    return ", ".join(f"{span[0]}-{span[-1]}" if len(span) > 1 else str(span[0]) for span in number_ranges)

@@ -167,3 +167,14 @@ def spaced(rows: Rows, layers: int, batch: int, grows: bool) -> list[EvenRows]:
         buffer[:, :, :, :length] = by_row.transpose(0, 1)
         buffers.append(buffer.flatten(1, 2).unbind(0))
     return [EvenRows(parts, length) for parts in zip(*buffers, strict=True)]
+
+
+def ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> '0-2, 5'."""
+    number_ranges: list[list[int]] = []
+    for number in numbers:
+        if number_ranges and number == number_ranges[-1][-1] + 1:
+            number_ranges[-1].append(number)
+        else:
+            number_ranges.append([number])
+    return ", ".join(f"{span[0]}-{span[-1]}" if len(span) > 1 else str(span[0]) for span in number_ranges)

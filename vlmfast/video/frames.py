@@ -269,11 +269,10 @@ def frame_orientation(frame: Any, stream: Any, name: object) -> Orientation:
     quarter and four; what lies beyond is no camera's). Raises UserError, naming the file, as `matrix_orientation`."""
     pixel_aspect = Fraction(stream.sample_aspect_ratio or 1)
     stretch = pixel_aspect if Fraction(1, 4) <= pixel_aspect <= 4 else Fraction(1)
-    for metadata in frame.side_data:
-        if metadata.type.name == "DISPLAYMATRIX":
-            try:
-                orientation = matrix_orientation(struct.unpack("=9i", bytes(metadata)[:36]))
-                return replace(orientation, stretch=stretch)
-            except UserError as error:
-                raise UserError(f"{name} cannot be shown upright: {error}") from None
-    return Orientation(stretch=stretch)
+    metadata = frame.side_data.get("DISPLAYMATRIX")
+    if metadata is None:
+        return Orientation(stretch=stretch)
+    try:
+        return replace(matrix_orientation(struct.unpack("=9i", bytes(metadata)[:36])), stretch=stretch)
+    except UserError as error:
+        raise UserError(f"{name} cannot be shown upright: {error}") from None
