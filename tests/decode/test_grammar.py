@@ -197,16 +197,44 @@ def test_a_schema_constrains_the_answer_and_drafts_it(target: Any, tokenizer: An
 def test_a_call_that_is_not_drafted_keeps_to_the_schema(target: Any, tokenizer: Any) -> None:
     pytest.importorskip("llguidance")
     plan = Speculate(GrammarDraft(schema=SCHEMA), otherwise="plain", tokenizer=tokenizer)
-    beams, rows = tiny.inputs("qwen2_5_vl"), tiny.inputs("qwen2_5_vl", batch=2)
+    beams = tiny.inputs("qwen2_5_vl")
     expected = answer(target, beams, constraint("llguidance", tokenizer))
     with vlmfast.accelerate(target, speculate=plan) as fast:
-        for batch, options in ((beams, {"num_beams": 3}), (rows, {})):
-            got = answer(target, batch, pad_token_id=tiny.PAD, **options)
-            assert any(note.startswith("speculate: not for this call") for note in fast.report.notes)
-            for row in range(got.shape[0]):
-                assert set(read(tokenizer, got, batch, row)) == set(SCHEMA["properties"])
+        got = answer(target, beams, pad_token_id=tiny.PAD, num_beams=3)
+        assert any(note.startswith("speculate: not for this call") for note in fast.report.notes)
+        assert set(read(tokenizer, got, beams)) == set(SCHEMA["properties"])
         assert torch.equal(answer(target, beams), expected)  # and one row is drafted
         assert fast.report.decode["accepted_exact"] > 0
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_every_row_follows_a_grammar_of_its_own(target: Any, tokenizer: Any, sampled: bool) -> None:
+    """Rows of different prompts end at different lengths, each as it would alone."""
+    pytest.importorskip("llguidance")
+    rows = tiny.inputs("qwen2_5_vl", batch=3)
+    plan = Speculate(GrammarDraft(schema=SCHEMA), tokenizer=tokenizer)
+    with vlmfast.accelerate(target, speculate=plan) as fast:
+        torch.manual_seed(0)
+        got = answer(target, rows, pad_token_id=tiny.PAD, do_sample=sampled)
+        numbers = fast.report.decode
+    assert numbers["accepted_exact"] == numbers["drafted"] > 0, "a forced text is never refused"
+    for row in range(3):
+        assert set(read(tokenizer, got, rows, row)) == set(SCHEMA["properties"])
+    if not sampled:
+        held = grammar.processor(SCHEMA, tokenizer, SIZE, [tiny.EOS])
+        plain = answer(target, rows, held, pad_token_id=tiny.PAD)
+        assert torch.equal(got, plain)
+
+
+def test_rows_under_a_grammar_of_the_caller_are_not_drafted(target: Any, tokenizer: Any) -> None:
+    pytest.importorskip("llguidance")
+    rows = tiny.inputs("qwen2_5_vl", batch=2)
+    given = constraint("llguidance", tokenizer)
+    with (
+        vlmfast.accelerate(target, speculate=Speculate(GrammarDraft())),
+        pytest.raises(Unsupported, match="is not known to treat every row by itself"),
+    ):
+        answer(target, rows, given, pad_token_id=tiny.PAD)
 
 
 def test_every_turn_on_a_cache_follows_a_grammar_of_its_own(target: Any, tokenizer: Any) -> None:
@@ -300,8 +328,6 @@ def test_what_a_schema_does_not_go_with(target: Any, tokenizer: Any) -> None:
             answer(target, batch, constraint("llguidance", tokenizer), tokenizer=tokenizer)
         with pytest.raises(UserError, match=r"grammardraft reads text and no tokenizer.*generate\(tokenizer="):
             answer(target, batch)
-        with pytest.raises(Unsupported, match="2 rows came in: grammardraft drafts one row at a time"):
-            answer(target, tiny.inputs("qwen2_5_vl", batch=2), tokenizer=tokenizer)
         endless = copy.copy(tokenizer)
         endless.eos_token = None
         with pytest.raises(UserError, match=r"no token for it: pass eos_token_id="):

@@ -26,7 +26,7 @@ from vlmfast.decode.relevance import Relevances, layer_of, open_relevances
 from vlmfast.decode.row_drafts import Proposal, RowsDraft
 from vlmfast.decode.speculate import Speculate
 from vlmfast.decode.strict_tokens import strict_tokens
-from vlmfast.decode.verification import BY_ROW, TokenChooser, VerifiedLogits
+from vlmfast.decode.verification import TokenChooser, VerifiedLogits, splits
 from vlmfast.runtime.clock import clock
 from vlmfast.runtime.stepper import Stepper
 from vlmfast.runtime.transfers import to_device
@@ -38,7 +38,7 @@ def why_not(processors: Any, criteria: list[Any], eos_ids: frozenset[int]) -> st
     criteria: stopping criteria beside length and end-of-answer ids.
     """
     for processor in processors or ():
-        if type(processor) not in BY_ROW:
+        if not splits(processor):
             return f"a {type(processor).__name__} is not known to treat every row by itself"
     for criterion in criteria:
         if type(criterion) not in (MaxTimeCriteria, StopStringCriteria):

@@ -18,7 +18,7 @@ from vlmfast import families
 from vlmfast.core import Draft, StageDidNotFire, TokenPruner, Unsupported, UserError
 from vlmfast.decode.draft_method import DraftMethod, Request
 from vlmfast.decode.proposers import LookupOrModel, ModelProposer, NgramProposer
-from vlmfast.decode.row_drafts import LookupOrModelRows, LookupRows, ModelRows, RowsDraft
+from vlmfast.decode.row_drafts import LookupOrModelRows, ModelFreeRows, ModelRows, RowsDraft
 from vlmfast.decode.target_attention import TargetAttention
 from vlmfast.engine import open_static
 from vlmfast.fields import NonNegativeInt, PositiveInt, Range
@@ -193,9 +193,9 @@ class PromptLookup(DraftMethod):
         earlier = () if key is None or of_model is None else tuple(of_model.get(key, ()))[-self.answers :]
         return self._proposer(request, request.input_ids[0].tolist(), earlier)
 
-    def open_rows(self, request: Request) -> LookupRows:
+    def open_rows(self, request: Request) -> ModelFreeRows:
         """An index of every row's own prompt."""
-        return LookupRows([self._proposer(request, prompt) for prompt in request.input_ids.tolist()])
+        return ModelFreeRows([self._proposer(request, prompt) for prompt in request.input_ids.tolist()])
 
     def _proposer(self, request: Request, prompt: list[int], earlier: tuple[list[int], ...] = ()) -> NgramProposer:
         placeholders = frozenset(families.get(request.model).visual_ids(request.model).values())

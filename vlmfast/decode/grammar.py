@@ -146,6 +146,10 @@ class SchemaProcessor(LogitsProcessor):
         forbidden[:, :width] = ~allowed[:, :width]
         return scores.masked_fill(forbidden.to(scores.device), float("-inf"))
 
+    def of_row(self) -> SchemaProcessor:
+        """One for a single row, at the start of its answer."""
+        return SchemaProcessor(self.matcher.deep_copy(), self.ending)
+
     def _allowed(self, matcher: Any, consumed: list[int], answer: list[int]) -> Tensor:
         """(V,) bool of the tokens that may follow this row's answer."""
         if answer[: len(consumed)] != consumed:  # another answer, as of a beam

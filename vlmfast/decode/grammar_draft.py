@@ -12,6 +12,7 @@ from vlmfast.core import NO_STOP, DraftStop, Unsupported
 from vlmfast.decode import grammar
 from vlmfast.decode.draft_method import DraftMethod, Request
 from vlmfast.decode.proposers import Pick
+from vlmfast.decode.row_drafts import ModelFreeRows
 from vlmfast.runtime.compat import option
 
 
@@ -28,7 +29,6 @@ class GrammarDraft(DraftMethod):
     schema: str | dict | None = None
     name: ClassVar[str] = "grammardraft"
     blind: ClassVar[bool] = True
-    rows: ClassVar[bool] = False
     of_one_answer: ClassVar[bool] = True
     lossless: ClassVar[bool] = True
 
@@ -70,6 +70,10 @@ class GrammarDraft(DraftMethod):
         if tokenizer is not None and tokenizer.eos_token_id in request.stop:
             ending = tokenizer.eos_token_id
         return GrammarProposer(grammar.follow(held, tokenizer), request.input_ids.shape[1], ending)
+
+    def open_rows(self, request: Request) -> ModelFreeRows:
+        """As `open`, once for every row."""
+        return ModelFreeRows([self.open(request) for _ in request.input_ids])
 
 
 class GrammarProposer:

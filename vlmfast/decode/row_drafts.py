@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from vlmfast.core import NO_STOP, DraftStop
 from vlmfast.decode.proposers import NgramProposer
 from vlmfast.runtime.stepper import Stepper
 from vlmfast.runtime.transfers import to_device
+
+if TYPE_CHECKING:
+    from vlmfast.decode.grammar_draft import GrammarProposer
 
 Pick = Callable[[int, Tensor, Tensor], tuple[int, Tensor | None]]  # of the row named first, see `core.Draft.propose`
 Proposal = tuple[Tensor, Tensor | None]  # tokens (k,) int64 on the host and their probabilities, see `core.Draft`
@@ -36,12 +39,12 @@ class RowsDraft(Protocol):
         ...
 
 
-class LookupRows:
-    """Prompt lookup of several rows, every row in its own text."""
+class ModelFreeRows:
+    """Drafts that run no model, such as prompt lookup: every row has its own."""
 
-    decoder = None  # it runs no model
+    decoder = None
 
-    def __init__(self, rows: list[NgramProposer]) -> None:
+    def __init__(self, rows: Sequence[NgramProposer | GrammarProposer]) -> None:
         self.rows = rows
         self.certainty: list[list[float]] = [[] for _ in rows]
 
@@ -153,7 +156,7 @@ class ModelRows:
 class LookupOrModelRows:
     """Every row's lookup where it finds something, the model for all the others together."""
 
-    def __init__(self, lookup: LookupRows, model: ModelRows) -> None:
+    def __init__(self, lookup: ModelFreeRows, model: ModelRows) -> None:
         self.lookup, self.model = lookup, model
         self.used = [False] * len(lookup.rows)  # rows whose last proposal is the model's
         self.certainty: list[list[float]] = [[] for _ in lookup.rows]

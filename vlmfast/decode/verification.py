@@ -11,6 +11,8 @@ from transformers import MaxTimeCriteria
 from transformers.generation import StopStringCriteria
 from transformers.generation import logits_process as processors
 
+from vlmfast.decode.grammar import SchemaProcessor
+
 # processors whose result for a row does not depend on the ids: one call serves all rows of a round
 ROW_WISE = (
     processors.TemperatureLogitsWarper, processors.TopKLogitsWarper, processors.TopPLogitsWarper,
@@ -50,12 +52,19 @@ def note_host_work(notes: list[str], work: str | None, engine: str, logits: Tens
         notes.append(f"engine: the host chooses every token ({work}), the captured step gives it the logits")
 
 
+def splits(processor: Any) -> bool:
+    """Can it be asked row by row, rows of different lengths?"""
+    return type(processor) in (*BY_ROW, SchemaProcessor)
+
+
 def of_row(all_rows: Any, row: int) -> Any:
-    """The processors of one batch row alone, for ids (1, L); `all_rows`: of types `BY_ROW`, or None."""
+    """The processors of one batch row alone, for ids (1, L); `all_rows`: such as `splits`, or None."""
     if all_rows is None:
         return None
     row_processors = processors.LogitsProcessorList()
     for processor in all_rows:
+        if isinstance(processor, SchemaProcessor):
+            processor = processor.of_row()
         padding = getattr(processor, "prompt_ignore_length", None)
         if torch.is_tensor(padding):
             processor = copy.copy(processor)
