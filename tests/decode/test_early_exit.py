@@ -46,6 +46,21 @@ def test_layers_that_change_nothing_guess_everything() -> None:
     assert speak(target, batch, Speculate(SelfDraft(layers=1), length=5), n=31)[1]["accepted_length"] < 5
 
 
+def test_rows_are_drafted_by_layers_too() -> None:
+    """Each row over its own state, which is left as it was: all guesses are right where later layers add nothing."""
+    target, batch = tiny.build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl", media=[("image",), ("image", "image"), ()])
+    for layer in target.model.language_model.layers[2:]:
+        nn.init.zeros_(layer.self_attn.o_proj.weight)
+        nn.init.zeros_(layer.mlp.down_proj.weight)
+    expected = plain(target, batch, 31)
+    for layers, accepted in ((2, 5), (1, None)):
+        with vlmfast.accelerate(target, speculate=Speculate(SelfDraft(layers=layers), length=5)) as fast:
+            assert torch.equal(plain(target, batch, 31), expected)
+            numbers = fast.report.decode
+        assert numbers["engine"] == "static" and numbers["drafted"] > 0
+        assert accepted is None or (numbers["accepted_length"] == accepted and numbers["verify_rounds"] == 5)
+
+
 PLANS: dict[str, dict[str, Any]] = {
     "pruned": {"prune": VidCom2(keep=0.5)},
     "between": {"prune": FastV(keep=0.5)},
@@ -214,8 +229,3 @@ def test_text_form_and_bad_values() -> None:
     ):
         with pytest.raises(Unsupported, match=r"layers=[49] in selfdraft: the model has 4 .* layers=1 to 3"):
             run()
-    with (
-        vlmfast.accelerate(target, speculate=Speculate(SelfDraft(layers=2))),
-        pytest.raises(Unsupported, match="2 rows came in: selfdraft drafts one row at a time"),
-    ):
-        plain(target, tiny.inputs("qwen2_5_vl", batch=2))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -95,9 +95,10 @@ def decode(
         target = call.prefill(speculate.most + 2, layer_of(call.model, speculate.accept))
         reason = _why_not_in_step(target, speculate)
         if reason is None:
-            if continued and not speculate.draft.blind:
+            if continued and not (speculate.draft.blind or speculate.draft.of_one_answer):
                 counters.notes.append("speculate: the draft did not see the turns before, decoded without it")
                 request = None
+            request = None if request is None else replace(request, target=target)
             return _drafted(call, speculate, tokenizer, target, counters, request, continued)
     if speculate.otherwise == "refuse":
         raise Unsupported(

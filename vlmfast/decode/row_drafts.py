@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vlmfast.core import NO_STOP, DraftStop
 from vlmfast.decode.proposers import NgramProposer
+from vlmfast.runtime.fast_decoder import WHOLE, ExitPoint
 from vlmfast.runtime.stepper import Stepper
 from vlmfast.runtime.transfers import to_device
 
@@ -69,14 +70,19 @@ class ModelRows:
     as of `ModelProposer`.
     """
 
+    exit_point: ExitPoint = WHOLE  # where its steps end
+
     def __init__(self, stepper: Stepper, columns: int, stop: frozenset[int], vocab: int, confidence: float) -> None:
         self.stepper, self.stop, self.vocab, self.confidence = stepper, stop, vocab, confidence
-        self.decoder = stepper.decoder
-        num_rows = self.decoder.rows
+        num_rows = stepper.decoder.rows
         self.num_tokens = stepper.embed.weight.shape[0]  # a target may have a few more, unused by the tokenizer
         self.fed = [columns] * num_rows  # columns of every row that the model was fed
         self.ahead, self.last = [0] * num_rows, [0] * num_rows  # proposed tokens that were fed, and all proposed
         self.certainty: list[list[float]] = [[] for _ in range(num_rows)]
+
+    @property
+    def decoder(self) -> Any:
+        return self.stepper.decoder
 
     def propose(
         self, ids: list[Tensor], lengths: list[int], pick_token: Pick | None = None, draft_stop: DraftStop = NO_STOP
@@ -134,11 +140,11 @@ class ModelRows:
             fed_tokens[row, : len(row_tokens)] = torch.tensor(row_tokens)
         fed_tokens = to_device(fed_tokens.clamp(max=self.num_tokens - 1), self.stepper.logits.device)
         with torch.inference_mode():
-            logits = self.decoder.step_rows(fed_tokens)
+            logits = self.stepper.decoder.step_rows(fed_tokens, exit_point=self.exit_point)
             last_indices = [(row, len(row_tokens) - 1) for row, row_tokens in new_tokens.items()]
             logits = torch.stack([logits[row, last_index, : self.vocab] for row, last_index in last_indices])
         counts = [len(new_tokens.get(row, ())) for row in range(len(self.fed))]
-        self.decoder.rewind([longest - row_count for row_count in counts])
+        self.stepper.decoder.rewind([longest - row_count for row_count in counts])
         self.fed = [fed_columns + row_count for fed_columns, row_count in zip(self.fed, counts, strict=True)]
         return logits.to(torch.float32, copy=True)
 
@@ -149,8 +155,37 @@ class ModelRows:
 
     def _back(self, counts: list[int]) -> None:
         counts = [max(0, num_tokens) for num_tokens in counts]
-        self.decoder.rewind(counts)
+        self.stepper.decoder.rewind(counts)
         self.fed = [num_fed - num_tokens for num_fed, num_tokens in zip(self.fed, counts, strict=True)]
+
+
+class EarlyRows(ModelRows):
+    """Proposes for several rows by the target's first layers, over the target's own state, and leaves it as it was."""
+
+    def __init__(
+        self, target: Stepper, exit_point: ExitPoint, stop: frozenset[int], vocab: int, confidence: float
+    ) -> None:
+        super().__init__(target, 0, stop, vocab, confidence)
+        self.exit_point = exit_point
+
+    @property
+    def decoder(self) -> Any:
+        """The target's is counted as the target's."""
+        return None
+
+    def propose(
+        self, ids: list[Tensor], lengths: list[int], pick_token: Pick | None = None, draft_stop: DraftStop = NO_STOP
+    ) -> list[Proposal]:
+        """See `RowsDraft`."""
+        held = [row_ids.shape[1] - 1 for row_ids in ids]
+        self.fed = list(held)
+        try:
+            return super().propose(ids, lengths, pick_token, draft_stop)
+        finally:
+            self._back([num_fed - num_held for num_fed, num_held in zip(self.fed, held, strict=True)])
+
+    def rewind(self, refused: list[int]) -> None:
+        """Everything was taken back."""
 
 
 class LookupOrModelRows:

@@ -12,7 +12,7 @@ from vlmfast.decode.draft_method import DraftMethod, Request
 from vlmfast.decode.drafts import Confidence, guided, vocabulary
 from vlmfast.decode.exit_map import read_exit
 from vlmfast.decode.proposers import EarlyProposer, ModelProposer
-from vlmfast.decode.row_drafts import ModelRows, RowsDraft
+from vlmfast.decode.row_drafts import EarlyRows, ModelRows, RowsDraft
 from vlmfast.encode.between import LayerPruner
 from vlmfast.encode.downsample import Downsample
 from vlmfast.engine import open_static
@@ -70,10 +70,6 @@ class SelfDraft(DraftMethod):
         return self.prune
 
     @property
-    def rows(self) -> bool:  # type: ignore[override]
-        return self.layers is None
-
-    @property
     def of_one_answer(self) -> bool:  # type: ignore[override]
         return self.layers is not None
 
@@ -108,7 +104,11 @@ class SelfDraft(DraftMethod):
         return point
 
     def open_rows(self, request: Request) -> RowsDraft:
-        """A second prefill of several rows."""
+        """As `open`, for several rows."""
+        if self.layers is not None:
+            assert request.target is not None
+            point = self._point(request.model, self.layers)
+            return EarlyRows(request.target, point, request.stop, vocabulary(request.model), self.confidence)
         return ModelRows(*self._prefilled(request), self.confidence)
 
     def _prefilled(self, request: Request) -> tuple[Stepper, int, frozenset[int], int]:
