@@ -26,6 +26,7 @@ from vlmfast.runtime.patch import Patch
 from vlmfast.runtime.request_state import Requests
 
 CHUNK = 512  # queries per product, so that no full map is ever held
+AT_ONCE = 2**27  # weights per product, where a GPU takes several frames in one
 
 
 class TowerAttention:
@@ -134,6 +135,11 @@ def packed_received(module: Any, hidden: Tensor, cu: Tensor, position_embeddings
     rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb_vision  # the family's own
     q, k = rotate(q, k, *position_embeddings)
     lengths = (cu[1:] - cu[:-1]).tolist()
+    if q.is_cuda and len(set(lengths)) == 1:
+        frames = [states.unflatten(0, (len(lengths), lengths[0])).transpose(1, 2) for states in (q, k)]
+        at_once = max(1, AT_ONCE // (module.num_heads * min(CHUNK, lengths[0]) * lengths[0]))
+        parts = zip(*(states.split(at_once) for states in frames), strict=True)
+        return torch.cat([_mean_received(*part) for part in parts]).flatten()
     parts = zip(q.split(lengths), k.split(lengths), strict=True)
     return torch.cat([_mean_received(a.transpose(0, 1)[None], b.transpose(0, 1)[None])[0] for a, b in parts])
 
@@ -142,7 +148,7 @@ def _mean_received(q: Tensor, k: Tensor) -> Tensor:
     """q (B, H, Q, Dh), k (B, H, T, Dh) -> (B, T) float32: softmax rows, mean over heads and queries."""
     total = torch.zeros(k.shape[0], k.shape[2], device=k.device)
     for part in q.split(CHUNK, 2):
-        total += (part @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).float().softmax(-1).sum((1, 2))
+        total += (part @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1, dtype=torch.float32).sum((1, 2))
     return total / (q.shape[1] * q.shape[2])
 
 
