@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vlmfast.core import UserError
 from vlmfast.decode import ACCEPT, BiLD, Ensemble, Exact, FLy, Loose, Lossless, RandomRelax, criteria
-from vlmfast.decode.accept import EXACT, LOOSE, SHIFT, Round, Verdict
+from vlmfast.decode.accept import EXACT, LOOSE, SHIFT, Drawn, Round, Verdict
 from vlmfast.decode.relevance import collect
 from vlmfast.decode.strict_tokens import strict_tokens
 from vlmfast.plan import build
@@ -197,6 +197,31 @@ def test_lossless_draws_from_the_target(certain: bool) -> None:
         counts[token if verdict.kinds else verdict.next] += 1
     chi2 = float(((counts - n * p) ** 2 / (n * p)).sum())
     assert chi2 < 23.5, counts / n  # 4 degrees of freedom, p = 1e-4
+
+
+@pytest.mark.parametrize("certain", [False, True])
+def test_draws_without_a_host_read_have_the_target_distribution(certain: bool) -> None:
+    """Chi-square as above, over two drafted tokens: the first emitted token, and the one behind an accepted draft."""
+    torch.manual_seed(0)
+    n, p = 6000, torch.tensor([0.45, 0.05, 0.3, 0.15, 0.05])
+    q = torch.tensor([0.1, 0.4, 0.2, 0.1, 0.2])
+    counts, second = torch.zeros(5), torch.zeros(5)
+    for _ in range(n):
+        draft = [2, 0] if certain else torch.multinomial(q, 2, replacement=True).tolist()
+        passes, tokens = criteria.speculated(p.log().expand(3, -1), draft, None if certain else q.expand(2, -1))
+        verdict = Drawn(passes.tolist(), tokens.tolist()).verdict()
+        said = [*draft[: len(verdict.kinds)], verdict.next]
+        counts[said[0]] += 1
+        if len(said) > 1:
+            second[said[1]] += 1
+    for seen in (counts, second):
+        want = seen.sum() * p
+        assert float(((seen - want) ** 2 / want).sum()) < 23.5, seen / seen.sum()  # p = 1e-4
+
+
+def test_a_round_without_a_draft_is_drawn_too() -> None:
+    passes, tokens = criteria.speculated(torch.tensor([[-1e9, 0.0, -1e9]]), [], None)
+    assert Drawn(passes.tolist(), tokens.tolist()).verdict() == Verdict([], 1)
 
 
 def test_residual_of_equal_distributions_is_the_target() -> None:

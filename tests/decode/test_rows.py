@@ -364,6 +364,32 @@ def test_rows_on_a_card_say_what_the_cpu_says(source: str) -> None:
         assert waits - few_waits <= rounds - few_rounds, device.waits
 
 
+@pytest.mark.parametrize("rule", [Exact(), Lossless()], ids=lambda rule: rule.name)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_sampled_round_waits_once_on_a_card(rule: Any, rows: int) -> None:
+    """Drawn on the device, read once for all rows; one row under `exact` draws what `generate` draws."""
+    model, batch = tiny.build(FAMILY), three() if rows == 3 else tiny.inputs(FAMILY)
+    with PretendCuda(capability=(9, 0)) as device:
+        to_cuda(model)
+        there, counted = to_cuda(batch), []
+        for speculate in (None, Speculate(PromptLookup(longest=1), rule, length=4)):
+            with vlmfast.accelerate(model, tower="fast", speculate=speculate) as fast:
+                for n in (12, 3, 24):
+                    torch.manual_seed(0)
+                    device.waits.clear()
+                    got = to_host(plain(model, there, n=n, do_sample=True, temperature=0.3))
+                    counted.append((sum(device.waits.values()), fast.report.decode.get("verify_rounds"), got))
+                after = torch.rand(4)
+            counted.append((0, 0, after))
+        decode = fast.report.decode
+    assert decode["engine"] == "static" and decode["drafted"] > 0
+    (few_waits, few_rounds, _), (waits, rounds, said) = counted[5:7]
+    assert rounds > few_rounds and waits - few_waits <= rounds - few_rounds, device.waits
+    if rows == 1 and rule == Exact():
+        assert torch.equal(said, counted[2][2]) and decode["verify_rounds"] < 23
+        assert torch.equal(counted[7][2], counted[3][2]), "the random numbers of what was not said are given back"
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("source", ["lookup", "model", "self"])

@@ -16,11 +16,26 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from vlmfast.decode.criteria import residual
+from vlmfast.decode.criteria import residual, speculated
 from vlmfast.fields import Method
+from vlmfast.runtime.devices import random_generator
+from vlmfast.runtime.transfers import to_device
 
 REFUSED, EXACT, LOOSE, SHIFT = 0, 1, 2, 3
 Relevance = Tensor | Callable[[], Tensor]  # (k,) float32, or what computes it
+
+
+@dataclass
+class Drawn:
+    """passes (k,): which drafted tokens may stay; tokens (k + 1,): what follows where the first of them may not."""
+
+    passes: list[bool]
+    tokens: list[int]
+
+    def verdict(self) -> Verdict:
+        """The run that passes, then the token drawn there."""
+        accepted = (*self.passes, False).index(False)
+        return Verdict([EXACT] * accepted, self.tokens[accepted])
 
 
 @dataclass
@@ -41,6 +56,24 @@ class Round:
     loosened: Tensor | None = None  # (k,) bool, made by a rule when it is first asked for
     # rounds of all rows that one step verified, this one among them: a rule reads a GPU for all of them at once
     together: list[Round] = field(default_factory=list)
+    drawn: Drawn | None = None  # under sampling on a GPU, once it was read
+
+    @property
+    def on_device(self) -> bool:
+        """Are tokens drawn on a GPU, so that every look at one would be waited for?"""
+        return self.sampling and self.score(0).is_cuda
+
+    def read(self, draw: Callable[[Round], tuple[Tensor, Tensor]]) -> Drawn:
+        """What was drawn, read from the device once for all rows. draw: (k,) bool and (k + 1,) int64 of a round."""
+        if self.drawn is None:
+            rounds = self.together or [self]
+            parts = [torch.cat([part.long() for part in draw(each)]) for each in rounds]
+            values = iter(torch.cat(parts).tolist())
+            for each in rounds:
+                passes = [bool(next(values)) for _ in each.draft]
+                each.drawn = Drawn(passes, [next(values) for _ in range(len(passes) + 1)])
+        assert self.drawn is not None
+        return self.drawn
 
     def relevance_scores(self) -> Tensor:
         """The relevance, computed once."""
@@ -142,12 +175,33 @@ class Exact(Rule):
     lossless: ClassVar[bool] = True
 
     def judge(self, verified: Round) -> Verdict:
+        if verified.on_device:
+            return self._on_device(verified)
         for position, drafted_token in enumerate(verified.draft.tolist()):
             target_token = verified.pick(position)
             if target_token != drafted_token:
                 return Verdict([EXACT] * position, target_token)
         num_drafted = verified.draft.shape[0]
         return Verdict([EXACT] * num_drafted, verified.pick(num_drafted))
+
+    def _on_device(self, verified: Round) -> Verdict:
+        """Every position is drawn before the host looks; the random numbers of those behind the answer are given back,
+        unless rows share them."""
+        generator = random_generator(verified.score(0).device)
+        states: list[Tensor] = []
+
+        def draw(judged: Round) -> tuple[Tensor, Tensor]:
+            tokens = []
+            for position in range(judged.draft.shape[0] + 1):
+                tokens.append(torch.multinomial(judged.score(position)[None].softmax(-1), 1)[0])
+                states.append(generator.get_state())
+            drawn = torch.cat(tokens)
+            return drawn[:-1] == to_device(judged.draft, drawn.device), drawn
+
+        verdict = verified.read(draw).verdict()
+        if not verified.together and torch.equal(generator.get_state(), states[-1]):
+            generator.set_state(states[len(verdict.kinds)])
+        return verdict
 
 
 @dataclass(frozen=True)
@@ -165,6 +219,8 @@ class Lossless(Rule):
     def judge(self, verified: Round) -> Verdict:
         if not verified.sampling:
             return Exact().judge(verified)
+        if verified.on_device:
+            return verified.read(_speculated).verdict()
         for position, token in enumerate(verified.draft.tolist()):
             target_probs = verified.score(position).softmax(-1)
             draft_probs = None if verified.draft_probs is None else verified.draft_probs[position]
@@ -177,3 +233,9 @@ class Lossless(Rule):
             return Verdict([EXACT] * position, int(torch.multinomial(residual(target_probs, draft_probs), 1)))
         num_drafted = verified.draft.shape[0]
         return Verdict([EXACT] * num_drafted, verified.pick(num_drafted))
+
+
+def _speculated(verified: Round) -> tuple[Tensor, Tensor]:
+    """`criteria.speculated` of a round."""
+    scores = torch.stack([verified.score(position) for position in range(verified.draft.shape[0] + 1)])
+    return speculated(scores, verified.draft.tolist(), verified.draft_probs)

@@ -74,6 +74,24 @@ def normalised_entropy(scores: Tensor) -> Tensor:
     return -(log_probs.exp() * log_probs.clamp(min=-1e4)).sum(-1) / math.log(scores.shape[-1])
 
 
+def speculated(scores: Tensor, draft: list[int], draft_probs: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Speculative sampling without a host read: scores (k + 1, V), draft_probs (k, V), None = the draft was certain.
+
+    Returns (k,) bool, which drafted tokens pass, and (k + 1,) int64, what follows where the first of them does not.
+    """
+    probs, num_drafted = scores.softmax(-1), len(draft)
+    target = torch.stack([probs[row, token] for row, token in enumerate(draft)]) if draft else probs[:0, 0]
+    if draft_probs is None:
+        passes, remaining = torch.rand_like(target) < target, probs[:num_drafted].clone()
+        for row, token in enumerate(draft):
+            remaining[row, token].zero_()
+    else:
+        drafted = torch.stack([draft_probs[row, token] for row, token in enumerate(draft)]) if draft else target
+        passes, remaining = torch.rand_like(target) < target / drafted, (probs[:num_drafted] - draft_probs).clamp(min=0)
+    remaining = remaining.where(remaining.sum(-1, keepdim=True) > 0, probs[:num_drafted])
+    return passes, torch.multinomial(torch.cat([remaining, probs[num_drafted:]]), 1)[:, 0]
+
+
 def residual(target_probs: Tensor, draft_probs: Tensor) -> Tensor:
     """(V,), (V,) -> (V,): max(p - q, 0) normalised; p itself where nothing is left (p = q up to rounding)."""
     remaining = (target_probs - draft_probs).clamp(min=0)

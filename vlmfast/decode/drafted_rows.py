@@ -165,7 +165,7 @@ class DraftedRows:
             num_positions = 1 if draft is None else draft.shape[0] + 1
             if not output.done:
                 picked = None if best_tokens is None else best_tokens[row][:num_positions]
-                token_ids = output.ids.to(self.place)
+                token_ids = to_device(output.ids, self.place)
                 verified[row] = VerifiedLogits(self.choices[row], token_ids, draft, logits[row, :num_positions], picked)
         return verified
 
@@ -183,12 +183,12 @@ class DraftedRows:
             logits = decoder.step_rows(to_device(fed_tokens, self.device), self.hidden_layer)
             logits = logits.to(torch.float32, copy=True)
         best_tokens = self._best(logits)  # waits for the step
-        if best_tokens is None and logits.is_cuda:
+        drafts = [to_device(tokens, self.place) if tokens.shape[0] else None for tokens, _ in proposals]
+        verified_rows = self._verified(logits, drafts, best_tokens)
+        drawn_on_device = any(verified is not None and verified.drawn_by(self.rule) for verified in verified_rows)
+        if best_tokens is None and logits.is_cuda and not drawn_on_device:
             clock(self.model)  # the choice would wait for the step in any case
         stepped_at = time.perf_counter()
-        draft_ms, verify_ms = (proposed_at - round_start) * 1e3, (stepped_at - proposed_at) * 1e3
-        drafts = [tokens.to(self.place) if tokens.shape[0] else None for tokens, _ in proposals]
-        verified_rows = self._verified(logits, drafts, best_tokens)
         rounds = self._rounds(verified_rows, proposals, decoder.hidden)
         verdicts: list[Verdict | None] = []
         for row, verified in enumerate(verified_rows):
@@ -196,6 +196,9 @@ class DraftedRows:
             if verified is not None:
                 verdict = self.rule.judge(rounds[row]) if row in rounds else Verdict([], verified.pick(0))
             verdicts.append(verdict)
+        if drawn_on_device:  # the choice has waited for the step
+            stepped_at = time.perf_counter()
+        draft_ms, verify_ms = (proposed_at - round_start) * 1e3, (stepped_at - proposed_at) * 1e3
         if self.in_step:
             verdicts = _shortened(verdicts, [tokens for tokens, _ in proposals])
         for verdict, (tokens, _), output in zip(verdicts, proposals, self.outputs, strict=True):
@@ -219,7 +222,7 @@ class DraftedRows:
         rounds: dict[int, Round] = {}
         together: list[Round] = []
         for row, (verified, (tokens, draft_probs)) in enumerate(zip(verified_rows, proposals, strict=True)):
-            if verified is None or len(tokens) == 0:
+            if verified is None or (len(tokens) == 0 and not verified.drawn_by(self.rule)):
                 continue
             rounds[row] = Round(
                 tokens, verified.score, verified.pick, self.choices[row].sampling, verified.widened(draft_probs),

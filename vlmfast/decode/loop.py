@@ -267,18 +267,24 @@ class _Run:
         drafted_ids = None if draft is None else to_device(draft, last_id.device)
         logits = target.step(last_id if drafted_ids is None else torch.cat([last_id, drafted_ids[None]], 1))[0]
         verified = VerifiedLogits(self.choice, output.ids, drafted_ids, logits)  # reads the best tokens, in greedy
-        if logits.is_cuda and not verified.picked:
+        drawn_on_device = verified.drawn_by(self.rule)
+        if logits.is_cuda and not verified.picked and not drawn_on_device:
             clock(self.model)  # the choice would wait for the step in any case
         stepped_at = time.perf_counter()
+        if draft is None:
+            verdict = rules.Verdict([], verified.pick(0))
+        else:
+            verdict = self.rule.judge(self._view(verified, draft, draft_probs, target))
+        if drawn_on_device:  # the choice has waited for the step
+            stepped_at = time.perf_counter()
         draft_ms, verify_ms = (proposed_at - round_start) * 1e3, (stepped_at - proposed_at) * 1e3
         if draft is None:
-            output.emit(verified.pick(0), partial(verified.kept, 0))
+            output.emit(verdict.next, partial(verified.kept, 0))
             self.counters.round(0, [], draft_ms, verify_ms)
             if self.controller is not None:
                 self.controller.record_round(0, 0, draft_ms, verify_ms)
             return
         num_drafted = draft.shape[0]
-        verdict = self.rule.judge(self._view(verified, draft, draft_probs, target))
         accepted = len(verdict.kinds)
         for position, token in enumerate([*draft[:accepted].tolist(), verdict.next]):
             if output.emit(token, partial(verified.kept, position)):

@@ -130,6 +130,10 @@ class VerifiedLogits:
         elif self.batch is not None and not choice.sampling:
             self.picked = dict(enumerate(self.batch.argmax(-1).tolist()))
 
+    def drawn_by(self, rule: Any) -> bool:
+        """Does this rule draw all tokens of the round on a GPU, and read them at once?"""
+        return rule.lossless and self.choice.sampling and self.logits.is_cuda
+
     def score(self, position: int) -> Tensor:
         """Processed scores (V,) float32 of row i, under the ids that lead to it."""
         if self.batch is not None:
