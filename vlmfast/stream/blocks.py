@@ -275,8 +275,10 @@ def block_positions(blocks: Sequence[Block], base: Sequence[int], contiguous: bo
     """Positions (A, n) int64 of all tokens of `blocks`, in order."""
     if not blocks:
         return torch.zeros(len(base), 0, dtype=torch.long)
-    placed = zip(blocks, origins(blocks, base, contiguous), strict=True)
-    return torch.cat([block.relative_positions.long() + torch.tensor(origin)[:, None] for block, origin in placed], 1)
+    relative = [block.relative_positions for block in blocks]
+    lengths = torch.tensor([positions.shape[1] for positions in relative])
+    placed = torch.tensor(origins(blocks, base, contiguous)).T.repeat_interleave(lengths, 1)
+    return torch.cat(relative, 1).long() + placed
 
 
 def text_position(
