@@ -13,7 +13,7 @@ from pretend_cuda import PretendCuda, to_cuda, to_host
 import vlmfast
 from vlmfast.encode import Uniform
 from vlmfast.engine import prefill_graphs
-from vlmfast.prefill import CAKE, AdaKV, Full, HybridKV, KeyDiff, SnapKV
+from vlmfast.prefill import CAKE, AdaKV, Full, HybridKV, KeyDiff, ShadowKV, SnapKV
 
 FAMILIES = [family for family in tiny.MROPE if family in ("qwen2_vl", "qwen2_5_vl")]
 
@@ -28,6 +28,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "adakv": {"kv": AdaKV(keep=0.4, **SMALL)},
     "wide window": {"kv": HybridKV(keep=0.4, **SMALL)},  # looks at more columns than some prompts have
     "cake": {"kv": CAKE(keep=0.4, **SMALL)},  # shares one budget among the layers
+    "shadowkv": {"kv": ShadowKV(keep=0.4, **SMALL)},  # decodes by the model's own step
     "keydiff": {"kv": KeyDiff(keep=0.4, **SMALL)},  # looks at no window
     "pruned, kv": {"prune": Uniform(keep=0.8), "kv": SnapKV(keep=0.4, int8=True, **SMALL)},
     "inside, kv": {"prune": Uniform(keep=0.8, after_block=1), "kv": SnapKV(keep=0.4, **SMALL)},
@@ -85,6 +86,14 @@ def test_a_replayed_prefill_costs_the_launches_of_a_graph() -> None:
         counts.append(budgets.totals(budgets.less(marks[3], marks[2])))
     assert counts[1]["launches"] == counts[0]["launches"] and counts[1]["graphed"] > counts[0]["graphed"]
     assert counts[1]["waits"] == counts[0]["waits"]
+
+
+@pytest.mark.parametrize("plan", ["pruned", "pruned, kv"])
+def test_a_launched_prefill_is_not_called_captured(plan: str) -> None:
+    """Another length after a replayed one."""
+    with PretendCuda(capability=budgets.CARD):
+        _, reports, _ = answers("qwen2_5_vl", PLANS[plan], [20, 20, 20, 60])
+    assert ["graph" in report for report in reports] == [False, False, True, False]
 
 
 def test_a_cache_stays_its_own() -> None:

@@ -123,7 +123,9 @@ class PrefillGraphs:
         self.seen.clear()
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.used = ""
+        cache = cache_in(kwargs)
+        if cache is None or all(_empty(layer) for layer in cache.layers):  # later steps of a call leave it as it is
+            self.used = ""
         embeddings = kwargs.get("inputs_embeds")
         if args or not isinstance(embeddings, Tensor) or not self._takes(embeddings, kwargs):
             return self.inner(*args, **kwargs)
@@ -270,6 +272,12 @@ class PrefillGraphs:
     def notes(self) -> list[str]:
         """Why no prefill is captured any more."""
         return [f"prefill: not captured, {self.failed}"] if self.failed else []
+
+
+def _empty(layer: Any) -> bool:
+    """Did no column enter this cache layer yet?"""
+    keys = getattr(layer, "keys", None)
+    return not getattr(layer, "is_initialized", True) or (keys is not None and keys.numel() == 0)
 
 
 def bucket(num_columns: int) -> int:
