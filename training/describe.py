@@ -81,7 +81,7 @@ def batch_of(
     return batches.tensors(model, frames, chats, device=device, apart=True), frames
 
 
-class Ahead:
+class BatchQueue:
     """The batches of the steps from `first` on, in order; `workers` processes make them ahead, 0 = none.
 
     The processes are forked, so this is opened before anything is moved to a GPU. What they make is a function of the
@@ -118,7 +118,7 @@ def _begin_worker(model: Any, times: int) -> None:
     _WORKER.extend([model, times])
 
 
-_WORKER: list[Any] = []  # in a process of `Ahead`: the model and how many times the rows
+_WORKER: list[Any] = []  # in a process of `BatchQueue`: the model and how many times the rows
 
 
 def _made(step: int) -> tuple[dict[str, Any], Any]:
@@ -163,8 +163,8 @@ def trained(name: str, runs: Path) -> Any:
     return model.eval()
 
 
-def speaker(describer: Any, device: torch.device) -> Any:
-    """What says the describer's own words: the describer; on a GPU a copy in half precision with captured steps."""
+def for_generation(describer: Any, device: torch.device) -> Any:
+    """What generates the describer's own words: itself; on a GPU a copy in half precision with captured steps."""
     if device.type == "cpu":
         return describer
     import vlmfast
@@ -182,17 +182,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model.set_attn_implementation(attention)
     file, log = runs / f"{args.model}.safetensors", train.Log(runs / f"{args.model}.jsonl")
     counters: dict[str, Any] = checkpoint.counters(file) if file.exists() else {"step": 0, "rows": 0}
-    ahead = Ahead(model, counters["step"], args.steps, args.times, args.workers)
+    queue = BatchQueue(model, counters["step"], args.steps, args.times, args.workers)
     with contextlib.ExitStack() as stack:
-        stack.callback(ahead.close)
+        stack.callback(queue.close)
         describer = trained("describer", runs).to(device) if args.model == STRONG else None
         if describer is not None:
             describer.set_attn_implementation(attention)
-        return _steps(args, model.to(device), describer, ahead, counters, file, log)
+        return _steps(args, model.to(device), describer, queue, counters, file, log)
 
 
 def _steps(
-    args: argparse.Namespace, model: Any, describer: Any, ahead: Ahead, counters: dict[str, Any], file: Path,
+    args: argparse.Namespace, model: Any, describer: Any, queue: BatchQueue, counters: dict[str, Any], file: Path,
     log: train.Log,
 ) -> dict[str, Any]:  # fmt: skip
     """The steps of `run`."""
@@ -202,13 +202,13 @@ def _steps(
     if file.exists():
         checkpoint.load(file, model, optimizers)
     model.train()
-    says = speaker(describer, device) if describer is not None else None
+    generating = for_generation(describer, device) if describer is not None else None
     started = last_saved = time.monotonic()
     losses: list[float] = []
     first_row = counters["rows"]
     while counters["step"] < args.steps:
         step = counters["step"]
-        batch, frames = next(ahead)
+        batch, frames = next(queue)
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         if frames is not None and not PIXELS & batch.keys():
             batch["pixel_values_videos" if frames.shape[1] > 1 else "pixel_values"] = batches.patchify(
@@ -218,7 +218,7 @@ def _steps(
             loss, shown, _ = train.loss_of(model, batch)
         else:
             if step % OWN == 0 and frames is not None:
-                batch = own_batch(says, frames.to(device))
+                batch = own_batch(generating, frames.to(device))
             loss, _ = distillation.divergence(describer, model, batch)
             shown = loss.detach()
         loss.backward()

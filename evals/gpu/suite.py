@@ -144,9 +144,12 @@ def main(
     unknown = [p for p in asked if p not in PARTS]
     if unknown or not asked:
         raise UserError(f"--parts {parts!r}: choose from {', '.join(PARTS)}, joined by commas")
+    only = tuple(name.strip() for name in rows.split(";") if name.strip())
+    known = [*gpu_methods.GROUPS, *gpu_prefill.arms(dry), *gpu_decode.arms(), *gpu_decode.MODELS]
+    if unknown := [name for name in only if name not in known]:
+        raise UserError(f"--rows {unknown[0]!r}: choose from {'; '.join(dict.fromkeys(known))}")
     if dry:
         records.claim(out / "dry.json", force)
-    only = tuple(name.strip() for name in rows.split(";") if name.strip())
     record = measure(out, minutes, dry, force, asked, long, commit, only)
     if not record["rows"]:
         raise UserError("nothing was measured in the time given")

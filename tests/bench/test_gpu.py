@@ -29,11 +29,21 @@ from evals.speed import replay
 from evals.speed.shapes import QWEN_7B, TOY, build
 from vlmfast import roofline
 from vlmfast.bench import records
+from vlmfast.core import UserError
 from vlmfast.decode import Speculate
 
 
 def run_of(tmp_path: Path) -> Run:
     return Run("x", True, False, tmp_path / "x.jsonl", time.monotonic() + 60)
+
+
+def test_rows_are_chosen_by_name(tmp_path: Path) -> None:
+    record = gpu.measure(tmp_path, 5, True, False, ["methods", "first_token"], False, "abc", ("kv", "full"))
+    assert gpu.wrong(record) == []
+    names = {(r["params"]["part"], r["name"]) for r in record["rows"]}
+    assert names == {("methods", "kv"), ("first_token", "build"), ("first_token", "plain"), ("first_token", "full")}
+    with pytest.raises(UserError, match=r"--rows 'ful': choose from kv; .*; full; "):
+        gpu.main(tmp_path, dry=True, parts="decode", rows="ours; ful")
 
 
 def test_the_whole_suite_runs_dry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
