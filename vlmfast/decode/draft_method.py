@@ -16,6 +16,7 @@ from vlmfast.decode.row_drafts import RowsDraft
 from vlmfast.fields import Method
 from vlmfast.runtime.digest import value_digest
 from vlmfast.runtime.request_state import Requests
+from vlmfast.runtime.state_log import StateLog
 from vlmfast.runtime.stepper import Stepper
 
 
@@ -83,6 +84,10 @@ class DraftMethod(Method):
 
     def check(self, model: Any, inputs: dict[str, Any]) -> None:
         """Raise Unsupported where it cannot draft for this target, or for this call."""
+
+    def log(self, model: Any) -> StateLog | None:
+        """What keeps, from the prefill on, the target's states that it will read; None = it reads none."""
+        return None
 
     def open(self, request: Request) -> Draft:
         """The proposer of one prompt."""
