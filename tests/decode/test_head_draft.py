@@ -25,6 +25,7 @@ from vlmfast.decode.proposers import EarlyProposer
 from vlmfast.encode import FastV, Uniform, VidCom2
 from vlmfast.plan import Plan, parse
 from vlmfast.prefill import HybridKV, SnapKV
+from vlmfast.runtime import draft_head
 from vlmfast.runtime.draft_head import HeadStepper
 from vlmfast.runtime.stepper import Stepper
 
@@ -94,6 +95,15 @@ def test_guesses_are_those_of_the_specification(tmp_path: Path, steps: str) -> N
     )
     ids = target.generate(**given)
     assert numbers["engine"] == steps and torch.equal(ids, plain(target, batch, 12))
+    check_guesses(target, batch, folder, ids)
+
+
+@pytest.mark.usefixtures("watched")
+def test_a_long_prompt_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, batch = tiny.build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl")
+    monkeypatch.setattr(draft_head, "PIECE", 7)
+    folder = heads.head_for(tmp_path, target)
+    ids, _ = speak(target, batch, Speculate(HeadDraft(folder), length=3), 8)
     check_guesses(target, batch, folder, ids)
 
 
@@ -304,6 +314,7 @@ def test_a_second_turn_is_drafted_over_its_own_columns(tmp_path: Path) -> None:
     with vlmfast.accelerate(target, speculate=Speculate(draft, length=4)) as fast:
         assert torch.equal(talk(), expected)
         assert fast.report.decode["drafted"] > 0
+        assert fast.report.notes == ["speculate: the head reads the states of this turn, not of those before"]
 
 
 def test_nothing_stays_on_the_model(tmp_path: Path) -> None:

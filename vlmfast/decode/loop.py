@@ -214,6 +214,8 @@ class _Run:
             self.counters.notes.append("speculate: the draft did not see the turns before, decoded without it")
         else:
             self.draft = draft_config.open(request)
+        if continued and request.target is not None and request.target.log is not None:
+            self.counters.notes.append("speculate: the head reads the states of this turn, not of those before")
         if not draft_config.of_one_answer:
             _KEPT[cache] = (draft_config, self.draft)
         self.counters.times["draft_prefill_ms"] = (time.perf_counter() - start) * 1e3

@@ -98,6 +98,7 @@ class DraftHead(nn.Module):
         return logits.index_copy(-1, self.token_ids, known)
 
 
+PIECE = 2048  # columns of a prompt that the head reads at once, so that a long video needs little memory
 UNKNOWN = 1000.0  # below the least logit of the head: no chance in float32, and no infinity that a processor trips over
 
 
@@ -126,9 +127,11 @@ class HeadStepper:
         if columns is None or columns.length == 1:
             self.last = columns
             return
-        embeddings = self.head.embed(columns.tokens, columns.embeddings, self.media)
+        embeddings = self.head.embed(columns.tokens, columns.embeddings, self.media)[:, 1:]
         known, self.last = columns.cut(0, -1), columns.cut(columns.length - 1)
-        self.head(embeddings[:, 1:], self.head.fc(known.states), known.positions, self.cache)
+        for start in range(0, known.length, PIECE):
+            piece, later = known.cut(start, start + PIECE), embeddings[:, start : start + PIECE]
+            self.head(later, self.head.fc(piece.states), piece.positions, self.cache)
 
     def step(self, tokens: Tensor) -> Tensor:
         """tokens (1, 1) int64, the one after all that target and head were fed -> logits (1, 1, V) float32."""
