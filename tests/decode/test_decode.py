@@ -512,12 +512,18 @@ def test_both_engines_step_rewind_and_fork(family: str, pad: int) -> None:
         ) -> Tensor:
             kw = {k: v for k, v in kw.items() if k not in ("logits_processor", "stopping_criteria")}
             s = Stepper.prefill(
-                model, input_ids, generation_config, kw, hidden_layer=2, engine=_e, static=vlmfast.engine.open_static
+                model,
+                input_ids,
+                generation_config,
+                kw,
+                hidden_layers=(2,),
+                engine=_e,
+                static=vlmfast.engine.open_static,
             )
             assert s.engine == _e
             tokens = torch.tensor([[20, 30, 40]])
             first = s.step(tokens)
-            hidden = s.hidden
+            hidden = s.hidden[2]
             twin = s.fork()
             s.step(torch.tensor([[99, 98]]))
             s.rewind(4)  # back to after the first of the three

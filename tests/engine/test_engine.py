@@ -603,10 +603,11 @@ def test_hidden_states_of_many_tokens_come_in_order() -> None:
     tokens = torch.arange(20, 40)
     for layer in (0, len(model.model.language_model.layers) - 1):
         for decoder in (static, functional):
-            decoder.step(tokens, layer)
-        torch.testing.assert_close(static.hidden, functional.hidden, atol=1e-4, rtol=1e-4)
+            decoder.step(tokens, (layer,))
+        assert list(static.hidden) == list(functional.hidden) == [layer]
+        torch.testing.assert_close(static.hidden[layer], functional.hidden[layer], atol=1e-4, rtol=1e-4)
     static.step(tokens[:1])
-    assert static.hidden is None
+    assert static.hidden == {}
 
 
 def test_the_report_says_what_a_step_must_read(monkeypatch: pytest.MonkeyPatch) -> None:

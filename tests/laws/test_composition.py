@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import heads
 import methods
 import pytest
 import tiny
@@ -15,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import vlmfast
-from vlmfast.decode import Exact, PromptLookup, SelfDraft, Speculate
+from vlmfast.decode import Exact, HeadDraft, PromptLookup, SelfDraft, Speculate
 from vlmfast.encode import Uniform
 from vlmfast.plan import preset
 
@@ -25,6 +26,7 @@ LOSSLESS = [
     Speculate(),
     Speculate(PromptLookup(), length=3),
     Speculate(SelfDraft(prune=Uniform(keep=0.3)), accept=Exact(), length=3),
+    Speculate(HeadDraft(heads.for_every_family()), length=3, otherwise="plain"),
     preset("safe").speculate,
 ]
 OPTIONS: list[dict[str, Any]] = [

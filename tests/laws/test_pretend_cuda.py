@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import heads
 import methods
 import pytest
 import tiny
@@ -42,6 +43,7 @@ RULES = {
 DRAFTS: dict[str, Callable[[Any], Any]] = {  # of others: the draft's own defaults
     "modeldraft": lambda model: ModelDraft(model, prune=None),
     "selfdraft": lambda model: decode.SelfDraft(Uniform(keep=0.5)),
+    "headdraft": lambda model: decode.HeadDraft(heads.for_every_family()),
     "grammardraft": lambda model: decode.GrammarDraft(schema={"enum": ["red circle", "red square"]}),
     "lookupthenmodel": lambda model: decode.LookupThenModel(model, prune=None),
 }
@@ -154,6 +156,14 @@ def test_draft(name: str) -> None:
 @pytest.mark.parametrize("draft", [decode.SelfDraft(layers=2), PromptLookup(answers=2)], ids=repr)
 def test_draft_in_another_way(draft: Any) -> None:
     check("qwen2_5_vl", lambda place: {"speculate": Speculate(draft, Exact(), length=4)}, new=8)
+
+
+@pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampling"])
+def test_head_draft_on_fewer_columns(tmp_path: Path, sample: bool) -> None:
+    """A head that turns by three positions, read in the call; it takes none of the call's random numbers."""
+    draft = decode.HeadDraft(heads.head_for(tmp_path, tiny.build("qwen2_5_vl")))
+    plan = {"prune": VidCom2(keep=0.5), "speculate": Speculate(draft, length=4)}
+    check("qwen2_5_vl", lambda place: plan, new=8, sample=sample)
 
 
 @pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampling"])

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import heads
 import methods
 import pytest
 import tiny
@@ -13,7 +14,7 @@ import torch
 from generation import logits, run, state
 
 import vlmfast
-from vlmfast.decode import Exact, PromptLookup, SelfDraft, Speculate
+from vlmfast.decode import Exact, HeadDraft, PromptLookup, SelfDraft, Speculate
 from vlmfast.encode import Uniform, VidCom2
 from vlmfast.prefill import HybridAdvanced, HybridKV, SnapKV
 
@@ -21,6 +22,7 @@ DRAFTS = {
     "plain_loop": Speculate(),
     "lookup": Speculate(draft=PromptLookup(), accept=Exact(), length=3),
     "self": Speculate(draft=SelfDraft(prune=Uniform(keep=0.3)), accept=Exact(), length=3),
+    "head": Speculate(draft=HeadDraft(heads.for_every_family()), accept=Exact(), length=3),
 }
 SMALL = {"sinks": 1, "recent": 2}
 PAIRS = [

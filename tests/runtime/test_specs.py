@@ -33,6 +33,7 @@ NEEDED: dict[str, dict[str, Any]] = {  # fields without a default
     "modeldraft": {"model": "some/model"},
     "lookupthenmodel": {"model": "some/model"},
     "selfdraft": {"prune": encode.Uniform()},
+    "headdraft": {"folder": "some/head"},
     "external": {"frames_to": lambda frames: frames, "text_to": lambda text: text},
 }
 KINDS: list[type] = [

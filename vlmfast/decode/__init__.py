@@ -9,6 +9,7 @@ from vlmfast.decode.ensemble import Ensemble
 from vlmfast.decode.exit_map import fit_exit
 from vlmfast.decode.fly import FLy
 from vlmfast.decode.grammar_draft import GrammarDraft
+from vlmfast.decode.head_draft import HeadDraft
 from vlmfast.decode.loose import Loose, LooseAdvanced
 from vlmfast.decode.random_relax import RandomRelax
 from vlmfast.decode.self_draft import SelfDraft
@@ -17,7 +18,7 @@ from vlmfast.decode.target_attention import TargetAttention
 
 METHODS = {Speculate.name: Speculate}
 DRAFTS: dict[str, Any] = {
-    draft.name: draft for draft in (ModelDraft, SelfDraft, PromptLookup, LookupThenModel, GrammarDraft)
+    draft.name: draft for draft in (ModelDraft, SelfDraft, HeadDraft, PromptLookup, LookupThenModel, GrammarDraft)
 }
 ACCEPT: dict[str, Any] = {rule.name: rule for rule in (Exact, Lossless, Loose, FLy, BiLD, Ensemble, RandomRelax)}
 
@@ -30,6 +31,7 @@ __all__ = [
     "Exact",
     "FLy",
     "GrammarDraft",
+    "HeadDraft",
     "LookupThenModel",
     "Loose",
     "LooseAdvanced",

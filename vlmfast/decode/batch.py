@@ -22,12 +22,13 @@ from vlmfast.decode.draft_method import Request
 from vlmfast.decode.drafted_rows import DraftedRows, why_not
 from vlmfast.decode.drafts import PromptLookup
 from vlmfast.decode.output import Output, split
-from vlmfast.decode.relevance import layer_of
+from vlmfast.decode.relevance import layers_of
 from vlmfast.decode.sampler import Sampler
 from vlmfast.decode.self_draft import SelfDraft
 from vlmfast.decode.speculate import Speculate
 from vlmfast.decode.verification import TokenChooser, host_work, note_host_work, of_row
 from vlmfast.runtime.compat import CACHE, cache_in
+from vlmfast.runtime.fast_decoder import Layers
 from vlmfast.runtime.stepper import Stepper
 
 
@@ -55,13 +56,20 @@ class Call:
         pad_id = getattr(self.config, "_pad_token_tensor", None)
         return 0 if pad_id is None else int(pad_id)
 
-    def prefill(self, room: int, hidden_layer: int | None = None) -> Stepper:
-        """Run the prompts; room: tokens expected after them; hidden_layer: as of `Stepper.prefill`."""
+    def prefill(self, room: int, hidden_layers: Layers = ()) -> Stepper:
+        """Run the prompts; room: tokens expected after them; hidden_layers: as of `Stepper.prefill`."""
         prompt_length = self.ids.shape[1]
         length_limit, _, _ = split(self.criteria or [])
         max_tokens = 256 if length_limit is None else min(4096, length_limit - prompt_length + room)
         return Stepper.prefill(
-            self.model, self.ids, self.config, self.kwargs, hidden_layer, self.steps, max_tokens, engine.open_everywhere
+            self.model,
+            self.ids,
+            self.config,
+            self.kwargs,
+            hidden_layers,
+            self.steps,
+            max_tokens,
+            engine.open_everywhere,
         )
 
     def result(self, target: Stepper, counters: Counters, rule: str | None, sequences: Tensor, **kept: Any) -> Any:
@@ -92,7 +100,7 @@ def decode(
         cache = cache_in(call.kwargs)
         continued = cache is not None and cache.get_seq_length() > 0
         request: Request | None = request_of(dict(call.kwargs), eos_ids)
-        target = call.prefill(speculate.most + 2, layer_of(call.model, speculate.accept))
+        target = call.prefill(speculate.most + 2, layers_of(call.model, speculate.accept))
         reason = _why_not_in_step(target, speculate)
         if reason is None:
             if continued and not (speculate.draft.blind or speculate.draft.of_one_answer):
@@ -107,7 +115,7 @@ def decode(
         )
     counters.notes.append(f"speculate: not for these rows ({reason}), decoded without drafts")
     if target is not None:
-        target.hidden = target.hidden_layer = None
+        target.hidden, target.hidden_layers = {}, ()
     return _plain(call, target or call.prefill(2), counters)
 
 

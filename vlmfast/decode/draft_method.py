@@ -16,6 +16,7 @@ from vlmfast.decode.row_drafts import RowsDraft
 from vlmfast.fields import Method
 from vlmfast.runtime.digest import value_digest
 from vlmfast.runtime.request_state import Requests
+from vlmfast.runtime.state_log import StateLog
 from vlmfast.runtime.stepper import Stepper
 
 
@@ -35,7 +36,7 @@ class Request:
     steps: str = "auto"  # the engine, see `Stepper.prefill`
     processors: Any = None  # the target's logits processors, those of `generate` among them
     tokenizer: Any = None  # where the draft reads text
-    target: Stepper | None = None  # after its prefill, where one row is drafted
+    target: Stepper | None = None  # after its prefill
 
     @property
     def repeats(self) -> int:
@@ -83,6 +84,10 @@ class DraftMethod(Method):
 
     def check(self, model: Any, inputs: dict[str, Any]) -> None:
         """Raise Unsupported where it cannot draft for this target, or for this call."""
+
+    def log(self, model: Any) -> StateLog | None:
+        """What keeps, from the prefill on, the target's states that it will read; None = it reads none."""
+        return None
 
     def open(self, request: Request) -> Draft:
         """The proposer of one prompt."""

@@ -22,12 +22,13 @@ from vlmfast.decode.counters import Counters
 from vlmfast.decode.draft_length import controller_of
 from vlmfast.decode.draft_method import Request
 from vlmfast.decode.output import Output
-from vlmfast.decode.relevance import Relevances, layer_of, open_relevances
+from vlmfast.decode.relevance import Relevances, layers_of, open_relevances
 from vlmfast.decode.row_drafts import Proposal, RowsDraft
 from vlmfast.decode.speculate import Speculate
 from vlmfast.decode.strict_tokens import strict_tokens
 from vlmfast.decode.verification import TokenChooser, VerifiedLogits, splits
 from vlmfast.runtime.clock import clock
+from vlmfast.runtime.fast_decoder import Layers
 from vlmfast.runtime.stepper import Stepper
 from vlmfast.runtime.transfers import to_device
 
@@ -66,7 +67,7 @@ class DraftedRows:
         self.draft: RowsDraft | None = None
         self.strict: Tensor | None = None
         self.relevances: Relevances | None = None
-        self.hidden_layer: int | None = None  # whose output is asked of every step
+        self.hidden_layers: Layers = ()  # whose output is asked of every step
         self.random = [torch.Generator().manual_seed(self.rule.seed) for _ in outputs]
         # ids and drafts stay on the host unless a processor reads them beside the logits
         self.place = torch.device("cpu") if choices[0].processors is None else self.device
@@ -80,8 +81,8 @@ class DraftedRows:
     def guard(self, tokenizer: Any, eos_ids: frozenset[int], input_ids: Tensor) -> None:
         """Find what the rule never loosens: ids, and what is about the media of the prompts, input_ids (B, L)."""
         self.relevances = open_relevances(self.model, self.rule, input_ids, self.stepper, self.counters.notes)
-        self.hidden_layer = None if self.relevances is None else layer_of(self.model, self.rule)
-        self.stepper.hidden = None  # of the whole prompt
+        self.hidden_layers = () if self.relevances is None else layers_of(self.model, self.rule)
+        self.stepper.hidden = {}  # of the whole prompt
         word_classes, guarded_eos = self.rule.word_classes(), eos_ids if self.rule.eos else frozenset()
         if not self.rule.lossless and (word_classes or guarded_eos):
             vocabulary = self.stepper.logits.shape[-1]
@@ -180,7 +181,7 @@ class DraftedRows:
             fed_tokens[row, 1 : 1 + tokens.shape[0]] = tokens
         proposed_at = time.perf_counter()
         with torch.inference_mode():
-            logits = decoder.step_rows(to_device(fed_tokens, self.device), self.hidden_layer)
+            logits = decoder.step_rows(to_device(fed_tokens, self.device), self.hidden_layers)
             logits = logits.to(torch.float32, copy=True)
         best_tokens = self._best(logits)  # waits for the step
         drafts = [to_device(tokens, self.place) if tokens.shape[0] else None for tokens, _ in proposals]
@@ -213,11 +214,11 @@ class DraftedRows:
         self._stream()
 
     def _rounds(
-        self, verified_rows: list[VerifiedLogits | None], proposals: list[Proposal], hidden: Tensor | None
+        self, verified_rows: list[VerifiedLogits | None], proposals: list[Proposal], hidden: dict[int, Tensor]
     ) -> dict[int, Round]:
-        """Row -> what the rule judges, of the rows that were drafted. hidden: of the step, (B, n, D)."""
+        """Row -> what the rule judges, of the rows that were drafted. hidden: of the step, (B, n, D) a layer."""
         relevances: list[tuple[Relevance | None, Tensor | None]] = [(None, None)] * len(proposals)
-        if self.relevances is not None and hidden is not None:
+        if self.relevances is not None:
             relevances = self.relevances.of(hidden, [len(tokens) for tokens, _ in proposals])
         rounds: dict[int, Round] = {}
         together: list[Round] = []

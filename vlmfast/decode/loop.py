@@ -29,7 +29,7 @@ from vlmfast.decode.draft_length import controller_of
 from vlmfast.decode.draft_method import Request
 from vlmfast.decode.output import Output, split
 from vlmfast.decode.preconditions import check, constrain, tokenizer_for
-from vlmfast.decode.relevance import Relevances, layer_of, open_relevances
+from vlmfast.decode.relevance import Relevances, layers_of, open_relevances
 from vlmfast.decode.sampler import Sampler
 from vlmfast.decode.speculate import Speculate
 from vlmfast.decode.strict_tokens import strict_tokens
@@ -136,13 +136,16 @@ class _Run:
         cache = cache_in(kwargs)
         continued = cache is not None and cache.get_seq_length() > 0
         max_tokens = 256 if output.limit is None else min(4096, output.limit - output.start + self.speculate.most + 2)
-        target = None
-        if self._layer() is None and self.steps == "auto":
+        target, draft_config = None, self.speculate.draft
+        layers = () if draft_config is None else layers_of(self.model, self.rule)
+        log = None if draft_config is None else draft_config.log(self.model)
+        if not layers and log is None and self.steps == "auto":
             target = read_prompt(self.model, output.ids, kwargs, max_tokens, engine.open_static)
         if target is None:
             target = Stepper.prefill(
-                self.model, output.ids, self.config, kwargs, self._layer(), self.steps, max_tokens, engine.open_static
-            )
+                self.model, output.ids, self.config, kwargs, layers, self.steps, max_tokens, engine.open_static,
+                log=log,
+            )  # fmt: skip
         try:
             first_logits = VerifiedLogits(choice, output.ids, None, target.logits)
             output.emit(first_logits.pick(0), partial(first_logits.kept, 0))  # the first token waits for no draft
@@ -187,9 +190,6 @@ class _Run:
 
     # -- before the first token ------------------------------------------------------------------------------------
 
-    def _layer(self) -> int | None:
-        return None if self.speculate.draft is None else layer_of(self.model, self.rule)
-
     def _prepare(self, tokenizer: Any, target: Stepper) -> None:
         """Make what the rule needs: relevance to the media, tokens never loosened, random numbers."""
         accept_rule, eos_ids = self.rule, self.out.eos
@@ -214,6 +214,8 @@ class _Run:
             self.counters.notes.append("speculate: the draft did not see the turns before, decoded without it")
         else:
             self.draft = draft_config.open(request)
+        if continued and request.target is not None and request.target.log is not None:
+            self.counters.notes.append("speculate: the head reads the states of this turn, not of those before")
         if not draft_config.of_one_answer:
             _KEPT[cache] = (draft_config, self.draft)
         self.counters.times["draft_prefill_ms"] = (time.perf_counter() - start) * 1e3
@@ -299,7 +301,7 @@ class _Run:
         self, verified: VerifiedLogits, draft: Tensor, draft_probs: Tensor | None, target: Stepper
     ) -> rules.Round:
         relevance, past_relevance = None, None
-        if self.relevances is not None and target.hidden is not None:
+        if self.relevances is not None:
             ((relevance, past_relevance),) = self.relevances.of(target.hidden, [draft.shape[0]])
         return rules.Round(
             draft, verified.score, verified.pick, self.sampling, verified.widened(draft_probs), self.out.emitted,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.core import NO_STOP, DraftStop
+from vlmfast.runtime.draft_head import HeadStepper
 from vlmfast.runtime.early_exit import EarlyExit
 from vlmfast.runtime.stepper import Stepper
 from vlmfast.runtime.transfers import to_device
@@ -20,7 +21,7 @@ class ModelProposer:
     """Proposes by a model, one token after the other."""
 
     def __init__(
-        self, stepper: Stepper | EarlyExit, fed: int, stop: frozenset[int], vocab: int, confidence: float
+        self, stepper: Stepper | EarlyExit | HeadStepper, fed: int, stop: frozenset[int], vocab: int, confidence: float
     ) -> None:
         self.stepper, self.fed, self.stop, self.vocab, self.confidence = stepper, fed, stop, vocab, confidence
         self.rows = stepper.embed.weight.shape[0]  # a target may have a few more, unused by the tokenizer
@@ -85,9 +86,11 @@ class ModelProposer:
 
 
 class EarlyProposer(ModelProposer):
-    """Proposes by the target's first layers, which hold the text so far by the target's own steps."""
+    """Proposes by what follows the target's own steps and so holds the text so far: its first layers, or a head."""
 
-    def __init__(self, early_exit: EarlyExit, stop: frozenset[int], vocab: int, confidence: float) -> None:
+    def __init__(
+        self, early_exit: EarlyExit | HeadStepper, stop: frozenset[int], vocab: int, confidence: float
+    ) -> None:
         super().__init__(early_exit, early_exit.target.length, stop, vocab, confidence)
         self.early_exit = early_exit
 

@@ -10,28 +10,30 @@ from torch import Tensor
 
 from vlmfast import families
 from vlmfast.decode.accept import Relevance, RelevanceOptions, Rule
-from vlmfast.runtime.cache_state import VisualMemory, cache_state, put_cache_state
+from vlmfast.runtime.cache_state import VisualMemory, cache_state, logical_columns, put_cache_state
+from vlmfast.runtime.fast_decoder import Layers
 from vlmfast.runtime.stepper import Stepper
 from vlmfast.runtime.transfers import true_places
 
 Memories = tuple[VisualMemory | None, ...]  # of every row, None = it holds no visual column
 
 
-def layer_of(model: Any, rule: Rule) -> int | None:
-    """The decoder layer, from 0, whose output a rule reads; None = it reads none."""
-    return rule.relevance_options().layer % len(families.get(model).layers(model)) if rule.visual else None
+def layers_of(model: Any, rule: Rule) -> Layers:
+    """The decoder layer, from 0, whose output a rule reads, alone in a tuple; an empty one where it reads none."""
+    return (rule.relevance_options().layer % len(families.get(model).layers(model)),) if rule.visual else ()
 
 
 def open_relevances(model: Any, rule: Rule, input_ids: Tensor, target: Stepper, notes: list[str]) -> Relevances | None:
     """What scores the relevance of a call's drafted positions; None for a rule that asks for none, and where no row
     holds visual tokens, which is noted.
 
-    input_ids (B, L) int64; target: after its prefill, which recorded the layer of `layer_of`.
+    input_ids (B, L) int64; target: after its prefill, which recorded the layer of `layers_of`.
     """
     if not rule.visual:
         return None
     placeholders, options = list(families.get(model).visual_ids(model).values()), rule.relevance_options()
-    memories = collect(target.hidden, target.cache, input_ids, placeholders, options.top, layer_of(model, rule) or 0)
+    (layer,) = layers_of(model, rule)
+    memories = collect(target.hidden.get(layer), target.cache, input_ids, placeholders, options.top, layer)
     num_without = memories.count(None)
     if num_without == len(memories):
         notes.append(f"speculate: no visual tokens, {rule.name} verified strictly")
@@ -39,19 +41,20 @@ def open_relevances(model: Any, rule: Rule, input_ids: Tensor, target: Stepper, 
     if num_without:
         rows = f"{num_without} of {len(memories)} rows"
         notes.append(f"speculate: no visual tokens in {rows}, {rule.name} verified them strictly")
-    return Relevances(memories, options)
+    return Relevances(memories, options, layer)
 
 
 class Relevances:
-    """Relevance of the drafted positions of every row. options: how it is measured."""
+    """Relevance of the drafted positions of every row. options: how it is measured; layer: whose output it reads."""
 
-    def __init__(self, memories: Memories, options: RelevanceOptions) -> None:
-        self.memories, self.options = memories, options
+    def __init__(self, memories: Memories, options: RelevanceOptions, layer: int) -> None:
+        self.memories, self.options, self.layer = memories, options, layer
         self.past: list[list[Tensor]] = [[] for _ in memories]  # of every row's earlier positions, where they count
 
-    def of(self, hidden: Tensor, lengths: list[int]) -> list[tuple[Relevance | None, Tensor | None]]:
-        """hidden (B, n, D) of the step that verifies, lengths: tokens drafted of every row -> `relevance` and
-        `past_relevance` of every row's `accept.Round`. Where earlier positions count, all rows are read at once."""
+    def of(self, outputs: dict[int, Tensor], lengths: list[int]) -> list[tuple[Relevance | None, Tensor | None]]:
+        """outputs: (B, n, D) of layers in the step that verifies, lengths: tokens drafted of every row -> `relevance`
+        and `past_relevance` of every row's `accept.Round`. Where earlier positions count, all rows are read at once."""
+        hidden = outputs[self.layer]
         first = 1 if self.options.offset == "self" else 0
         scores = [
             partial(memory.score, hidden[row, first : first + length]) if memory is not None and length else None
@@ -78,11 +81,11 @@ def collect(
     earlier = cache_state(cache).visual or (None,) * input_ids.shape[0]
     if hidden is None:
         return earlier
-    logical_columns = _logical(cache, hidden.shape[1], layer).to(input_ids.device).expand(input_ids.shape[0], -1)
+    columns = logical_columns(cache, hidden.shape[1], layer).to(input_ids.device).expand(input_ids.shape[0], -1)
     # ids may begin after the columns that the cache held before
-    id_columns = logical_columns + input_ids.shape[1] - cache.get_seq_length()
+    id_columns = columns + input_ids.shape[1] - cache.get_seq_length()
     column_ids = input_ids.gather(1, id_columns.clamp(min=0))
-    column_ids = column_ids.masked_fill((logical_columns < 0) | (id_columns < 0), -1)
+    column_ids = column_ids.masked_fill((columns < 0) | (id_columns < 0), -1)
     is_visual = torch.isin(column_ids, torch.tensor(visual_ids, device=column_ids.device)).to(hidden.device)
     rows = zip(hidden, is_visual, is_visual.sum(1).tolist(), earlier, strict=True)  # one wait for all rows
     memories = tuple(
@@ -102,16 +105,3 @@ def _memory(visual_states: Tensor, earlier: VisualMemory | None, top: int) -> Vi
     if earlier is not None and earlier.states.shape[-1] == visual_states.shape[-1]:
         memory = VisualMemory(torch.cat([earlier.states, memory.states]), top)
     return memory
-
-
-def _logical(cache: Any, num_columns: int, layer: int) -> Tensor:
-    """(B or 1, num_columns) int64, logical columns of the last physical ones at a layer; -1 on padding."""
-    layer_cuts = cache_state(cache).cuts  # columns dropped between layers
-    last_cut = max((cut_layer for cut_layer in layer_cuts if layer < 0 or cut_layer <= layer), default=None)
-    if last_cut is not None:
-        return layer_cuts[last_cut].index[:, -num_columns:]
-    columns = cache_state(cache).columns  # columns dropped before the language model
-    if columns is not None and columns.index.shape[1] >= num_columns:
-        return columns.index[:, -num_columns:]
-    cache_length = cache.get_seq_length()
-    return torch.arange(cache_length - num_columns, cache_length)[None]

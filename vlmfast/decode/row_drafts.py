@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from vlmfast.core import NO_STOP, DraftStop
-from vlmfast.decode.proposers import NgramProposer
+from vlmfast.core import NO_STOP, Draft, DraftStop
 from vlmfast.runtime.fast_decoder import WHOLE, ExitPoint
 from vlmfast.runtime.stepper import Stepper
 from vlmfast.runtime.transfers import to_device
-
-if TYPE_CHECKING:
-    from vlmfast.decode.grammar_draft import GrammarProposer
 
 Pick = Callable[[int, Tensor, Tensor], tuple[int, Tensor | None]]  # of the row named first, see `core.Draft.propose`
 Proposal = tuple[Tensor, Tensor | None]  # tokens (k,) int64 on the host and their probabilities, see `core.Draft`
@@ -45,7 +41,7 @@ class ModelFreeRows:
 
     decoder = None
 
-    def __init__(self, rows: Sequence[NgramProposer | GrammarProposer]) -> None:
+    def __init__(self, rows: Sequence[Draft]) -> None:
         self.rows = rows
         self.certainty: list[list[float]] = [[] for _ in rows]
 

@@ -16,8 +16,8 @@ from vlmfast.fields import Method, PositiveInt
 class Speculate(Method):
     """The decode stage of a plan.
 
-    draft: ModelDraft, SelfDraft, PromptLookup, LookupThenModel or GrammarDraft; None = no drafting, our own loop
-    (`plain_loop`).
+    draft: ModelDraft, SelfDraft, HeadDraft, PromptLookup, LookupThenModel or GrammarDraft; None = no drafting, our own
+    loop (`plain_loop`).
     accept: an acceptance rule (`decode.ACCEPT`); length: tokens drafted per round, or "adaptive": as many as running
     acceptance and measured costs favour, at most `most`, and none at the start of an answer for as long as recent
     answers ended before a draft's prefill had paid (`decode.draft_length`). tokenizer: for rules that never loosen
@@ -39,7 +39,7 @@ class Speculate(Method):
         if self.draft is not None and not isinstance(self.draft, DraftMethod):
             raise UserError(
                 f"draft={shown(self.draft)} is not a draft; use ModelDraft(model), SelfDraft(layers=4), "
-                "PromptLookup(), LookupThenModel(model) or GrammarDraft()"
+                "HeadDraft(folder), PromptLookup(), LookupThenModel(model) or GrammarDraft()"
             )
         if self.draft is not None and self.accept.graded() and not self.draft.graded:
             raise UserError(

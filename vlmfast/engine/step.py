@@ -23,7 +23,7 @@ from vlmfast.engine.graphs import Readback
 from vlmfast.engine.pool import Pool
 from vlmfast.engine.slots import BEFORE, TABLE, Slots
 from vlmfast.engine.weights import Weights
-from vlmfast.runtime.fast_decoder import WHOLE, ExitPoint, SteppingDecoder, append
+from vlmfast.runtime.fast_decoder import WHOLE, ExitPoint, Layers, SteppingDecoder, append
 from vlmfast.runtime.stepped_layer import PlainRows
 
 Read = Callable[[int, Tensor, int], None]
@@ -32,20 +32,20 @@ SIZES = (1, 2, 4, 6, 8, 12, 17)  # tokens of a step that graphs are captured for
 
 def forward(
     weights: Weights, slots: Slots, ops: ModuleType, tokens: Tensor, read: Read | None = None,
-    hidden_layer: int | None = None, exit_point: ExitPoint = WHOLE,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """tokens (B, n) int64 -> logits (B * n, V) in the model's dtype, and the output of `hidden_layer`, (B * n, D).
+    hidden_layers: Layers = (), exit_point: ExitPoint = WHOLE,
+) -> tuple[Tensor, dict[int, Tensor]]:  # fmt: skip
+    """tokens (B, n) int64 -> logits (B * n, V) in the model's dtype, and the outputs of `hidden_layers`, (B * n, D).
 
     Every row holds n columns more, nothing is read by the host. read: what brings columns from host memory for the
-    queries of a layer, see `choices.Tables.read`. hidden_layer: from 0; None = no output is kept.
+    queries of a layer, see `choices.Tables.read`. hidden_layers: from 0; none of the others' outputs is kept.
     """
-    num_tokens, eps, hidden = tokens.shape[1], weights.eps, None
+    num_tokens, eps, hidden = tokens.shape[1], weights.eps, {}
     residual, mlp_output = F.embedding(tokens.reshape(-1), weights.embed), None
     buffers = zip(weights.layers, slots.keys, slots.values, slots.lengths, slots.scales, strict=True)
     for index, (layer, keys, values, length, scales) in enumerate(itertools.islice(buffers, exit_point.layers)):
         residual, normed = ops.add_norm(residual, mlp_output, layer.norm, eps)
-        if hidden_layer == index - 1:
-            hidden = residual
+        if index - 1 in hidden_layers:
+            hidden[index - 1] = residual
         qkv = F.linear(normed, layer.qkv, layer.qkv_bias)
         tables, norms = (slots.at, slots.cos, slots.sin), (layer.q_norm, layer.k_norm)
         queries = ops.rope(qkv, keys, values, length, *tables, num_tokens, *norms, eps, scales)
@@ -56,8 +56,8 @@ def forward(
         mlp_output = F.linear(ops.gate(F.linear(normed, layer.gate_up)), layer.down)
     slots.counters.add_(num_tokens)
     residual, normed = ops.add_norm(residual, mlp_output, weights.final, eps)
-    if hidden_layer == len(weights.layers) - 1:
-        hidden = residual
+    if len(weights.layers) - 1 in hidden_layers:
+        hidden[len(weights.layers) - 1] = residual
     if exit_point.norm is not None:
         normed = exit_point.norm(residual)
     return F.linear(normed, weights.head, weights.head_bias), hidden
@@ -95,7 +95,7 @@ class Static(SteppingDecoder):
     ) -> None:
         self.pool, self.text = pool, text
         self.captures, self.seconds = 0, 0.0
-        self.hidden, self.int8 = None, False
+        self.hidden, self.int8 = {}, False
         self.start = position if position.shape[0] != 4 or position.ndim == 2 else position[1:]
         layers = cache.layers[: len(pool.weights.layers)]
         first_layer, num_heads = layers[0], pool.weights.kv_heads
@@ -194,19 +194,19 @@ class Static(SteppingDecoder):
 
     def _run(
         self, size: int, num_counted: int, greedy: bool, token: int | Tensor | None,
-        hidden_layer: int | None = None, exit_point: ExitPoint = WHOLE,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """One step of `size` tokens of which num_counted count -> (B, num_counted, V), and the output of `hidden_layer`
+        hidden_layers: Layers = (), exit_point: ExitPoint = WHOLE,
+    ) -> tuple[Tensor, dict[int, Tensor]]:  # fmt: skip
+        """One step of `size` tokens of which num_counted count -> (B, num_counted, V), and outputs of `hidden_layers`,
         (B, num_counted, D). token: what to feed, None = what the step before chose. exit_point: see `forward`."""
         self._reserve(size)
         slots, weights, ops = self.slots, self.pool.weights, self.pool.ops
         tokens = slots.tokens(size)
         tables = None if self.choices is None else self.choices.prepare(self.n)
-        key = size, greedy, hidden_layer, exit_point, tables and tables.key
+        key = size, greedy, hidden_layers, exit_point, tables and tables.key
         read = None if tables is None else tables.read
 
-        def body() -> tuple[Tensor, Tensor | None]:
-            logits, hidden = forward(weights, slots, ops, tokens, read, hidden_layer, exit_point)
+        def body() -> tuple[Tensor, dict[int, Tensor]]:
+            logits, hidden = forward(weights, slots, ops, tokens, read, hidden_layers, exit_point)
             if greedy:
                 chosen = logits.argmax(-1, keepdim=True)
                 tokens.copy_(chosen if slots.rows == 1 else slots.ended(chosen))
@@ -234,30 +234,30 @@ class Static(SteppingDecoder):
         if tables is not None and self.choices is not None:
             self.choices.chosen(self.n)
         self.fed = [before + num_counted for before in self.fed]
-        counted = logits.view(self.rows, size, -1)[:, :num_counted]
-        return counted, None if hidden is None else hidden.view(self.rows, size, -1)[:, :num_counted]
+        (counted, *outputs) = (part.view(self.rows, size, -1)[:, :num_counted] for part in (logits, *hidden.values()))
+        return counted, dict(zip(hidden, outputs, strict=True))
 
-    def step_rows(self, tokens: Tensor, hidden_layer: int | None = None, exit_point: ExitPoint = WHOLE) -> Tensor:
-        """tokens (B, n) -> logits (B, n, V) in the model's dtype, valid until the next step, as is `hidden`, the output
-        (B, n, D) of `hidden_layer`. exit_point: see `forward`."""
-        parts: list[tuple[Tensor, Tensor | None]] = []
+    def step_rows(self, tokens: Tensor, hidden_layers: Layers = (), exit_point: ExitPoint = WHOLE) -> Tensor:
+        """tokens (B, n) -> logits (B, n, V) in the model's dtype, valid until the next step, as is `hidden`, (B, n, D)
+        of each of `hidden_layers`. exit_point: see `forward`."""
+        parts: list[tuple[Tensor, dict[int, Tensor]]] = []
         while True:
             most = SIZES[-1] if self.choices is None else min(SIZES[-1], self.choices.left(self.n))
             piece, tokens = tokens[:, :most], tokens[:, most:]
             size = next(size for size in SIZES if size >= piece.shape[1])
-            logits, hidden = self._run(size, piece.shape[1], False, piece, hidden_layer, exit_point)
+            logits, hidden = self._run(size, piece.shape[1], False, piece, hidden_layers, exit_point)
             if tokens.shape[1] == 0:
                 break
-            parts.append((logits.clone(), None if hidden is None else hidden.clone()))
-        if parts and hidden is not None:
-            hidden = torch.cat([*(part[1] for part in parts if part[1] is not None), hidden], 1)
+            parts.append((logits.clone(), {layer: states.clone() for layer, states in hidden.items()}))
+        if parts:
+            hidden = {layer: torch.cat([*(part[1][layer] for part in parts), hidden[layer]], 1) for layer in hidden}
         self.hidden = hidden
         return torch.cat([*(part[0] for part in parts), logits], 1) if parts else logits
 
-    def step(self, tokens: Tensor, hidden_layer: int | None = None, exit_point: ExitPoint = WHOLE) -> Tensor:
+    def step(self, tokens: Tensor, hidden_layers: Layers = (), exit_point: ExitPoint = WHOLE) -> Tensor:
         """tokens (n,) int64 of the one row -> logits (n, V) in the model's dtype, valid until the next step."""
-        logits = self.step_rows(tokens[None], hidden_layer, exit_point)[0]
-        self.hidden = None if self.hidden is None else self.hidden[0]
+        logits = self.step_rows(tokens[None], hidden_layers, exit_point)[0]
+        self.hidden = {layer: states[0] for layer, states in self.hidden.items()}
         return logits
 
     def greedy(

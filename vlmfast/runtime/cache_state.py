@@ -181,3 +181,20 @@ def contiguous_positions(module: nn.Module, args: tuple, kwargs: dict) -> tuple[
     first_position = positions[..., :1]
     kwargs["position_ids"] = first_position + torch.arange(positions.shape[-1], device=positions.device)
     return args, kwargs
+
+
+def logical_columns(cache: Any, num_columns: int, layer: int | None) -> Tensor:
+    """(B or 1, num_columns) int64, logical columns of the last physical ones at a layer; -1 on padding.
+
+    layer: from 0; -1 = the last, None = as they entered the first.
+    """
+    layer_cuts = {} if layer is None else cache_state(cache).cuts  # columns dropped between layers
+    wanted = -1 if layer is None else layer
+    last_cut = max((cut_layer for cut_layer in layer_cuts if wanted < 0 or cut_layer <= wanted), default=None)
+    if last_cut is not None:
+        return layer_cuts[last_cut].index[:, -num_columns:]
+    columns = cache_state(cache).columns  # columns dropped before the language model
+    if columns is not None and columns.index.shape[1] >= num_columns:
+        return columns.index[:, -num_columns:]
+    cache_length = cache.get_seq_length()
+    return torch.arange(cache_length - num_columns, cache_length)[None]

@@ -25,6 +25,7 @@ from vlmfast.runtime.stream_cache import WorkLayer
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "rotary_emb"}
 MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+Layers = tuple[int, ...]  # decoder layers whose output is asked for, from 0
 TABLE = 128  # positions rotated at once
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
@@ -118,7 +119,7 @@ class SteppingDecoder:
 
     name: str
     n: int  # tokens stepped after the prefill
-    hidden: Tensor | None  # (n, D) of the layer asked for, in the last step
+    hidden: dict[int, Tensor]  # (n, D) of each layer asked for, in the last step
 
     def rewind(self, n: int) -> None:
         """Forget the last n tokens stepped."""
@@ -166,7 +167,7 @@ class FastDecoder(SteppingDecoder):
         self.n = 0  # tokens stepped after the prefill
         self.start = position if position.shape[0] != 4 or position.ndim == 2 else position[1:]
         self.cos = self.sin = torch.empty(0)
-        self.hidden: Tensor | None = None
+        self.hidden: dict[int, Tensor] = {}
 
     def _rotation(self, num_tokens: int) -> tuple[Tensor, Tensor]:
         """cos and signed sin of the next n positions, (n, 1, Dh) each."""
@@ -187,13 +188,13 @@ class FastDecoder(SteppingDecoder):
             hidden.dtype
         )
 
-    def step(self, tokens: Tensor, hidden_layer: int | None = None, exit_point: ExitPoint = WHOLE) -> Tensor:
-        """tokens (n,) int64 -> logits (n, V) in the model's dtype; `.hidden` is then that layer's output (n, D).
+    def step(self, tokens: Tensor, hidden_layers: Layers = (), exit_point: ExitPoint = WHOLE) -> Tensor:
+        """tokens (n,) int64 -> logits (n, V) in the model's dtype; `.hidden` then holds those layers' outputs, (n, D).
 
         exit_point: where the step ends.
         """
         length, heads, key_heads, head_size = tokens.shape[0], self.h, self.hk, self.dh
-        states = F.embedding(tokens, self.text.embed_tokens.weight)
+        states, self.hidden = F.embedding(tokens, self.text.embed_tokens.weight), {}
         cos, sin = self._rotation(length)
         causal_mask: Tensor | None = None
         if length > 1:
@@ -255,8 +256,8 @@ class FastDecoder(SteppingDecoder):
             gate_values = F.linear(normed, tensors[10])
             gate_values = F.silu(gate_values) if self.silu else self.text.layers[layer_index].mlp.act_fn(gate_values)
             states = states + F.linear(gate_values * F.linear(normed, tensors[11]), tensors[12])
-            if layer_index == hidden_layer:
-                self.hidden = states
+            if layer_index in hidden_layers:
+                self.hidden[layer_index] = states
         self.n += length
         head: Any = self.head
         if exit_point.norm is not None:

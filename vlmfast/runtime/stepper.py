@@ -21,8 +21,9 @@ from vlmfast import families
 from vlmfast.core import Kind, Unsupported, brief
 from vlmfast.runtime.cache_state import cache_state, repeat_rows
 from vlmfast.runtime.compat import CACHE, cache_of
-from vlmfast.runtime.fast_decoder import FastDecoder, difference, why_not
+from vlmfast.runtime.fast_decoder import FastDecoder, Layers, difference, why_not
 from vlmfast.runtime.pruned_layer import RaggedLayer
+from vlmfast.runtime.state_log import StateLog, recorded
 from vlmfast.runtime.stepped_layer import PlainRows
 
 Maker = Callable[..., Any]  # see `engine.open_static`
@@ -39,13 +40,14 @@ class Stepper:
     """Built by `Stepper.prefill`. Shapes: one row (B = 1) everywhere; "static" and "module" steps take more.
 
     cache: the model's cache (valid after `finish`); position: the next position, (..., 1, 1) int64 in the model's own
-    layout; logits: (1, V) float32 after the prompt; hidden: (1, n, D) of `hidden_layer` in the last forward;
+    layout; logits: (1, V) float32 after the prompt; hidden: (1, n, D) of each of `hidden_layers` in the last forward;
     engine: "static" (fixed shapes, captured on CUDA, see `engine`), "functional" (`runtime.fast_decoder`) or "module"
-    (the text model's own forward); reason: why it is not the one before.
+    (the text model's own forward); reason: why it is not the one before; log: keeps states for a draft, where one reads
+    them.
     """
 
     def __init__(
-        self, model: Any, cache: Any, position: Tensor, logits: Tensor, mask: Tensor | None, hidden_layer: int | None
+        self, model: Any, cache: Any, position: Tensor, logits: Tensor, mask: Tensor | None, hidden_layers: Layers = ()
     ) -> None:
         family = families.get(model)
         self.model: Any = model
@@ -53,8 +55,8 @@ class Stepper:
         self.embed, self.head = model.get_input_embeddings(), model.get_output_embeddings()
         self.cache, self.position, self.logits = cache, position, logits
         self.mask = mask  # (1, L) int64 logical padding mask, None when nothing is padded
-        self.hidden_layer = hidden_layer
-        self.hidden: Tensor | None = None
+        self.hidden_layers, self.log = hidden_layers, None  # type: Layers, StateLog | None
+        self.hidden: dict[int, Tensor] = {}
         self.length = cache.get_seq_length()  # logical columns fed so far
         self.decoder: Any = None  # a `FastDecoder`, or an `engine.Static`, which steps as it does
         self.reason: str | None = None
@@ -67,35 +69,28 @@ class Stepper:
         input_ids: Tensor,
         generation_config: Any,
         model_kwargs: dict[str, Any],
-        hidden_layer: int | None = None,
+        hidden_layers: Layers = (),
         engine: str = "auto",
         room: int = 256,
         static: Maker | None = None,
         repeats: int = 1,
+        log: StateLog | None = None,
     ) -> Stepper:
         """Run the prompt, as `generate` would, with everything that `generate` prepared.
 
         input_ids (1, L) int64; model_kwargs: as handed to a `custom_generate` callable, or the user's own inputs with
-        an empty cache; hidden_layer: of a decoder layer whose output to record, first here as `.hidden` (1, P, D) over
-        the physical columns that entered, then at every step. engine: "auto", "static", "functional" or "module" (one
+        an empty cache; hidden_layers: decoder layers whose output to record, first here as `.hidden` (1, P, D) over the
+        physical columns that reached them, then at every step. engine: "auto", "static", "functional" or "module" (one
         named raises where it cannot run). room: tokens expected. static: `engine.open_static`, where the static step
-        may be taken. repeats: sequences that every prompt becomes after its prefill.
+        may be taken. repeats: sequences that every prompt becomes after its prefill. log: what a draft will read.
         """
         text = families.get(model).text(model)
         if model_kwargs.get("position_ids") is None:  # raw inputs: what `generate` does before it calls
             model_kwargs["position_ids"] = model._prepare_position_ids_for_generation(input_ids, dict(model_kwargs))
             model_kwargs["attention_mask"] = _padding(model_kwargs.get("attention_mask"))
-        seen: list[Tensor] = []
-        handle = None
-        if hidden_layer is not None:
-            handle = text.layers[hidden_layer].register_forward_hook(  # type: ignore[union-attr,index]
-                lambda module, args, out: seen.append(out[0] if isinstance(out, tuple) else out)
-            )
-        try:
+        all_layers = hidden_layers if log is None else tuple(sorted({*hidden_layers, *log.layers}))
+        with recorded(text, all_layers, log is not None) as seen:
             out = model._prefill(input_ids, generation_config, model_kwargs)
-        finally:
-            if handle is not None:
-                handle.remove()
         cache = cache_of(out)
         positions = model_kwargs["position_ids"]
         mask = _padding(model_kwargs.get("attention_mask"))
@@ -105,9 +100,11 @@ class Stepper:
             repeat_rows(cache, repeats)
             logits, mask = (rows if rows is None else rows.repeat_interleave(repeats, 0) for rows in (logits, mask))
             position = position.expand(*position.shape[:-2], len(input_ids), 1).repeat_interleave(repeats, -2)
-        self = cls(model, cache, position, logits, mask, hidden_layer)
-        if seen:
-            self.hidden = torch.cat(seen, 1)
+        self = cls(model, cache, position, logits, mask, all_layers)
+        self.hidden, self.log = seen.joined(), log
+        if log is not None:
+            log.begin(seen, self.hidden, input_ids, cache, mask)
+            self.hidden = {layer: self.hidden[layer] for layer in hidden_layers}
         if engine == "auto":
             self.open_later(room, static)  # an answer of one token needs none
         elif engine != "module":
@@ -202,7 +199,7 @@ class Stepper:
     def _disagreement(self, valid: Tensor | None) -> str | None:
         """Once per model: two tokens through both engines. None when they agree."""
         tokens = self.logits.argmax(-1, keepdim=True).repeat(1, 2)
-        hidden, self.hidden = self.hidden, None
+        hidden, self.hidden = self.hidden, {}
         expected = self.step(tokens)[0]
         self.rewind(2)
         self.hidden = hidden
@@ -228,6 +225,8 @@ class Stepper:
                 logits = self._module_step(tokens).float()
             else:
                 logits = self._functional_step(self.decoder, tokens)
+            if self.log is not None:
+                self.log.add(self.hidden, tokens, self.embed(tokens), self.position, self.length)
         except BaseException:
             if self.decoder is not None:
                 self.decoder.rewind(self.decoder.n - fed)
@@ -244,9 +243,8 @@ class Stepper:
         with torch.inference_mode():  # a tenth less to do per operation than under no_grad
             if len(tokens) > 1:
                 return functional.step_rows(tokens).to(torch.float32, copy=True)
-            logits = functional.step(tokens[0], self.hidden_layer)[None]
-        if self.hidden_layer is not None and functional.hidden is not None:
-            self.hidden = functional.hidden[None]
+            logits = functional.step(tokens[0], self.hidden_layers)[None]
+        self.hidden = {layer: states[None] for layer, states in functional.hidden.items()}
         return logits.to(torch.float32, copy=True)  # an ordinary tensor: it may reach the caller
 
     def greedy(self, tokens: Any, most: int | None, **more: Any) -> Generator[Tensor, None, None]:
@@ -280,29 +278,23 @@ class Stepper:
         mask = None
         if self.mask is not None:
             mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), self.length + n - self.mask.shape[1])], 1)
-        handle = None
-        if self.hidden_layer is not None:
-            handle = self.text.layers[self.hidden_layer].register_forward_hook(self._keep_hidden)
         ours = [layer for layer in self.cache.layers if isinstance(layer, RaggedLayer)]
         for layer in ours:
             layer.verifying = True
         try:
-            out = self.text(
-                inputs_embeds=self.embed(tokens),
-                position_ids=self.position + torch.arange(n, device=tokens.device),
-                attention_mask=mask,
-                **{CACHE: self.cache},
-                use_cache=True,
-            )
+            with recorded(self.text, self.hidden_layers) as seen:
+                out = self.text(
+                    inputs_embeds=self.embed(tokens),
+                    position_ids=self.position + torch.arange(n, device=tokens.device),
+                    attention_mask=mask,
+                    **{CACHE: self.cache},
+                    use_cache=True,
+                )
         finally:
             for layer in ours:
                 layer.verifying = False
-            if handle is not None:
-                handle.remove()
+        self.hidden = seen.joined()
         return self.head(out.last_hidden_state)
-
-    def _keep_hidden(self, module: nn.Module, args: Any, out: Any) -> None:
-        self.hidden = out[0] if isinstance(out, tuple) else out
 
     def rewind(self, n: int) -> None:
         """Forget the last n tokens fed (n >= 0); never reaches into the prompt."""
@@ -310,6 +302,8 @@ class Stepper:
             self.decoder.rewind(n)
         elif n:
             self.cache.crop(-n)
+        if self.log is not None:
+            self.log.rewind(n)
         self.position = self.position - n
         self.length -= n
 
@@ -317,6 +311,7 @@ class Stepper:
         """An independent copy at the same place, cache included."""
         self.open()
         twin = copy.copy(self)
+        twin.log = None
         if self.decoder is not None:
             twin.decoder = self.decoder.fork()
         twin.cache = copy.deepcopy(self.cache)

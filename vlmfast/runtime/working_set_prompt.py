@@ -37,7 +37,7 @@ def read_prompt(
     position = model_kwargs["position_ids"][..., -count:][..., :1]
     logits = torch.zeros(1, model.get_output_embeddings().weight.shape[0], device=tokens.device)
     logits.scatter_(1, tokens[:, :1], 1.0)  # a new engine is tried with the token of the highest one
-    stepper = Stepper(model, cache, position, logits, None, None)
+    stepper = Stepper(model, cache, position, logits, None)
     stepper.open_later(room + count + STEP, static)
     if stepper.engine == "static" and count > 1:
         for part in tokens.split(STEP, 1):  # steps of one size, hence one graph for prompts of any length
