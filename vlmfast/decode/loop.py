@@ -24,6 +24,7 @@ from vlmfast import engine, families
 from vlmfast.core import Draft, DraftStop
 from vlmfast.decode import accept as rules
 from vlmfast.decode import batch
+from vlmfast.decode.ahead import COUNTS, AheadProposer, open_ahead
 from vlmfast.decode.counters import Counters
 from vlmfast.decode.draft_length import controller_of
 from vlmfast.decode.draft_method import Request
@@ -124,7 +125,9 @@ class _Run:
         self.sampling = bool(config.do_sample)
         self.drawn = self.sampling and self.rule.draws
         self.counters = Counters()
+        self.counters.ahead = dict(COUNTS) if speculate.ahead else {}
         self.draft: Draft | None = None
+        self.ahead: AheadProposer | None = None  # the draft, where it drafts ahead
         self.relevances: Relevances | None = None
         self.strict: Tensor | None = None
         self.random: torch.Generator | None = None
@@ -163,6 +166,8 @@ class _Run:
                     self._follow(target)
                 else:
                     self._round(target)
+            if self.ahead is not None:
+                self.ahead.join()
             total_ms, times = (time.perf_counter() - start) * 1e3, self.counters.times
             times["overhead_ms"] = total_ms - times["draft_ms"] - times["verify_ms"] - times["draft_prefill_ms"]
             if self.controller is not None:
@@ -182,6 +187,8 @@ class _Run:
 
     def _settle(self, target: Stepper) -> None:
         """Leave in the cache what `generate` would: everything emitted but the last token."""
+        if self.ahead is not None:
+            self.ahead.close()
         target.rewind(max(0, target.length - max(self.out.start, self.out.length - 1)))
         target.finish()
 
@@ -216,6 +223,9 @@ class _Run:
             self.draft = draft_config.open(request)
         if not draft_config.of_one_answer:
             _KEPT[cache] = (draft_config, self.draft)
+        if self.speculate.ahead:
+            self.ahead = open_ahead(self.draft, self.counters)
+            self.draft = self.ahead or self.draft
         self.counters.times["draft_prefill_ms"] = (time.perf_counter() - start) * 1e3
 
     # -- tokens ----------------------------------------------------------------------------------------------------
@@ -224,6 +234,8 @@ class _Run:
         """At most as many tokens as may still be emitted, less the one that the target itself adds."""
         if self.draft is None or self.controller is None:
             return None, None
+        if self.ahead is not None:
+            self.ahead.join()
         max_tokens, tokens_left = self.controller.length(), self.out.left()
         if tokens_left is not None:
             max_tokens = min(max_tokens, tokens_left - 1)
@@ -265,10 +277,17 @@ class _Run:
         last_id = output.ids[:, -1:]
         proposed_at = time.perf_counter()
         drafted_ids = None if draft is None else to_device(draft, last_id.device)
+        ahead = None if draft is None else self.ahead
+        if ahead is not None and self.controller is not None:
+            ahead.begin(self.controller.next_length(), output.left())
         logits = target.step(last_id if drafted_ids is None else torch.cat([last_id, drafted_ids[None]], 1))[0]
+        if ahead is not None:
+            ahead.launched()
         verified = VerifiedLogits(self.choice, output.ids, drafted_ids, logits)  # reads the best tokens, in greedy
         if logits.is_cuda and not verified.picked:
             clock(self.model)  # the choice would wait for the step in any case
+        if ahead is not None:
+            ahead.verified()
         stepped_at = time.perf_counter()
         draft_ms, verify_ms = (proposed_at - round_start) * 1e3, (stepped_at - proposed_at) * 1e3
         if draft is None:
@@ -285,7 +304,8 @@ class _Run:
                 break
         self.counters.round(num_drafted, verdict.kinds, draft_ms, verify_ms)
         assert self.draft is not None and self.controller is not None
-        self.controller.record_round(num_drafted, accepted, draft_ms, verify_ms, self.draft.certainty)
+        hidden_ms = 0.0 if ahead is None else ahead.hidden_ms
+        self.controller.record_round(num_drafted, accepted, draft_ms, verify_ms, self.draft.certainty, hidden_ms)
         self.draft.rewind(num_drafted - accepted)
         target.rewind(num_drafted - accepted)
 
