@@ -49,6 +49,11 @@ class Report:
             decode_line = f"decode   {decode['tokens']} tokens, {decode['decode_ms_per_token']:.2f} ms each"
             if decode.get("verify_rounds"):
                 decode_line += f"; {decode['accepted_length']:.2f} draft tokens accepted per round"
+            if decode.get("ahead_rounds"):
+                decode_line += (
+                    f"; {decode['ahead_used']} of {decode['ahead_rounds']} drafts made ahead used, "
+                    f"{decode['hidden_ms']:.1f} ms hidden"
+                )
             if decode.get("engine") == "static":
                 decode_line += "; static step"
                 if decode.get("graph_captures"):

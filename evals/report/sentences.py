@@ -21,6 +21,7 @@ from evals.report.figures import (
     rows,
     share,
 )  # fmt: skip
+from vlmfast.bench import floors
 
 TOKEN, TOTAL, FIRST = "decode_ms_per_token", "total_ms", "ttft_ms"
 TURNS, LUCK, HYBRID, POLICIES = "accuracy-turns", "luck", "accuracy-hybridkv", "accuracy-policies"
@@ -78,7 +79,8 @@ def luck() -> str:
 
 def rules() -> str:
     """Which rules change short answers?"""
-    asked_rows = [r for r in rows("accuracy-rules") if "diff_ci95" in r["metrics"]]
+    floors_of = (*floors.ASKED, floors.MAJORITY)
+    asked_rows = [r for r in rows("accuracy-rules") if "diff_ci95" in r["metrics"] and r["name"] not in floors_of]
     differ = [r["name"] for r in asked_rows if not equal("accuracy-rules", r["name"])]
     found = f"{', '.join(f'`{name}`' for name in differ)} changed answers beyond chance" if differ else "none did"
     return (

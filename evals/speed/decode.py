@@ -178,6 +178,8 @@ def _ratios(baseline: list[dict[str, Any]], got: list[dict[str, Any]], n: int) -
 def _plan(speculate: Any) -> Any:
     """JSON of our plan; the draft model by its name."""
     out = {"length": speculate.length, "accept": to_json(speculate.accept)}
+    if speculate.ahead:
+        out["ahead"] = True
     draft = speculate.draft
     if isinstance(draft, ModelDraft):
         out["draft"] = {"method": draft.name, "prune": to_json(draft.prune)}

@@ -30,7 +30,8 @@ from vlmfast.encode import Uniform
 from vlmfast.plan import build
 
 COUNTS = ("verify_rounds", "drafted", "accepted_exact", "accepted_loose", "accepted_shift", "accepted_length",
-          "draft_ms", "verify_ms", "overhead_ms", "draft_prefill_ms")  # fmt: skip
+          "draft_ms", "verify_ms", "overhead_ms", "draft_prefill_ms", "ahead_rounds", "ahead_used", "ahead_discarded",
+          "hidden_ms")  # fmt: skip
 TOKENS = 96
 KEEP = 0.10
 
@@ -72,6 +73,7 @@ def competitors(draft: Any, quick: bool, length: int | str = "adaptive") -> list
         ours(Loose(), small, "loose", "modeldraft", length),
         ours(RandomRelax(relax=0.5), small, "randomrelax", "modeldraft", length, relax=0.5),
         ours(FLy(window=3), small, "fly", "modeldraft", length),
+        ours(Exact(), small, "lossless", "modeldraft, ahead", length, ahead=True),
     ]
     if quick:
         return out
@@ -120,9 +122,12 @@ def loose(**fields: Any) -> Any:
     return build("accept", {"method": "loose", **fields})
 
 
-def ours(rule: Any, draft: Any, name: str, source: str, length: int | str, **params: Any) -> Competitor:
-    """One of our competitors."""
-    return Competitor(name, {"draft": source, "length": length, **params}, Speculate(draft, rule, length=length))
+def ours(
+    rule: Any, draft: Any, name: str, source: str, length: int | str, ahead: bool = False, **params: Any
+) -> Competitor:
+    """One of our competitors. ahead: as of `Speculate`."""
+    speculate = Speculate(draft, rule, length=length, ahead=ahead)
+    return Competitor(name, {"draft": source, "length": length, **params}, speculate)
 
 
 def draw(who: Competitor, seed: int) -> None:

@@ -62,6 +62,7 @@ class ReplayedModel(ModelDraft):
 
     shares: tuple[float, ...] = (1.0,)  # of rounds with 0, 1, 2, ... right tokens
     name: ClassVar[str] = "replayed model"
+    ahead: ClassVar[bool] = False  # its lots are drawn proposal by proposal
     good: list[int] = field(default_factory=list, init=False, repr=False, compare=False)  # of the last proposals
 
     def open(self, request: Any) -> Any:

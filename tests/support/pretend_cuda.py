@@ -27,7 +27,7 @@ import sys
 import time
 import types
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -157,6 +157,7 @@ def _asker() -> str:
 def _launch() -> None:
     if _DEVICE is not None:
         _DEVICE.launches[_asker()] += 1
+        _DEVICE.beside += _DEVICE.stream is _DEVICE.second
 
 
 def _wait() -> None:
@@ -515,7 +516,7 @@ STEP_TWINS = {"_add_norm": _step_add_norm, "_rope": _step_rope, "_split": _step_
 # -- graphs ------------------------------------------------------------------------------------------------------------
 
 
-def _capture(body: Callable[[], Tensor], memory: Any) -> Callable[[], Tensor]:
+def _capture(body: Callable[[], Tensor], memory: Any, stream: Any) -> Callable[[], Tensor]:
     """Run once, as a capture does beforehand; then run again, as one launch, at every replay."""
     body()
 
@@ -634,6 +635,33 @@ class _Event:
     def elapsed_time(self, end: _Event) -> float:
         return (end.at - self.at) * 1e3
 
+    def query(self) -> bool:
+        """Nothing ends before somebody waits for it."""
+        return False
+
+
+class _Stream:
+    """A queue of the device. waited: for what it waits before it goes on, the other stream or an event."""
+
+    def __init__(self) -> None:
+        self.waited: list[Any] = []
+
+    def wait_event(self, event: _Event) -> None:
+        self.waited.append(event)
+
+    def wait_stream(self, other: _Stream) -> None:
+        self.waited.append(other)
+
+
+@contextlib.contextmanager
+def _on_stream(stream: _Stream) -> Iterator[None]:
+    assert _DEVICE is not None
+    before, _DEVICE.stream = _DEVICE.stream, stream
+    try:
+        yield
+    finally:
+        _DEVICE.stream = before
+
 
 class PretendCuda(contextlib.AbstractContextManager):
     """The device, for the time of a `with`. layout: of attention results, one of `LAYOUTS`; capability: of the card,
@@ -646,6 +674,8 @@ class PretendCuda(contextlib.AbstractContextManager):
         self.launches: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
         self.copies: Counter[str] = Counter()  # tensors that go from host to device or back
+        self.stream, self.second = _Stream(), _Stream()  # what is launched goes to `stream`
+        self.beside = 0  # launches on the second
 
     def __enter__(self) -> PretendCuda:
         global _DEVICE
@@ -675,11 +705,17 @@ class PretendCuda(contextlib.AbstractContextManager):
 
         cuda = types.SimpleNamespace(is_available=lambda: True, synchronize=lambda *args: _wait(), Event=_Event)
         self._patch(clock, "torch", types.SimpleNamespace(cuda=cuda))
+        from vlmfast.runtime import beside
+
+        streams = types.SimpleNamespace(Event=_Event, stream=_on_stream, current_stream=lambda device: self.stream)
+        self._patch(beside, "torch", types.SimpleNamespace(cuda=streams, no_grad=torch.no_grad))
+        self._patch(beside, "_stream", lambda device: self.second)
         self._patch(torch.cuda, "current_device", lambda: 0)
         from vlmfast.engine import graphs, step
 
         self._patch(graphs, "capture", _capture)
         self._patch(graphs, "graph_memory", lambda: None)
+        self._patch(graphs, "capture_stream", lambda: None)
         from vlmfast.decode import sampler
 
         for reader in (step, sampler):

@@ -24,6 +24,7 @@ class Counters:
         self.plain: list[float] = []  # ms of rounds without a draft
         self.engine, self.reason = "", None  # type: str, str | None
         self.graphs: dict[str, float] = {}  # of the static step
+        self.ahead: dict[str, float] = {}  # `ahead.COUNTS`, where drafts are made ahead
 
     def round(self, drafted: int, kinds: list[int], draft_ms: float, verify_ms: float) -> None:
         """Record one forward of the target over one row."""
@@ -69,7 +70,8 @@ class Counters:
         `accepted_length` is per row and round."""
         rounds, verified = max(1, self.counts["verify_rounds"]), max(1, self.verified)
         accepted = sum(self.counts[count_name] for count_name in NAMES.values()) / verified
-        report_numbers: dict[str, Any] = {**self.counts, **self.times, "accepted_length": accepted, **self.graphs}
+        report_numbers: dict[str, Any] = {**self.counts, **self.times, "accepted_length": accepted}
+        report_numbers |= self.graphs | self.ahead
         if self.engine:  # an answer of one token has none
             report_numbers["engine"] = self.engine
         if self.reason is not None:

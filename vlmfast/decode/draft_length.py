@@ -61,7 +61,7 @@ class LinearCost:
 
 class DraftLengthController:
     """How many tokens to draft next. length: of `Speculate`, a number or "adaptive"; most: the longest adaptive draft;
-    rows: drafted together, whose costs these are.
+    rows: drafted together, whose costs these are; ahead: is the next round drafted while one is verified?
 
     Fixed length: that many. Adaptive: a draft is extended as long as one more token is worth its cost. Its worth is the
     probability that everything drafted so far passes; where the draft knows its own probability, a token passes with
@@ -72,8 +72,8 @@ class DraftLengthController:
     verifications, whose cost may grow with every token (a CPU without instructions for the dtype) or hardly at all.
     """
 
-    def __init__(self, length: int | str, most: int, rows: int = 1) -> None:
-        self.rows = rows
+    def __init__(self, length: int | str, most: int, rows: int = 1, ahead: bool = False) -> None:
+        self.rows, self.ahead = rows, ahead
         self.fixed = length if isinstance(length, int) else None
         self.most = most if self.fixed is None else self.fixed
         self.rate = 0.8  # probability that the next drafted token passes, given that those before it did
@@ -137,12 +137,34 @@ class DraftLengthController:
         self.idle, self.rest = 0, IDLE[0]
         return min(self.most, 2 * best_length)  # certainty may carry a draft beyond the average
 
+    def next_length(self) -> int:
+        """Most tokens to draft for the round after the coming one, while that one is verified; 0 = it will be a plain
+        step, or drafts do not pay."""
+        if self.fixed is not None:
+            return self.fixed
+        if self.since + 1 >= STEPS[len(self.plain) > 1]:
+            return 0
+        return min(self.most, 2 * self._best()) if self.draft.known else min(5, self.most)
+
     def floor(self) -> float:
         """Probability in [0, 0.9] of passing under which a further token does not pay; 0 = draft up to `length`."""
         if self.fixed is not None or not self.draft.known or self.ms == 0:
             return 0.0
         tokens_per_ms = max(self.tokens / self.ms, 1 / self.verified(1))
-        return min(0.9, tokens_per_ms * (self.draft.each + self.verified(2) - self.verified(1)))
+        drafted_token_ms = self.drafted(2) - self.drafted(1) if self.ahead else self.draft.each
+        return min(0.9, max(0.0, tokens_per_ms * (drafted_token_ms + self.verified(2) - self.verified(1))))
+
+    def drafted(self, num_tokens: int) -> float:
+        """Milliseconds that the loop is expected to wait for a draft of `num_tokens`.
+
+        One made ahead guesses the target's own token first, and hides behind a verification where all before it passes
+        and that guess is right.
+        """
+        draft_ms = self.draft.at(num_tokens)
+        if not self.ahead:
+            return draft_ms
+        shown_ms = max(0.0, self.draft.at(num_tokens + 1) - self.verified(num_tokens + 1))
+        return draft_ms - self.rate ** (num_tokens + 1) * (draft_ms - shown_ms)
 
     def verified(self, num_tokens: int) -> float:
         """Milliseconds of a target step over `num_tokens`: the line from a plain step to the mean verification."""
@@ -161,18 +183,23 @@ class DraftLengthController:
         for draft_length in range(1, self.most + 1):
             pass_probability *= self.rate
             expected_tokens += pass_probability
-            round_ms = self.verified(draft_length + 1) + self.draft.at(draft_length)
+            round_ms = self.verified(draft_length + 1) + self.drafted(draft_length)
             best_pair = max(best_pair, (expected_tokens / round_ms, draft_length))
         return best_pair[1]
 
     def record_round(
-        self, drafted: int, accepted: int, draft_ms: float, verify_ms: float, certainty: list[float] | None = None
-    ) -> None:
+        self, drafted: int, accepted: int, draft_ms: float, verify_ms: float, certainty: list[float] | None = None,
+        hidden_ms: float = 0.0,
+    ) -> None:  # fmt: skip
         """Record one round: tokens drafted and accepted, milliseconds of the draft and of the verification. certainty:
-        the draft's own probability of each drafted token, when it knows."""
-        self.record_rows([(drafted, accepted, certainty)], draft_ms, verify_ms)
+        the draft's own probability of each drafted token, when it knows. hidden_ms: of the draft's work beside the
+        verification before, for which nobody waited."""
+        self.record_rows([(drafted, accepted, certainty)], draft_ms, verify_ms, hidden_ms)
 
-    def record_rows(self, rows: list[tuple[int, int, list[float] | None]], draft_ms: float, verify_ms: float) -> None:
+    def record_rows(
+        self, rows: list[tuple[int, int, list[float] | None]], draft_ms: float, verify_ms: float,
+        hidden_ms: float = 0.0,
+    ) -> None:  # fmt: skip
         """Record one round of several rows: (drafted, accepted, certainty) of each, as of `record_round`."""
         longest = max(drafted for drafted, _, _ in rows)
         if longest == 0:
@@ -181,7 +208,7 @@ class DraftLengthController:
             return
         self.since += 1
         self.verify.record_round(longest + 1, verify_ms)
-        self.draft.record_round(longest, draft_ms)
+        self.draft.record_round(longest + (hidden_ms > 0), draft_ms + hidden_ms)  # with a guess of the target's token
         self.tokens = FADE * self.tokens + statistics.fmean(accepted for _, accepted, _ in rows) + 1
         self.ms = FADE * self.ms + draft_ms + verify_ms
         for drafted, accepted, certainty in rows:
@@ -208,11 +235,11 @@ def controller_of(model: Any, speculate: Any, num_rows: int = 1) -> DraftLengthC
     """Running acceptance and costs, kept from call to call of one model, `speculate` and number of rows when
     the length is adaptive."""
     if speculate.length != "adaptive":
-        return DraftLengthController(speculate.length, speculate.most, num_rows)
+        return DraftLengthController(speculate.length, speculate.most, num_rows, speculate.ahead)
     controllers = _KEPT[model] = [entry for entry in _KEPT.get(model, ()) if entry[0]() is not None]
     suitable = (known for plan, known in controllers if plan() is speculate and known.rows == num_rows)
     controller = next(suitable, None)
     if controller is None:
-        controller = DraftLengthController(speculate.length, speculate.most, num_rows)
+        controller = DraftLengthController(speculate.length, speculate.most, num_rows, speculate.ahead)
         controllers.append((weakref.ref(speculate), controller))
     return controller

@@ -64,6 +64,7 @@ class DraftMethod(Method):
     rows: ClassVar[bool] = True  # does it draft for several rows?
     of_one_answer: ClassVar[bool] = False  # is it opened anew for every answer, whatever the cache holds?
     lossless: ClassVar[bool] = False  # does it go with lossless rules alone?
+    ahead: ClassVar[bool] = False  # may it run while the target verifies?
 
     @property
     def pruner(self) -> Any:

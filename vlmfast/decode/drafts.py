@@ -57,6 +57,7 @@ class ModelDraft(DraftMethod):
     confidence: Confidence = 0.0
     name: ClassVar[str] = "modeldraft"
     graded: ClassVar[bool] = True
+    ahead: ClassVar[bool] = True
     _loaded: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -221,6 +222,7 @@ class LookupThenModel(ModelDraft):
     shortest: PositiveInt = 2
     name: ClassVar[str] = "lookupthenmodel"
     graded: ClassVar[bool] = False
+    ahead: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -24,6 +24,7 @@ from vlmfast import engine, families
 from vlmfast.core import Draft, DraftStop
 from vlmfast.decode import accept as rules
 from vlmfast.decode import batch
+from vlmfast.decode.ahead import COUNTS, AheadProposer, open_ahead
 from vlmfast.decode.counters import Counters
 from vlmfast.decode.draft_length import controller_of
 from vlmfast.decode.draft_method import Request
@@ -124,7 +125,9 @@ class _Run:
         self.sampling = bool(config.do_sample)
         self.drawn = self.sampling and self.rule.draws
         self.counters = Counters()
+        self.counters.ahead = dict(COUNTS) if speculate.ahead else {}
         self.draft: Draft | None = None
+        self.ahead: AheadProposer | None = None  # the draft, where it drafts ahead
         self.relevances: Relevances | None = None
         self.strict: Tensor | None = None
         self.random: torch.Generator | None = None
@@ -166,6 +169,8 @@ class _Run:
                     self._follow(target)
                 else:
                     self._round(target)
+            if self.ahead is not None:
+                self.ahead.join()
             total_ms, times = (time.perf_counter() - start) * 1e3, self.counters.times
             times["overhead_ms"] = total_ms - times["draft_ms"] - times["verify_ms"] - times["draft_prefill_ms"]
             if self.controller is not None:
@@ -185,6 +190,8 @@ class _Run:
 
     def _settle(self, target: Stepper) -> None:
         """Leave in the cache what `generate` would: everything emitted but the last token."""
+        if self.ahead is not None:
+            self.ahead.close()
         target.rewind(max(0, target.length - max(self.out.start, self.out.length - 1)))
         target.finish()
 
@@ -218,6 +225,9 @@ class _Run:
             self.counters.notes.append("speculate: the head reads the states of this turn, not of those before")
         if not draft_config.of_one_answer:
             _KEPT[cache] = (draft_config, self.draft)
+        if self.speculate.ahead:
+            self.ahead = open_ahead(self.draft, self.counters)
+            self.draft = self.ahead or self.draft
         self.counters.times["draft_prefill_ms"] = (time.perf_counter() - start) * 1e3
 
     # -- tokens ----------------------------------------------------------------------------------------------------
@@ -226,6 +236,8 @@ class _Run:
         """At most as many tokens as may still be emitted, less the one that the target itself adds."""
         if self.draft is None or self.controller is None:
             return None, None
+        if self.ahead is not None:
+            self.ahead.join()
         max_tokens, tokens_left = self.controller.length(), self.out.left()
         if tokens_left is not None:
             max_tokens = min(max_tokens, tokens_left - 1)
@@ -267,11 +279,18 @@ class _Run:
         last_id = output.ids[:, -1:]
         proposed_at = time.perf_counter()
         drafted_ids = None if draft is None else to_device(draft, last_id.device)
+        ahead = None if draft is None else self.ahead
+        if ahead is not None and self.controller is not None:
+            ahead.begin(self.controller.next_length(), output.left())
         logits = target.step(last_id if drafted_ids is None else torch.cat([last_id, drafted_ids[None]], 1))[0]
+        if ahead is not None:
+            ahead.launched()
         verified = VerifiedLogits(self.choice, output.ids, drafted_ids, logits)  # reads the best tokens, in greedy
         drawn_on_device = verified.drawn_by(self.rule)
         if logits.is_cuda and not verified.picked and not drawn_on_device:
             clock(self.model)  # the choice would wait for the step in any case
+        if ahead is not None:
+            ahead.verified()
         stepped_at = time.perf_counter()
         if draft is None:
             verdict = rules.Verdict([], verified.pick(0))
@@ -280,20 +299,18 @@ class _Run:
         if drawn_on_device:  # the choice has waited for the step
             stepped_at = time.perf_counter()
         draft_ms, verify_ms = (proposed_at - round_start) * 1e3, (stepped_at - proposed_at) * 1e3
-        if draft is None:
-            output.emit(verdict.next, partial(verified.kept, 0))
-            self.counters.round(0, [], draft_ms, verify_ms)
-            if self.controller is not None:
-                self.controller.record_round(0, 0, draft_ms, verify_ms)
-            return
-        num_drafted = draft.shape[0]
-        accepted = len(verdict.kinds)
-        for position, token in enumerate([*draft[:accepted].tolist(), verdict.next]):
+        num_drafted, accepted = 0 if draft is None else draft.shape[0], len(verdict.kinds)
+        passed = [] if draft is None else draft[:accepted].tolist()
+        for position, token in enumerate([*passed, verdict.next]):
             if output.emit(token, partial(verified.kept, position)):
                 break
         self.counters.round(num_drafted, verdict.kinds, draft_ms, verify_ms)
-        assert self.draft is not None and self.controller is not None
-        self.controller.record_round(num_drafted, accepted, draft_ms, verify_ms, self.draft.certainty)
+        if draft is None or self.draft is None or self.controller is None:
+            if self.controller is not None:
+                self.controller.record_round(0, 0, draft_ms, verify_ms)
+            return
+        hidden_ms = 0.0 if ahead is None else ahead.hidden_ms
+        self.controller.record_round(num_drafted, accepted, draft_ms, verify_ms, self.draft.certainty, hidden_ms)
         self.draft.rewind(num_drafted - accepted)
         target.rewind(num_drafted - accepted)
 

@@ -11,7 +11,9 @@ from vlmfast.core import Unsupported, UserError
 from vlmfast.decode import grammar
 from vlmfast.decode.drafts import ModelDraft
 from vlmfast.decode.speculate import Speculate
+from vlmfast.decode.verification import BY_ROW
 from vlmfast.runtime.compat import cache_in, option
+from vlmfast.runtime.fast_decoder import unknown_decoder
 from vlmfast.runtime.rewind import cannot_rewind
 
 REFUSED_OPTIONS = {
@@ -72,6 +74,8 @@ def check(model: Any, speculate: Speculate, args: tuple, kwargs: dict[str, Any],
         _check_rewind(model, speculate, kwargs, input_ids, kv)
         if num_rows > 1:
             _check_rows(model, speculate, kwargs, num_rows)
+        if speculate.ahead:
+            _check_ahead(model, speculate, kwargs)
     tokenizer_for(model, speculate, kwargs)
 
 
@@ -100,8 +104,8 @@ def _check_rows(model: Any, speculate: Speculate, kwargs: dict[str, Any], num_ro
     """Several rows are drafted over the static step, whose rows take tokens back by themselves."""
     draft, reason = speculate.draft, None
     draft_model = draft.load() if isinstance(draft, ModelDraft) else None
-    if not draft.rows:
-        reason = f"{draft.name} drafts one row at a time"
+    if not draft.rows or speculate.ahead:
+        reason = f"{'ahead=True' if draft.rows else draft.name} drafts one row at a time"
     for name in ("output_scores", "output_logits"):
         if reason is None and option(model, kwargs, "return_dict_in_generate") and option(model, kwargs, name):
             reason = f"{name}=True, and a row that has ended is not scored while others go on"
@@ -112,6 +116,37 @@ def _check_rows(model: Any, speculate: Speculate, kwargs: dict[str, Any], num_ro
             reason = no_step and f"{name} has no static step, which takes several: {no_step}"
     if reason is not None:
         raise Unsupported(f"{num_rows} rows came in: {reason}; call generate per row, or drop speculate=")
+
+
+def _check_ahead(model: Any, speculate: Speculate, kwargs: dict[str, Any]) -> None:
+    """A draft that runs beside the target must share nothing with it: no weights, no random numbers, no processor that
+    keeps anything."""
+    draft_model, accept_rule, reason = speculate.draft.load(), speculate.accept, None
+    devices = [next(stepped_model.parameters()).device for stepped_model in (draft_model, model)]
+    text_model, output_head = engine.decoder(draft_model)
+    kept = [
+        type(processor).__name__ for processor in kwargs.get("logits_processor") or () if type(processor) not in BY_ROW
+    ]
+    if draft_model is model:
+        reason = "the draft is the target itself"
+    elif devices[0] != devices[1]:
+        reason = f"the draft is on {devices[0]} and the target on {devices[1]}"
+    elif text_model is None:
+        reason = "the draft has no decoder layers"
+    elif option(model, kwargs, "do_sample") and accept_rule.draws:
+        reason = (
+            f"do_sample=True, and under accept={accept_rule.name} draft and target draw from one random state, whose "
+            "order would be chance (accept=exact keeps the distribution too)"
+        )
+    elif kept:
+        reason = f"the logits_processor {kept[0]} may keep something from call to call, and two threads would call it"
+    elif option(model, kwargs, "watermarking_config") is not None:
+        reason = "watermarking_config keeps something from call to call, and two threads would call it"
+    else:
+        unknown = unknown_decoder(text_model, output_head)
+        reason = unknown and f"the draft steps by its model's modules: {unknown}"
+    if reason is not None:
+        raise Unsupported(f"ahead=True cannot draft beside this target: {reason}; drop ahead=")
 
 
 def _check_rewind(model: Any, speculate: Speculate, kwargs: dict[str, Any], input_ids: Any, kv: Any) -> None:

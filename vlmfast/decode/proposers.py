@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,8 +18,34 @@ from vlmfast.runtime.transfers import to_device
 Pick = Callable[[Tensor, Tensor], tuple[int, Tensor | None]]
 
 
+def _never() -> bool:
+    return False
+
+
+@dataclass
+class Drafted:
+    """Tokens as they are drafted, what each was chosen from, and the model's own probability of each.
+
+    unsure: it ended because the model was not certain enough of the next one.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    probs: list[Tensor] = field(default_factory=list)
+    certainty: list[float] = field(default_factory=list)
+    unsure: bool = False
+
+    def part(self, start: int, end: int) -> Drafted:
+        """The tokens from `start` on, before `end`."""
+        span, cut = slice(start, end), end < len(self.tokens)
+        return Drafted(self.tokens[span], self.probs[span], self.certainty[span], self.unsure and not cut)
+
+
 class ModelProposer:
-    """Proposes by a model, one token after the other."""
+    """Proposes by a model, one token after the other.
+
+    ahead: what `draft_ahead` drafted, and how many tokens of text stood before it; reused: tokens of the last proposal
+    that came from there.
+    """
 
     def __init__(
         self, stepper: Stepper | EarlyExit | HeadStepper, fed: int, stop: frozenset[int], vocab: int, confidence: float
@@ -26,23 +53,71 @@ class ModelProposer:
         self.stepper, self.fed, self.stop, self.vocab, self.confidence = stepper, fed, stop, vocab, confidence
         self.rows = stepper.embed.weight.shape[0]  # a target may have a few more, unused by the tokenizer
         self.certainty: list[float] = []  # the model's own probability of each token of the last proposal
-        self.last = self.fed_tokens = 0  # tokens of the last proposal, and how many of them the model was fed
+        self.start, self.last = fed, 0  # tokens of text before the last proposal, and of the proposal
+        self.ahead: tuple[int, Drafted] | None = None
+        self.reused = 0
 
     def propose(
         self, ids: Tensor, max_tokens: int, pick_token: Pick | None = None, draft_stop: DraftStop = NO_STOP
     ) -> tuple[Tensor, Tensor | None]:
         """See `core.Draft`. Stops early at an end-of-answer token, or where it is not certain enough."""
-        self._back(self.fed - (ids.shape[1] - 1))  # an answer may end inside an accepted draft
+        drafted = self._drafted_ahead(ids, max_tokens)
+        self.reused = len(drafted.tokens)
+        self._draft(ids, drafted, max_tokens, pick_token, draft_stop)
+        self.start, self.last = ids.shape[1], len(drafted.tokens)
+        self.certainty = drafted.certainty if len(drafted.certainty) == self.last else []
+        proposed = torch.tensor(drafted.tokens, dtype=torch.long)
+        return proposed, torch.stack(drafted.probs) if drafted.probs else None
+
+    def draft_ahead(
+        self, ids: Tensor, max_tokens: int, pick_token: Pick | None, draft_stop: DraftStop, stopped: Callable[[], bool]
+    ) -> None:
+        """Draft what the next `propose` will be asked, after ids that end with the last proposal: the target's own next
+        token first, which is a guess, then `max_tokens`. stopped: asked before every step."""
+        drafted = Drafted()
+        self.ahead = ids.shape[1], drafted
+        self._draft(ids, drafted, max_tokens + 1, pick_token, draft_stop, stopped)
+
+    def drop_ahead(self) -> None:
+        """Forget what was drafted ahead."""
+        if self.ahead is not None:
+            self._back(self.fed - self.ahead[0])
+            self.ahead = None
+
+    def _drafted_ahead(self, ids: Tensor, max_tokens: int) -> Drafted:
+        """What was drafted ahead and goes on where ids end, at most `max_tokens`; nothing where other tokens came."""
+        if self.ahead is not None:
+            start, drafted = self.ahead
+            came = ids[0, start:].tolist()
+            if came and drafted.tokens[: len(came)] == came:
+                self.ahead = None
+                return drafted.part(len(came), len(came) + max_tokens)
+            self.drop_ahead()
+        return Drafted()
+
+    def _draft(
+        self, ids: Tensor, drafted: Drafted, max_tokens: int, pick_token: Pick | None, draft_stop: DraftStop,
+        stopped: Callable[[], bool] = _never,
+    ) -> None:  # fmt: skip
+        """Add to `drafted`, which follows ids, up to `max_tokens` in all."""
+        tokens, pass_probability = drafted.tokens, 1.0
+        for probability in drafted.certainty:
+            pass_probability *= max(0.0, 1 - draft_stop.refusal * (1 - probability))
+
+        def ended() -> bool:
+            return len(tokens) >= max_tokens or tokens[-1] in self.stop or pass_probability < draft_stop.floor
+
+        if (tokens and ended()) or (drafted.unsure and (tokens or draft_stop.fallback)):
+            return
         device = self.stepper.logits.device
-        unfed_ids = to_device(ids[:, self.fed :].clamp(max=self.rows - 1), device)
-        logits = self.stepper.step(unfed_ids)[:, -1, : self.vocab]
-        self.fed = ids.shape[1]
-        tokens: list[int] = []
-        token_probs: list[Tensor] = []
-        extended_ids, pass_probability = ids if pick_token is None else to_device(ids, device), 1.0
-        self.certainty = []
+        text = torch.cat([ids, torch.tensor([tokens])], 1) if tokens else ids
+        self._back(self.fed - (text.shape[1] - 1))  # an answer may end inside an accepted draft
+        next_ids = to_device(text[:, self.fed :].clamp(max=self.rows - 1), device)
+        extended_ids = text if pick_token is None else to_device(text, device)
         needs_certainty = bool(self.confidence or draft_stop.floor or draft_stop.fallback)
-        while True:
+        while not stopped():
+            logits = self.stepper.step(next_ids)[:, -1, : self.vocab]
+            self.fed += next_ids.shape[1]
             distribution: Tensor | None = None
             if pick_token is None:
                 token = int(logits.argmax())
@@ -51,34 +126,32 @@ class ModelProposer:
             if needs_certainty:
                 own_probs = logits[0].softmax(-1)
                 probability = float(own_probs[token])
-                if draft_stop.fallback and float(own_probs.max()) < draft_stop.fallback:
+                unsure = draft_stop.fallback and float(own_probs.max()) < draft_stop.fallback
+                if unsure or (tokens and probability < self.confidence):
+                    drafted.unsure = True
                     break
-                if tokens and probability < self.confidence:
-                    break
-                self.certainty.append(probability)
+                drafted.certainty.append(probability)
                 pass_probability *= max(0.0, 1 - draft_stop.refusal * (1 - probability))
             tokens.append(token)
             if distribution is not None:
-                token_probs.append(distribution)
-            if len(tokens) == max_tokens or token in self.stop or pass_probability < draft_stop.floor:
+                drafted.probs.append(distribution)
+            if ended():
                 break
-            next_id = torch.full((1, 1), token, device=device)  # no copy that a GPU would wait for
-            logits = self.stepper.step(next_id)[:, -1, : self.vocab]
-            self.fed += 1
+            next_ids = torch.full((1, 1), token, device=device)  # no copy that a GPU would wait for
             if pick_token is not None:
-                extended_ids = torch.cat([extended_ids, next_id], 1)
-        self.last = len(tokens)
-        self.fed_tokens = self.fed - ids.shape[1]
-        proposed = torch.tensor(tokens, dtype=torch.long)
-        return proposed, torch.stack(token_probs) if token_probs else None
+                extended_ids = torch.cat([extended_ids, next_ids], 1)
 
     @property
     def decoder(self) -> Any:
         return self.stepper.decoder
 
     def rewind(self, num_refused: int) -> None:
-        """Forget the last `num_refused` proposed tokens; the very last was never fed to the model."""
-        self._back(self.fed_tokens - (self.last - num_refused))
+        """Forget the last `num_refused` proposed tokens; the very last was never fed to the model, but by
+        `draft_ahead`, whose tokens stay where nothing was refused."""
+        if num_refused:
+            self.drop_ahead()
+        if self.ahead is None:
+            self._back(self.fed - (self.start + self.last - num_refused))
 
     def _back(self, num_tokens: int) -> None:
         self.stepper.rewind(max(0, num_tokens))

@@ -23,7 +23,9 @@ class Speculate(Method):
     answers ended before a draft's prefill had paid (`decode.draft_length`). tokenizer: for rules that never loosen
     some words; without it the one given to `generate(tokenizer=...)`, or the one beside the model's files. Greedy or
     sampling. otherwise: what a call that cannot be drafted gets (beams, rows without a static step, ...): "refuse"
-    raises Unsupported, "plain" decodes it without drafts and notes it in the report.
+    raises Unsupported, "plain" decodes it without drafts and notes it in the report. ahead: a ModelDraft drafts the
+    next round while the target verifies this one, on a quarter of torch's threads (one at least) or, on CUDA, on a
+    stream of its own; one row, greedy or under a rule whose draft draws no lots (`decode.ahead`).
     """
 
     draft: Any = None
@@ -32,6 +34,7 @@ class Speculate(Method):
     most: PositiveInt = 15  # and the token after them: what the static step and the CUDA kernel verify in one piece
     tokenizer: Any = field(default=None, repr=False, compare=False)
     otherwise: Literal["refuse", "plain"] = "refuse"
+    ahead: bool = False
     name: ClassVar[str] = "speculate"
 
     def __post_init__(self) -> None:
@@ -40,6 +43,12 @@ class Speculate(Method):
             raise UserError(
                 f"draft={shown(self.draft)} is not a draft; use ModelDraft(model), SelfDraft(layers=4), "
                 "HeadDraft(folder), PromptLookup(), LookupThenModel(model) or GrammarDraft()"
+            )
+        if self.ahead and (self.draft is None or not self.draft.ahead):
+            given = "no draft came" if self.draft is None else f"{self.draft.name} came"
+            raise UserError(
+                f"ahead=True in {self.name}: it takes a draft that is a model of its own, and {given}; use "
+                "draft=ModelDraft(model), or drop ahead="
             )
         if self.draft is not None and self.accept.graded() and not self.draft.graded:
             raise UserError(

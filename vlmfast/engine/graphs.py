@@ -14,17 +14,20 @@ Run = Callable[[], Any]  # a step, or what replays it: its tensors are the same 
 
 
 class Memory:
-    """The memory pool that all graphs of a model share. A pool whose last graph is gone cannot be used again."""
+    """The memory pool that all graphs of a model share, and the stream that they are captured on: a workspace of cuBLAS
+    stays with each stream, and graphs of two models may run at the same time. A pool whose last graph is gone cannot be
+    used again."""
 
     def __init__(self) -> None:
         self.handle: Any = None
+        self.stream: Any = None
         self.graphs = 0
 
     def capture(self, body: Run) -> Run:
         """See `capture`."""
         if self.graphs == 0:
-            self.handle = graph_memory()
-        run = capture(body, self.handle)
+            self.handle, self.stream = graph_memory(), self.stream or capture_stream()
+        run = capture(body, self.handle, self.stream)
         self.graphs += 1
         return run
 
@@ -71,15 +74,23 @@ def graph_memory() -> Any:
     return torch.cuda.graph_pool_handle()
 
 
-def capture(body: Run, memory: Any) -> Run:
-    """The body as one CUDA graph: run once beforehand, on a side stream, so that kernels and workspaces are there."""
+def capture_stream() -> Any:
+    """A stream to capture CUDA graphs on."""
+    return torch.cuda.Stream()
+
+
+def capture(body: Run, memory: Any, stream: Any = None) -> Run:
+    """The body as one CUDA graph: run once beforehand, on a side stream, so that kernels and workspaces are there.
+
+    stream: to capture on, None = the one of all such graphs.
+    """
     side_stream = _side(torch.cuda.current_device())
     side_stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side_stream):
         body()
     torch.cuda.current_stream().wait_stream(side_stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"):
         output = body()
 
     def replay() -> Any:
