@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vlmfast.core import UserError
 from vlmfast.decode import ACCEPT, BiLD, Ensemble, Exact, FLy, Loose, Lossless, RandomRelax, criteria
-from vlmfast.decode.accept import EXACT, LOOSE, SHIFT, Drawn, Round, Verdict
+from vlmfast.decode.accept import EXACT, LOOSE, SHIFT, Round, Verdict, passing
 from vlmfast.decode.relevance import collect
 from vlmfast.decode.strict_tokens import strict_tokens
 from vlmfast.plan import build
@@ -208,8 +208,8 @@ def test_draws_without_a_host_read_have_the_target_distribution(certain: bool) -
     counts, second = torch.zeros(5), torch.zeros(5)
     for _ in range(n):
         draft = [2, 0] if certain else torch.multinomial(q, 2, replacement=True).tolist()
-        passes, tokens = criteria.speculated(p.log().expand(3, -1), draft, None if certain else q.expand(2, -1))
-        verdict = Drawn(passes.tolist(), tokens.tolist()).verdict()
+        passes, tokens = criteria.speculated(p.expand(3, -1), draft, None if certain else q.expand(2, -1))
+        verdict = passing(passes.tolist(), tokens.tolist())
         said = [*draft[: len(verdict.kinds)], verdict.next]
         counts[said[0]] += 1
         if len(said) > 1:
@@ -220,8 +220,8 @@ def test_draws_without_a_host_read_have_the_target_distribution(certain: bool) -
 
 
 def test_a_round_without_a_draft_is_drawn_too() -> None:
-    passes, tokens = criteria.speculated(torch.tensor([[-1e9, 0.0, -1e9]]), [], None)
-    assert Drawn(passes.tolist(), tokens.tolist()).verdict() == Verdict([], 1)
+    passes, tokens = criteria.speculated(torch.tensor([[0.0, 1.0, 0.0]]), [], None)
+    assert passing(passes.tolist(), tokens.tolist()) == Verdict([], 1)
 
 
 def test_residual_of_equal_distributions_is_the_target() -> None:

@@ -800,7 +800,7 @@ def test_what_the_host_chooses_on_a_card_is_said(rows: int) -> None:
 def test_a_step_that_fails_at_first_use_is_said() -> None:
     model, batch = halved(tiny.build("qwen2_5_vl"), tiny.inputs("qwen2_5_vl"))
     with PretendCuda(capability=(9, 0)), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graphs, "capture", lambda body, memory: (_ for _ in ()).throw(RuntimeError("no capture\nhere")))
+        patch.setattr(graphs, "capture", lambda body, *memory: (_ for _ in ()).throw(RuntimeError("no capture\nhere")))
         with vlmfast.accelerate(to_cuda(model), speculate=Speculate()) as fast:
             out = to_host(plain(model, to_cuda(batch), n=4))
     assert out.shape[1] == batch["input_ids"].shape[1] + 4

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import ClassVar, Literal, Protocol
 
 import torch
@@ -19,23 +20,9 @@ from torch import Tensor
 from vlmfast.decode.criteria import residual, speculated
 from vlmfast.fields import Method
 from vlmfast.runtime.devices import random_generator
-from vlmfast.runtime.transfers import to_device
 
 REFUSED, EXACT, LOOSE, SHIFT = 0, 1, 2, 3
 Relevance = Tensor | Callable[[], Tensor]  # (k,) float32, or what computes it
-
-
-@dataclass
-class Drawn:
-    """passes (k,): which drafted tokens may stay; tokens (k + 1,): what follows where the first of them may not."""
-
-    passes: list[bool]
-    tokens: list[int]
-
-    def verdict(self) -> Verdict:
-        """The run that passes, then the token drawn there."""
-        accepted = (*self.passes, False).index(False)
-        return Verdict([EXACT] * accepted, self.tokens[accepted])
 
 
 @dataclass
@@ -56,24 +43,30 @@ class Round:
     loosened: Tensor | None = None  # (k,) bool, made by a rule when it is first asked for
     # rounds of all rows that one step verified, this one among them: a rule reads a GPU for all of them at once
     together: list[Round] = field(default_factory=list)
-    drawn: Drawn | None = None  # under sampling on a GPU, once it was read
+    drawn: list[int] | None = None  # under sampling on a GPU, once it was read
 
     @property
     def on_device(self) -> bool:
         """Are tokens drawn on a GPU, so that every look at one would be waited for?"""
         return self.sampling and self.score(0).is_cuda
 
-    def read(self, draw: Callable[[Round], tuple[Tensor, Tensor]]) -> Drawn:
-        """What was drawn, read from the device once for all rows. draw: (k,) bool and (k + 1,) int64 of a round."""
+    def read(self, draw: Callable[[Round], Tensor]) -> list[int]:
+        """What `draw` gives of a round (m,) int64, read from the device once for all rows."""
         if self.drawn is None:
             rounds = self.together or [self]
-            parts = [torch.cat([part.long() for part in draw(each)]) for each in rounds]
+            parts = [draw(each) for each in rounds]
             values = iter(torch.cat(parts).tolist())
-            for each in rounds:
-                passes = [bool(next(values)) for _ in each.draft]
-                each.drawn = Drawn(passes, [next(values) for _ in range(len(passes) + 1)])
+            for each, part in zip(rounds, parts, strict=True):
+                each.drawn = list(islice(values, len(part)))
         assert self.drawn is not None
         return self.drawn
+
+    def all_probs(self) -> Tensor:
+        """(k + 1, V) float32: the target's distribution at every row."""
+        scores = self.all_scores
+        if scores is None:
+            scores = torch.stack([self.score(position) for position in range(self.draft.shape[0] + 1)])
+        return scores.softmax(-1)
 
     def relevance_scores(self) -> Tensor:
         """The relevance, computed once."""
@@ -104,6 +97,12 @@ def leading(codes: list[int], verified: Round) -> Verdict:
     """The run of accepted codes from the start, then the target's own token."""
     num_accepted = next((position for position, code in enumerate(codes) if code == REFUSED), len(codes))
     return Verdict(codes[:num_accepted], verified.pick(num_accepted))
+
+
+def passing(passes: list[bool], tokens: list[int]) -> Verdict:
+    """passes (k,): which drafted tokens may stay; tokens (k + 1,): what follows where the first of them may not."""
+    accepted = (*passes, False).index(False)
+    return Verdict([EXACT] * accepted, tokens[accepted])
 
 
 def guarded(verified: Round, target_picks: Tensor) -> Tensor:
@@ -190,15 +189,15 @@ class Exact(Rule):
         generator = random_generator(verified.score(0).device)
         states: list[Tensor] = []
 
-        def draw(judged: Round) -> tuple[Tensor, Tensor]:
+        def draw(judged: Round) -> Tensor:
             tokens = []
-            for position in range(judged.draft.shape[0] + 1):
-                tokens.append(torch.multinomial(judged.score(position)[None].softmax(-1), 1)[0])
+            for probs in judged.all_probs():
+                tokens.append(torch.multinomial(probs, 1))
                 states.append(generator.get_state())
-            drawn = torch.cat(tokens)
-            return drawn[:-1] == to_device(judged.draft, drawn.device), drawn
+            return torch.cat(tokens)
 
-        verdict = verified.read(draw).verdict()
+        drawn = verified.read(draw)
+        verdict = passing([token == draft for token, draft in zip(drawn, verified.draft.tolist(), strict=False)], drawn)
         if not verified.together and torch.equal(generator.get_state(), states[-1]):
             generator.set_state(states[len(verdict.kinds)])
         return verdict
@@ -220,7 +219,8 @@ class Lossless(Rule):
         if not verified.sampling:
             return Exact().judge(verified)
         if verified.on_device:
-            return verified.read(_speculated).verdict()
+            drawn, num_drafted = verified.read(_speculated), verified.draft.shape[0]
+            return passing([bool(passes) for passes in drawn[:num_drafted]], drawn[num_drafted:])
         for position, token in enumerate(verified.draft.tolist()):
             target_probs = verified.score(position).softmax(-1)
             draft_probs = None if verified.draft_probs is None else verified.draft_probs[position]
@@ -235,7 +235,7 @@ class Lossless(Rule):
         return Verdict([EXACT] * num_drafted, verified.pick(num_drafted))
 
 
-def _speculated(verified: Round) -> tuple[Tensor, Tensor]:
-    """`criteria.speculated` of a round."""
-    scores = torch.stack([verified.score(position) for position in range(verified.draft.shape[0] + 1)])
-    return speculated(scores, verified.draft.tolist(), verified.draft_probs)
+def _speculated(verified: Round) -> Tensor:
+    """`criteria.speculated` of a round: (2 k + 1,) int64."""
+    passes, tokens = speculated(verified.all_probs(), verified.draft.tolist(), verified.draft_probs)
+    return torch.cat([passes.long(), tokens])

@@ -74,12 +74,13 @@ def normalised_entropy(scores: Tensor) -> Tensor:
     return -(log_probs.exp() * log_probs.clamp(min=-1e4)).sum(-1) / math.log(scores.shape[-1])
 
 
-def speculated(scores: Tensor, draft: list[int], draft_probs: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Speculative sampling without a host read: scores (k + 1, V), draft_probs (k, V), None = the draft was certain.
+def speculated(probs: Tensor, draft: list[int], draft_probs: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Speculative sampling without a host read.
 
+    probs: (k + 1, V) of the target; draft_probs: (k, V), None = the draft was certain.
     Returns (k,) bool, which drafted tokens pass, and (k + 1,) int64, what follows where the first of them does not.
     """
-    probs, num_drafted = scores.softmax(-1), len(draft)
+    num_drafted = len(draft)
     target = torch.stack([probs[row, token] for row, token in enumerate(draft)]) if draft else probs[:0, 0]
     if draft_probs is None:
         passes, remaining = torch.rand_like(target) < target, probs[:num_drafted].clone()
