@@ -42,7 +42,7 @@ from vlmfast.files import write_text
 SHOW = ["decode_ms_per_token", "total_ms", "accepted_length", "verify_rounds", "f1", "diff_vs_plain", "same_text",
         "overhead_share"]  # fmt: skip
 TIMES = ["decode_ms_per_token", "total_ms", "ttft_ms"]
-PROCESSES = 5
+PROCESSES = 3
 DTYPES = ("float32", "bfloat16")
 PLOT = ROOT / "docs" / "speculation.png"
 

@@ -1,7 +1,7 @@
 """How much visual token pruning saves: at the tower's output, inside the tower, between text layers, against plain.
 
 Random weights in real shapes (`evals.speed.shapes`), one clip, one new token: what is timed is request to first token.
-Two groups, each with its own plain: a quarter of the model for pruning inside the tower and between layers, where depth
+Two groups, each with its own plain: a sixth of the model for pruning inside the tower and between layers, where depth
 matters, and a twelfth for every method at the tower's output. `plain` is the model with nothing asked of vlmfast, whose
 logits are bit-identical to stock transformers (law 1); its hooks only read the clock. `tower` is the tower without its
 loops and nothing pruned: pruning runs over it, so what pruning gains is the ratio to `tower`. Both run beside every
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from evals.speed.shapes import QWEN_3B_QUARTER, QWEN_3B_TWELFTH, TOY, Shape, build, clip, encode_cost, prefill_cost
+from evals.speed.shapes import QWEN_3B_SIXTH, QWEN_3B_TWELFTH, TOY, Shape, build, clip, encode_cost, prefill_cost
 from vlmfast.bench import records, timing
 from vlmfast.bench.sample_store import SampleStore
 
@@ -38,7 +38,7 @@ def outside(shape: Shape) -> dict[str, Any]:
 
 
 def deep(shape: Shape) -> dict[str, Any]:
-    """Row key -> pruner: two methods at the output and after a quarter of the tower, all methods between layers."""
+    """Row key -> pruner: two methods at the output and after the tower's first block, all methods between layers."""
     from vlmfast.encode import METHODS, LayerPruner
 
     rows: dict[str, Any] = {name: METHODS[name](keep=KEEP) for name in DEEP}
@@ -68,7 +68,7 @@ def run(quick: bool = False, store: SampleStore | None = None) -> dict[str, Any]
     """Measure; returns the rows and what the head needs. store: of an unfinished run."""
     import torch
 
-    groups = ((TOY, deep), (TOY, outside)) if quick else ((QWEN_3B_QUARTER, deep), (QWEN_3B_TWELFTH, outside))
+    groups = ((TOY, deep), (TOY, outside)) if quick else ((QWEN_3B_SIXTH, deep), (QWEN_3B_TWELFTH, outside))
     dtype, rounds = timing.half(), 1 if quick else ROUNDS
     machine = timing.rates("cpu", getattr(torch, dtype))
     rows = [r for shape, methods in groups for r in group(shape, methods(shape), rounds, machine, dtype, store)]

@@ -23,7 +23,7 @@ KEEP, NEW, SEED, ROUNDS = 0.10, 17, 0, 6
 BASELINES = ("plain", "packed", "plain_loop", "full")
 BESIDE = ("plain", "full")  # in every round beside every row; the other baselines are rows themselves
 SHAPE = replace(
-    QWEN_3B, name="Qwen2.5-VL-3B text, 6 of its 36 layers", layers=6, depth=1, vision_hidden=128,
+    QWEN_3B, name="Qwen2.5-VL-3B text, 3 of its 36 layers", layers=3, depth=1, vision_hidden=128,
     vision_intermediate=256, vision_heads=2, full_attention=(0,), vocab=32768,
     note="a tower of one narrow block; the vocabulary is cut, so that the output head does not hide the layers",
 )  # fmt: skip

@@ -57,7 +57,7 @@ class Shape:
     intermediate: int = 18944
     layers: int = 2
     contexts: tuple[int, ...] = (2048, 8192, 32768, 131072)
-    batches: tuple[int, ...] = (1, 4, 8)
+    batches: tuple[int, ...] = (1, 8)
     keeps: tuple[float, ...] = (0.20, 0.10, 0.05)
 
     @property

@@ -8,7 +8,7 @@ from vlmfast.bench.shapes import QWEN_3B, QWEN_3B_TWELFTH, QWEN_7B, Shape, build
 from vlmfast.roofline import cost as roofline
 
 __all__ = [
-    "QWEN_3B", "QWEN_3B_QUARTER", "QWEN_3B_SIXTH", "QWEN_3B_TWELFTH", "QWEN_7B", "SMALL", "TOY", "Shape", "build",
+    "QWEN_3B", "QWEN_3B_SIXTH", "QWEN_3B_TWELFTH", "QWEN_7B", "SMALL", "TOY", "Shape", "build",
     "clip", "encode_cost", "fill", "prefill_cost",
 ]  # fmt: skip
 
@@ -20,15 +20,6 @@ QWEN_3B_SIXTH = replace(
     full_attention=(4,),
     note="text 36 -> 6 layers; vision 32 -> 5 blocks, one of them with full attention; the merger, which is not cut, "
     "makes up for the missing third of a block",
-)
-QWEN_3B_QUARTER = replace(
-    QWEN_3B,
-    name="Qwen2.5-VL-3B, a quarter of its layers",
-    layers=9,
-    depth=8,
-    full_attention=(7,),
-    note="text 36 -> 9 layers, vision 32 -> 8 blocks, one of them with full attention: exactly a quarter of both; "
-    "patch embedding, merger and output head are not cut",
 )
 SMALL = replace(
     QWEN_3B,

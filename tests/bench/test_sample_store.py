@@ -34,7 +34,7 @@ def competitors(calls: list[str], last: int | None = None) -> dict[str, Any]:
     return {name: one(name) for name in ("plain", "tower", "a", "b")}
 
 
-@pytest.mark.parametrize("last", [1, 4, 11, 29])
+@pytest.mark.parametrize("last", [1, 4, 11, 27])
 def test_a_killed_run_goes_on(tmp_path: Path, last: int) -> None:
     file, calls = tmp_path / "encode.jsonl", list[str]()
     with pytest.raises(Killed):
@@ -46,12 +46,12 @@ def test_a_killed_run_goes_on(tmp_path: Path, last: int) -> None:
     assert {n: {k: len(v) for k, v in t.items()} for n, t in taken.items()} == {
         n: {k: len(v) for k, v in t.items()} for n, t in reference.items()
     }
-    assert len(whole) <= len(calls) <= len(whole) + 2, "at most one competitor and its baselines again"
+    assert len(whole) <= len(calls) <= len(whole) + 3, "at most two competitors and their baselines again"
     for name, samples in taken.items():  # one after the other, in one start
         for together in zip(*samples.values(), strict=True):
             numbers = sorted(sample["x_ms"] for sample in together)
-            assert numbers[-1] - numbers[0] == len(numbers) - 1 or name == "plain"
-            assert (numbers[-1] <= len(before)) or (numbers[0] > len(before) - 2)
+            assert numbers[-1] - numbers[0] <= 3 or name == "plain"
+            assert (numbers[-1] <= len(before)) or (numbers[0] > len(before) - 3)
     calls.clear()
     timing.beside(competitors(calls), ["plain", "tower"], 4, 0, store=open_store(file, IDENTITY, False))
     assert calls == []

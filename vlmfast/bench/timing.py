@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import itertools
 import math
 import statistics
 import sys
@@ -71,52 +72,66 @@ def beside(
     progress: Callable[[str], None] | None = None,
     store: SampleStore | None = None,
 ) -> dict[str, dict[str, list[Sample]]]:
-    """Run every competitor between its own baselines, which are names of `runs` too, in every round.
+    """Run every competitor among all baselines, which are names of `runs` too, in every round.
 
-    Returns competitor -> (itself and every baseline -> one Sample per round): sample i of all of them come from runs
-    next to each other, in an order that turns round from round to round. Baselines are competitors of each other; one
-    that is `AGAIN` is the first baseline once more. store: what it holds is not run again, what is run goes there.
+    As many competitors as there are baselines, two at least, share one run of each baseline between them: plain, a,
+    tower, b. They stand in another order, and with other neighbours, from round to round. Returns competitor ->
+    (itself and every baseline -> one Sample per round): sample i of all of them ran together. A baseline is held
+    against the other baselines of every such group; `AGAIN` is the first baseline once more, as a competitor. store:
+    what it holds is not run again, what is run goes there.
     """
     runs = runs | {AGAIN: runs[baselines[0]]}
-    groups = {
-        name: [*(baseline for baseline in baselines if baseline != name)] for name in runs if name != baselines[0]
+    names = [name for name in runs if name not in baselines]
+    samples: dict[str, dict[str, list[Sample]]] = {
+        name: {run_name: [] for run_name in (*(b for b in baselines if b != name), name)}
+        for name in (*baselines[1:], *names)
     }
-    samples_by_name: dict[str, dict[str, list[Sample]]] = {
-        name: {baseline_name: [] for baseline_name in (*others, name)} for name, others in groups.items()
-    }
-    names = list(groups)
+    first_samples: list[Sample] = []
     call = None if store is None else store.begin(names)
     for round_number in range(warmup + rounds):
-        first_run = round_number % len(names)
-        for name in names[first_run:] + names[:first_run]:
-            others = groups[name]
-            order = [*others[: len(others) // 2], name, *others[len(others) // 2 :]]
-            counts, taken = round_number >= warmup, None
+        counts = round_number >= warmup
+        for together in _groups(names, len(baselines), round_number):
+            taken, key = None, ", ".join(together)
             if store is not None and call is not None and counts:
-                taken = store.find(call, round_number, name)
+                taken = store.find(call, round_number, key)
             known, taken = taken is not None, taken or {}
-            for run_name in order if round_number % 2 else order[::-1]:
+            for run_name in _order(together, baselines, round_number):
                 if progress is not None:
                     progress(run_name)
                 if not known:
                     gc.collect()
                     taken[run_name] = runs[run_name]()
-                if counts:
-                    samples_by_name[name][run_name].append(taken[run_name])
-            if store is not None and call is not None and counts and not known:
-                store.add(call, round_number, name, taken)
-    first_samples = [
-        first_sample
-        for name, competitor_samples in samples_by_name.items()
-        if name != AGAIN
-        for first_sample in competitor_samples[baselines[0]]
-    ]
-    return {baselines[0]: {baselines[0]: first_samples}} | samples_by_name
+            if not counts:
+                continue
+            first_samples.append(taken[baselines[0]])
+            for name in (*baselines[1:], *together):
+                for run_name, run_samples in samples[name].items():
+                    run_samples.append(taken[run_name])
+            if store is not None and call is not None and not known:
+                store.add(call, round_number, key, taken)
+    return {baselines[0]: {baselines[0]: first_samples}} | samples
+
+
+def _groups(names: list[str], num_baselines: int, round_number: int) -> list[list[str]]:
+    """The competitors that share a run of each baseline, in this round."""
+    size, first = max(2, num_baselines), round_number % len(names)
+    turned = names[first:] + names[:first]
+    return [turned[i : i + size] for i in range(0, len(turned), size)]
+
+
+def _order(competitors: list[str], baselines: Sequence[str], round_number: int) -> list[str]:
+    """Baselines and competitors in turns; who comes first changes from round to round."""
+    first = round_number // 2 % len(baselines)
+    turned = [*baselines[first:], *baselines[:first]]
+    lists = (competitors, turned) if len(baselines) == 1 else (turned, competitors)
+    order = [name for pair in itertools.zip_longest(*lists) for name in pair if name is not None]
+    return order if round_number % 2 else order[::-1]
 
 
 def beside_runs(runs: int, baselines: int, rounds: int) -> int:
     """How many runs `beside` takes of so many competitors, baselines among them."""
-    return rounds * ((runs - baselines + 1) * (baselines + 1) + (baselines - 1) * baselines)
+    competitors = runs - baselines + 1
+    return rounds * (competitors + math.ceil(competitors / max(2, baselines)) * baselines)
 
 
 def ratio_rows(taken: dict[str, list[Sample]], name: str, metrics: list[str] | None = None) -> dict[str, Any]:
