@@ -145,6 +145,25 @@ def grammar(rows: list[Row]) -> str:
                      "accepted per round", "same text"], out)  # fmt: skip
 
 
+def versions(rows: list[Row]) -> str:
+    """Every run of `evals.speed.versions`: what it takes now, and how many times longer the earlier commit took."""
+    out = []
+    for r in rows:
+        cells = []
+        for keys in (("select_ms", "compress_ms"), ("ttft_ms", "encode_ms", "total_ms"), ("decode_ms_per_token",)):
+            key = next((k for k in keys if k in r["metrics"] and r["metrics"][k]), None)
+            cells.append(
+                "" if key is None else f"{r['metrics'][key]:,.4g} ms, {ratio_of(r, key, rows, 'before', True)}"
+            )
+        null = next(
+            (r["vs"]["before again"][k] for k in ("ttft_ms", "encode_ms", "total_ms") if k in r["metrics"]), None
+        )
+        name = f"{r['params']['group']}: {r['name']}"
+        out.append([name, *cells, "" if null is None else marked(null, None, True)])
+    return markdown(["run", "choosing or compressing", "first token (streams: all of it)", "a token",
+                     "null: two processes of the earlier commit"], out)  # fmt: skip
+
+
 BYTES = ["fast bytes", "host", "total", "total allocated"]
 
 
@@ -226,6 +245,7 @@ TABLES = {
     "kv": ("cpu-prefill.json", kv),
     "read": ("cpu-read.json", read),
     "grammar": ("cpu-grammar.json", grammar),
+    "versions": ("cpu-versions.json", versions),
     "accuracy-easy-vqa": ("accuracy-easy-vqa.json", accuracy),
     "accuracy-long": ("accuracy-long.json", accuracy),
     "accuracy-turns": ("accuracy-turns.json", accuracy),

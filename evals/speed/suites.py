@@ -32,7 +32,7 @@ def measure(suite: str, quick: bool, store: Any = None) -> dict[str, Any]:
     """Run one suite and return its whole record. store: a `SampleStore`, for suites that go on."""
     from vlmfast.bench import records
 
-    run = importlib.import_module(f"evals.speed.{suite}").run
+    run, commit = importlib.import_module(f"evals.speed.{suite}").run, records.commit()
     result = dict(run(quick, store=store) if suite in RESUMED else run(quick))
     if "hardware" in result:
         return result
@@ -44,7 +44,7 @@ def measure(suite: str, quick: bool, store: Any = None) -> dict[str, Any]:
         device=result.pop("device", "cpu"),
         dtype=result.pop("dtype", "float32"),
     )
-    return {**head, **result}
+    return {**head, "commit": commit, **result}  # as the tree was when it began: a suite may draw a picture
 
 
 def main(

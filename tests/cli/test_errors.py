@@ -82,7 +82,7 @@ def place(home: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRe
                              ("stream.rules", "accuracy_row"),
                              ("serving.answers", "rows"), ("serving.throughput", "rows"),
                              ("speed.decode", "main_ones"), ("speed.decode_batch", "rows"),
-                             ("speed.describe", "measured")):  # fmt: skip
+                             ("speed.describe", "measured"), ("speed.versions", "tree_of")):  # fmt: skip
         monkeypatch.setattr(importlib.import_module(f"evals.{module}"), function, never)
     return home
 
@@ -116,6 +116,7 @@ GOOD: dict[str, list[str]] = {  # arguments with which a command would do its wo
     "speed.decode": ["--out", "new.json", "--samples", "float32"],
     "speed.decode_batch": ["--out", "new.json"],
     "speed.random_baseline": ["--out", "new.json"],
+    "speed.versions": ["--out", "new.json"],
     "speed.describe": ["--out", "new.json", "--samples", "new", "--target", "model", "--drafts", "model"],
 }
 
