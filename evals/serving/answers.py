@@ -2,7 +2,8 @@
 
 Rows of the plugin take the positions of transformers, as the library's do; `plain, vLLM's positions` is vLLM as it
 comes. Rows of vLLM's own pruning (`evs`) are made in a process without the plugin, with the one flag set that vLLM's
-runner for CPUs leaves out.
+runner for CPUs leaves out. vLLM runs its other rule, VidCom2, on Qwen3-VL alone, and the pocket model is none; so its
+function chooses inside the library (`vllm-vidcom2`).
 """
 
 from __future__ import annotations
@@ -11,13 +12,35 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
 
 from vlmfast.bench import records, stats, tasks
 from vlmfast.bench.task import Sample
+from vlmfast.core import VisualTokens
+from vlmfast.encode import Pruner
 
 OWN = {"vllm-evs-50": 0.5, "vllm-evs-25": 0.75}  # vLLM's own pruning of videos: the rate it drops
+OWN_RULE = {"vllm-vidcom2-50": 0.5, "vllm-vidcom2-25": 0.25}  # the share that its other rule keeps
 BATCH = 16
+
+
+@dataclass(frozen=True)
+class OwnVidCom2(Pruner):
+    """vLLM's own function for VidCom2. Videos only, as there."""
+
+    name: ClassVar[str] = "vllm-vidcom2"
+    video_only: ClassVar[bool] = True
+
+    def select_body(self, tokens: VisualTokens, budget: int) -> Tensor:
+        """As many as vLLM keeps, which need not be `budget`."""
+        from vllm.multimodal.video_prune.vidcom2 import compute_retention_mask
+
+        frames, height, width = tokens.grid
+        kept: Tensor = compute_retention_mask(tokens.features, (frames, height, width), 1, 1 - self.keep)
+        return kept.nonzero()[:, 0]
 
 
 def rows(rules: dict[str, Any], task: str, limit: int, own: bool) -> list[dict[str, Any]]:
@@ -29,6 +52,8 @@ def rows(rules: dict[str, Any], task: str, limit: int, own: bool) -> list[dict[s
     library = {name: of_library(samples, rule, name, tokens) for name, rule in {"plain": None, **rules}.items()}
     made = [_row(name, "transformers", samples, library[name], library) for name in library]
     own_rows = {name: _beside(task, limit, rate) for name, rate in OWN.items()} if own else {}
+    own_rules = {name: OwnVidCom2(keep=keep) for name, keep in OWN_RULE.items()} if own else {}
+    own_rule = {name: of_library(samples, rule, name, tokens) for name, rule in own_rules.items()}
     from vlmfast import pocket
 
     folder = pocket.path()
@@ -43,6 +68,7 @@ def rows(rules: dict[str, Any], task: str, limit: int, own: bool) -> list[dict[s
     plain = _records(engine.ask(llm, prompts, tokens))
     made.append(_row("plain, vLLM's positions", "vllm", samples, plain, library, "plain"))
     made += [_row(name, "vllm", samples, answered, library, "plain") for name, answered in own_rows.items()]
+    made += [_row(name, "transformers", samples, answered, library, "plain") for name, answered in own_rule.items()]
     return made
 
 

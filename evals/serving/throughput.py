@@ -1,7 +1,7 @@
 """Requests per second and time to first token of vLLM's server, with and without the plugin, by vLLM's own client.
 
-Servers run side by side and are asked in turns: `plain` is vLLM without the plugin, the others prune what a request
-asks for. vLLM takes as many tokens into one step as `--max-num-batched-tokens` says, and the vision tower
+Two servers at a time run side by side and are asked in turns: `plain` is vLLM without the plugin, the other prunes what
+a request asks for. vLLM takes as many tokens into one step as `--max-num-batched-tokens` says, and the vision tower
 runs for all their pictures first. So a pruned request is also asked of a server whose steps are as much shorter as
 prompts are: `shorter steps`. Nothing is cached from request to request. The model has a 3B shape and random weights, on
 a CPU with a twelfth of its layers, of tower and decoder alike.
@@ -29,7 +29,7 @@ from vlmfast.core import UserError
 
 SIDE, PICTURES = 896, 2  # pixels; 1,024 visual tokens each
 PATIENCE = 600.0  # seconds for a server to start
-PORT = 8710  # of the server without the plugin; the others' are the next
+PORT = 8710  # of the server without the plugin; the other's is the next
 STEP = {"cpu": 2048, "cuda": 8192}  # tokens of one step, as vLLM's server has it (on a GPU, from 70 GiB on)
 SMALL = shapes.Shape("tiny", 2, 256, 512, 4, 2, 400, 2, 128, 256, 4, (1,), (1, 8, 8))  # for --quick
 
@@ -62,6 +62,40 @@ class Run:
         return max(4, level, min(2 * level, 32))
 
 
+def rows(rules: dict[str, Any], run: Run) -> list[dict[str, Any]]:
+    """One row per pruner and number of requests at a time. rules: pruners by name."""
+    competitors, made, plains = listed(rules, run), [], []
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint(run.shape, Path(folder))
+        for step in dict.fromkeys(each.step for each in competitors.values()):
+            group = {name: each.rule for name, each in competitors.items() if each.step == step}
+            plain, others = measured(folder, group, step, run)
+            plains.append(plain)
+            for name, taken in others.items():
+                made += _rows(name, competitors[name], taken, plain, run)
+    every_plain = {level: [each for plain in plains for each in plain[level]] for level in run.levels}
+    return _rows("plain", Competitor(None, STEP[run.device]), every_plain, None, run) + made
+
+
+def measured(folder: str, group: dict[str, Any], step: int, run: Run) -> tuple[Any, dict[str, Any]]:
+    """Plain, and the pruners of one pruning server, in turns: requests at a time -> samples, the latter by name.
+
+    group: pruners by name; step: tokens of one step of their server.
+    """
+    asked = {"plain": None, **{name: spec.write(rule) for name, rule in group.items()}}
+    taken: dict[str, dict[int, list[dict[str, Any]]]] = {name: {level: [] for level in run.levels} for name in asked}
+    with (
+        server(folder, PORT, None, STEP[run.device], run),
+        server(folder, PORT + 1, "none", step, run),
+    ):
+        for number in range(run.rounds):
+            for level in run.levels:
+                for name in list(asked)[:: 1 if number % 2 == 0 else -1]:
+                    port = PORT if asked[name] is None else PORT + 1
+                    taken[name][level].append(sample(client(folder, port, asked[name], level, number, run)))
+    return taken.pop("plain"), taken
+
+
 @dataclass(frozen=True)
 class Competitor:
     """rule: the pruner of its requests, None for plain; step: tokens that its server takes into one step."""
@@ -77,40 +111,6 @@ def listed(rules: dict[str, Any], run: Run) -> dict[str, Competitor]:
         named[name] = Competitor(rule, step)
         named[f"{name}, shorter steps"] = Competitor(rule, max(1, round(rule.keep * step)))
     return named
-
-
-def rows(rules: dict[str, Any], run: Run) -> list[dict[str, Any]]:
-    """One row per pruner and number of requests at a time. rules: pruners by name."""
-    competitors = listed(rules, run)
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint(run.shape, Path(folder))
-        taken = measured(folder, competitors, run)
-    plain = taken["plain"]
-    made = _rows("plain", Competitor(None, STEP[run.device]), plain, None, run)
-    return made + [r for name, each in competitors.items() for r in _rows(name, each, taken[name], plain, run)]
-
-
-def measured(folder: str, competitors: dict[str, Competitor], run: Run) -> dict[str, Any]:
-    """Plain and every competitor in turns: name -> requests at a time -> samples.
-
-    A server without the plugin, and one that prunes what a request asks for per length of a step, all of them started
-    before the first is asked.
-    """
-    steps = list(dict.fromkeys(each.step for each in competitors.values()))
-    asked: dict[str, tuple[int, str | None]] = {"plain": (PORT, None)}
-    for name, each in competitors.items():
-        asked[name] = (PORT + 1 + steps.index(each.step), spec.write(each.rule))
-    taken: dict[str, dict[int, list[dict[str, Any]]]] = {name: {level: [] for level in run.levels} for name in asked}
-    with contextlib.ExitStack() as servers:
-        servers.enter_context(server(folder, PORT, None, STEP[run.device], run))
-        for number, step in enumerate(steps):
-            servers.enter_context(server(folder, PORT + 1 + number, "none", step, run))
-        for number in range(run.rounds):
-            for level in run.levels:
-                for name in list(asked)[:: 1 if number % 2 == 0 else -1]:
-                    port, rule = asked[name]
-                    taken[name][level].append(sample(client(folder, port, rule, level, number, run)))
-    return taken
 
 
 def _rows(
@@ -198,7 +198,7 @@ def server(folder: str, port: int, plugin: str | None, step: int, run: Run) -> I
         "--mm-processor-cache-gb", "0", "--trust-request-mm-kwargs",
         "--limit-mm-per-prompt", json.dumps({"image": PICTURES, "video": 0}),
     ]  # fmt: skip
-    command += ["--enforce-eager"] if run.device == "cpu" else ["--gpu-memory-utilization", "0.28"]
+    command += ["--enforce-eager"] if run.device == "cpu" else ["--gpu-memory-utilization", "0.4"]
     environment = {key: value for key, value in os.environ.items() if key != "VLMFAST"}
     environment |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
     environment |= {} if plugin is None else {"VLMFAST": plugin}

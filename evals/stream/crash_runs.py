@@ -32,7 +32,7 @@ EVERY = UniformRetriever(frames=1 << 20)
 FRAMES, STEP, KEPT = 240, 4, 40  # frames of the stream, of one push, and of the archive that is damaged
 TOLERANCE = 2e-4  # of fp32 numbers that another cut sums in another order
 MODES = ("push", "flush", "evict", "save", "close", "coarsen")
-COARSEN = "age:four_bit=4,features=8,representative=12"
+COARSEN = "age:four_bit=4,features=8,representative=12,keys=[0]"
 DAMAGE = ("flip", "flip", "cut", "grow", "swap", "delete", "link", "device", "pipe", "folder")
 FILES = ("manifest.json", "manifest-copy.json", "segment", "state", "heartbeat", "stream.lock")
 
@@ -85,7 +85,7 @@ class World:
         if block.visual is None:
             record = dataclasses.replace(record, visual=None)
             packed = dataclasses.replace(packed, features=None)
-        return coarsened(record, packed, block.level)
+        return coarsened(record, packed, block.level, block.searched)
 
     def answer(self, session: StreamSession) -> torch.Tensor:
         """The logits that the reference would have after the question over this session's blocks: as coarse as they

@@ -2,7 +2,8 @@
 
 Each pocket clip is encoded once and its blocks are stored several times, each archive with a schedule of its own, on
 disk. Every question about past events is asked at its own second over each of them, by the retriever `internal` of
-`evals.stream`. Rows, one per length and schedule (`full` is none):
+`evals.stream`. The schedules that end in features are there twice, the second time with the keys of the layers that
+choose kept beside them. Rows, one per length and schedule (`full` is none):
 
 * right answers, the difference to `full` on the same questions with its interval over clips, how many won and lost;
 * bytes of an hour and their share of those of `full`; blocks and bytes at every level at the end;
@@ -69,7 +70,7 @@ def main(
     if clips > len(STREAMS[questions]):
         raise UserError(f"--clips {clips}: {questions} has {len(STREAMS[questions])} clips")
     config: dict[str, Any] = {
-        "minutes": lengths, "set": questions, "clips": clips, "schedules": schedules, "model": model, "frames": frames,
+        "minutes": lengths, "set": questions, "clips": clips, "model": model, "frames": frames,
         "redundancy": redundancy, "window": window,
     }  # fmt: skip
     loaded = loading.load(model)
@@ -78,6 +79,10 @@ def main(
         chosen, _ = runs.best_layers(loaded.model, loaded.processor, frames, ram="16MiB", keep_as="int8", **options)
     else:
         chosen = runs.internal(frames, spec.items(layers)).layers
+    if schedule is None:
+        kept = ",".join(map(str, chosen))
+        schedules += [f"{text},keys=[{kept}]" for text in SCHEDULES if levels.parse(text).keeps_features]
+    config["schedules"] = schedules
     folder = answers / identity({**config, "layers": chosen})
     record = records.head("stream-levels", config={**config, "layers": list(chosen)}, repeats=1,
                           seed=STREAMS[questions][0])  # fmt: skip
@@ -104,7 +109,7 @@ def streamed(loaded: Any, config: dict[str, Any], layers: tuple[int, ...], minut
     """{schedule: {"questions", "scores", "levels", "ms", "again", "cost"}} of one clip."""
     from evals.stream import runs
     from vlmfast.pocket.clips import clip
-    from vlmfast.stream.blocks import in_time
+    from vlmfast.stream.by_seconds import in_time
 
     count = 8 if minutes <= 2 else 16
     drawn, name = clip(seed, round(minutes * 60), questions=count), f"{minutes:g}min-{seed}"

@@ -26,12 +26,13 @@ from vlmfast.stream import (
     StreamSession,
     UniformRetriever,
 )
-from vlmfast.stream.blocks import in_time
+from vlmfast.stream.by_seconds import in_time
 from vlmfast.stream.recall_by_layer import layer_recall
 from vlmfast.stream.retrievers import Retriever
 
 TOKENS = 12  # longest answer
-PRESENT = 0.6  # of the best score, from which the present alone is read
+PRESENT = 0.8  # of the best score, from which the newest blocks are read
+SCENES = 0.5  # of a frame, that is new where a scene begins
 RERANK = 256  # blocks whose keys are compared one by one
 BATCH = 64  # frames per push
 CHOSEN_ON, REPORTED = STREAMS["choosing"], STREAMS["reporting"]  # numbers of held-out clips
@@ -211,9 +212,12 @@ def best_layers(model: Any, processor: Any, frames: int, count: int = 2, **optio
 
 def internal(frames: int, layers: tuple[int, ...] | None) -> Internal:
     """The retriever that is put to the test: centred keys, one choice for all layers, made by `layers`, after comparing
-    all keys of the best blocks; nothing where the present scores high. Its numbers were chosen on clips that are not
-    reported."""
-    return Internal(frames=frames, similarity="centred", scope="shared", layers=layers, present=PRESENT, rerank=RERANK)
+    all keys of the best blocks; whole scenes, or the newest blocks where the present scores high. Its numbers were
+    chosen on clips that are not reported."""
+    return Internal(
+        frames=frames, similarity="centred", scope="shared", layers=layers, present=PRESENT, rerank=RERANK,
+        scenes=SCENES,
+    )  # fmt: skip
 
 
 def methods(frames: int, layers: tuple[int, ...] | None) -> dict[str, Callable[[Asked], Retriever | None]]:
@@ -222,6 +226,7 @@ def methods(frames: int, layers: tuple[int, ...] | None) -> dict[str, Callable[[
     return {
         "internal": lambda q: internal(frames, layers),
         "internal-always": lambda q: replace(internal(frames, layers), present=None),
+        "internal-blocks": lambda q: replace(internal(frames, layers), scenes=None),
         "internal-means": lambda q: replace(internal(frames, layers), rerank=None),
         f"internal-{2 * frames}": lambda q: internal(2 * frames, layers),
         "internal-all-layers": lambda q: internal(frames, None),

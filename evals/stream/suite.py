@@ -6,10 +6,11 @@ is asked **at its own second while the clip runs**: past events, the needle, and
 one second), and all read the last `--recent` seconds besides, at full resolution. Rows:
 
 * `layers`: evidence recall of every layer on a clip of the train split; the two best choose for `internal`;
-* one per length and way (`internal-always` brings back even where the present scores high, `internal-means` compares
-  mean keys only, `internal-32` brings back twice as many blocks, `internal-by-layer` is ReKV's own rule, `external`
-  knows colours only, `oracle` where the evidence lies, `window` retrieves nothing): accuracy, evidence recall, latency,
-  tokens read; past and now apart, with intervals over clips;
+* one per length and way (`internal-always` brings back the best even where the present scores high, `internal-blocks`
+  single blocks and not whole scenes, `internal-means` compares mean keys only, `internal-32` brings back twice as many
+  blocks, `internal-by-layer` is ReKV's own rule, `external` knows colours only, `oracle` where the evidence lies,
+  `window` retrieves nothing): accuracy, evidence recall, latency, tokens read; past and now apart, with intervals over
+  clips;
 * floors: `majority` says the commonest answer to such a question on other clips, `text-only` sees no video;
 * `session`: sustained fps, bytes per tier, archive bytes per hour, plain ReKV's bytes per hour for the same stream;
 * `internal-full` and `rekv` (up to 10 minutes): nothing dropped, two bytes per number, what compression costs; with

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from vlmfast.core import UserError
+from vlmfast.kernels import ranking
 from vlmfast.stream.archive.representatives import FIRST_SLAB, LastKeys, RepresentativeTable
-from vlmfast.stream.blocks import Block, block_positions, in_time, intervals, origins, text_position
+from vlmfast.stream.blocks import Block, block_positions, origins, text_position
+from vlmfast.stream.by_seconds import in_time, intervals
 from vlmfast.stream.retrievers import (
     Candidates,
     External,
@@ -18,9 +20,9 @@ from vlmfast.stream.retrievers import (
     RandomRetriever,
     Recency,
     UniformRetriever,
-    best,
     parse,
     smoothed,
+    within,
 )
 
 
@@ -41,23 +43,25 @@ def table(n, layers=3, heads=2, width=8, seed=0):
 def test_top_is_the_best_prefix_of_the_ranking(seed):
     gen = torch.Generator().manual_seed(seed)
     scores, sizes = torch.rand(40, generator=gen), torch.randint(1, 9, (40,), generator=gen)
-    assert best(scores, sizes, 7, None).tolist() == sorted(scores.argsort(descending=True)[:7].tolist())
-    chosen = best(scores, sizes, None, 20)
+    assert within(ranking(scores.double()), sizes, 7, None).tolist() == sorted(
+        scores.argsort(descending=True)[:7].tolist()
+    )
+    chosen = within(ranking(scores.double()), sizes, None, 20)
     assert int(sizes[chosen].sum()) <= 20
     assert int(scores.argmax()) in chosen.tolist(), "the best one fits an empty budget"
     left = 20 - int(sizes[chosen].sum())
     others = [i for i in range(40) if i not in chosen.tolist()]
     assert all(int(sizes[i]) > left for i in others), "nothing that still fits is left out"
-    both = best(scores, sizes, 3, 20)
+    both = within(ranking(scores.double()), sizes, 3, 20)
     assert len(both) <= 3 and int(sizes[both].sum()) <= 20
 
 
 def test_a_block_larger_than_the_budget_is_still_one():
-    assert best(torch.tensor([1.0, 2.0]), torch.tensor([50, 60]), None, 10).tolist() == [1]
+    assert within(ranking(torch.tensor([1.0, 2.0]).double()), torch.tensor([50, 60]), None, 10).tolist() == [1]
 
 
 def test_ties_go_to_the_earlier_block():
-    assert best(torch.zeros(5), torch.ones(5).long(), 2, None).tolist() == [0, 1]
+    assert within(ranking(torch.zeros(5).double()), torch.ones(5).long(), 2, None).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("count", [1, FIRST_SLAB, FIRST_SLAB + 1, 3 * FIRST_SLAB + 5])

@@ -20,6 +20,7 @@ from vlmfast.stream.blocks import Block, pack_all, unpack, unpack_features
 from vlmfast.stream.levels import ByAge, Level, parse
 
 EVERY = ByAge(four_bit=10, features=20, representative=40)
+WITH_KEYS = ByAge(four_bit=10, features=20, keys=(-1,))
 COARSE = [Level.FOUR_BIT, Level.FEATURES, Level.REPRESENTATIVE]
 
 
@@ -102,17 +103,50 @@ def test_a_representative_is_the_mean_of_the_visual_features():
     assert coarse.relative_positions.tolist() == [[0, 3]]
 
 
+@pytest.mark.parametrize("searched", [(), (L - 1,), tuple(range(L))])
 @pytest.mark.parametrize("keep_as", ["model", "int8"])
-def test_a_level_is_the_same_by_whatever_way_it_was_reached(keep_as):
+def test_a_level_is_the_same_by_whatever_way_it_was_reached(keep_as, searched):
     block, packed, _ = first(keep_as=keep_as)
     for level in COARSE:
         step = block, packed
         for between in COARSE[:level]:
-            step = coarsened(*step, between)
-        at_once = coarsened(block, packed, level)
+            step = coarsened(*step, between, searched)
+        at_once = coarsened(block, packed, level, searched)
+        assert at_once[0].searched == (searched if level == Level.FEATURES else ())
         assert step[0].json() == at_once[0].json() and equal(step[1], at_once[1])
         assert Block.from_json(at_once[0].json()).json() == at_once[0].json()
         assert coarsened(*at_once, Level.FULL)[1] is at_once[1], "never finer again"
+
+
+@pytest.mark.parametrize("keep_as", ["model", "bf16", "int8"])
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_keys_kept_beside_features_are_those_of_four_bits(tmp_path, on_disk, keep_as):
+    """Of the layers named, nothing of the others, and at a fraction of the bytes of keys and values."""
+    schedule = ByAge(features=4, keys=(0, -1))
+    path = tmp_path / "s" if on_disk else None
+    store = Store("4MB", path, None, keep_as, flush_seconds=1, coarsen=schedule).create()
+    fill(store, 24)
+    store.flush()
+    again = store
+    if on_disk:
+        store.close()
+        again = Store("4MB", path, None, keep_as, coarsen=schedule).open()
+    old = [i for i, block in again.blocks.items() if block.level == Level.FEATURES]
+    assert len(old) >= 16
+    for i in old:
+        block, packed, _ = first(i, keep_as)
+        four_bit = coarsened(block, packed, Level.FOUR_BIT)[1]
+        assert again.blocks[i].searched == (0, L - 1)
+        for layer in range(L):
+            keys = again.keys(i, layer)
+            assert (keys is None) == (layer not in (0, L - 1))
+            if keys is not None:
+                assert torch.equal(keys, unpack(four_bit.layer(layer), torch.float32)[0])
+        bare = coarsened(block, packed, Level.FEATURES)[1]
+        assert again.whole(i).nbytes() - bare.nbytes() <= four_bit.nbytes() / L + 64
+    new = next(i for i, block in again.blocks.items() if not block.level)
+    assert torch.equal(again.keys(new, 0), again.layer(new, 0, torch.float32)[0])
+    again.close()
 
 
 # ---------------------------------------------------------------- the schedule
@@ -124,12 +158,18 @@ def test_a_schedule_has_one_text_form():
     assert [schedule.level(age) for age in (0, 59.9, 60, 300, 1e9)] == [0, 0, 1, 2, 2]
     assert parse(None) is None and parse("none") is None and parse(schedule) is schedule
     assert not ByAge(four_bit=1).keeps_features and ByAge(representative=1).keeps_features
+    with_keys = parse("age:features=300,keys=[2,-1]")
+    assert with_keys == ByAge(features=300, keys=(2, -1)) and parse(spec.write(with_keys)) == with_keys
+    assert with_keys.searched(12) == (2, 11) and with_keys.ages == ByAge(features=300).ages
+    with pytest.raises(UserError, match="this model's layers are 0 to 1"):
+        with_keys.check_model(2, 2, 3)
 
 
 @pytest.mark.parametrize(
     ("text", "why"),
     [("age:four_bit=60,features=30", "grow with age"), ("age:features=60,representative=1", "grow with age"),
      ("age", "names no level"), ("age:four_bit=-1", "four_bit"), ("age:eight_bit=1", "eight_bit"),
+     ("age:four_bit=1,keys=[1]", "beside the features"), ("age:features=1,keys=x", "keys"),
      ("month:features=1", "month"), ("age:features=soon", "features"), (7, "spec"), ("", "name")],
 )  # fmt: skip
 def test_bad_schedules_are_refused_in_one_line(text, why):
@@ -143,7 +183,8 @@ def test_bad_schedules_are_refused_in_one_line(text, why):
 
 def expected(store, i, keep_as="model"):
     """Block i as it should be stored, at the level that the store says."""
-    return coarsened(*first(i, keep_as, store.blocks[i].visual is not None)[:2], store.blocks[i].level)
+    record = store.blocks[i]
+    return coarsened(*first(i, keep_as, record.visual is not None)[:2], record.level, record.searched)
 
 
 def check(store, keep_as="model"):
@@ -152,26 +193,30 @@ def check(store, keep_as="model"):
         assert store.blocks[i].json() == record.json() and equal(store.whole(i), packed)
 
 
+@pytest.mark.parametrize("schedule", [EVERY, WITH_KEYS])
 @pytest.mark.parametrize("keep_as", ["model", "bf16", "int8"])
 @pytest.mark.parametrize("on_disk", [False, True])
-def test_blocks_coarsen_with_age_and_are_read_again_as_they_were(tmp_path, monkeypatch, on_disk, keep_as):
+def test_blocks_coarsen_with_age_and_are_read_again_as_they_were(tmp_path, monkeypatch, on_disk, keep_as, schedule):
     monkeypatch.setattr(os, "fsync", lambda fd: None)
     path = tmp_path / "s" if on_disk else None
-    store = Store("4MB", path, None, keep_as, flush_seconds=4, coarsen=EVERY).create()
+    store = Store("4MB", path, None, keep_as, flush_seconds=4, coarsen=schedule).create()
     fill(store, 64)
     store.flush()
     ages = [store.blocks[63].end - store.blocks[i].end for i in range(64)]
     late = 4 if on_disk else 0  # a segment coarsens as a whole
     for age, block in zip(ages, store.blocks.values(), strict=True):
-        assert EVERY.level(max(0, age - late)) <= block.level <= EVERY.level(age + 0.0), (age, block.level)
+        assert schedule.level(max(0, age - late)) <= block.level <= schedule.level(age + 0.0), (age, block.level)
     check(store, keep_as)
     told = store.levels()
-    assert sum(x["blocks"] for x in told.values()) == 64 and set(told) == {x.name.lower() for x in Level}
+    assert sum(x["blocks"] for x in told.values()) == 64 and set(told) == {
+        "full",
+        *(x.name.lower() for x, _ in schedule.ages),
+    }
     if on_disk:
         assert sum(x["bytes"] for x in told.values()) == store.disk.segment_bytes == store.archive_bytes
         assert store.archive_bytes == sum(f.stat().st_size for f in path.glob("segment-*"))
         store.close()
-        store = Store("4MB", path, None, keep_as, coarsen=EVERY).open()
+        store = Store("4MB", path, None, keep_as, coarsen=schedule).open()
         assert store.lost == []
         check(store, keep_as)
         assert store.levels() == told

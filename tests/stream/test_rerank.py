@@ -45,32 +45,32 @@ def test_a_key_that_its_mean_hides_is_found():
     keys, queries = hidden(5)
     store, candidates = stored(keys)
     by_mean = torch.tensor([0.3, 0.1, 0.2, 0.0, 0.2, 0.28, 0.12, 0.05])
-    got = reranked(store, candidates, by_mean, queries, 6, [])
+    got = reranked(store, candidates, by_mean, queries, Internal(rerank=6), [])
     assert by_mean.argmax() == 0 and got.argmax() == 5
     assert got[[3, 7]].max() < got[[0, 1, 2, 4, 5, 6]].min(), "what was not compared stands behind"
     assert got[7] > got[3], "in its order"
-    assert reranked(store, candidates, by_mean, queries, None, []) is by_mean
-    assert reranked(store, candidates, by_mean, queries, 1, []).argmax() == 0
-    assert torch.isfinite(reranked(store, candidates, torch.ones(8), queries, 100, [])).all()
+    assert reranked(store, candidates, by_mean, queries, Internal(rerank=None), []) is by_mean
+    assert reranked(store, candidates, by_mean, queries, Internal(rerank=1), []).argmax() == 0
+    assert torch.isfinite(reranked(store, candidates, torch.ones(8), queries, Internal(rerank=100), [])).all()
 
 
 def test_blocks_without_keys_are_compared_by_their_representative(monkeypatch):
     keys, queries = hidden(5)
     store, _ = stored(keys)
     blocks = list(store.blocks.values())
-    blocks[5] = dataclasses.replace(blocks[5], level=Level.FEATURES)
+    blocks[5] = store.blocks[5] = dataclasses.replace(blocks[5], level=Level.FEATURES)
     candidates = Candidates(blocks, store.representatives)
-    scores, layer, read = torch.zeros(8), store.layer, []
+    scores, packed_layer, read = torch.zeros(8), store.packed_layer, []
 
-    def counted(block, index, dtype):
+    def counted(block, index):
         read.append(block)
         if block == 2:
             raise BlockLost("its segment is damaged")
-        return layer(block, index, dtype)
+        return packed_layer(block, index)
 
-    monkeypatch.setattr(store, "layer", counted)
+    monkeypatch.setattr(store, "packed_layer", counted)
     lost: list[str] = []
-    got = reranked(store, candidates, scores, queries, 8, lost)
+    got = reranked(store, candidates, scores, queries, Internal(rerank=8), lost)
     assert lost == ["its segment is damaged"]
     assert sorted(read) == [0, 1, 2, 3, 4, 6, 7], "its keys are not there to be read"
     assert got.argmax() != 5 and torch.isfinite(got).all()
@@ -85,9 +85,9 @@ def test_a_session_compares_keys(scope, disk, tmp_path, monkeypatch):
     stream.push(video(60))
     if disk:
         stream.flush()
-    blocks, layer, read = list(stream.store.blocks.values())[:-4], stream.store.layer, []
+    blocks, keys, read = list(stream.store.blocks.values())[:-4], stream.store.keys, []
     chosen, compared = {}, {}
-    monkeypatch.setattr(stream.store, "layer", lambda block, *rest: (read.append(block), layer(block, *rest))[1])
+    monkeypatch.setattr(stream.store, "keys", lambda block, *rest: (read.append(block), keys(block, *rest))[1])
     for rerank in (None, 4, 100):
         read.clear()
         retriever = Internal(frames=4, scope=scope, similarity="centred", rerank=rerank)

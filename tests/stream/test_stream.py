@@ -25,7 +25,7 @@ from vlmfast.plan import Plan
 from vlmfast.prefill import METHODS as POLICIES
 from vlmfast.stream.archive import manifest
 from vlmfast.stream.archive.segments import StoreError
-from vlmfast.stream.blocks import in_time
+from vlmfast.stream.by_seconds import in_time
 from vlmfast.stream.newest_blocks import Recent
 from vlmfast.stream.recall_by_layer import layer_recall
 from vlmfast.stream.retrievers import External, Internal, Oracle, Recency, UniformRetriever, standardised

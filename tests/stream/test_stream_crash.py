@@ -72,7 +72,9 @@ def test_what_is_wrong_is_found(world, monkeypatch, tmp_path):
     del session.store.in_ram[2], session.store.blocks[3]
     assert world.wrong(session).startswith("blocks") and world.wrong(session, gaps=True) == ""
     session.close(discard=True)
-    s = world.session(disk=tmp_path / "c", coarsen="age:four_bit=2,features=5,representative=8", flush_seconds=1.0)
+    s = world.session(
+        disk=tmp_path / "c", coarsen="age:four_bit=2,features=5,representative=8,keys=[-1]", flush_seconds=1.0
+    )
     for at in range(0, 24, 4):
         s.push(world.frames[at : at + 4])
     s.close()

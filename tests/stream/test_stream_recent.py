@@ -220,7 +220,7 @@ def test_nothing_held_leaves_the_control_nothing_to_read():
         s.ask(Q, retrieve="recent-only")
 
 
-def test_a_question_about_the_present_brings_nothing_back(monkeypatch):
+def test_a_question_about_the_present_brings_back_the_newest(monkeypatch):
     """Where its best block scores with the best of all; the others, everything that fits included, are left alone."""
     s = session("qwen2_5_vl", redundancy=0.3)
     s.push(video(24, still=0.4))
@@ -228,21 +228,20 @@ def test_a_question_about_the_present_brings_nothing_back(monkeypatch):
 
     def scored(values, tool):
         monkeypatch.setattr(
-            s.builder,
-            "_shared",
-            lambda retriever, candidates, *_: (retriever.combine([values[: len(candidates)]] * 4),) * 2,
+            s.builder, "_shared", lambda retriever, candidates, *_: retriever.combine([values[: len(candidates)]] * 4)
         )
         made = s.context(Q, retrieve=tool)
         return made.stats["retrieve"], sorted(made.weights)
 
     shared = Internal(frames=3, scope="shared", present=0.6)
-    assert scored(blocks, shared) == ("the present", [10, 11])
-    assert scored(blocks, Internal(frames=100, scope="shared", present=0.6)) == ("the present", [10, 11])
+    assert scored(blocks, shared) == ("the present", [7, 8, 9, 10, 11])
     assert scored(blocks, Internal(frames=3, scope="shared")) == ("internal", [7, 8, 9, 10, 11])
     assert scored(-blocks, shared) == ("internal", [0, 1, 2, 10, 11])
-    assert scored(-blocks, Internal(frames=100, scope="shared", present=0.6)) == ("everything fits", list(range(12)))
+    for values in (blocks, -blocks):
+        everything = Internal(frames=100, scope="shared", present=0.6)
+        assert scored(values, everything) == ("everything fits", list(range(12)))
     close_by = torch.tensor([9.0] + [0.0] * 10 + [6.0])
-    assert scored(close_by, Internal(frames=1, scope="shared", present=0.5)) == ("the present", [10, 11])
+    assert scored(close_by, Internal(frames=1, scope="shared", present=0.5)) == ("the present", [9, 10, 11])
     assert scored(close_by, Internal(frames=1, scope="shared", present=0.9)) == ("internal", [0, 10, 11])
     assert not shared.about_present(torch.tensor([1.0, 2.0]), 0) and not shared.about_present(torch.tensor([1.0]), 1)
     with refused("present=2", "at most 1"):

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vlmfast.core import UserError
 from vlmfast.runtime import transfers
 from vlmfast.runtime.transfers import to_device
 from vlmfast.stream import quantized
@@ -34,7 +33,7 @@ class Block:
     relative_positions (A, n) int16: positions of its tokens less `origin`. frames: camera frames in it.
     novelty: share of its tokens that redundancy kept; norm: mean L2 norm of its values; eviction ranks by both.
     visual: first and one past the last of its tokens that are of the picture, where its features are stored.
-    level: what is kept of it.
+    level: what is kept of it. searched: layers whose keys are kept beside its features, ascending.
     """
 
     id: int
@@ -48,16 +47,19 @@ class Block:
     norm: float = 1.0
     visual: tuple[int, int] | None = None
     level: Level = Level.FULL
+    searched: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
         return int(self.relative_positions.shape[1])
 
     def json(self) -> dict[str, Any]:
-        """The record as it is stored; earlier versions have neither visual nor level."""
+        """The record as it is stored; what a block does not have is left out."""
         optional_fields: dict[str, Any] = {} if self.visual is None else {"visual": list(self.visual)}
         if self.level:
             optional_fields["level"] = self.level.name.lower()
+        if self.searched:
+            optional_fields["searched"] = list(self.searched)
         return optional_fields | {
             "id": self.id, "start": self.start, "end": self.end, "origin": list(self.origin),
             "advance": list(self.advance), "rel": self.relative_positions.tolist(), "frames": self.frames,
@@ -68,7 +70,8 @@ class Block:
     def from_json(cls, data: dict[str, Any]) -> Block:
         data = dict(data)
         positions = torch.tensor(data.pop("rel"), dtype=torch.int16)
-        tuple_fields: dict[str, Any] = {key: tuple(data[key]) for key in ("origin", "advance", "visual") if key in data}
+        names = ("origin", "advance", "visual", "searched")
+        tuple_fields: dict[str, Any] = {name: tuple(data[name]) for name in names if name in data}
         if "level" in data:
             data["level"] = Level[data["level"].upper()]
         return cls(**data | tuple_fields, relative_positions=positions)
@@ -115,8 +118,8 @@ class BlockTensors:
 
 
 class PackedLayer(NamedTuple):
-    """One layer of a block as it is stored: keys, values (Hk, n, Dh); scales (Hk, 1, Dh) or (Hk, n, 1); representative
-    (Hk, Dh)."""
+    """One layer of a block as it is stored: keys, values (Hk, n, Dh), or (Hk, n, 0) where none are kept; scales
+    (Hk, 1, Dh) or (Hk, n, 1); representative (Hk, Dh)."""
 
     keys: Tensor
     values: Tensor
@@ -129,10 +132,11 @@ class PackedLayer(NamedTuple):
 class PackedBlock:
     """A block's tensors as they are stored, K DeepStack levels.
 
-    keys, values (L, Hk, n, Dh), in 4 bits uint8 (L, Hk, n, Dh / 2), None from level FEATURES on; scales float16,
-    broadcastable, in 4 bits (L, Hk, n, groups), or None; representative (L, Hk, Dh) float16; embedding (E,) float16 or
-    None; features (n + K * v, D): embeddings of its tokens, then every DeepStack level of its v visual ones, with
-    scales (n + K * v, groups) float16 or None; None where they are not kept.
+    keys, values (L, Hk, n, Dh), in 4 bits uint8 (L, Hk, n, Dh / 2), from level FEATURES on no values, and keys of the
+    layers `Block.searched` alone, in 4 bits, or None; scales float16, broadcastable, in 4 bits (L, Hk, n, groups), or
+    None; representative (L, Hk, Dh) float16; embedding (E,) float16 or None; features (n + K * v, D): embeddings of its
+    tokens, then every DeepStack level of its v visual ones, with scales (n + K * v, groups) float16 or None; None where
+    they are not kept.
     """
 
     keys: Tensor | None
@@ -151,10 +155,11 @@ class PackedBlock:
 
     def layer(self, layer: int) -> PackedLayer:
         """What `unpack` makes one layer's keys and values of."""
-        assert self.keys is not None and self.values is not None
-        key_scale = None if self.key_scale is None else self.key_scale[layer]
-        value_scale = None if self.value_scale is None else self.value_scale[layer]
-        return PackedLayer(self.keys[layer], self.values[layer], key_scale, value_scale, self.representative[layer])
+        assert self.keys is not None
+        keys, representative = self.keys[layer], self.representative[layer]
+        values = keys[..., :0] if self.values is None else self.values[layer]
+        scales = [None if scale is None else scale[layer] for scale in (self.key_scale, self.value_scale)]
+        return PackedLayer(keys, values, scales[0], scales[1], representative)
 
     def tensors(self) -> dict[str, Tensor]:
         """By their names in a segment file."""
@@ -242,14 +247,21 @@ def _int8(numbers: Tensor) -> tuple[Tensor, Tensor]:
 
 def unpack(layer: PackedLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """One layer's keys and values (Hk, n, Dh) in `dtype`."""
-    keys, values, key_scale, value_scale, representative = layer
-    if key_scale is None or value_scale is None:
-        return keys.to(dtype), values.to(dtype)
+    keys, values, scale = unpack_keys(layer, dtype), layer.values, layer.value_scale
+    if scale is None:
+        return keys, values.to(dtype)
+    in_four_bits = values.dtype == torch.uint8
+    return keys, (quantized.unpacked(values, scale) if in_four_bits else values.float() * scale.float()).to(dtype)
+
+
+def unpack_keys(layer: PackedLayer, dtype: torch.dtype) -> Tensor:
+    """One layer's keys (Hk, n, Dh) in `dtype`."""
+    keys, scale, representative = layer.keys, layer.key_scale, layer.representative[:, None].float()
+    if scale is None:
+        return keys.to(dtype)
     if keys.dtype == torch.uint8:
-        four_bit_keys = representative[:, None].float() + quantized.unpacked(keys, key_scale)
-        return four_bit_keys.to(dtype), quantized.unpacked(values, value_scale).to(dtype)
-    full_keys = torch.addcmul(representative[:, None].float(), keys.float(), key_scale.float())
-    return full_keys.to(dtype), (values.float() * value_scale.float()).to(dtype)
+        return (representative + quantized.unpacked(keys, scale)).to(dtype)
+    return torch.addcmul(representative, keys.float(), scale.float()).to(dtype)
 
 
 # -- positions of chosen blocks ----------------------------------------------------------------------------------------
@@ -296,34 +308,3 @@ def text_position(
         return max(map(add, last_origin, blocks[-1].advance))
     after_first_grid = max(base) + extent
     return max(last_origin[0] + 1, after_first_grid) if after_max else after_first_grid
-
-
-# -- blocks by their seconds -------------------------------------------------------------------------------------------
-
-
-def in_time(
-    blocks: Sequence[Block], at: float | None = None, between: tuple[float, float] | None = None
-) -> list[Block]:
-    """Blocks that had begun by second `at` and that overlap `between` (start, end)."""
-    if between is not None and not between[0] <= between[1]:
-        raise UserError(f"between={between} runs backwards: give (start, end) in seconds")
-    matching = [block for block in blocks if at is None or block.start <= at]
-    if between is not None:
-        first, last = between  # where they are equal: the block of that second
-        matching = [block for block in matching if block.end > first and (block.start < last or block.start <= first)]
-    return matching
-
-
-def intervals(weights: dict[int, float], blocks: dict[int, Block]) -> list[tuple[float, float, float]]:
-    """(start, end, score) of runs of neighbouring blocks, best first; the score is the best weight in the run."""
-    runs: list[list[float]] = []
-    last_id = None
-    for block_id in sorted(weights):
-        block = blocks[block_id]
-        if last_id is not None and block_id == last_id + 1:
-            runs[-1][1], runs[-1][2] = block.end, max(runs[-1][2], weights[block_id])
-        else:
-            runs.append([block.start, block.end, weights[block_id]])
-        last_id = block_id
-    rounded = [(float(start), float(end), round(float(score), 4)) for start, end, score in runs]
-    return sorted(rounded, key=lambda run: (-run[2], run[0]))

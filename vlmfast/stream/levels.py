@@ -2,7 +2,8 @@
 
 `coarsen="age:four_bit=60,features=300"`: keys and values as `keep_as` says for a minute, in 4 bits until five minutes,
 then only the features that the language model was given; a block brought back is prefilled again from those
-(`prefill_again.py`). At the last level the visual features of a block are one, their mean.
+(`prefill_again.py`). `keys=[2,3]` keeps the keys of the layers that choose beside them. At the last level the visual
+features of a block are one, their mean.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 from vlmfast import spec
-from vlmfast.core import UserError
+from vlmfast.core import UserError, shown
 from vlmfast.fields import Method, NonNegativeFloat
 
 
@@ -31,12 +32,15 @@ class ByAge(Method):
     """A block is kept at a level from that many seconds after its end on; None never uses the level.
 
     A limit of RAM or disk makes blocks coarser earlier, the oldest first, down to the coarsest level named here, before
-    any is given up. Raises UserError for ages that decrease with coarser levels.
+    any is given up. keys: layers whose keys stay, in 4 bits, beside the features (negative numbers from the end): name
+    those of `Internal(layers=, rerank=)`, which else compares such blocks by their representatives. Raises UserError
+    for ages that decrease with coarser levels.
     """
 
     four_bit: NonNegativeFloat | None = None
     features: NonNegativeFloat | None = None
     representative: NonNegativeFloat | None = None
+    keys: tuple[int, ...] | None = None
 
     name: ClassVar[str] = "age"
 
@@ -51,6 +55,19 @@ class ByAge(Method):
                     f"coarsen: {coarser.name.lower()}={coarser_age:g} lies before {finer.name.lower()}={finer_age:g}: "
                     "a block would grow with age; give ages in seconds that do not decrease from level to level"
                 )
+        if self.keys and self.features is None:
+            raise UserError("coarsen: keys= stay beside the features of a block: give features= in seconds")
+
+    def check_model(self, layers: int, heads: int, axes: int) -> None:
+        """Raise UserError for keys of a layer that is not there."""
+        self.searched(layers)
+
+    def searched(self, count: int) -> tuple[int, ...]:
+        """The layers, of `count`, whose keys stay beside features, ascending."""
+        wanted = self.keys or ()
+        if any(not -count <= layer_index < count for layer_index in wanted):
+            raise UserError(f"keys={shown(wanted)} in coarsen: this model's layers are 0 to {count - 1}")
+        return tuple(sorted({layer_index % count for layer_index in wanted}))
 
     @property
     def ages(self) -> list[tuple[Level, float]]:

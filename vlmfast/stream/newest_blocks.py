@@ -23,7 +23,8 @@ from torch import Tensor
 
 from vlmfast.core import UserError
 from vlmfast.runtime.stream_cache import WindowCache
-from vlmfast.stream.blocks import Block, BlockInput, in_time
+from vlmfast.stream.blocks import Block, BlockInput
+from vlmfast.stream.by_seconds import in_time
 from vlmfast.stream.levels import Level
 from vlmfast.stream.vision import VisionEncoder
 

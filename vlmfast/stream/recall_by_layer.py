@@ -12,8 +12,8 @@ import torch
 
 from vlmfast.core import UserError
 from vlmfast.runtime.model_lock import model_lock
-from vlmfast.stream.blocks import in_time
-from vlmfast.stream.retrievers import Candidates, Internal, best
+from vlmfast.stream.by_seconds import in_time
+from vlmfast.stream.retrievers import Candidates, Internal
 from vlmfast.stream.session import StreamSession
 
 Labelled = tuple[str, float | None, tuple[float, float]]
@@ -39,7 +39,7 @@ def layer_recall(session: StreamSession, asked: Sequence[Labelled], retriever: I
             session.builder.begin()
             queries = session.builder.queries(question, layers)
         scores = [chooser.layer_scores(candidates, *of_layer) for of_layer in queries]
-        chosen = [best(of_blocks, candidates.tokens, chooser.frames, chooser.tokens).tolist() for of_blocks in scores]
+        chosen = [chooser.choose(candidates, of_blocks).tolist() for of_blocks in scores]
         recalls.append(
             [len(evidence_ids & {blocks[index].id for index in of_layer}) / len(evidence_ids) for of_layer in chosen]
         )

@@ -7,14 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vlmfast.kernels import ranking
 from vlmfast.stream.archive.segments import BlockLost
 from vlmfast.stream.archive.store import Store
 from vlmfast.stream.blocks import Block
-from vlmfast.stream.levels import Level
-from vlmfast.stream.retrievers import Candidates, standardised
+from vlmfast.stream.retrievers import Candidates, Internal, standardised
 
-WEIGHT = 2.0  # of the representatives' scores beside those of single keys; chosen on clips that are not reported
+WEIGHT = 1.0  # of the representatives' scores beside those of single keys; chosen on clips that are not reported
 
 
 def reranked(
@@ -22,20 +20,21 @@ def reranked(
     candidates: Candidates,
     scores: Tensor,
     queries: Sequence[tuple[int, Tensor]],
-    count: int | None,
+    retriever: Internal,
     lost: list[str],
 ) -> Tensor:
-    """Scores (N,) in which the best `count` by `scores` (N,) are ordered anew and stand before all others; None: as is.
+    """Scores (N,) in which the best `rerank` by `scores` (N,) are ordered anew and stand before all others, if any.
 
     A representative is the mean of a block's keys, so that a small object is hidden in it. Here a block counts by the
     one of its keys that the question's mean query likes most, less the mean of all keys compared; added over layers,
     standardised, and with `WEIGHT` times its score by representatives (ours; ReKV compares mean keys only). A block
-    that has no keys (kept as features, or lost just now) is compared by its representative. queries: of some layers,
-    (layer, (Hk, G, q, Dh)). lost: what could not be read is added, as text; the store no longer holds such blocks.
+    that has no keys (kept as features alone, or lost just now) is compared by its representative. queries: of some
+    layers, (layer, (Hk, G, q, Dh)). lost: what could not be read is added, as text; the store no longer holds such
+    blocks.
     """
-    if count is None:
+    if retriever.rerank is None:
         return scores
-    best_first = ranking(scores.double())[:count].tolist()
+    best_first = retriever.order(candidates, scores)[: retriever.rerank].tolist()
     first = torch.tensor([i for i in best_first if candidates.blocks[i].id in store.blocks], dtype=torch.long)
     if not len(first):
         return scores
@@ -66,10 +65,10 @@ def _best(query: Tensor, keys: Tensor) -> Tensor:
 
 def _keys(store: Store, block: Block, layer: int, lost: list[str]) -> Tensor | None:
     """Un-rotated keys (Hk, n, Dh) of a block at one layer; None where the store has none."""
-    if block.id not in store.blocks or block.level >= Level.FEATURES:
+    if block.id not in store.blocks:
         return None
     try:
-        return store.layer(block.id, layer, torch.float32)[0]
+        return store.keys(block.id, layer)
     except BlockLost as error:
         lost.append(str(error))
         return None

@@ -20,6 +20,7 @@ from vlmfast.fields import Method, NonNegativeInt, PositiveInt, Share
 from vlmfast.kernels import ranking
 from vlmfast.stream.archive.representatives import RepresentativeTable
 from vlmfast.stream.blocks import Block
+from vlmfast.stream.scenes import by_scene
 
 
 @dataclass
@@ -40,13 +41,11 @@ class Candidates:
         return len(self.blocks)
 
 
-def best(scores: Tensor, sizes: Tensor, frames: int | None, tokens: int | None) -> Tensor:
-    """Indices (K,) ascending of the best-scored candidates within the budgets; ties go to the earlier one.
+def within(best_first: Tensor, sizes: Tensor, frames: int | None, tokens: int | None) -> Tensor:
+    """Indices (K,) ascending of the first candidates of an order (N,) that fit the budgets.
 
-    With a token budget the ranking is walked from the best on and a candidate that does not fit is passed over; at
-    least one is taken.
+    With a token budget a candidate that does not fit is passed over; at least one is taken.
     """
-    best_first = ranking(scores.double())
     if tokens is None:
         return best_first[:frames].sort().values
     chosen: list[int] = []
@@ -100,7 +99,15 @@ class Retriever(Method):
 
     def select(self, candidates: Candidates, question: str) -> Tensor:
         """Indices (K,) of the chosen candidates, ascending."""
-        return best(self.scores(candidates, question), candidates.tokens, self.frames, self.tokens)
+        return self.choose(candidates, self.scores(candidates, question))
+
+    def choose(self, candidates: Candidates, scores: Tensor) -> Tensor:
+        """Indices (K,), ascending, of the best of the candidates by scores (N,), within the budget."""
+        return within(self.order(candidates, scores), candidates.tokens, self.frames, self.tokens)
+
+    def order(self, candidates: Candidates, scores: Tensor) -> Tensor:
+        """(N,) the candidates, best first by scores (N,)."""
+        return ranking(scores.double())
 
     def scores(self, candidates: Candidates, question: str) -> Tensor:
         """(N,) higher is brought back."""
@@ -117,11 +124,13 @@ class Internal(Retriever):
     candidates, so that what all blocks share counts for none. query: "mean" of the question's tokens (ReKV), or "each"
     token by itself, standardised over the candidates, the best one counting. smooth: see `smoothed`. scope: "layer"
     chooses for every layer by itself; "shared" standardises the scores of `layers` (None: all; negative numbers from
-    the end), averages them, and chooses once. present: in that scope, where the best block of the session's last
-    `recent` seconds has at least this share of the best score, the question is about the present and nothing else is
-    brought back, since old blocks that resemble the present mislead the answer (0.6 where `layers` find what they
-    should, see `layer_recall`); None always brings back. rerank: of so many blocks, the best by their representatives,
-    every key is compared (`rerank.reranked`), which finds what is small in a frame; None compares no keys.
+    the end), averages them, and chooses once. present: in that scope, where the best block of the last `recent` seconds
+    has at least this share of the best score, the question is about the present and the newest blocks are brought back,
+    since old ones that resemble the present mislead the answer (0.8 where `layers` find what they should, see
+    `layer_recall`); None brings back the best all the same. rerank: of so many blocks, the best by their
+    representatives, every key is compared (`rerank.reranked`), which finds what is small in a frame; None compares no
+    keys. scenes: the share of a frame that must be new for a scene to begin; whole scenes are then brought back
+    (`scenes.by_scene`, 0.5 for cuts); None brings back blocks one by one.
     """
 
     similarity: Literal["cosine", "inner", "centred"] = "cosine"
@@ -131,6 +140,7 @@ class Internal(Retriever):
     layers: tuple[int, ...] | None = None
     present: Share | None = None
     rerank: PositiveInt | None = None
+    scenes: Share | None = None
 
     name: ClassVar[str] = "internal"
     per_layer: ClassVar[bool] = True
@@ -154,6 +164,11 @@ class Internal(Retriever):
         if self.query == "each":
             scores = standardised(scores)
         return smoothed(scores.amax(0), candidates.tokens, self.smooth)
+
+    def order(self, candidates: Candidates, scores: Tensor) -> Tensor:
+        if self.scenes is None or not len(candidates):
+            return super().order(candidates, scores)
+        return by_scene(scores, candidates.blocks, self.scenes)
 
     def layers_of(self, count: int) -> list[int]:
         """The layers, of `count`, whose scores are combined, ascending. Raises UserError for one that is not there."""

@@ -35,7 +35,7 @@ from vlmfast.runtime.working_set_prompt import MOST
 from vlmfast.stream import levels
 from vlmfast.stream.archive.folder import StoreError
 from vlmfast.stream.archive.store import Store
-from vlmfast.stream.blocks import Block, in_time, intervals
+from vlmfast.stream.by_seconds import in_time, intervals
 from vlmfast.stream.encoder import Encoder
 from vlmfast.stream.levels import ByAge
 from vlmfast.stream.options import check_generate, check_session
@@ -115,7 +115,7 @@ class StreamSession(WatchedIntake):
                 f"{type(draft).__name__} drafts from the pixels, which a stream no longer has: use PromptLookup()"
             )
         self.retriever = parse(retrieve)
-        check_methods([self.plan, self.retriever], *decoder_sizes(self.model))
+        check_methods([self.plan, self.retriever, schedule], *decoder_sizes(self.model))
         self.notes = []
         if getattr(self.plan.speculate, "otherwise", "") == "plain" and self._by_layer(self.retriever):
             self.plan = replace(self.plan, speculate=None)
@@ -193,7 +193,7 @@ class StreamSession(WatchedIntake):
                 "kv_host_bytes": self.store.ram_bytes, "kv_disk_bytes": self.store.disk_bytes,
                 "notes": working_set.notes,
             }  # fmt: skip
-            blocks: dict[int, Block] = {block.id: block for block in self.encoder.window.blocks} | self.store.blocks
+            blocks = {block.id: block for block in self.encoder.window.blocks} | self.store.blocks
             weights = {block_id: weight for block_id, weight in working_set.weights.items() if block_id in blocks}
             spans = intervals(weights, blocks) if evidence else []
         self._tell()

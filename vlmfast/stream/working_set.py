@@ -27,7 +27,7 @@ from vlmfast.stream.levels import Level
 from vlmfast.stream.newest_blocks import Recent
 from vlmfast.stream.prefill_again import PrefilledAgain
 from vlmfast.stream.rerank import reranked
-from vlmfast.stream.retrievers import Candidates, Internal, Retriever, best
+from vlmfast.stream.retrievers import Candidates, Internal, Recency, Retriever
 from vlmfast.stream.unpack_on_device import unpack_on_device
 
 
@@ -90,13 +90,13 @@ class WorkingSetBuilder:
         """Pass 1: the bare question, layer by layer."""
         chosen: list[list[Block]] = []
         if retriever.scope == "shared":
-            _, scores = self._shared(retriever, candidates, question)
+            scores = self._shared(retriever, candidates, question)
             return [self._choose(retriever, candidates, scores)] * self.encoder.num_layers
 
         def choose(layer: int, queries: Tensor) -> list[Block]:
             (on_host,) = transfers.read_back([queries])  # once a layer: what it reads decides the next one's queries
             scores = retriever.layer_scores(candidates, layer, on_host)
-            scores = reranked(self.store, candidates, scores, [(layer, on_host)], retriever.rerank, self.lost)
+            scores = reranked(self.store, candidates, scores, [(layer, on_host)], retriever, self.lost)
             chosen.append(self._choose(retriever, candidates, scores))
             return chosen[-1]
 
@@ -106,22 +106,23 @@ class WorkingSetBuilder:
     def _internal_or_present(
         self, retriever: Internal, blocks: list[Block], question: str, recent: Recent
     ) -> tuple[list[list[Block]], str]:
-        """As `choose`, the present's blocks scored among the others: nothing where the question is about them."""
-        present = [block for block in recent.blocks if block.id in self.store.blocks]
-        together = Candidates([*blocks, *present], self.store.representatives)
-        by_representative, scores = self._shared(retriever, together, question)
-        if retriever.about_present(by_representative, len(present)):
-            return [[]] * self.encoder.num_layers, "the present"
+        """As `choose`, the present's blocks scored among the others: the newest where the question is about them."""
         candidates = Candidates(blocks)
         if retriever.fits(candidates):
             return [blocks] * self.encoder.num_layers, "everything fits"
+        present = [block for block in recent.blocks if block.id in self.store.blocks]
+        together = Candidates([*blocks, *present], self.store.representatives)
+        scores = self._shared(retriever, together, question)
+        if retriever.about_present(scores, len(present)):
+            newest = Recency(retriever.frames, retriever.tokens).select(candidates, question).tolist()
+            return [[blocks[index] for index in newest]] * self.encoder.num_layers, "the present"
         return [self._choose(retriever, candidates, scores[: len(blocks)])] * self.encoder.num_layers, retriever.name
 
-    def _shared(self, retriever: Internal, candidates: Candidates, question: str) -> tuple[Tensor, Tensor]:
-        """(N,) scores for all layers: by representatives, and after comparing the keys of the best of those."""
+    def _shared(self, retriever: Internal, candidates: Candidates, question: str) -> Tensor:
+        """(N,) scores for all layers: by representatives, after comparing the keys of the best of those."""
         queries = self.queries(question, retriever.layers_of(self.encoder.num_layers))
         scores = retriever.combine([retriever.layer_scores(candidates, *of_layer) for of_layer in queries])
-        return scores, reranked(self.store, candidates, scores, queries, retriever.rerank, self.lost)
+        return reranked(self.store, candidates, scores, queries, retriever, self.lost)
 
     def queries(self, question: str, layers: list[int]) -> list[tuple[int, Tensor]]:
         """Queries (Hk, G, q, Dh) of the bare question, alone before the video, at each of `layers` (ascending)."""
@@ -155,8 +156,7 @@ class WorkingSetBuilder:
 
     @staticmethod
     def _choose(retriever: Internal, candidates: Candidates, scores: Tensor) -> list[Block]:
-        chosen = best(scores, candidates.tokens, retriever.frames, retriever.tokens).tolist()
-        return [candidates.blocks[index] for index in chosen]
+        return [candidates.blocks[index] for index in retriever.choose(candidates, scores).tolist()]
 
     # -- where ---------------------------------------------------------------------------------------------------------
 

@@ -17,10 +17,13 @@ from vlmfast.stream.blocks import Block, PackedBlock, pack_features, unpack, unp
 from vlmfast.stream.levels import ByAge, Level
 
 
-def coarsened(block: Block, packed: PackedBlock, level: Level) -> tuple[Block, PackedBlock]:
+def coarsened(
+    block: Block, packed: PackedBlock, level: Level, searched: tuple[int, ...] = ()
+) -> tuple[Block, PackedBlock]:
     """A block and what is stored of it at a coarser level; both as they are where it is not finer than that.
 
-    Its representative is `quantized.rounded`. From level FEATURES on it needs features.
+    Its representative is `quantized.rounded`. From level FEATURES on it needs features. searched: layers whose keys
+    stay beside those, in 4 bits.
     """
     if level <= block.level:
         return block, packed
@@ -28,9 +31,18 @@ def coarsened(block: Block, packed: PackedBlock, level: Level) -> tuple[Block, P
     representative = packed.representative if block.level else quantized.rounded(packed.representative)
     if level == Level.FOUR_BIT:
         return record, _four_bit(packed, representative)
-    empty = dict.fromkeys(("keys", "values", "key_scale", "value_scale"))
+    empty: dict[str, Any] = dict.fromkeys(("keys", "values", "key_scale", "value_scale"))
+    if level == Level.FEATURES and searched:
+        four_bit = packed if block.level == Level.FOUR_BIT else _four_bit(packed, representative)
+        assert four_bit.keys is not None and four_bit.key_scale is not None
+        of_layers = list(searched)
+        empty |= {"keys": four_bit.keys[of_layers], "key_scale": four_bit.key_scale[of_layers]}
+        record.searched = searched
     packed = dataclasses.replace(packed, **empty, representative=representative)
-    return _mean_feature(record, packed) if level == Level.REPRESENTATIVE else (record, packed)
+    if level == Level.REPRESENTATIVE:
+        record.searched = ()
+        return _mean_feature(record, packed)
+    return record, packed
 
 
 def _four_bit(packed: PackedBlock, representative: torch.Tensor) -> PackedBlock:
@@ -121,6 +133,11 @@ class Coarsening:
         ]
         return max([block.level, *usable])
 
+    def _coarsened(self, block: Block, packed: PackedBlock, level: Level) -> tuple[Block, PackedBlock]:
+        """`coarsened`, with the keys that the schedule keeps beside features."""
+        assert self.schedule is not None
+        return coarsened(block, packed, level, self.schedule.searched(len(packed.representative)))
+
     def by_age(self) -> None:
         """Coarsen what has come of age. Raises StoreError; a block is then at its old level or the new one."""
         store = self.store
@@ -153,7 +170,7 @@ class Coarsening:
             return False
         try:
             coarser = [
-                coarsened(old_block, store.whole(old_block.id), new_level)
+                self._coarsened(old_block, store.whole(old_block.id), new_level)
                 for old_block, new_level in zip(present, levels, strict=True)
             ]
         except BlockLost:
@@ -169,7 +186,7 @@ class Coarsening:
         for block in blocks:
             new_level = self._coarser(block, level)
             if new_level > block.level:
-                store.replace(*coarsened(block, store.in_ram[block.id], new_level))
+                store.replace(*self._coarsened(block, store.in_ram[block.id], new_level))
         return before - store.packed_bytes
 
     def for_ram(self, need: int) -> int:

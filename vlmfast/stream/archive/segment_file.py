@@ -194,18 +194,21 @@ class SegmentFile:
     def _check(self, block: Block, sums: list[int]) -> None:
         """Raise ValueError where the tensors of a block are not those that its record says."""
         shape, tokens = self._shape_of(block), block.num_tokens
-        layers = 0 if block.level >= Level.FEATURES else shape[0]
+        searched = block.level >= Level.FEATURES  # layers whose keys alone are kept
+        layers = len(block.searched) if searched else shape[0]
+        if searched and not all(0 <= layer < shape[0] for layer in block.searched):
+            raise ValueError(block.id)
         if layers:
-            width = shape[2] // 2 if block.level == Level.FOUR_BIT else shape[2]
-            stored_shapes = [self.places[f"{block.id}.{name}"][1] for name in ("k", "v")]
-            if stored_shapes != 2 * [[*shape[:2], tokens, width]]:
-                raise ValueError(block.id)
+            names, width = ("k",) if searched else ("k", "v"), shape[2] // 2 if block.level else shape[2]
+            for name in names:
+                if self.places[f"{block.id}.{name}"][1] != [layers, shape[1], tokens, width]:
+                    raise ValueError(block.id)
         if block.visual is not None:
             first, last = block.visual
             rows = self.places[f"{block.id}.x"][1][0]
             if not 0 <= first < last <= tokens or rows < tokens or (rows - tokens) % (last - first):
                 raise ValueError(block.id)
-        elif not layers:
+        elif searched:
             raise ValueError(block.id)
         if len(sums) != layers + 1 + (block.visual is not None):
             raise ValueError(block.id)
@@ -221,7 +224,7 @@ class SegmentFile:
             raise Damaged("the checksum does not match")
 
     def layer(self, block: int, layer: int) -> dict[str, Tensor]:
-        """The stored tensors of one layer of a block, by name."""
+        """The stored tensors of one layer of a block, by name. layer: from level FEATURES on a place in `searched`."""
         self._size()
         return self._tensors(block, _LAYERED, layer, layer)
 
@@ -233,7 +236,7 @@ class SegmentFile:
 
     def representative(self, block: Block) -> tuple[Tensor, Tensor | None]:
         """A block's representative (L, Hk, Dh) and its embedding (E,)."""
-        layers = 0 if block.level >= Level.FEATURES else self.shape[0]
+        layers = len(block.searched) if block.level >= Level.FEATURES else self.shape[0]
         tensor_of = self._tensors(block.id, _FOUND_BY, None, layers)
         if not block.level:
             return tensor_of["rep"], tensor_of.get("emb")

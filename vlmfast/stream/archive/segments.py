@@ -303,7 +303,7 @@ class Segments:
     def whole(self, block: Block, representative: Tensor, embedding: Tensor | None) -> PackedBlock:
         """A block as it is stored; representative (L, Hk, Dh) and embedding (E,) as they are in memory. Raises
         BlockLost."""
-        layers = representative.shape[0] if block.level < Level.FEATURES else 0
+        layers = representative.shape[0] if block.level < Level.FEATURES else len(block.searched)
         by_layer = [self.layer(block.id, layer_index) for layer_index in range(layers)]
         names = ("k", "v", "ks", "vs")
         keys, values, key_scale, value_scale = (

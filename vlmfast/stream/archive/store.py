@@ -21,8 +21,8 @@ from vlmfast.stream.archive.folder import StoreError
 from vlmfast.stream.archive.representatives import RepresentativeTable
 from vlmfast.stream.archive.segment_file import bytes_in_file
 from vlmfast.stream.archive.segments import BlockLost, Segments
-from vlmfast.stream.blocks import FORMATS, Block, BlockTensors, PackedBlock, PackedLayer, pack_all, unpack
-from vlmfast.stream.levels import ByAge
+from vlmfast.stream.blocks import FORMATS, Block, BlockTensors, PackedBlock, PackedLayer, pack_all, unpack, unpack_keys
+from vlmfast.stream.levels import ByAge, Level
 
 SEGMENT_BYTES = 8 << 20
 
@@ -52,14 +52,11 @@ class Store:
         self.in_ram: dict[int, PackedBlock] = {}  # blocks in RAM
         self.unwritten: list[int] = []  # blocks not on disk yet, in order (with a disk)
         self.representatives = RepresentativeTable()
-        self.packed_bytes = 0
-        self.peak_ram = 0
-        self.evicted = 0
+        self.packed_bytes = self.peak_ram = self.evicted = 0
         self.lost: list[str] = []  # what could not be read any more
         self.disk_limit = parse_bytes("disk_limit", disk_limit)
         self.disk = None if path is None else Segments(path, self.disk_limit, head or {})
-        most = SEGMENT_BYTES if self.disk_limit is None else max(1, self.disk_limit // 8)
-        self.segment_size = min(SEGMENT_BYTES, most)
+        self.segment_size = min(SEGMENT_BYTES, max(1, (self.disk_limit or 8 * SEGMENT_BYTES) // 8))
         self.coarsening = Coarsening(self, coarsen)
         self.eviction = Eviction(self)
 
@@ -283,7 +280,18 @@ class Store:
         except BlockLost as e:
             self._forget(file, e)
             raise
-        return PackedLayer(stored["k"], stored["v"], stored.get("ks"), stored.get("vs"), representative)
+        keys = stored["k"]
+        return PackedLayer(keys, stored.get("v", keys[..., :0]), stored.get("ks"), stored.get("vs"), representative)
+
+    def keys(self, block_id: int, layer: int) -> Tensor | None:
+        """Un-rotated keys (Hk, n, Dh) float32 of one layer of a block, on the CPU; None where none are kept. Raises
+        BlockLost, as `layer`."""
+        block = self.blocks[block_id]
+        if block.level >= Level.FEATURES and layer not in block.searched:
+            return None
+        place = layer if block.level < Level.FEATURES else block.searched.index(layer)
+        representative = self.representatives.of_layer(block_id, layer)
+        return unpack_keys(self.packed_layer(block_id, place)._replace(representative=representative), torch.float32)
 
     def _forget(self, file: str, error: Exception) -> None:
         """Drop a damaged segment; its blocks that are in RAM too are written again."""
