@@ -20,7 +20,7 @@ from torch import Tensor
 from vlmfast.bench import records, stats, tasks
 from vlmfast.bench.task import Sample
 from vlmfast.core import VisualTokens
-from vlmfast.encode import Pruner
+from vlmfast.encode import METHODS, Pruner
 
 OWN = {"vllm-evs-50": 0.5, "vllm-evs-25": 0.75}  # vLLM's own pruning of videos: the rate it drops
 OWN_RULE = {"vllm-vidcom2-50": 0.5, "vllm-vidcom2-25": 0.25}  # the share that its other rule keeps
@@ -41,6 +41,9 @@ class OwnVidCom2(Pruner):
         frames, height, width = tokens.grid
         kept: Tensor = compute_retention_mask(tokens.features, (frames, height, width), 1, 1 - self.keep)
         return kept.nonzero()[:, 0]
+
+
+METHODS[OwnVidCom2.name] = OwnVidCom2  # known to plans in this process
 
 
 def rows(rules: dict[str, Any], task: str, limit: int, own: bool) -> list[dict[str, Any]]:

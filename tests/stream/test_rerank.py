@@ -76,6 +76,22 @@ def test_blocks_without_keys_are_compared_by_their_representative(monkeypatch):
     assert got.argmax() != 5 and torch.isfinite(got).all()
 
 
+def test_blocks_without_keys_are_neither_ahead_nor_behind_for_that():
+    """Of blocks that score alike by representatives those without keys stand among those with keys."""
+    keys, queries = hidden(5, blocks=16)
+    store, _ = stored(keys)
+    for i in range(0, 16, 2):
+        store.blocks[i] = dataclasses.replace(store.blocks[i], level=Level.FEATURES)
+    candidates = Candidates(list(store.blocks.values()), store.representatives)
+    scores = torch.randn(16, generator=torch.Generator().manual_seed(0))
+    scores[5] = scores.max()
+    got = reranked(store, candidates, scores, queries, Internal(rerank=16), [])
+    assert got.argmax() == 5, "keys are still compared where there are some"
+    bare = got[0::2]
+    assert bare.argsort().tolist() == scores[0::2].argsort().tolist(), "by representatives among themselves"
+    assert bare.max() > got[1::2].median() > bare.min()
+
+
 @pytest.mark.parametrize("scope", ["layer", "shared"])
 @pytest.mark.parametrize("disk", [False, True])
 def test_a_session_compares_keys(scope, disk, tmp_path, monkeypatch):

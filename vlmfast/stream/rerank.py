@@ -27,10 +27,10 @@ def reranked(
 
     A representative is the mean of a block's keys, so that a small object is hidden in it. Here a block counts by the
     one of its keys that the question's mean query likes most, less the mean of all keys compared; added over layers,
-    standardised, and with `WEIGHT` times its score by representatives (ours; ReKV compares mean keys only). A block
-    that has no keys (kept as features alone, or lost just now) is compared by its representative. queries: of some
-    layers, (layer, (Hk, G, q, Dh)). lost: what could not be read is added, as text; the store no longer holds such
-    blocks.
+    standardised, and with `WEIGHT` times its score by representatives (ours; ReKV compares mean keys only). That score
+    stands in for the keys of a block that has none (kept as features alone, or lost just now): its mean key would never
+    be as good as the best of several. queries: of some layers, (layer, (Hk, G, q, Dh)). lost: what could not be read is
+    added, as text; the store no longer holds such blocks.
     """
     if retriever.rerank is None:
         return scores
@@ -38,21 +38,22 @@ def reranked(
     first = torch.tensor([i for i in best_first if candidates.blocks[i].id in store.blocks], dtype=torch.long)
     if not len(first):
         return scores
-    means = {  # before anything is read: a damaged segment takes its representatives with it
-        (index, layer): store.representatives.of_layer(candidates.blocks[index].id, layer).float()[:, None]
-        for index in first.tolist()
-        for layer, _ in queries
-    }
+    by_representative = standardised(scores[first].float()[None])[0]
     of_keys = torch.zeros(len(first))
     for layer, of_layer in queries:
         query = of_layer.float().sum(1).mean(1)  # (Hk, Dh)
-        keys = []
-        for index in first.tolist():
+        keys = {}  # by place in `first`
+        for place, index in enumerate(first.tolist()):
             of_block = _keys(store, candidates.blocks[index], layer, lost)
-            keys.append(means[index, layer] if of_block is None else of_block)
-        mean = torch.cat(keys, 1).mean(1, keepdim=True)
-        of_keys += standardised(torch.stack([_best(query, key - mean) for key in keys])[None])[0]
-    anew = standardised(of_keys[None])[0] + WEIGHT * standardised(scores[first].float()[None])[0]
+            if of_block is not None:
+                keys[place] = of_block
+        of_layer_keys = by_representative.clone()
+        if keys:
+            mean = torch.cat(list(keys.values()), 1).mean(1, keepdim=True)
+            best = torch.stack([_best(query, of_block - mean) for of_block in keys.values()])
+            of_layer_keys[list(keys)] = standardised(best[None])[0]
+        of_keys += of_layer_keys
+    anew = standardised(of_keys[None])[0] + WEIGHT * by_representative
     out = scores.float() - scores.max() + anew.min() - 1  # all others behind them, in their order
     out[first] = anew
     return out
