@@ -189,14 +189,15 @@ def present() -> str:
         right = [share(file, name, "accuracy_now", minutes=minutes) for name in ("internal", "recent-only")]
         counts.append(f"{right[0]} against {right[1]} after {minutes:g} min")
     past, evidence = (
-        [share(file, name, key, **hour) for name in ("internal-means", "internal", "internal-32")]
+        [share(file, name, key, **hour) for name in ("internal-means", "internal-blocks", "internal", "internal-32")]
         for key in ("accuracy_past", "evidence_recall_past")
     )
     return (
         f"About the present `internal` is right on {', '.join(counts[:2])} and {counts[2]}, `recent-only` beside it. "
         f"On past events after an hour mean keys alone find {evidence[0]} of the evidence and are right on {past[0]}; "
-        f"with keys compared one by one it is {evidence[1]} and {past[1]}, with twice as many blocks {evidence[2]} and "
-        f"{past[2]}. The oracle is right on {share(file, 'oracle', 'accuracy_past', **hour)}."
+        f"with keys compared too, block by block, it is {evidence[1]} and {past[1]}, with keys and whole "
+        f"scenes {evidence[2]} and {past[2]}, with twice as many blocks {evidence[3]} and {past[3]}. The oracle is "
+        f"right on {share(file, 'oracle', 'accuracy_past', **hour)}."
     )
 
 
