@@ -43,9 +43,6 @@ class OwnVidCom2(Pruner):
         return kept.nonzero()[:, 0]
 
 
-METHODS[OwnVidCom2.name] = OwnVidCom2  # known to plans in this process
-
-
 def rows(rules: dict[str, Any], task: str, limit: int, own: bool) -> list[dict[str, Any]]:
     """The rows of the record. rules: pruners by name."""
     from evals.serving import engine
@@ -55,6 +52,7 @@ def rows(rules: dict[str, Any], task: str, limit: int, own: bool) -> list[dict[s
     library = {name: of_library(samples, rule, name, tokens) for name, rule in {"plain": None, **rules}.items()}
     made = [_row(name, "transformers", samples, library[name], library) for name in library]
     own_rows = {name: _beside(task, limit, rate) for name, rate in OWN.items()} if own else {}
+    METHODS.setdefault(OwnVidCom2.name, OwnVidCom2)  # known to plans, in this process
     own_rules = {name: OwnVidCom2(keep=keep) for name, keep in OWN_RULE.items()} if own else {}
     own_rule = {name: of_library(samples, rule, name, tokens) for name, rule in own_rules.items()}
     from vlmfast import pocket

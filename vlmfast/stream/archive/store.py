@@ -56,7 +56,8 @@ class Store:
         self.lost: list[str] = []  # what could not be read any more
         self.disk_limit = parse_bytes("disk_limit", disk_limit)
         self.disk = None if path is None else Segments(path, self.disk_limit, head or {})
-        self.segment_size = min(SEGMENT_BYTES, max(1, (self.disk_limit or 8 * SEGMENT_BYTES) // 8))
+        eighth = SEGMENT_BYTES if self.disk_limit is None else max(1, self.disk_limit // 8)
+        self.segment_size = min(SEGMENT_BYTES, eighth)
         self.coarsening = Coarsening(self, coarsen)
         self.eviction = Eviction(self)
 
@@ -280,12 +281,11 @@ class Store:
         except BlockLost as e:
             self._forget(file, e)
             raise
-        keys = stored["k"]
-        return PackedLayer(keys, stored.get("v", keys[..., :0]), stored.get("ks"), stored.get("vs"), representative)
+        values = stored.get("v", stored["k"][..., :0])
+        return PackedLayer(stored["k"], values, stored.get("ks"), stored.get("vs"), representative)
 
     def keys(self, block_id: int, layer: int) -> Tensor | None:
-        """Un-rotated keys (Hk, n, Dh) float32 of one layer of a block, on the CPU; None where none are kept. Raises
-        BlockLost, as `layer`."""
+        """Un-rotated keys (Hk, n, Dh) float32 of a layer, on the CPU; None where none are kept. Raises BlockLost."""
         block = self.blocks[block_id]
         if block.level >= Level.FEATURES and layer not in block.searched:
             return None
