@@ -80,7 +80,7 @@ def real_widths() -> dict[str, Run]:
 
 
 def half_is_fast() -> bool:
-    """Does this CPU multiply bfloat16?"""
+    """Does this CPU multiply bfloat16? Asked here, since an earlier package cannot say."""
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     return "avx512_bf16" in flags or "amx_bf16" in flags
 

@@ -16,7 +16,7 @@ def by_scene(scores: Tensor, blocks: list[Block], novelty: float) -> Tensor:
 
     A scene begins with a block of which at least a share `novelty` was new. It ends where the next one begins, at a gap
     between blocks, or after `LONGEST` of them, and is as good as its best block. Its first block comes first, since it
-    shows the whole scene of which those behind it hold what changed; then the others, best first.
+    shows the whole scene of which those behind it hold what changed; then the others, best first (a rule of ours).
     """
     ids, places = torch.tensor([block.id for block in blocks]), torch.arange(len(blocks))
     begins = torch.tensor([block.novelty >= novelty for block in blocks])
