@@ -102,6 +102,34 @@ def levels(rows: list[Row]) -> str:
     return markdown(heads, out)
 
 
+def windows(rows: list[Row]) -> str:
+    """What streams lose whose tower encodes only the windows that changed, paired with one that encodes grids whole."""
+    out = []
+    for r in rows:
+        m, cells = r["metrics"], []
+        for part in ("past", "now"):
+            gap = m.get(f"diff_vs_whole_{part}")
+            beside = "" if gap is None else _points(gap, m[f"diff_vs_whole_{part}_ci95"], 1)
+            cells += [_within(m[f"accuracy_{part}"], m[f"ci95_{part}"]), beside]
+        far = f"{m['distance_95']:.4f}" if "distance_95" in m else ""
+        out.append([f"{r['params']['minutes']:g} min", r["name"], f"{m['clips']}", percent(m["tower_share"], 0), far,
+                    percent(m["kept"], 0), *cells, ratio_of(r, "seconds_per_frame", rows, "whole", True)])  # fmt: skip
+    heads = ["length", "encoded", "clips", "through the tower", "distance", "tokens kept", "right, past",
+             "against whole", "right, now", "against whole", "frames/s, over whole"]  # fmt: skip
+    return markdown(heads, out)
+
+
+def ingest(rows: list[Row]) -> str:
+    """What encoding costs by how much of a frame changes."""
+    out = []
+    for r in rows:
+        m = r["metrics"]
+        cells = [r["params"]["changing"], r["name"], percent(m["tower_share"], 0), f"{m['kept_tokens']:,.0f}"]
+        out.append([*cells, f"{m['encode_ms']:,.0f}", f"{m['fps']:.1f}", ratio_of(r, "encode_ms", rows, "whole", True)])
+    heads = ["what changes", "encoded", "through the tower", "tokens kept", "ms", "frames/s", "over whole"]
+    return markdown(heads, out)
+
+
 def crash(rows: list[Row]) -> str:
     """What happened to an archive, and how often it was then the stream it should be."""
     keys = ("trials", "same", "reported", "refused", "wrong")
@@ -119,5 +147,7 @@ TABLES = {
     "stream-rules": ("cpu-stream-rules.json", rules),
     "degraded": ("stream-degraded.json", degraded),
     "stream-levels": ("stream-levels.json", levels),
+    "stream-windows": ("stream-windows.json", windows),
+    "ingest": ("cpu-ingest.json", ingest),
     "crash": ("stream-crash.json", crash),
 }

@@ -1,10 +1,10 @@
 """Speed, stage by stage: `python -m evals.speed --suite NAME [--quick] [--force] --out FILE.json`.
 
-A suite (read, encode, prefill, decode, grammar, stream, presets) is a module `evals/speed/<suite>.py` with
+A suite (read, encode, prefill, decode, grammar, stream, ingest, presets) is a module `evals/speed/<suite>.py` with
 `run(quick, store) -> dict`: a record with at least `rows` (see `vlmfast.bench.records`), and `config`, `seed`,
 `repeats`, `device`, `dtype` for the head that is added here. A suite that builds its own head keeps it. Timings come
 from `vlmfast.bench.timing`: paired, interleaved, medians. What a killed suite has measured stays in `--samples`, but
-for grammar and stream, and the same command goes on from there.
+for grammar, stream and ingest, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import typer
 from vlmfast.cli import console
 from vlmfast.core import UserError
 
-SUITES = ("read", "encode", "prefill", "decode", "grammar", "stream", "presets")
+SUITES = ("read", "encode", "prefill", "decode", "grammar", "stream", "ingest", "presets")
 RESUMED = ("read", "encode", "prefill", "decode", "presets")
 
 

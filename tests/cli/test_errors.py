@@ -77,7 +77,7 @@ def place(home: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRe
     monkeypatch.setattr(laws, "catalogue", lambda case: {})
     for module, function in (("speed.suites", "measure"), ("gpu.suite", "measure"), ("stream.suite", "rows"),
                              ("accuracy.tables", "run"), ("stream.crash", "rows"), ("stream.degraded", "rows"),
-                             ("stream.levels", "streamed"), ("stream.hour", "streamed"),
+                             ("stream.levels", "streamed"), ("stream.hour", "streamed"), ("stream.windows", "streamed"),
                              ("stream.rules", "scores"),
                              ("stream.rules", "accuracy_row"),
                              ("serving.answers", "rows"), ("serving.throughput", "rows"),
@@ -110,6 +110,7 @@ GOOD: dict[str, list[str]] = {  # arguments with which a command would do its wo
     "stream.crash": ["--out", "new.json", "--kills", "0"],
     "stream.degraded": ["--out", "new.json", "--clips", "2"],
     "stream.levels": ["--out", "new.json"],
+    "stream.windows": ["--out", "new.json", "--layers", "2,3"],
     "stream.hour": ["--out", "new.json"],
     "stream.rules": ["--out", "new.json", "--clips", "2"],
     "accuracy.tables": ["--only", "pocket", "--out", "new", "--answers", "new"],

@@ -849,7 +849,7 @@ def test_the_saved_format_is_the_one_of_earlier_versions(tmp_path):
     assert set(saved) == {"raw", "val", "last", "standing", "standing.known", "pending.0", "recent.0.0", "recent.1.0"}
     assert set(meta) == {
         "state", "size", "span", "resident", "pending", "last", "gap", "accepted", "turns", "counts", "dropped",
-        "evicted", "lost_seconds", "beat", "recent",
+        "evicted", "lost_seconds", "beat", "recent", "grid",
     }  # fmt: skip
     assert set(meta["state"]) == {"blocks", "first", "cursor", "shift", "segment", "visual", "kept"}
     segment = header(next((tmp_path / "s").glob("segment-*")))

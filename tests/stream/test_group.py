@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import threading
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from streams import FAMILIES, Q, close, logits, processor, session, video
+from streams import FAMILIES, Q, close, logits, processor, queued, session, video
 
 from vlmfast.core import UserError
-from vlmfast.runtime.model_lock import model_lock
 from vlmfast.stream import Internal, StreamGroup
 from vlmfast.stream.archive.folder import StoreError
 
@@ -40,25 +38,6 @@ def towers(monkeypatch, of):
     return calls
 
 
-def queued(sessions, clips):
-    """Frames of several streams that wait, as they do while the model answers."""
-    held, free = threading.Event(), threading.Event()
-
-    def answering():
-        with model_lock(sessions[0].model):
-            held.set()
-            free.wait(30)
-
-    thread = threading.Thread(target=answering)
-    thread.start()
-    assert held.wait(30)
-    for stream, frames in zip(sessions, clips, strict=True):
-        stream.push(frames)
-        assert len(stream.queue) == len(frames)
-    free.set()
-    thread.join()
-
-
 # ---------------------------------------------------------------- frames that stand still
 
 
@@ -67,8 +46,7 @@ def test_a_grid_that_is_the_one_before_again_is_not_encoded_again(family, monkey
     model, moving = tiny.build(family), video(8)
     frames = np.concatenate([moving[:4], *[moving[3:4]] * 12, moving[4:]])  # stands still in the middle
     plain, careful = session(family, model), session(family, model)
-    monkeypatch.setattr(plain.encoder.tower, "changed", lambda frames: frames)
-    monkeypatch.setattr(plain.encoder.tower, "_changed", lambda frames: list(range(len(frames) // size)))
+    monkeypatch.setattr(plain.encoder.tower, "changed", lambda frames: list(range(len(frames) // size)))
     size = plain.vision.frames_per_grid
     plain.push(frames)
     calls = towers(monkeypatch, careful.vision)

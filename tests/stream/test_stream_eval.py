@@ -9,7 +9,7 @@ import tiny
 import torch
 from typer.testing import CliRunner
 
-from evals.stream import hour, levels, runs
+from evals.stream import hour, levels, runs, windows
 from evals.stream import suite as stream
 from vlmfast.bench import records
 from vlmfast.bench.scoring import exact_fact
@@ -159,6 +159,25 @@ def test_schedules_are_compared_on_the_same_questions(folder, tmp_path):
     options = [*options, "--schedule", "age", "--out", str(tmp_path / "bad.json")]
     bad = CliRunner().invoke(application(levels.main), options)
     assert bad.exit_code == 2 and "names no level" in bad.output
+
+
+@pytest.mark.slow
+def test_windows_are_compared_with_whole_grids_on_the_same_questions(tmp_path):
+    """One row a way, its answers beside those of grids encoded whole."""
+    out = tmp_path / "windows.json"
+    options = ("--minutes", "0.5", "--clips", "1", "--frames", "4", "--layers", "2,3")
+    result = CliRunner().invoke(application(windows.main), [*options, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    record = json.loads(out.read_text())
+    records.check(record)
+    whole, by_window = record["rows"]
+    assert whole["metrics"]["questions"] == by_window["metrics"]["questions"] > 2
+    assert by_window["metrics"]["tower_share"] < whole["metrics"]["tower_share"] <= 1
+    assert set(by_window["vs"]) == {"whole"} and 0 < by_window["metrics"]["distance_95"] < 0.2
+    bad = CliRunner().invoke(
+        application(windows.main), [*options, "--clips", "99", "--out", str(tmp_path / "bad.json")]
+    )
+    assert bad.exit_code == 2 and "reporting has" in bad.output
 
 
 @pytest.mark.slow

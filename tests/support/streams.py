@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import tiny
 import torch
 
+from vlmfast.runtime.model_lock import model_lock
 from vlmfast.stream.session import StreamSession
 
 Q = "what color is the cat ?"
@@ -78,3 +81,22 @@ def still(moving=6, after=10, seed=0):
     """Frames that change, then one that stays: redundancy keeps next to nothing of the end."""
     frames = video(moving, seed, still=0.2)
     return np.concatenate([frames, np.repeat(frames[-1:], after, 0)])
+
+
+def queued(sessions, clips):
+    """Frames of several streams that wait, as they do while the model answers."""
+    held, free = threading.Event(), threading.Event()
+
+    def answering():
+        with model_lock(sessions[0].model):
+            held.set()
+            free.wait(30)
+
+    thread = threading.Thread(target=answering)
+    thread.start()
+    assert held.wait(30)
+    for stream, frames in zip(sessions, clips, strict=True):
+        stream.push(frames)
+        assert len(stream.queue) == len(frames)
+    free.set()
+    thread.join()

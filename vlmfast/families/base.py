@@ -97,6 +97,10 @@ class Family:
         """
         return None
 
+    def window_side(self, model: nn.Module) -> int | None:
+        """Pixels of a side of the windows in which some of the tower's blocks attend; None where all see frames."""
+        return None
+
     def tower(self, model: nn.Module) -> nn.Module:
         return self.base(model).vision_tower  # type: ignore[return-value]
 

@@ -39,6 +39,12 @@ class Qwen(Family):
         merge = int(self.tower(model).spatial_merge_size)  # type: ignore[arg-type]
         return grid_items(grids, merge, kind == "video")
 
+    def window_side(self, model: nn.Module) -> int | None:
+        vision_tower: Any = self.tower(model)
+        if len(getattr(vision_tower, "fullatt_block_indexes", vision_tower.blocks)) == len(vision_tower.blocks):
+            return None
+        return int(vision_tower.window_size)
+
     def temporal_patch(self, video_processor: Any) -> int:
         return int(video_processor.temporal_patch_size)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,6 +23,7 @@ from transformers.cache_utils import DynamicLayer
 from vlmfast import kernels
 from vlmfast.core import UserError
 from vlmfast.families import Family
+from vlmfast.runtime.changed_windows import WindowCall
 from vlmfast.runtime.compat import cache_in
 from vlmfast.runtime.fused_modules import FusedModules
 from vlmfast.runtime.grids import Grid, Grids
@@ -65,6 +67,40 @@ def fast_modules(model: nn.Module, family: Family, patch: Patch) -> FastTower | 
     return fast_tower
 
 
+class _Shared:
+    """The fast modules of one model, and how many hold them."""
+
+    def __init__(self, model: nn.Module, family: Family) -> None:
+        self.patch, self.holders = Patch(), 0
+        self.tower = fast_modules(model, family, self.patch)
+
+
+_SHARED: weakref.WeakKeyDictionary[nn.Module, _Shared] = weakref.WeakKeyDictionary()
+_GUARD = threading.RLock()
+
+
+def shared_fast_modules(model: nn.Module, family: Family, patch: Patch) -> FastTower | None:
+    """`fast_modules` for holders that come and go in any order: the first installs them, the last removes them."""
+    with _GUARD:
+        shared = _SHARED.get(model)
+        if shared is None:
+            shared = _SHARED[model] = _Shared(model, family)
+        shared.holders += 1
+    reference = weakref.ref(model)
+
+    def release() -> None:
+        with _GUARD:
+            shared.holders -= 1
+            held_model = reference()
+            if shared.holders == 0:
+                if held_model is not None:
+                    del _SHARED[held_model]
+                shared.patch.remove()
+
+    patch.call(release)
+    return shared.tower
+
+
 def begin(cache: Any, like: Tensor) -> None:
     """Make the empty tensors of a dynamic cache's layers, as their first update would; the device is not waited for."""
     for cache_layer in getattr(cache, "layers", None) or []:
@@ -77,7 +113,7 @@ class FastTower:
     """Replaces the `forward` of a looping tower and of its attention modules, until the patch is removed.
 
     grid: of the call that runs. cut: the merge groups (K,) that are left, ascending in the tower's order, once a pruner
-    inside the tower has chosen.
+    inside the tower has chosen. windows: the call over some windows that runs, see `encode_windows`.
     """
 
     def __init__(self, model: nn.Module, family: Family) -> None:
@@ -88,6 +124,7 @@ class FastTower:
         self.grids = Grids(self.tower)
         self.grid: Grid | None = None
         self.cut: Tensor | None = None
+        self.windows: WindowCall | None = None
         self.fused = FusedModules(self.tower, pad=True)
         self.graphs = TowerGraphs()
         self._kept: list[tuple[Tensor, Pieces]] = []
@@ -145,6 +182,10 @@ class FastTower:
         if self._why_not() is not None:
             return stock(hidden_states, grid_thw.to(hidden_states.device), **kwargs)
         device = hidden_states.device
+        if self.windows is not None:
+            with self._running(self.windows.grid, device):
+                self.fused.install(hidden_states)
+                return stock(hidden_states, grid_thw=grid_thw, **kwargs | self.windows.grid.given)
         entry = self.grids.of(grid_thw, device)
         if entry.patches != hidden_states.shape[0]:
             raise UserError(
@@ -152,17 +193,36 @@ class FastTower:
                 f"{hidden_states.shape[0]:,} came in: hand over pixel values and grid_thw from the same call of the "
                 "processor"
             )
+        with self._running(entry, device):
+            self.fused.install(hidden_states)
+            stock_call = functools.partial(stock, grid_thw=grid_thw, **kwargs | entry.given)
+            if kwargs or not self.graphs.take(self.tower, hidden_states):
+                return stock_call(hidden_states)
+            return self.graphs.run(entry.key, stock_call, hidden_states, tuple(self.fused.addresses()))
+
+    @contextlib.contextmanager
+    def _running(self, grid: Grid, device: torch.device) -> Iterator[None]:
+        """A call over this grid."""
         outer_state = self.grid, self.cut, self._kept
-        self.grid, self.cut, self._kept = entry, None, []
+        self.grid, self.cut, self._kept = grid, None, []
         try:
             with fresh_lengths(device):
-                self.fused.install(hidden_states)
-                stock_call = functools.partial(stock, grid_thw=grid_thw, **kwargs | entry.given)
-                if kwargs or not self.graphs.take(self.tower, hidden_states):
-                    return stock_call(hidden_states)
-                return self.graphs.run(entry.key, stock_call, hidden_states, tuple(self.fused.addresses()))
+                yield
         finally:
             self.grid, self.cut, self._kept = outer_state
+
+    def encode_windows(self, pixels: Tensor, call: WindowCall) -> Tensor | None:
+        """What the tower makes of a call's windows: merged rows (n, D). pixels: patches, of which the call takes some.
+        None where the stock tower runs, which takes whole grids."""
+        if self._why_not() is None and self.windows is None:
+            patches, self.windows = pixels[call.pixel_rows].to(self.tower.dtype), call
+            try:
+                rows: Tensor = self.tower(patches, grid_thw=None).pooler_output
+            finally:
+                self.windows = None
+            if self._why_not() is None:  # its first call compares it with the stock one
+                return rows
+        return None
 
     def _attend(
         self,
@@ -178,11 +238,12 @@ class FastTower:
         )
         if self.grid is None or position_embeddings is None or _CHECKED.get(self.tower):
             return own_attention()  # called by somebody else than our forward, or another kind of attention
-        pieces = self._pieces(cu_seqlens)
+        pieces, call = self._pieces(cu_seqlens), self.windows
+        attend = call.attend if call is not None and call.sees_frames(cu_seqlens) else pieces.attend
         qkv = attention.qkv(hidden_states).view(hidden_states.shape[0], 3, attention.num_heads, -1)
         queries, keys, values = kernels.rotated(qkv, *position_embeddings)
-        attended = attention.proj(pieces.attend(queries, keys, values, attention.scaling).flatten(1))
-        if self.tower not in _CHECKED and self.cut is None:
+        attended = attention.proj(attend(queries, keys, values, attention.scaling).flatten(1))
+        if self.tower not in _CHECKED and self.cut is None and attend == pieces.attend:
             _CHECKED[self.tower] = _disagreement(stock, attended, hidden_states, pieces.lengths, position_embeddings)
             if _CHECKED[self.tower]:
                 return own_attention()

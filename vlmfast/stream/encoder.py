@@ -1,8 +1,8 @@
 """Turns frames into blocks: vision tower, redundant tokens dropped, prefill under a sliding window.
 
 Everything a block becomes depends on the stream alone, never on how it was cut into pushes: the tower sees one temporal
-grid at a time, redundancy compares with the last kept feature of the same position, and the window slides only where a
-segment begins.
+grid at a time (with redundancy also what its windows gave in the grids before), redundancy compares with the last kept
+feature of the same position, and the window slides only where a segment begins.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from vlmfast.runtime import transfers
 from vlmfast.runtime.transfers import columns
 from vlmfast.stream.archive.representatives import LastKeys
 from vlmfast.stream.blocks import Block, BlockInput, BlockTensors, joined
+from vlmfast.stream.changed_grids import ChangedGrids, NewestGrid
 from vlmfast.stream.newest_blocks import RecentGrids, SlidingWindow, WindowCheckpoint
-from vlmfast.stream.vision import ChangedGrids, GridFeatures, VisionEncoder
+from vlmfast.stream.vision import GridFeatures, VisionEncoder
 
 MOST_TOKENS = 2048  # of one forward of the language model
 
@@ -62,6 +63,7 @@ class Checkpoint:
     last_keys: LastKeys
     recent: list[BlockInput]
     window: WindowCheckpoint
+    grid: NewestGrid | None
 
 
 @dataclass
@@ -94,8 +96,8 @@ class Encoder:
     """Turns grids of frames into blocks.
 
     init_ids: the prompt before the video. window: tokens that a grid sees besides them. redundancy: cosine distance
-    below which a token is dropped, None keeps every token. pruner: of the plan, applied to every grid by itself.
-    recent: seconds of the stream whose grids are held whole, see `RecentGrids`.
+    below which a token is dropped; None keeps every token, and encodes grids whole. pruner: of the plan, applied to
+    every grid by itself. recent: seconds of the stream whose grids are held whole, see `RecentGrids`.
     """
 
     def __init__(
@@ -106,7 +108,7 @@ class Encoder:
             _check_pruner(pruner)
         self.vision, self.layout = vision, vision.layout
         self.redundancy, self.pruner = redundancy, pruner
-        self.tower = ChangedGrids(vision)
+        self.tower = ChangedGrids(vision, by_window=redundancy is not None)
         self.window = SlidingWindow(vision, init_ids, window)
         self.progress = Progress(cursor=len(init_ids))
         self.last_features: Tensor | None = None  # (P, D) last kept feature of every position of a grid
@@ -213,8 +215,7 @@ class Encoder:
     def _kept(self, features: Tensor, grid_size: tuple[int, int]) -> tuple[Tensor, ...]:
         """Which of a grid's features (P, D) go on, (P,) bool: redundancy, then the plan's pruner; at least one does.
         With a pruner also which it alone keeps."""
-        kept = torch.ones(features.shape[0], dtype=torch.bool, device=features.device)
-        distance = torch.ones(features.shape[0], device=features.device)
+        kept, distance = (torch.ones(len(features), dtype=d, device=features.device) for d in (torch.bool, torch.float))
         if self.last_features is None or grid_size != self.grid_size:  # the first grid, or a new size: all of it is new
             self.last_features, self.grid_size = features.clone(), grid_size
         elif self.redundancy is not None:
@@ -231,9 +232,8 @@ class Encoder:
         """The language model on a group of blocks, at most `MOST_TOKENS` tokens."""
         if not group:
             return
-        blocks = [grid.made.block for grid in group]
         embeddings, deepstack = joined([grid.made for grid in group], self.vision.device)
-        forwarded = self.window.forward(blocks, embeddings, **deepstack)
+        forwarded = self.window.forward([grid.made.block for grid in group], embeddings, **deepstack)
         encoded = []
         for grid, (keys, values, norms) in zip(group, forwarded, strict=True):
             if grid.new_size:
@@ -248,7 +248,7 @@ class Encoder:
         """Remember everything, until `forget_checkpoint`."""
         return Checkpoint(
             dataclasses.replace(self.progress), self.last_features, self.grid_size, self.first_extent,
-            self.last_keys.copy(), list(self.recent.grids), self.window.checkpoint(),
+            self.last_keys.copy(), list(self.recent.grids), self.window.checkpoint(), self.tower.newest,
         )  # fmt: skip
 
     def forget_checkpoint(self) -> None:
@@ -257,20 +257,21 @@ class Encoder:
     def roll_back(self, to: Checkpoint) -> None:
         """Be as at the checkpoint again."""
         self.progress, self.last_features, self.last_keys = to.progress, to.last_features, to.last_keys
-        self.grid_size, self.first_extent = to.grid_size, to.first_extent
-        self.recent.grids = to.recent
+        self.grid_size, self.first_extent, self.recent.grids = to.grid_size, to.first_extent, to.recent
         self.window.roll_back(to.window)
+        self.tower.roll_back(to.grid)
 
     def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that `restore` needs: tensors, the window at full precision, and what JSON can hold."""
         recent_tensors, recent_records = self.recent.snapshot()
-        tensors = self.window.snapshot() | self.last_keys.snapshot() | recent_tensors
+        tensors, grid = self.tower.snapshot()
+        tensors |= self.window.snapshot() | self.last_keys.snapshot() | recent_tensors
         if self.last_features is not None:
             tensors["last"] = self.last_features.cpu().contiguous()
         state = dataclasses.asdict(self.progress) | {"shift": self.window.shift, "segment": self.window.segment}
         return tensors, {
             "state": state, "size": self.grid_size, "span": self.first_extent,
-            "resident": [block.json() for block in self.window.blocks], "recent": recent_records,
+            "resident": [block.json() for block in self.window.blocks], "recent": recent_records, "grid": grid,
         }  # fmt: skip
 
     def restore(self, tensors: dict[str, Tensor], saved: dict[str, Any]) -> None:
@@ -284,6 +285,7 @@ class Encoder:
             self.last_features = tensors["last"].to(self.vision.device)
         self.last_keys.restore(tensors, self.vision.device)
         self.recent.restore(tensors, saved.get("recent", []), self.vision.device)
+        self.tower.restore(tensors, saved.get("grid"))
         blocks = [Block.from_json(block) for block in saved["resident"]]
         window.fill(blocks, tensors["raw"][:, :, window.num_init :], tensors["val"][:, :, window.num_init :])
 
@@ -302,8 +304,8 @@ class Encoder:
         progress.blocks, progress.first, self.first_extent = last_block.id + 1, first, extent
         if not self.layout.timed:
             progress.cursor = last_block.origin[0] + last_block.advance[0]
-        self.window.segment = self.window.segment_size  # the next block begins a segment, which makes room for it
-        self.window.shift = []
+        # the next block begins a segment, which makes room for it
+        self.window.segment, self.window.shift = self.window.segment_size, []
         if newest:
             keys = torch.stack([torch.cat([block_keys for block_keys, _ in layer], 1) for layer in layers])
             values = torch.stack([torch.cat([block_values for _, block_values in layer], 1) for layer in layers])

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vlmfast.core import UserError, parse_bytes
 from vlmfast.plan import Plan
 from vlmfast.runtime.model_lock import model_lock
+from vlmfast.stream.changed_grids import ChangedGrids, encoded_together
 from vlmfast.stream.intake import CHUNK
 from vlmfast.stream.session import StreamSession
 
@@ -128,28 +129,24 @@ class StreamGroup:
         return done
 
     def _together(self, turn: list[StreamSession], share: int) -> None:
-        """One tower call for the changed grids of all streams whose frames have one size. Features that are not asked
-        for after all, since frames were dropped meanwhile, are not used."""
-        by_size: dict[tuple[torch.Size, torch.device], list[tuple[StreamSession, Tensor]]] = {}
+        """One tower call for what changed in all streams whose frames have one size. Features that are not asked for
+        after all, since frames were dropped meanwhile, are not used."""
+        alike: dict[Any, list[tuple[ChangedGrids, Tensor]]] = {}
         for session in turn:
             tower, size = session.encoder.tower, session.vision.frames_per_grid
             frames = [frame for frame, _ in [*session.pending, *session.queue.next(share * size)]]
             frames = frames[: len(frames) // size * size]
             if not frames or tower.ahead is not None or any(frame.shape != frames[0].shape for frame in frames):
                 continue  # nothing whole, about to be encoded by another thread, or of two sizes
-            changed = tower.changed(torch.stack(frames))
-            if len(changed):
-                by_size.setdefault((frames[0].shape, frames[0].device), []).append((session, changed))
-        for streams in by_size.values():
+            kind = frames[0].shape, frames[0].device, tower.window_side
+            alike.setdefault(kind, []).append((tower, torch.stack(frames)))
+        for streams in alike.values():
             if len(streams) < 2:
                 continue
-            first, session = 0, streams[0][0]
-            with torch.inference_mode(False), torch.no_grad(), session.fresh_lengths():
-                features = session.vision.features(torch.cat([changed for _, changed in streams]))
-            for session, changed in streams:
-                last = first + len(changed) // session.vision.frames_per_grid
-                session.encoder.tower.ahead = changed, features.grids(list(range(first, last)))
-                first = last
+            with torch.inference_mode(False), torch.no_grad(), turn[0].fresh_lengths():
+                made = encoded_together(*zip(*streams, strict=True))
+            for (tower, _), of_stream in zip(streams, made, strict=True):
+                tower.ahead = of_stream
 
     def stats(self) -> dict[str, Any]:
         """Open streams, frames that wait in them, and bytes of all together."""

@@ -62,11 +62,11 @@ class StreamSession(WatchedIntake):
     values, representatives). disk: folder that the archive is kept in too, owned by this session alone until it is
     closed; disk_limit: most bytes of the archive in it. retrieve: a retriever, its name, or None for the window alone.
     redundancy: cosine distance to the last kept feature at its position below which a token is dropped before the
-    language model (EfficientReKV), None keeps all. keep_as: "int8", "bf16" or "model". positions: "contiguous" or
-    "own"; text_after: "model" (its own rule) or "max". queue: frames that may wait while an answer is generated; the
-    oldest is dropped and counted when it is full. fps: of frames without timestamps. recent: seconds, ending with the
-    newest frame, that every answer reads besides what is retrieved, every token of them; None is the span of the last
-    four frames, 0 none.
+    language model (EfficientReKV); windows that did not change are not encoded again. None keeps and encodes all.
+    keep_as: "int8", "bf16" or "model". positions: "contiguous" or "own"; text_after: "model" (its own rule) or "max".
+    queue: frames that may wait while an answer is generated; the oldest is dropped and counted when it is full. fps: of
+    frames without timestamps. recent: seconds, ending with the newest frame, that every answer reads besides what is
+    retrieved, every token of them; None is the span of the last four frames, 0 none.
     coarsen: at which ages stored blocks become coarser, as in "age:four_bit=60,features=300" (`ByAge`), None for never.
     plan: `prune` acts on every grid, `kv` on the working set of every answer, `speculate` on the answer.
     """
@@ -272,8 +272,8 @@ class StreamSession(WatchedIntake):
             seconds = self.newest + (self.interval or 0.0) - progress.first
         return {
             "seconds": seconds, "frames": self.counts["frames"], "blocks": len(store.blocks), "evicted": store.evicted,
-            "visual_tokens": progress.visual, "kept_tokens": progress.kept, "queue": len(self.queue),
-            "dropped_frames": self.queue.dropped, "pending_frames": len(self.pending),
+            "visual_tokens": progress.visual, "kept_tokens": progress.kept, "tower_share": self.encoder.tower.share,
+            "queue": len(self.queue), "dropped_frames": self.queue.dropped, "pending_frames": len(self.pending),
             "fps": self.counts["frames"] / self.counts["encode_s"] if self.counts["encode_s"] else 0.0,
             "questions": self.counts["questions"], "kv_fast_bytes": self.fast_bytes, "kv_host_bytes": store.ram_bytes,
             "kv_disk_bytes": store.disk_bytes, "archive_bytes": store.archive_bytes, "levels": store.levels(),

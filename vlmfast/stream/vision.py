@@ -18,7 +18,7 @@ from torch import Tensor
 from vlmfast import engine, families, media
 from vlmfast.core import Unsupported, UserError
 from vlmfast.runtime.compat import CACHE
-from vlmfast.runtime.fast_tower import fast_modules
+from vlmfast.runtime.fast_tower import FastTower, shared_fast_modules
 from vlmfast.runtime.late_rope import running
 from vlmfast.runtime.model_lock import lock_functions, streamed
 from vlmfast.runtime.patch import Patch
@@ -40,7 +40,7 @@ def prepared(vision: VisionEncoder, fast: bool) -> Callable[[], None]:
     patch.call(release)
     patch.call(lock_functions(model, stream=True))
     if fast:
-        vision.host_grids = fast_modules(model, families.get(model), patch) is not None
+        vision.fast_tower = shared_fast_modules(model, families.get(model), patch)
     engine.prepare(model)
     return patch.remove
 
@@ -131,42 +131,6 @@ class Layout:
         )
 
 
-class ChangedGrids:
-    """Features of one stream's grids: one whose frames are those of the grid before it is not encoded again. Frames on
-    a device are not compared, which would wait for it."""
-
-    def __init__(self, vision: VisionEncoder) -> None:
-        self.vision = vision
-        self._newest: tuple[Tensor, GridFeatures] | None = None  # the frames of the newest grid, and its features
-        self.ahead: tuple[Tensor, GridFeatures] | None = None  # changed frames to come, encoded with other streams'
-
-    def changed(self, frames: Tensor) -> Tensor:
-        """Those of frames (G * p, H, W, 3) whose grid of p frames is not the one before it again."""
-        return frames.unflatten(0, (-1, self.vision.frames_per_grid))[self._changed(frames)].flatten(0, 1)
-
-    def _changed(self, frames: Tensor) -> list[int]:
-        grids = frames.split(self.vision.frames_per_grid)
-        if frames.device.type != "cpu":
-            return list(range(len(grids)))
-        before = [None if self._newest is None else self._newest[0], *grids[:-1]]
-        return [i for i, grid in enumerate(grids) if before[i] is None or not torch.equal(grid, before[i])]
-
-    def features(self, frames: Tensor) -> GridFeatures:
-        """Features of all grids of frames (G * p, H, W, 3)."""
-        changed, num_grids = self._changed(frames), len(frames) // self.vision.frames_per_grid
-        found = None if 0 in changed or self._newest is None else self._newest[1]
-        if changed:
-            anew, ahead, self.ahead = self.changed(frames), self.ahead, None
-            made = ahead[1] if ahead and torch.equal(ahead[0], anew) else self.vision.features(anew)
-            found = made if found is None else found.followed_by(made)
-        assert found is not None
-        shown = [sum(i <= at for i in changed) - (0 in changed) for at in range(num_grids)]
-        features = found.grids(shown)
-        if frames.device.type == "cpu":
-            self._newest = frames[-self.vision.frames_per_grid :].clone(), features.grids([num_grids - 1])
-        return features
-
-
 class VisionEncoder:
     """The vision side of one model: frames in, features out, one temporal grid at a time."""
 
@@ -197,33 +161,42 @@ class VisionEncoder:
         self.layout = Layout(model)
         self._sizes: dict[tuple[int, int], bool] = {}  # of frames that the processor takes: as they are?
         self.device = next(model.parameters()).device
-        self.host_grids = False  # may grids come to the tower on the host?
+        self.fast_tower: FastTower | None = None  # grids come to it on the host
 
     @torch.no_grad()
     def features(self, frames: Tensor) -> GridFeatures:
         """frames (G * frames_per_grid, H, W, 3) uint8 -> features of G grids, every grid encoded by itself."""
-        height, width = frames.shape[1:3]
-        if self._sizes.get((height, width)) and media.device_option(self.model, self.processor):
+        if self.takes_as_they_are(frames) and media.device_option(self.model, self.processor):
             frames = to_device(frames, self.device)
-        pixels = frames.permute(0, 3, 1, 2)
         if self.qwen:
-            processed = self._processed(list(pixels.split(self.frames_per_grid)))
-            grid_thw, merge_size = processed["video_grid_thw"], self.layout.merge
+            pixels, grid_thw = self.patches(frames)
+            merge_size = self.layout.merge
             output = self.base.get_video_features(
-                pixel_values_videos=self._pixels(processed),
-                video_grid_thw=grid_thw if self.host_grids else grid_thw.to(self.device),
+                pixel_values_videos=pixels,
+                video_grid_thw=grid_thw if self.fast_tower is not None else grid_thw.to(self.device),
             )
             levels = getattr(output, "deepstack_features", None) or []
             deepstack = [torch.stack(list(level)) for level in levels]
             size = (int(grid_thw[0, 1]) // merge_size, int(grid_thw[0, 2]) // merge_size)
             return GridFeatures(torch.stack(output.pooler_output), size, deepstack)
-        processed = self._processed([pixels])
+        processed = self._processed([frames.permute(0, 3, 1, 2)])
         output = self.base.get_video_features(self._pixels(processed))
         flat = output.pooler_output[0]
         flat = flat[: flat.shape[0] - self.closing().shape[0]]  # OneVision's newline closes a video, not a frame
         features = flat.view(len(frames), -1, flat.shape[-1])
         side = int(features.shape[1] ** 0.5)
         return GridFeatures(features, (side, features.shape[1] // side), [])
+
+    def patches(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """frames (G * frames_per_grid, H, W, 3) -> patches of G grids as Qwen's tower takes them, on the model's
+        device, and the grids (G, 3) in patches, on the host."""
+        processed = self._processed(list(frames.permute(0, 3, 1, 2).split(self.frames_per_grid)))
+        return self._pixels(processed), processed["video_grid_thw"]
+
+    def takes_as_they_are(self, frames: Tensor) -> bool:
+        """Is it known of frames (..., H, W, 3) that the processor does not resize them?"""
+        height, width = frames.shape[-3:-1]
+        return self._sizes.get((height, width), False)
 
     def _pixels(self, processed: Any) -> Tensor:
         """The processor's pixels on the model's device."""
