@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from evals.report.figures import (
-    asked, change, equal, metric, milliseconds, points, ratio, row, rows, share,
-)  # fmt: skip
+from evals.report.figures import asked, change, equal, metric, milliseconds, points, ratio, row, rows, share
 from vlmfast.bench import floors
 
 TOKEN, TOTAL, FIRST = "decode_ms_per_token", "total_ms", "ttft_ms"
