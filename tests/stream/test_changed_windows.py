@@ -167,6 +167,15 @@ def test_a_stream_that_keeps_every_token_encodes_every_grid_whole():
     assert stream.stats()["tower_share"] == 1
 
 
+def test_a_tower_that_runs_the_stock_way_encodes_whole():
+    """An attention that the fast tower leaves alone."""
+    model, frames = tiny.build("qwen2_5_vl"), moving(4)
+    model.set_attn_implementation({"vision_config": "eager"})
+    stream = opened(model)
+    stream.push(frames)
+    assert not stream.vision.fast_tower.runs and stream.stats()["tower_share"] == 1
+
+
 def test_another_size_is_encoded_whole():
     stream, frames = opened(), moving(4)
     stream.push(frames)

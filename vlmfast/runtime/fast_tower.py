@@ -164,6 +164,11 @@ class FastTower:
             return "it is in training mode"
         return _CHECKED.get(self.tower) or None
 
+    @property
+    def runs(self) -> bool:
+        """Would a call run the fast way?"""
+        return self._why_not() is None
+
     def report(self) -> dict[str, Any]:
         """For the encode part of the report."""
         tower_report: dict[str, Any] = {"tower": "stock" if self._why_not() else "fast"}
@@ -214,13 +219,13 @@ class FastTower:
     def encode_windows(self, pixels: Tensor, call: WindowCall) -> Tensor | None:
         """What the tower makes of a call's windows: merged rows (n, D). pixels: patches, of which the call takes some.
         None where the stock tower runs, which takes whole grids."""
-        if self._why_not() is None and self.windows is None:
+        if self.runs and self.windows is None:
             patches, self.windows = pixels[call.pixel_rows].to(self.tower.dtype), call
             try:
                 rows: Tensor = self.tower(patches, grid_thw=None).pooler_output
             finally:
                 self.windows = None
-            if self._why_not() is None:  # its first call compares it with the stock one
+            if self.runs:  # its first call compares it with the stock one
                 return rows
         return None
 

@@ -78,8 +78,9 @@ class ChangedGrids:
     def windows_before(self, frames: Tensor) -> NewestGrid | None:
         """The newest grid, where the windows of frames (G * p, H, W, 3) can be compared with it."""
         newest = self.newest
-        same_size = newest is not None and newest.frames.shape[1:] == frames.shape[1:]
-        return newest if same_size and newest is not None and newest.windows is not None else None
+        if newest is None or newest.windows is None or newest.frames.shape[1:] != frames.shape[1:]:
+            return None
+        return newest
 
     def roll_back(self, newest: NewestGrid | None) -> None:
         """Have this newest grid again. Where grids are encoded whole, what is known of any frames stays true."""
@@ -150,7 +151,9 @@ def _by_window(streams: Sequence[ChangedGrids], frames: Sequence[Tensor]) -> lis
     of frames that the processor resizes, by a tower that runs the stock way."""
     vision, side = streams[0].vision, streams[0].window_side
     tower, size = vision.fast_tower, vision.frames_per_grid
-    if side is None or tower is None or frames[0].device.type != "cpu" or not vision.takes_as_they_are(frames[0]):
+    if side is None or tower is None or not tower.runs:
+        return None
+    if frames[0].device.type != "cpu" or not vision.takes_as_they_are(frames[0]):
         return None
     flags, kept, since = [], [], []
     for stream, of_stream in zip(streams, frames, strict=True):
