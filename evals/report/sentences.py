@@ -199,8 +199,9 @@ def windows() -> str:
     scenes = ("four windows", "one window", "nothing")
     quarter, one, still = (ratio("cpu-ingest", "windows", "encode_ms", "whole", changing=each) for each in scenes)
     return (
-        f"Frames a second are {quarter} where a quarter of the windows changes, {one} where one does, {still} where "
-        f"nothing does. Of the clips' grids {shares[0][0]} goes through the tower instead of {shares[0][1]} (a minute) "
+        f"Frames a second are {quarter} where a quarter of the windows changes and {one} where one does; a still scene "
+        f"is {still} as fast as whole grids of which one window changes. Of the clips' grids {shares[0][0]} goes "
+        f"through the tower instead of {shares[0][1]} (a minute) "
         f"and {shares[1][0]} instead of {shares[1][1]} (ten). Answers about the past and the present change by "
         f"{gaps[0]} and {gaps[1]} after a minute, by {gaps[2]} and {gaps[3]} after ten."
     )

@@ -10,7 +10,8 @@ every question at its own second by the retriever `internal` of `evals.stream`. 
   grids encoded whole (cosine, the worst twentieth of tokens);
 * frames a second, paired clip by clip.
 
-`--set choosing` takes the clips that settings are chosen on. The speed at real shapes is in `--suite stream`.
+`--set choosing` takes the clips that settings are chosen on. The speed at real shapes is in
+`python -m evals.speed --suite ingest`.
 """
 
 from __future__ import annotations

@@ -49,7 +49,8 @@ def window_changes(frames: Tensor, before: Tensor | None, side: int) -> Tensor:
 
 def encoded_whole(changed: Tensor, since: int) -> tuple[Tensor, int]:
     """Which windows are encoded, (G, W) bool: the changed ones, or all of a grid of which half changed, or before which
-    as many changed as a grid has. since: windows encoded since a grid was encoded whole; returned anew."""
+    as many changed as a grid has (a rule of ours). since: windows encoded since a grid was encoded whole; returned
+    anew."""
     encoded, num_windows = changed.clone(), changed.shape[1]
     for grid_index, count in enumerate(changed.sum(1).tolist()):
         if 2 * count >= num_windows or since + count > num_windows:
