@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from vlmfast import families
@@ -128,13 +127,13 @@ class PieceReader:
         encoded = EncodedVideo(clip, grid, pixels, pieces.begin())
 
         def made(stopped: threading.Event) -> Generator[Tensor, None, None]:
-            for piece in _stacked(frames, frame_size, counts, stopped, reading):
-                frames_of_piece = torch.from_numpy(piece).permute(0, 3, 1, 2)
+            pinned = bool(self.device) and self.model.device.type == "cuda"
+            for piece in _stacked(frames, frame_size, counts, stopped, reading, pinned):
                 if self.device:
-                    yield frames_of_piece
+                    yield piece
                     continue
                 start = time.perf_counter()
-                made_pixels = self._pixels(frames_of_piece)
+                made_pixels = self._pixels(piece.permute(0, 3, 1, 2))
                 reading.thread_ms += (time.perf_counter() - start) * 1e3
                 yield made_pixels
 
@@ -168,7 +167,7 @@ class PieceReader:
         for piece in arriving:
             start_mark = reading.processing.now()
             if self.device:
-                piece = self._pixels(to_device(piece, self.model.device))
+                piece = self._pixels(to_device(piece, self.model.device).permute(0, 3, 1, 2))
             num_rows = piece.shape[along]
             part = encoded.pixels.narrow(along, done, num_rows)
             part.copy_(piece)
@@ -216,18 +215,22 @@ def _shapes(shape: tuple[int, ...]) -> list[Tensor]:
 
 
 def _stacked(
-    frames: Any, size: tuple[int, int], counts: list[int], stopped: threading.Event, reading: Reading
-) -> Generator[NDArray[np.uint8], None, None]:
-    """Pieces (count, height, width, 3) of the frames; ends early once `stopped`."""
+    frames: Any, size: tuple[int, int], counts: list[int], stopped: threading.Event, reading: Reading, pinned: bool
+) -> Generator[Tensor, None, None]:
+    """Pieces (count, height, width, 3) uint8 of the frames; ends early once `stopped`.
+
+    pinned: in memory that a GPU copies from by itself. Pinning a piece later would copy it with all cores, which the
+    decoder's threads keep busy.
+    """
     try:
         for count in counts:
-            piece = np.empty((count, *size, 3), np.uint8)
-            start = time.perf_counter()
+            buffer = torch.empty((count, *size, 3), dtype=torch.uint8, pin_memory=pinned)
+            piece, start = buffer.numpy(), time.perf_counter()
             for place in range(count):
                 if stopped.is_set():
                     return
                 piece[place] = next(frames)
             reading.read_ms = (reading.read_ms or 0.0) + (time.perf_counter() - start) * 1e3
-            yield piece
+            yield buffer
     finally:
         frames.close()

@@ -231,6 +231,7 @@ TABLES = {
     "gpu-methods": ("gpu.json", table("methods")),
     "gpu-first-token": ("gpu.json", table("first_token")),
     "gpu-choose": ("gpu.json", table("choose")),
+    "gpu-request": ("gpu.json", table("request")),
     "gpu-decode": ("gpu.json", table("decode")),
     "gpu-decode-7b": ("gpu.json", table("decode_7b")),
     "gpu-stream": ("gpu.json", table("stream")),

@@ -75,7 +75,7 @@ def test_the_whole_suite_runs_dry(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert rows["decode"]["lookup 5, repeating"]["accepted_length"] > 0.5
     for part, name, batch in (("decode", "model 5", 2), ("decode_7b", "model", 1)):
         drafted = by_name[part, name]
-        assert drafted["params"]["batch"] == batch and drafted["plan"]["speculate"]["draft"]["model"] == "toy draft"
+        assert drafted["params"]["batch"] == batch and drafted["replayed"] == "toy draft"
         assert drafted["report"]["rule"] == "replay" and {"drafted", "accepted_length"} <= set(drafted["metrics"])
     assert rows["decode"]["model 5"]["accepted_length"] > 0
     assert by_name["decode_7b", "model"]["beside"] == ["ours"]

@@ -56,7 +56,7 @@ def test_a_page_stands_alone(tmp_path: Path) -> None:
 
     page.write(page.read([record(tmp_path, "a.json")]), tmp_path / "p.html", "Try <this>")
     text = (tmp_path / "p.html").read_text()
-    assert "data:image/png;base64," in text and "http" not in text and 'src="/' not in text
+    assert "data:image/png;base64," in text and "://" not in text and 'src="/' not in text
     assert "Try &lt;this&gt;" in text and "-1.0<br><span class=dim>[-3.0, 1.0]" in text and "2.00x" in text
     assert "Where the time goes" in text and "commit" in text
 

@@ -35,7 +35,8 @@ _FORMATS = (
 LIMITS = {"max_pixels": str(MOST_PIXELS)}  # of libav's decoders, also while it probes a file
 _STAMPED = {"mp4", "matroska", "mpegts"}  # their packets carry true presentation stamps; elsewhere frames are counted
 _STAMPLESS = {"avi", "h264", "hevc", "mpegvideo", "m4v"}  # only a frame rate: what libav makes up is no better
-_MOST_THREADS = 4
+_MOST_THREADS = 4  # that convert frames
+_THREADS_OF_A_CORE, _MOST_DECODING = 4, 32  # a decoder's: they wait for each other; one a core leaves cores idle
 Target = Callable[[tuple[int, int]], tuple[int, int]]  # (height, width) of an upright frame -> that it is scaled to
 Decoded = Callable[[Target], NDArray[np.uint8]]  # converts a decoded frame to pixels when it is wanted
 
@@ -75,9 +76,14 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
         if not streams or format_name == "tty":  # libav takes any .txt for terminal art
             raise UserError(f"{path} is not a video (it has no video track); give a file such as mp4, mkv or webm")
         limit_decoder(streams[0], path)
-        streams[0].thread_type = "AUTO"  # by frames and by slices, on all cores
-        streams[0].codec_context.thread_count = 0
+        streams[0].thread_type = "AUTO"  # by frames and by slices
+        streams[0].codec_context.thread_count = min(_MOST_DECODING, _THREADS_OF_A_CORE * _cores())
         yield container, streams[0]
+
+
+def _cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def limit_decoder(stream: Any, name: object) -> None:
