@@ -168,12 +168,11 @@ class PrefillGraphs:
 
     def _reads(self) -> tuple[int, ...]:
         """What a graph has read and gone through: where the weights lie, which forwards and hooks sit on the layers."""
-        parameters = (parameter.data_ptr() for parameter in self.text.layers.parameters())
-        modules = (
-            (id(vars(module).get("forward")), len(module._forward_hooks), len(module._forward_pre_hooks))
-            for module in self.text.layers.modules()
-        )
-        return (*parameters, *(number for numbers in modules for number in numbers))
+        reads: list[int] = []
+        for module in self.text.layers.modules():
+            reads += [parameter.data_ptr() for parameter in module._parameters.values() if parameter is not None]
+            reads += id(vars(module).get("forward")), len(module._forward_hooks), len(module._forward_pre_hooks)
+        return tuple(reads)
 
     def _hooked(self) -> bool:
         """Does a hook other than the policy's sit inside a layer?"""

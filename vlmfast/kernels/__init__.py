@@ -11,7 +11,7 @@ from vlmfast.kernels import cpu, greedy, reference
 from vlmfast.kernels.cpu import chunk_scores, window_attention, window_mean
 from vlmfast.kernels.ranking import highest, lowest_first, ranking, ranks
 from vlmfast.kernels.reference import Ragged, dequantise, quantise
-from vlmfast.kernels.vision import fused, gated, rms_norm, rotated, rotated_text
+from vlmfast.kernels.vision import fused, gated, gated_over, rms_norm, rotated, rotated_text
 
 Backend = Literal["reference", "cpu", "triton"]
 
@@ -63,6 +63,7 @@ __all__ = [
     "dequantise",
     "fused",
     "gated",
+    "gated_over",
     "greedy",
     "highest",
     "lowest_first",

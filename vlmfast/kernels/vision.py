@@ -6,11 +6,14 @@ computes the same; everywhere else the plain version runs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 HALF = (torch.float16, torch.bfloat16)
+CACHED = 2**17  # numbers that a thread of a CPU works on at a time: a few such tensors stay in its cache
 
 
 def fused(tensor: Tensor) -> bool:
@@ -24,8 +27,27 @@ def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
         from vlmfast.kernels import triton_vision
 
         return triton_vision.rms_norm(hidden, weight, eps)
+    if hidden.device.type == "cpu" and hidden.numel() > CACHED and not torch.is_grad_enabled():
+        normed = torch.empty(hidden.shape, dtype=torch.promote_types(hidden.dtype, weight.dtype))
+        rows, normed_rows = hidden.flatten(0, -2), normed.view(-1, normed.shape[-1])
+        for some in parts(rows):
+            normed_rows[some] = _rms_norm(rows[some], weight, eps)
+        return normed
+    return _rms_norm(hidden, weight, eps)
+
+
+def _rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     float_hidden = hidden.float()
     return weight * (float_hidden * torch.rsqrt(float_hidden.pow(2).mean(-1, keepdim=True) + eps)).to(hidden.dtype)
+
+
+def parts(rows: Tensor) -> Iterator[slice]:
+    """Rows of a tensor on a CPU that are worked on at a time: whole tensors would be mapped anew for each operation.
+
+    For sums, products and roots alone, whose rounding does not depend on where a number stands.
+    """
+    step = max(1, CACHED * torch.get_num_threads() // max(1, rows[:1].numel()))
+    return (slice(begin, begin + step) for begin in range(0, len(rows), step))
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
@@ -35,6 +57,13 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
 
         return triton_vision.gated(gate, up)
     return F.silu(gate) * up
+
+
+def gated_over(gate: Tensor, up: Tensor) -> Tensor:
+    """`gated` of two tensors that nobody needs any more: on a CPU the result takes the place of `gate`."""
+    if gate.device.type != "cpu" or torch.is_grad_enabled():
+        return gated(gate, up)
+    return F.silu(gate, inplace=True).mul_(up)  # not by parts: an exponential rounds otherwise at the end of a part
 
 
 def rotated(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,11 +76,26 @@ def rotated(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tens
 
         triton_vision.rotate(qkv, cos, sin)
         return qkv[:, 0], qkv[:, 1], qkv[:, 2]
+    if qkv.device.type == "cpu":
+        return _rotated_by_rows(qkv, cos.float()[:, None], sin.float()[:, None])
     queries_keys = qkv[:, :2].float()
     half_size = queries_keys.shape[-1] // 2
     swapped = torch.cat([-queries_keys[..., half_size:], queries_keys[..., :half_size]], -1)
     queries_keys = (queries_keys * cos.float()[:, None, None] + swapped * sin.float()[:, None, None]).to(qkv.dtype)
     return queries_keys[:, 0], queries_keys[:, 1], qkv[:, 2]
+
+
+def _rotated_by_rows(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`rotated` on a CPU, some rows at a time; cos, sin (N, 1, D) float32."""
+    turned, half_size = qkv.new_empty(2, len(qkv), *qkv.shape[2:]), qkv.shape[-1] // 2
+    for some in parts(qkv[:, 0]):
+        for part in (0, 1):
+            numbers = qkv[some, part].float()
+            products = numbers * cos[some]
+            products[..., :half_size] -= numbers[..., half_size:] * sin[some, :, :half_size]
+            products[..., half_size:] += numbers[..., :half_size] * sin[some, :, half_size:]
+            turned[part, some] = products
+    return turned[0], turned[1], qkv[:, 2]
 
 
 def rotated_text(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,10 +14,12 @@ from vlmfast.runtime.patch import Patch
 
 def is_compiled(module: nn.Module) -> bool:
     """Was this module compiled: in place, as a wrapper, or by its `forward`?"""
-    own_forward = vars(module).get("forward")
+    fields = vars(module)  # a module is slow to say that it lacks an attribute
+    own_forward = fields.get("forward")
     return (
         getattr(module, "_compiled_call_impl", None) is not None
-        or hasattr(module, "_orig_mod")
+        or "_orig_mod" in fields
+        or "_orig_mod" in module._modules
         or hasattr(own_forward, "_torchdynamo_orig_callable")
     )
 

@@ -2,8 +2,8 @@
 
 Under sdpa transformers attends window by window in Python and reads the boundaries three times a block. Here equal
 windows are one batch (see `runtime.pieces`), everything that depends on the grid comes from the host (`runtime.grids`),
-and on CUDA in half precision norms, rotations and gates are one launch each (`runtime.fused_modules`). On a CPU the
-tower's results are the stock ones to the bit.
+and on CUDA in half precision norms, rotations and gates are one launch each (`runtime.fused_modules`). On a CPU
+norms, gates and rotations go by parts that stay in the cache, and the results are the stock ones to the bit.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def fresh_lengths(device: torch.device) -> Iterator[None]:
 
 def fast_modules(model: nn.Module, family: Family, patch: Patch) -> FastTower | None:
     """Install what makes prefills faster without changing them: a tower without loops, and fused modules."""
-    text_modules = FusedModules(family.text(model), pad=False)
+    text_modules = FusedModules(family.text(model), tower=False)
     patch.call(text_modules.remove)
 
     def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -125,7 +125,7 @@ class FastTower:
         self.grid: Grid | None = None
         self.cut: Tensor | None = None
         self.windows: WindowCall | None = None
-        self.fused = FusedModules(self.tower, pad=True)
+        self.fused = FusedModules(self.tower, tower=True)
         self.graphs = TowerGraphs()
         self._kept: list[tuple[Tensor, Pieces]] = []
         self._unknown = self._why_unknown()

@@ -1,6 +1,7 @@
 """Runs norms, gated MLPs, rotations and patch embeddings as fused kernels on CUDA in half precision.
 
-On other devices and dtypes the modules run as they are.
+On a CPU a tower's norms and gates go through their rows by parts that stay in the cache, with equal bits; else the
+modules run as they are.
 
 The modules of a tower or decoder keep their parameters; their `forward` is replaced by one that computes the same with
 fused kernels (`vlmfast.kernels.vision`), after a first comparison with the module's own. An MLP whose width is no
@@ -28,32 +29,33 @@ MULTIPLE = 8  # numbers of a half precision row that make 16 bytes
 class FusedModules:
     """The fused forwards of one tower or decoder; `install` when a call comes in, `remove` to take them off.
 
-    pad: pad the storage of weights whose width is no multiple of 8.
+    tower: of a tower: pad the storage of weights whose width is no multiple of 8, and go by parts on a CPU.
     """
 
-    def __init__(self, root: nn.Module, pad: bool) -> None:
-        self.root, self.pad = root, pad
+    def __init__(self, root: nn.Module, tower: bool) -> None:
+        self.root, self.tower = root, tower
         self._patch = Patch()
         self.unlike: list[str] = []  # kinds of modules that compute something else than their fused forward
-        self._on = False
+        self._on = ""  # the device whose forwards are on
         self._padded: list[tuple[nn.Parameter, Tensor]] = []  # and the buffer that it is a view of
 
     def install(self, x: Tensor) -> None:
         """Put the fused forwards on, where tensors like x take them; off, where they do not."""
-        takes_fused = kernels.fused(x) and not torch.is_grad_enabled()
-        if takes_fused and self._on and self._moved():
-            self.remove()
-        if takes_fused == self._on:
+        by_parts = self.tower and x.device.type == "cpu"
+        kind = "" if torch.is_grad_enabled() else "cuda" if kernels.fused(x) else "cpu" if by_parts else ""
+        if kind == self._on and not self._moved():
             return
-        if not takes_fused:
-            self.remove()
+        self.remove()
+        self._on = kind
+        if not kind:
             return
-        self._on = True
         checked: dict[type, bool] = {}
         for module in self.root.modules():
             if "forward" in vars(module):
                 continue
             attention = type(module).__name__.endswith("Attention")
+            if kind == "cpu" and (attention or isinstance(module, nn.Conv3d)):
+                continue
             fused_forward = fused_attention(module) if attention else _fused_forward(module)
             if fused_forward is None:
                 continue
@@ -63,7 +65,7 @@ class FusedModules:
                 if not checked[module_type] and module_type.__name__ not in self.unlike:
                     self.unlike.append(module_type.__name__)
             if checked[module_type]:
-                if self.pad and isinstance(fused_forward, _Gated):
+                if self.tower and kind == "cuda" and isinstance(fused_forward, _Gated):
                     self._padded += fused_forward.pad()
                 self._patch.set(module, "forward", fused_forward)
 
@@ -78,7 +80,7 @@ class FusedModules:
             for parameter, buffer in self._padded:
                 if parameter.data_ptr() == buffer.data_ptr():
                     parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
-        self._padded, self._on = [], False
+        self._padded, self._on = [], ""
 
     def addresses(self) -> Iterator[int]:
         """Addresses of the root's parameters, which a captured graph reads."""
@@ -157,7 +159,9 @@ class _Gated:
     def __call__(self, x: Tensor) -> Tensor:
         (gate_weight, gate_bias), (up_weight, up_bias), (down_weight, down_bias) = self.weights
         return F.linear(
-            kernels.gated(F.linear(x, gate_weight, gate_bias), F.linear(x, up_weight, up_bias)), down_weight, down_bias
+            kernels.gated_over(F.linear(x, gate_weight, gate_bias), F.linear(x, up_weight, up_bias)),
+            down_weight,
+            down_bias,
         )
 
 
@@ -186,5 +190,7 @@ def _agrees(module: nn.Module, forward: Callable[..., Tensor]) -> bool:
     expected, fused_output = type(module).forward(module, test_input), forward(test_input)
     if expected.shape != fused_output.shape:
         return False
+    if test_input.device.type == "cpu":
+        return torch.equal(expected, fused_output)
     error = (fused_output.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-12)
     return bool(error <= 2e-2)
