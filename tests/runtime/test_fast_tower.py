@@ -71,6 +71,26 @@ def test_the_cpu_gets_the_stock_bits(family: str, dtype: torch.dtype) -> None:
         assert "forward" not in vars(stock) and "forward" not in vars(stock.blocks[0].attn)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_the_cpu_gets_the_stock_bits_by_parts_and_where_weights_or_hooks_are_new(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(vision, "CACHED", 300)  # a few rows at a time, and a rest
+    model = tiny.build("qwen2_5_vl").to(dtype)
+    stock = model.model.visual
+    px, grid = pixels(tiny.inputs("qwen2_5_vl"))
+    _, patch = fast(model)
+    down = stock.blocks[0].mlp.down_proj
+    assert stock(px.to(dtype), grid) is not None and "forward" in vars(stock.blocks[0].mlp)
+    down.weight = torch.nn.Parameter(2 * down.weight, requires_grad=False)
+    down.register_forward_hook(lambda module, args, output: output + 1)
+    got = outputs(stock(px.to(dtype), grid))
+    patch.remove()
+    assert "forward" not in vars(stock.blocks[0].mlp)
+    assert all(torch.equal(a, b) for a, b in zip(outputs(stock(px.to(dtype), grid)), got, strict=True))
+
+
 @pytest.mark.parametrize("grid", [(1, 2, 2), (1, 34, 6), (3, 10, 18), (2, 8, 8)])
 @torch.no_grad()
 def test_ragged_windows(grid: tuple[int, int, int]) -> None:

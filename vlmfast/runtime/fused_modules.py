@@ -133,9 +133,7 @@ class _Gated:
 
     def __init__(self, module: Any) -> None:
         self.module = module
-        self.weights = [
-            (projection.weight, projection.bias) for projection in (module.gate_proj, module.up_proj, module.down_proj)
-        ]
+        self.padded: list[tuple[Tensor, Tensor | None]] = []
 
     def pad(self) -> list[tuple[nn.Parameter, Tensor]]:
         """Give the parameters padded storage where their width asks for it; what was padded."""
@@ -144,20 +142,25 @@ class _Gated:
         if not num_extra:
             return []
         padded_pairs = []
-        self.weights = []
         with torch.inference_mode(False):
             for projection in (gate, up):
                 weight = _padded(projection.weight, num_extra, 0)
                 bias = None if projection.bias is None else _padded(projection.bias, num_extra, 0)
-                self.weights.append((weight, bias))
+                self.padded.append((weight, bias))
                 padded_pairs += [(projection.weight, weight)] + ([] if bias is None else [(projection.bias, bias)])
             weight = _padded(down.weight, num_extra, 1)
-            self.weights.append((weight, down.bias))
+            self.padded.append((weight, down.bias))
             padded_pairs.append((down.weight, weight))
         return padded_pairs
 
     def __call__(self, x: Tensor) -> Tensor:
-        (gate_weight, gate_bias), (up_weight, up_bias), (down_weight, down_bias) = self.weights
+        projections = (self.module.gate_proj, self.module.up_proj, self.module.down_proj)
+        if not all(
+            type(projection) is nn.Linear and _plain(projection, {"weight", "bias"}) for projection in projections
+        ):
+            return type(self.module).forward(self.module, x)  # somebody put an adapter or a hook there since
+        weights = self.padded or [(projection.weight, projection.bias) for projection in projections]
+        (gate_weight, gate_bias), (up_weight, up_bias), (down_weight, down_bias) = weights
         return F.linear(
             kernels.gated_over(F.linear(x, gate_weight, gate_bias), F.linear(x, up_weight, up_bias)),
             down_weight,
