@@ -280,8 +280,8 @@ def policy_on_a_gpu() -> str:
     return (
         f"At 2,048 and 8,192 tokens `snapkv` adds {added('snapkv-10')} to a first token that keeps all, `hybridkv` "
         f"{added('hybridkv-10')}; it pays back in memory. A largest time far above the median is a call in which a "
-        "prefill was captured. Where tokens are dropped inside the tower its call is not captured, and the host takes "
-        f"longer to launch it: there the plain fast tower is ahead at {ahead()} tokens."
+        "prefill was captured. Where tokens are dropped inside the tower its call is not captured: at "
+        f"{ahead()} tokens the plain fast tower is ahead."
     )
 
 

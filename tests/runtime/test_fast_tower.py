@@ -215,6 +215,11 @@ def test_padded_weights_are_held_once_and_given_back() -> None:
         assert not torch.equal(first, second)
         mlp.gate_proj.weight.data = to_cuda(to_host(mlp.gate_proj.weight).clone() / 2)
         assert torch.equal(to_host(tower(px, sizes).pooler_output), first)
+        own = mlp.gate_proj.weight
+        mlp.gate_proj.weight = torch.nn.Parameter(to_cuda(to_host(own).clone() * 2), requires_grad=False)
+        assert not torch.equal(to_host(tower(px, sizes).pooler_output), first), "another parameter in its place"
+        mlp.gate_proj.weight = own
+        assert torch.equal(to_host(tower(px, sizes).pooler_output), first)
         patch.remove()
         for name, p in tower.named_parameters():
             assert p is held[name] and torch.equal(p.held, before[name]) and p.held.is_contiguous()

@@ -30,7 +30,7 @@ def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     if hidden.device.type == "cpu" and hidden.numel() > CACHED and not torch.is_grad_enabled():
         normed = torch.empty(hidden.shape, dtype=torch.promote_types(hidden.dtype, weight.dtype))
         rows, normed_rows = hidden.flatten(0, -2), normed.view(-1, normed.shape[-1])
-        for some in parts(rows):
+        for some in _parts(rows):
             normed_rows[some] = _rms_norm(rows[some], weight, eps)
         return normed
     return _rms_norm(hidden, weight, eps)
@@ -41,7 +41,7 @@ def _rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (float_hidden * torch.rsqrt(float_hidden.pow(2).mean(-1, keepdim=True) + eps)).to(hidden.dtype)
 
 
-def parts(rows: Tensor) -> Iterator[slice]:
+def _parts(rows: Tensor) -> Iterator[slice]:
     """Rows of a tensor on a CPU that are worked on at a time: whole tensors would be mapped anew for each operation.
 
     For sums, products and roots alone, whose rounding does not depend on where a number stands.
@@ -88,7 +88,7 @@ def rotated(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tens
 def _rotated_by_rows(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`rotated` on a CPU, some rows at a time; cos, sin (N, 1, D) float32."""
     turned, half_size = qkv.new_empty(2, len(qkv), *qkv.shape[2:]), qkv.shape[-1] // 2
-    for some in parts(qkv[:, 0]):
+    for some in _parts(qkv[:, 0]):
         for part in (0, 1):
             numbers = qkv[some, part].float()
             products = numbers * cos[some]

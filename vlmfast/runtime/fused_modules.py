@@ -155,17 +155,27 @@ class _Gated:
 
     def __call__(self, x: Tensor) -> Tensor:
         projections = (self.module.gate_proj, self.module.up_proj, self.module.down_proj)
-        if not all(
-            type(projection) is nn.Linear and _plain(projection, {"weight", "bias"}) for projection in projections
-        ):
-            return type(self.module).forward(self.module, x)  # somebody put an adapter or a hook there since
-        weights = self.padded or [(projection.weight, projection.bias) for projection in projections]
+        if not all(map(_untouched, projections)):  # somebody put an adapter or a hook there since
+            return type(self.module).forward(self.module, x)
+        weights = [(projection.weight, projection.bias) for projection in projections]
+        if self.padded and _addresses(self.padded) == _addresses(weights):  # else a parameter was replaced
+            weights = self.padded
         (gate_weight, gate_bias), (up_weight, up_bias), (down_weight, down_bias) = weights
         return F.linear(
             kernels.gated_over(F.linear(x, gate_weight, gate_bias), F.linear(x, up_weight, up_bias)),
             down_weight,
             down_bias,
         )
+
+
+def _untouched(projection: nn.Module) -> bool:
+    """Is it a linear layer that nobody wrapped, hooked or gave another forward?"""
+    hooked = projection._forward_hooks or projection._forward_pre_hooks
+    return type(projection) is nn.Linear and not hooked and "forward" not in vars(projection)
+
+
+def _addresses(pairs: list[tuple[Tensor, Tensor | None]]) -> list[int]:
+    return [tensor.data_ptr() for pair in pairs for tensor in pair if tensor is not None]
 
 
 def _padded(parameter: nn.Parameter, num_extra: int, dimension: int) -> Tensor:

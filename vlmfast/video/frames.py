@@ -165,7 +165,7 @@ class Conversion:
 
     def all(self, frames: Iterable[Any], size: tuple[int, int] | None) -> Iterator[NDArray[np.uint8]]:
         """The frames converted, in order: in threads of their own, while the next ones are decoded."""
-        workers = min(_MOST_THREADS, os.cpu_count() or 1)
+        workers = min(_MOST_THREADS, _cores())
         waiting: deque[Future[NDArray[np.uint8]]] = deque()
         with ThreadPoolExecutor(workers, "conversion") as executor:
             for frame in frames:
