@@ -33,6 +33,7 @@ from vlmfast.encode.flashvid import attended_and_diverse
 from vlmfast.encode.hired import parts
 from vlmfast.encode.vcast import curvature
 from vlmfast.kernels import greedy
+from vlmfast.kernels import parts as cache_parts
 from vlmfast.plan import Plan, preset
 
 D = 12
@@ -96,6 +97,23 @@ def test_the_smallest_keep_leaves_a_token(method: Any, name: str) -> None:
     """Also where no frame has a floor, and where nothing in the video is new."""
     tokens = fit(method, ITEMS["constant" if name == "still" else name])
     assert len(dataclasses.replace(method, keep=1e-9, floor=0).select(tokens)) >= 1
+
+
+@pytest.mark.parametrize("method", methods.OUTER, ids=repr)
+@pytest.mark.parametrize("name", ["video", "long", "image", "bf16", "newline"])
+@torch.no_grad()
+def test_some_rows_at_a_time_keep_what_all_at_once_keep(
+    method: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = fit(method, ITEMS[name])
+    if name == "newline" and (method.video_only or isinstance(method, FlashVID)):
+        pytest.skip("its frames are not whole")
+    at_once, worked = method.select(tokens), []
+    monkeypatch.setattr(cache_parts, "CACHED", 3 * D)
+    whole = cache_parts.parts
+    monkeypatch.setattr(cache_parts, "parts", lambda *size: worked.append(size) or whole(*size))
+    assert method.select(tokens).equal(at_once)
+    assert worked or not isinstance(method, (VidCom2, DTD, CDPruner, MMTok)) or not tokens.video
 
 
 @pytest.mark.parametrize("method", methods.OUTER, ids=repr)

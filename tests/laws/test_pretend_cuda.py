@@ -365,6 +365,13 @@ def test_the_highest_by_rule(place: Place) -> None:
     assert to_host(order).tolist() == [[1, 2, 4, 5, 0, 3], [0, 1, 2, 3, 4, 5]]
 
 
+def test_one_sort_by_score_and_tie_is_the_order_of_two() -> None:
+    """On a CPU bits of float32 pairs are sorted as whole numbers; pairs of float64 by two sorts."""
+    scores, ties = torch.randn(2, 50, 60, generator=torch.Generator().manual_seed(0)).mul_(3).round_().div_(7)
+    scores[:, :3], ties[:, 2:9] = torch.tensor([torch.inf, -torch.inf, -0.0]), torch.tensor([[1e-40], [-1e30]] * 25)
+    assert kernels.ranking(scores, ties).equal(kernels.ranking(scores.double(), ties.double()))
+
+
 def test_argmax_takes_the_first_of_equals() -> None:
     """As torch promises on every device; greedy pruners and greedy decoding rest on it."""
     x = torch.tensor([[1.0, 5.0, 5.0, 2.0], [7.0, 7.0, 7.0, 7.0]]).repeat(1, 40)

@@ -19,7 +19,7 @@ import vlmfast
 from vlmfast import families
 from vlmfast.core import UserError
 from vlmfast.encode import PixelPrune, VidCom2
-from vlmfast.kernels import vision
+from vlmfast.kernels import parts, vision
 from vlmfast.plan import Plan, preset, resolve
 from vlmfast.runtime import tower_graphs
 from vlmfast.runtime.fast_tower import FastTower
@@ -76,7 +76,7 @@ def test_the_cpu_gets_the_stock_bits(family: str, dtype: torch.dtype) -> None:
 def test_the_cpu_gets_the_stock_bits_by_parts_and_where_weights_or_hooks_are_new(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(vision, "CACHED", 300)  # a few rows at a time, and a rest
+    monkeypatch.setattr(parts, "CACHED", 300)  # a few rows at a time, and a rest
     model = tiny.build("qwen2_5_vl").to(dtype)
     stock = model.model.visual
     px, grid = pixels(tiny.inputs("qwen2_5_vl"))

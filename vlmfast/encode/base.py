@@ -11,10 +11,11 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from vlmfast.core import Unsupported, UserError, VisualTokens
 from vlmfast.fields import Fraction, Method, NonNegativeInt, Range
-from vlmfast.kernels import ranking
+from vlmfast.kernels import by_parts, ranking
 
 # a tower block's index, or a share of the tower's depth
 Block = NonNegativeInt | Annotated[float, Range(0, 1, "both")] | Literal["auto"] | None
@@ -148,6 +149,16 @@ def ranked_for_each(
     in_order = sort_key.flatten(1).argsort()[:, : max(budgets)].expand(len(budgets), -1)
     chosen = best_first[by_frame.flatten()[in_order]]
     return [row[:budget] for row, budget in zip(chosen, budgets, strict=True)]
+
+
+def like_previous_frame(tokens: VisualTokens) -> Tensor:
+    """(t - 1, n) float32 cosine of every token to the one at the same place in the previous frame."""
+
+    def cosines(current: Tensor, previous: Tensor) -> Tensor:
+        return cosine_similarity(current.float(), previous.float(), dim=-1)
+
+    by_frame = tokens.features.view(tokens.frames, -1, tokens.features.shape[-1])
+    return by_parts(cosines, by_frame[1:], by_frame[:-1])
 
 
 def frame_means(features: Tensor, frame: Tensor, num_frames: int, frame_size: int | None = None) -> Tensor:

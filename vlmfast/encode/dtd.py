@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, pad
+from torch.nn.functional import pad
 
 from vlmfast.core import VisualTokens
-from vlmfast.encode.base import Pruner
+from vlmfast.encode.base import Pruner, like_previous_frame, ranked
 from vlmfast.fields import Fraction, Range
 
 
@@ -30,14 +30,14 @@ class DTD(Pruner):
 
     def repeated(self, tokens: VisualTokens) -> Tensor:
         """(N,) cosine to the same place in the previous frame; -2 in the first frame."""
-        features = tokens.features.view(tokens.frames, -1, tokens.features.shape[-1]).float()
-        return pad(cosine_similarity(features[1:], features[:-1], dim=-1), (0, 0, 1, 0), value=-2.0).flatten()
+        return pad(like_previous_frame(tokens), (0, 0, 1, 0), value=-2.0).flatten()
 
-    def budget(self, tokens: VisualTokens) -> int:
-        tokens_per_frame = tokens.n // tokens.frames
-        min_kept = tokens_per_frame + self.floor * (tokens.frames - 1)
-        changed_counts = (self.repeated(tokens) <= self.threshold).view(tokens.frames, -1).sum(1).clamp(min=self.floor)
-        return min(tokens.n, max(min_kept, self.least, min(super().budget(tokens), int(changed_counts.sum()))))
+    def select_body(self, tokens: VisualTokens, budget: int) -> Tensor:
+        repeated, num_frames = self.repeated(tokens), tokens.frames
+        min_kept = tokens.n // num_frames + self.floor * (num_frames - 1)
+        changed_counts = (repeated <= self.threshold).view(num_frames, -1).sum(1).clamp(min=self.floor)
+        budget = min(tokens.n, max(min_kept, self.least, min(budget, int(changed_counts.sum()))))
+        return ranked(-repeated, tokens.frame, budget, self.floor, None, tokens.frame_size)
 
     def score(self, tokens: VisualTokens) -> Tensor:
         return -self.repeated(tokens)

@@ -7,10 +7,9 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
 from vlmfast.core import UserError, VisualTokens
-from vlmfast.encode.base import Pruner
+from vlmfast.encode.base import Pruner, like_previous_frame
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,6 @@ class EVS(Pruner):
         return min(tokens.n, max(super().budget(tokens), tokens_per_frame + self.floor * (tokens.frames - 1)))
 
     def score(self, tokens: VisualTokens) -> Tensor:
-        features = tokens.features.view(tokens.frames, -1, tokens.features.shape[-1]).float()
-        change = 1 - cosine_similarity(features[1:], features[:-1], dim=-1)
-        first_frame = torch.full_like(features[:1, :, 0], 3.0)  # above any cosine distance: always kept
+        change = 1 - like_previous_frame(tokens)
+        first_frame = torch.full_like(change[:1], 3.0)  # above any cosine distance: always kept
         return torch.cat([first_frame, change]).flatten()

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.torch_version import TorchVersion
 
-from vlmfast.kernels import ranking
+from vlmfast.kernels import by_parts, ranking
 
 LATTICE = (0.6180339887498949, 0.4142135623730951)  # per frame and place: the golden and the silver ratio
 PICKED = {torch.int64: 2**62, torch.float32: 2.0**22, torch.float64: 2.0**40}  # above every gain
@@ -22,7 +22,11 @@ PICKED = {torch.int64: 2**62, torch.float32: 2.0**22, torch.float64: 2.0**40}  #
 
 def unit_rows(features: Tensor) -> Tensor:
     """Rows of features (N, D) at length one, in float32 (float64 stays); what is not a number becomes 0."""
-    return normalize(features if features.dtype == torch.float64 else features.float(), dim=-1).nan_to_num_()
+
+    def unit(some: Tensor) -> Tensor:
+        return normalize(some if some.dtype == torch.float64 else some.float(), dim=-1).nan_to_num_()
+
+    return by_parts(unit, features)
 
 
 def gram(features: Tensor, blocks: int = 8) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from vlmfast.core import UserError, VisualTokens
 from vlmfast.encode.base import Block, Pruner, ranked
 from vlmfast.fields import Fraction, NonNegativeFloat
+from vlmfast.kernels import by_parts, in_parts
 from vlmfast.runtime.transfers import to_device
 
 
@@ -93,4 +94,11 @@ class PixelPrune(Pruner):
 
 def _distance(pixels: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """Largest absolute difference between two sets of rows of pixels (N, P), in float32; indices alike in shape."""
-    return (pixels[first].float() - pixels[second].float()).abs_().amax(-1)
+
+    def distance(first: Tensor, second: Tensor) -> Tensor:
+        return pixels[first].float().sub(pixels[second]).abs_().amax(-1)
+
+    if not in_parts(pixels, max(first.numel(), second.numel()) * pixels.shape[-1]):
+        return distance(first, second)
+    first, second = torch.broadcast_tensors(first, second)
+    return by_parts(distance, first.flatten(), second.flatten(), numbers_per_row=pixels.shape[-1]).view(first.shape)

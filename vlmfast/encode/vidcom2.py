@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from vlmfast.core import VisualTokens
 from vlmfast.encode.base import Pruner, frame_means, largest_remainder, ranked_for_each
-from vlmfast.kernels import lowest_first
+from vlmfast.kernels import by_parts, lowest_first
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,22 @@ class VidCom2(Pruner):
         """(2, N) likeness to the video's centre, and to the frame's."""
         features, frame_size = tokens.features.float(), tokens.frame_size
         num_channels = max(1, int(features.shape[-1] * self.channels))
-        features = normalize(features[:, lowest_first(features.var(0, unbiased=False))[:num_channels]], dim=-1)
+        channels = steady_channels(features, num_channels)
+        features = by_parts(lambda some: normalize(some.index_select(1, channels), dim=-1), features)
         frame_centre = frame_means(features, tokens.frame, tokens.frames, frame_size)
-        differences = features.new_empty(2, *features.shape)
-        torch.sub(features, features.mean(0), out=differences[0])
         if frame_size is None:
-            torch.sub(features, frame_centre[tokens.frame], out=differences[1])
+            rows, row_centre = features[:, None], frame_centre[tokens.frame][:, None]
         else:
-            by_frame = (tokens.frames, frame_size, -1)
-            torch.sub(features.view(by_frame), frame_centre[:, None], out=differences[1].view(by_frame))
-        return gaussians(differences.square_().sum(-1))
+            rows, row_centre = features.view(tokens.frames, frame_size, -1), frame_centre[:, None]
+        centre = features.mean(0)
+
+        def distances(rows: Tensor, row_centre: Tensor) -> Tensor:
+            differences = rows.new_empty(*rows.shape[:-1], 2, rows.shape[-1])
+            torch.sub(rows, centre, out=differences[..., 0, :])
+            torch.sub(rows, row_centre, out=differences[..., 1, :])
+            return differences.square_().sum(-1)
+
+        return gaussians(by_parts(distances, rows, row_centre).view(-1, 2).T)
 
     def score(self, tokens: VisualTokens) -> Tensor:
         return -self._like(tokens).sum(0)
@@ -58,6 +64,15 @@ class VidCom2(Pruner):
             totals = torch.linspace(budgets[0], budgets[-1], len(budgets), device=like.device)[:, None]
             quotas = largest_remainder(frame_share, totals)
         return ranked_for_each(lowest_first(like.sum(0)), tokens.frame, budgets, self.floor, quotas, tokens.frame_size)
+
+
+def steady_channels(features: Tensor, num_channels: int) -> Tensor:
+    """(num_channels,) int64: the channels of features (N, D) with the least variance."""
+    if features.device.type != "cpu":
+        return lowest_first(features.var(0, unbiased=False))[:num_channels]
+    # torch's variance of columns is four times as slow as this there, and channels are read faster in their order
+    variance = (features - features.mean(0)).square_().mean(0)
+    return lowest_first(variance)[:num_channels].sort().values
 
 
 def gaussians(distance: Tensor) -> Tensor:

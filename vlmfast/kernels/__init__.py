@@ -9,6 +9,7 @@ from torch import Tensor
 from vlmfast.core import UserError
 from vlmfast.kernels import cpu, greedy, reference
 from vlmfast.kernels.cpu import chunk_scores, window_attention, window_mean
+from vlmfast.kernels.parts import by_parts, in_parts
 from vlmfast.kernels.ranking import highest, lowest_first, ranking, ranks
 from vlmfast.kernels.reference import Ragged, dequantise, quantise
 from vlmfast.kernels.vision import fused, gated, gated_over, rms_norm, rotated, rotated_text
@@ -59,6 +60,7 @@ def ragged_attention(
 __all__ = [
     "Backend",
     "Ragged",
+    "by_parts",
     "chunk_scores",
     "dequantise",
     "fused",
@@ -66,6 +68,7 @@ __all__ = [
     "gated_over",
     "greedy",
     "highest",
+    "in_parts",
     "lowest_first",
     "quantise",
     "ragged_attention",

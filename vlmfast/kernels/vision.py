@@ -6,14 +6,13 @@ computes the same; everywhere else the plain version runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlmfast.kernels.parts import in_parts, parts
+
 HALF = (torch.float16, torch.bfloat16)
-CACHED = 2**17  # numbers that a thread of a CPU works on at a time: a few such tensors stay in its cache
 
 
 def fused(tensor: Tensor) -> bool:
@@ -27,10 +26,10 @@ def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
         from vlmfast.kernels import triton_vision
 
         return triton_vision.rms_norm(hidden, weight, eps)
-    if hidden.device.type == "cpu" and hidden.numel() > CACHED and not torch.is_grad_enabled():
+    if in_parts(hidden, hidden.numel()):
         normed = torch.empty(hidden.shape, dtype=torch.promote_types(hidden.dtype, weight.dtype))
         rows, normed_rows = hidden.flatten(0, -2), normed.view(-1, normed.shape[-1])
-        for some in _parts(rows):
+        for some in parts(len(rows), rows.shape[-1]):
             normed_rows[some] = _rms_norm(rows[some], weight, eps)
         return normed
     return _rms_norm(hidden, weight, eps)
@@ -39,15 +38,6 @@ def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     float_hidden = hidden.float()
     return weight * (float_hidden * torch.rsqrt(float_hidden.pow(2).mean(-1, keepdim=True) + eps)).to(hidden.dtype)
-
-
-def _parts(rows: Tensor) -> Iterator[slice]:
-    """Rows of a tensor on a CPU that are worked on at a time: whole tensors would be mapped anew for each operation.
-
-    For sums, products and roots alone, whose rounding does not depend on where a number stands.
-    """
-    step = max(1, CACHED * torch.get_num_threads() // max(1, rows[:1].numel()))
-    return (slice(begin, begin + step) for begin in range(0, len(rows), step))
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
@@ -88,7 +78,7 @@ def rotated(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tens
 def _rotated_by_rows(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`rotated` on a CPU, some rows at a time; cos, sin (N, 1, D) float32."""
     turned, half_size = qkv.new_empty(2, len(qkv), *qkv.shape[2:]), qkv.shape[-1] // 2
-    for some in _parts(qkv[:, 0]):
+    for some in parts(len(qkv), qkv[:1, 0].numel()):
         for part in (0, 1):
             numbers = qkv[some, part].float()
             products = numbers * cos[some]

@@ -7,6 +7,7 @@ padding, so a row of a batch gives the same result as that row alone.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -40,6 +41,13 @@ class Row:
     @property
     def n(self) -> int:
         return self.keys.shape[1]
+
+    @functools.cached_property
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """(H, n) float32 each: mean and variance over the window's queries of the attention to each column."""
+        assert self.window is not None
+        mean = self.window.mean(1)
+        return mean, (self.window - mean[:, None]).square_().mean(1)  # on a CPU faster than torch's variance
 
     def relevance(self, group: str = "mean") -> Tensor:
         """(Hk, n) float32: attention the text queries pay each column, mean (or max) over a key head's query group."""

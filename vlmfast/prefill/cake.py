@@ -47,16 +47,15 @@ class CAKE(AcrossLayers):
         return self._indicator(row) if self.pool > 1 else None
 
     def _indicator(self, row: Row) -> Tensor:
-        assert row.window is not None
-        indicator = row.window.mean(1) + self.gamma * row.window.var(1, correction=0)
+        mean_attention, variance = row.moments
+        indicator = torch.add(mean_attention, variance, alpha=self.gamma)
         return indicator.view(row.keys.shape[0], -1, row.n).mean(1)
 
     def weigh(self, row: Row, scores: Tensor) -> list[Any]:
         """Of each layer (2,) float32: dispersion and temporal shift."""
-        assert row.window is not None
-        mean_attention = row.window.mean(1)
+        mean_attention, variance = row.moments
         dispersion = -(mean_attention * mean_attention.clamp(min=1e-12).log()).sum(-1)
-        temporal_shift = row.window.var(1, correction=0).sum(-1)
+        temporal_shift = variance.sum(-1)
         per_layer = [statistic.view(row.stacked, -1).mean(1) for statistic in (dispersion, temporal_shift)]
         return list(torch.stack(per_layer, 1))
 
