@@ -38,5 +38,5 @@ class EVS(Pruner):
 
     def score(self, tokens: VisualTokens) -> Tensor:
         change = 1 - like_previous_frame(tokens)
-        first_frame = torch.full_like(change[:1], 3.0)  # above any cosine distance: always kept
+        first_frame = change.new_full((1, change.shape[1]), 3.0)  # above any cosine distance: always kept
         return torch.cat([first_frame, change]).flatten()
