@@ -81,6 +81,7 @@ ITEMS = {
     "tiled": tiled(),
     "one token": video(1, 1, 1, video=False),
     "one token a frame": video(6, 1, 1),
+    "one frame": video(1, 3, 4),
     "constant": video(features=torch.ones(48, D)),
     "zero": video(features=torch.zeros(48, D), attention=torch.zeros(2, 48)),
     "nan": video(features=torch.full((48, D), math.nan)),
@@ -113,7 +114,7 @@ def test_some_rows_at_a_time_keep_what_all_at_once_keep(
     whole = cache_parts.parts
     monkeypatch.setattr(cache_parts, "parts", lambda *size: worked.append(size) or whole(*size))
     assert method.select(tokens).equal(at_once)
-    assert worked or not isinstance(method, (VidCom2, DTD, CDPruner, MMTok)) or not tokens.video
+    assert worked or not isinstance(method, (VidCom2, DTD, EVS, CDPruner, MMTok)) or not tokens.video
 
 
 @pytest.mark.parametrize("method", methods.OUTER, ids=repr)

@@ -38,6 +38,3 @@ class DTD(Pruner):
         changed_counts = (repeated <= self.threshold).view(num_frames, -1).sum(1).clamp(min=self.floor)
         budget = min(tokens.n, max(min_kept, self.least, min(budget, int(changed_counts.sum()))))
         return ranked(-repeated, tokens.frame, budget, self.floor, None, tokens.frame_size)
-
-    def score(self, tokens: VisualTokens) -> Tensor:
-        return -self.repeated(tokens)

@@ -96,7 +96,7 @@ def _distance(pixels: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """Largest absolute difference between two sets of rows of pixels (N, P), in float32; indices alike in shape."""
 
     def distance(first: Tensor, second: Tensor) -> Tensor:
-        return pixels[first].float().sub(pixels[second]).abs_().amax(-1)
+        return (pixels[first].float() - pixels[second].float()).abs_().amax(-1)
 
     if not in_parts(pixels, max(first.numel(), second.numel()) * pixels.shape[-1]):
         return distance(first, second)

@@ -14,7 +14,7 @@ CACHED = 2**17  # numbers that a thread of a CPU works on at a time: a few such 
 
 
 def parts(num_rows: int, numbers_per_row: int) -> Iterator[slice]:
-    """Slices of the rows of a tensor on a CPU, each small enough for the cache.
+    """Slices that cover `num_rows` rows of a tensor on a CPU in order, each small enough for the cache.
 
     For sums, products and roots alone, whose rounding does not depend on where a number stands.
     """
@@ -28,7 +28,7 @@ def in_parts(tensor: Tensor, numbers: int) -> bool:
 
 
 def by_parts(function: Callable[..., Tensor], *tensors: Tensor, numbers_per_row: int | None = None) -> Tensor:
-    """function(*tensors), in which a row of the result depends on the same row of every tensor alone.
+    """function(*tensors) of tensors (N, ...) in any dtype, a tensor (N, ...) whose row depends on theirs alone.
 
     On a CPU some rows at a time, elsewhere at once; the same bits under the condition of `parts`. numbers_per_row: how
     many numbers the function works on for a row, those in a row of the first tensor if not given.

@@ -179,7 +179,7 @@ def _addresses(pairs: list[tuple[Tensor, Tensor | None]]) -> list[int]:
 
 
 def _padded(parameter: nn.Parameter, num_extra: int, dimension: int) -> Tensor:
-    """A buffer with `more` zeros at the end of `dim`; the parameter becomes a view of it."""
+    """A buffer with `num_extra` zeros at the end of `dimension`; the parameter becomes a view of it."""
     padded_shape = list(parameter.shape)
     padded_shape[dimension] += num_extra
     buffer = parameter.data.new_zeros(padded_shape)
